@@ -1,0 +1,42 @@
+"""The tree of errors that pe-dpo raises on purpose; the command line turns each into one message and its exit code.
+
+    PeDpoError            exit 1   a run or a file failed, and the message says what to do
+    ├── DataError                  a preference file or a row of it
+    ├── ModelError                 a base, an adapter, or the reference that they define
+    ├── TrainingError              a run that cannot go on (non-finite loss, broken checkpoint)
+    └── UsageError        exit 2   what was asked for is impossible; nothing was started
+        ├── RecipeError            a recipe file, a preset or an override
+        └── RunFolderError         an output folder that is taken, locked, or of another run
+"""
+
+
+class PeDpoError(Exception):
+    """Base of every error that is a message to the user rather than a fault of this program."""
+
+    exit_code = 1
+
+
+class DataError(PeDpoError):
+    """A preference data set that cannot be read or used; the message names the file and the row."""
+
+
+class ModelError(PeDpoError):
+    """A base model, an adapter, or a reference that is not what the run needs."""
+
+
+class TrainingError(PeDpoError):
+    """A run that must stop; what was saved before stays valid."""
+
+
+class UsageError(PeDpoError):
+    """A request that cannot be carried out as given; raised before anything was started."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe, preset or override that is malformed or contradicts itself."""
+
+
+class RunFolderError(UsageError):
+    """An output folder that holds another run, is in use, or cannot be resumed from."""
