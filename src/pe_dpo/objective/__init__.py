@@ -1,0 +1,20 @@
+"""Tensors only: the loss family, log-probs of answers, and the regimes of pairs. Imports nothing else of this package."""
+
+from pe_dpo.objective.logprobs import AnswerLogprobs, answer_logprobs, token_logprobs
+from pe_dpo.objective.loss import PreferenceLoss, apply_link, preference_loss
+from pe_dpo.objective.regimes import QUADRANTS, Quadrant, RegimeTable, is_dead, regime_table, share_right
+
+__all__ = [
+    "QUADRANTS",
+    "AnswerLogprobs",
+    "PreferenceLoss",
+    "Quadrant",
+    "RegimeTable",
+    "answer_logprobs",
+    "apply_link",
+    "is_dead",
+    "preference_loss",
+    "regime_table",
+    "share_right",
+    "token_logprobs",
+]

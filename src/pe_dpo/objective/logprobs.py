@@ -1,0 +1,77 @@
+"""Log-probabilities of answers: the padded path, simple on purpose, against which every faster path is tested.
+
+    input_ids        p p p p c c c . .       one row per answer, padded on the right
+    completion_mask  0 0 0 0 1 1 1 0 0       the answer's tokens, the end token among them
+    log-prob         Σ log π(input_ids[t] | input_ids[<t])  over the marked t
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AnswerLogprobs(NamedTuple):
+    """Log-prob and length of each answer."""
+
+    logprob: Tensor
+    """(B,) float64, nats, summed over the answer's tokens."""
+    length: Tensor
+    """(B,) int64, number of tokens summed over."""
+
+
+def answer_logprobs(
+    model: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
+) -> AnswerLogprobs:
+    """Return the log-probability of each row's answer given its prompt.
+
+    Args:
+        model: a Hugging Face causal LM, or anything called with `input_ids`, `attention_mask`, `use_cache` and
+            `logits_to_keep` (int64 positions) that returns an object with `logits` (B, K, V) for those positions.
+        input_ids: (B, T) int64, padded on the right.
+        attention_mask: (B, T) 1 on tokens, 0 on padding.
+        completion_mask: (B, T) 1 on the answer's tokens; position 0 cannot be scored and must be 0.
+
+    Returns:
+        AnswerLogprobs. Softmax in float32 (float64 where the model computes in it), the sum over tokens in float64: a
+        float32 sum of 350 tokens is off by 1e-3 nats, as much as a small adapter moves.
+
+    Raises:
+        ValueError: shapes differ, or `completion_mask` marks position 0 or padding.
+    """
+    _check_masks(input_ids, attention_mask, completion_mask)
+    scored = completion_mask[:, 1:].bool()
+    positions = scored.any(dim=0).nonzero().squeeze(1)
+    scored, targets = scored[:, positions], input_ids[:, 1:][:, positions]
+    logits = model(
+        input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False
+    ).logits
+    per_token = torch.zeros(scored.shape, dtype=torch.float64, device=input_ids.device)
+    per_token[scored] = token_logprobs(logits[scored], targets[scored]).double()
+    return AnswerLogprobs(logprob=per_token.sum(dim=1), length=completion_mask.sum(dim=1))
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return log softmax(logits)[target] of each token.
+
+    Args:
+        logits: (N, V) of any floating dtype; half precisions are widened to float32 first.
+        targets: (N,) int64.
+
+    Returns:
+        (N,) nats, float32 or float64.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return -F.cross_entropy(wide, targets, reduction="none")
+
+
+def _check_masks(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:
+    shapes = {tuple(t.shape) for t in (input_ids, attention_mask, completion_mask)}
+    if len(shapes) != 1 or input_ids.dim() != 2:
+        raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T); found {shapes}")
+    if completion_mask[:, 0].any():
+        raise ValueError("completion_mask marks position 0, which nothing precedes: an answer needs a prompt or a BOS")
+    if (completion_mask.bool() & ~attention_mask.bool()).any():
+        raise ValueError("completion_mask marks padding: it must be 0 wherever attention_mask is 0")

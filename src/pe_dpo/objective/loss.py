@@ -1,0 +1,213 @@
+"""The generalized preference loss: one formula, a separate coefficient for policy and reference.
+
+    z    = β·Δπ − γ·max(Δ0, floor) − m          Δ = log-prob(chosen) − log-prob(rejected), summed or per token
+    m    = margin + pair_margin − length_penalty·(|chosen| − |rejected|)
+    loss = mix[link](z) + sft_weight·NLL(chosen)/|chosen|
+
+γ = β with the logistic link is DPO; γ = 0 with a margin and per-token log-probs is SimPO. `mix` is label smoothing, which
+weighs the loss of a pair against that of the same pair with its labels swapped.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LinkName = Literal["logistic", "hinge", "squared"]
+Link = LinkName | Callable[[Tensor], Tensor]
+Reduce = Literal["sum", "mean"]
+SmoothingMode = Literal["conservative", "unbiased"]
+
+
+class PreferenceLoss(NamedTuple):
+    """What `preference_loss` returns; every field is one number per pair, shape (B,)."""
+
+    loss: Tensor
+    """Loss in nats (or in the link's own unit); carries the gradient."""
+    score: Tensor
+    """z, detached."""
+    chosen_reward: Tensor
+    """β·log π(chosen) − γ·log π0(chosen), detached."""
+    rejected_reward: Tensor
+    """The same for the rejected answer, detached."""
+    weight: Tensor
+    """−∂loss/∂(β·Δπ) without the SFT term: how hard this pair pulls, detached."""
+
+
+def preference_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor | None = None,
+    reference_rejected: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    gamma: float | None = None,
+    margin: float = 0.0,
+    link: Link = "logistic",
+    reduce: Reduce = "sum",
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    reference_floor: float | None = None,
+    label_smoothing: float = 0.0,
+    label_smoothing_mode: SmoothingMode = "conservative",
+    sft_weight: float = 0.0,
+    length_penalty: float = 0.0,
+    pair_margin: Tensor | None = None,
+) -> PreferenceLoss:
+    """Return the loss of each pair, its score, both rewards, and the weight with which it drives learning.
+
+    Args:
+        policy_chosen: summed log-prob of each chosen answer under π; (B,), nats, float32 or float64.
+        policy_rejected: the same for the rejected answers.
+        reference_chosen: the same under π0, without gradient; may be None if and only if gamma is 0.
+        reference_rejected: the same under π0.
+        beta: coefficient of the policy, > 0.
+        gamma: coefficient of the reference, >= 0; None means beta, which is DPO.
+        margin: constant subtracted from the score.
+        link: "logistic" −log σ(z), "hinge" max(0, −z) with subgradient 0 at z = 0, "squared" z², or any callable
+            (B,) → (B,) that decreases where a pair should still be learned.
+        reduce: "sum" takes log-probs as they come; "mean" divides each by the length of its answer.
+        chosen_lengths: tokens per chosen answer, (B,); needed by "mean", `sft_weight` and `length_penalty`.
+        rejected_lengths: tokens per rejected answer, (B,).
+        reference_floor: lower bound of Δ0 (0 gives HyPO); None for no bound.
+        label_smoothing: assumed probability ε in [0, ½) that a label is wrong.
+        label_smoothing_mode: "conservative" (1−ε)·f(z) + ε·f(z′), or "unbiased" ((1−ε)·f(z) − ε·f(z′))/(1−2ε), where z′
+            is the score of the pair with its labels swapped.
+        sft_weight: weight of the per-token negative log-likelihood of the chosen answer, >= 0.
+        length_penalty: α of R-DPO, added to the score as α·(|chosen| − |rejected|).
+        pair_margin: further margin per pair, (B,); it keeps its sign when labels are swapped.
+
+    Returns:
+        PreferenceLoss of five (B,) tensors in the dtype of `policy_chosen`.
+
+    Raises:
+        ValueError: shapes differ, a needed tensor is missing, or a coefficient is out of range.
+
+    Example:
+        With β = γ = 0.1, Δπ = 4 and Δ0 = 2 the score is 0.2 and the logistic loss log(1 + e^−0.2) = 0.598.
+
+    Source:
+        Rafailov et al. 2023 (arXiv 2305.18290) eq. 7 for γ = β; Cho, "Continued musing on DPO", for γ apart from β;
+        Mitchell 2023 and Chowdhury et al. 2024 (arXiv 2403.00409) for the two smoothings; Park et al. 2024
+        (arXiv 2403.19159) for the length penalty.
+    """
+    gamma = beta if gamma is None else gamma
+    _check_coefficients(beta, gamma, reference_floor, label_smoothing, label_smoothing_mode, sft_weight)
+    if gamma == 0:
+        reference_chosen = reference_rejected = None
+    elif reference_chosen is None or reference_rejected is None:
+        raise ValueError(f"gamma is {gamma}: reference_chosen and reference_rejected are needed (only gamma=0 does without)")
+    needs_lengths = reduce == "mean" or sft_weight != 0 or length_penalty != 0
+    if needs_lengths and (chosen_lengths is None or rejected_lengths is None):
+        raise ValueError("chosen_lengths and rejected_lengths are needed by reduce='mean', sft_weight and length_penalty")
+    _check_shapes(
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        pair_margin=pair_margin,
+    )
+
+    def preference(chosen: Tensor | None, rejected: Tensor | None) -> Tensor:
+        if chosen is None or rejected is None:
+            return torch.zeros_like(policy_chosen)
+        if reduce == "sum" or chosen_lengths is None or rejected_lengths is None:
+            return chosen - rejected
+        # One division for both answers: two would miss a hinge's kink by a rounding error.
+        return (chosen * rejected_lengths - rejected * chosen_lengths) / (chosen_lengths * rejected_lengths)
+
+    def reward(policy: Tensor, reference: Tensor | None, lengths: Tensor | None) -> Tensor:
+        total = beta * policy if reference is None else beta * policy - gamma * reference
+        return (total / lengths if reduce == "mean" and lengths is not None else total).detach()
+
+    policy = preference(policy_chosen, policy_rejected)
+    reference = preference(reference_chosen, reference_rejected).detach()
+    constant = margin if pair_margin is None else margin + pair_margin
+    tilt: Tensor | float = 0.0
+    if length_penalty != 0 and chosen_lengths is not None and rejected_lengths is not None:
+        tilt = length_penalty * (chosen_lengths - rejected_lengths)
+
+    def signed_score(sign: int, policy: Tensor) -> Tensor:
+        """Score of the pair as labelled (sign 1) or with its labels swapped (sign −1)."""
+        floored = sign * reference if reference_floor is None else (sign * reference).clamp(min=reference_floor)
+        return beta * sign * policy - gamma * floored - constant + sign * tilt
+
+    def mixed(policy: Tensor) -> Tensor:
+        straight = apply_link(link, signed_score(1, policy))
+        if label_smoothing == 0:
+            return straight
+        swapped = apply_link(link, signed_score(-1, policy))
+        if label_smoothing_mode == "conservative":
+            return (1 - label_smoothing) * straight + label_smoothing * swapped
+        return ((1 - label_smoothing) * straight - label_smoothing * swapped) / (1 - 2 * label_smoothing)
+
+    loss = mixed(policy)
+    if sft_weight != 0 and chosen_lengths is not None:
+        loss = loss - sft_weight * policy_chosen / chosen_lengths
+    return PreferenceLoss(
+        loss=loss,
+        score=signed_score(1, policy.detach()),
+        chosen_reward=reward(policy_chosen, reference_chosen, chosen_lengths),
+        rejected_reward=reward(policy_rejected, reference_rejected, rejected_lengths),
+        weight=-_slope(mixed, policy) / beta,
+    )
+
+
+def apply_link(link: Link, score: Tensor) -> Tensor:
+    """Return link(score), elementwise.
+
+    `logsigmoid` and not `softplus`, which switches to a straight line at 20 (error 1.6e-9 there); `relu` and not `clamp`,
+    whose subgradient at 0 is 1 and would let a hinge with γ = β start from rounding alone.
+
+    Raises:
+        ValueError: `link` is a string that names no link.
+    """
+    if callable(link):
+        return link(score)
+    if link == "logistic":
+        return -F.logsigmoid(score)
+    if link == "hinge":
+        return torch.relu(-score)
+    if link == "squared":
+        return score.square()
+    raise ValueError(f"link is {link!r}: expected one of {', '.join(get_args(LinkName))}, or a callable")
+
+
+def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Derivative of an elementwise function, detached."""
+    with torch.enable_grad():
+        point = at.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(function(point).sum(), point)
+    return slope
+
+
+def _check_coefficients(
+    beta: float,
+    gamma: float,
+    reference_floor: float | None,
+    label_smoothing: float,
+    label_smoothing_mode: str,
+    sft_weight: float,
+) -> None:
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}: it must be > 0")
+    if not gamma >= 0:
+        raise ValueError(f"gamma is {gamma}: it must be >= 0")
+    if reference_floor is not None and gamma == 0:
+        raise ValueError("reference_floor has no effect with gamma=0: drop it, or set gamma > 0")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}: it must lie in [0, 0.5)")
+    if label_smoothing_mode not in get_args(SmoothingMode):
+        raise ValueError(f"label_smoothing_mode is {label_smoothing_mode!r}: expected {' or '.join(get_args(SmoothingMode))}")
+    if not sft_weight >= 0:
+        raise ValueError(f"sft_weight is {sft_weight}: it must be >= 0")
+
+
+def _check_shapes(**tensors: Tensor | None) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(f"one number per pair is needed, all of one shape (B,); found {shapes}")
