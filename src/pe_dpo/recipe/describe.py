@@ -1,0 +1,109 @@
+"""A loss in words: its effective formula, κ = γ/β, and the published name that it equals."""
+
+from typing import NamedTuple
+
+from pe_dpo.recipe.presets import PRESETS
+from pe_dpo.recipe.schema import LossSection
+
+_LINKS = {"logistic": "−log σ(z)", "hinge": "max(0, −z)", "squared": "z²"}
+
+
+class LossDescription(NamedTuple):
+    """What a loss section amounts to."""
+
+    formula: str
+    kappa: float
+    """γ/β; 1 is DPO's, 0 is without a reference."""
+    equals: str
+    """The published losses of this form, or a plain statement that there is none."""
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """Return the description as lines for a person."""
+        return [f"loss    {self.formula}", f"κ = γ/β {self.kappa:g}", f"equals  {self.equals}", *self.notes]
+
+
+def describe(loss: LossSection) -> LossDescription:
+    """Return the effective formula, κ, and the published name of a loss.
+
+    Args:
+        loss: a checked loss section; `Recipe.loss`, or `LossSection(preset="simpo")`.
+    """
+    names = [
+        f"{preset.title} ({preset.source})"
+        for preset in PRESETS.values()
+        if _form(LossSection.model_validate(preset.values)) == _form(loss)
+    ]
+    return LossDescription(
+        formula=formula(loss),
+        kappa=loss.gamma_value / loss.beta,
+        equals="; ".join(names) if names else "no published loss by itself: a mixture of the terms above",
+        notes=_notes(loss),
+    )
+
+
+def formula(loss: LossSection) -> str:
+    """Return the loss with its numbers filled in."""
+    score = [f"{loss.beta:g}·Δπ"]
+    if loss.gamma_value:
+        floored = "Δ0" if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
+        score.append(f"− {loss.gamma_value:g}·{floored}")
+    if loss.margin:
+        score.append(f"{'−' if loss.margin > 0 else '+'} {abs(loss.margin):g}")
+    if loss.margin_scale:
+        score.append(f"− {loss.margin_scale:g}·margin column")
+    if loss.length_penalty:
+        score.append(f"+ {loss.length_penalty:g}·(|chosen| − |rejected|)")
+    parts = [_LINKS[loss.link]]
+    epsilon = loss.label_smoothing
+    if epsilon:
+        link, swapped = parts[0], parts[0].replace("z", "z′")
+        if loss.label_smoothing_mode == "conservative":
+            parts = [f"{1 - epsilon:g}·[{link}] + {epsilon:g}·[{swapped}]"]
+        else:
+            parts = [f"({1 - epsilon:g}·[{link}] − {epsilon:g}·[{swapped}]) / {1 - 2 * epsilon:g}"]
+    if loss.sft_weight:
+        parts.append(f"+ {loss.sft_weight:g}·NLL(chosen)/|chosen|")
+    return f"{' '.join(parts)},  z = {' '.join(score)},  Δ = {_DELTA[loss.reduce]}"
+
+
+_DELTA = {
+    "sum": "log p(chosen) − log p(rejected), summed over tokens",
+    "mean": "log p(chosen)/|chosen| − log p(rejected)/|rejected|, per token",
+}
+
+
+def _form(loss: LossSection) -> tuple[object, ...]:
+    """What makes two losses the same method, apart from the sizes of their coefficients."""
+    kappa = loss.gamma_value / loss.beta
+    fixed_beta = loss.link == "hinge" and loss.gamma_value == 0 and loss.reduce == "sum"
+    return (
+        loss.link,
+        loss.reduce,
+        0 if kappa == 0 else 1 if kappa == 1 else "other",
+        loss.margin > 0,
+        loss.margin < 0,
+        loss.margin_scale != 0,
+        None if loss.reference_floor is None else loss.reference_floor == 0,
+        loss.label_smoothing_mode if loss.label_smoothing else None,
+        loss.sft_weight > 0,
+        loss.length_penalty > 0,
+        loss.length_penalty < 0,
+        loss.beta == 1 if fixed_beta else None,
+    )
+
+
+def _notes(loss: LossSection) -> list[str]:
+    notes = []
+    kappa = loss.gamma_value / loss.beta
+    if loss.label_smoothing:
+        notes.append("z′ is the score of the pair with its labels swapped (the margin keeps its sign)")
+    if kappa > 1:
+        notes.append("κ > 1: learning starts on pairs that the reference already ranks right")
+    elif 0 < kappa < 1:
+        notes.append("κ < 1: learning starts on pairs that the reference ranks wrong")
+    elif kappa == 0:
+        notes.append("κ = 0: the reference is never run")
+    elif loss.link == "logistic" and loss.margin == 0:
+        notes.append("κ = 1: every pair starts with weight ½ and loss log 2")
+    return notes

@@ -1,0 +1,67 @@
+"""Published losses as data: each is a point of the one formula in `objective.loss`, with the paper it comes from."""
+
+from typing import Any, NamedTuple
+
+
+class Preset(NamedTuple):
+    """A named loss."""
+
+    title: str
+    source: str
+    values: dict[str, Any]
+    """Keys of the recipe's loss section; a gamma of "1x" means equal to beta."""
+
+
+PRESETS: dict[str, Preset] = {
+    "dpo": Preset("DPO", "Rafailov et al. 2023, arXiv 2305.18290", {"beta": 0.1, "gamma": "1x"}),
+    "gdpo": Preset("generalized DPO", "Cho, 'Continued musing on DPO'", {"beta": 0.1, "gamma": "0.5x"}),
+    "hdpo": Preset("H-DPO with α = β/γ", "Omura et al. 2024, arXiv 2411.07595", {"beta": 0.1, "gamma": "1.1x"}),
+    "cdpo": Preset(
+        "conservative DPO",
+        "Mitchell 2023, 'A note on DPO with noisy preferences'",
+        {"beta": 0.1, "gamma": "1x", "label_smoothing": 0.1, "label_smoothing_mode": "conservative"},
+    ),
+    "robust": Preset(
+        "robust DPO",
+        "Chowdhury et al. 2024, arXiv 2403.00409",
+        {"beta": 0.1, "gamma": "1x", "label_smoothing": 0.1, "label_smoothing_mode": "unbiased"},
+    ),
+    "ipo": Preset(
+        "IPO with τ = 1/(2·margin), on per-token log-probs",
+        "Azar et al. 2023, arXiv 2310.12036",
+        {"beta": 1.0, "gamma": "1x", "margin": 5.0, "link": "squared", "reduce": "mean"},
+    ),
+    "hinge": Preset(
+        "generalized hinge",
+        "Cho, 'Continued musing on DPO', with a margin so that pairs which π0 ranks wrong can flip",
+        {"beta": 0.1, "gamma": "0.5x", "margin": 1.0, "link": "hinge"},
+    ),
+    "rso": Preset(
+        "RSO's hinge-norm",
+        "Liu et al. 2023, arXiv 2309.06657",
+        {"beta": 0.1, "gamma": "1x", "margin": 1.0, "link": "hinge"},
+    ),
+    "slic": Preset(
+        "SLiC-HF",
+        "Zhao et al. 2023, arXiv 2305.10425",
+        {"beta": 1.0, "gamma": 0.0, "margin": 1.0, "link": "hinge", "sft_weight": 0.1},
+    ),
+    "simpo": Preset(
+        "SimPO",
+        "Meng et al. 2024, arXiv 2405.14734",
+        {"beta": 2.0, "gamma": 0.0, "margin": 1.0, "reduce": "mean"},
+    ),
+    "repo": Preset(
+        "RePO",
+        "Wu et al. 2025, arXiv 2503.07426",
+        {"beta": 1.0, "gamma": 0.0, "margin": 0.5, "link": "hinge", "reduce": "mean"},
+    ),
+    "cpo": Preset("CPO", "Xu et al. 2024, arXiv 2401.08417", {"beta": 0.1, "gamma": 0.0, "sft_weight": 1.0}),
+    "dpo-norm": Preset(
+        "length-normalised DPO",
+        "Lambert et al. 2024 (Tülu 3), arXiv 2411.15124",
+        {"beta": 5.0, "gamma": "1x", "reduce": "mean"},
+    ),
+    "hypo": Preset("HyPO", "arXiv 2602.11902", {"beta": 0.1, "gamma": "1x", "reference_floor": 0.0}),
+    "rdpo": Preset("R-DPO", "Park et al. 2024, arXiv 2403.19159", {"beta": 0.1, "gamma": "1x", "length_penalty": 0.01}),
+}

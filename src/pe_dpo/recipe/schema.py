@@ -1,0 +1,265 @@
+"""What a person may ask for: the recipe, its defaults, and the combinations that cannot work.
+
+Every default stands here and nowhere else, with its source or reason. Messages of the validators say what was found and
+what to do; `load` adds the file and the line.
+"""
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pe_dpo.recipe.presets import PRESETS
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+MULTIPLE = re.compile(r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)x$")
+"""gamma as a multiple of beta: "0.5x"."""
+
+MOVING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+"""Initialisations that change the base weights or start from B ≠ 0, so that the reference is not the base."""
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no silent conversion of one type into another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """The base model, loaded once: policy and reference share it."""
+
+    base: str = Field(min_length=1, description="Path or hub id of a causal language model.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    quantize: Literal["auto", "nf4", "int8", "none"] = Field(
+        "auto", description="auto: nf4 with double quantization from a billion parameters on, else none."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Compute dtype. auto: bfloat16 on a GPU that has it, else float32. Adapters stay in float32."
+    )
+
+
+class AdapterSection(Section):
+    """The trained part: LoRA in float32. Defaults r = 16, alpha = 2r, no dropout: as QLoRA and Zephyr's DPO recipes."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear (every linear layer but the head), or names of modules."
+    )
+    init: str = Field("default", description="default (B = 0) or gaussian (B = 0); others move the reference and are refused.")
+    bias: str = Field("none", description="none; trainable biases would stay on in the reference and are refused.")
+    start: str | None = Field(None, description="Folder of a finished LoRA adapter (say, from SFT) to start from.")
+    reference: Literal["base", "adapter"] | None = Field(
+        None, description="Needed with start: is π0 the base alone, or the base with a frozen copy of that adapter?"
+    )
+
+    @field_validator("init")
+    @classmethod
+    def _init_keeps_the_reference(cls, init: str) -> str:
+        if init in ("default", "gaussian"):
+            return init
+        if init.startswith(MOVING_INITS):
+            raise ValueError(
+                f"{init} changes the base weights, so that with adapters off the reference would be what is left of the base, "
+                "not the base; use init: default"
+            )
+        raise ValueError(f"{init!r} is not known; use default or gaussian")
+
+    @field_validator("bias")
+    @classmethod
+    def _bias_keeps_the_reference(cls, bias: str) -> str:
+        if bias == "none":
+            return bias
+        raise ValueError(
+            f"with bias: {bias} the trained biases stay on when adapters are switched off, so the reference would drift with "
+            "training; use bias: none"
+        )
+
+    @model_validator(mode="after")
+    def _start_names_its_reference(self) -> "AdapterSection":
+        if self.start and self.reference is None:
+            raise ValueError(
+                f"the run starts from the adapter {self.start}: say which model is the reference. reference: adapter keeps a "
+                "frozen copy of it (usual after SFT), reference: base takes the raw base"
+            )
+        if self.reference == "adapter" and not self.start:
+            raise ValueError("reference: adapter needs start: the folder of that adapter")
+        return self
+
+
+class DataSection(Section):
+    """Preference pairs: where they are, and what happens to the rows that do not fit."""
+
+    train: str = Field(min_length=1, description="File, folder or hub id.")
+    eval: Annotated[float, Field(ge=0, lt=1)] | str | None = Field(
+        None, description="Held-out share (split by prompt), or a path; default: the folder's own test file, else 0.05."
+    )
+    max_length: Count | None = Field(
+        None, description="Most tokens of prompt plus the longer answer; default: 2048, or the model's context if shorter."
+    )
+    columns: dict[Literal["prompt", "chosen", "rejected", "margin", "system", "chosen_score", "rejected_score"], str] | None = (
+        Field(None, description="Our name: the file's column name, for files in a shape of their own.")
+    )
+    template: Literal["auto", "chat", "plain"] = Field(
+        "auto", description="auto: the tokenizer's chat template if it has one; plain: text as it is."
+    )
+    overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
+    bad_rows: Literal["error", "drop"] = "error"
+    limit: Count | None = Field(None, description="Read only this many rows, for a try.")
+
+
+class LossSection(Section):
+    """z = β·Δπ − γ·max(Δ0, floor) − m, link(z); see `pe-dpo recipes show`."""
+
+    preset: str = Field("dpo", description=f"One of {', '.join(PRESETS)}; every other key overrides it.")
+    beta: Positive = 0.1
+    gamma: float | str = Field("1x", description='Weight of the reference: a number, or a multiple of beta such as "0.5x".')
+    margin: Finite = 0.0
+    link: Literal["logistic", "hinge", "squared"] = "logistic"
+    reduce: Literal["sum", "mean"] = Field("sum", description="Log-probs of an answer: summed, or per token.")
+    reference_floor: Finite | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing_mode: Literal["conservative", "unbiased"] = "conservative"
+    sft_weight: NonNegative = 0.0
+    length_penalty: Finite = 0.0
+    margin_scale: Finite = Field(0.0, description="Times the data's margin column, added to the margin of each pair.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_the_gaps(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset", "dpo")
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known; found presets: {', '.join(PRESETS)}")
+        return {**PRESETS[name].values, **values}
+
+    @field_validator("gamma")
+    @classmethod
+    def _gamma_is_a_number_or_a_multiple(cls, gamma: float | str) -> float | str:
+        if isinstance(gamma, str):
+            if gamma == "auto" or gamma.startswith(("balance", "scale")):
+                raise ValueError(f"gamma: {gamma} needs a calibration, which is not built yet; write a number or '0.5x'")
+            if not MULTIPLE.match(gamma):
+                raise ValueError(f"gamma is {gamma!r}: write a number >= 0, or a multiple of beta such as '0.5x'")
+        elif not (gamma >= 0 and math.isfinite(gamma)):
+            raise ValueError(f"gamma is {gamma}: it must be finite and >= 0")
+        return gamma
+
+    @model_validator(mode="after")
+    def _floor_needs_the_reference(self) -> "LossSection":
+        if self.reference_floor is not None and self.gamma_value == 0:
+            raise ValueError("reference_floor has no effect with gamma = 0; drop it, or set gamma > 0")
+        return self
+
+    @property
+    def gamma_value(self) -> float:
+        """γ as a number."""
+        if isinstance(self.gamma, str):
+            multiple = MULTIPLE.match(self.gamma)
+            assert multiple, "validated above"
+            return self.beta * float(multiple.group(1))
+        return self.gamma
+
+    def coefficients(self) -> dict[str, Any]:
+        """Return the keyword arguments of `objective.preference_loss` (all but the tensors)."""
+        keep = self.model_dump(exclude={"preset", "gamma", "margin_scale"})
+        return {**keep, "gamma": self.gamma_value}
+
+
+class MixoutSection(Section):
+    """Mixout toward the reference."""
+
+    p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("p")
+    @classmethod
+    def _not_built_yet(cls, p: float) -> float:
+        if p:
+            raise ValueError(f"p is {p}: this version has no mixout yet; set p: 0")
+        return p
+
+
+class TrainSection(Section):
+    """The optimizer's side. Micro-batches are found from a token budget; accumulation is derived, never typed."""
+
+    epochs: Positive = 1.0
+    max_steps: Count | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs.")
+    learning_rate: Positive = Field(2.0e-5, description="Ten times what full fine-tuning takes, as usual for LoRA.")
+    pairs_per_step: Count = Field(64, description="Pairs per optimizer step (the batch size), whatever the split.")
+    tokens_per_microbatch: Count = Field(
+        4096,
+        description="Most tokens, padding included, in one forward; a longer pair goes alone. At 4096 the logits of a "
+        "128k vocabulary take about 5 GB.",
+    )
+    optimizer: Literal["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "sgd"] = "adamw_torch"
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the steps; as Zephyr's DPO recipe.")
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = Field(1.0, description="0 for no clipping.")
+    gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: on with a GPU, off on a CPU.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    eval_every: Count | None = Field(None, description="Steps between evaluations; default: a tenth of the run.")
+    save_every: Count | None = Field(None, description="Steps between checkpoints; default: a tenth of the run.")
+    keep_checkpoints: Count = Field(2, description="Newest checkpoints kept; one may be torn by a kill, two may not.")
+    log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
+    report_to: list[str] = Field(default_factory=list, description="Trackers of transformers: tensorboard, wandb, …")
+
+
+class Recipe(Section):
+    """A complete, checked request for one training run."""
+
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    loss: LossSection = LossSection()
+    mixout: MixoutSection = MixoutSection()
+    train: TrainSection = TrainSection()
+    output: str = Field(min_length=1, description="Folder of the run.")
+
+    @model_validator(mode="after")
+    def _training_can_start(self) -> "Recipe":
+        reason = dead_start(self)
+        if reason:
+            raise ValueError(reason)
+        return self
+
+
+def dead_start(recipe: Recipe) -> str | None:
+    """Return why no pair can move this run from its first step, or None.
+
+    With π = π0 the score is (β−γ)·Δ0 − margin; with γ = β and margin 0 it is exactly 0 for every pair, the kink of the hinge,
+    where the subgradient is 0.
+    """
+    loss = recipe.loss
+    policy_is_reference = recipe.adapter.start is None or recipe.adapter.reference == "adapter"
+    score_is_zero = (
+        loss.gamma_value == loss.beta
+        and loss.margin == 0
+        and loss.margin_scale == 0
+        and loss.length_penalty == 0
+        and (loss.reference_floor is None or loss.reference_floor == -math.inf)
+    )
+    if loss.link in ("hinge", "squared") and policy_is_reference and score_is_zero and loss.sft_weight == 0:
+        return (
+            f"loss.gamma: with link {loss.link}, gamma = beta and margin 0 every pair starts with zero gradient "
+            "(policy = reference), so nothing would ever be learned; set margin > 0, or gamma different from beta"
+        )
+    return None
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Return what is allowed but probably not meant, in words."""
+    loss = recipe.loss
+    found = []
+    if loss.link == "hinge" and loss.gamma_value == 0 and loss.margin <= 0 and loss.margin_scale == 0:
+        found.append("loss: hinge with gamma 0 and margin 0 is content with the uniform policy; set margin > 0")
+    if loss.gamma_value == 0 and loss.reduce == "sum" and loss.margin == 0 and loss.sft_weight == 0:
+        found.append("loss: with gamma 0 and summed log-probs shorter answers win; consider reduce: mean with a margin (simpo)")
+    return found

@@ -1,0 +1,122 @@
+"""YAML as people mean it: every value knows its line, and nothing surprising is accepted in silence.
+
+PyYAML follows YAML 1.1, in which `5e-6` is a string, `no` is false, `010` is eight, `12:30:45` is a number and a repeated key
+wins over the first. Here numbers and booleans follow YAML 1.2, and repeated keys, tags, anchors and aliases are errors.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import yaml
+
+from pe_dpo.errors import RecipeError
+
+Path = tuple[str | int, ...]
+
+
+class Document(NamedTuple):
+    """A parsed YAML mapping and the line on which each of its values stands."""
+
+    values: dict[str, Any]
+    lines: dict[Path, int]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader with the scalar types of YAML 1.2."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (the name PyYAML reads)
+
+
+_BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+_INTEGER = re.compile(r"^[-+]?[0-9]+$")
+_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_document(text: str, where: str) -> Document:
+    """Return the mapping in `text` with the line of every value.
+
+    Args:
+        text: the YAML.
+        where: name of the file, for messages.
+
+    Raises:
+        RecipeError: not YAML, not a mapping, or a repeated key, tag, anchor or alias.
+    """
+    try:
+        _refuse_anchors(text, where)
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise RecipeError(f"{where}:{line}: not readable as YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{where}: a recipe is a mapping of sections (model, data, loss, …); found {_kind(node)}")
+    lines: dict[Path, int] = {}
+    return Document(values=_construct(node, (), lines, where), lines=lines)
+
+
+def parse_scalar(text: str, where: str) -> Any:
+    """Return the value of one `--set key=VALUE`, read by the same rules as a recipe.
+
+    Raises:
+        RecipeError: not YAML.
+    """
+    return parse_document(f"value: {text}", where).values["value"]
+
+
+def _refuse_anchors(text: str, where: str) -> None:
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            raise RecipeError(f"{where}:{line}: anchors and aliases (&, *) are not used in recipes; write the value out")
+
+
+def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], where: str) -> Any:
+    line = node.start_mark.line + 1
+    lines.setdefault(path, line)
+    if isinstance(node, yaml.MappingNode):
+        return _construct_mapping(node, path, lines, where)
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, (*path, index), lines, where) for index, item in enumerate(node.value)]
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    text = str(node.value)
+    if kind == "str":
+        return text
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return int(text)
+    if kind == "float":
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    raise RecipeError(f"{where}:{line}: the YAML tag {node.tag} is not used in recipes; write a plain value")
+
+
+def _construct_mapping(node: yaml.MappingNode, path: Path, lines: dict[Path, int], where: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{where}:{line}: a key must be a plain word; found {_kind(key_node)}")
+        key = str(key_node.value)
+        if key in values:
+            raise RecipeError(f"{where}:{line}: {key} is set twice (first on line {lines[(*path, key)]}); keep one")
+        lines[(*path, key)] = line
+        values[key] = _construct(value_node, (*path, key), lines, where)
+    return values
+
+
+def _kind(node: yaml.Node | None) -> str:
+    if node is None:
+        return "an empty file"
+    if isinstance(node, yaml.ScalarNode):
+        return f"the text {node.value!r}"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
