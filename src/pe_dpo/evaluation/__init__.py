@@ -1,0 +1,1 @@
+"""Held-out pairs under policy and reference, with intervals; generation to look at."""

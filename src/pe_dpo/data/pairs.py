@@ -1,0 +1,100 @@
+"""A preference pair as its row says it, and as the token ids that are scored.
+
+    row  --shapes-->  Pair(prompt, chosen, rejected)  --encoding-->  EncodedPair(prompt_ids, chosen_ids, rejected_ids)
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pe_dpo.errors import DataError
+
+Message = Mapping[str, Any]
+Turns = tuple[Message, ...]
+Text = str | Turns
+
+
+class RowFlaw(DataError):
+    """One row cannot be used; the message says what was found and what to do, its reader adds where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One row understood, before tokenization.
+
+    Args:
+        prompt: Plain text, or the messages before the answers.
+        chosen: The preferred answer, of the same kind as the prompt.
+        rejected: The other answer, of the same kind as the prompt.
+        margin: How much better the chosen answer is, from the `margin` column or as the difference of two scores;
+            None when the row does not say.
+        tools: Function descriptions in OpenAI's form, handed to the chat template; None without.
+        where: The row for people: `train.jsonl:17` (a line) or `x.parquet row 3` (counted from 1).
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    margin: float | None
+    tools: list[Any] | None
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """One pair as token ids; prompt + answer is what the model reads.
+
+    Args:
+        prompt_ids: int32 (P,), P >= 1; begins with exactly one BOS when plain text is read by a tokenizer that adds one.
+        chosen_ids: int32 (C,), C >= 1; ends with an end token when the tokenizer has one.
+        rejected_ids: int32 (R,), as `chosen_ids`.
+        margin: The pair's margin, 0.0 when its row gives none.
+        where: The row for people.
+        prompt_key: sha256 of the prompt as the row says it; equal for all pairs of one prompt.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    margin: float
+    where: str
+    prompt_key: str
+
+
+def kind_words(value: Any) -> str:
+    """What a cell is, for people: `text`, `a list`, `the number 5`."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "text" if isinstance(value, str) else "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def prompt_key(prompt: Text) -> str:
+    """The sha256, in hex, of a prompt's canonical form: the text itself, or its messages as sorted JSON."""
+    canonical = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def data_hash(encoded: Sequence[EncodedPair]) -> str:
+    """The sha256, in hex, over the token ids and margins of all pairs in their order.
+
+    Args:
+        encoded: The pairs of one side.
+
+    Returns:
+        64 hex digits; the same data through another file format or row name hashes the same.
+    """
+    digest = hashlib.sha256()
+    for pair in encoded:
+        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids.astype("<i4").tobytes())
+        digest.update(np.float64(pair.margin).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,194 @@
+"""Policy and reference from one base: adapters on is π, adapters off (or their frozen copy) is π0."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pe_dpo.errors import ModelError
+
+POLICY = "default"
+"""Name of the trained adapter; PEFT's own default, so that what is saved loads in plain PEFT."""
+REFERENCE = "reference"
+"""Name of the frozen copy when the reference is an adapter."""
+
+
+def attach_adapter(
+    base: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    init: str = "default",
+    seed: int = 0,
+) -> Any:
+    """Return the base with a fresh LoRA adapter in float32, as a PEFT model; B = 0, so that π = π0.
+
+    Args:
+        base: a loaded base.
+        rank: r.
+        alpha: LoRA's alpha; the update is scaled by alpha / rank.
+        dropout: on the adapter's input, per token.
+        targets: "all-linear" (all but the head), or names of modules.
+        init: "default" or "gaussian", both with B = 0.
+        seed: of A.
+
+    Raises:
+        ModelError: no module matches the targets, or one of a kind that LoRA cannot adapt.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian" if init == "gaussian" else True,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = get_peft_model(base, config, adapter_name=POLICY)
+        except ValueError as error:
+            raise ModelError(f"adapter.targets: {str(error).splitlines()[0]}") from error
+    return _in_float32(model).train()
+
+
+def start_from_adapter(base: nn.Module, folder: str | Path, *, reference: Literal["base", "adapter"]) -> Any:
+    """Return the base with a finished adapter to train on, and a frozen copy of it if that is the reference.
+
+    Args:
+        base: a loaded base, the one that the adapter was trained on.
+        folder: the adapter, as PEFT saves it.
+        reference: "base" for the raw base, "adapter" for the base with the frozen copy.
+
+    Raises:
+        ModelError: no LoRA adapter there, one with trained biases or full modules (which stay on when adapters are off), one
+            that changed its base when it was made, or one that does not fit the base.
+    """
+    from peft import PeftModel
+
+    check_adapter(folder)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=True)
+        if reference == "adapter":
+            model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    return _in_float32(model).train()
+
+
+def check_adapter(folder: str | Path) -> Any:
+    """Return the PEFT config of a LoRA adapter whose reference is well defined.
+
+    Raises:
+        ModelError: as `start_from_adapter`.
+    """
+    from peft import PeftConfig
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: no adapter_config.json there; an adapter is a folder as PEFT or pe-dpo saves it")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder}: its adapter_config.json cannot be read: {error}") from error
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise ModelError(f"{folder}: is a {kind} adapter; only LoRA is supported")
+    if config.bias != "none":
+        raise ModelError(f"{folder}: has bias={config.bias}, which stays on when adapters are off and moves the reference")
+    if config.modules_to_save:
+        raise ModelError(f"{folder}: trains whole modules ({', '.join(config.modules_to_save)}); only LoRA is supported")
+    if config.use_dora:
+        raise ModelError(f"{folder}: is a DoRA adapter; only plain LoRA is supported")
+    init = str(config.init_lora_weights)
+    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ModelError(f"{folder}: was initialised by {init}, which changed its base; the base on disk is not its reference")
+    return config
+
+
+def load_adapter_for_evaluation(base: nn.Module, folder: str | Path) -> Any:
+    """Return the base with a finished adapter, nothing trainable, in eval mode.
+
+    Raises:
+        ModelError: as `start_from_adapter`.
+    """
+    from peft import PeftModel
+
+    check_adapter(folder)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    if (Path(folder) / REFERENCE).is_dir():
+        model.load_adapter(str(Path(folder) / REFERENCE), adapter_name=REFERENCE, is_trainable=False)
+    return _in_float32(model).eval()
+
+
+@contextmanager
+def as_reference(model: Any) -> Iterator[Any]:
+    """Within the block, without gradients, `model` is the reference π0; afterwards it is the policy again, trainable as before.
+
+    π0 is the base with the frozen copy where there is one, else the base alone.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        try:
+            if REFERENCE in model.peft_config:
+                model.set_adapter(REFERENCE, inference_mode=True)
+                yield model
+            else:
+                with model.disable_adapter():
+                    yield model
+        finally:
+            model.set_adapter(POLICY, inference_mode=True)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+
+def save_adapter(model: Any, folder: str | Path) -> None:
+    """Write the trained adapter as plain PEFT files, and the frozen copy into a subfolder where there is one.
+
+    Embedding layers are never saved: they are the base's.
+    """
+    names = [POLICY, *([REFERENCE] if REFERENCE in model.peft_config else [])]
+    model.save_pretrained(str(folder), selected_adapters=names, save_embedding_layers=False)
+
+
+def restore_adapter(model: Any, folder: str | Path) -> None:
+    """Load the weights of a saved adapter into the trained one, exactly.
+
+    Raises:
+        ModelError: a tensor is missing, left over, or of another shape.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    wanted = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    if weights.keys() != wanted.keys():
+        different = sorted(weights.keys() ^ wanted.keys())
+        raise ModelError(f"{folder}: does not fit this run's adapter; differing tensors: {', '.join(different[:3])}, …")
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            raise ModelError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the run has {tuple(wanted[name].shape)}")
+    set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trained parameters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _in_float32(model: Any) -> Any:
+    """Adapters in float32 whatever they were saved in: in bfloat16 most of Adam's small steps round to nothing."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model

@@ -1,0 +1,190 @@
+"""The base model: found, loaded once, quantized if asked, and kept from changing behind our back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from pe_dpo.errors import ModelError
+
+Quantize = Literal["auto", "nf4", "int8", "none"]
+
+LARGE_BASE = 1_000_000_000
+"""Parameters from which `quantize: auto` means nf4: below, 16-bit weights take under 2 GB anyway."""
+
+
+class BaseFacts(NamedTuple):
+    """What is known of a base before its weights are read."""
+
+    config: Any
+    parameters: int
+    context_length: int | None
+    quantize: Literal["nf4", "int8", "none"]
+    dtype: torch.dtype
+
+
+def inspect_base(
+    base: str, *, revision: str | None = None, quantize: Quantize = "auto", dtype: str = "auto"
+) -> BaseFacts:
+    """Return what the configuration of a base says, without loading its weights.
+
+    Args:
+        base: path or hub id.
+        revision: branch, tag or commit of a hub id.
+        quantize: "auto" means nf4 from LARGE_BASE parameters on.
+        dtype: "auto" means bfloat16 on a GPU that has it, else float32.
+
+    Raises:
+        ModelError: nothing there, not a causal language model, or quantized by another library.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
+        raise ModelError(f"{base}: is an adapter, not a base; name its base in model.base and the adapter in adapter.start")
+    if base.startswith((".", "/", "~")) and not Path(base).exists():
+        raise ModelError(f"{base}: no such folder; model.base is a folder with config.json, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{base}: no model found there: {_first_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{base}: {config.model_type} is not a causal language model of this transformers version")
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method is not None:
+        raise ModelError(
+            f"{base}: is already quantized ({method}); name the original base and let model.quantize do it, so that the run "
+            "knows exactly which weights it trained on"
+        )
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    text = config.get_text_config()
+    return BaseFacts(
+        config=config,
+        parameters=parameters,
+        context_length=getattr(text, "max_position_embeddings", None),
+        quantize=quantize if quantize != "auto" else "nf4" if parameters >= LARGE_BASE else "none",
+        dtype=compute_dtype(dtype),
+    )
+
+
+def compute_dtype(dtype: str) -> torch.dtype:
+    """Return the dtype to compute in; "auto" is bfloat16 on a GPU that has it and float32 elsewhere.
+
+    Not float16: with float32 adapters and no loss scaling its small gradients vanish.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def load_base(base: str, facts: BaseFacts, *, revision: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """Return the base with frozen weights, in train mode, without dropout of its own.
+
+    Dropout of the base would make policy and reference differ at step 0. What the recipe asks of the adapter's dropout is
+    another matter and is done.
+
+    Raises:
+        ModelError: the weights cannot be read, or do not fit the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base,
+            revision=revision,
+            dtype=facts.dtype,
+            device_map={"": device},
+            quantization_config=_quantization(facts),
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{base}: cannot be loaded: {_first_line(error)}") from error
+    keep_weights_unpacked(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.requires_grad_(False).train()
+
+
+def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
+    """Return the tokenizer that lies beside a base or an adapter.
+
+    Raises:
+        ModelError: none there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{base}: no tokenizer found there: {_first_line(error)}") from error
+
+
+def end_token_ids(base: str, *, revision: str | None = None) -> list[int]:
+    """Return the tokens at which the base stops generating, as its generation config says; empty if it says nothing."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(base, revision=revision).eos_token_id
+    except OSError:  # many bases have no generation config
+        return []
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield name and module of every 4-bit linear layer."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            yield name, module
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Switch off bitsandbytes' repacking of 4-bit weights on CPUs with avx512_bf16.
+
+    There, the first forward in eval mode whose input needs no gradient rewrites the weights for a kernel that has no
+    backward: LoRA gradients are then wrong by 94 %, and merging returns another model, both without an error. The attribute
+    is public and per layer. bitsandbytes 0.50.2; remove when its packing keeps a backward.
+    """
+    for _, layer in four_bit_layers(model):
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def check_weights_unpacked(model: nn.Module) -> None:
+    """Check that no 4-bit weight was repacked; call before training, saving and merging.
+
+    Raises:
+        ModelError: naming the first layer whose weights were repacked, by an evaluation outside this program, say.
+    """
+    for name, layer in four_bit_layers(model):
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ModelError(
+                f"{name}: its 4-bit weights were repacked for the CPU's inference kernel, which has no gradient; load the base "
+                "again and call keep_weights_unpacked before the first forward"
+            )
+
+
+def _quantization(facts: BaseFacts) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if facts.quantize == "none":
+        return None
+    if facts.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=facts.dtype,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

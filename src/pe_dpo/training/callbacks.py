@@ -1,0 +1,59 @@
+"""Callbacks of a run: metrics into metrics.jsonl, and a signal turned into a checkpoint."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from pe_dpo.training.run_folder import append_metrics
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every logged line to metrics.jsonl of the main process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Append the line with its step."""
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            append_metrics(self.folder, {"step": state.global_step, **logs})
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM or SIGINT finishes the step, saves a checkpoint and stops; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start to listen; outside the main thread signals are somebody else's."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask for a checkpoint and the end when a signal came."""
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop listening."""
+        self.restore()

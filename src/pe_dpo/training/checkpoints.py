@@ -1,0 +1,119 @@
+"""Checkpoints that are whole or not there: staged, hashed, renamed; the newest that verifies is the one resumed from.
+
+    .staging/checkpoint-30/ … files, fsync … MANIFEST.json (size and sha256 of each) … fsync … rename → checkpoint-30/
+
+A kill at any moment leaves the last checkpoint intact and at most something in .staging, which the next save sweeps away.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from pe_dpo.errors import RunFolderError
+
+MANIFEST = "MANIFEST.json"
+_PREFIX = "checkpoint-"
+
+
+def staging_folder(run: Path) -> Path:
+    """Return where a checkpoint is put together, as a folder of its final name."""
+    return run / ".staging"
+
+
+def commit_checkpoint(run: Path, step: int) -> Path:
+    """Seal the staged checkpoint of a step with a manifest and give it its final name, atomically."""
+    final = run / f"{_PREFIX}{step}"
+    staged = staging_folder(run) / final.name
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    manifest = {
+        "step": step,
+        "files": {str(path.relative_to(staged)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+    }
+    for path in files:
+        _fsync(path)
+    write_atomically(staged / MANIFEST, json.dumps(manifest, indent=1))
+    _fsync(staged)
+    if final.exists():
+        shutil.rmtree(final)
+    staged.rename(final)
+    _fsync(run)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the sealed checkpoints of a run, oldest first."""
+    found = [path for path in run.glob(f"{_PREFIX}*") if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the optimizer step after which a checkpoint was taken."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """Return what is wrong with a checkpoint's files against its manifest; empty for a whole one."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
+    found = []
+    for name, expected in files:
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != expected["bytes"]:
+            found.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        elif _sha256(path) != expected["sha256"]:
+            found.append(f"{name} is not what was written")
+    return found
+
+
+def newest_whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that verifies (None if there is none), and a line for each newer one passed over.
+
+    Raises:
+        RunFolderError: there are checkpoints, but not one of them is whole.
+    """
+    passed_over = []
+    for checkpoint in reversed(checkpoints(run)):
+        problems = faults(checkpoint)
+        if not problems:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint}: passed over: {problems[0]}")
+    if passed_over:
+        raise RunFolderError("no checkpoint of this run is whole:\n" + "\n".join(passed_over))
+    return None, []
+
+
+def keep_newest(run: Path, count: int) -> None:
+    """Remove all but the newest `count` checkpoints, and what a kill left of unfinished ones."""
+    for checkpoint in checkpoints(run)[:-count]:
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(staging_folder(run), ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

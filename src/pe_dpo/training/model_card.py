@@ -1,0 +1,53 @@
+"""The model card of a run: what it is, how it was trained, what it does on held-out pairs."""
+
+from collections.abc import Mapping
+
+from pe_dpo.evaluation.pairs import wilson_interval
+from pe_dpo.recipe import Recipe, describe, recipe_to_yaml
+
+
+def model_card(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Return the card as markdown with the metadata that hubs read."""
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {recipe.model.base}",
+            "library_name: peft",
+            "pipeline_tag: text-generation",
+            "tags: [lora, preference-optimization, pe-dpo]",
+            "---",
+            "",
+            "# A LoRA adapter trained on preference pairs",
+            "",
+            f"Base: `{recipe.model.base}`. Trained by pe-dpo on `{recipe.data.train}`.",
+            "",
+            "## Loss",
+            "",
+            *(f"- {line}" for line in describe(recipe.loss).lines()),
+            "",
+            "## Held-out pairs",
+            "",
+            *_table(before, after),
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            recipe_to_yaml(recipe).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _table(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    if not after:
+        return ["No pairs were held out."]
+    pairs = int(after["pairs"])
+    rows = [f"{pairs} pairs; 95 % Wilson intervals.", "", "| | before | after |", "|---|---|---|"]
+    for key, title in (("accuracy/policy", "accuracy (summed log-probs)"), ("accuracy/policy_per_token", "accuracy (per token)")):
+        cells = []
+        for metrics in (before, after):
+            low, high = wilson_interval(metrics[key], pairs)
+            cells.append(f"{metrics[key]:.3f} [{low:.3f}, {high:.3f}]")
+        rows.append(f"| {title} | {cells[0]} | {cells[1]} |")
+    return [*rows, f"| loss | {before['loss']:.4f} | {after['loss']:.4f} |"]

@@ -1,0 +1,166 @@
+"""The folder of one run: who may write into it, what stands in run.json, and how its metrics are kept.
+
+    adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEFT loads
+    README.md            model card
+    recipe.yaml          resolved; training it again repeats the run
+    run.json             status, versions, hashes, reference card, held-out metrics before and after
+    metrics.jsonl        one line per logged step and per evaluation
+    data_report.json     what became of every row
+    eval_pairs.parquet   held-out pairs one by one
+    checkpoint-N/        to resume from
+"""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pe_dpo.errors import RunFolderError
+from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml
+from pe_dpo.training.checkpoints import write_atomically
+
+RUN_FILE, RECIPE_FILE, METRICS_FILE = "run.json", "recipe.yaml", "metrics.jsonl"
+
+FREE_TO_CHANGE = (
+    "output",
+    "train.tokens_per_microbatch",
+    "train.gradient_checkpointing",
+    "train.keep_checkpoints",
+    "train.save_every",
+    "train.eval_every",
+    "train.log_every",
+    "train.report_to",
+)
+"""Settings that a resumed run may have otherwise: none of them changes what is learned."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """Hold the run folder for this process; it is made if need be.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from error
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunFolderError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder ready for a fresh run or a resumed one.
+
+    Args:
+        folder: locked by this process.
+        recipe: of the run.
+        resume: go on with the run that lies there.
+        overwrite: remove the run that lies there.
+
+    Raises:
+        RunFolderError: something lies there and neither was asked for, it is not a run, or it is a run of another recipe.
+    """
+    taken = [path for path in folder.iterdir() if path.name != ".lock"]
+    if resume:
+        _check_same_recipe(folder, recipe)
+        return
+    is_run = (folder / RUN_FILE).is_file()
+    if taken and not is_run:
+        raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
+    if taken and not overwrite:
+        raise RunFolderError(f"{folder}: holds a run already; --resume goes on with it, --overwrite removes it, --output moves")
+    for path in taken:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
+
+
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    if not (folder / RECIPE_FILE).is_file():
+        raise RunFolderError(f"{folder}: there is no run to resume; leave --resume out")
+    old = recipe_from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"), str(folder / RECIPE_FILE))
+    difference = recipe_difference(old, recipe, ignore=FREE_TO_CHANGE)
+    if difference:
+        raise RunFolderError(
+            f"{folder}: was trained with other settings, so going on would be neither run:\n  "
+            + "\n  ".join(difference)
+            + "\nuse the old settings, or another --output"
+        )
+
+
+def check_same_inputs(folder: Path, **hashes: str) -> None:
+    """Check that a resumed run sees the data and the base that it started with.
+
+    Raises:
+        RunFolderError: naming what differs.
+    """
+    recorded = read_run(folder).get("hashes", {})
+    changed = [name for name, value in hashes.items() if name in recorded and recorded[name] != value]
+    if changed:
+        lines = "\n".join(f"  {name}: {recorded[name][:12]} → {hashes[name][:12]}" for name in changed)
+        raise RunFolderError(
+            f"{folder}: the run started with other inputs (sha256):\n{lines}\nrestore them, or start anew with another --output"
+        )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what run.json says.
+
+    Raises:
+        RunFolderError: there is none, or it is not readable.
+    """
+    try:
+        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{folder / RUN_FILE}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise RunFolderError(f"{folder / RUN_FILE}: is not a run record")
+    return content
+
+
+def update_run(folder: Path, **entries: Any) -> None:
+    """Set entries of run.json, atomically."""
+    current = read_run(folder) if (folder / RUN_FILE).is_file() else {}
+    write_atomically(folder / RUN_FILE, json.dumps({**current, **entries}, indent=1, ensure_ascii=False))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = ("pe-dpo", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": sys.version.split()[0], "platform": platform.platform(), **found}
+
+
+def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in whole]
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Drop the lines after a step, which the resumed run will write again."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
+    write_atomically(folder / METRICS_FILE, "".join(kept))

@@ -1,0 +1,86 @@
+"""What must hold before the first step: policy = reference where they should be, a loss that is alive, no γ out of scale."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from pe_dpo.data.batches import pad, split_by_tokens
+from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.errors import ModelError, TrainingError
+from pe_dpo.evaluation.pairs import score_loss
+from pe_dpo.model.adapter import as_reference
+from pe_dpo.model.scoring import pair_logprobs
+
+TOLERANCE = 1e-6
+"""Largest |log π − log π0| at step 0, per nat: on a CPU it is exactly 0, and every known fault is above 1e-5."""
+
+
+class StartCheck(NamedTuple):
+    """Step 0 in numbers."""
+
+    pairs: int
+    largest_difference: float | None
+    """max |log π − log π0| over both answers, nats; None where the two need not agree, or γ = 0."""
+    loss: float
+    score: float
+    """Mean z."""
+
+
+def check_start(
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    *,
+    token_budget: int,
+    device: torch.device | str,
+    coefficients: Mapping[str, Any],
+    margin_scale: float,
+    policy_is_reference: bool,
+) -> StartCheck:
+    """Return step 0 in numbers, from one micro-batch in train mode (adapter dropout on: B = 0 keeps π = π0).
+
+    Args:
+        model: the PEFT model before its first step.
+        pairs: of the first optimizer step.
+        token_budget: as in training.
+        device: of the model.
+        coefficients: of the loss.
+        margin_scale: of the data's margin column.
+        policy_is_reference: whether π = π0 by construction; false when training starts from an adapter against the raw base.
+
+    Raises:
+        ModelError: π and π0 differ although they must not: the reference is not what it should be.
+        TrainingError: no pair pulls at all (say, a hinge whose margin column is 0 everywhere), or a loss is not finite.
+    """
+    batch = [pairs[index] for index in split_by_tokens(pairs, token_budget)[0]]
+    tensors = pad(batch).to(device)
+    model.train()
+    with torch.no_grad():
+        policy = pair_logprobs(model, *tensors)
+    reference, difference = None, None
+    if coefficients["gamma"] != 0:
+        with as_reference(model) as frozen:
+            reference = pair_logprobs(frozen, *tensors)
+        if policy_is_reference:
+            difference = max(_largest(policy.chosen, reference.chosen), _largest(policy.rejected, reference.rejected))
+    scale = 1.0 + float(torch.cat([policy.chosen, policy.rejected]).abs().max())
+    if difference is not None and not difference <= TOLERANCE * scale:
+        raise ModelError(
+            f"before training, policy and reference differ by {difference:.3g} nats on one batch, so the reference is not the "
+            "model that training starts from. Load the base unchanged and give the adapter B = 0, or name adapter.reference"
+        )
+    margins = torch.tensor([pair.margin for pair in batch], dtype=torch.float64, device=device)
+    out = score_loss(policy, reference, margins, coefficients, margin_scale)
+    if not out.loss.isfinite().all():
+        bad = [pair.where for pair, finite in zip(batch, out.loss.isfinite().tolist(), strict=True) if not finite]
+        raise TrainingError(f"before training, the loss is not finite for {', '.join(bad[:5])}; look at these rows")
+    if not out.weight.any() and not out.score.any() and coefficients["sft_weight"] == 0:
+        raise TrainingError(
+            f"before training, all {len(batch)} pairs have score 0 and pull with weight 0: with link {coefficients['link']} "
+            "nothing would ever be learned; set loss.margin > 0, or gamma different from beta"
+        )
+    return StartCheck(len(batch), difference, float(out.loss.mean()), float(out.score.mean()))
+
+
+def _largest(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max())
