@@ -1,0 +1,42 @@
+"""The front door: one small function per command; each imports the room it needs when it runs.
+
+Only this room prints. It turns the errors of `pe_dpo.errors` into one message and an exit code: 0 ok, 1 findings or a failed
+run, 2 usage.
+"""
+
+import sys
+
+import typer
+
+from pe_dpo.cli.check import check
+from pe_dpo.cli.evaluate import evaluate
+from pe_dpo.cli.quickstart import quickstart
+from pe_dpo.cli.recipes import recipes
+from pe_dpo.cli.train import train
+from pe_dpo.errors import PeDpoError
+
+app = typer.Typer(
+    name="pe-dpo",
+    help="Fine-tune a language model on preference pairs, on one GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(quickstart)
+app.add_typer(recipes, name="recipes")
+app.command()(check)
+app.command()(train)
+app.command("eval")(evaluate)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    try:
+        app()
+    except PeDpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -76,6 +76,8 @@ def _row_from_line(where: str, line: bytes) -> Row:
     except json.JSONDecodeError as error:
         cut = "" if line.endswith(b"\n") else "; the file ends inside this row, so it may have been cut: fetch it again"
         return Row(where, {}, f"is not valid JSON: {error.msg} at column {error.colno}{cut}")
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        return Row(where, {}, f"is not valid JSON: {error}")
     except RecursionError:
         return Row(where, {}, "is nested too deeply to be read; a row is one flat object")
     return _row_from_value(where, value)
@@ -95,8 +97,8 @@ def _read_json(path: Path) -> Iterator[Row]:
             return
         raise DataError(f"{path.name}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}; "
                         "if the file ends there it may have been cut: fetch it again") from error
-    except RecursionError as error:
-        raise DataError(f"{path.name}: is nested too deeply to be read; a list of flat objects is due") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name}: cannot be read ({error}); a list of flat objects is due") from error
     if isinstance(document, dict):
         document = document["data"] if isinstance(document.get("data"), list) else [document]
     if not isinstance(document, list):

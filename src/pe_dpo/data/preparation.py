@@ -162,5 +162,6 @@ def _note_oddities(encoded: Sequence[EncodedPair], report: DataReport) -> None:
             report.note("contradicts an earlier pair (a over b, b over a)", pair.where)
         seen.add((pair.prompt_key, chosen, rejected))
         shorter, longer = sorted((pair.chosen_ids, pair.rejected_ids), key=len)
-        if (shorter[:-1] == longer[: len(shorter) - 1]).all():
+        size = len(shorter) - (1 if shorter[-1] == longer[-1] else 0)  # without the end token
+        if (shorter[:size] == longer[:size]).all():
             report.note("one answer is the beginning of the other", pair.where)

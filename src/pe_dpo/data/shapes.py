@@ -245,8 +245,8 @@ def _read_number(value: Any, column: str) -> float | None:
     if value is None or value == "":
         return None
     try:
-        number = math.nan if isinstance(value, bool | list | dict) else float(value)
-    except ValueError:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise RowFlaw(f"column '{column}' is {value!r}; a finite number is due (null where there is none)")

@@ -2,10 +2,11 @@
 
 from pe_dpo.objective.logprobs import AnswerLogprobs, answer_logprobs, token_logprobs
 from pe_dpo.objective.loss import PreferenceLoss, apply_link, preference_loss
-from pe_dpo.objective.regimes import QUADRANTS, Quadrant, RegimeTable, is_dead, regime_table, share_right
+from pe_dpo.objective.regimes import QUADRANT_TITLES, QUADRANTS, Quadrant, RegimeTable, is_dead, regime_table, share_right
 
 __all__ = [
     "QUADRANTS",
+    "QUADRANT_TITLES",
     "AnswerLogprobs",
     "PreferenceLoss",
     "Quadrant",

@@ -39,7 +39,7 @@ def answer_logprobs(
         float32 sum of 350 tokens is off by 1e-3 nats, as much as a small adapter moves.
 
     Raises:
-        ValueError: shapes differ, or `completion_mask` marks position 0 or padding.
+        ValueError: shapes differ, padding is not on the right, or `completion_mask` marks position 0 or padding.
     """
     _check_masks(input_ids, attention_mask, completion_mask)
     scored = completion_mask[:, 1:].bool()
@@ -73,5 +73,7 @@ def _check_masks(input_ids: Tensor, attention_mask: Tensor, completion_mask: Ten
         raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T); found {shapes}")
     if completion_mask[:, 0].any():
         raise ValueError("completion_mask marks position 0, which nothing precedes: an answer needs a prompt or a BOS")
+    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask has padding before tokens: rows must be padded on the right")
     if (completion_mask.bool() & ~attention_mask.bool()).any():
         raise ValueError("completion_mask marks padding: it must be 0 wherever attention_mask is 0")

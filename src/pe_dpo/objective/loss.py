@@ -33,7 +33,8 @@ class PreferenceLoss(NamedTuple):
     rejected_reward: Tensor
     """The same for the rejected answer, detached."""
     weight: Tensor
-    """−∂loss/∂(β·Δπ) without the SFT term: how hard this pair pulls, detached."""
+    """−∂loss/∂(β·Δπ) without the SFT term: how hard this pair pulls, detached; negative where it pulls back (squared link
+    beyond its target, smoothing)."""
 
 
 def preference_loss(
@@ -69,7 +70,7 @@ def preference_loss(
         link: "logistic" −log σ(z), "hinge" max(0, −z) with subgradient 0 at z = 0, "squared" z², or any callable
             (B,) → (B,) that decreases where a pair should still be learned.
         reduce: "sum" takes log-probs as they come; "mean" divides each by the length of its answer.
-        chosen_lengths: tokens per chosen answer, (B,); needed by "mean", `sft_weight` and `length_penalty`.
+        chosen_lengths: tokens per chosen answer, (B,), each >= 1; needed by "mean", `sft_weight` and `length_penalty`.
         rejected_lengths: tokens per rejected answer, (B,).
         reference_floor: lower bound of Δ0 (0 gives HyPO); None for no bound.
         label_smoothing: assumed probability ε in [0, ½) that a label is wrong.
@@ -80,7 +81,7 @@ def preference_loss(
         pair_margin: further margin per pair, (B,); it keeps its sign when labels are swapped.
 
     Returns:
-        PreferenceLoss of five (B,) tensors in the dtype of `policy_chosen`.
+        PreferenceLoss of five (B,) tensors in the dtype of `policy_chosen`, to which all other tensors are cast.
 
     Raises:
         ValueError: shapes differ, a needed tensor is missing, or a coefficient is out of range.
@@ -94,7 +95,7 @@ def preference_loss(
         (arXiv 2403.19159) for the length penalty.
     """
     gamma = beta if gamma is None else gamma
-    _check_coefficients(beta, gamma, reference_floor, label_smoothing, label_smoothing_mode, sft_weight)
+    _check_coefficients(beta, gamma, reduce, reference_floor, label_smoothing, label_smoothing_mode, sft_weight)
     if gamma == 0:
         reference_chosen = reference_rejected = None
     elif reference_chosen is None or reference_rejected is None:
@@ -102,7 +103,7 @@ def preference_loss(
     needs_lengths = reduce == "mean" or sft_weight != 0 or length_penalty != 0
     if needs_lengths and (chosen_lengths is None or rejected_lengths is None):
         raise ValueError("chosen_lengths and rejected_lengths are needed by reduce='mean', sft_weight and length_penalty")
-    _check_shapes(
+    tensors = dict(
         policy_chosen=policy_chosen,
         policy_rejected=policy_rejected,
         reference_chosen=reference_chosen,
@@ -111,30 +112,29 @@ def preference_loss(
         rejected_lengths=rejected_lengths,
         pair_margin=pair_margin,
     )
+    _check_shapes(tensors)
+    pi_chosen, pi_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, extra_margin = (
+        torch.zeros_like(policy_chosen) if tensor is None else tensor.to(policy_chosen.dtype) for tensor in tensors.values()
+    )
+    ref_chosen, ref_rejected = ref_chosen.detach(), ref_rejected.detach()
 
-    def preference(chosen: Tensor | None, rejected: Tensor | None) -> Tensor:
-        if chosen is None or rejected is None:
-            return torch.zeros_like(policy_chosen)
-        if reduce == "sum" or chosen_lengths is None or rejected_lengths is None:
+    def preference(chosen: Tensor, rejected: Tensor) -> Tensor:
+        if reduce == "sum":
             return chosen - rejected
         # One division for both answers: two would miss a hinge's kink by a rounding error.
-        return (chosen * rejected_lengths - rejected * chosen_lengths) / (chosen_lengths * rejected_lengths)
+        return (chosen * len_rejected - rejected * len_chosen) / (len_chosen * len_rejected)
 
-    def reward(policy: Tensor, reference: Tensor | None, lengths: Tensor | None) -> Tensor:
-        total = beta * policy if reference is None else beta * policy - gamma * reference
-        return (total / lengths if reduce == "mean" and lengths is not None else total).detach()
+    def reward(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+        total = beta * policy - gamma * reference
+        return (total / lengths if reduce == "mean" else total).detach()
 
-    policy = preference(policy_chosen, policy_rejected)
-    reference = preference(reference_chosen, reference_rejected).detach()
-    constant = margin if pair_margin is None else margin + pair_margin
-    tilt: Tensor | float = 0.0
-    if length_penalty != 0 and chosen_lengths is not None and rejected_lengths is not None:
-        tilt = length_penalty * (chosen_lengths - rejected_lengths)
+    policy, reference = preference(pi_chosen, pi_rejected), preference(ref_chosen, ref_rejected)
+    tilt = length_penalty * (len_chosen - len_rejected)
 
     def signed_score(sign: int, policy: Tensor) -> Tensor:
         """Score of the pair as labelled (sign 1) or with its labels swapped (sign −1)."""
         floored = sign * reference if reference_floor is None else (sign * reference).clamp(min=reference_floor)
-        return beta * sign * policy - gamma * floored - constant + sign * tilt
+        return beta * sign * policy - gamma * floored - margin - extra_margin + sign * tilt
 
     def mixed(policy: Tensor) -> Tensor:
         straight = apply_link(link, signed_score(1, policy))
@@ -146,13 +146,11 @@ def preference_loss(
         return ((1 - label_smoothing) * straight - label_smoothing * swapped) / (1 - 2 * label_smoothing)
 
     loss = mixed(policy)
-    if sft_weight != 0 and chosen_lengths is not None:
-        loss = loss - sft_weight * policy_chosen / chosen_lengths
     return PreferenceLoss(
-        loss=loss,
+        loss=loss if sft_weight == 0 else loss - sft_weight * pi_chosen / len_chosen,
         score=signed_score(1, policy.detach()),
-        chosen_reward=reward(policy_chosen, reference_chosen, chosen_lengths),
-        rejected_reward=reward(policy_rejected, reference_rejected, rejected_lengths),
+        chosen_reward=reward(pi_chosen, ref_chosen, len_chosen),
+        rejected_reward=reward(pi_rejected, ref_rejected, len_rejected),
         weight=-_slope(mixed, policy) / beta,
     )
 
@@ -179,8 +177,8 @@ def apply_link(link: Link, score: Tensor) -> Tensor:
 
 def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """Derivative of an elementwise function, detached."""
-    with torch.enable_grad():
-        point = at.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        point = at.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(point).sum(), point)
     return slope
 
@@ -188,6 +186,7 @@ def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 def _check_coefficients(
     beta: float,
     gamma: float,
+    reduce: str,
     reference_floor: float | None,
     label_smoothing: float,
     label_smoothing_mode: str,
@@ -197,6 +196,8 @@ def _check_coefficients(
         raise ValueError(f"beta is {beta}: it must be > 0")
     if not gamma >= 0:
         raise ValueError(f"gamma is {gamma}: it must be >= 0")
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"reduce is {reduce!r}: expected {' or '.join(get_args(Reduce))}")
     if reference_floor is not None and gamma == 0:
         raise ValueError("reference_floor has no effect with gamma=0: drop it, or set gamma > 0")
     if not 0 <= label_smoothing < 0.5:
@@ -207,7 +208,7 @@ def _check_coefficients(
         raise ValueError(f"sft_weight is {sft_weight}: it must be >= 0")
 
 
-def _check_shapes(**tensors: Tensor | None) -> None:
+def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         raise ValueError(f"one number per pair is needed, all of one shape (B,); found {shapes}")

@@ -13,8 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-QUADRANTS = ("policy_right_reference_right", "policy_right_reference_wrong", "policy_wrong_reference_right",
-             "policy_wrong_reference_wrong")  # fmt: skip
+QUADRANT_TITLES = {
+    "policy_right_reference_right": "both rank right",
+    "policy_right_reference_wrong": "only the policy ranks right (gained)",
+    "policy_wrong_reference_right": "only the reference ranks right (lost)",
+    "policy_wrong_reference_wrong": "both rank wrong",
+}
+"""Key of each cell and what it says in words."""
+QUADRANTS = tuple(QUADRANT_TITLES)
 
 
 class Quadrant(NamedTuple):
@@ -22,7 +28,7 @@ class Quadrant(NamedTuple):
 
     pairs: int
     weight_share: float
-    """Share of the summed gradient weight; 0 when no pair has any weight."""
+    """Share of the summed size of gradient weights; 0 when no pair has any weight, NaN when one is NaN."""
     active: int
     """Pairs whose score is below 0, the ones a hinge still pulls on."""
     mean_score: float
@@ -37,7 +43,7 @@ class RegimeTable(NamedTuple):
     ties: int
     """Pairs with Δπ or Δ0 exactly 0."""
     effective_pairs: float
-    """(Σw)²/Σw²: how many equally weighted pairs would pull as evenly; 0 when no pair has any weight."""
+    """(Σ|w|)²/Σw²: how many equally weighted pairs would pull as evenly; 0 when no pair has any weight."""
     satisfied_early: int
     """Pairs with z >= 0 although Δπ < 0: the loss is content with a wrong order."""
 
@@ -55,21 +61,22 @@ def regime_table(policy_preference: Tensor, reference_preference: Tensor, score:
         Cho, "Continued musing on DPO", the table of γ ≫ 0 against γ = 0; Meng et al. 2024 and HyPO (arXiv 2602.11902) for
         early satisfaction.
     """
-    total = weight.sum()
+    pull = weight.abs()
+    total = pull.sum()
     quadrants = {}
     for name, policy_sign, reference_sign in zip(QUADRANTS, (1, 1, -1, -1), (1, -1, 1, -1), strict=True):
         member = (policy_preference.sign() == policy_sign) & (reference_preference.sign() == reference_sign)
         quadrants[name] = Quadrant(
             pairs=int(member.sum()),
-            weight_share=float(weight[member].sum() / total) if total > 0 else 0.0,
+            weight_share=float(pull[member].sum() / total) if total != 0 else 0.0,
             active=int((member & (score < 0)).sum()),
             mean_score=float(score[member].mean()) if member.any() else float("nan"),
         )
-    squares = weight.square().sum()
+    squares = pull.square().sum()
     return RegimeTable(
         quadrants=quadrants,
         ties=int(((policy_preference == 0) | (reference_preference == 0)).sum()),
-        effective_pairs=float(total.square() / squares) if squares > 0 else 0.0,
+        effective_pairs=float(total.square() / squares) if squares != 0 else 0.0,
         satisfied_early=int(((score >= 0) & (policy_preference < 0)).sum()),
     )
 

@@ -44,7 +44,7 @@ def _table(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]
         return ["No pairs were held out."]
     pairs = int(after["pairs"])
     rows = [f"{pairs} pairs; 95 % Wilson intervals.", "", "| | before | after |", "|---|---|---|"]
-    for key, title in (("accuracy/policy", "accuracy (summed log-probs)"), ("accuracy/policy_per_token", "accuracy (per token)")):
+    for key, title in (("accuracy/policy", "accuracy, summed log-probs"), ("accuracy/policy_per_token", "accuracy, per token")):
         cells = []
         for metrics in (before, after):
             low, high = wilson_interval(metrics[key], pairs)

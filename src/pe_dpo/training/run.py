@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pe_dpo.data import PreparedData, data_hash, prepare_pairs
-from pe_dpo.errors import DataError
+from pe_dpo.data import PreparedData, data_hash
+from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.evaluation.held_out import save_pairs
 from pe_dpo.evaluation.pairs import ScoredPairs, pair_metrics, score_pairs
 from pe_dpo.model.adapter import as_reference, attach_adapter, save_adapter, start_from_adapter
@@ -39,9 +39,6 @@ from pe_dpo.training.run_folder import (
 )
 from pe_dpo.training.start import StartCheck, check_start
 from pe_dpo.training.trainer import OptimizerBatches, PairTrainer
-
-DEFAULT_MAX_LENGTH = 2048
-"""Tokens of prompt and answer where recipe and context allow more; as the DPO recipes of Zephyr and Tülu 3."""
 
 
 class TrainResult(NamedTuple):
@@ -155,44 +152,30 @@ def _train(recipe: Recipe, resume: bool, *, say: Callable[[str], None], callback
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     check_weights_unpacked(model)
     after: dict[str, float] = {}
-    scored = trainer.score_held_out() if data.held_out else None
-    if scored is not None:
-        after = {"loss": float(scored.loss.mean()), **pair_metrics(scored)}
+    final = trainer.score_held_out() if data.held_out else None
+    if final is not None:
+        after = {"loss": float(final.loss.mean()), **pair_metrics(final)}
     remarks += outcome_remarks(before, after)
     result = TrainResult(folder, before, after, start, trainer.state.global_step, stop.received, remarks)
     if args.should_save:
-        _finish(result, recipe, model, tokenizer, data, scored)
+        _finish(result, recipe, model, tokenizer, data, final)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
 def prepare_data(recipe: Recipe, facts: BaseFacts, tokenizer: Any) -> PreparedData:
-    """Return the recipe's pairs as token ids, training and held out.
-
-    Raises:
-        DataError: see `data.prepare_pairs`; or max_length exceeds the model's context.
-    """
-    context = facts.context_length or DEFAULT_MAX_LENGTH
-    wanted = recipe.data.max_length
-    if wanted is not None and wanted > context:
-        raise DataError(f"data.max_length: {wanted} tokens, but the context of {recipe.model.base} is {context}")
-    return prepare_pairs(
-        recipe.data.train,
+    """Return the recipe's pairs as token ids, training and held out."""
+    return prepare_from_settings(
+        recipe.data,
         tokenizer=tokenizer,
-        max_length=wanted or min(DEFAULT_MAX_LENGTH, context),
-        held_out=recipe.data.eval,
-        columns=recipe.data.columns,
-        template=recipe.data.template,
-        overlong=recipe.data.overlong,
-        bad_rows=recipe.data.bad_rows,
+        context_length=facts.context_length,
         end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
-        limit=recipe.data.limit,
     )
 
 
 def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str) -> Any:
     """Return base and adapter on the device, ready to train."""
-    base = load_base(recipe.model.base, facts, revision=recipe.model.revision, device=device)
+    base: Any = load_base(recipe.model.base, facts, revision=recipe.model.revision, device=device)
     checkpointing = recipe.train.gradient_checkpointing
     if torch.device(device).type != "cpu" if checkpointing == "auto" else checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

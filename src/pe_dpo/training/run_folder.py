@@ -140,8 +140,8 @@ def update_run(folder: Path, **entries: Any) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    packages = ("pe-dpo", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
-    found = {name: importlib.metadata.version(name) for name in packages}
+    packages = "pe-dpo torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors"
+    found = {name: importlib.metadata.version(name) for name in packages.split()}
     return {"python": sys.version.split()[0], "platform": platform.platform(), **found}
 
 

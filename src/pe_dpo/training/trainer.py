@@ -83,7 +83,7 @@ class PairTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Every process gets the whole optimizer batch and takes its own share of it in `training_step`."""
         sampler = OptimizerBatches(len(self.train_dataset), self.args.per_device_train_batch_size, self.args.seed)
-        return _EpochLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
+        return _EpochLoader(self.train_dataset, sampler)
 
     def training_step(self, model: Any, inputs: list[EncodedPair], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward over one optimizer step's pairs; return the step's loss, detached."""
@@ -234,5 +234,6 @@ class OptimizerBatches(Sampler[list[int]]):
 class _EpochLoader(DataLoader):
     """A loader that passes the epoch on to its batches, as Trainer asks of accelerate's loaders."""
 
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+    def __init__(self, pairs: Sequence[EncodedPair], batches: OptimizerBatches) -> None:
+        super().__init__(pairs, batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]  # a sequence will do
+        self.set_epoch = batches.set_epoch

@@ -1,0 +1,121 @@
+"""How results look in a terminal; plain lines where there is no terminal."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import typer
+
+SHARES = (
+    ("accuracy/policy", "accuracy, summed log-probs"),
+    ("accuracy/policy_per_token", "accuracy, per token"),
+    ("rewards/accuracies", "reward accuracy"),
+)
+MEANS = (
+    ("rewards/margins", "reward margin"),
+    ("displacement/chosen", "chosen, nats vs reference"),
+    ("displacement/rejected", "rejected, nats vs reference"),
+    ("loss", "loss"),
+)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' progress bars, advice and deprecations out of the terminal; their errors stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def say(line: str = "") -> None:
+    """Print one line for a person."""
+    typer.echo(line)
+
+
+def show_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show_outcome(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Print held-out accuracy with Wilson intervals and the other measures, before and after."""
+    from pe_dpo.evaluation.pairs import wilson_interval
+
+    pairs = int(after["pairs"])
+
+    def share(metrics: Mapping[str, float], key: str) -> str:
+        low, high = wilson_interval(metrics[key], pairs)
+        return f"{metrics[key]:.3f} [{low:.3f}, {high:.3f}]"
+
+    rows = [[title, share(before, key), share(after, key)] for key, title in SHARES if key in after]
+    rows += [[title, f"{before[key]:.4f}", f"{after[key]:.4f}"] for key, title in MEANS if key in after and key in before]
+    show_table(f"{pairs} held-out pairs (95 % Wilson intervals)", ["", "before", "after"], rows)
+
+
+def show_regimes(metrics: Mapping[str, float], title: str, prefix: str = "regimes") -> None:
+    """Print the 2×2 table of policy right/wrong × reference right/wrong: pairs, and share of the gradient weight."""
+    from pe_dpo.objective import QUADRANT_TITLES
+
+    if f"{prefix}/ties" not in metrics:
+        return
+    rows = []
+    for name, words in QUADRANT_TITLES.items():
+        pairs, share = metrics[f"{prefix}/{name}/pairs"], metrics[f"{prefix}/{name}/weight_share"]
+        rows.append([words, f"{pairs:.0f}", f"{share:.1%}"])
+    if metrics[f"{prefix}/ties"]:
+        rows.append(["ties", f"{metrics[f'{prefix}/ties']:.0f}", ""])
+    show_table(title, ["pairs that …", "pairs", "share of gradient weight"], rows)
+
+
+def progress_callback() -> Any:
+    """Return a Trainer callback that shows how far a run is: a live bar in a terminal, a line a tenth elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from transformers import TrainerCallback
+
+    class ShowProgress(TrainerCallback):
+        """Shows loss, policy accuracy, reward margin and speed."""
+
+        def __init__(self) -> None:
+            self.bar: Progress | None = None
+            self.task: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if Console().is_terminal and state.is_world_process_zero:
+                columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                           TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
+                self.bar = Progress(*columns)
+                self.bar.start()
+                self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if not state.is_world_process_zero or not logs or "loss" not in logs:
+                return
+            text = (
+                f"loss {logs['loss']:.4f}  accuracy {logs['accuracy/policy']:.2f}  "
+                f"reward margin {logs['rewards/margins']:.3f}  {logs['tokens_per_second']:.0f} tokens/s"
+            )
+            if self.bar is not None:
+                self.bar.update(self.task, completed=state.global_step, description=text)
+            elif state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
+                say(f"step {state.global_step}/{state.max_steps}  {text}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.bar is not None:
+                self.bar.stop()
+
+    return ShowProgress()

@@ -1,0 +1,33 @@
+"""The options that several commands share, and how they become overrides of a recipe."""
+
+from typing import Annotated
+
+import typer
+
+Loss = Annotated[str | None, typer.Option("--loss", help="A named loss: dpo, gdpo, hinge, simpo, … (recipes losses).")]
+Beta = Annotated[float | None, typer.Option("--beta", help="Weight of the policy.")]
+Gamma = Annotated[str | None, typer.Option("--gamma", help='Weight of the reference: a number, or "0.5x" times beta.')]
+Margin = Annotated[float | None, typer.Option("--margin", help="Constant subtracted from the score.")]
+Link = Annotated[str | None, typer.Option("--link", help="logistic, hinge or squared.")]
+LearningRate = Annotated[str | None, typer.Option("--lr", help="Learning rate.")]
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the pairs.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of adapter, data order and dropout.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key: --set section.key=value. Repeatable.")]
+
+_KEYS = {
+    "loss": "loss.preset",
+    "beta": "loss.beta",
+    "gamma": "loss.gamma",
+    "margin": "loss.margin",
+    "link": "loss.link",
+    "learning_rate": "train.learning_rate",
+    "epochs": "train.epochs",
+    "seed": "train.seed",
+    "output": "output",
+}
+
+
+def overrides(settings: list[str] | None, **dials: str | float | int | None) -> list[str]:
+    """Return "section.key=value" for every dial that was turned, after the plain settings."""
+    return [*(settings or []), *(f"{_KEYS[name]}={value}" for name, value in dials.items() if value is not None)]

@@ -1,0 +1,42 @@
+"""`pe-dpo quickstart`."""
+
+import time
+
+from pe_dpo.cli import dials
+
+
+def quickstart(
+    loss: dials.Loss = None,
+    beta: dials.Beta = None,
+    gamma: dials.Gamma = None,
+    margin: dials.Margin = None,
+    link: dials.Link = None,
+    lr: dials.LearningRate = None,
+    epochs: dials.Epochs = None,
+    seed: dials.Seed = None,
+    output: dials.Output = None,
+    set_: dials.Settings = None,
+) -> None:
+    """Train, evaluate and explain a run on an embedded model and data: offline, about a minute on a CPU."""
+    from pe_dpo.cli import console
+    from pe_dpo.quickstart.run import compare_answers, quickstart_recipe
+
+    started = time.perf_counter()
+    turned = dials.overrides(
+        set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, learning_rate=lr, epochs=epochs, seed=seed,
+        output=output,
+    )  # fmt: skip
+    recipe = quickstart_recipe(turned)
+    console.quiet_libraries()
+    from pe_dpo.training.run import train
+
+    result = train(recipe, say=console.say, callbacks=[console.progress_callback()])
+    console.show_outcome(result.before, result.after)
+    console.show_regimes(result.before, "Before: what the base already ranks right")
+    console.show_regimes(result.after, "After: who flipped, and where the loss still pulls")
+    for remark in result.remarks:
+        console.say(f"look: {remark}")
+    for answer in compare_answers(recipe, count=3):
+        console.say(f"\nquestion  {answer.question}\nchosen    {answer.wanted}\nbase      {answer.base}\ntuned     {answer.tuned}")
+    console.say(f"\nthe run lies in {result.folder} ({time.perf_counter() - started:.0f} s)")
+    console.say(f"next: pe-dpo eval {result.folder}, or the same with another loss: pe-dpo quickstart --gamma 0 --margin 1")

@@ -1,0 +1,48 @@
+"""`pe-dpo train`."""
+
+from typing import Annotated
+
+import typer
+
+from pe_dpo.cli import dials
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (pe-dpo recipes list).")],
+    loss: dials.Loss = None,
+    beta: dials.Beta = None,
+    gamma: dials.Gamma = None,
+    margin: dials.Margin = None,
+    link: dials.Link = None,
+    lr: dials.LearningRate = None,
+    epochs: dials.Epochs = None,
+    seed: dials.Seed = None,
+    output: dials.Output = None,
+    set_: dials.Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that lies in the output folder.")] = False,
+) -> None:
+    """Train an adapter by a recipe; everything lands in its output folder."""
+    from pe_dpo.recipe import load_recipe
+
+    turned = dials.overrides(
+        set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, learning_rate=lr, epochs=epochs, seed=seed,
+        output=output,
+    )  # fmt: skip
+    plan = load_recipe(recipe, turned)
+
+    from pe_dpo.cli import console
+
+    console.quiet_libraries()
+    from pe_dpo.training.run import train as run
+
+    result = run(plan, resume=resume, overwrite=overwrite, say=console.say, callbacks=[console.progress_callback()])
+    if result.interrupted_by is not None:
+        console.say(f"stopped by signal after step {result.steps}; go on with: pe-dpo train {recipe} --resume -o {result.folder}")
+        raise typer.Exit(128 + result.interrupted_by)
+    if result.after:
+        console.show_outcome(result.before, result.after)
+        console.show_regimes(result.after, "Held-out pairs now, by summed log-probs")
+    for remark in result.remarks:
+        console.say(f"look: {remark}")
+    console.say(f"the adapter lies in {result.folder}; next: pe-dpo eval {result.folder}")

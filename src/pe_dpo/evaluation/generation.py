@@ -1,0 +1,46 @@
+"""Answers of a model to prompts, to look at."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def greedy_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    end_token_ids: Collection[int],
+    device: torch.device | str,
+) -> list[str]:
+    """Return the most likely continuation of each prompt, one token at a time, without special tokens.
+
+    Args:
+        model: a causal LM in the state to be heard (adapters on or off).
+        tokenizer: of the model.
+        prompts: int32 (P,) token ids each, as `EncodedPair.prompt_ids`.
+        max_new_tokens: where to stop an answer that does not end.
+        end_token_ids: tokens that end an answer.
+        device: of the model.
+    """
+    was_training = model.training
+    model.eval()
+    answers = []
+    try:
+        for prompt in prompts:
+            input_ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(device)
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(end_token_ids) or None,
+                pad_token_id=next(iter(sorted(end_token_ids)), 0),
+            )
+            answers.append(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip())
+    finally:
+        model.train(was_training)
+    return answers

@@ -1,0 +1,145 @@
+"""Evaluation of a run, an adapter or a merged model on preference pairs; one base in memory at a time."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from pe_dpo.data import EncodedPair
+from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.errors import UsageError
+from pe_dpo.evaluation.pairs import ScoredPairs, pair_metrics, score_loss, score_pairs, scored_pairs, wilson_interval
+from pe_dpo.model.adapter import as_reference, check_adapter, load_adapter_for_evaluation
+from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.recipe import Recipe, recipe_from_yaml
+
+INTERVALS = ("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token",
+             "rewards/accuracies")  # fmt: skip
+"""Metrics that are shares of pairs and get a Wilson interval."""
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found."""
+
+    kind: Literal["run", "adapter", "model"]
+    scored: ScoredPairs
+    pairs: list[EncodedPair]
+    metrics: dict[str, float]
+    """See `pair_metrics`, and the mean loss."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % Wilson intervals of the metrics in INTERVALS that were measured."""
+
+
+class _Target(NamedTuple):
+    kind: Literal["run", "adapter", "model"]
+    recipe: Recipe
+    adapter: Path | None
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    data: str | None = None,
+    base: str | None = None,
+    quantize: Literal["nf4", "int8", "none"] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Return the log-probs, metrics and intervals of a target on held-out pairs.
+
+    Args:
+        target: a run folder, any LoRA adapter, or a whole (merged) model.
+        data: pairs to evaluate on; by default those that the run held out, otherwise needed.
+        base: for an adapter, its base if not the one named in it; for a whole model, the reference to compare with
+            (loaded after the model has been scored and freed), without which only the policy is measured.
+        quantize: how the base is loaded; by default as in the run, or by its size.
+        say: gets lines of facts.
+        progress: called with pairs done and pairs in all, once per pass.
+
+    Raises:
+        UsageError: the target is nothing that can be evaluated, or `data` is missing.
+        DataError, ModelError: as in training.
+    """
+    found = _find_target(Path(target), data, base, quantize)
+    settings = found.recipe
+    tokenizer = load_tokenizer(str(found.adapter or settings.model.base) if found.kind != "model" else str(target))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = inspect_base(settings.model.base, revision=settings.model.revision, quantize=settings.model.quantize,
+                         dtype=settings.model.dtype)  # fmt: skip
+    pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say)
+    budget = settings.train.tokens_per_microbatch
+
+    def scores(model: Any) -> PairLogprobs:
+        return score_pairs(model, pairs, token_budget=budget, device=device, progress=progress)
+
+    model: Any = load_base(settings.model.base, facts, revision=settings.model.revision, device=device)
+    reference: PairLogprobs | None = None
+    if found.adapter is not None:
+        model = load_adapter_for_evaluation(model, found.adapter)
+        policy = scores(model)
+        with as_reference(model) as frozen:
+            reference = scores(frozen)
+    else:
+        policy = scores(model)
+        if base is not None:
+            del model
+            reference_facts = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype)
+            reference = scores(load_base(base, reference_facts, device=device))
+    coefficients = settings.loss.coefficients()
+    if reference is None:
+        coefficients |= {"gamma": 0.0, "reference_floor": None}
+        say("no reference given (--base): rewards and loss are those of gamma = 0")
+    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
+    out = score_loss(policy, reference, margins, coefficients, settings.loss.margin_scale)
+    scored = scored_pairs(policy, reference, out)
+    metrics = {"loss": float(scored.loss.mean()), **pair_metrics(scored)}
+    intervals = {key: wilson_interval(metrics[key], len(pairs)) for key in INTERVALS if key in metrics}
+    return Evaluation(found.kind, scored, pairs, metrics, intervals)
+
+
+def _find_target(target: Path, data: str | None, base: str | None, quantize: str | None) -> _Target:
+    overrides: dict[str, Any] = {"model": {}, "data": {}}
+    if (target / "run.json").is_file() and (target / "recipe.yaml").is_file():
+        recipe = recipe_from_yaml((target / "recipe.yaml").read_text(encoding="utf-8"), str(target / "recipe.yaml"))
+        model = recipe.model.model_copy(update={k: v for k, v in (("base", base), ("quantize", quantize)) if v is not None})
+        if not (target / "adapter_model.safetensors").is_file():
+            status = json.loads((target / "run.json").read_text(encoding="utf-8")).get("status", "unknown")
+            raise UsageError(f"{target}: this run has no adapter yet (status: {status}); finish it with `pe-dpo train … --resume`")
+        return _Target("run", recipe.model_copy(update={"model": model}), target)
+    if data is None:
+        raise UsageError(f"{target}: is not a run folder, so there are no held-out pairs of its own; name them with --data")
+    overrides["data"] = {"train": data}
+    if (target / "adapter_config.json").is_file():
+        named = base or check_adapter(target).base_model_name_or_path
+        if not named:
+            raise UsageError(f"{target}: does not say which base it belongs to; name it with --base")
+        overrides["model"] = {"base": str(named), "quantize": quantize or "auto"}
+        return _Target("adapter", Recipe.model_validate({**overrides, "output": str(target)}), target)
+    if (target / "config.json").is_file():
+        overrides["model"] = {"base": str(target), "quantize": quantize or "none"}
+        return _Target("model", Recipe.model_validate({**overrides, "output": str(target)}), None)
+    raise UsageError(
+        f"{target}: is neither a run (run.json), an adapter (adapter_config.json) nor a model (config.json); "
+        "name the folder of one of them"
+    )
+
+
+def _held_out_pairs(
+    recipe: Recipe, tokenizer: Any, context_length: int | None, data: str | None, say: Callable[[str], None]
+) -> list[EncodedPair]:
+    prepared = prepare_from_settings(
+        recipe.data,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
+        only=data,
+    )
+    for line in prepared.report.lines():
+        say(line)
+    pairs = prepared.train if data else prepared.held_out
+    if not pairs:
+        raise UsageError("the run held no pairs out (data.eval: 0); name some with --data")
+    return pairs

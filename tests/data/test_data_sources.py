@@ -1,0 +1,157 @@
+"""What a path stands for: one file, a folder by its names, a saved dataset, or a name of the Hub."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pe_dpo.data import load_pairs
+from pe_dpo.data.sources import divide_names, find_sources
+from pe_dpo.errors import DataError
+
+ROWS = [
+    {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "yes", "rejected": "no", "margin": 0.5},
+    {"prompt": [{"role": "user", "content": "Ho"}], "chosen": "yea", "rejected": "nay", "margin": 1.0},
+]
+TEXT_ROW = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
+
+
+@pytest.mark.parametrize(("names", "train", "held_out"), [
+    (["train", "test", "all"], ["train"], ["test"]),
+    (["train", "train.messages", "test"], ["train"], ["test"]),
+    (["train-00000-of-00002", "train-00001-of-00002", "dev"], ["train-00000-of-00002", "train-00001-of-00002"], ["dev"]),
+    (["train_prefs", "train_sft", "test_prefs", "test_sft"], ["train_prefs"], ["test_prefs"]),
+    (["train", "test", "validation"], ["train"], ["validation"]),
+    (["pairs", "test"], ["pairs"], ["test"]),
+    (["a", "b"], ["a", "b"], []),
+    (["validation"], ["validation"], []),
+    (["training", "tests"], ["training", "tests"], []),
+])  # fmt: skip
+def test_names_divide_into_training_and_held_out(names: list[str], train: list[str], held_out: list[str]) -> None:
+    assert divide_names(names) == (train, held_out)
+
+
+def test_a_folder_uses_its_train_and_test_files_and_names_the_others(write_lines: Callable[..., Path]) -> None:
+    for name in ("train.jsonl", "test.jsonl", "all.jsonl"):
+        folder = write_lines(TEXT_ROW, name=name).parent
+    (folder / "LICENSE").write_text("not data")
+    sources = find_sources(folder)
+    assert [part.name for part in sources.train] == ["train.jsonl"]
+    assert [part.name for part in sources.held_out] == ["test.jsonl"]
+    assert sources.unused == ["all.jsonl"]
+
+
+def test_the_held_out_side_of_a_folder_is_read_when_asked(write_lines: Callable[..., Path]) -> None:
+    write_lines(TEXT_ROW)
+    folder = write_lines({**TEXT_ROW, "prompt": "Ho"}, name="test.jsonl").parent
+    assert [pair.where for pair in load_pairs(folder, split="held_out")[0]] == ["test.jsonl:1"]
+
+
+def test_a_file_has_no_held_out_side(write_lines: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match="no held-out file or split"):
+        load_pairs(write_lines(TEXT_ROW), split="held_out")
+
+
+def test_two_training_files_that_differ_in_their_suffix_are_refused(write_lines: Callable[..., Path]) -> None:
+    write_lines(TEXT_ROW, name="train.json")
+    folder = write_lines(TEXT_ROW, name="train.jsonl").parent
+    with pytest.raises(DataError, match=r"train\.jsonl and train\.json differ only in their suffix; name one"):
+        find_sources(folder)
+
+
+def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"no data file in this folder; found notes\.txt; name a \.json"):
+        find_sources(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_every_format_gives_the_same_messages_and_margins(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        path.write_text(json.dumps(ROWS) if suffix == "json" else "\n".join(map(json.dumps, ROWS)))
+    pairs, _ = load_pairs(path)
+    assert [(pair.prompt[0]["content"], pair.chosen[0]["content"], pair.margin) for pair in pairs] == [
+        ("Hi", "yes", 0.5), ("Ho", "yea", 1.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_cells_of_csv_and_tsv_are_texts_and_margins_numbers(tmp_path: Path, suffix: str, separator: str) -> None:
+    lines = [["prompt", "chosen", "rejected", "margin"], ["1+1", "2", '"two\nlines"', "0.5"]]
+    (tmp_path / f"x.{suffix}").write_text("\r\n".join(separator.join(cells) for cells in lines))
+    (pair,), _ = load_pairs(tmp_path / f"x.{suffix}")
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.margin) == ("1+1", "2", "two\nlines", 0.5)
+    assert pair.where == f"x.{suffix} row 1"
+
+
+def test_json_lines_under_the_name_json_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert [pair.where for pair in load_pairs(tmp_path / "x.json")[0]] == ["x.json:1", "x.json:2"]
+
+
+def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    pairs, report = load_pairs(tmp_path / "saved")
+    assert [pair.where for pair in pairs] == ["saved row 1", "saved row 2"]
+    assert report.files == {"saved": 2}
+
+
+def test_a_saved_dataset_with_splits_is_divided_by_their_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": data, "test": data, "extra": data}).save_to_disk(str(tmp_path / "saved"))
+    sources = find_sources(tmp_path / "saved")
+    assert [part.name for part in sources.train + sources.held_out] == ["saved/train", "saved/test"]
+    assert sources.unused == ["saved/extra"]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/folder", "a/b/c", "~/missing"])
+def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(name: str) -> None:
+    with pytest.raises(DataError, match=r"there is no such file or folder.*check the spelling"):
+        find_sources(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"nobody/nothing: there is no such file or folder.*the Hub cannot be reached"):
+        find_sources("nobody/nothing")
+    assert time.monotonic() - started < 5
+
+
+def test_a_hub_dataset_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr("pe_dpo.data.sources._is_reachable", lambda endpoint: True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": data}))
+    assert [pair.where for pair in load_pairs("owner/name")[0]] == ["owner/name/train row 1", "owner/name/train row 2"]
+
+
+def test_a_name_that_the_hub_does_not_know_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(name: str) -> None:
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist")
+
+    monkeypatch.setattr("pe_dpo.data.sources._is_reachable", lambda endpoint: True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"owner/name: there is no such file.*doesn't exist.*check the name"):
+        find_sources("owner/name")
+
+
+def test_importing_the_data_room_imports_nothing_heavy() -> None:
+    code = "import sys, pe_dpo.data; print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
