@@ -34,12 +34,13 @@ def prepare_from_settings(
     context = context_length or DEFAULT_MAX_LENGTH
     if settings.max_length is not None and settings.max_length > context:
         raise DataError(f"data.max_length: {settings.max_length} tokens, but the model's context is {context}; lower it")
+    columns: dict[str, str] | None = None if settings.columns is None else {**settings.columns}
     return prepare_pairs(
         only or settings.train,
         tokenizer=tokenizer,
         max_length=settings.max_length or min(DEFAULT_MAX_LENGTH, context),
         held_out=0.0 if only else settings.eval,
-        columns=settings.columns,
+        columns=columns,
         template=settings.template,
         overlong=settings.overlong,
         bad_rows=settings.bad_rows,

@@ -103,15 +103,15 @@ def preference_loss(
     needs_lengths = reduce == "mean" or sft_weight != 0 or length_penalty != 0
     if needs_lengths and (chosen_lengths is None or rejected_lengths is None):
         raise ValueError("chosen_lengths and rejected_lengths are needed by reduce='mean', sft_weight and length_penalty")
-    tensors = dict(
-        policy_chosen=policy_chosen,
-        policy_rejected=policy_rejected,
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        pair_margin=pair_margin,
-    )
+    tensors = {
+        "policy_chosen": policy_chosen,
+        "policy_rejected": policy_rejected,
+        "reference_chosen": reference_chosen,
+        "reference_rejected": reference_rejected,
+        "chosen_lengths": chosen_lengths,
+        "rejected_lengths": rejected_lengths,
+        "pair_margin": pair_margin,
+    }
     _check_shapes(tensors)
     pi_chosen, pi_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, extra_margin = (
         torch.zeros_like(policy_chosen) if tensor is None else tensor.to(policy_chosen.dtype) for tensor in tensors.values()

@@ -78,7 +78,7 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     Raises:
         RunFolderError: there are checkpoints, but not one of them is whole.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in reversed(checkpoints(run)):
         problems = faults(checkpoint)
         if not problems:
