@@ -32,10 +32,11 @@ def check(
     from pe_dpo.model.base import inspect_base, load_tokenizer
     from pe_dpo.training.run import prepare_data
 
-    base = inspect_base(plan.model.base, revision=plan.model.revision, quantize=plan.model.quantize, dtype=plan.model.dtype)
+    base = inspect_base(**plan.model.model_dump())
     if plan.adapter.start:
         check_adapter(plan.adapter.start)
-    reference = "a frozen copy of the adapter it starts from" if plan.adapter.reference == "adapter" else "the base, adapters off"
+    is_adapter = plan.adapter.reference == "adapter"
+    reference = "a frozen copy of the adapter it starts from" if is_adapter else "the base, adapters off"
     facts["base"] = {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length}
     facts["reference"] = {"is": reference, "run_in_training": plan.loss.gamma_value != 0}
     lines.append(f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}")

@@ -34,7 +34,7 @@ def prepare_from_settings(
     context = context_length or DEFAULT_MAX_LENGTH
     if settings.max_length is not None and settings.max_length > context:
         raise DataError(f"data.max_length: {settings.max_length} tokens, but the model's context is {context}; lower it")
-    columns: dict[str, str] | None = None if settings.columns is None else {**settings.columns}
+    columns = None if settings.columns is None else {str(ours): theirs for ours, theirs in settings.columns.items()}
     return prepare_pairs(
         only or settings.train,
         tokenizer=tokenizer,

@@ -67,15 +67,14 @@ def evaluate(
     settings = found.recipe
     tokenizer = load_tokenizer(str(found.adapter or settings.model.base) if found.kind != "model" else str(target))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = inspect_base(settings.model.base, revision=settings.model.revision, quantize=settings.model.quantize,
-                         dtype=settings.model.dtype)  # fmt: skip
+    facts = inspect_base(**settings.model.model_dump())
     pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say)
     budget = settings.train.tokens_per_microbatch
 
     def scores(model: Any) -> PairLogprobs:
         return score_pairs(model, pairs, token_budget=budget, device=device, progress=progress)
 
-    model: Any = load_base(settings.model.base, facts, revision=settings.model.revision, device=device)
+    model: Any = load_base(facts, device=device)
     reference: PairLogprobs | None = None
     if found.adapter is not None:
         model = load_adapter_for_evaluation(model, found.adapter)
@@ -87,7 +86,7 @@ def evaluate(
         if base is not None:
             del model
             reference_facts = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype)
-            reference = scores(load_base(base, reference_facts, device=device))
+            reference = scores(load_base(reference_facts, device=device))
     coefficients = settings.loss.coefficients()
     if reference is None:
         coefficients |= {"gamma": 0.0, "reference_floor": None}

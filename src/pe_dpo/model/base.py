@@ -18,6 +18,8 @@ LARGE_BASE = 1_000_000_000
 class BaseFacts(NamedTuple):
     """What is known of a base before its weights are read."""
 
+    base: str
+    revision: str | None
     config: Any
     parameters: int
     context_length: int | None
@@ -61,6 +63,8 @@ def inspect_base(
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     text = config.get_text_config()
     return BaseFacts(
+        base=base,
+        revision=revision,
         config=config,
         parameters=parameters,
         context_length=getattr(text, "max_position_embeddings", None),
@@ -79,7 +83,7 @@ def compute_dtype(dtype: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def load_base(base: str, facts: BaseFacts, *, revision: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Module:
     """Return the base with frozen weights, in train mode, without dropout of its own.
 
     Dropout of the base would make policy and reference differ at step 0. What the recipe asks of the adapter's dropout is
@@ -92,14 +96,14 @@ def load_base(base: str, facts: BaseFacts, *, revision: str | None = None, devic
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=revision,
+            facts.base,
+            revision=facts.revision,
             dtype=facts.dtype,
             device_map={"": device},
             quantization_config=_quantization(facts),
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{base}: cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{facts.base}: cannot be loaded: {_first_line(error)}") from error
     keep_weights_unpacked(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -107,6 +111,18 @@ def load_base(base: str, facts: BaseFacts, *, revision: str | None = None, devic
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     return model.requires_grad_(False).train()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward instead of keeping them: a forward more, for a fraction of the memory.
+
+    Non-reentrant, so that the inputs need no gradient.
+    """
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def load_tokenizer(base: str, *, revision: str | None = None) -> Any:

@@ -50,13 +50,13 @@ def compare_answers(recipe: Recipe, *, count: int) -> list[Answers]:
     from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
 
     base, tokenizer = recipe.model.base, load_tokenizer(recipe.model.base)
-    facts = inspect_base(base, quantize=recipe.model.quantize, dtype=recipe.model.dtype)
+    facts = inspect_base(**recipe.model.model_dump())
     ends = {tokenizer.eos_token_id, *end_token_ids(base)}
     held_out = prepare_from_settings(
         recipe.data, tokenizer=tokenizer, context_length=facts.context_length, end_token_ids=ends
     ).held_out
     chosen = [held_out[index * len(held_out) // count] for index in range(count)]
-    model: Any = load_adapter_for_evaluation(load_base(base, facts), recipe.output)
+    model: Any = load_adapter_for_evaluation(load_base(facts), recipe.output)
     prompts = [pair.prompt_ids for pair in chosen]
 
     def answers() -> list[str]:

@@ -1,5 +1,6 @@
 """One training run from recipe to adapter; read it as the table of contents of the product."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,11 +13,12 @@ import torch
 from pe_dpo.data import PreparedData, data_hash
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.evaluation.held_out import save_pairs
-from pe_dpo.evaluation.pairs import ScoredPairs, pair_metrics, score_pairs
+from pe_dpo.evaluation.pairs import ScoredPairs, pair_metrics
 from pe_dpo.model.adapter import as_reference, attach_adapter, save_adapter, start_from_adapter
 from pe_dpo.model.base import (
     BaseFacts,
     check_weights_unpacked,
+    checkpoint_activations,
     end_token_ids,
     four_bit_layers,
     inspect_base,
@@ -95,9 +97,7 @@ def _train(recipe: Recipe, resume: bool, *, say: Callable[[str], None], callback
     folder = Path(recipe.output)
     for line in [*describe(recipe.loss).lines(), *warnings(recipe)]:
         say(line)
-    facts = inspect_base(
-        recipe.model.base, revision=recipe.model.revision, quantize=recipe.model.quantize, dtype=recipe.model.dtype
-    )
+    facts = inspect_base(**recipe.model.model_dump())
     tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
     data = prepare_data(recipe, facts, tokenizer)
     for line in data.report.lines():
@@ -140,7 +140,9 @@ def _train(recipe: Recipe, resume: bool, *, say: Callable[[str], None], callback
     before: dict[str, float] = {}
     remarks: list[str] = []
     if data.held_out:
-        trainer.held_out_reference = _held_out_reference(trainer, policy_is_reference)
+        # Before the first step the policy still is the reference, unless an adapter starts against the raw base.
+        with contextlib.nullcontext() if policy_is_reference else as_reference(model):
+            trainer.held_out_reference = trainer.score_model()
         scored = trainer.score_held_out()
         before = {"loss": float(scored.loss.mean()), **pair_metrics(scored)}
         remarks += scale_remarks(recipe, scored)
@@ -175,10 +177,10 @@ def prepare_data(recipe: Recipe, facts: BaseFacts, tokenizer: Any) -> PreparedDa
 
 def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str) -> Any:
     """Return base and adapter on the device, ready to train."""
-    base: Any = load_base(recipe.model.base, facts, revision=recipe.model.revision, device=device)
+    base = load_base(facts, device=device)
     checkpointing = recipe.train.gradient_checkpointing
     if torch.device(device).type != "cpu" if checkpointing == "auto" else checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(base)
     adapter = recipe.adapter
     if adapter.start:
         return start_from_adapter(base, adapter.start, reference=adapter.reference or "base")
@@ -312,14 +314,6 @@ def _share(checkpoint: Path | None) -> Path | None:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([checkpoint])[0]
-
-
-def _held_out_reference(trainer: PairTrainer, policy_is_reference: bool) -> Any:
-    """The policy is still the reference unless training starts from an adapter against the raw base."""
-    if policy_is_reference:
-        return trainer.score_policy()
-    with as_reference(trainer.model) as frozen:
-        return score_pairs(frozen, trainer.held_out, token_budget=trainer.token_budget, device=trainer.args.device)
 
 
 def _start_line(start: StartCheck) -> str:

@@ -155,12 +155,12 @@ class PairTrainer(Trainer):
         """Return the metrics of the held-out pairs, and log them."""
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.held_out_metrics().items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._window_start = time.perf_counter()
         return metrics
 
-    def score_policy(self) -> PairLogprobs:
-        """Return the held-out pairs' log-probs under the policy as it is now; the processes share the work."""
+    def score_model(self) -> PairLogprobs:
+        """Return the held-out pairs' log-probs under the model as it is now; the processes share the work."""
         world, rank = self.args.world_size, self.args.process_index
         if len(self.held_out) < world:
             world, rank = 1, 0
@@ -172,7 +172,7 @@ class PairTrainer(Trainer):
 
     def score_held_out(self) -> ScoredPairs:
         """Return the held-out pairs as policy and reference score them now."""
-        policy = self.score_policy()
+        policy = self.score_model()
         margins = torch.tensor([pair.margin for pair in self.held_out], dtype=torch.float64)
         out = score_loss(policy, self.held_out_reference, margins, self.coefficients, self.margin_scale)
         return scored_pairs(policy, self.held_out_reference, out)

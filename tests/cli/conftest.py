@@ -1,0 +1,58 @@
+"""The command line run inside this process, and a tiny world to run it on."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+
+from pe_dpo.cli import main
+
+
+class Finished(NamedTuple):
+    """What one command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def pe_dpo() -> Callable[..., Finished]:
+    """Run `pe-dpo` with the given arguments, as the installed script does, and return what it left."""
+
+    def run(*arguments: object) -> Finished:
+        out, err = io.StringIO(), io.StringIO()
+        argv = ["pe-dpo", *map(str, arguments)]
+        with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, {"COLUMNS": "120"}):  # noqa: SIM117
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+                main()
+        return Finished(ended.value.code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tiny_base: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of two steps of four pairs over the tiny world; its output is to be given."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(
+        f"model: {{base: '{tiny_base}'}}\n"
+        "adapter: {rank: 4, alpha: 8}\n"
+        f"data: {{train: '{tiny_pairs}'}}\n"
+        "loss: {beta: 0.1}\n"
+        "train: {max_steps: 2, pairs_per_step: 4, learning_rate: 1.0e-2, warmup: 0}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(pe_dpo: Callable[..., Finished], recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """The folder of a run of two steps, and what `train` left when it made it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return folder, pe_dpo("train", recipe_file, "-o", folder)

@@ -1,0 +1,70 @@
+"""Help: there for every command, quick, and without the heavy libraries."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMANDS = [
+    (), ("quickstart",), ("check",), ("train",), ("eval",), ("recipes",), ("recipes", "list"), ("recipes", "show"),
+    ("recipes", "losses"), ("recipes", "copy"), ("recipes", "schema"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(pe_dpo, command):
+    done = pe_dpo(*command, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"Usage: pe-dpo {' '.join(command)}".rstrip())
+
+
+@pytest.mark.parametrize("command", ["train", "quickstart"])
+@pytest.mark.parametrize("dial", ["--loss", "--beta", "--gamma", "--margin", "--link", "--lr", "--epochs", "--seed", "--output", "--set"])
+def test_the_dials_people_turn_most_are_flags(pe_dpo, command, dial):
+    assert dial in pe_dpo(command, "--help").out
+
+
+def test_the_first_page_names_every_command(pe_dpo):
+    page = pe_dpo("--help").out
+    assert all(f"\n  {command[0]} " in page for command in COMMANDS if len(command) == 1)
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("train",), ("train", "x.yaml", "--nonsense"), ("train", "x", "--beta", "y")])
+def test_a_mistyped_command_is_a_usage_error_with_a_hint_at_the_help(pe_dpo, arguments):
+    done = pe_dpo(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert "--help' for help." in done.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("recipes",)])
+def test_without_a_command_the_help_is_shown_and_the_exit_code_says_usage(pe_dpo, arguments):
+    done = pe_dpo(*arguments)
+    assert done.code == 2
+    assert "Usage: pe-dpo" in done.out + done.err
+
+
+HEAVY = {"torch", "transformers", "datasets", "pydantic", "peft", "bitsandbytes", "numpy", "yaml", "accelerate"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["recipes", "list", "--help"]])
+def test_help_imports_no_heavy_library(arguments):
+    """In a fresh process, because this one has them already."""
+    program = (
+        f"import sys\nfrom pe_dpo.cli import main\nsys.argv = ['pe-dpo', *{arguments}]\n"
+        f"try: main()\nexcept SystemExit: print('found', sorted({HEAVY} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "found []"
+
+
+def test_help_takes_little_longer_than_the_library_it_is_written_with():
+    """Measured side by side, best of five, so that a busy machine slows both: 68 ms against typer's 57 ms on two CPU cores."""
+    measured = {"help": ["-m", "pe_dpo", "--help"], "typer": ["-c", "import typer"]}
+    seconds = dict.fromkeys(measured, float("inf"))
+    for _ in range(5):
+        for name, arguments in measured.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    assert seconds["help"] < 2 * seconds["typer"]

@@ -1,0 +1,82 @@
+"""`pe-dpo recipes`: list, show, losses, copy, schema."""
+
+import json
+
+import pytest
+
+from pe_dpo.recipe import PRESETS, load_recipe, recipe_names
+
+
+def test_list_has_a_line_for_every_recipe_with_its_hardware(pe_dpo):
+    lines = pe_dpo("recipes", "list").out.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    assert all("GPU" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_show_prints_the_file_and_its_loss_in_words(pe_dpo, name):
+    done = pe_dpo("recipes", "show", name)
+    assert (done.code, done.err) == (0, "")
+    assert f"base: {load_recipe(name).model.base}" in done.out
+    assert "\nloss    " in done.out
+    assert "\nκ = γ/β " in done.out
+
+
+@pytest.mark.parametrize(("name", "first", "second"), [
+    ("simpo", "loss    −log σ(z),  z = 2·Δπ − 1,", "κ = γ/β 0"),
+    ("rso", "loss    max(0, −z),  z = 0.1·Δπ − 0.1·Δ0 − 1,", "κ = γ/β 1"),
+])  # fmt: skip
+def test_show_explains_a_named_loss(pe_dpo, name, first, second):
+    lines = pe_dpo("recipes", "show", name).out.splitlines()
+    assert lines[0].startswith(first)
+    assert lines[1] == second
+
+
+def test_show_takes_a_file_of_ones_own(pe_dpo, recipe_file):
+    assert pe_dpo("recipes", "show", recipe_file).out.startswith("model: {base: ")
+
+
+def test_show_of_nothing_names_the_nearest(pe_dpo):
+    done = pe_dpo("recipes", "show", "simp0")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: simp0: no such file and no such recipe; did you mean ")
+
+
+def test_losses_have_a_line_each_with_their_source(pe_dpo):
+    lines = pe_dpo("recipes", "losses").out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert "dpo        DPO: Rafailov et al. 2023, arXiv 2305.18290" in lines
+
+
+def test_copy_makes_a_recipe_that_loads(pe_dpo, tmp_path):
+    done = pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo", tmp_path / "mine.yaml")
+    assert (done.code, done.out.strip()) == (0, f"copied to {tmp_path / 'mine.yaml'}")
+    assert load_recipe(tmp_path / "mine.yaml").model.base == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def test_copy_without_a_place_copies_here(pe_dpo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen2.5-0.5b-dpo.yaml"]
+
+
+def test_copy_over_something_is_refused(pe_dpo, tmp_path):
+    (tmp_path / "mine.yaml").write_text("mine")
+    done = pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo", tmp_path / "mine.yaml")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: {tmp_path / 'mine.yaml'}: exists already; name another file\n"
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
+
+
+@pytest.mark.xfail(strict=True, raises=OSError, reason="ends with a traceback")
+def test_copy_to_an_impossible_place_is_one_message(pe_dpo, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo", tmp_path / "file" / "mine.yaml")
+    assert done.code == 2
+    assert done.err.startswith(f"error: {tmp_path / 'file' / 'mine.yaml'}: ")
+
+
+def test_schema_is_json_that_names_the_sections(pe_dpo):
+    schema = json.loads(pe_dpo("recipes", "schema").out)
+    assert set(schema["properties"]) == {"model", "adapter", "data", "loss", "mixout", "train", "output"}
+    assert schema["additionalProperties"] is False

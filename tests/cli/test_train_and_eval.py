@@ -1,0 +1,194 @@
+"""`pe-dpo train` and `pe-dpo eval` on the tiny world: what they print, and that what is evaluated is what was trained."""
+
+import json
+import shutil
+
+import pyarrow.parquet
+import pytest
+import torch
+
+
+def metrics_of(done):
+    """What `eval --json` printed; nothing but JSON may be there."""
+    assert (done.code, done.err) == (0, "")
+    return json.loads(done.out)
+
+
+@pytest.fixture(scope="module")
+def evaluated(pe_dpo, trained):
+    return metrics_of(pe_dpo("eval", trained[0], "--json"))
+
+
+@pytest.fixture(scope="module")
+def adapter(trained, tmp_path_factory):
+    """The trained adapter as anybody's: only what PEFT needs."""
+    folder = tmp_path_factory.mktemp("adapter")
+    for path in trained[0].iterdir():
+        if path.name.startswith(("adapter_", "tokenizer", "chat_template")):
+            shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(trained, tiny_base, tmp_path_factory):
+    """Base and adapter merged by PEFT, with their tokenizer."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    PeftModel.from_pretrained(base, str(trained[0])).merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_train_says_what_it_does_and_what_came_of_it(trained):
+    folder, done = trained
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0].startswith("loss    −log σ(z),  z = 0.1·Δπ − 0.1·Δ0,")
+    assert "24 pairs to train on, 9 held out (test.jsonl)" in lines
+    assert any(line.startswith("step 0: max |log π − log π0| 0, loss 0.6931") for line in lines)
+    assert any(line.startswith("step 2/2  loss ") for line in lines)
+    assert "9 held-out pairs (95 % Wilson intervals)" in done.out
+    assert lines[-1] == f"the adapter lies in {folder}; next: pe-dpo eval {folder}"
+
+
+def test_train_leaves_a_finished_run_of_the_steps_that_were_asked_for(trained):
+    run = json.loads((trained[0] / "run.json").read_text())
+    assert (run["status"], run["step"]) == ("finished", 2)
+    assert run["pairs"] == {"train": 24, "held_out": 9}
+
+
+def test_training_the_run_s_own_recipe_again_gives_the_same_adapter(pe_dpo, trained, tmp_path):
+    done = pe_dpo("train", trained[0] / "recipe.yaml", "-o", tmp_path / "again")
+    assert done.code == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (trained[0] / weights).read_bytes()
+
+
+@pytest.mark.parametrize(("arguments", "loss"), [
+    (["--gamma", "0", "--margin", "1"], {"preset": "dpo", "gamma": 0.0, "margin": 1.0, "link": "logistic"}),
+    (["--loss", "hinge"], {"preset": "hinge", "gamma": "0.5x", "margin": 1.0, "link": "hinge"}),
+    (["--loss", "simpo", "--set", "loss.reduce=sum"], {"preset": "simpo", "gamma": 0.0, "margin": 1.0, "reduce": "sum"}),
+])  # fmt: skip
+def test_the_dials_reach_the_run(pe_dpo, recipe_file, tmp_path, arguments, loss):
+    from pe_dpo.recipe import load_recipe
+
+    done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", *arguments)
+    assert (done.code, done.err) == (0, "")
+    found = load_recipe(tmp_path / "run" / "recipe.yaml").loss.model_dump()
+    assert {key: found[key] for key in loss} == loss
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["reference_card"]["run_in_training"] is (loss["gamma"] != 0)
+
+
+def test_the_optimizer_s_dials_reach_the_run(pe_dpo, recipe_file, tmp_path):
+    done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--lr", "3e-4", "--seed", 5, "--set", "train.max_steps=1")
+    assert done.code == 0
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "seed: 5\n" in recipe
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["step"] == 1
+    assert "  learning_rate: 0.0003\n" in recipe
+
+
+def test_overwrite_replaces_a_run(pe_dpo, recipe_file, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    (folder / "left-over").write_text("")
+    assert pe_dpo("train", recipe_file, "-o", folder, "--overwrite", "--beta", 0.3).code == 0
+    assert "  beta: 0.3\n" in (folder / "recipe.yaml").read_text()
+    assert not (folder / "left-over").exists()
+
+
+def test_resuming_a_finished_run_trains_no_further(pe_dpo, recipe_file, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    done = pe_dpo("train", recipe_file, "-o", folder, "--resume")
+    # `output` is free to change on resume, so the copy may be gone on with.
+    assert (done.code, done.err) == (0, "")
+    weights = "adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (trained[0] / weights).read_bytes()
+
+
+# ---------------------------------------------------------------- eval
+
+
+def test_eval_of_a_run_repeats_what_the_run_measured_at_its_end(evaluated, trained):
+    after = json.loads((trained[0] / "run.json").read_text())["after"]
+    assert evaluated["kind"] == "run"
+    assert evaluated["metrics"].keys() == after.keys()
+    assert evaluated["metrics"] == pytest.approx(after, rel=1e-5, abs=1e-5)
+
+
+def test_eval_gives_shares_an_interval_that_holds_them(evaluated):
+    shares = {"accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token",
+              "rewards/accuracies"}  # fmt: skip
+    assert set(evaluated["intervals"]) == shares
+    for key, (low, high) in evaluated["intervals"].items():
+        assert 0 <= low <= evaluated["metrics"][key] <= high <= 1
+
+
+def test_eval_as_text_shows_metrics_and_regimes(pe_dpo, trained, evaluated):
+    done = pe_dpo("eval", trained[0])
+    assert (done.code, done.err) == (0, "")
+    assert "9 held-out pairs (run)" in done.out
+    assert f"{evaluated['metrics']['loss']:.4f}" in done.out
+    for title in ("accuracy/policy", "By summed log-probs", "By log-probs per token", "only the policy ranks right (gained)"):
+        assert title in done.out
+
+
+def test_eval_writes_every_pair_when_asked(pe_dpo, trained, tmp_path, evaluated):
+    done = pe_dpo("eval", trained[0], "--pairs", tmp_path / "pairs.parquet", "--json")
+    table = pyarrow.parquet.read_table(tmp_path / "pairs.parquet")
+    assert done.code == 0
+    assert table.num_rows == 9
+    assert table["where"].to_pylist() == [f"test.jsonl:{line}" for line in range(1, 10)]
+    assert sum(table["loss"].to_pylist()) / 9 == pytest.approx(evaluated["metrics"]["loss"], rel=1e-12)
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.parquet"]
+
+
+def test_eval_of_a_run_on_other_pairs_takes_all_of_them(pe_dpo, trained, tiny_pairs):
+    found = metrics_of(pe_dpo("eval", trained[0], "--data", tiny_pairs / "train.jsonl", "--json"))
+    assert found["metrics"]["pairs"] == 24
+
+
+def test_eval_of_the_bare_adapter_measures_what_the_run_did(pe_dpo, adapter, tiny_base, tiny_pairs, evaluated):
+    found = metrics_of(pe_dpo("eval", adapter, "--data", tiny_pairs / "test.jsonl", "--base", tiny_base, "--json"))
+    assert found["kind"] == "adapter"
+    assert found["metrics"] == pytest.approx(evaluated["metrics"], rel=1e-5, abs=1e-5)
+
+
+def test_eval_of_an_adapter_finds_the_base_that_it_names(pe_dpo, adapter, tiny_pairs, evaluated):
+    found = metrics_of(pe_dpo("eval", adapter, "--data", tiny_pairs / "test.jsonl", "--json"))
+    assert found["metrics"]["loss"] == pytest.approx(evaluated["metrics"]["loss"], rel=1e-5)
+
+
+def test_eval_of_the_merged_model_measures_what_the_run_did(pe_dpo, merged, tiny_base, tiny_pairs, evaluated):
+    """W + BA instead of W and BA apart: the same numbers but for float32's rounding."""
+    found = metrics_of(pe_dpo("eval", merged, "--data", tiny_pairs / "test.jsonl", "--base", tiny_base, "--json"))
+    assert found["kind"] == "model"
+    compared = ["loss", "logps/chosen", "logps/rejected", "rewards/margins", "accuracy/policy", "displacement/chosen"]
+    assert {key: found["metrics"][key] for key in compared} == pytest.approx(
+        {key: evaluated["metrics"][key] for key in compared}, rel=1e-4, abs=1e-4
+    )
+
+
+def test_eval_of_a_model_without_a_base_measures_the_policy_only(pe_dpo, merged, tiny_pairs, evaluated):
+    done = pe_dpo("eval", merged, "--data", tiny_pairs / "test.jsonl")
+    assert done.code == 0
+    assert "no reference given (--base): rewards and loss are those of gamma = 0" in done.out
+    found = metrics_of(pe_dpo("eval", merged, "--data", tiny_pairs / "test.jsonl", "--json"))["metrics"]
+    assert found["logps/chosen"] == pytest.approx(evaluated["metrics"]["logps/chosen"], rel=1e-4)
+    assert "accuracy/reference" not in found
+    assert "displacement/chosen" not in found
+
+
+def test_the_untrained_base_is_its_own_reference(pe_dpo, tiny_base, tiny_pairs):
+    """Δπ = Δ0, so with γ = β every score is 0 and the loss log 2."""
+    found = metrics_of(pe_dpo("eval", tiny_base, "--data", tiny_pairs / "test.jsonl", "--base", tiny_base, "--json"))["metrics"]
+    assert found["loss"] == pytest.approx(0.6931471805599453, rel=1e-12)
+    assert found["rewards/accuracies"] == 0.5
+    assert found["displacement/chosen"] == 0.0

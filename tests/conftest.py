@@ -1,0 +1,110 @@
+"""A tiny world for tests: a random Llama of 2 layers with a tokenizer and a chat template, and pairs to train on."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = "red green blue round square small large sweet sour bitter warm cold quick slow near far old new".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data and models beside the checkout, or a skip."""
+    folder = Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("needs the shared folder with real data and models beside the checkout (or PE_DPO_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random Llama (2 layers, 64 wide) with a byte-level tokenizer and a ChatML template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl (24 pairs) and test.jsonl (9 pairs) of differing lengths."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name, rows in (("train", range(24)), ("test", range(24, 33))):
+        lines = []
+        for row in rows:
+            word, other = WORDS[row % len(WORDS)], WORDS[(row * 7 + 3) % len(WORDS)]
+            chosen, rejected = f"It is {word}" + "!" * (row % 4), f"Who cares, {other}" + "?" * (row % 3)
+            lines.append(json.dumps({"prompt": f"Number {row}, {word} or {other}?", "chosen": chosen, "rejected": rejected}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_base: Path, tiny_pairs: Path) -> Callable:
+    """A recipe over the tiny world, given its output folder; "section.key=value" strings change it."""
+    from pe_dpo.recipe import Recipe, recipe_from_yaml
+
+    def make(output: Path, *overrides: str) -> Recipe:
+        text = (
+            f"model: {{base: '{tiny_base}', quantize: none}}\n"
+            "adapter: {rank: 4, alpha: 8}\n"
+            f"data: {{train: '{tiny_pairs}'}}\n"
+            "train: {learning_rate: 1.0e-3, pairs_per_step: 8, epochs: 2, warmup: 0}\n"
+            f"output: '{output}'\n"
+        )
+        return recipe_from_yaml(text, "test", overrides)
+
+    return make
+
+
+@pytest.fixture
+def make_recipe(tiny_recipe: Callable, tmp_path: Path) -> Callable:
+    """A recipe over the tiny world whose run goes into the test's own folder."""
+
+    def make(*overrides: str, output: str = "run") -> Any:
+        return tiny_recipe(tmp_path / output, *overrides)
+
+    return make

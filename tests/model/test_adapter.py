@@ -1,0 +1,206 @@
+"""Policy and reference on one base: the reference is what it is said to be, before and after training."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pe_dpo.errors import ModelError
+from pe_dpo.model.adapter import (
+    adapter_parameters,
+    as_reference,
+    attach_adapter,
+    load_adapter_for_evaluation,
+    restore_adapter,
+    save_adapter,
+    start_from_adapter,
+)
+from pe_dpo.model.base import inspect_base, load_base
+
+TOKENS = torch.arange(1, 41).reshape(2, 20)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS, use_cache=False).logits
+
+
+@pytest.fixture(params=["none", "nf4"])
+def base(request, tiny_base):
+    return load_base(inspect_base(str(tiny_base), quantize=request.param))
+
+
+def stir(model, seed=0):
+    """Move every trained parameter, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+@pytest.fixture
+def sft(tiny_base, tmp_path):
+    """A finished adapter on disk."""
+    model = attach_adapter(load_base(inspect_base(str(tiny_base))), rank=4, alpha=8)
+    stir(model, seed=7)
+    save_adapter(model, tmp_path / "sft")
+    return tmp_path / "sft"
+
+
+def test_a_fresh_adapter_is_the_reference_to_the_bit_with_dropout_on(base):
+    before = logits(base)
+    model = attach_adapter(base, rank=4, alpha=8, dropout=0.5)
+    assert torch.equal(logits(model), before)
+
+
+def test_after_training_the_reference_still_is_the_base_to_the_bit(base):
+    before = logits(base)
+    model = attach_adapter(base, rank=4, alpha=8)
+    stir(model)
+    assert not torch.equal(logits(model), before)
+    with as_reference(model) as frozen:
+        assert torch.equal(logits(frozen), before)
+
+
+def test_the_policy_is_back_and_trainable_after_the_reference(base):
+    model = attach_adapter(base, rank=4, alpha=8)
+    stir(model)
+    trained, policy = [p.data_ptr() for p in adapter_parameters(model)], logits(model)
+    with pytest.raises(KeyError), as_reference(model):
+        raise KeyError
+    assert [p.data_ptr() for p in adapter_parameters(model)] == trained
+    assert torch.equal(logits(model), policy)
+
+
+def test_a_reference_pass_between_forward_and_backward_leaves_the_gradient_alone(base):
+    model = attach_adapter(base, rank=4, alpha=8)
+    stir(model)
+    gradients = []
+    for interrupt in (False, True):
+        model.zero_grad()
+        loss = model(input_ids=TOKENS, use_cache=False).logits.square().mean()
+        if interrupt:
+            with as_reference(model) as frozen:
+                logits(frozen)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in adapter_parameters(model)]))
+    assert torch.equal(*gradients)
+
+
+def test_lora_sits_on_every_linear_layer_but_the_head(base):
+    model = attach_adapter(base, rank=4, alpha=8)
+    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(adapter_parameters(model)) == 2 * 7 * 2
+
+
+def test_the_seed_decides_the_adapter_and_leaves_the_global_generator_alone(tiny_base):
+    def first(seed):
+        return adapter_parameters(attach_adapter(load_base(inspect_base(str(tiny_base))), rank=4, alpha=8, seed=seed))[0]
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    left, same, other = first(1), first(1), first(2)
+    assert torch.rand(1) == expected
+    assert torch.equal(left, same)
+    assert not torch.equal(left, other)
+
+
+def test_with_reference_adapter_a_frozen_copy_stays_what_the_adapter_was(base, sft):
+    model = start_from_adapter(base, sft, reference="adapter")
+    start = logits(model)
+    with as_reference(model) as frozen:
+        assert torch.equal(logits(frozen), start)
+    stir(model)
+    assert not torch.equal(logits(model), start)
+    with as_reference(model) as frozen:
+        assert torch.equal(logits(frozen), start)
+    assert not any("reference" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_with_reference_base_the_raw_base_is_the_reference(base, sft):
+    raw = logits(base)
+    model = start_from_adapter(base, sft, reference="base")
+    assert not torch.equal(logits(model), raw)
+    with as_reference(model) as frozen:
+        assert torch.equal(logits(frozen), raw)
+
+
+def test_what_is_saved_loads_in_plain_peft_with_the_same_logits(base, tiny_base, tmp_path):
+    from peft import PeftModel
+
+    model = attach_adapter(base, rank=4, alpha=8)
+    stir(model)
+    save_adapter(model, tmp_path / "out")
+    quantize = "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none"
+    fresh = load_base(inspect_base(str(tiny_base), quantize=quantize))
+    assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path / "out")), logits(model))
+
+
+def test_a_frozen_copy_travels_with_the_adapter_and_is_the_reference_again(base, sft, tiny_base, tmp_path):
+    model = start_from_adapter(base, sft, reference="adapter")
+    stir(model)
+    save_adapter(model, tmp_path / "out")
+    quantize = "nf4" if getattr(base, "is_loaded_in_4bit", False) else "none"
+    again = load_adapter_for_evaluation(load_base(inspect_base(str(tiny_base), quantize=quantize)), tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+    with as_reference(again) as left, as_reference(model) as right:
+        assert torch.equal(logits(left), logits(right))
+
+
+def test_restoring_a_checkpoint_is_exact_and_strict(tiny_base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = attach_adapter(load_base(inspect_base(str(tiny_base))), rank=4, alpha=8)
+    stir(model)
+    saved = logits(model)
+    save_adapter(model, tmp_path)
+    stir(model, seed=1)
+    restore_adapter(model, tmp_path)
+    assert torch.equal(logits(model), saved)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    dropped = sorted(weights)[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != dropped}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="differing tensors: base_model"):
+        restore_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": "lora_only"}, "bias=lora_only, which stays on when adapters are off"),
+        ({"modules_to_save": ["lm_head"]}, r"trains whole modules \(lm_head\)"),
+        ({"use_dora": True}, "is a DoRA adapter"),
+        ({"init_lora_weights": "pissa"}, "was initialised by pissa, which changed its base"),
+        ({"peft_type": "IA3", "feedforward_modules": None}, "is a IA3 adapter; only LoRA"),
+    ],
+)
+def test_an_adapter_whose_reference_would_not_be_the_base_is_refused(base, sft, tmp_path, change, message):
+    other = shutil.copytree(sft, tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    if "peft_type" in change:
+        config = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (other / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=message):
+        start_from_adapter(base, other, reference="adapter")
+
+
+def test_an_adapter_of_another_base_is_refused(sft, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "small")
+    with pytest.raises(ModelError, match="does not load onto this base"):
+        start_from_adapter(load_base(inspect_base(str(tmp_path / "small"))), sft, reference="base")
+
+
+def test_targets_that_name_nothing_are_refused(base):
+    with pytest.raises(ModelError, match=r"adapter\.targets: Target modules .*nowhere"):
+        attach_adapter(base, rank=4, alpha=8, targets=["nowhere"])
+
+
+def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
+    with pytest.raises(ModelError, match=r"no adapter_config\.json there"):
+        start_from_adapter(base, tmp_path, reference="base")

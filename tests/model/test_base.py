@@ -1,0 +1,182 @@
+"""The base: loaded once, quantized as asked, and never changed by what is done with it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pe_dpo.errors import ModelError
+from pe_dpo.model.adapter import as_reference, attach_adapter
+from pe_dpo.model.base import check_weights_unpacked, end_token_ids, four_bit_layers, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.fingerprint import base_fingerprint
+
+TOKENS = torch.arange(1, 41).reshape(2, 20)
+
+
+def packs_weights() -> bool:
+    """Whether bitsandbytes would repack 4-bit weights on this CPU."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "avx512_bf16" in info.read_text()
+
+
+def logits(model):
+    return model(input_ids=TOKENS, use_cache=False).logits
+
+
+@pytest.fixture
+def nf4(tiny_base):
+    return load_base(inspect_base(str(tiny_base), quantize="nf4"))
+
+
+def test_the_configuration_is_known_without_the_weights(tiny_base, tmp_path):
+    for name in ("config.json",):
+        (tmp_path / name).write_bytes((tiny_base / name).read_bytes())
+    facts = inspect_base(str(tmp_path))
+    embeddings, attention, mlp, norms = 320 * 64 * 2, 2 * (64 * 64 * 2 + 64 * 32 * 2), 2 * 3 * 64 * 128, 5 * 64
+    assert facts.parameters == embeddings + attention + mlp + norms
+    assert (facts.context_length, facts.quantize) == (256, "none")
+
+
+def test_a_large_base_is_quantized_unless_told_otherwise(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16).save_pretrained(tmp_path)
+    assert inspect_base(str(tmp_path)).quantize == "nf4"
+    assert inspect_base(str(tmp_path), quantize="none").quantize == "none"
+
+
+def test_nf4_is_double_quantized_and_leaves_embeddings_and_head_alone(nf4):
+    layers = dict(four_bit_layers(nf4))
+    assert len(layers) == 14
+    assert not any("head" in name or "embed" in name for name in layers)
+    state = layers["model.layers.0.mlp.up_proj"].weight.quant_state
+    assert (state.quant_type, state.nested) == ("nf4", True)
+
+
+def test_int8_works_on_the_cpu_and_has_a_gradient_for_the_adapter(tiny_base):
+    import bitsandbytes as bnb
+
+    base = load_base(inspect_base(str(tiny_base), quantize="int8"))
+    assert isinstance(base.model.layers[0].mlp.up_proj, bnb.nn.Linear8bitLt)
+    plain = load_base(inspect_base(str(tiny_base)))
+    assert (logits(base) - logits(plain)).abs().max() < 0.1 * logits(plain).std()
+    model = attach_adapter(base, rank=4, alpha=8)
+    logits(model).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_evaluation_generation_and_reference_leave_4_bit_weights_as_they_were(nf4, tiny_base, tmp_path):
+    model = attach_adapter(nf4, rank=4, alpha=8)
+    before = base_fingerprint(model)
+    model.eval()
+    with torch.no_grad():
+        logits(model)
+    with as_reference(model), torch.inference_mode():
+        logits(model)
+    model.generate(input_ids=TOKENS[:1], max_new_tokens=3, do_sample=False)
+    model.save_pretrained(tmp_path)
+    check_weights_unpacked(model)
+    assert base_fingerprint(model) == before
+
+
+def test_gradients_after_an_evaluation_are_those_of_the_dequantized_base(nf4, tiny_base):
+    """The same adapter on plain linear layers that hold the dequantized weights, as the independent truth."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    truth = load_base(inspect_base(str(tiny_base)))
+    for name, layer in four_bit_layers(nf4):
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        truth.get_submodule(name).weight.data.copy_(weight)
+    gradients = []
+    for base in (nf4, truth):
+        model = attach_adapter(base, rank=4, alpha=8, seed=3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.sin(torch.arange(parameter.numel()).reshape(parameter.shape)) * 0.1)
+        model.eval()
+        with torch.no_grad():
+            logits(model)
+        model.train()
+        logits(model).log_softmax(-1)[..., 7].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
+@pytest.mark.skipif(not packs_weights(), reason="bitsandbytes repacks only on CPUs with avx512_bf16")
+def test_weights_repacked_by_hand_are_noticed(nf4):
+    name, layer = next(iter(four_bit_layers(nf4)))
+    layer.support_avx512bf16_for_cpu = True
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.ones(1, 64))
+    with pytest.raises(ModelError, match=rf"{name}: its 4-bit weights were repacked.*load the base again"):
+        check_weights_unpacked(nf4)
+
+
+def test_widths_that_the_repacking_kernel_cannot_take_work_in_evaluation(tmp_path):
+    """FFN 172 is no multiple of 32, which bitsandbytes' CPU kernel asserts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
+    model = load_base(inspect_base(str(tmp_path), quantize="nf4")).eval()
+    with torch.no_grad():
+        assert logits(model).isfinite().all()
+
+
+def test_dropout_of_the_base_is_off_in_train_mode(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.5, attn_pdrop=0.5)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = load_base(inspect_base(str(tmp_path)))
+    assert model.training
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.0}
+    assert torch.equal(logits(model), logits(model))
+
+
+def test_the_fingerprint_sees_one_changed_weight_and_no_adapter(tiny_base, nf4):
+    plain = load_base(inspect_base(str(tiny_base)))
+    first = base_fingerprint(plain)
+    assert base_fingerprint(attach_adapter(load_base(inspect_base(str(tiny_base))), rank=4, alpha=8)) == first
+    assert base_fingerprint(nf4) != first
+    plain.model.layers[1].mlp.down_proj.weight.data[3, 5] += 1e-6
+    assert base_fingerprint(plain) != first
+
+
+def test_the_fingerprint_sees_a_changed_scale_of_a_4_bit_weight(nf4):
+    first = base_fingerprint(nf4)
+    _, layer = next(iter(four_bit_layers(nf4)))
+    layer.weight.quant_state.state2.absmax += 1e-3
+    assert base_fingerprint(nf4) != first
+
+
+def test_ends_of_generation_are_read_from_the_generation_config(tiny_base, tmp_path):
+    assert end_token_ids(str(tiny_base)) == [load_tokenizer(str(tiny_base)).eos_token_id]
+    assert end_token_ids(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such folder; model.base is a folder with config.json, or a hub id"),
+        ({}, "no model found there"),
+        ({"adapter_config.json": "{}"}, "is an adapter, not a base; name its base in model.base"),
+        ({"config.json": "{"}, "no model found there"),
+        ({"config.json": '{"model_type": "t5"}'}, "t5 is not a causal language model"),
+        (
+            {"config.json": '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'},
+            r"is already quantized \(gptq\); name the original base",
+        ),
+    ],
+)
+def test_what_is_no_base_is_refused_before_any_weights_are_read(tmp_path, files, message):
+    folder = tmp_path / "base"
+    if files is not None:
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_text(content)
+    with pytest.raises(ModelError, match=message):
+        inspect_base(str(folder))

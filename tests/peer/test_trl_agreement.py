@@ -1,0 +1,180 @@
+"""The same token ids and the same weights give the same loss and gradient as TRL's own trainers, where both have the loss."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pe_dpo.data.batches import pad
+from pe_dpo.model.adapter import save_adapter, start_from_adapter
+
+pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")
+pytestmark = pytest.mark.peer
+
+TOLERANCE = 1e-5
+LOG_2 = math.log(2)
+
+LOSSES = {
+    "dpo": ("dpo", {"loss_type": "sigmoid", "beta": 0.3}, {"beta": 0.3, "gamma": 0.3}),
+    "hinge": (
+        "dpo",
+        {"loss_type": "hinge", "beta": 0.3},
+        {"link": "hinge", "beta": 0.3, "gamma": 0.3, "margin": 1.0},
+    ),
+    "ipo": (
+        "dpo",
+        {"loss_type": "ipo", "beta": 0.2},
+        {"link": "squared", "reduce": "mean", "beta": 1.0, "gamma": 1.0, "margin": 1 / (2 * 0.2)},
+    ),
+    "length-normalised dpo": (
+        "dpo",
+        {"loss_type": "sigmoid_norm", "beta": 5.0},
+        {"reduce": "mean", "beta": 5.0, "gamma": 5.0},
+    ),
+    "robust dpo": (
+        "dpo",
+        {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
+        {"beta": 0.3, "gamma": 0.3, "label_smoothing": 0.2, "label_smoothing_mode": "unbiased"},
+    ),
+    "simpo": (
+        "cpo",
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0},
+        {"reduce": "mean", "beta": 2.0, "gamma": 0.0, "margin": 0.7},
+    ),
+    "conservative, without a reference": (
+        "cpo",
+        {"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.0, "label_smoothing": 0.2},
+        {"beta": 0.3, "gamma": 0.0, "label_smoothing": 0.2},
+    ),
+}
+every_loss = pytest.mark.parametrize(("kind", "theirs", "ours"), LOSSES.values(), ids=LOSSES.keys())
+
+
+def marked(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+def their_rows(batch: dict[str, Any], kind: str, mask: str) -> list[list[int]]:
+    """What a batch of TRL's marks, chosen before rejected, whichever of its two layouts it has."""
+    if kind == "dpo":
+        return marked(batch["input_ids"], batch[mask])
+    marks = {"attention_mask": lambda side: batch[f"{side}_attention_mask"],
+             "completion_mask": lambda side: batch[f"{side}_labels"] != -100}  # fmt: skip
+    sides = ("chosen", "rejected")
+    return [row for side in sides for row in marked(batch[f"{side}_input_ids"], marks[mask](side))]
+
+
+@pytest.fixture
+def both(
+    make_base: Callable[..., Any],
+    attach: Callable[..., Any],
+    encode: Callable[..., list[Any]],
+    pair_trainer: Callable[..., Any],
+    peer_trainer: Callable[..., Any],
+    rows: list[dict[str, str]],
+) -> Callable[..., tuple[Any, Any]]:
+    """Ours and TRL's trainer on equal bases, equal adapters with B ≠ 0, and the same rows."""
+
+    def make(kind: str, theirs: dict[str, Any], ours: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+        mine = pair_trainer(attach(make_base()), encode(rows), ours, **options)
+        peer = peer_trainer(make_base(), rows, kind=kind, **theirs, **options)
+        return mine, peer
+
+    return make
+
+
+@every_loss
+def test_one_step_has_the_loss_and_the_adapter_gradient_of_trl(
+    both: Callable[..., Any],
+    our_step: Callable[..., Any],
+    peer_step: Callable[..., Any],
+    kind: str,
+    theirs: dict[str, Any],
+    ours: dict[str, Any],
+) -> None:
+    mine, peer = both(kind, theirs, ours)
+    our, their = our_step(mine), peer_step(peer)
+    assert our.loss == pytest.approx(their.loss, rel=TOLERANCE)
+    assert our.gradients.keys() == their.gradients.keys()
+    assert len(their.gradients) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
+    for name, gradient in their.gradients.items():
+        assert gradient.norm() > 0, name
+        assert (our.gradients[name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
+
+
+@every_loss
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
+def test_three_optimizer_steps_have_the_losses_of_trl(
+    both: Callable[..., Any],
+    rows: list[dict[str, str]],
+    kind: str,
+    theirs: dict[str, Any],
+    ours: dict[str, Any],
+    optimizer: str,
+) -> None:
+    options = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "optim": optimizer, "learning_rate": 1e-3}
+    mine, peer = both(kind, theirs, ours, **options)
+    batches = list(mine.get_train_dataloader())
+    order = [int(pair.where.split(":")[1]) - 1 for batch in batches for pair in batch]
+    peer.train_dataset = peer.train_dataset.select(order)
+    untrained = [float(mine.forward_pairs(mine.model, batch)[1].detach().mean()) for batch in batches]
+    mine.train()
+    peer.train()
+    our_losses, their_losses = (
+        [line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in (mine, peer)
+    )
+    assert len(their_losses) == 3
+    assert our_losses == pytest.approx(their_losses, rel=TOLERANCE)
+    assert min(abs(now - then) for now, then in zip(our_losses[1:], untrained[1:], strict=True)) > 10 * TOLERANCE
+
+
+def test_a_start_from_an_adapter_against_its_frozen_copy_has_the_loss_and_gradient_of_trl(
+    make_base: Callable[..., Any],
+    attach: Callable[..., Any],
+    renew_noise: Callable[..., Any],
+    encode: Callable[..., list[Any]],
+    pair_trainer: Callable[..., Any],
+    peer_trainer: Callable[..., Any],
+    our_step: Callable[..., Any],
+    peer_step: Callable[..., Any],
+    rows: list[dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    from peft import PeftModel
+
+    save_adapter(attach(make_base()), tmp_path / "sft")
+    model = start_from_adapter(make_base().requires_grad_(False), tmp_path / "sft", reference="adapter")
+    mine = pair_trainer(model, encode(rows), {"beta": 0.3})
+    theirs = PeftModel.from_pretrained(make_base(), str(tmp_path / "sft"), is_trainable=True)
+    peer = peer_trainer(theirs, rows, noise=False, beta=0.3, data={"peft_config": None})
+    for trainer in (mine, peer):
+        renew_noise(trainer.model)
+    our, their = our_step(mine), peer_step(peer)
+    assert abs(their.loss - LOG_2) > 0.01
+    assert our.loss == pytest.approx(their.loss, rel=TOLERANCE)
+    assert (our.gradient - their.gradient).norm() <= TOLERANCE * their.gradient.norm()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "cpo"])
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_the_token_ids_that_are_scored_are_those_of_trl(
+    make_base: Callable[..., Any],
+    make_tokenizer: Callable[..., Any],
+    peer_trainer: Callable[..., Any],
+    peer_batch: Callable[..., Any],
+    encode: Callable[..., list[Any]],
+    rows: list[dict[str, str]],
+    kind: str,
+    bos: str | None,
+) -> None:
+    tokenizer = make_tokenizer(bos=bos)
+    peer = peer_trainer(make_base(), rows, kind=kind, data={"processing_class": tokenizer})
+    batch = peer_batch(peer)
+    ours = pad(encode(rows, tokenizer=tokenizer))
+    read, scored = (ours.input_ids, ours.attention_mask), (ours.input_ids, ours.completion_mask)
+    assert marked(*read) == their_rows(batch, kind, "attention_mask")
+    assert marked(*scored) == their_rows(batch, kind, "completion_mask")
+    assert {row[-1] for row in marked(*scored)} == {tokenizer.eos_token_id}

@@ -1,0 +1,245 @@
+"""Nothing is lost: a resumed run is the uninterrupted one, whatever interrupted it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pe_dpo.errors import RunFolderError
+from pe_dpo.recipe import recipe_to_yaml
+from pe_dpo.training.checkpoints import checkpoints, faults, newest_whole_checkpoint
+from pe_dpo.training.run import train
+from pe_dpo.training.run_folder import read_metrics, read_run
+
+TIMES = ("tokens_per_second",)
+SETTINGS = ("adapter.dropout=0.1", "train.save_every=1", "train.eval_every=2", "train.tokens_per_microbatch=400")
+
+
+def trace(folder):
+    """Every logged line without the clock."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder)]
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_run(folder, straight):
+    assert read_run(folder)["status"] == "finished"
+    assert trace(folder) == trace(straight)
+    left, right = adapter(folder), adapter(straight)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_recipe, tmp_path_factory):
+    """The uninterrupted run of SETTINGS: 6 steps over two epochs."""
+    return train(tiny_recipe(tmp_path_factory.mktemp("straight") / "run", *SETTINGS)).folder
+
+
+@pytest.fixture
+def finished(straight, tmp_path):
+    """A copy of the straight run to do harm to."""
+    return Path(shutil.copytree(straight, tmp_path / "run"))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_at(step):
+    """A callback that ends the run in the middle of everything, after a step's checkpoint."""
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise Killed
+
+    return Kill()
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_straight_one(make_recipe, straight, step):
+    """3 is the border of the two epochs; dropout makes every step depend on the random state."""
+    recipe = make_recipe(*SETTINGS)
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(step)])
+    result = train(recipe, resume=True)
+    assert result.steps == 6
+    assert_same_run(result.folder, straight)
+
+
+def test_the_metrics_of_lost_steps_are_written_once(make_recipe, straight, tmp_path):
+    recipe = make_recipe(*SETTINGS, "train.save_every=2")
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(2)])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "loss": 9.0}) + '\n{"step": 4, "lo')
+    result = train(recipe, resume=True)
+    assert trace(result.folder) == trace(straight)
+
+
+@pytest.mark.parametrize("damage", ["delete", "cut", "flip"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "MANIFEST.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, damage, name):
+    newest = checkpoints(finished)[-1]
+    victim = newest / name
+    content = victim.read_bytes()
+    if damage == "delete":
+        victim.unlink()
+    elif damage == "cut":
+        victim.write_bytes(content[: len(content) // 2])
+    elif name == "MANIFEST.json":
+        victim.write_bytes(content.replace(b'"sha256": "', b'"sha256": "0', 1))
+    else:
+        middle = len(content) // 2
+        victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert len(faults(newest)) == 1
+    found, passed_over = newest_whole_checkpoint(finished)
+    assert found == checkpoints(finished)[-2]
+    assert str(newest) in passed_over[0]
+
+
+def test_a_run_without_one_whole_checkpoint_says_so(finished):
+    for checkpoint in checkpoints(finished):
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(RunFolderError, match=r"(?s)no checkpoint of this run is whole.*optimizer\.pt is missing"):
+        newest_whole_checkpoint(finished)
+
+
+def test_only_the_newest_checkpoints_are_kept(straight):
+    assert [path.name for path in checkpoints(straight)] == ["checkpoint-5", "checkpoint-6"]
+    assert not (straight / ".staging").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [("loss.beta=0.2", "loss.beta: 0.1 → 0.2"), ("train.seed=1", "train.seed: 0 → 1"), ("adapter.rank=8", "adapter.rank: 4 → 8")],
+)
+def test_resuming_with_another_recipe_is_refused_with_the_difference(make_recipe, finished, change, shown):
+    with pytest.raises(RunFolderError, match=shown):
+        train(make_recipe(*SETTINGS, change), resume=True)
+
+
+def test_resuming_with_other_data_is_refused(make_recipe, tiny_pairs, tmp_path):
+    copy = tmp_path / "pairs"
+    shutil.copytree(tiny_pairs, copy)
+    recipe = make_recipe(*SETTINGS, f"data.train={copy}")
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(1)])
+    lines = (copy / "train.jsonl").read_text().splitlines()
+    (copy / "train.jsonl").write_text("\n".join(reversed(lines)))
+    with pytest.raises(RunFolderError, match="other inputs.*\n  data:"):
+        train(recipe, resume=True)
+
+
+def test_resuming_on_another_base_is_refused(make_recipe, tiny_base, tmp_path):
+    from safetensors.torch import save_file
+
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    recipe = make_recipe(*SETTINGS, f"model.base={copy}")
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(1)])
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFolderError, match="other inputs.*\n  base:"):
+        train(recipe, resume=True)
+
+
+def test_a_finished_run_is_not_overwritten_in_silence(make_recipe, finished):
+    with pytest.raises(RunFolderError, match="holds a run already; --resume"):
+        train(make_recipe(*SETTINGS))
+    assert read_run(finished)["status"] == "finished"
+
+
+def test_a_folder_that_is_no_run_is_never_emptied(make_recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunFolderError, match="not a run of pe-dpo"):
+        train(make_recipe(), overwrite=True)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_two_runs_cannot_write_into_one_folder(make_recipe):
+    from filelock import FileLock
+
+    recipe = make_recipe()
+    os.makedirs(recipe.output)
+    with FileLock(f"{recipe.output}/.lock"), pytest.raises(RunFolderError, match="another run is writing there"):
+        train(recipe)
+
+
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+from pe_dpo.recipe import load_recipe
+from pe_dpo.training.run import train
+result = train(load_recipe(sys.argv[1]), resume="resume" in sys.argv)
+sys.exit(128 + result.interrupted_by if result.interrupted_by else 0)
+"""
+
+
+def start(recipe_file, *words):
+    """A run in a process of its own; what it prints goes beside the recipe."""
+    with recipe_file.with_suffix(".log").open("w") as log:
+        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(recipe_file), *words], stdout=log, stderr=log)
+
+
+def wait_for_steps(folder, steps, process):
+    """Wait until a step's metrics are there, or the process has ended."""
+    while process.poll() is None and sum("loss" in line for line in read_metrics(folder)) < steps:
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_run_ends_as_the_straight_one(make_recipe, straight, tmp_path):
+    """SIGKILL, not an exception: four times, at a random moment after a random step, checkpoints being written all the time."""
+    recipe = make_recipe(*SETTINGS)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_to_yaml(recipe))
+    folder = tmp_path / "run"
+    moments = random.Random(0)
+    kills, words = 0, []
+    for steps in (1, 3, 4, 5):
+        process = start(file, *words)
+        wait_for_steps(folder, steps, process)
+        time.sleep(moments.random() * 0.15)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        words = ["resume"]
+    process = start(file, "resume")
+    assert process.wait(timeout=120) == 0, file.with_suffix(".log").read_text()
+    assert kills >= 3
+    assert_same_run(folder, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_leaves_a_run_to_resume(make_recipe, straight, tmp_path, number):
+    recipe = make_recipe(*SETTINGS, "train.save_every=100")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_to_yaml(recipe))
+    process = start(file)
+    wait_for_steps(tmp_path / "run", 2, process)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 128 + number, file.with_suffix(".log").read_text()
+    logged = max(line["step"] for line in read_metrics(tmp_path / "run"))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"checkpoint-{logged}"]
+    assert read_run(tmp_path / "run")["status"] == "interrupted"
+    assert_same_run(train(recipe, resume=True).folder, straight)

@@ -1,0 +1,148 @@
+"""A whole run: what it leaves, what it measures, and that an adapter to start from is treated as asked."""
+
+import json
+
+import pyarrow.parquet
+import pytest
+import torch
+
+from pe_dpo.evaluation.run import evaluate
+from pe_dpo.recipe import load_recipe
+from pe_dpo.training.run import train
+from pe_dpo.training.run_folder import read_metrics, read_run
+
+
+@pytest.fixture(scope="module")
+def run(tiny_recipe, tmp_path_factory):
+    return train(tiny_recipe(tmp_path_factory.mktemp("runs") / "run"))
+
+
+def test_a_run_leaves_everything_that_others_need(run):
+    names = {path.name for path in run.folder.iterdir()}
+    assert names >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "data_report.json",
+        "eval_pairs.parquet",
+        "checkpoint-6",
+    }
+    assert not any(name.startswith(".staging") or name.endswith(".partial") for name in names)
+
+
+def test_the_resolved_recipe_repeats_the_run_to_the_bit(run, tmp_path):
+    again = train(load_recipe(run.folder / "recipe.yaml", [f"output={tmp_path / 'again'}"]))
+    name = "adapter_model.safetensors"
+    assert (again.folder / name).read_bytes() == (run.folder / name).read_bytes()
+    assert again.after == run.after
+
+
+def test_the_record_says_what_the_reference_was_and_what_everything_was_made_of(run):
+    record = read_run(run.folder)
+    assert record["status"] == "finished"
+    assert record["reference_card"]["is"] == "the base with adapters off"
+    assert record["reference_card"]["base_sha256"] == record["hashes"]["base"]
+    assert record["start"]["largest_difference"] == 0.0
+    assert {"torch", "transformers", "peft", "bitsandbytes"} <= record["versions"].keys()
+    assert record["pairs"] == {"train": 24, "held_out": 9}
+    assert json.loads((run.folder / "data_report.json").read_text())["kept"] == 24
+
+
+def test_metrics_carry_trls_names_and_the_2x2_table(run):
+    first = read_metrics(run.folder)[1]
+    assert first.keys() >= {
+        "step", "loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+        "rewards/margins", "logps/chosen", "logps/rejected", "accuracy/policy", "displacement/chosen",
+        "regimes/policy_right_reference_wrong/pairs", "regimes/policy_right_reference_wrong/weight_share",
+    }  # fmt: skip
+    assert first["loss"] == pytest.approx(0.6931471805599453, rel=1e-6)
+    assert first["rewards/accuracies"] == 0.5
+
+
+def test_at_step_0_the_off_diagonal_of_the_table_is_empty_and_shares_are_those_of_the_pairs(run):
+    zero = read_metrics(run.folder)[0]
+    assert zero["step"] == 0
+    assert zero["eval_regimes/policy_right_reference_wrong/pairs"] == 0
+    assert zero["eval_regimes/policy_wrong_reference_right/pairs"] == 0
+    right = zero["eval_regimes/policy_right_reference_right/pairs"]
+    assert zero["eval_regimes/policy_right_reference_right/weight_share"] == pytest.approx(right / 9)
+
+
+def test_evaluating_the_run_gives_the_numbers_that_training_ended_with(run):
+    found = evaluate(run.folder)
+    assert found.kind == "run"
+    assert found.metrics == pytest.approx(run.after, rel=1e-9)
+    low, high = found.intervals["accuracy/policy"]
+    assert low <= run.after["accuracy/policy"] <= high
+
+
+def test_held_out_pairs_are_on_disk_one_by_one(run):
+    table = pyarrow.parquet.read_table(run.folder / "eval_pairs.parquet").to_pylist()
+    assert [row["where"] for row in table] == [f"test.jsonl:{line}" for line in range(1, 10)]
+    assert sum(row["loss"] for row in table) / 9 == pytest.approx(run.after["loss"])
+
+
+def test_an_adapter_and_a_merged_model_are_evaluated_like_the_run(run, tiny_base, tiny_pairs, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    data = str(tiny_pairs / "test.jsonl")
+    as_adapter = evaluate(run.folder, data=data).metrics
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), run.folder).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(run.folder).save_pretrained(tmp_path / "merged")
+    as_model = evaluate(tmp_path / "merged", data=data, base=str(tiny_base))
+    assert as_model.kind == "model"
+    for key in ("loss", "accuracy/policy", "displacement/chosen", "logps/rejected"):
+        assert as_model.metrics[key] == pytest.approx(as_adapter[key], rel=1e-4)
+
+
+def test_metrics_of_held_out_pairs_do_not_depend_on_the_batch_size(run):
+    from pe_dpo.data.settings import prepare_from_settings
+    from pe_dpo.evaluation.pairs import score_pairs
+    from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
+
+    recipe = load_recipe(run.folder / "recipe.yaml")
+    model = load_base(inspect_base(**recipe.model.model_dump()))
+    pairs = prepare_from_settings(
+        recipe.data, tokenizer=load_tokenizer(recipe.model.base), context_length=256, end_token_ids=()
+    ).held_out
+    scored = [score_pairs(model, pairs, token_budget=budget, device="cpu") for budget in (1, 300, 10**6)]
+    for other in scored[1:]:
+        assert torch.allclose(other.chosen, scored[0].chosen, rtol=1e-6)
+        assert torch.equal(other.rejected_lengths, scored[0].rejected_lengths)
+
+
+@pytest.mark.parametrize("reference", ["base", "adapter"])
+def test_training_on_from_an_sft_adapter_uses_the_reference_that_was_named(run, make_recipe, reference):
+    result = train(
+        make_recipe(f"adapter.start={run.folder}", f"adapter.reference={reference}", "train.max_steps=1", output=reference)
+    )
+    zero = read_metrics(result.folder)[0]
+    if reference == "adapter":
+        assert zero["eval_displacement/chosen"] == 0.0
+        assert zero["eval_logps/chosen"] == pytest.approx(run.after["logps/chosen"], rel=1e-9)
+        assert (result.folder / "reference" / "adapter_model.safetensors").is_file()
+    else:
+        assert zero["eval_displacement/chosen"] == pytest.approx(run.after["displacement/chosen"], rel=1e-9)
+        assert result.start.largest_difference is None
+
+
+def test_a_tracker_of_transformers_gets_the_metrics(make_recipe):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(make_recipe("train.report_to=[tensorboard]", "train.max_steps=2"))
+    events = next(result.folder.rglob("events.out.tfevents.*"))
+    found = EventAccumulator(str(events.parent))
+    found.Reload()
+    assert "train/rewards/margins" in found.Tags()["scalars"]
+
+
+def test_a_scale_of_gamma_that_leaves_the_reference_behind_is_remarked(make_recipe):
+    result = train(make_recipe("loss.beta=2.0", "loss.gamma=0.2x", "train.max_steps=1"))
+    assert any(remark.startswith("δ = (γ−β)·sd(Δ0)") for remark in result.remarks)

@@ -1,0 +1,72 @@
+"""Before the first step: policy = reference where it must be, and a loss that pulls."""
+
+import math
+
+import pytest
+import torch
+
+from pe_dpo.errors import ModelError, TrainingError
+from pe_dpo.model.adapter import adapter_parameters
+from pe_dpo.training.start import check_start
+
+
+def start(trainer, *, policy_is_reference=True, **coefficients):
+    return check_start(
+        trainer.model,
+        trainer.train_dataset[:8],
+        token_budget=10_000,
+        device="cpu",
+        coefficients={**trainer.coefficients, **coefficients},
+        margin_scale=trainer.margin_scale,
+        policy_is_reference=policy_is_reference,
+    )
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dpo_starts_at_log_two_with_policy_and_reference_equal_to_the_bit(make_trainer, quantize, dtype):
+    check = start(make_trainer(f"model.quantize={quantize}", f"model.dtype={dtype}", "adapter.dropout=0.3", fresh=True))
+    assert check.largest_difference == 0.0
+    assert check.loss == pytest.approx(math.log(2), rel=1e-12)
+    assert (check.pairs, check.score) == (8, 0.0)
+
+
+def test_with_gamma_half_of_beta_the_loss_is_the_link_of_the_references_own_preference(make_trainer):
+    trainer = make_trainer(fresh=True)
+    check = start(trainer, gamma=0.05)
+    from pe_dpo.evaluation.pairs import score_pairs
+
+    scored = score_pairs(trainer.model, trainer.train_dataset[:8], token_budget=10_000, device="cpu")
+    expected = torch.log1p(torch.exp(-0.05 * (scored.chosen - scored.rejected))).mean()
+    assert check.loss == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_reference_that_is_not_where_training_starts_is_refused(make_trainer):
+    """Any of: a moved base, an adapter restored as if it were fresh, an init with B ≠ 0."""
+    trainer = make_trainer(fresh=True)
+    with torch.no_grad():
+        adapter_parameters(trainer.model)[1].add_(0.02)
+    with pytest.raises(ModelError, match=r"policy and reference differ by .* nats.*name adapter\.reference"):
+        start(trainer)
+
+
+def test_starting_from_an_adapter_against_the_raw_base_they_may_differ(make_trainer):
+    assert start(make_trainer(), policy_is_reference=False).largest_difference is None
+
+
+def test_without_a_reference_only_the_loss_is_checked(make_trainer):
+    check = start(make_trainer(fresh=True), gamma=0.0, margin=1.0)
+    assert check.largest_difference is None
+    assert check.score != 0
+
+
+def test_a_dead_start_that_only_the_data_shows_is_refused(make_trainer):
+    """The recipe asks for the margin column, which these pairs do not have: every hinge stands on its kink."""
+    trainer = make_trainer("loss.link=hinge", "loss.margin_scale=1", fresh=True)
+    with pytest.raises(TrainingError, match=r"all 8 pairs have score 0 and pull with weight 0.*set loss\.margin > 0"):
+        start(trainer)
+
+
+def test_a_loss_that_is_not_finite_at_the_start_names_the_rows(make_trainer):
+    with pytest.raises(TrainingError, match=r"not finite for train\.jsonl:\d, train\.jsonl:\d.*look at these rows"):
+        start(make_trainer(fresh=True), margin=math.nan)
