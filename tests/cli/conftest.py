@@ -52,7 +52,9 @@ def recipe_file(tiny_base: Path, tiny_pairs: Path, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
-def trained(pe_dpo: Callable[..., Finished], recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+def trained(
+    pe_dpo: Callable[..., Finished], recipe_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Finished]:
     """The folder of a run of two steps, and what `train` left when it made it."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     return folder, pe_dpo("train", recipe_file, "-o", folder)

@@ -37,9 +37,9 @@ def test_show_takes_a_file_of_ones_own(pe_dpo, recipe_file):
 
 
 def test_show_of_nothing_names_the_nearest(pe_dpo):
-    done = pe_dpo("recipes", "show", "simp0")
+    done = pe_dpo("recipes", "show", "qwen2.5-7b-dp")
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: simp0: no such file and no such recipe; did you mean ")
+    assert done.err.startswith("error: qwen2.5-7b-dp: no such file and no such recipe; did you mean qwen2.5-7b-dpo?")
 
 
 def test_losses_have_a_line_each_with_their_source(pe_dpo):

@@ -22,7 +22,7 @@ train(load_recipe(sys.argv[1]))
 
 @pytest.mark.slow
 def test_two_processes_give_the_run_of_one(make_recipe, tmp_path):
-    """23 pairs by 7 leave a last step of 2 pairs, and with 3 the split over 2 processes is uneven."""
+    """22 pairs by 7: shares of 4 and 3, and a last step of one pair, of which the second process has none."""
     settings = ("train.pairs_per_step=7", "data.limit=22", "train.epochs=1", "train.tokens_per_microbatch=300")
     alone = train(make_recipe(*settings, output="alone"))
     recipe = make_recipe(*settings, output="together")

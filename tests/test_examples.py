@@ -1,0 +1,36 @@
+"""The example that teaches is also a second implementation of the training loop."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "plain_loop.py"
+
+
+@pytest.fixture(scope="module")
+def plain_loop():
+    spec = importlib.util.spec_from_file_location("plain_loop", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_plain_loop_fits_on_a_page():
+    assert len(EXAMPLE.read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.05])
+def test_the_plain_loop_has_the_losses_of_the_trainer(plain_loop, make_recipe, gamma):
+    from pe_dpo.model.base import inspect_base, load_tokenizer
+    from pe_dpo.training.run import build_model, prepare_data, train
+    from pe_dpo.training.run_folder import read_metrics
+
+    recipe = make_recipe(f"loss.gamma={gamma}")
+    trained = [line["loss"] for line in read_metrics(train(recipe).folder) if "loss" in line]
+    facts = inspect_base(**recipe.model.model_dump())
+    pairs = prepare_data(recipe, facts, load_tokenizer(recipe.model.base)).train
+    plain = list(plain_loop.train(build_model(recipe, facts, "cpu"), pairs, gamma=gamma))
+    assert len(plain) == 6
+    assert plain[0] != plain[-1]
+    assert plain == pytest.approx(trained, abs=1e-6)

@@ -1,0 +1,102 @@
+"""Who may import whom, read from the source.
+
+Imports go downwards only, so that each room can be read, tested and used without those above it: the loss without a trainer, the
+data without a model, a recipe without torch. A library that is dear to import or likely to change is known to one room only, so
+that `pe-dpo --help` stays quick and a new version of it is met in one place. Only the command line talks to people: what prints
+or swallows errors elsewhere cannot be used as a library.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pe_dpo
+
+ROOT = Path(pe_dpo.__file__).parent
+FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
+
+MAY_IMPORT = {
+    "errors": set(),
+    "recipe": {"errors"},
+    "objective": set(),
+    "data": {"recipe", "errors"},
+    "model": {"objective", "errors"},
+    "evaluation": {"data", "model", "objective", "recipe", "errors"},
+    "training": {"evaluation", "data", "model", "objective", "recipe", "errors"},
+    "quickstart": {"training", "evaluation", "data", "model", "recipe", "errors"},
+    "cli": {"quickstart", "training", "evaluation", "data", "model", "objective", "recipe", "errors"},
+}
+ONLY_IN = {"bitsandbytes": ("model/base.py",), "peft": ("model/",), "typer": ("cli/",), "rich": ("cli/",), "matplotlib": ()}
+NEVER_IN = {"torch": ("recipe/", "errors.py"), "transformers": ("recipe/", "objective/"), "pydantic": ("objective/", "model/")}
+HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "pydantic", "numpy", "yaml", "rich"}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all modules imported anywhere in a tree, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide their room"
+            module = node.module or ""
+            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "pe_dpo" else [module]
+
+
+def room(name: str) -> str:
+    """The room of a file or of a dotted name below `pe_dpo.`."""
+    return name.removesuffix(".py").replace("/", ".").split(".")[0]
+
+
+def libraries(tree: ast.AST) -> set[str]:
+    return {name.split(".")[0] for name in imports(tree)}
+
+
+def test_every_room_is_listed() -> None:
+    assert {room(file) for file in FILES} - {"__init__", "__main__"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) in MAY_IMPORT])
+def test_imports_go_downwards_only(file: str) -> None:
+    ours = {room(name.removeprefix("pe_dpo.")) for name in imports(FILES[file]) if name.startswith("pe_dpo.")}
+    assert ours - {room(file)} - MAY_IMPORT[room(file)] == set()
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_is_known_to_one_room(library: str) -> None:
+    users = [file for file, tree in FILES.items() if library in libraries(tree)]
+    assert [file for file in users if not file.startswith(ONLY_IN[library])] == []
+
+
+@pytest.mark.parametrize("library", NEVER_IN)
+def test_a_room_stays_free_of_a_library(library: str) -> None:
+    assert [file for file, tree in FILES.items() if file.startswith(NEVER_IN[library]) and library in libraries(tree)] == []
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "__main__.py", *(file for file in FILES if room(file) == "cli")])
+def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) -> None:
+    """Functions import what they need; what only a type checker sees does not count."""
+    now = [node for node in FILES[file].body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
+    names = set(imports(ast.Module(now, [])))
+    assert {name.split(".")[0] for name in names} & HEAVY == set()
+    assert {room(name.removeprefix("pe_dpo.")) for name in names if name.startswith("pe_dpo.")} <= {"cli", "errors"}
+
+
+def test_only_the_command_line_prints() -> None:
+    def prints(node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo", "sys.stdout.write")
+
+    found = {file for file, tree in FILES.items() if any(prints(node) for node in ast.walk(tree))}
+    assert {file for file in found if room(file) != "cli"} <= {"quickstart/make_base.py"}  # run by hand, not part of the product
+
+
+def test_no_error_is_swallowed_blindly() -> None:
+    def is_blind(node: ast.AST) -> bool:
+        if not isinstance(node, ast.ExceptHandler):
+            return False
+        caught = node.type and {ast.unparse(one) for one in getattr(node.type, "elts", [node.type])}
+        is_broad = not caught or bool(caught & {"Exception", "BaseException"})
+        return is_broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+
+    assert [f"{file}:{node.lineno}" for file, tree in FILES.items() for node in ast.walk(tree) if is_blind(node)] == []
