@@ -1,7 +1,7 @@
 """One tiny world in two hands: the same base, adapter and pairs for pe-dpo's trainer and for TRL's."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,14 +44,6 @@ LLAMA = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 @pytest.fixture
 def rows() -> list[dict[str, str]]:
@@ -120,12 +112,10 @@ def make_base() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def saved_base(make_base: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Path:
-    """The base and its tokenizer in a folder."""
-    folder = tmp_path / "base"
-    make_base().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def saved_for_four_bits(make_base: Callable[..., Any], tmp_path: Path) -> str:
+    """A saved base whose layers all have 64 inputs and outputs or a multiple."""
+    make_base(num_key_value_heads=4).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The numbers: adapters that do not move, metrics and gradients that depend on how pairs were put into batches."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +19,6 @@ SMALL_STEPS = {"max_steps": 10, "learning_rate": 5e-6, "optim": "adamw_torch"}
 
 
 # Adapters in half precision
-
-
-@pytest.fixture
-def saved_for_four_bits(make_base: Callable[..., Any], tmp_path: Path) -> str:
-    """A base whose layers all have 64 inputs and outputs or a multiple."""
-    make_base(num_key_value_heads=4).save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
 
 
 def share_moved(trainer: Any) -> float:
@@ -57,6 +49,33 @@ def test_nearly_all_entries_of_our_adapter_move(
 ) -> None:
     model = attach(load_base(inspect_base(saved_for_four_bits, quantize=quantize, dtype=dtype)), noise=False)
     assert share_moved(pair_trainer(model, encode(rows), DPO, **SMALL_STEPS)) > 0.95
+
+
+# Dropout of the adapter
+
+
+def adapter_dropouts(model: Any) -> set[float]:
+    layers = [module for name, module in model.named_modules() if ".lora_dropout." in name]
+    return {layer.p for layer in layers if isinstance(layer, torch.nn.Dropout)}
+
+
+def test_trl_sets_the_dropout_that_was_asked_for_to_0_and_still_says_it_is_there(
+    make_base: Callable[..., Any], peer_trainer: Callable[..., Any], rows: list[dict[str, str]]
+) -> None:
+    model = peer_trainer(make_base(), rows, lora={"lora_dropout": 0.3}).model
+    assert adapter_dropouts(model) == {0.0}
+    assert model.peft_config["default"].lora_dropout == 0.3
+
+
+def test_our_adapter_has_the_dropout_that_was_asked_for(
+    make_base: Callable[..., Any],
+    attach: Callable[..., Any],
+    encode: Callable[..., list[Any]],
+    pair_trainer: Callable[..., Any],
+    rows: list[dict[str, str]],
+) -> None:
+    trainer = pair_trainer(attach(make_base(), dropout=0.3), encode(rows), DPO)
+    assert adapter_dropouts(trainer.model) == {0.3}
 
 
 # Held-out metrics
@@ -97,6 +116,16 @@ def test_our_held_out_metrics_do_not_depend_on_the_token_budget(
     assert together["rewards/accuracies"] == 0.4  # two of five, as TRL counts them in one batch
     assert one_by_one == pytest.approx(together, rel=1e-6, nan_ok=True)
     assert some == pytest.approx(together, rel=1e-6, nan_ok=True)
+
+
+def test_our_scores_come_back_in_the_order_of_the_pairs(
+    make_base: Callable[..., Any], encode: Callable[..., list[Any]], rows: list[dict[str, str]]
+) -> None:
+    model, pairs = make_base(), encode(rows)
+    alone = torch.cat([score_pairs(model, [pair], token_budget=1, device="cpu").chosen for pair in pairs])
+    assert split_by_tokens(pairs, 160) != sorted(split_by_tokens(pairs, 160))
+    together = score_pairs(model, pairs, token_budget=160, device="cpu").chosen
+    assert together.tolist() == pytest.approx(alone.tolist(), rel=1e-6)
 
 
 # One optimizer step

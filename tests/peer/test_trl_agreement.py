@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pe_dpo.data.batches import pad
+from pe_dpo.evaluation.pairs import pair_metrics
 from pe_dpo.model.adapter import save_adapter, start_from_adapter
 
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")
@@ -103,6 +104,18 @@ def test_one_step_has_the_loss_and_the_adapter_gradient_of_trl(
     for name, gradient in their.gradients.items():
         assert gradient.norm() > 0, name
         assert (our.gradients[name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
+
+
+@pytest.mark.parametrize("name", ["dpo", "hinge", "robust dpo", "conservative, without a reference"])
+def test_the_metrics_that_bear_trls_names_have_trls_values(
+    both: Callable[..., Any], peer_step: Callable[..., Any], name: str
+) -> None:
+    mine, peer = both(*LOSSES[name])
+    peer_step(peer)
+    theirs = peer._metrics["train"] if LOSSES[name][0] == "dpo" else peer._stored_metrics["train"]
+    ours = pair_metrics(mine.forward_pairs(mine.model, mine.train_dataset)[0])
+    shared = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"]
+    assert {key: ours[key] for key in shared} == pytest.approx({key: theirs[key][0] for key in shared}, rel=3e-5)
 
 
 @every_loss

@@ -116,7 +116,7 @@ def test_a_malformed_recipe_is_refused_with_line_key_and_remedy(text: str, place
     ("adapter:\n  rank: 8\n  reference: adapter", "3: adapter.reference", "needs start: the folder of that adapter"),
     ("loss: {gamma: 1e400x}", "1: loss.gamma", "finite"),
     ("loss: {beta: 1e200, gamma: 1e200x}", "1: loss.gamma", "finite"),
-    ("loss: {preset: [dpo]}", "1: loss.preset", "is not known"),
+    ("loss: {preset: [dpo]}", "1: loss.preset", "input should be a valid string"),
     ("trainn: {epochs: 2}", "1: trainn", "did you mean train?"),
     ("adapter: {targets: []}", "1: adapter.targets", "all-linear"),
 ])  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pe_dpo.errors import ModelError, TrainingError
+from pe_dpo.errors import DataError, ModelError, TrainingError
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.training.start import check_start
 
@@ -60,11 +60,17 @@ def test_without_a_reference_only_the_loss_is_checked(make_trainer):
     assert check.score != 0
 
 
-def test_a_dead_start_that_only_the_data_shows_is_refused(make_trainer):
-    """The recipe asks for the margin column, which these pairs do not have: every hinge stands on its kink."""
-    trainer = make_trainer("loss.link=hinge", "loss.margin_scale=1", fresh=True)
+def test_a_start_at_which_no_pair_pulls_is_refused(make_trainer):
     with pytest.raises(TrainingError, match=r"all 8 pairs have score 0 and pull with weight 0.*set loss\.margin > 0"):
-        start(trainer)
+        start(make_trainer(fresh=True), link="hinge")
+
+
+def test_margins_that_the_loss_asks_for_and_the_data_lack_are_missed_before_the_base_is_loaded(make_recipe, monkeypatch):
+    from pe_dpo.training import run
+
+    monkeypatch.setattr(run, "load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    with pytest.raises(DataError, match=r"margin_scale is 1, but no pair has a margin; name its column in data\.columns"):
+        run.train(make_recipe("loss.margin_scale=1"))
 
 
 def test_a_loss_that_is_not_finite_at_the_start_names_the_rows(make_trainer):

@@ -12,6 +12,7 @@ import torch
 
 from pe_dpo.data import PreparedData, data_hash
 from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.errors import DataError
 from pe_dpo.evaluation.held_out import save_pairs
 from pe_dpo.evaluation.pairs import ScoredPairs, pair_metrics
 from pe_dpo.model.adapter import as_reference, attach_adapter, save_adapter, start_from_adapter
@@ -166,13 +167,23 @@ def _train(recipe: Recipe, resume: bool, *, say: Callable[[str], None], callback
 
 
 def prepare_data(recipe: Recipe, facts: BaseFacts, tokenizer: Any) -> PreparedData:
-    """Return the recipe's pairs as token ids, training and held out."""
-    return prepare_from_settings(
+    """Return the recipe's pairs as token ids, training and held out.
+
+    Raises:
+        DataError: see `prepare_from_settings`; or the loss asks for margins and no pair has one.
+    """
+    data = prepare_from_settings(
         recipe.data,
         tokenizer=tokenizer,
         context_length=facts.context_length,
         end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
     )
+    if recipe.loss.margin_scale and not any(pair.margin for pair in data.train):
+        raise DataError(
+            f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its column "
+            "in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
+        )
+    return data
 
 
 def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str) -> Any:
