@@ -15,7 +15,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "red green blue round square small large sweet sour bitter warm cold quick slow near far old new".split()
+WORDS = ("red", "green", "blue", "round", "square", "small", "large", "sweet", "sour", "bitter", "warm", "cold", "near", "far")
 
 
 @pytest.fixture(scope="session", autouse=True)

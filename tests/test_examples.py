@@ -22,15 +22,13 @@ def test_the_plain_loop_fits_on_a_page():
 
 @pytest.mark.parametrize("gamma", [0.1, 0.05])
 def test_the_plain_loop_has_the_losses_of_the_trainer(plain_loop, make_recipe, gamma):
-    from pe_dpo.model.base import inspect_base, load_tokenizer
-    from pe_dpo.training.run import build_model, prepare_data, train
+    from pe_dpo.training.run import build_model, prepare_run, train
     from pe_dpo.training.run_folder import read_metrics
 
     recipe = make_recipe(f"loss.gamma={gamma}")
     trained = [line["loss"] for line in read_metrics(train(recipe).folder) if "loss" in line]
-    facts = inspect_base(**recipe.model.model_dump())
-    pairs = prepare_data(recipe, facts, load_tokenizer(recipe.model.base)).train
-    plain = list(plain_loop.train(build_model(recipe, facts, "cpu"), pairs, gamma=gamma))
+    facts, _, data = prepare_run(recipe)
+    plain = list(plain_loop.train(build_model(recipe, facts, "cpu"), data.train, gamma=gamma))
     assert len(plain) == 6
     assert plain[0] != plain[-1]
     assert plain == pytest.approx(trained, abs=1e-6)

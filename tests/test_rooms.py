@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "recipe": {"errors"},
     "objective": set(),
     "data": {"recipe", "errors"},
-    "model": {"objective", "errors"},
+    "model": {"objective", "recipe", "errors"},
     "evaluation": {"data", "model", "objective", "recipe", "errors"},
     "training": {"evaluation", "data", "model", "objective", "recipe", "errors"},
     "quickstart": {"training", "evaluation", "data", "model", "recipe", "errors"},

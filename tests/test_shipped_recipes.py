@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from pe_dpo.model.base import inspect_base, load_tokenizer
+from pe_dpo.data import EncodedPair
+from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.model.base import end_token_ids, load_tokenizer
 from pe_dpo.recipe import Recipe, find_recipe, load_recipe, recipe_header, recipe_names
 from pe_dpo.recipe.strict_yaml import parse_document
-from pe_dpo.training.run import prepare_data, train
+from pe_dpo.training.run import train
 
 CHATML = """\
 {% if messages[0]['role'] != 'system' %}<|im_start|>system
@@ -176,6 +178,13 @@ def run(
     return Run(request.param, recipe, folder, json.loads((folder / "run.json").read_text()))
 
 
+def encode(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[EncodedPair]:
+    """The recipe's pairs as it trains and evaluates on them."""
+    base = recipe.model.base
+    data = prepare_from_settings(recipe.data, tokenizer=tokenizer, context_length=4096, end_token_ids=end_token_ids(base))
+    return [*data.train, *data.held_out]
+
+
 # ---------------------------------------------------------------- as text
 
 
@@ -274,17 +283,15 @@ def test_policy_and_reference_are_one_before_the_first_step(run: Run) -> None:
 def test_answers_end_with_the_family_s_end_of_turn_and_nothing_after_it(run: Run) -> None:
     """Byte tokens make the texts readable: the answer of pair n is 'It is 2n.' and the end of the turn."""
     tokenizer = load_tokenizer(run.recipe.model.base)
-    data = prepare_data(run.recipe, inspect_base(**run.recipe.model.model_dump()), tokenizer)
     end = family_of(load_recipe(run.name).model.base).end_of_turn
-    texts = {tokenizer.decode(pair.chosen_ids).lstrip() for pair in [*data.train, *data.held_out]}
+    texts = {tokenizer.decode(pair.chosen_ids).lstrip() for pair in encode(run.recipe, tokenizer)}
     assert texts == {f"It is {2 * number}.{end}" for number in range(PAIRS)}
 
 
 def test_prompts_open_as_the_family_does(run: Run) -> None:
     """ChatML with its default system turn, the others with one BOS."""
     tokenizer = load_tokenizer(run.recipe.model.base)
-    data = prepare_data(run.recipe, inspect_base(**run.recipe.model.model_dump()), tokenizer)
-    prompt = tokenizer.decode(data.train[0].prompt_ids)
+    prompt = tokenizer.decode(encode(run.recipe, tokenizer)[0].prompt_ids)
     bos = tokenizer.bos_token
     assert prompt.startswith("<|im_start|>system\nYou are " if "im_start" in tokenizer.chat_template else f"{bos}")
     assert bos is None or "im_start" in bos or prompt.count(bos) == 1

@@ -43,7 +43,6 @@ def recipe_file(tiny_base: Path, tiny_pairs: Path, tmp_path_factory: pytest.Temp
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(
         f"model: {{base: '{tiny_base}'}}\n"
-        "adapter: {rank: 4, alpha: 8}\n"
         f"data: {{train: '{tiny_pairs}'}}\n"
         "loss: {beta: 0.1}\n"
         "train: {max_steps: 2, pairs_per_step: 4, learning_rate: 1.0e-2, warmup: 0}\n"

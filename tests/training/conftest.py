@@ -14,15 +14,12 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
         import torch
 
         from pe_dpo.model.adapter import as_reference
-        from pe_dpo.model.base import inspect_base, load_tokenizer
-        from pe_dpo.training.run import build_model, prepare_data, training_arguments
+        from pe_dpo.training.run import build_model, prepare_run, training_arguments
         from pe_dpo.training.trainer import PairTrainer
 
         recipe = make_recipe(*overrides)
-        facts = inspect_base(**recipe.model.model_dump())
-        tokenizer = load_tokenizer(recipe.model.base)
-        data = prepare_data(recipe, facts, tokenizer)
-        args = training_arguments(recipe, len(data.train))
+        facts, tokenizer, data = prepare_run(recipe)
+        args = training_arguments(recipe, data)
         model = build_model(recipe, facts, "cpu")
         if not fresh:
             generator = torch.Generator().manual_seed(1)

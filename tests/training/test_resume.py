@@ -1,7 +1,6 @@
 """Nothing is lost: a resumed run is the uninterrupted one, whatever interrupted it."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -92,7 +91,8 @@ def test_the_metrics_of_lost_steps_are_written_once(make_recipe, straight, tmp_p
 
 @pytest.mark.parametrize("damage", ["delete", "cut", "flip"])
 @pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "MANIFEST.json"]
+    "name",
+    ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "MANIFEST.json"],
 )
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, damage, name):
     newest = checkpoints(finished)[-1]
@@ -127,7 +127,11 @@ def test_only_the_newest_checkpoints_are_kept(straight):
 
 @pytest.mark.parametrize(
     ("change", "shown"),
-    [("loss.beta=0.2", "loss.beta: 0.1 → 0.2"), ("train.seed=1", "train.seed: 0 → 1"), ("adapter.rank=8", "adapter.rank: 4 → 8")],
+    [
+        ("loss.beta=0.2", "loss.beta: 0.1 → 0.2"),
+        ("train.seed=1", "train.seed: 0 → 1"),
+        ("adapter.rank=8", "adapter.rank: 4 → 8"),
+    ],
 )
 def test_resuming_with_another_recipe_is_refused_with_the_difference(make_recipe, finished, change, shown):
     with pytest.raises(RunFolderError, match=shown):
@@ -142,7 +146,7 @@ def test_resuming_with_other_data_is_refused(make_recipe, tiny_pairs, tmp_path):
         train(recipe, callbacks=[kill_at(1)])
     lines = (copy / "train.jsonl").read_text().splitlines()
     (copy / "train.jsonl").write_text("\n".join(reversed(lines)))
-    with pytest.raises(RunFolderError, match="other inputs.*\n  data:"):
+    with pytest.raises(RunFolderError, match=r"other inputs.*\n  data:"):
         train(recipe, resume=True)
 
 
@@ -157,12 +161,12 @@ def test_resuming_on_another_base_is_refused(make_recipe, tiny_base, tmp_path):
     weights = load_file(copy / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunFolderError, match="other inputs.*\n  base:"):
+    with pytest.raises(RunFolderError, match=r"other inputs.*\n  base:"):
         train(recipe, resume=True)
 
 
 def test_a_finished_run_is_not_overwritten_in_silence(make_recipe, finished):
-    with pytest.raises(RunFolderError, match="holds a run already; --resume"):
+    with pytest.raises(RunFolderError, match="holds a run; --resume"):
         train(make_recipe(*SETTINGS))
     assert read_run(finished)["status"] == "finished"
 
@@ -179,7 +183,7 @@ def test_two_runs_cannot_write_into_one_folder(make_recipe):
     from filelock import FileLock
 
     recipe = make_recipe()
-    os.makedirs(recipe.output)
+    Path(recipe.output).mkdir(parents=True)
     with FileLock(f"{recipe.output}/.lock"), pytest.raises(RunFolderError, match="another run is writing there"):
         train(recipe)
 

@@ -1,7 +1,7 @@
 """`pe-dpo check`: what can be known before training, without loading the base."""
 
 import json as json_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,28 +22,31 @@ def check(
     from pe_dpo.recipe import describe, load_recipe, warnings
 
     plan = load_recipe(recipe, dials.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link))
-    facts: dict[str, Any] = {"loss": describe(plan.loss)._asdict(), "warnings": warnings(plan)}
-    lines = [*describe(plan.loss).lines(), *(f"look: {line}" for line in facts["warnings"])]
 
     from pe_dpo.cli import console
 
     console.quiet_libraries()
-    from pe_dpo.model.adapter import check_adapter
-    from pe_dpo.model.base import inspect_base, load_tokenizer
-    from pe_dpo.training.run import prepare_data
+    from pe_dpo.training.run import prepare_run
 
-    base = inspect_base(**plan.model.model_dump())
-    if plan.adapter.start:
-        check_adapter(plan.adapter.start)
+    lines: list[str] = []
+    base, _, data = prepare_run(plan, lines.append)
     is_adapter = plan.adapter.reference == "adapter"
     reference = "a frozen copy of the adapter it starts from" if is_adapter else "the base, adapters off"
-    facts["base"] = {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length}
-    facts["reference"] = {"is": reference, "run_in_training": plan.loss.gamma_value != 0}
-    lines.append(f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}")
-    lines.append(f"reference: {reference}{'' if plan.loss.gamma_value else '; never run, since gamma is 0'}")
-    data = prepare_data(plan, base, load_tokenizer(plan.model.base, revision=plan.model.revision))
-    facts["data"] = data.report.to_dict()
-    lines += data.report.lines()
+    if json:
+        found = {
+            "loss": describe(plan.loss)._asdict(),
+            "warnings": warnings(plan),
+            "base": {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length},
+            "reference": {"is": reference, "run_in_training": plan.loss.gamma_value != 0},
+            "data": data.report.to_dict(),
+        }
+        typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
+        return
     steps = -(-len(data.train) // plan.train.pairs_per_step)
-    lines.append(f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs")
-    typer.echo(json_module.dumps(facts, indent=1, ensure_ascii=False) if json else "\n".join([*lines, "ready to train"]))
+    lines += [
+        f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}",
+        f"reference: {reference}{'' if plan.loss.gamma_value else '; never run, since gamma is 0'}",
+        f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",
+        "ready to train",
+    ]
+    typer.echo("\n".join(lines))

@@ -38,7 +38,8 @@ def train(
 
     result = run(plan, resume=resume, overwrite=overwrite, say=console.say, callbacks=[console.progress_callback()])
     if result.interrupted_by is not None:
-        console.say(f"stopped by signal after step {result.steps}; go on with: pe-dpo train {recipe} --resume -o {result.folder}")
+        again = f"pe-dpo train {result.folder / 'recipe.yaml'} --resume"
+        console.say(f"stopped by a signal after step {result.steps}, checkpoint saved; go on with: {again}")
         raise typer.Exit(128 + result.interrupted_by)
     if result.after:
         console.show_outcome(result.before, result.after)

@@ -145,8 +145,8 @@ def pair_metrics(pairs: ScoredPairs) -> dict[str, float]:
     """Return the metrics of a set of pairs, under TRL's names where the quantity is TRL's.
 
     `rewards/accuracies` is the share of pairs whose chosen reward is larger (what DPO papers plot, trivially above ½ in
-    training); `accuracy/policy` is the share that the policy itself ranks right. Ties count ½ in all of them. Regimes,
-    displacement and reference accuracy are there when the reference was run.
+    training); rewards are per token where the loss is (`reduce: mean`). `accuracy/policy` is the share that the policy itself
+    ranks right. Ties count ½ in all of them. Regimes, displacement and reference accuracy are there when the reference was run.
     """
     reward_margin = pairs.chosen_reward - pairs.rejected_reward
     metrics: dict[str, float] = {
@@ -181,6 +181,11 @@ def pair_metrics(pairs: ScoredPairs) -> dict[str, float]:
     metrics["regimes/effective_pairs"] = tables[0].effective_pairs
     metrics["regimes/satisfied_early"] = tables[0].satisfied_early
     return metrics
+
+
+def set_metrics(pairs: ScoredPairs) -> dict[str, float]:
+    """Return the mean loss and the metrics of a set of pairs."""
+    return {"loss": float(pairs.loss.mean()), **pair_metrics(pairs)}
 
 
 def regimes(pairs: ScoredPairs) -> tuple[RegimeTable, RegimeTable]:

@@ -10,7 +10,7 @@ import torch
 from pe_dpo.data import EncodedPair
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation.pairs import ScoredPairs, pair_metrics, score_loss, score_pairs, scored_pairs, wilson_interval
+from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored_pairs, set_metrics, wilson_interval
 from pe_dpo.model.adapter import as_reference, check_adapter, load_adapter_for_evaluation
 from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
 from pe_dpo.model.scoring import PairLogprobs
@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
     scored: ScoredPairs
     pairs: list[EncodedPair]
     metrics: dict[str, float]
-    """See `pair_metrics`, and the mean loss."""
+    """See `set_metrics`."""
     intervals: dict[str, tuple[float, float]]
     """95 % Wilson intervals of the metrics in INTERVALS that were measured."""
 
@@ -94,7 +94,7 @@ def evaluate(
     margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
     out = score_loss(policy, reference, margins, coefficients, settings.loss.margin_scale)
     scored = scored_pairs(policy, reference, out)
-    metrics = {"loss": float(scored.loss.mean()), **pair_metrics(scored)}
+    metrics = set_metrics(scored)
     intervals = {key: wilson_interval(metrics[key], len(pairs)) for key in INTERVALS if key in metrics}
     return Evaluation(found.kind, scored, pairs, metrics, intervals)
 
@@ -106,7 +106,8 @@ def _find_target(target: Path, data: str | None, base: str | None, quantize: str
         model = recipe.model.model_copy(update={k: v for k, v in (("base", base), ("quantize", quantize)) if v is not None})
         if not (target / "adapter_model.safetensors").is_file():
             status = json.loads((target / "run.json").read_text(encoding="utf-8")).get("status", "unknown")
-            raise UsageError(f"{target}: this run has no adapter yet (status: {status}); finish it with `pe-dpo train … --resume`")
+            again = f"pe-dpo train {target / 'recipe.yaml'} --resume"
+            raise UsageError(f"{target}: this run has no adapter yet (status: {status}); finish it with: {again}")
         return _Target("run", recipe.model_copy(update={"model": model}), target)
     if data is None:
         raise UsageError(f"{target}: is not a run folder, so there are no held-out pairs of its own; name them with --data")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pe_dpo.errors import ModelError
+from pe_dpo.recipe.schema import MOVING_INITS
 
 POLICY = "default"
 """Name of the trained adapter; PEFT's own default, so that what is saved loads in plain PEFT."""
@@ -23,7 +24,7 @@ def attach_adapter(
     alpha: float,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
-    init: str = "default",
+    init: Literal["default", "gaussian"] = "default",
     seed: int = 0,
 ) -> Any:
     """Return the base with a fresh LoRA adapter in float32, as a PEFT model; B = 0, so that π = π0.
@@ -38,10 +39,12 @@ def attach_adapter(
         seed: of A.
 
     Raises:
-        ModelError: no module matches the targets, or one of a kind that LoRA cannot adapt.
+        ModelError: another init, or no module matches the targets.
     """
     from peft import LoraConfig, get_peft_model
 
+    if init not in ("default", "gaussian"):
+        raise ModelError(f"init is {init!r}: only default and gaussian start with B = 0 on an unchanged base")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -60,13 +63,16 @@ def attach_adapter(
     return _in_float32(model).train()
 
 
-def start_from_adapter(base: nn.Module, folder: str | Path, *, reference: Literal["base", "adapter"]) -> Any:
+def start_from_adapter(
+    base: nn.Module, folder: str | Path, *, reference: Literal["base", "adapter"], dropout: float = 0.0
+) -> Any:
     """Return the base with a finished adapter to train on, and a frozen copy of it if that is the reference.
 
     Args:
         base: a loaded base, the one that the adapter was trained on.
         folder: the adapter, as PEFT saves it.
         reference: "base" for the raw base, "adapter" for the base with the frozen copy.
+        dropout: on the trained adapter's input, instead of what it was made with; the frozen copy has none.
 
     Raises:
         ModelError: no LoRA adapter there, one with trained biases or full modules (which stay on when adapters are off), one
@@ -81,6 +87,10 @@ def start_from_adapter(base: nn.Module, folder: str | Path, *, reference: Litera
             model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    for module in model.modules():
+        for name in list(getattr(module, "lora_dropout", {})):
+            rate = dropout if name == POLICY else 0.0
+            module.lora_dropout[name] = nn.Dropout(rate) if rate else nn.Identity()
     return _in_float32(model).train()
 
 
@@ -107,8 +117,8 @@ def check_adapter(folder: str | Path) -> Any:
         raise ModelError(f"{folder}: trains whole modules ({', '.join(config.modules_to_save)}); only LoRA is supported")
     if config.use_dora:
         raise ModelError(f"{folder}: is a DoRA adapter; only plain LoRA is supported")
-    init = str(config.init_lora_weights)
-    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(MOVING_INITS):
         raise ModelError(f"{folder}: was initialised by {init}, which changed its base; the base on disk is not its reference")
     return config
 

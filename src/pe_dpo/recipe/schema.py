@@ -20,8 +20,8 @@ Count = Annotated[int, Field(ge=1)]
 MULTIPLE = re.compile(r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)x$")
 """gamma as a multiple of beta: "0.5x"."""
 
-MOVING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
-"""Initialisations that change the base weights or start from B ≠ 0, so that the reference is not the base."""
+MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings, in small letters, of initialisations that change the base weights, so that the reference is not the base."""
 
 
 class Section(BaseModel):
@@ -64,12 +64,12 @@ class AdapterSection(Section):
     def _init_keeps_the_reference(cls, init: str) -> str:
         if init in ("default", "gaussian"):
             return init
-        if init.startswith(MOVING_INITS):
+        if init.lower().startswith(MOVING_INITS):
             raise ValueError(
                 f"{init} changes the base weights, so that with adapters off the reference would be what is left of the base, "
                 "not the base; use init: default"
             )
-        raise ValueError(f"{init!r} is not known; use default or gaussian")
+        raise ValueError(f"{init} is not supported; use default or gaussian")
 
     @field_validator("bias")
     @classmethod
@@ -90,6 +90,10 @@ class AdapterSection(Section):
             )
         if self.reference == "adapter" and not self.start:
             raise ValueError("reference: adapter needs start: the folder of that adapter")
+        of_the_adapter = ("rank", "alpha", "targets", "init")
+        fixed = [key for key in of_the_adapter if getattr(self, key) != type(self).model_fields[key].default]
+        if self.start and fixed:
+            raise ValueError(f"{', '.join(fixed)}: set by the adapter that the run starts from; leave out")
         return self
 
 
@@ -223,6 +227,11 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     output: str = Field(min_length=1, description="Folder of the run.")
 
+    @property
+    def policy_starts_as_reference(self) -> bool:
+        """Whether π = π0 before the first step: always, but for a start from an adapter against the raw base."""
+        return self.adapter.start is None or self.adapter.reference == "adapter"
+
     @model_validator(mode="after")
     def _training_can_start(self) -> "Recipe":
         reason = dead_start(self)
@@ -238,7 +247,6 @@ def dead_start(recipe: Recipe) -> str | None:
     where the subgradient is 0.
     """
     loss = recipe.loss
-    policy_is_reference = recipe.adapter.start is None or recipe.adapter.reference == "adapter"
     score_is_zero = (
         loss.gamma_value == loss.beta
         and loss.margin == 0
@@ -246,7 +254,7 @@ def dead_start(recipe: Recipe) -> str | None:
         and loss.length_penalty == 0
         and (loss.reference_floor is None or loss.reference_floor == -math.inf)
     )
-    if loss.link in ("hinge", "squared") and policy_is_reference and score_is_zero and loss.sft_weight == 0:
+    if loss.link in ("hinge", "squared") and recipe.policy_starts_as_reference and score_is_zero and loss.sft_weight == 0:
         return (
             f"loss.gamma: with link {loss.link}, gamma = beta and margin 0 every pair starts with zero gradient "
             "(policy = reference), so nothing would ever be learned; set margin > 0, or gamma different from beta"

@@ -22,7 +22,7 @@ from typing import Any
 
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml
-from pe_dpo.training.checkpoints import write_atomically
+from pe_dpo.training.checkpoints import checkpoints, write_atomically
 
 RUN_FILE, RECIPE_FILE, METRICS_FILE = "run.json", "recipe.yaml", "metrics.jsonl"
 
@@ -63,11 +63,11 @@ def locked(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
-def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder ready for a fresh run or a resumed one.
+def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Check, without touching anything, that a run may be written into a folder.
 
     Args:
-        folder: locked by this process.
+        folder: of the run; need not exist.
         recipe: of the run.
         resume: go on with the run that lies there.
         overwrite: remove the run that lies there.
@@ -75,18 +75,27 @@ def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bo
     Raises:
         RunFolderError: something lies there and neither was asked for, it is not a run, or it is a run of another recipe.
     """
-    taken = [path for path in folder.iterdir() if path.name != ".lock"]
     if resume:
         _check_same_recipe(folder, recipe)
+    elif folder.is_dir() and _content(folder):
+        if not (folder / RUN_FILE).is_file():
+            raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
+        if not overwrite and (checkpoints(folder) or (folder / "adapter_model.safetensors").is_file()):
+            raise RunFolderError(f"{folder}: holds a run; --resume goes on with it, --overwrite removes it, --output moves")
+
+
+def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Make a locked and checked folder ready: empty with its recipe for a fresh run, as it is for a resumed one."""
+    if resume and (folder / RUN_FILE).is_file():
         return
-    is_run = (folder / RUN_FILE).is_file()
-    if taken and not is_run:
-        raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
-    if taken and not overwrite:
-        raise RunFolderError(f"{folder}: holds a run already; --resume goes on with it, --overwrite removes it, --output moves")
-    for path in taken:
+    for path in _content(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    update_run(folder, status="starting")
     write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
+
+
+def _content(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != ".lock"]
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
@@ -102,7 +111,7 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def check_same_inputs(folder: Path, **hashes: str) -> None:
+def check_same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
     """Check that a resumed run sees the data and the base that it started with.
 
     Raises:

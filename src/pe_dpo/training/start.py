@@ -36,8 +36,9 @@ def check_start(
     coefficients: Mapping[str, Any],
     margin_scale: float,
     policy_is_reference: bool,
+    is_fresh: bool = True,
 ) -> StartCheck:
-    """Return step 0 in numbers, from one micro-batch in train mode (adapter dropout on: B = 0 keeps π = π0).
+    """Return step 0 in numbers, from one micro-batch.
 
     Args:
         model: the PEFT model before its first step.
@@ -47,6 +48,7 @@ def check_start(
         coefficients: of the loss.
         margin_scale: of the data's margin column.
         policy_is_reference: whether π = π0 by construction; false when training starts from an adapter against the raw base.
+        is_fresh: whether B = 0. Then dropout stays on, which must make no difference; else it is off.
 
     Raises:
         ModelError: π and π0 differ although they must not: the reference is not what it should be.
@@ -54,7 +56,7 @@ def check_start(
     """
     batch = [pairs[index] for index in split_by_tokens(pairs, token_budget)[0]]
     tensors = pad(batch).to(device)
-    model.train()
+    model.train(is_fresh)
     with torch.no_grad():
         policy = pair_logprobs(model, *tensors)
     reference, difference = None, None

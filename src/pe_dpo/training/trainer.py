@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from pe_dpo.data.batches import pad, split_by_tokens
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import TrainingError
-from pe_dpo.evaluation.pairs import ScoredPairs, join, pair_metrics, score_loss, score_pairs, scored_pairs
+from pe_dpo.evaluation.pairs import ScoredPairs, join, pair_metrics, score_loss, score_pairs, scored_pairs, set_metrics
 from pe_dpo.model.adapter import adapter_parameters, as_reference, restore_adapter, save_adapter
 from pe_dpo.model.scoring import PairLogprobs, concatenate, pair_logprobs
 from pe_dpo.training.checkpoints import commit_checkpoint, keep_newest, staging_folder
@@ -153,7 +153,7 @@ class PairTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Return the metrics of the held-out pairs, and log them."""
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.held_out_metrics().items()}
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in set_metrics(self.score_held_out()).items()}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._window_start = time.perf_counter()
@@ -176,11 +176,6 @@ class PairTrainer(Trainer):
         margins = torch.tensor([pair.margin for pair in self.held_out], dtype=torch.float64)
         out = score_loss(policy, self.held_out_reference, margins, self.coefficients, self.margin_scale)
         return scored_pairs(policy, self.held_out_reference, out)
-
-    def held_out_metrics(self) -> dict[str, float]:
-        """Return loss and metrics of the held-out pairs."""
-        pairs = self.score_held_out()
-        return {"loss": float(pairs.loss.mean()), **pair_metrics(pairs)}
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
