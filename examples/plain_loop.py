@@ -1,6 +1,6 @@
 """Preference fine-tuning in one plain loop: what `pe-dpo train` does, without Trainer, checkpoints or metrics.
 
-    python examples/plain_loop.py BASE PAIRS.jsonl      # a folder or hub id of a causal LM; rows of prompt, chosen, rejected
+python examples/plain_loop.py BASE PAIRS.jsonl      # a folder or hub id of a causal LM; rows of prompt, chosen, rejected
 """
 
 import sys

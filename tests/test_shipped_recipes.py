@@ -103,9 +103,7 @@ def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, extra_special_tokens=list(family.further), **family.specials
-    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=list(family.further), **family.specials)
     wrapped.chat_template = family.template
     return wrapped
 
@@ -206,15 +204,7 @@ def test_a_recipe_runs_into_a_folder_of_its_name(name: str) -> None:
     assert load_recipe(name).output == f"runs/{name}"
 
 
-WITH_DEFAULTS = {"llama-3.1-8b-dpo", "llama-3.2-1b-gdpo", "llama-3.2-3b-hinge", "mistral-7b-hinge", "qwen2.5-0.5b-dpo",
-                 "qwen2.5-0.5b-mixout-ready", "qwen2.5-7b-dpo", "qwen2.5-7b-gdpo", "smollm2-1.7b-dpo",
-                 "smollm2-1.7b-simpo"}  # fmt: skip
-NAMES_A_DEFAULT = pytest.mark.xfail(strict=True, reason="names keys at their defaults")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=NAMES_A_DEFAULT if name in WITH_DEFAULTS else ()) for name in recipe_names()]
-)
+@pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_names_only_keys_that_differ_from_the_defaults(name: str, tmp_path: Path) -> None:
     """Leaving out a key changes the resolved recipe; the named loss and the output stand in every recipe, for the reader."""
     path, whole = find_recipe(name), load_recipe(name)

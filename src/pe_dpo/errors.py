@@ -1,12 +1,12 @@
 """The tree of errors that pe-dpo raises on purpose; the command line turns each into one message and its exit code.
 
-    PeDpoError            exit 1   a run or a file failed, and the message says what to do
-    ├── DataError                  a preference file or a row of it
-    ├── ModelError                 a base, an adapter, or the reference that they define
-    ├── TrainingError              a run that cannot go on (non-finite loss, broken checkpoint)
-    └── UsageError        exit 2   what was asked for is impossible; nothing was started
-        ├── RecipeError            a recipe file, a preset or an override
-        └── RunFolderError         an output folder that is taken, locked, or of another run
+PeDpoError            exit 1   a run or a file failed, and the message says what to do
+├── DataError                  a preference file or a row of it
+├── ModelError                 a base, an adapter, or the reference that they define
+├── TrainingError              a run that cannot go on (non-finite loss, broken checkpoint)
+└── UsageError        exit 2   what was asked for is impossible; nothing was started
+    ├── RecipeError            a recipe file, a preset or an override
+    └── RunFolderError         an output folder that is taken, locked, or of another run
 """
 
 

@@ -41,7 +41,6 @@ def test_check_prints_the_same_as_json(pe_dpo, recipe_file):
     assert (facts["data"]["rows_read"], facts["data"]["kept"], facts["data"]["held_out"]) == (33, 24, 9)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="the steps are told to people only")
 def test_check_tells_the_steps_as_json_too(pe_dpo, recipe_file):
     assert json.loads(pe_dpo("check", recipe_file, "--json").out)["steps_per_epoch"] == 6
 

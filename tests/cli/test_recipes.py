@@ -68,7 +68,6 @@ def test_copy_over_something_is_refused(pe_dpo, tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "mine"
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="ends with a traceback")
 def test_copy_to_an_impossible_place_is_one_message(pe_dpo, tmp_path):
     (tmp_path / "file").write_text("")
     done = pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo", tmp_path / "file" / "mine.yaml")

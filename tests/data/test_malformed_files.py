@@ -9,8 +9,7 @@ from pe_dpo.errors import DataError
 
 GOOD = b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
 MESSAGES = (
-    b'{"prompt": [{"role": "user", "content": "p"}], "chosen": %s,'
-    b' "rejected": [{"role": "assistant", "content": "b"}]}\n'
+    b'{"prompt": [{"role": "user", "content": "p"}], "chosen": %s, "rejected": [{"role": "assistant", "content": "b"}]}\n'
 )
 
 

@@ -106,9 +106,7 @@ def test_nothing_left_is_an_error_with_the_counts(write_lines: Callable[..., Pat
     assert "raise data.max_length (9)" in str(raised.value)
 
 
-def test_duplicates_contradictions_and_prefixes_are_noted_and_used(
-    write_lines: Callable[..., Path], tokenizer: Any
-) -> None:
+def test_duplicates_contradictions_and_prefixes_are_noted_and_used(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     rows = row("a"), row("a"), row("a", "no", "yes"), row("b", "yes", "yes, sir"), row("b", "no", "yes")
     data = prepare_pairs(write_lines(*rows), tokenizer=tokenizer, max_length=99, held_out=0)
     noted = {fact: tally.rows for fact, tally in data.report.noted.items()}

@@ -17,9 +17,7 @@ ASK = "\n\nHuman: Hi\n\nAssistant:"
     (f"{ASK} a\n\nAssistant: c", f"{ASK} a\n\nAssist me", ASK),
     (f"{ASK} a", f"{ASK} a b", ASK),
 ], ids=["first word", "inside a word", "later turn", "human turns differ", "turn more", "half a tag", "prefix"])  # fmt: skip
-def test_the_prompt_of_transcripts_ends_at_the_last_shared_assistant_tag(
-    chosen: str, rejected: str, prompt: str
-) -> None:
+def test_the_prompt_of_transcripts_ends_at_the_last_shared_assistant_tag(chosen: str, rejected: str, prompt: str) -> None:
     assert split_transcripts(chosen, rejected) == (prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt))
 
 

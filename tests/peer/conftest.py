@@ -45,6 +45,7 @@ LLAMA = {
     "eos_token_id": 257,
 }
 
+
 @pytest.fixture
 def rows() -> list[dict[str, str]]:
     """Six rows of prompt, chosen, rejected."""

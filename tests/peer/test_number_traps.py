@@ -141,9 +141,7 @@ def test_trls_loss_of_an_optimizer_step_depends_on_an_uneven_split(
 ) -> None:
     together, split = (
         their_first_loss(
-            peer_trainer(
-                make_base(), rows, max_steps=1, per_device_train_batch_size=pairs, gradient_accumulation_steps=batches
-            )
+            peer_trainer(make_base(), rows, max_steps=1, per_device_train_batch_size=pairs, gradient_accumulation_steps=batches)
         )
         for pairs, batches in ((6, 1), (4, 2))
     )

@@ -289,9 +289,7 @@ def test_trl_trains_four_bit_weights_with_a_wrong_gradient_after_its_reference_p
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
         )
-        model = AutoModelForCausalLM.from_pretrained(
-            saved_for_four_bits, dtype=torch.float32, quantization_config=quantization
-        )
+        model = AutoModelForCausalLM.from_pretrained(saved_for_four_bits, dtype=torch.float32, quantization_config=quantization)
         steps[is_precomputed] = peer_step(peer_trainer(model, rows, precompute_ref_log_probs=is_precomputed))
     right, wrong = steps[False], steps[True]
     assert wrong.loss == pytest.approx(right.loss, rel=0.02)

@@ -76,7 +76,6 @@ def test_a_mixture_that_nobody_published_is_said_to_be_one(loss: dict[str, Any])
     assert describe(LossSection(**loss)).equals == UNPUBLISHED
 
 
-@pytest.mark.xfail(strict=True, reason="says τ = 1/(2·margin) for every β")
 def test_the_temperature_of_ipo_accounts_for_beta() -> None:
     """(β·(Δπ−Δ0) − m)² = β²·(Δπ−Δ0 − m/β)², and IPO's target is 1/(2τ): τ = β/(2m)."""
     assert "τ = β/(2·margin)" in describe(LossSection(preset="ipo", beta=0.5)).equals
@@ -97,7 +96,6 @@ def test_the_formula_is_the_loss_with_its_numbers(loss: dict[str, Any], formula:
     assert describe(LossSection(**loss)).formula == formula
 
 
-@pytest.mark.xfail(strict=True, reason="written as + -0.01·(…)")
 def test_a_negative_length_penalty_is_subtracted_in_the_formula() -> None:
     assert "− 0.01·(|chosen| − |rejected|)" in describe(LossSection(length_penalty=-0.01)).formula
 

@@ -32,6 +32,7 @@ def check(
     base, _, data = prepare_run(plan, lines.append)
     is_adapter = plan.adapter.reference == "adapter"
     reference = "a frozen copy of the adapter it starts from" if is_adapter else "the base, adapters off"
+    steps = -(-len(data.train) // plan.train.pairs_per_step)
     if json:
         found = {
             "loss": describe(plan.loss)._asdict(),
@@ -39,10 +40,10 @@ def check(
             "base": {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length},
             "reference": {"is": reference, "run_in_training": plan.loss.gamma_value != 0},
             "data": data.report.to_dict(),
+            "steps_per_epoch": steps,
         }
         typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
         return
-    steps = -(-len(data.train) // plan.train.pairs_per_step)
     lines += [
         f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}",
         f"reference: {reference}{'' if plan.loss.gamma_value else '; never run, since gamma is 0'}",

@@ -1,5 +1,6 @@
 """The options that several commands share, and how they become overrides of a recipe."""
 
+import json
 from typing import Annotated
 
 import typer
@@ -30,4 +31,7 @@ _KEYS = {
 
 def overrides(settings: list[str] | None, **dials: str | float | int | None) -> list[str]:
     """Return "section.key=value" for every dial that was turned, after the plain settings."""
-    return [*(settings or []), *(f"{_KEYS[name]}={value}" for name, value in dials.items() if value is not None)]
+    turned = {name: value for name, value in dials.items() if value is not None}
+    if "output" in turned:  # a path is taken as it is, not read as YAML
+        turned["output"] = json.dumps(turned["output"], ensure_ascii=False)
+    return [*(settings or []), *(f"{_KEYS[name]}={value}" for name, value in turned.items())]

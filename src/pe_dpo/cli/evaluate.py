@@ -22,6 +22,8 @@ def evaluate(
         raise UsageError(f"{target}: no such folder; name a run, an adapter or a model on disk")
     if quantize not in (None, "nf4", "int8", "none"):
         raise UsageError(f"--quantize {quantize}: write nf4, int8 or none")
+    if pairs is not None and not pairs.parent.is_dir():
+        raise UsageError(f"--pairs {pairs}: there is no folder {pairs.parent}; make it first")
 
     from pe_dpo.cli import console
 

@@ -1,6 +1,6 @@
 """Batches of pairs: split by a token budget, padded on the right.
 
-    budget counts what a forward really processes: 2 answers × pairs × the longest row, padding included
+budget counts what a forward really processes: 2 answers × pairs × the longest row, padding included
 """
 
 from collections.abc import Sequence

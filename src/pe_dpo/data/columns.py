@@ -10,10 +10,36 @@ from pe_dpo.errors import DataError
 MAPPABLE = ("prompt", "chosen", "rejected", "margin", "system", "chosen_score", "rejected_score")
 
 _PROMPT_WORDS = ("prompt", "question", "instruction", "query", "problem", "post", "context", "input", "user")
-_CHOSEN_WORDS = ("chosen", "preferred", "accepted", "winner", "winning", "win", "better", "best", "good", "positive",
-                 "pos", "w", "j")
-_REJECTED_WORDS = ("rejected", "dispreferred", "nonpreferred", "loser", "losing", "lose", "worse", "worst", "bad",
-                   "negative", "neg", "l", "k")
+_CHOSEN_WORDS = (
+    "chosen",
+    "preferred",
+    "accepted",
+    "winner",
+    "winning",
+    "win",
+    "better",
+    "best",
+    "good",
+    "positive",
+    "pos",
+    "w",
+    "j",
+)
+_REJECTED_WORDS = (
+    "rejected",
+    "dispreferred",
+    "nonpreferred",
+    "loser",
+    "losing",
+    "lose",
+    "worse",
+    "worst",
+    "bad",
+    "negative",
+    "neg",
+    "l",
+    "k",
+)
 _NO_TEXT_WORDS = {"id", "score", "model", "source", "rating", "logps", "system", "metadata"}
 
 
@@ -35,8 +61,7 @@ def explain_map(columns: Mapping[str, str], names: Sequence[str], *, where: str)
             raise DataError(f"data.columns.{key}: {where} has no column '{column}'; found {', '.join(names)}")
 
 
-def explain_columns(names: Sequence[str], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *,
-                    where: str) -> str:
+def explain_columns(names: Sequence[str], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, where: str) -> str:
     """The message for data of no known shape.
 
     Args:
@@ -50,16 +75,22 @@ def explain_columns(names: Sequence[str], rows: Sequence[Mapping[str, Any]], col
     """
     found = f"{where}: the columns are {', '.join(names) or 'none'}"
     if "label" in names and not {"chosen", "rejected"} <= set(names):
-        return (f"{found}: this is unpaired (KTO-style) data, one answer with one label a row; pairs are needed: "
-                "put two answers to one prompt into each row, as prompt, chosen, rejected")
+        return (
+            f"{found}: this is unpaired (KTO-style) data, one answer with one label a row; pairs are needed: "
+            "put two answers to one prompt into each row, as prompt, chosen, rejected"
+        )
     guess = {**_guess_map(names, rows), **columns}
     if "chosen" not in guess and "rejected" not in guess and {"completion", "output", "messages"} & set(names):
-        return (f"{found}: there is one answer a row and nothing to prefer it to; pairs are needed: "
-                "put two answers to one prompt into each row, as prompt, chosen, rejected")
+        return (
+            f"{found}: there is one answer a row and nothing to prefer it to; pairs are needed: "
+            "put two answers to one prompt into each row, as prompt, chosen, rejected"
+        )
     wanted = ("prompt", "chosen", "rejected", *(key for key in columns if key not in ("prompt", "chosen", "rejected")))
     entries = ", ".join(f"{key}: {_yaml_name(guess.get(key, '<column>'))}" for key in wanted)
-    return (f"{found}; which of them are prompt, chosen and rejected is not clear. Say it in the recipe:\n"
-            f"data: {{columns: {{{entries}}}}}")
+    return (
+        f"{found}; which of them are prompt, chosen and rejected is not clear. Say it in the recipe:\n"
+        f"data: {{columns: {{{entries}}}}}"
+    )
 
 
 def _guess_map(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

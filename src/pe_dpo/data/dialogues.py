@@ -43,8 +43,10 @@ def read_text(value: Any, column: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"U+{ord(value[error.start]):04X}"
-        raise RowFlaw(f"column '{column}' holds half a surrogate pair ({half}) at {error.start + 1}; "
-                      "remove it or write the whole character") from error
+        raise RowFlaw(
+            f"column '{column}' holds half a surrogate pair ({half}) at {error.start + 1}; "
+            "remove it or write the whole character"
+        ) from error
     return value
 
 
@@ -73,8 +75,9 @@ def check_dialogue(prompt: Turns, answer: Turns, column: str) -> None:
         raise RowFlaw("the prompt ends with an assistant turn; the turn before the answers is a user or tool turn")
     for place, turn in (("begins", answer[0]), ("ends", answer[-1])):
         if turn["role"] != "assistant":
-            raise RowFlaw(f"the answer in column '{column}' {place} with a turn of the role '{turn['role']}'; "
-                          "an assistant turn is due")
+            raise RowFlaw(
+                f"the answer in column '{column}' {place} with a turn of the role '{turn['role']}'; an assistant turn is due"
+            )
 
 
 def split_dialogues(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
@@ -97,7 +100,7 @@ def split_dialogues(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns
             return chosen[:end], chosen[end:], rejected[end:]
     if shared == 0 and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         raise RowFlaw("columns 'chosen' and 'rejected' begin with the answer and there is no prompt; add column 'prompt'")
-    difference = describe_difference(chosen[:shared + 1], rejected[:shared + 1], "chosen", "rejected")
+    difference = describe_difference(chosen[: shared + 1], rejected[: shared + 1], "chosen", "rejected")
     raise RowFlaw(f"the prompts inside columns 'chosen' and 'rejected' differ: {difference}; make them equal")
 
 
@@ -108,9 +111,11 @@ def describe_difference(one: Turns, other: Turns, one_name: str, other_name: str
             return f"turn {number + 1} is a {left['role']} turn in {one_name}, a {right['role']} turn in {other_name}"
         if left != right:
             start = shared_length(left["content"], right["content"])
-            left_text, right_text = (repr(turn["content"][max(0, start - 20):start + 20]) for turn in (left, right))
-            return (f"turn {number + 1} ({left['role']}) at character {start + 1} is {left_text} in {one_name}, "
-                    f"{right_text} in {other_name}")
+            left_text, right_text = (repr(turn["content"][max(0, start - 20) : start + 20]) for turn in (left, right))
+            return (
+                f"turn {number + 1} ({left['role']}) at character {start + 1} is {left_text} in {one_name}, "
+                f"{right_text} in {other_name}"
+            )
     return f"{one_name} has {len(one)} turns, {other_name} {len(other)}"
 
 
@@ -131,9 +136,11 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     start = shared_length(chosen, rejected)
     end = chosen.rfind(ASSISTANT_TAG, 0, start)
     if end < 0:
-        raise RowFlaw(f"columns 'chosen' and 'rejected' share no Assistant tag: they differ from character {start + 1}, "
-                      f"{chosen[start:start + 20]!r} against {rejected[start:start + 20]!r}; make the prompts equal, "
-                      "or add column 'prompt'")
+        raise RowFlaw(
+            f"columns 'chosen' and 'rejected' share no Assistant tag: they differ from character {start + 1}, "
+            f"{chosen[start : start + 20]!r} against {rejected[start : start + 20]!r}; make the prompts equal, "
+            "or add column 'prompt'"
+        )
     end += len(ASSISTANT_TAG)
     return chosen[:end], chosen[end:], rejected[end:]
 
@@ -199,8 +206,9 @@ def _called_function(content: Any, place: str) -> dict[str, Any]:
     try:
         function = json.loads(read_text(content, place))
     except json.JSONDecodeError as error:
-        raise RowFlaw(f"column '{place}' is a function call that is not JSON ({error.msg}); write name and arguments "
-                      "as one JSON object") from error
+        raise RowFlaw(
+            f"column '{place}' is a function call that is not JSON ({error.msg}); write name and arguments as one JSON object"
+        ) from error
     return _readable_call({"type": "function", "function": function}, place)
 
 
@@ -214,6 +222,5 @@ def _readable_call(call: Any, place: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError as error:
-            raise RowFlaw(f"column '{place}' has tool call arguments that are not JSON ({error.msg}); "
-                          "correct them") from error
+            raise RowFlaw(f"column '{place}' has tool call arguments that are not JSON ({error.msg}); correct them") from error
     return {**call, "function": {**function, "arguments": arguments if arguments is not None else {}}}

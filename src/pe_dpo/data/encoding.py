@@ -109,8 +109,10 @@ def _describe(tokenizer: Any, ends: _Ends, report: DataReport, *, is_chat: bool)
     begin = f"beginning with {tokenizer.bos_token}" if ends.begin is not None else "without a BOS token"
     report.template = "the tokenizer's chat template" if is_chat else f"plain text {begin}"
     if ends.append is None:
-        report.remark("the tokenizer has no EOS token, so answers have no end token: the model will not learn to stop; "
-                      "set eos_token in the tokenizer")
+        report.remark(
+            "the tokenizer has no EOS token, so answers have no end token: the model will not learn to stop; "
+            "set eos_token in the tokenizer"
+        )
     for fact in describe_template(tokenizer) if is_chat else []:
         report.remark(fact)
 
@@ -139,8 +141,9 @@ def _tokenize(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
     return [np.array(row, dtype=np.int32) for row in ids]
 
 
-def _cut(pair: Pair, texts: Rendered, ids: Sequence[np.ndarray], ends: _Ends,
-         report: DataReport) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cut(
+    pair: Pair, texts: Rendered, ids: Sequence[np.ndarray], ends: _Ends, report: DataReport
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prompt and answer ids, cut at the longest token prefix that the prompt and both whole texts share."""
     prompt, chosen, rejected = (_begin(row, ends) for row in ids)
     if ends.bos is not None and list(chosen[:2]) == [ends.bos, ends.bos]:
@@ -196,8 +199,9 @@ def _distinct(encoded: Sequence[EncodedPair], report: DataReport) -> list[Encode
     return distinct
 
 
-def _fit(encoded: Sequence[EncodedPair], max_length: int, ends: _Ends, overlong: Overlong,
-         report: DataReport) -> list[EncodedPair]:
+def _fit(
+    encoded: Sequence[EncodedPair], max_length: int, ends: _Ends, overlong: Overlong, report: DataReport
+) -> list[EncodedPair]:
     fitting, longer = [], []
     for pair in encoded:
         if pair_length(pair) <= max_length:
@@ -215,9 +219,11 @@ def _fit(encoded: Sequence[EncodedPair], max_length: int, ends: _Ends, overlong:
                 fitting.append(shorter)
     if longer and overlong == "error":
         names = ", ".join(pair.where for pair in longer[:NAMED_ROWS]) + (", ..." if len(longer) > NAMED_ROWS else "")
-        raise DataError(f"data.max_length: {max_length}: {len(longer)} pairs are longer (up to "
-                        f"{max(map(pair_length, longer))} tokens): {names}; raise it, or set data.overlong to drop or "
-                        "truncate_prompt")
+        raise DataError(
+            f"data.max_length: {max_length}: {len(longer)} pairs are longer (up to "
+            f"{max(map(pair_length, longer))} tokens): {names}; raise it, or set data.overlong to drop or "
+            "truncate_prompt"
+        )
     return fitting
 
 

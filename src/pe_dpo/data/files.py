@@ -95,8 +95,10 @@ def _read_json(path: Path) -> Iterator[Row]:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _read_json_lines(path)
             return
-        raise DataError(f"{path.name}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}; "
-                        "if the file ends there it may have been cut: fetch it again") from error
+        raise DataError(
+            f"{path.name}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}; "
+            "if the file ends there it may have been cut: fetch it again"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path.name}: cannot be read ({error}); a list of flat objects is due") from error
     if isinstance(document, dict):
@@ -116,8 +118,9 @@ def _read_csv(path: Path, *, delimiter: str) -> Iterator[Row]:
         except UnicodeDecodeError as error:
             raise DataError(f"{path.name}: {_not_utf8(error)}") from error
         except csv.Error as error:
-            raise DataError(f"{path.name}:{reader.reader.line_num}: is not valid CSV: {error}; "
-                            "check the quotes, or save the data as .jsonl") from error
+            raise DataError(
+                f"{path.name}:{reader.reader.line_num}: is not valid CSV: {error}; check the quotes, or save the data as .jsonl"
+            ) from error
 
 
 def _row_from_cells(where: str, values: dict[Any, Any]) -> Row:
@@ -141,8 +144,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{path.name} row {number}", values)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: cannot be read as Parquet after row {number} ({error}); "
-                        "fetch the file again or write it anew") from error
+        raise DataError(
+            f"{path.name}: cannot be read as Parquet after row {number} ({error}); fetch the file again or write it anew"
+        ) from error
 
 
 def _row_from_value(where: str, value: Any) -> Row:

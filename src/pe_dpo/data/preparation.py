@@ -1,7 +1,7 @@
 """From a path to the two sides of a run: read, encode, hold out by prompt, and report.
 
-    files -> pairs -> token ids -+-> train
-                                 +-> held out   (no prompt is on both sides)
+files -> pairs -> token ids -+-> train
+                             +-> held out   (no prompt is on both sides)
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -71,8 +71,17 @@ def prepare_pairs(
     report = DataReport()
     sources = find_sources(train)
     read = partial(read_pairs, columns=columns, bad_rows=bad_rows, limit=limit, report=report)
-    encode = partial(encode_pairs, tokenizer=tokenizer, max_length=max_length, report=report, template=template,
-                     overlong=overlong, bad_rows=bad_rows, end_token_ids=end_token_ids, progress=progress)
+    encode = partial(
+        encode_pairs,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        report=report,
+        template=template,
+        overlong=overlong,
+        bad_rows=bad_rows,
+        end_token_ids=end_token_ids,
+        progress=progress,
+    )
     parts = _held_out_parts(sources, held_out)
     report.unused_files = sources.unused + ([] if parts else [part.name for part in sources.held_out])
     share = 0.0 if parts else _held_out_share(held_out)
@@ -84,9 +93,11 @@ def prepare_pairs(
         held = _unseen(encode(_some(read(parts), held_out, max_length, report)), kept, report)
         report.held_out_from = ", ".join(part.name for part in parts)
     if not held and (share or parts):
-        report.remark("no pair is held out: "
-                      + ("every prompt of the held-out data is in training or was dropped" if parts else
-                         "all pairs have one prompt") + "; name other held-out data to measure what is learned")
+        report.remark(
+            "no pair is held out: "
+            + ("every prompt of the held-out data is in training or was dropped" if parts else "all pairs have one prompt")
+            + "; name other held-out data to measure what is learned"
+        )
     report.kept, report.held_out = len(kept), len(held)
     _note_oddities([*kept, *held], report)
     report.measure(kept)
@@ -114,8 +125,7 @@ def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[
             break
         taken.add(key)
         pairs_taken += counts[key]
-    return ([pair for pair in encoded if pair.prompt_key not in taken],
-            [pair for pair in encoded if pair.prompt_key in taken])
+    return ([pair for pair in encoded if pair.prompt_key not in taken], [pair for pair in encoded if pair.prompt_key in taken])
 
 
 def _held_out_parts(sources: Sources, held_out: float | str | None) -> list[Part]:
@@ -137,8 +147,11 @@ def _some(pairs: list[_Kind], source: object, max_length: int, report: DataRepor
         return pairs
     reasons = ", ".join(f"{tally.count} {reason}" for reason, tally in report.dropped.items())
     first = next((tally.rows[0] for tally in report.dropped.values()), "none")
-    remedy = (f"raise data.max_length ({max_length}) or set data.overlong: truncate_prompt" if OVERLONG in report.dropped
-              else f"look at the first of them: {first}")
+    remedy = (
+        f"raise data.max_length ({max_length}) or set data.overlong: truncate_prompt"
+        if OVERLONG in report.dropped
+        else f"look at the first of them: {first}"
+    )
     raise DataError(f"{source}: no pair is left of {report.rows_read} rows: {reasons}; {remedy}")
 
 

@@ -1,7 +1,7 @@
 """Pairs as text: by the tokenizer's chat template, or as the plain text that they are.
 
-    chat    render(prompt, generation prompt)   and   render(prompt + answer)
-    plain   prompt                              and   prompt + answer
+chat    render(prompt, generation prompt)   and   render(prompt + answer)
+plain   prompt                              and   prompt + answer
 """
 
 import json
@@ -39,8 +39,9 @@ def uses_chat_template(tokenizer: Any, template: Template) -> bool:
         DataError: When `chat` is asked for and the tokenizer has none.
     """
     if template == "chat" and not tokenizer.chat_template:
-        raise DataError("data.template: chat: the tokenizer has no chat template; "
-                        "take an instruct model, or write data.template: plain")
+        raise DataError(
+            "data.template: chat: the tokenizer has no chat template; take an instruct model, or write data.template: plain"
+        )
     return template != "plain" and bool(tokenizer.chat_template)
 
 
@@ -62,9 +63,11 @@ def render_pair(pair: Pair, tokenizer: Any, *, is_chat: bool) -> Rendered:
     if not is_chat:
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
         if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
-            raise DataError(f"{pair.where}: this pair is a list of messages, and the tokenizer has no chat template, or "
-                            "plain text was asked for; take an instruct model with data.template: chat, or data "
-                            "whose prompt, chosen and rejected are text (data.template: plain)")
+            raise DataError(
+                f"{pair.where}: this pair is a list of messages, and the tokenizer has no chat template, or "
+                "plain text was asked for; take an instruct model with data.template: chat, or data "
+                "whose prompt, chosen and rejected are text (data.template: plain)"
+            )
         return Rendered(prompt, prompt + chosen, prompt + rejected)
     from jinja2 import TemplateError
 
@@ -107,9 +110,11 @@ def check_control_tokens(pair: Pair, pattern: re.Pattern[str] | None) -> None:
     for column, text in _texts(pair):
         found = pattern.search(text) if pattern else None
         if found:
-            raise RowFlaw(f"column '{column}' holds the control token {found[0]!r} as text, which the tokenizer would take "
-                          "for a turn of its own; remove it, or, if the texts already are rendered with the chat "
-                          "template, write data.template: plain")
+            raise RowFlaw(
+                f"column '{column}' holds the control token {found[0]!r} as text, which the tokenizer would take "
+                "for a turn of its own; remove it, or, if the texts already are rendered with the chat "
+                "template, write data.template: plain"
+            )
 
 
 def is_blank(answer: Text) -> bool:
@@ -147,11 +152,15 @@ def describe_template(tokenizer: Any) -> list[str]:
     shared = shared_length(opened, head)
     facts = []
     if shared < len(opened):
-        facts.append(f"the chat template is not prefix-preserving: its generation prompt ends with {opened[shared:]!r} "
-                     f"({len(opened) - shared} characters), which rendered answers do not have; it is left out")
+        facts.append(
+            f"the chat template is not prefix-preserving: its generation prompt ends with {opened[shared:]!r} "
+            f"({len(opened) - shared} characters), which rendered answers do not have; it is left out"
+        )
     if head[shared:].strip():
-        facts.append(f"the chat template writes {head[shared:]!r} ({len(head) - shared} characters) between the generation "
-                     "prompt and the answer; they are scored as part of both answers")
+        facts.append(
+            f"the chat template writes {head[shared:]!r} ({len(head) - shared} characters) between the generation "
+            "prompt and the answer; they are scored as part of both answers"
+        )
     return facts
 
 
@@ -171,7 +180,7 @@ def _answer_turns(prompt: Text, answer: Text) -> Turns:
     if not isinstance(answer, str):
         return answer
     if isinstance(prompt, str) and _is_open_transcript(prompt) and answer:
-        return messages_from_transcript(prompt, answer)[len(messages_from_transcript(prompt, "")):]
+        return messages_from_transcript(prompt, answer)[len(messages_from_transcript(prompt, "")) :]
     return ({"role": "assistant", "content": answer},)
 
 

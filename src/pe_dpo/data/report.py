@@ -102,8 +102,7 @@ class DataReport:
     def measure(self, train: Sequence[EncodedPair]) -> None:
         """Fill in the lengths of the pairs to train on."""
         prompt, chosen, rejected = (
-            np.array([len(getattr(pair, name)) for pair in train])
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+            np.array([len(getattr(pair, name)) for pair in train]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
         pair = prompt + np.maximum(chosen, rejected)
         lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair": pair}

@@ -1,11 +1,11 @@
 """The shapes in which preference data comes, told apart by their columns, and how a row of each becomes a pair.
 
-    prompt, chosen, rejected                       text, or lists of messages (the answers may repeat the prompt)
-    chosen, rejected                               whole dialogues, as messages or Human/Assistant transcripts
-    instruction (input, system), chosen, rejected  Alpaca; `output` is ignored
-    conversations, chosen, rejected                ShareGPT {from, value}
-    messages, rejected_response                    the last assistant turn of messages is the chosen answer
-    input, preferred_output, non_preferred_output  OpenAI's preference fine-tuning
+prompt, chosen, rejected                       text, or lists of messages (the answers may repeat the prompt)
+chosen, rejected                               whole dialogues, as messages or Human/Assistant transcripts
+instruction (input, system), chosen, rejected  Alpaca; `output` is ignored
+conversations, chosen, rejected                ShareGPT {from, value}
+messages, rejected_response                    the last assistant turn of messages is the chosen answer
+input, preferred_output, non_preferred_output  OpenAI's preference fine-tuning
 """
 
 import json
@@ -76,29 +76,51 @@ def recognise_shape(rows: Sequence[Values], *, where: str, columns: Mapping[str,
     renamed = [_rename(row, columns) for row in rows]
     has = {name for row in renamed for name in row}.issuperset
     if has(("input", "preferred_output", "non_preferred_output")):
-        return _shape("OpenAI preference data (input, preferred_output, non_preferred_output)",
-                      ("input", "preferred_output", "non_preferred_output"), _openai_sides, renamed, columns)
+        return _shape(
+            "OpenAI preference data (input, preferred_output, non_preferred_output)",
+            ("input", "preferred_output", "non_preferred_output"),
+            _openai_sides,
+            renamed,
+            columns,
+        )
     if has(("messages", "rejected_response")) and not has(("chosen",)):
-        return _shape("messages whose last assistant turn is chosen, and rejected_response",
-                      ("messages", "rejected_response"), _last_turn_sides, renamed, columns)
+        return _shape(
+            "messages whose last assistant turn is chosen, and rejected_response",
+            ("messages", "rejected_response"),
+            _last_turn_sides,
+            renamed,
+            columns,
+        )
     if not has(("chosen", "rejected")):
         raise DataError(explain_columns(names, rows, columns, where=where))
     if has(("conversations",)):
-        return _shape("ShareGPT conversations with a chosen and a rejected answer",
-                      ("conversations", "chosen", "rejected"), _sharegpt_sides, renamed, columns)
+        return _shape(
+            "ShareGPT conversations with a chosen and a rejected answer",
+            ("conversations", "chosen", "rejected"),
+            _sharegpt_sides,
+            renamed,
+            columns,
+        )
     if has(("prompt",)):
         shape = _shape("", ("prompt", "chosen", "rejected"), _prompt_sides, renamed, columns)
-        return shape._replace(words=f"prompt ({shape.kinds.get('prompt', 'text')}), chosen and rejected "
-                                    f"({shape.kinds.get('chosen', 'text')})")
+        return shape._replace(
+            words=f"prompt ({shape.kinds.get('prompt', 'text')}), chosen and rejected ({shape.kinds.get('chosen', 'text')})"
+        )
     if has(("instruction",)):
-        return _shape("instruction with optional input and system, chosen, rejected",
-                      ("instruction", "chosen", "rejected"), _instruction_sides, renamed, columns)
+        return _shape(
+            "instruction with optional input and system, chosen, rejected",
+            ("instruction", "chosen", "rejected"),
+            _instruction_sides,
+            renamed,
+            columns,
+        )
     shape = _shape("", ("chosen", "rejected"), _whole_sides, renamed, columns)
     if shape.kinds.get("chosen") == "messages":
         return shape._replace(words="whole dialogues (messages); the prompt is what chosen and rejected share")
     if any(isinstance(row.get("chosen"), str) and is_transcript(row["chosen"]) for row in renamed):
-        return shape._replace(words="whole Human/Assistant transcripts; the prompt ends at the last Assistant tag that "
-                                    "chosen and rejected share")
+        return shape._replace(
+            words="whole Human/Assistant transcripts; the prompt ends at the last Assistant tag that chosen and rejected share"
+        )
     raise DataError(explain_columns(names, rows, columns, where=where))
 
 
@@ -132,8 +154,9 @@ def read_pair(values: Values, shape: Shape, *, where: str) -> Pair:
     return Pair(prompt, chosen, rejected, _read_margin(values), _read_tools(values), where)
 
 
-def _shape(words: str, required: tuple[str, ...], sides: Callable[[Values], Sides], rows: Sequence[Values],
-           columns: Mapping[str, str]) -> Shape:
+def _shape(
+    words: str, required: tuple[str, ...], sides: Callable[[Values], Sides], rows: Sequence[Values], columns: Mapping[str, str]
+) -> Shape:
     kinds = {}
     for name in required:
         found = (_kind(row[name]) for row in rows if name in row)
@@ -170,8 +193,10 @@ def _sharegpt_sides(values: Values) -> Sides:
 def _last_turn_sides(values: Values) -> Sides:
     turns = list(read_messages(values["messages"], "messages"))
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
-        raise RowFlaw(f"column 'messages' ends with a {turns[-1]['role']} turn after {len(turns) - 1} others; "
-                      "a prompt and then the chosen assistant turn are due")
+        raise RowFlaw(
+            f"column 'messages' ends with a {turns[-1]['role']} turn after {len(turns) - 1} others; "
+            "a prompt and then the chosen assistant turn are due"
+        )
     return Sides(turns[:-1], turns[-1:], values["rejected_response"])
 
 
@@ -196,8 +221,9 @@ def _read_sides(sides: Sides) -> tuple[Text, Text, Text]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         return split_transcripts(chosen, rejected) if prompt is None else (prompt, chosen, rejected)
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise RowFlaw(f"column 'chosen' is {kind_words(sides.chosen)} and 'rejected' {kind_words(sides.rejected)}; "
-                      "make them alike")
+        raise RowFlaw(
+            f"column 'chosen' is {kind_words(sides.chosen)} and 'rejected' {kind_words(sides.rejected)}; make them alike"
+        )
     if prompt is None:
         return split_dialogues(chosen, rejected)
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
@@ -217,7 +243,7 @@ def _after_prompt(prompt: Turns, answer: Text) -> Turns:
     if isinstance(answer, str):
         return ({"role": "assistant", "content": answer},)
     repeats_prompt = answer[: len(prompt)] == prompt and len(answer) > len(prompt)
-    return answer[len(prompt):] if repeats_prompt else answer
+    return answer[len(prompt) :] if repeats_prompt else answer
 
 
 def _with_system(prompt: Text, chosen: Text, rejected: Text, system: Any) -> tuple[Text, Text, Text]:
@@ -260,8 +286,7 @@ def _read_tools(values: Values) -> list[Any] | None:
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise RowFlaw(f"column 'tools' is not JSON ({error.msg}); "
-                          "a list of function descriptions is due") from error
+            raise RowFlaw(f"column 'tools' is not JSON ({error.msg}); a list of function descriptions is due") from error
     if tools and not isinstance(tools, list):
         raise RowFlaw(f"column 'tools' is {kind_words(tools)}; a list of function descriptions is due")
     return tools or None

@@ -1,9 +1,9 @@
 """What a path or a name stands for: the files or splits to train on, the ones to hold out, and the ones left alone.
 
-    pairs.jsonl           one file
-    folder/               train.* (or train-*, train_*) and validation|valid|val|eval|dev|test.*; else every data file
-    saved dataset/        what `datasets` wrote with save_to_disk
-    owner/name            a data set of the Hub, read with `datasets`
+pairs.jsonl           one file
+folder/               train.* (or train-*, train_*) and validation|valid|val|eval|dev|test.*; else every data file
+saved dataset/        what `datasets` wrote with save_to_disk
+owner/name            a data set of the Hub, read with `datasets`
 """
 
 import re
@@ -101,12 +101,15 @@ def _folder(folder: Path) -> Sources:
     train, held_out = divide_names(list(files))
     twice = [name for name in names if Path(name).stem in train + held_out and name != files[Path(name).stem].name]
     if twice:
-        raise DataError(f"{folder}: {files[Path(twice[0]).stem].name} and {twice[0]} differ only in their suffix; "
-                        "name one of the files instead of the folder")
+        raise DataError(
+            f"{folder}: {files[Path(twice[0]).stem].name} and {twice[0]} differ only in their suffix; "
+            "name one of the files instead of the folder"
+        )
     used = {files[stem].name for stem in train + held_out}
     parts = {stem: Part(path.name, partial(read_rows, path)) for stem, path in files.items()}
-    return Sources([parts[stem] for stem in train], [parts[stem] for stem in held_out],
-                   [name for name in names if name not in used])
+    return Sources(
+        [parts[stem] for stem in train], [parts[stem] for stem in held_out], [name for name in names if name not in used]
+    )
 
 
 def _saved_dataset(folder: Path) -> Sources:

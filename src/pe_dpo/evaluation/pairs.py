@@ -191,9 +191,7 @@ def set_metrics(pairs: ScoredPairs) -> dict[str, float]:
 def regimes(pairs: ScoredPairs) -> tuple[RegimeTable, RegimeTable]:
     """Return the 2×2 tables by summed and by per-token log-probs: by sums, quadrants mostly measure length."""
     by_sum = regime_table(pairs.policy_preference, pairs.reference_preference, pairs.score, pairs.weight)
-    per_token = regime_table(
-        pairs.policy_preference_per_token, pairs.reference_preference_per_token, pairs.score, pairs.weight
-    )
+    per_token = regime_table(pairs.policy_preference_per_token, pairs.reference_preference_per_token, pairs.score, pairs.weight)
     return by_sum, per_token
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pe_dpo.errors import ModelError
@@ -85,7 +86,7 @@ def start_from_adapter(
         model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=True)
         if reference == "adapter":
             model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
     for module in model.modules():
         for name in list(getattr(module, "lora_dropout", {})):
@@ -134,7 +135,7 @@ def load_adapter_for_evaluation(base: nn.Module, folder: str | Path) -> Any:
     check_adapter(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=False)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
     if (Path(folder) / REFERENCE).is_dir():
         model.load_adapter(str(Path(folder) / REFERENCE), adapter_name=REFERENCE, is_trainable=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from pe_dpo.errors import ModelError
@@ -27,9 +28,7 @@ class BaseFacts(NamedTuple):
     dtype: torch.dtype
 
 
-def inspect_base(
-    base: str, *, revision: str | None = None, quantize: Quantize = "auto", dtype: str = "auto"
-) -> BaseFacts:
+def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize = "auto", dtype: str = "auto") -> BaseFacts:
     """Return what the configuration of a base says, without loading its weights.
 
     Args:
@@ -102,7 +101,7 @@ def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Mod
             device_map={"": device},
             quantization_config=_quantization(facts),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{facts.base}: cannot be loaded: {_first_line(error)}") from error
     keep_weights_unpacked(model)
     for module in model.modules():

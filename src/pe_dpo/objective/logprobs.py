@@ -1,8 +1,8 @@
 """Log-probabilities of answers: the padded path, simple on purpose, against which every faster path is tested.
 
-    input_ids        p p p p c c c . .       one row per answer, padded on the right
-    completion_mask  0 0 0 0 1 1 1 0 0       the answer's tokens, the end token among them
-    log-prob         Σ log π(input_ids[t] | input_ids[<t])  over the marked t
+input_ids        p p p p c c c . .       one row per answer, padded on the right
+completion_mask  0 0 0 0 1 1 1 0 0       the answer's tokens, the end token among them
+log-prob         Σ log π(input_ids[t] | input_ids[<t])  over the marked t
 """
 
 from collections.abc import Callable
@@ -45,9 +45,7 @@ def answer_logprobs(
     scored = completion_mask[:, 1:].bool()
     positions = scored.any(dim=0).nonzero().squeeze(1)
     scored, targets = scored[:, positions], input_ids[:, 1:][:, positions]
-    logits = model(
-        input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False
-    ).logits
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False).logits
     per_token = torch.zeros(scored.shape, dtype=torch.float64, device=input_ids.device)
     per_token[scored] = token_logprobs(logits[scored], targets[scored]).double()
     return AnswerLogprobs(logprob=per_token.sum(dim=1), length=completion_mask.sum(dim=1))

@@ -1,5 +1,6 @@
 """The quickstart's main job: the embedded base and pairs through the same road as anybody's."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,10 @@ def quickstart_recipe(overrides: Sequence[str] = (), *, runs: Path = Path("runs"
             `quickstart-2`, ….
     """
     data = runs / "quickstart-data"
+    paths = {"model.base": BASE, "data.train": data, "output": _free_folder(runs / "quickstart")}
     recipe = load_recipe(
         FOLDER / "recipe.yaml",
-        [f"model.base={BASE}", f"data.train={data}", f"output={_free_folder(runs / 'quickstart')}", *overrides],
+        [*(f"{key}={json.dumps(str(path))}" for key, path in paths.items()), *overrides],
     )
     write_pairs(data)
     return recipe

@@ -53,7 +53,8 @@ def formula(loss: LossSection) -> str:
     if loss.margin_scale:
         score.append(f"− {loss.margin_scale:g}·margin column")
     if loss.length_penalty:
-        score.append(f"+ {loss.length_penalty:g}·(|chosen| − |rejected|)")
+        sign = "+" if loss.length_penalty > 0 else "−"
+        score.append(f"{sign} {abs(loss.length_penalty):g}·(|chosen| − |rejected|)")
     parts = [_LINKS[loss.link]]
     epsilon = loss.label_smoothing
     if epsilon:

@@ -54,6 +54,9 @@ def copy_recipe(name: str, target: Path) -> Path:
     destination = target / source.name if target.is_dir() else target
     if destination.exists():
         raise UsageError(f"{destination}: exists already; name another file")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, destination)
+    except OSError as error:
+        raise UsageError(f"{destination}: cannot be written: {error.strerror}; name another file") from error
     return destination

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pe_dpo.errors import RecipeError
 from pe_dpo.recipe.library import find_recipe
 from pe_dpo.recipe.schema import Recipe
-from pe_dpo.recipe.strict_yaml import Document, parse_document, parse_scalar
+from pe_dpo.recipe.strict_yaml import Document, Dumper, parse_document, parse_scalar
 
 OTHER_NAMES = {
     "simpo_gamma": "that is the margin here: loss.margin (gamma is the weight of the reference)",
@@ -94,7 +94,7 @@ def recipe_from_yaml(text: str, where: str, overrides: Iterable[str] = (), *, de
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML that loads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def recipe_difference(old: Recipe, new: Recipe, ignore: Iterable[str] = ()) -> list[str]:
@@ -123,28 +123,30 @@ def _apply_override(values: dict[str, Any], origins: dict[tuple[str | int, ...],
         raise RecipeError(f"{where}: write it as section.key=value, for example loss.gamma=0")
     path = tuple(key.strip().split("."))
     target = values
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1], start=1):
         inner = target.get(part)
         if inner is None:
             inner = target[part] = {}
+            origins[path[:depth]] = where
         if not isinstance(inner, dict):
             raise RecipeError(f"{where}: {part} is not a section")
         target = inner
     target[path[-1]] = parse_scalar(text, where)
+    for replaced in [known for known in origins if known[: len(path)] == path]:
+        del origins[replaced]
     origins[path] = where
 
 
-def _messages(
-    error: ValidationError, document: Document, origins: dict[tuple[str | int, ...], str], where: str
-) -> list[str]:
+def _messages(error: ValidationError, document: Document, origins: dict[tuple[str | int, ...], str], where: str) -> list[str]:
     """One line per place: where, the dotted key, what is wrong."""
     found: dict[tuple[str | int, ...], str] = {}
     for fault in error.errors():
         path = _known_prefix(tuple(fault["loc"]), document.values)
         message = _explain(fault, path)
         key, colon, rest = message.partition(": ")
-        if not path and colon and key in known_keys():  # a fault of the whole recipe that names the key to turn
-            path, message = tuple(key.split(".")), rest
+        named = (*map(str, path), *key.split("."))
+        if colon and ".".join(named) in known_keys():  # a fault of a section or the whole recipe that names the key to turn
+            path, message = named, rest
         known = path
         while known not in origins and known:
             known = known[:-1]
@@ -184,6 +186,9 @@ def _unknown_key(path: tuple[str | int, ...]) -> str:
         other = OTHER_NAMES[key]
         is_key = other.replace(":", " ").split()[0] in known_keys()
         return f"unknown key; here it is {other}" if is_key else f"unknown key; {other}"
+    sections = difflib.get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.7) if len(path) == 1 else []
+    if sections:
+        return f"unknown key; did you mean {sections[0]}?"
     names = {dotted.rsplit(".", 1)[-1]: dotted for dotted in known_keys()}
     if key in names:
         return f"unknown key here; did you mean {names[key]}?"

@@ -27,7 +27,7 @@ PRESETS: dict[str, Preset] = {
         {"beta": 0.1, "gamma": "1x", "label_smoothing": 0.1, "label_smoothing_mode": "unbiased"},
     ),
     "ipo": Preset(
-        "IPO with τ = 1/(2·margin), on per-token log-probs",
+        "IPO with τ = β/(2·margin), on per-token log-probs",
         "Azar et al. 2023, arXiv 2310.12036",
         {"beta": 1.0, "gamma": "1x", "margin": 5.0, "link": "squared", "reduce": "mean"},
     ),

@@ -4,6 +4,7 @@ Every default stands here and nowhere else, with its source or reason. Messages 
 what to do; `load` adds the file and the line.
 """
 
+import difflib
 import math
 import re
 from typing import Annotated, Any, Literal
@@ -49,7 +50,7 @@ class AdapterSection(Section):
     rank: Count = 16
     alpha: Positive = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["all-linear"] | list[str] = Field(
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear", description="all-linear (every linear layer but the head), or names of modules."
     )
     init: str = Field("default", description="default (B = 0) or gaussian (B = 0); others move the reference and are refused.")
@@ -85,11 +86,11 @@ class AdapterSection(Section):
     def _start_names_its_reference(self) -> "AdapterSection":
         if self.start and self.reference is None:
             raise ValueError(
-                f"the run starts from the adapter {self.start}: say which model is the reference. reference: adapter keeps a "
-                "frozen copy of it (usual after SFT), reference: base takes the raw base"
+                f"reference: the run starts from the adapter {self.start}: say which model is the reference. "
+                "reference: adapter keeps a frozen copy of it (usual after SFT), reference: base takes the raw base"
             )
         if self.reference == "adapter" and not self.start:
-            raise ValueError("reference: adapter needs start: the folder of that adapter")
+            raise ValueError("reference: adapter as the reference needs start: the folder of that adapter")
         of_the_adapter = ("rank", "alpha", "targets", "init")
         fixed = [key for key in of_the_adapter if getattr(self, key) != type(self).model_fields[key].default]
         if self.start and fixed:
@@ -140,9 +141,16 @@ class LossSection(Section):
         if not isinstance(values, dict):
             return values
         name = values.get("preset", "dpo")
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is not known; found presets: {', '.join(PRESETS)}")
-        return {**PRESETS[name].values, **values}
+        return {**PRESETS[name].values, **values} if isinstance(name, str) and name in PRESETS else values
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_is_published(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            close = difflib.get_close_matches(preset, PRESETS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(PRESETS)}"
+            raise ValueError(f"{preset!r} is not known; {hint}")
+        return preset
 
     @field_validator("gamma")
     @classmethod
@@ -158,8 +166,10 @@ class LossSection(Section):
 
     @model_validator(mode="after")
     def _floor_needs_the_reference(self) -> "LossSection":
+        if not math.isfinite(self.gamma_value):
+            raise ValueError(f"gamma: {self.gamma} times beta {self.beta:g} is not finite; write a smaller one")
         if self.reference_floor is not None and self.gamma_value == 0:
-            raise ValueError("reference_floor has no effect with gamma = 0; drop it, or set gamma > 0")
+            raise ValueError("reference_floor: has no effect with gamma = 0; drop it, or set gamma > 0")
         return self
 
     @property
@@ -218,6 +228,9 @@ class TrainSection(Section):
 
 class Recipe(Section):
     """A complete, checked request for one training run."""
+
+    # A file may leave `output` out: the loader names it after the file.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("output"))
 
     model: ModelSection
     adapter: AdapterSection = AdapterSection()

@@ -37,6 +37,16 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+class Dumper(yaml.SafeDumper):
+    """Safe dumper that quotes a string when YAML 1.1 or our rules would read it as something else."""
+
+
+Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
 def parse_document(text: str, where: str) -> Document:
     """Return the mapping in `text` with the line of every value.
 
@@ -48,7 +58,7 @@ def parse_document(text: str, where: str) -> Document:
         RecipeError: not YAML, not a mapping, or a repeated key, tag, anchor or alias.
     """
     try:
-        _refuse_anchors(text, where)
+        _refuse_anchors_and_tags(text, where)
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -66,16 +76,22 @@ def parse_scalar(text: str, where: str) -> Any:
     """Return the value of one `--set key=VALUE`, read by the same rules as a recipe.
 
     Raises:
-        RecipeError: not YAML.
+        RecipeError: not YAML, or more than one value.
     """
-    return parse_document(f"value: {text}", where).values["value"]
+    values = parse_document(f"value: {text}", where).values
+    if len(values) > 1:
+        raise RecipeError(f"{where}: one value is due, on one line")
+    return values["value"]
 
 
-def _refuse_anchors(text: str, where: str) -> None:
+def _refuse_anchors_and_tags(text: str, where: str) -> None:
     for event in yaml.parse(text, Loader=_Loader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-            line = event.start_mark.line + 1 if event.start_mark else 1
             raise RecipeError(f"{where}:{line}: anchors and aliases (&, *) are not used in recipes; write the value out")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise RecipeError(f"{where}:{line}: the YAML tag {tag} is not used in recipes; write a plain value")
 
 
 def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], where: str) -> Any:
@@ -95,9 +111,8 @@ def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], where: str) 
         return text.lower() == "true"
     if kind == "int":
         return int(text)
-    if kind == "float":
-        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-    raise RecipeError(f"{where}:{line}: the YAML tag {node.tag} is not used in recipes; write a plain value")
+    assert kind == "float", "tags are refused before, and these are all that the resolvers give"
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
 def _construct_mapping(node: yaml.MappingNode, path: Path, lines: dict[Path, int], where: str) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """The folder of one run: who may write into it, what stands in run.json, and how its metrics are kept.
 
-    adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEFT loads
-    README.md            model card
-    recipe.yaml          resolved; training it again repeats the run
-    run.json             status, versions, hashes, reference card, held-out metrics before and after
-    metrics.jsonl        one line per logged step and per evaluation
-    data_report.json     what became of every row
-    eval_pairs.parquet   held-out pairs one by one
-    checkpoint-N/        to resume from
+adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEFT loads
+README.md            model card
+recipe.yaml          resolved; training it again repeats the run
+run.json             status, versions, hashes, reference card, held-out metrics before and after
+metrics.jsonl        one line per logged step and per evaluation
+data_report.json     what became of every row
+eval_pairs.parquet   held-out pairs one by one
+checkpoint-N/        to resume from
 """
 
 import importlib.metadata

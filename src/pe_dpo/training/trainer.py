@@ -149,9 +149,7 @@ class PairTrainer(Trainer):
             self._window, self._window_tokens, self._window_start = [], 0, time.perf_counter()
         super().log(logs, start_time)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the metrics of the held-out pairs, and log them."""
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in set_metrics(self.score_held_out()).items()}
         self.log(metrics)
