@@ -1,0 +1,36 @@
+"""The quickstart itself: the embedded world on the road that everybody's data take."""
+
+import pytest
+
+from pe_dpo.quickstart.run import compare_answers, quickstart_recipe
+from pe_dpo.quickstart.world import is_right, manners
+from pe_dpo.training.run import train
+
+
+def test_the_recipe_stands_on_nothing_but_the_package_and_finds_a_free_folder(tmp_path):
+    runs = tmp_path / "runs #1: mine"
+    recipe = quickstart_recipe(["loss.gamma=0", "loss.margin=1"], runs=runs)
+    assert (recipe.loss.gamma_value, recipe.model.quantize) == (0, "nf4")
+    assert recipe.output == str(runs / "quickstart")
+    (runs / "quickstart").mkdir()
+    assert quickstart_recipe(runs=runs).output == str(runs / "quickstart-2")
+    assert quickstart_recipe(["output=elsewhere"], runs=runs).output == "elsewhere"
+
+
+@pytest.mark.slow
+def test_quickstart_turns_a_base_that_ranks_half_of_the_pairs_wrong_into_one_that_ranks_nearly_all_right(tmp_path):
+    recipe = quickstart_recipe(runs=tmp_path)
+    result = train(recipe)
+    assert 0.45 < result.before["accuracy/policy"] < 0.65
+    assert result.after["accuracy/policy"] > 0.88
+    assert result.after["regimes/policy_right_reference_wrong/pairs"] > 50
+    answers = compare_answers(recipe, count=12)
+    polite = [
+        sum(manners(text) == "courteous" for text in texts) for texts in zip(*((a.base, a.tuned) for a in answers), strict=True)
+    ]
+    right = [
+        sum(is_right([{"role": "user", "content": a.question}], text) for a, text in zip(answers, texts, strict=True))
+        for texts in zip(*((a.base, a.tuned) for a in answers), strict=True)
+    ]
+    assert polite[1] >= polite[0] + 3
+    assert right[1] >= right[0]
