@@ -21,10 +21,11 @@ FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOU
 
 MAY_IMPORT = {
     "errors": set(),
+    "hub": set(),
     "recipe": {"errors"},
     "objective": set(),
-    "data": {"recipe", "errors"},
-    "model": {"objective", "recipe", "errors"},
+    "data": {"recipe", "hub", "errors"},
+    "model": {"objective", "recipe", "hub", "errors"},
     "evaluation": {"data", "model", "objective", "recipe", "errors"},
     "training": {"evaluation", "data", "model", "objective", "recipe", "errors"},
     "quickstart": {"training", "evaluation", "data", "model", "recipe", "errors"},

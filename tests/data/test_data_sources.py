@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,21 +119,16 @@ def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(name: str) -> None
         find_sources(name)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("urllib.request.getproxies", dict)
-    started = time.monotonic()
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: False)
     with pytest.raises(DataError, match=r"nobody/nothing: there is no such file or folder.*the Hub cannot be reached"):
         find_sources("nobody/nothing")
-    assert time.monotonic() - started < 5
 
 
 def test_a_hub_dataset_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr("pe_dpo.data.sources._is_reachable", lambda endpoint: True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": data}))
     assert [pair.where for pair in load_pairs("owner/name")[0]] == ["owner/name/train row 1", "owner/name/train row 2"]
 
@@ -145,8 +139,7 @@ def test_a_name_that_the_hub_does_not_know_is_an_error(monkeypatch: pytest.Monke
     def refuse(name: str) -> None:
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist")
 
-    monkeypatch.setattr("pe_dpo.data.sources._is_reachable", lambda endpoint: True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"owner/name: there is no such file.*doesn't exist.*check the name"):
         find_sources("owner/name")

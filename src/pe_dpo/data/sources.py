@@ -6,10 +6,6 @@ saved dataset/        what `datasets` wrote with save_to_disk
 owner/name            a data set of the Hub, read with `datasets`
 """
 
-import re
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,10 +13,9 @@ from typing import Any, NamedTuple
 
 from pe_dpo.data.files import SUFFIXES, Row, read_rows
 from pe_dpo.errors import DataError
+from pe_dpo.hub import hub_is_reachable, is_hub_name
 
 HELD_OUT_NAMES = ("validation", "valid", "val", "eval", "dev", "test")  # the first that is there is used
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_HUB_SECONDS = 5
 
 
 class Part(NamedTuple):
@@ -127,24 +122,12 @@ def _hub_dataset(name: str) -> Sources:
 
     cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
     missing = f"{name}: there is no such file or folder, and as the name of a data set on the Hub"
-    if not cached.exists() and (datasets.config.HF_HUB_OFFLINE or not _is_reachable(datasets.config.HF_ENDPOINT)):
+    if not cached.exists() and not hub_is_reachable():
         raise DataError(f"{missing} it cannot be looked up: the Hub cannot be reached; check the path or the network")
     try:
         return _splits(name, datasets.load_dataset(name))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{missing} it cannot be read ({error}); check the name, or name a file") from error
-
-
-def _is_reachable(endpoint: str) -> bool:
-    url = urllib.parse.urlsplit(endpoint)
-    if urllib.request.getproxies().get(url.scheme):
-        return True  # only the proxy knows
-    port = url.port or (80 if url.scheme == "http" else 443)
-    try:
-        socket.create_connection((url.hostname or "", port), timeout=_HUB_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def _splits(name: str, data: Any) -> Sources:
@@ -163,4 +146,4 @@ def _dataset_rows(name: str, data: Any) -> Iterator[Row]:
 
 def _looks_like_path(text: str) -> bool:
     known = text.lower().endswith(SUFFIXES)
-    return known or text.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(text) is None
+    return known or text.startswith((".", "/", "~")) or not is_hub_name(text)

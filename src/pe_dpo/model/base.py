@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pe_dpo.errors import ModelError
+from pe_dpo.hub import hub_is_reachable, is_hub_name
 
 Quantize = Literal["auto", "nf4", "int8", "none"]
 
@@ -44,10 +45,10 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
 
     if Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
         raise ModelError(f"{base}: is an adapter, not a base; name its base in model.base and the adapter in adapter.start")
-    if base.startswith((".", "/", "~")) and not Path(base).exists():
+    if not Path(base).exists() and (base.startswith((".", "/", "~")) or not is_hub_name(base)):
         raise ModelError(f"{base}: no such folder; model.base is a folder with config.json, or a hub id")
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision)
+        config = AutoConfig.from_pretrained(base, revision=revision, local_files_only=_is_local(base))
     except (OSError, ValueError) as error:
         raise ModelError(f"{base}: no model found there: {_first_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -97,6 +98,7 @@ def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Mod
         model = AutoModelForCausalLM.from_pretrained(
             facts.base,
             revision=facts.revision,
+            local_files_only=_is_local(facts.base),
             dtype=facts.dtype,
             device_map={"": device},
             quantization_config=_quantization(facts),
@@ -133,7 +135,7 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base, revision=revision)
+        return AutoTokenizer.from_pretrained(base, revision=revision, local_files_only=_is_local(base))
     except (OSError, ValueError) as error:
         raise ModelError(f"{base}: no tokenizer found there: {_first_line(error)}") from error
 
@@ -143,9 +145,10 @@ def end_token_ids(base: str, *, revision: str | None = None) -> list[int]:
     from transformers import GenerationConfig
 
     try:
-        ends = GenerationConfig.from_pretrained(base, revision=revision).eos_token_id
+        generation = GenerationConfig.from_pretrained(base, revision=revision, local_files_only=_is_local(base))
     except OSError:  # many bases have no generation config
         return []
+    ends = generation.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
@@ -199,6 +202,11 @@ def _quantization(facts: BaseFacts) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=facts.dtype,
     )
+
+
+def _is_local(base: str) -> bool:
+    """Whether only files on this machine count: a folder, or a hub name while the hub cannot be reached."""
+    return Path(base).exists() or not hub_is_reachable()
 
 
 def _first_line(error: Exception) -> str:
