@@ -97,10 +97,12 @@ def test_the_optimizer_s_dials_reach_the_run(pe_dpo, recipe_file, tmp_path):
 def test_overwrite_replaces_a_run(pe_dpo, recipe_file, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
-    (folder / "left-over").write_text("")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoint-99").mkdir()
     assert pe_dpo("train", recipe_file, "-o", folder, "--overwrite", "--beta", 0.3).code == 0
     assert "  beta: 0.3\n" in (folder / "recipe.yaml").read_text()
-    assert not (folder / "left-over").exists()
+    assert not (folder / "checkpoint-99").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_resuming_a_finished_run_trains_no_further(pe_dpo, recipe_file, trained, tmp_path):

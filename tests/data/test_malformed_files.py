@@ -126,3 +126,10 @@ def test_texts_that_look_like_dates_stay_texts(tmp_path: Path) -> None:
 def test_an_answer_of_25_megabytes_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(row(chosen=b'"' + b"a" * 25_000_000 + b'"'))
     assert len(load_pairs(tmp_path / "x.jsonl")[0][0].chosen) == 25_000_000
+
+
+def test_a_long_answer_in_a_csv_is_no_fault(tmp_path):
+    answer = "word " * 30_000
+    (tmp_path / "long.csv").write_text(f"prompt,chosen,rejected\nq,{answer},no\n", encoding="utf-8")
+    (pair,), _ = load_pairs(tmp_path / "long.csv")
+    assert pair.chosen == answer

@@ -164,3 +164,16 @@ def test_margins_reach_the_encoded_pairs_and_are_zero_without(write_lines: Calla
 def test_prompts_of_equal_messages_have_one_key_whatever_the_order_of_their_keys() -> None:
     one = ({"role": "user", "content": "é"},)
     assert prompt_key(one) == prompt_key(({"content": "é", "role": "user"},)) != prompt_key("é")
+
+
+def test_a_prompt_with_nearly_all_pairs_stays_to_train_on():
+    import numpy as np
+
+    from pe_dpo.data import EncodedPair, split_by_prompt
+
+    ids = np.array([1], dtype=np.int32)
+    for large, small in (("0", "1"), ("1", "0")):
+        pairs = [EncodedPair(ids, ids, ids, 0.0, f"x:{n}", large if n else small) for n in range(100)]
+        train, held_out = split_by_prompt(pairs, 0.05)
+        assert {pair.prompt_key for pair in train} == {large}
+        assert {pair.prompt_key for pair in held_out} == {small}

@@ -196,6 +196,16 @@ def test_an_adapter_of_another_base_is_refused(sft, tmp_path):
         start_from_adapter(load_base(inspect_base(str(tmp_path / "small"))), sft, reference="base")
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # all that PEFT does about it
+def test_an_adapter_with_missing_tensors_is_not_loaded_half(base, sft):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(sft / "adapter_model.safetensors")
+    save_file({name: w for name, w in weights.items() if "layers.1" not in name}, sft / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"14 tensors of the adapter are missing and 0 are left over"):
+        start_from_adapter(base, sft, reference="base")
+
+
 def test_targets_that_name_nothing_are_refused(base):
     with pytest.raises(ModelError, match=r"adapter\.targets: Target modules .*nowhere"):
         attach_adapter(base, rank=4, alpha=8, targets=["nowhere"])

@@ -1,5 +1,6 @@
 """The base: loaded once, quantized as asked, and never changed by what is done with it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,29 @@ def test_the_fingerprint_sees_a_changed_scale_of_a_4_bit_weight(nf4):
 def test_ends_of_generation_are_read_from_the_generation_config(tiny_base, tmp_path):
     assert end_token_ids(str(tiny_base)) == [load_tokenizer(str(tiny_base)).eos_token_id]
     assert end_token_ids(str(tmp_path)) == []
+
+
+def test_dropout_that_a_layer_applies_by_a_float_is_off_too(tmp_path):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 32}
+    OPTForCausalLM(OPTConfig(vocab_size=64, dropout=0.5, **sizes)).save_pretrained(tmp_path)
+    model = load_base(inspect_base(str(tmp_path)))
+    assert torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_tensors_missing_from_the_files_are_not_made_up(tiny_base, tmp_path, quantize):
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"1 tensors of the model are missing from its files \(model\.layers\.1\.mlp\.down_proj"
+    ):
+        load_base(inspect_base(str(base), quantize=quantize))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """A whole run: what it leaves, what it measures, and that an adapter to start from is treated as asked."""
 
 import json
+import shutil
 
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.run import evaluate
 from pe_dpo.recipe import load_recipe
 from pe_dpo.training.run import train
@@ -79,6 +82,41 @@ def test_evaluating_the_run_gives_the_numbers_that_training_ended_with(run):
     assert found.metrics == pytest.approx(run.after, rel=1e-9)
     low, high = found.intervals["accuracy/policy"]
     assert low <= run.after["accuracy/policy"] <= high
+
+
+def test_evaluating_a_run_whose_data_changed_is_refused(tiny_recipe, tiny_pairs, tmp_path):
+    pairs = shutil.copytree(tiny_pairs, tmp_path / "pairs")
+    result = train(tiny_recipe(tmp_path / "run", f"data.train={pairs}", "train.max_steps=1"))
+    lines = (pairs / "test.jsonl").read_text().splitlines()
+    (pairs / "test.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(UsageError, match="the data are not those of the run any more.*--data"):
+        evaluate(result.folder)
+
+
+def test_evaluating_a_run_whose_base_changed_is_refused(tiny_recipe, tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    result = train(tiny_recipe(tmp_path / "run", f"model.base={base}", "train.max_steps=1"))
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="is not the base of the run any more.*--base"):
+        evaluate(result.folder)
+
+
+def test_a_run_with_relative_paths_is_evaluated_from_any_folder(tiny_recipe, tiny_base, tmp_path, monkeypatch):
+    shutil.copytree(tiny_base, tmp_path / "here" / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    result = train(tiny_recipe(tmp_path / "run", "model.base=./base", "train.max_steps=1"))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(result.folder).metrics["loss"] == pytest.approx(result.after["loss"])
+
+
+def test_a_plain_peft_folder_is_evaluated_with_the_tokenizer_of_its_base(run, tiny_base, tiny_pairs, tmp_path):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(run.folder / name, tmp_path)
+    found = evaluate(tmp_path, data=str(tiny_pairs / "test.jsonl"))
+    assert found.kind == "adapter"
+    assert found.metrics["logps/chosen"] == pytest.approx(run.after["logps/chosen"])
 
 
 def test_held_out_pairs_are_on_disk_one_by_one(run):

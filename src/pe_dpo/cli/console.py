@@ -66,6 +66,26 @@ def show_outcome(before: Mapping[str, float], after: Mapping[str, float]) -> Non
     show_table(f"{pairs} held-out pairs (95 % Wilson intervals)", ["", "before", "after"], rows)
 
 
+def show_result(result: Any) -> None:
+    """Print what a run came to, from the main process; leave with 128 + signal when it was interrupted.
+
+    Args:
+        result: a `training.run.TrainResult`.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if result.interrupted_by is not None:
+        again = f"pe-dpo train {result.folder / 'recipe.yaml'} --resume"
+        say(f"stopped by a signal after step {result.steps}, checkpoint saved; go on with: {again}")
+        raise typer.Exit(128 + result.interrupted_by)
+    if result.after:
+        show_outcome(result.before, result.after)
+        show_regimes(result.before, "Before: what the reference already ranks right")
+        show_regimes(result.after, "After: who flipped, and where the loss still pulls")
+    for remark in result.remarks:
+        say(f"look: {remark}")
+
+
 def show_regimes(metrics: Mapping[str, float], title: str, prefix: str = "regimes") -> None:
     """Print the 2×2 table of policy right/wrong × reference right/wrong: pairs, and share of the gradient weight."""
     from pe_dpo.objective import QUADRANT_TITLES

@@ -35,12 +35,8 @@ def quickstart(
     # Matrices this small gain nothing from a second thread, and on a busy machine its waiting costs five times the run.
     torch.set_num_threads(1)
     result = train(recipe, say=console.say, callbacks=[console.progress_callback()])
-    console.show_outcome(result.before, result.after)
-    console.show_regimes(result.before, "Before: what the base already ranks right")
-    console.show_regimes(result.after, "After: who flipped, and where the loss still pulls")
-    for remark in result.remarks:
-        console.say(f"look: {remark}")
-    for answer in compare_answers(recipe, count=3):
+    console.show_result(result)
+    for answer in compare_answers(recipe, count=3) if result.after else []:
         console.say(f"\nquestion  {answer.question}\nchosen    {answer.wanted}")
         console.say(f"base      {answer.base}\ntuned     {answer.tuned}")
     console.say(f"\nthe run lies in {result.folder} ({time.perf_counter() - started:.0f} s)")

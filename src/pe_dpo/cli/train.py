@@ -1,5 +1,6 @@
 """`pe-dpo train`."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -37,13 +38,6 @@ def train(
     from pe_dpo.training.run import train as run
 
     result = run(plan, resume=resume, overwrite=overwrite, say=console.say, callbacks=[console.progress_callback()])
-    if result.interrupted_by is not None:
-        again = f"pe-dpo train {result.folder / 'recipe.yaml'} --resume"
-        console.say(f"stopped by a signal after step {result.steps}, checkpoint saved; go on with: {again}")
-        raise typer.Exit(128 + result.interrupted_by)
-    if result.after:
-        console.show_outcome(result.before, result.after)
-        console.show_regimes(result.after, "Held-out pairs now, by summed log-probs")
-    for remark in result.remarks:
-        console.say(f"look: {remark}")
-    console.say(f"the adapter lies in {result.folder}; next: pe-dpo eval {result.folder}")
+    console.show_result(result)
+    if os.environ.get("RANK", "0") == "0":
+        console.say(f"the adapter lies in {result.folder}; next: pe-dpo eval {result.folder}")

@@ -185,6 +185,8 @@ def _read_message(turn: Any, place: str) -> Message:
         message["tool_calls"] = [_called_function(content, place)]
         content = None
     elif "tool_calls" in message:
+        if not isinstance(message["tool_calls"], list):
+            raise RowFlaw(f"column '{place}' has tool_calls that are {kind_words(message['tool_calls'])}; a list is due")
         message["tool_calls"] = [_readable_call(call, place) for call in message["tool_calls"]]
     if content is None and "tool_calls" in message:
         content = ""

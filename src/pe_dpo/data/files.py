@@ -110,6 +110,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, *, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the module's own limit of 128 KiB refuses long answers
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
@@ -150,7 +151,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _row_from_value(where: str, value: Any) -> Row:
-    repeated = _find_repeated(value)
+    try:
+        repeated = _find_repeated(value)
+    except RecursionError:
+        return Row(where, {}, "is nested too deep; a flat object with one pair is due")
     if repeated is not None:
         return Row(where, {}, f"has the key '{repeated.key}' twice in one object; keep one of them")
     if not isinstance(value, dict):

@@ -110,7 +110,8 @@ def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[
     Args:
         encoded: All pairs.
         share: Of the pairs to hold out, in [0, 1). Prompts are taken in the order of their hashes until it is reached,
-            so the split depends on no seed and no row order; one prompt always stays to train on.
+            so the split depends on no seed and no row order. A prompt with so many pairs that it would take more than
+            twice the share, and more than half of what is left, stays to train on; one prompt always does.
 
     Returns:
         (train, held out), each in the order of the rows.
@@ -120,9 +121,11 @@ def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[
         counts[pair.prompt_key] = counts.get(pair.prompt_key, 0) + 1
     taken: set[str] = set()
     pairs_taken = 0
-    for key in sorted(counts)[: len(counts) - 1]:
-        if pairs_taken >= share * len(encoded):
+    for key in sorted(counts):
+        if pairs_taken >= share * len(encoded) or len(taken) == len(counts) - 1:
             break
+        if pairs_taken + counts[key] > max(2 * share * len(encoded), 1) and 2 * counts[key] > len(encoded) - pairs_taken:
+            continue
         taken.add(key)
         pairs_taken += counts[key]
     return ([pair for pair in encoded if pair.prompt_key not in taken], [pair for pair in encoded if pair.prompt_key in taken])

@@ -35,7 +35,7 @@ class ScoredPairs(NamedTuple):
     @property
     def has_reference(self) -> bool:
         """Whether the reference was run on these pairs."""
-        return not bool(self.reference_chosen.isnan().any())
+        return not bool(self.reference_chosen.isnan().all())
 
     @property
     def policy_preference(self) -> Tensor:

@@ -7,12 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pe_dpo.data import EncodedPair
+from pe_dpo.data import EncodedPair, data_hash
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored_pairs, set_metrics, wilson_interval
 from pe_dpo.model.adapter import as_reference, check_adapter, load_adapter_for_evaluation
-from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 
@@ -65,7 +66,7 @@ def evaluate(
     """
     found = _find_target(Path(target), data, base, quantize)
     settings = found.recipe
-    tokenizer = load_tokenizer(str(found.adapter or settings.model.base) if found.kind != "model" else str(target))
+    tokenizer = _tokenizer(found)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = inspect_base(**settings.model.model_dump())
     pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say)
@@ -75,6 +76,10 @@ def evaluate(
         return score_pairs(model, pairs, token_budget=budget, device=device, progress=progress)
 
     model: Any = load_base(facts, device=device)
+    if found.kind == "run" and data is None:
+        _check_same_pairs(Path(target), pairs)
+    if found.kind == "run" and base is None and quantize is None:
+        _check_same_base(Path(target), facts, model, say)
     reference: PairLogprobs | None = None
     if found.adapter is not None:
         model = load_adapter_for_evaluation(model, found.adapter)
@@ -105,7 +110,7 @@ def _find_target(target: Path, data: str | None, base: str | None, quantize: str
         recipe = recipe_from_yaml((target / "recipe.yaml").read_text(encoding="utf-8"), str(target / "recipe.yaml"))
         model = recipe.model.model_copy(update={k: v for k, v in (("base", base), ("quantize", quantize)) if v is not None})
         if not (target / "adapter_model.safetensors").is_file():
-            status = json.loads((target / "run.json").read_text(encoding="utf-8")).get("status", "unknown")
+            status = _record(target).get("status", "unknown")
             again = f"pe-dpo train {target / 'recipe.yaml'} --resume"
             raise UsageError(f"{target}: this run has no adapter yet (status: {status}); finish it with: {again}")
         return _Target("run", recipe.model_copy(update={"model": model}), target)
@@ -125,6 +130,41 @@ def _find_target(target: Path, data: str | None, base: str | None, quantize: str
         f"{target}: is neither a run (run.json), an adapter (adapter_config.json) nor a model (config.json); "
         "name the folder of one of them"
     )
+
+
+def _tokenizer(found: _Target) -> Any:
+    """The tokenizer beside the adapter where there is one (a plain PEFT folder may have none), else the base's."""
+    if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(found.adapter))
+    return load_tokenizer(found.recipe.model.base, revision=found.recipe.model.revision)
+
+
+def _record(run: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run / 'run.json'}: cannot be read: {error}; evaluate the adapter with --data and --base") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _check_same_pairs(run: Path, pairs: list[EncodedPair]) -> None:
+    recorded = _record(run).get("hashes", {}).get("held_out")
+    if recorded is not None and recorded != data_hash(pairs):
+        raise UsageError(
+            f"{run}: the data are not those of the run any more, so its held-out pairs cannot be told from those it "
+            "trained on; restore them, or name other pairs with --data"
+        )
+
+
+def _check_same_base(run: Path, facts: BaseFacts, model: Any, say: Callable[[str], None]) -> None:
+    record = _record(run)
+    recorded, trained = record.get("hashes", {}).get("base"), record.get("base", {})
+    if recorded is None or recorded == base_fingerprint(model):
+        return
+    dtype = str(facts.dtype).removeprefix("torch.")
+    if (trained.get("quantize"), trained.get("dtype")) == (facts.quantize, dtype):
+        raise UsageError(f"{run}: {facts.base} is not the base of the run any more; restore it, or name the base with --base")
+    say(f"look: trained on {trained.get('quantize')}/{trained.get('dtype')}, evaluated on {facts.quantize}/{dtype}")
 
 
 def _held_out_pairs(

@@ -88,6 +88,7 @@ def start_from_adapter(
             model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    _check_complete(model, Path(folder), POLICY)
     for module in model.modules():
         for name in list(getattr(module, "lora_dropout", {})):
             rate = dropout if name == POLICY else 0.0
@@ -135,10 +136,14 @@ def load_adapter_for_evaluation(base: nn.Module, folder: str | Path) -> Any:
     check_adapter(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=False)
+        copy = Path(folder) / REFERENCE
+        if copy.is_dir():
+            model.load_adapter(str(copy), adapter_name=REFERENCE, is_trainable=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
-    if (Path(folder) / REFERENCE).is_dir():
-        model.load_adapter(str(Path(folder) / REFERENCE), adapter_name=REFERENCE, is_trainable=False)
+    _check_complete(model, Path(folder), POLICY)
+    if copy.is_dir():
+        _check_complete(model, copy, REFERENCE)
     return _in_float32(model).eval()
 
 
@@ -178,23 +183,51 @@ def restore_adapter(model: Any, folder: str | Path) -> None:
     Raises:
         ModelError: a tensor is missing, left over, or of another shape.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    wanted = _check_complete(model, Path(folder), POLICY)
     weights = load_file(Path(folder) / "adapter_model.safetensors")
-    wanted = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
-    if weights.keys() != wanted.keys():
-        different = sorted(weights.keys() ^ wanted.keys())
-        raise ModelError(f"{folder}: does not fit this run's adapter; differing tensors: {', '.join(different[:3])}, …")
     for name, tensor in weights.items():
         if tensor.shape != wanted[name].shape:
             raise ModelError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the run has {tuple(wanted[name].shape)}")
     set_peft_model_state_dict(model, weights, adapter_name=POLICY)
 
 
+def _check_complete(model: Any, folder: Path, adapter: str) -> dict[str, torch.Tensor]:
+    """Check that a saved adapter has exactly the tensors of one in the model, and return those of the model.
+
+    PEFT leaves a missing tensor as it was initialised, with no more than a warning.
+
+    Raises:
+        ModelError: a tensor is missing or left over, or there are no safetensors.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no adapter_model.safetensors there; save the adapter as safetensors")
+    with safe_open(path, framework="pt") as file:
+        saved = set(file.keys())
+    wanted: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if saved != wanted.keys():
+        missing, over = len(wanted.keys() - saved), len(saved - wanted.keys())
+        raise ModelError(
+            f"{folder}: {missing} tensors of the adapter are missing and {over} are left over; differing tensors: "
+            f"{', '.join(sorted(saved ^ wanted.keys())[:3])}, …; take another copy of the adapter"
+        )
+    return wanted
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the trained parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapter_is_zero(model: nn.Module) -> bool:
+    """Return whether every trained B is 0, so that the policy is the base."""
+    return not any(bool(p.any()) for name, p in model.named_parameters() if f"lora_B.{POLICY}" in name)
 
 
 def _in_float32(model: Any) -> Any:

@@ -50,7 +50,8 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, local_files_only=_is_local(base))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{base}: no model found there: {_first_line(error)}") from error
+        nowhere = "" if Path(base).exists() else "there is no such folder here, and as a name on the hub: "
+        raise ModelError(f"{base}: no model found there: {nowhere}{_first_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"{base}: {config.model_type} is not a causal language model of this transformers version")
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -59,8 +60,11 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
             f"{base}: is already quantized ({method}); name the original base and let model.quantize do it, so that the run "
             "knows exactly which weights it trained on"
         )
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    try:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{base}: its config.json describes no model that can be built: {_first_line(error)}") from error
     text = config.get_text_config()
     return BaseFacts(
         base=base,
@@ -95,22 +99,28 @@ def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Mod
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             facts.base,
             revision=facts.revision,
             local_files_only=_is_local(facts.base),
             dtype=facts.dtype,
             device_map={"": device},
             quantization_config=_quantization(facts),
+            output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{facts.base}: cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{facts.base}: {len(missing)} tensors of the model are missing from its files ({missing[0]}, …) and would be "
+            "random; fetch the model again"
+        )
     keep_weights_unpacked(model)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name):
+                setattr(module, name, 0.0)
     return model.requires_grad_(False).train()
 
 

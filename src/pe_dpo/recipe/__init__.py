@@ -2,7 +2,7 @@
 
 from pe_dpo.recipe.describe import LossDescription, describe
 from pe_dpo.recipe.library import copy_recipe, find_recipe, recipe_header, recipe_names
-from pe_dpo.recipe.load import load_recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml
+from pe_dpo.recipe.load import load_recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml, with_absolute_paths
 from pe_dpo.recipe.presets import PRESETS
 from pe_dpo.recipe.schema import Recipe, warnings
 
@@ -20,4 +20,5 @@ __all__ = [
     "recipe_names",
     "recipe_to_yaml",
     "warnings",
+    "with_absolute_paths",
 ]

@@ -92,6 +92,18 @@ def recipe_from_yaml(text: str, where: str, overrides: Iterable[str] = (), *, de
         raise RecipeError("\n".join(_messages(error, Document(values, document.lines), origins, where))) from error
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with every input that lies on this machine by its absolute path, so that it holds from any folder."""
+
+    def absolute(value: Any) -> Any:
+        return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+
+    model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
+    adapter = recipe.adapter.model_copy(update={"start": absolute(recipe.adapter.start)})
+    data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "eval": absolute(recipe.data.eval)})
+    return recipe.model_copy(update={"model": model, "adapter": adapter, "data": data})
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML that loads back to an equal recipe."""
     return yaml.dump(recipe.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)

@@ -7,9 +7,10 @@ what to do; `load` adds the file and the line.
 import difflib
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from pe_dpo.recipe.presets import PRESETS
 
@@ -25,6 +26,14 @@ MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings, in small letters, of initialisations that change the base weights, so that the reference is not the base."""
 
 
+def _expand_home(value: Any) -> Any:
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+
+
+Location = Annotated[str, StringConstraints(min_length=1), BeforeValidator(_expand_home)]
+"""A path (~/ is the home folder) or a hub id."""
+
+
 class Section(BaseModel):
     """A part of a recipe: no unknown keys, no silent conversion of one type into another."""
 
@@ -34,7 +43,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model, loaded once: policy and reference share it."""
 
-    base: str = Field(min_length=1, description="Path or hub id of a causal language model.")
+    base: Location = Field(description="Path or hub id of a causal language model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     quantize: Literal["auto", "nf4", "int8", "none"] = Field(
         "auto", description="auto: nf4 with double quantization from a billion parameters on, else none."
@@ -55,7 +64,7 @@ class AdapterSection(Section):
     )
     init: str = Field("default", description="default (B = 0) or gaussian (B = 0); others move the reference and are refused.")
     bias: str = Field("none", description="none; trainable biases would stay on in the reference and are refused.")
-    start: str | None = Field(None, description="Folder of a finished LoRA adapter (say, from SFT) to start from.")
+    start: Location | None = Field(None, description="Folder of a finished LoRA adapter (say, from SFT) to start from.")
     reference: Literal["base", "adapter"] | None = Field(
         None, description="Needed with start: is π0 the base alone, or the base with a frozen copy of that adapter?"
     )
@@ -101,8 +110,8 @@ class AdapterSection(Section):
 class DataSection(Section):
     """Preference pairs: where they are, and what happens to the rows that do not fit."""
 
-    train: str = Field(min_length=1, description="File, folder or hub id.")
-    eval: Annotated[float, Field(ge=0, lt=1)] | str | None = Field(
+    train: Location = Field(description="File, folder or hub id.")
+    eval: Annotated[float, Field(ge=0, lt=1)] | Location | None = Field(
         None, description="Held-out share (split by prompt), or a path; default: the folder's own test file, else 0.05."
     )
     max_length: Count | None = Field(
@@ -238,7 +247,7 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     mixout: MixoutSection = MixoutSection()
     train: TrainSection = TrainSection()
-    output: str = Field(min_length=1, description="Folder of the run.")
+    output: Location = Field(description="Folder of the run.")
 
     @property
     def policy_starts_as_reference(self) -> bool:

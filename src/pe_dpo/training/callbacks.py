@@ -6,6 +6,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from pe_dpo.training.run_folder import append_metrics
@@ -49,6 +50,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for a checkpoint and the end when a signal came."""
+        if args.world_size > 1:  # a signal may reach one process only, or each in another step
+            signals = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(signals) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True

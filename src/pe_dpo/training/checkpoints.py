@@ -85,7 +85,8 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint}: passed over: {problems[0]}")
     if passed_over:
-        raise RunFolderError("no checkpoint of this run is whole:\n" + "\n".join(passed_over))
+        lines = "\n".join(passed_over)
+        raise RunFolderError(f"no checkpoint of this run is whole; start anew with --overwrite, or another --output:\n{lines}")
     return None, []
 
 

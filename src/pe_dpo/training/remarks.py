@@ -26,10 +26,13 @@ def scale_remarks(recipe: Recipe, held_out: ScoredPairs | None) -> list[str]:
     ]
 
 
-def outcome_remarks(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Return what the held-out metrics before and after training (both may be empty) show to be off."""
-    if not before or not after:
-        return []
+def outcome_remarks(after: Mapping[str, float], *, has_moved: bool) -> list[str]:
+    """Return what looks off after training.
+
+    Args:
+        after: held-out metrics; may be empty.
+        has_moved: whether any B of the adapter is not 0.
+    """
     remarks = []
     chosen, rejected = after.get("displacement/chosen", 0.0), after.get("displacement/rejected", 0.0)
     if chosen < 0 and rejected < 0:
@@ -37,6 +40,8 @@ def outcome_remarks(before: Mapping[str, float], after: Mapping[str, float]) -> 
             f"both answers became less likely than under the reference (chosen {chosen:.2f}, rejected {rejected:.2f} nats): "
             "likelihood moved elsewhere; loss.sft_weight counteracts it"
         )
-    if after["logps/chosen"] == before["logps/chosen"] and after["logps/rejected"] == before["logps/rejected"]:
-        remarks.append("nothing moved: raise train.learning_rate or train.epochs")
+    if not has_moved:
+        remarks.append(
+            "nothing moved, the adapter is still zero: no pair had a gradient; look at active and weight in metrics.jsonl"
+        )
     return remarks

@@ -11,9 +11,16 @@ import torch
 
 from pe_dpo.data import PreparedData, data_hash
 from pe_dpo.data.settings import prepare_from_settings
-from pe_dpo.errors import DataError
+from pe_dpo.errors import DataError, ModelError, RecipeError
 from pe_dpo.evaluation.pairs import set_metrics
-from pe_dpo.model.adapter import as_reference, attach_adapter, check_adapter, save_adapter, start_from_adapter
+from pe_dpo.model.adapter import (
+    adapter_is_zero,
+    as_reference,
+    attach_adapter,
+    check_adapter,
+    save_adapter,
+    start_from_adapter,
+)
 from pe_dpo.model.base import (
     BaseFacts,
     check_weights_unpacked,
@@ -24,7 +31,7 @@ from pe_dpo.model.base import (
     load_tokenizer,
 )
 from pe_dpo.model.fingerprint import base_fingerprint
-from pe_dpo.recipe import Recipe, describe, warnings
+from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths
 from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
 from pe_dpo.training.records import finish_records, start_records
 from pe_dpo.training.remarks import outcome_remarks, scale_remarks
@@ -74,12 +81,15 @@ def train(
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    recipe = with_absolute_paths(recipe)
     if not state.is_main_process:
         return _train(recipe, prepare_run(recipe), None, say=lambda line: None, callbacks=callbacks)
     folder = Path(recipe.output)
     check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
     prepared = prepare_run(recipe, say)
     with locked(folder):
+        # Again, since another run may have come and gone while the pairs were prepared.
+        check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
         open_run_folder(folder, recipe, resume=resume)
         return _train(recipe, prepared, folder, say=say, callbacks=callbacks)
 
@@ -99,6 +109,7 @@ def prepare_run(recipe: Recipe, say: Callable[[str], None] = lambda line: None) 
         ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`.
         DataError: see `prepare_from_settings`; or the loss asks for margins and no pair has one.
     """
+    check_trackers(recipe.train.report_to)
     for line in [*describe(recipe.loss).lines(), *(f"look: {line}" for line in warnings(recipe))]:
         say(line)
     facts = inspect_base(**recipe.model.model_dump())
@@ -111,6 +122,7 @@ def prepare_run(recipe: Recipe, say: Callable[[str], None] = lambda line: None) 
         context_length=facts.context_length,
         end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
     )
+    _check_vocabulary(facts, data)
     if recipe.loss.margin_scale and not any(pair.margin for pair in data.train):
         raise DataError(
             f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
@@ -165,7 +177,7 @@ def _train(
     check_weights_unpacked(model)
     last = trainer.score_held_out() if data.held_out else None
     after = set_metrics(last) if last else {}
-    remarks = [*scale_remarks(recipe, first), *outcome_remarks(before, after)]
+    remarks = [*scale_remarks(recipe, first), *outcome_remarks(after, has_moved=not adapter_is_zero(model))]
     result = TrainResult(Path(recipe.output), before, after, start, trainer.state.global_step, stop.received, remarks)
     if folder and stop.received is not None:
         update_run(folder, status="interrupted", step=result.steps)
@@ -205,14 +217,14 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
     steps = settings.max_steps or math.ceil(math.ceil(len(data.train) / settings.pairs_per_step) * settings.epochs)
     tenth = max(1, math.ceil(steps / 10))
     on_cpu = not torch.cuda.is_available()
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=recipe.output,
         per_device_train_batch_size=settings.pairs_per_step,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=math.ceil(settings.warmup * steps) if settings.schedule != "constant" else 0,
+        warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1) if settings.schedule != "constant" else 0,
         optim=settings.optimizer,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -232,6 +244,35 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=False,
     )
+    # One process drives one GPU; without this Trainer would spread the batch over all that it sees.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that trackers are known and installed.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in available:
+            found = ", ".join(sorted(available)) or "none"
+            raise RecipeError(f"train.report_to: {name} is not known or not installed; installed trackers: {found}")
+
+
+def _check_vocabulary(facts: BaseFacts, data: PreparedData) -> None:
+    size = facts.config.get_text_config().vocab_size
+    for pair in [*data.train, *data.held_out]:
+        largest = max(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        if largest >= size:
+            raise ModelError(
+                f"{pair.where}: has token {largest}, but the model knows {size} tokens: the tokenizer is not the model's; put "
+                "the right one beside the base"
+            )
 
 
 def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:

@@ -39,6 +39,14 @@ FREE_TO_CHANGE = (
 """Settings that a resumed run may have otherwise: none of them changes what is learned."""
 
 
+_OURS = {
+    *(RUN_FILE, RECIPE_FILE, METRICS_FILE, "README.md", "data_report.json", "eval_pairs.parquet", ".staging", "reference"),
+    *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
+    "runs",  # what the tensorboard tracker writes
+}
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
     """Hold the run folder for this process; it is made if need be.
@@ -73,22 +81,33 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
         overwrite: remove the run that lies there.
 
     Raises:
-        RunFolderError: something lies there and neither was asked for, it is not a run, or it is a run of another recipe.
+        RunFolderError: it is a file; something lies there and neither was asked for; it is not a run, or it is one of another
+            recipe; or it holds what the run itself needs.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder}: is a file; --output is a folder")
+    if resume and overwrite:
+        raise RunFolderError("--resume goes on with a run and --overwrite removes it; use one of them")
     if resume:
         _check_same_recipe(folder, recipe)
-    elif folder.is_dir() and _content(folder):
-        if not (folder / RUN_FILE).is_file():
-            raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
-        if not overwrite and (checkpoints(folder) or (folder / "adapter_model.safetensors").is_file()):
-            raise RunFolderError(f"{folder}: holds a run; --resume goes on with it, --overwrite removes it, --output moves")
+        return
+    _check_inputs_outside(folder, recipe)
+    if not folder.is_dir() or not _content(folder):
+        return
+    if not _is_run(folder):
+        raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
+    if not overwrite and (checkpoints(folder) or (folder / "adapter_model.safetensors").is_file()):
+        raise RunFolderError(f"{folder}: holds a run; --resume goes on with it, --overwrite removes it, --output moves")
 
 
 def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Make a locked and checked folder ready: empty with its recipe for a fresh run, as it is for a resumed one."""
+    """Make a locked and checked folder ready: as it is for a resumed run; else without the last run, and with this recipe.
+
+    Only what a run writes is removed; other files stay.
+    """
     if resume and (folder / RUN_FILE).is_file():
         return
-    for path in _content(folder):
+    for path in filter(_is_ours, _content(folder)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     update_run(folder, status="starting")
     write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
@@ -96,6 +115,29 @@ def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
 
 def _content(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != ".lock"]
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether run.json is one of ours; anything else of that name is somebody's."""
+    try:
+        return "status" in read_run(folder)
+    except RunFolderError:
+        return False
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or folder is one that a run writes; only such are ever removed."""
+    is_checkpoint = path.name.removeprefix("checkpoint-").isdigit()
+    return path.name in _OURS or is_checkpoint or path.name.endswith(".partial")
+
+
+def _check_inputs_outside(folder: Path, recipe: Recipe) -> None:
+    inputs = {"adapter.start": recipe.adapter.start, "model.base": recipe.model.base, "data.train": recipe.data.train}
+    for name, value in {**inputs, "data.eval": recipe.data.eval}.items():
+        if isinstance(value, str) and Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
+            raise RunFolderError(
+                f"{folder}: {name} lies in the output folder, which a fresh run empties; choose another --output"
+            )
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
@@ -166,7 +208,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise RunFolderError(f"{path}: has a line that is not JSON ({error}); remove that line") from error
 
 
 def rewind_metrics(folder: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from pe_dpo.errors import ModelError, TrainingError
 from pe_dpo.evaluation.pairs import score_loss
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.scoring import pair_logprobs
+from pe_dpo.objective import is_dead
 
 TOLERANCE = 1e-6
 """Largest |log π − log π0| at step 0, per nat: on a CPU it is exactly 0, and every known fault is above 1e-5."""
@@ -76,7 +77,7 @@ def check_start(
     if not out.loss.isfinite().all():
         bad = [pair.where for pair, finite in zip(batch, out.loss.isfinite().tolist(), strict=True) if not finite]
         raise TrainingError(f"before training, the loss is not finite for {', '.join(bad[:5])}; look at these rows")
-    if not out.weight.any() and not out.score.any() and coefficients["sft_weight"] == 0:
+    if is_dead(out.weight) and not out.score.any() and coefficients["sft_weight"] == 0:
         raise TrainingError(
             f"before training, all {len(batch)} pairs have score 0 and pull with weight 0: with link {coefficients['link']} "
             "nothing would ever be learned; set loss.margin > 0, or gamma different from beta"
