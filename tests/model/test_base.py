@@ -176,9 +176,7 @@ def test_tensors_missing_from_the_files_are_not_made_up(tiny_base, tmp_path, qua
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"1 tensors of the model are missing from its files \(model\.layers\.1\.mlp\.down_proj"
-    ):
+    with pytest.raises(ModelError, match=r"1 tensors of the model are missing .*\(model\.layers\.1\.mlp\.down_proj"):
         load_base(inspect_base(str(base), quantize=quantize))
 
 

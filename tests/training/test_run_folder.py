@@ -25,8 +25,8 @@ def test_a_run_json_of_somebody_else_does_not_make_a_folder_ours(make_recipe, tm
 def test_overwriting_never_removes_the_adapter_that_the_run_starts_from(make_recipe):
     first = train(make_recipe(*SHORT))
     with pytest.raises(RunFolderError, match=r"adapter\.start lies in the output folder"):
-        train(make_recipe(*SHORT, f"adapter.start={first.folder}", "adapter.reference=base", "adapter.rank=16", "adapter.alpha=32"),
-              overwrite=True)  # fmt: skip
+        start = (f"adapter.start={first.folder}", "adapter.reference=base", "adapter.rank=16", "adapter.alpha=32")
+        train(make_recipe(*SHORT, *start), overwrite=True)
     assert (first.folder / "adapter_model.safetensors").is_file()
 
 
