@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import typer
@@ -99,6 +99,28 @@ def show_regimes(metrics: Mapping[str, float], title: str, prefix: str = "regime
     if metrics[f"{prefix}/ties"]:
         rows.append(["ties", f"{metrics[f'{prefix}/ties']:.0f}", ""])
     show_table(title, ["pairs that …", "pairs", "share of gradient weight"], rows)
+
+
+def counter() -> Callable[[str, int, int], None]:
+    """Return a function (what, done, in all) that shows a bar in a terminal while something long is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    if not Console().is_terminal:
+        return lambda what, done, total: None
+    bars: dict[str, Progress] = {}
+
+    def count(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = Progress(transient=True)
+            bars[what].add_task(what, total=total)
+            bars[what].start()
+        bar = bars[what]
+        bar.update(bar.task_ids[0], completed=done)
+        if done >= total:
+            bars.pop(what).stop()
+
+    return count
 
 
 def progress_callback() -> Any:

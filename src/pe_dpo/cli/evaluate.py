@@ -34,7 +34,14 @@ def evaluate(
     def quiet(line: str) -> None:
         return None
 
-    found = run(target, data=data, base=base, quantize=quantize, say=quiet if json else console.say)  # type: ignore[arg-type]
+    found = run(
+        target,
+        data=data,
+        base=base,
+        quantize=quantize,  # type: ignore[arg-type]  # checked above
+        say=quiet if json else console.say,
+        progress=console.counter(),
+    )
     if pairs is not None:
         save_pairs(found.scored, found.pairs, pairs)
     if json:

@@ -34,7 +34,7 @@ def quickstart(
 
     # Matrices this small gain nothing from a second thread, and on a busy machine its waiting costs five times the run.
     torch.set_num_threads(1)
-    result = train(recipe, say=console.say, callbacks=[console.progress_callback()])
+    result = train(recipe, say=console.say, progress=console.counter(), callbacks=[console.progress_callback()])
     console.show_result(result)
     for answer in compare_answers(recipe, count=3) if result.after else []:
         console.say(f"\nquestion  {answer.question}\nchosen    {answer.wanted}")

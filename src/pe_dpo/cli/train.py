@@ -37,7 +37,14 @@ def train(
     console.quiet_libraries()
     from pe_dpo.training.run import train as run
 
-    result = run(plan, resume=resume, overwrite=overwrite, say=console.say, callbacks=[console.progress_callback()])
+    result = run(
+        plan,
+        resume=resume,
+        overwrite=overwrite,
+        say=console.say,
+        progress=console.counter(),
+        callbacks=[console.progress_callback()],
+    )
     console.show_result(result)
     if os.environ.get("RANK", "0") == "0":
         console.say(f"the adapter lies in {result.folder}; next: pe-dpo eval {result.folder}")

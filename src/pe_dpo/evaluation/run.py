@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from pe_dpo.data import EncodedPair, data_hash
+from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored_pairs, set_metrics, wilson_interval
@@ -47,7 +49,7 @@ def evaluate(
     base: str | None = None,
     quantize: Literal["nf4", "int8", "none"] | None = None,
     say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
     """Return the log-probs, metrics and intervals of a target on held-out pairs.
 
@@ -58,7 +60,7 @@ def evaluate(
             (loaded after the model has been scored and freed), without which only the policy is measured.
         quantize: how the base is loaded; by default as in the run, or by its size.
         say: gets lines of facts.
-        progress: called with pairs done and pairs in all, once per pass.
+        progress: called with what is done, pairs done, and pairs in all.
 
     Raises:
         UsageError: the target is nothing that can be evaluated, or `data` is missing.
@@ -69,11 +71,12 @@ def evaluate(
     tokenizer = _tokenizer(found)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = inspect_base(**settings.model.model_dump())
-    pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say)
+    pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say, progress)
     budget = settings.train.tokens_per_microbatch
 
-    def scores(model: Any) -> PairLogprobs:
-        return score_pairs(model, pairs, token_budget=budget, device=device, progress=progress)
+    def scores(what: str, model: Any) -> PairLogprobs:
+        count = partial(progress, f"scoring, {what}")
+        return score_pairs(model, pairs, token_budget=budget, device=device, progress=count)
 
     model: Any = load_base(facts, device=device)
     if found.kind == "run" and data is None:
@@ -83,15 +86,15 @@ def evaluate(
     reference: PairLogprobs | None = None
     if found.adapter is not None:
         model = load_adapter_for_evaluation(model, found.adapter)
-        policy = scores(model)
+        policy = scores("policy", model)
         with as_reference(model) as frozen:
-            reference = scores(frozen)
+            reference = scores("reference", frozen)
     else:
-        policy = scores(model)
+        policy = scores("policy", model)
         if base is not None:
             del model
             reference_facts = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype)
-            reference = scores(load_base(reference_facts, device=device))
+            reference = scores("reference", load_base(reference_facts, device=device))
     coefficients = settings.loss.coefficients()
     if reference is None:
         coefficients |= {"gamma": 0.0, "reference_floor": None}
@@ -168,7 +171,12 @@ def _check_same_base(run: Path, facts: BaseFacts, model: Any, say: Callable[[str
 
 
 def _held_out_pairs(
-    recipe: Recipe, tokenizer: Any, context_length: int | None, data: str | None, say: Callable[[str], None]
+    recipe: Recipe,
+    tokenizer: Any,
+    context_length: int | None,
+    data: str | None,
+    say: Callable[[str], None],
+    progress: Progress,
 ) -> list[EncodedPair]:
     prepared = prepare_from_settings(
         recipe.data,
@@ -176,6 +184,7 @@ def _held_out_pairs(
         context_length=context_length,
         end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
         only=data,
+        progress=progress,
     )
     for line in prepared.report.lines():
         say(line)

@@ -1,10 +1,10 @@
 """What a person may ask for: schema, strict YAML, published losses as data. No torch here."""
 
 from pe_dpo.recipe.describe import LossDescription, describe
-from pe_dpo.recipe.library import copy_recipe, find_recipe, recipe_header, recipe_names
 from pe_dpo.recipe.load import load_recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml, with_absolute_paths
 from pe_dpo.recipe.presets import PRESETS
 from pe_dpo.recipe.schema import Recipe, warnings
+from pe_dpo.recipe.shipped import copy_recipe, find_recipe, recipe_header, recipe_names
 
 __all__ = [
     "PRESETS",

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pe_dpo.errors import RecipeError
-from pe_dpo.recipe.library import find_recipe
 from pe_dpo.recipe.schema import Recipe
+from pe_dpo.recipe.shipped import find_recipe
 from pe_dpo.recipe.strict_yaml import Document, Dumper, parse_document, parse_scalar
 
 OTHER_NAMES = {

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pe_dpo.data import PreparedData, data_hash
+from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import DataError, ModelError, RecipeError
 from pe_dpo.evaluation.pairs import set_metrics
@@ -61,6 +62,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
 ) -> TrainResult:
     """Train an adapter by a recipe and return what came of it; the run folder holds everything.
@@ -70,6 +72,7 @@ def train(
         resume: go on with the run in `recipe.output` from its newest whole checkpoint.
         overwrite: remove the run in `recipe.output` first.
         say: gets a line of facts now and then, for people.
+        progress: called with what is done, pairs done and pairs in all, while pairs are prepared.
         callbacks: further callbacks of transformers' Trainer.
 
     Raises:
@@ -86,7 +89,7 @@ def train(
         return _train(recipe, prepare_run(recipe), None, say=lambda line: None, callbacks=callbacks)
     folder = Path(recipe.output)
     check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
-    prepared = prepare_run(recipe, say)
+    prepared = prepare_run(recipe, say, progress)
     with locked(folder):
         # Again, since another run may have come and gone while the pairs were prepared.
         check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
@@ -102,7 +105,9 @@ class PreparedRun(NamedTuple):
     data: PreparedData
 
 
-def prepare_run(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> PreparedRun:
+def prepare_run(
+    recipe: Recipe, say: Callable[[str], None] = lambda line: None, progress: Progress | None = None
+) -> PreparedRun:
     """Return the facts of the base, the tokenizer and the pairs; no weights are read.
 
     Raises:
@@ -121,6 +126,7 @@ def prepare_run(recipe: Recipe, say: Callable[[str], None] = lambda line: None) 
         tokenizer=tokenizer,
         context_length=facts.context_length,
         end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
+        progress=progress,
     )
     _check_vocabulary(facts, data)
     if recipe.loss.margin_scale and not any(pair.margin for pair in data.train):
