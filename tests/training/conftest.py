@@ -14,7 +14,8 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
         import torch
 
         from pe_dpo.model.adapter import as_reference
-        from pe_dpo.training.run import build_model, prepare_run, training_arguments
+        from pe_dpo.training.arguments import training_arguments
+        from pe_dpo.training.run import build_model, prepare_run
         from pe_dpo.training.trainer import PairTrainer
 
         recipe = make_recipe(*overrides)

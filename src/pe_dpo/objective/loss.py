@@ -96,25 +96,18 @@ def preference_loss(
     """
     gamma = beta if gamma is None else gamma
     _check_coefficients(beta, gamma, reduce, reference_floor, label_smoothing, label_smoothing_mode, sft_weight)
-    if gamma == 0:
-        reference_chosen = reference_rejected = None
-    elif reference_chosen is None or reference_rejected is None:
-        raise ValueError(f"gamma is {gamma}: reference_chosen and reference_rejected are needed (only gamma=0 does without)")
-    needs_lengths = reduce == "mean" or sft_weight != 0 or length_penalty != 0
-    if needs_lengths and (chosen_lengths is None or rejected_lengths is None):
-        raise ValueError("chosen_lengths and rejected_lengths are needed by reduce='mean', sft_weight and length_penalty")
     tensors = {
         "policy_chosen": policy_chosen,
         "policy_rejected": policy_rejected,
-        "reference_chosen": reference_chosen,
-        "reference_rejected": reference_rejected,
+        "reference_chosen": reference_chosen if gamma != 0 else None,
+        "reference_rejected": reference_rejected if gamma != 0 else None,
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
         "pair_margin": pair_margin,
     }
-    _check_shapes(tensors)
-    pi_chosen, pi_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, extra_margin = (
-        torch.zeros_like(policy_chosen) if tensor is None else tensor.to(policy_chosen.dtype) for tensor in tensors.values()
+    needs_lengths = reduce == "mean" or sft_weight != 0 or length_penalty != 0
+    pi_chosen, pi_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, extra_margin = _alike(
+        tensors, gamma=gamma, needs_lengths=needs_lengths
     )
     ref_chosen, ref_rejected = ref_chosen.detach(), ref_rejected.detach()
 
@@ -208,7 +201,15 @@ def _check_coefficients(
         raise ValueError(f"sft_weight is {sft_weight}: it must be >= 0")
 
 
-def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
+def _alike(tensors: dict[str, Tensor | None], *, gamma: float, needs_lengths: bool) -> list[Tensor]:
+    """The tensors in the dtype of the first, zeros for those that are neither given nor needed."""
+    if gamma != 0 and (tensors["reference_chosen"] is None or tensors["reference_rejected"] is None):
+        raise ValueError(f"gamma is {gamma}: reference_chosen and reference_rejected are needed (only gamma=0 does without)")
+    if needs_lengths and (tensors["chosen_lengths"] is None or tensors["rejected_lengths"] is None):
+        raise ValueError("chosen_lengths and rejected_lengths are needed by reduce='mean', sft_weight and length_penalty")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         raise ValueError(f"one number per pair is needed, all of one shape (B,); found {shapes}")
+    first = tensors["policy_chosen"]
+    assert first is not None, "a required argument"
+    return [torch.zeros_like(first) if tensor is None else tensor.to(first.dtype) for tensor in tensors.values()]
