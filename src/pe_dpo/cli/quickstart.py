@@ -32,7 +32,7 @@ def quickstart(
 
     from pe_dpo.training.run import train
 
-    # Matrices this small gain nothing from a second thread, and on a busy machine its waiting costs five times the run.
+    # Matrices this small gain nothing from a second thread; on a busy machine one was several times faster (research log).
     torch.set_num_threads(1)
     result = train(recipe, say=console.say, progress=console.counter(), callbacks=[console.progress_callback()])
     console.show_result(result)
