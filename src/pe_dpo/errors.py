@@ -4,6 +4,7 @@ PeDpoError            exit 1   a run or a file failed, and the message says what
 ├── DataError                  a preference file or a row of it
 ├── ModelError                 a base, an adapter, or the reference that they define
 ├── TrainingError              a run that cannot go on (non-finite loss, broken checkpoint)
+├── StoreUnavailable           the store of the reference's log-probs; a run can do without it
 └── UsageError        exit 2   what was asked for is impossible; nothing was started
     ├── RecipeError            a recipe file, a preset or an override
     └── RunFolderError         an output folder that is taken, locked, or of another run
@@ -26,6 +27,10 @@ class ModelError(PeDpoError):
 
 class TrainingError(PeDpoError):
     """A run that must stop; what was saved before stays valid."""
+
+
+class StoreUnavailable(PeDpoError):
+    """A reference store that cannot be made, read or written; its caller may go on without one."""
 
 
 class UsageError(PeDpoError):

@@ -154,11 +154,14 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     """Build pe-dpo's trainer over encoded pairs; `loss` are keys of a recipe's loss section."""
     from transformers import TrainingArguments
 
+    from pe_dpo.evaluation.reference import Reference
+    from pe_dpo.evaluation.scorer import choose_scorer
     from pe_dpo.recipe.schema import LossSection
     from pe_dpo.training.trainer import PairTrainer
 
     def make(model: Any, pairs: Sequence[Any], loss: dict[str, Any], *, token_budget: int = 4096, **options: Any) -> Any:
         args = TrainingArguments(output_dir=str(tmp_path / "ours"), remove_unused_columns=False, **(SETTINGS | options))
+        scorer = choose_scorer(model, pairs, device="cpu", packing=True)
         return PairTrainer(
             model=model,
             args=args,
@@ -166,6 +169,8 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
             held_out=[],
             coefficients=LossSection.model_validate(loss).coefficients(),
             margin_scale=0.0,
+            scorer=scorer,
+            reference=Reference(model, scorer, token_budget=token_budget),
             token_budget=token_budget,
             keep_checkpoints=1,
             tokenizer=tokenizer,

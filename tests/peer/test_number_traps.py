@@ -8,12 +8,14 @@ import torch
 
 from pe_dpo.data.batches import split_by_tokens
 from pe_dpo.evaluation.pairs import pair_metrics, score_loss, score_pairs, scored_pairs
+from pe_dpo.evaluation.scorer import Scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.base import inspect_base, load_base
 
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")
 pytestmark = pytest.mark.peer
 
+PADDED = Scorer("padded", torch.device("cpu"))
 DPO = {"beta": 0.1, "gamma": 0.1}
 SMALL_STEPS = {"max_steps": 10, "learning_rate": 5e-6, "optim": "adamw_torch"}
 
@@ -104,10 +106,9 @@ def test_our_held_out_metrics_do_not_depend_on_the_token_budget(
     model, pairs = attach(make_base()), encode(rows[:5])
 
     def metrics(token_budget: int) -> dict[str, float]:
-        options = {"token_budget": token_budget, "device": "cpu"}
-        policy = score_pairs(model, pairs, **options)
+        policy = score_pairs(model, pairs, PADDED, token_budget=token_budget)
         with as_reference(model) as frozen:
-            reference = score_pairs(frozen, pairs, **options)
+            reference = score_pairs(frozen, pairs, PADDED, token_budget=token_budget)
         return pair_metrics(scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(5), DPO, 0.0)))
 
     budgets = {1: [1, 1, 1, 1, 1], 160: [1, 2, 2], 4096: [5]}
@@ -122,9 +123,9 @@ def test_our_scores_come_back_in_the_order_of_the_pairs(
     make_base: Callable[..., Any], encode: Callable[..., list[Any]], rows: list[dict[str, str]]
 ) -> None:
     model, pairs = make_base(), encode(rows)
-    alone = torch.cat([score_pairs(model, [pair], token_budget=1, device="cpu").chosen for pair in pairs])
+    alone = torch.cat([score_pairs(model, [pair], PADDED, token_budget=1).chosen for pair in pairs])
     assert split_by_tokens(pairs, 160) != sorted(split_by_tokens(pairs, 160))
-    together = score_pairs(model, pairs, token_budget=160, device="cpu").chosen
+    together = score_pairs(model, pairs, PADDED, token_budget=160).chosen
     assert together.tolist() == pytest.approx(alone.tolist(), rel=1e-6)
 
 

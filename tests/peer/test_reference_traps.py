@@ -11,6 +11,7 @@ import torch
 from pe_dpo.data.batches import pad
 from pe_dpo.errors import ModelError, RecipeError
 from pe_dpo.evaluation.pairs import score_pairs
+from pe_dpo.evaluation.scorer import Scorer
 from pe_dpo.model import base as base_module
 from pe_dpo.model.adapter import as_reference, save_adapter, start_from_adapter
 from pe_dpo.model.base import check_weights_unpacked, inspect_base, load_base
@@ -22,6 +23,7 @@ pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer 
 pytestmark = pytest.mark.peer
 
 LOG_2 = math.log(2)
+PADDED = Scorer("padded", torch.device("cpu"))
 DPO = {"beta": 0.1, "gamma": 0.1}
 CPUINFO = Path("/proc/cpuinfo")
 only_where_weights_are_packed = pytest.mark.skipif(
@@ -54,9 +56,7 @@ def our_reference(model: Any, pairs: list[Any]) -> torch.Tensor:
 
 def start(model: Any, pairs: list[Any]) -> StartCheck:
     loss = {**DPO, "link": "logistic", "sft_weight": 0.0}
-    return check_start(
-        model, pairs, token_budget=4096, device="cpu", coefficients=loss, margin_scale=0.0, policy_is_reference=True
-    )
+    return check_start(model, pairs, PADDED, token_budget=4096, coefficients=loss, margin_scale=0.0, policy_is_reference=True)
 
 
 # An initialisation that changes the base
@@ -306,7 +306,7 @@ def test_an_evaluation_packs_four_bit_weights_that_are_not_guarded_and_training_
 ) -> None:
     monkeypatch.setattr(base_module, "keep_weights_unpacked", lambda model: None)
     model = attach(load_four_bits(saved_for_four_bits))
-    score_pairs(model, encode(rows), token_budget=4096, device="cpu")
+    score_pairs(model, encode(rows), PADDED, token_budget=4096)
     with pytest.raises(ModelError, match="4-bit weights were repacked for the CPU's inference kernel"):
         check_weights_unpacked(model)
 
@@ -322,7 +322,7 @@ def test_our_four_bit_gradient_is_the_same_after_an_evaluation(
     pairs = encode(rows)
     fresh = our_step(pair_trainer(attach(load_four_bits(saved_for_four_bits)), pairs, DPO))
     model = attach(load_four_bits(saved_for_four_bits))
-    score_pairs(model, pairs, token_budget=4096, device="cpu")
+    score_pairs(model, pairs, PADDED, token_budget=4096)
     evaluated = our_step(pair_trainer(model, pairs, DPO))
     check_weights_unpacked(model)
     assert fresh.gradient.norm() > 0

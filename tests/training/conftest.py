@@ -13,8 +13,10 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
     def make(*overrides: str, fresh: bool = False) -> Any:
         import torch
 
-        from pe_dpo.model.adapter import as_reference
+        from pe_dpo.evaluation.reference import open_reference
+        from pe_dpo.evaluation.scorer import choose_scorer
         from pe_dpo.training.arguments import training_arguments
+        from pe_dpo.training.memory import plan_memory
         from pe_dpo.training.run import build_model, prepare_run
         from pe_dpo.training.trainer import PairTrainer
 
@@ -27,6 +29,13 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.data.normal_(0, 0.05, generator=generator)
+        settings = recipe.train
+        scorer = choose_scorer(model, data.train, device="cpu", packing=settings.packing)
+        plan = plan_memory(
+            model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
+        )
+        policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
+        reference = open_reference(model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store)
         trainer = PairTrainer(
             model=model,
             args=args,
@@ -34,12 +43,13 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
             held_out=data.held_out,
             coefficients=recipe.loss.coefficients(),
             margin_scale=recipe.loss.margin_scale,
-            token_budget=recipe.train.tokens_per_microbatch,
+            scorer=scorer,
+            reference=reference,
+            token_budget=plan.tokens,
             keep_checkpoints=recipe.train.keep_checkpoints,
             tokenizer=tokenizer,
         )
-        with as_reference(model):
-            trainer.held_out_reference = trainer.score_model()
+        trainer.held_out_reference = trainer.score_reference()
         return trainer
 
     return make

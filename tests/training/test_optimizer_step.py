@@ -66,20 +66,32 @@ def test_gamma_zero_never_runs_the_reference(make_trainer):
     assert not any(seen)
 
 
-def test_gamma_above_zero_runs_it_once_for_each_policy_forward(make_trainer):
-    trainer = make_trainer()
+def test_gamma_above_zero_runs_it_once_for_each_pair_and_never_again(make_trainer):
+    trainer = make_trainer("reference.store=/dev/null/none")
     seen = count_forwards_without_adapter(trainer)
     trainer.training_step(trainer.model, trainer.train_dataset[:4])
-    assert seen == [False, True]
+    assert seen == [True, False]
+    trainer.training_step(trainer.model, trainer.train_dataset[:4])
+    assert seen == [True, False, False]
 
 
-def test_a_whole_run_at_gamma_zero_never_switches_the_adapter_off(make_recipe, monkeypatch):
-    from peft import PeftModel
+def test_the_policy_step_runs_the_reference_in_every_step(make_trainer):
+    trainer = make_trainer("reference.policy=step")
+    seen = count_forwards_without_adapter(trainer)
+    for _ in range(2):
+        trainer.training_step(trainer.model, trainer.train_dataset[:4])
+    assert seen == [True, False] * 2
 
+
+def test_a_whole_run_at_gamma_zero_asks_for_the_reference_of_the_held_out_pairs_alone(make_recipe, monkeypatch):
+    from pe_dpo.evaluation.reference import Reference
     from pe_dpo.training.run import train
 
-    monkeypatch.setattr(PeftModel, "disable_adapter", lambda self: pytest.fail("the reference was run"))
-    result = train(make_recipe("loss.gamma=0", "loss.margin=1", "train.max_steps=2"))
+    asked = []
+    logprobs = Reference.logprobs
+    monkeypatch.setattr(Reference, "logprobs", lambda self, pairs, *rest: asked.append(pairs) or logprobs(self, pairs, *rest))
+    result = train(make_recipe("loss.gamma=0", "loss.margin=1", "train.max_steps=2", "reference.policy=skip"))
+    assert [len(pairs) for pairs in asked] == [9]
     assert result.after["accuracy/reference"] == result.before["accuracy/policy"]
 
 

@@ -143,6 +143,7 @@ def test_an_adapter_and_a_merged_model_are_evaluated_like_the_run(run, tiny_base
 def test_metrics_of_held_out_pairs_do_not_depend_on_the_batch_size(run):
     from pe_dpo.data.settings import prepare_from_settings
     from pe_dpo.evaluation.pairs import score_pairs
+    from pe_dpo.evaluation.scorer import Scorer
     from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 
     recipe = load_recipe(run.folder / "recipe.yaml")
@@ -150,7 +151,8 @@ def test_metrics_of_held_out_pairs_do_not_depend_on_the_batch_size(run):
     pairs = prepare_from_settings(
         recipe.data, tokenizer=load_tokenizer(recipe.model.base), context_length=256, end_token_ids=()
     ).held_out
-    scored = [score_pairs(model, pairs, token_budget=budget, device="cpu") for budget in (1, 300, 10**6)]
+    padded = Scorer("padded", torch.device("cpu"))
+    scored = [score_pairs(model, pairs, padded, token_budget=budget) for budget in (1, 300, 10**6)]
     for other in scored[1:]:
         assert torch.allclose(other.chosen, scored[0].chosen, rtol=1e-6)
         assert torch.equal(other.rejected_lengths, scored[0].rejected_lengths)

@@ -14,8 +14,8 @@ def start(trainer, *, policy_is_reference=True, **coefficients):
     return check_start(
         trainer.model,
         trainer.train_dataset[:8],
+        trainer.scorer,
         token_budget=10_000,
-        device="cpu",
         coefficients={**trainer.coefficients, **coefficients},
         margin_scale=trainer.margin_scale,
         policy_is_reference=policy_is_reference,
@@ -36,7 +36,7 @@ def test_with_gamma_half_of_beta_the_loss_is_the_link_of_the_references_own_pref
     check = start(trainer, gamma=0.05)
     from pe_dpo.evaluation.pairs import score_pairs
 
-    scored = score_pairs(trainer.model, trainer.train_dataset[:8], token_budget=10_000, device="cpu")
+    scored = score_pairs(trainer.model, trainer.train_dataset[:8], trainer.scorer, token_budget=10_000)
     expected = torch.log1p(torch.exp(-0.05 * (scored.chosen - scored.rejected))).mean()
     assert check.loss == pytest.approx(float(expected), rel=1e-6)
 

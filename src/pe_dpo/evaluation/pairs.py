@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pe_dpo.data.batches import pad, split_by_tokens
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.model.scoring import PairLogprobs, concatenate, pair_logprobs
+from pe_dpo.evaluation.scorer import Scorer
+from pe_dpo.model.scoring import PairLogprobs, concatenate
 from pe_dpo.objective import QUADRANTS, PreferenceLoss, RegimeTable, preference_loss, regime_table, share_right
 
 
@@ -61,9 +61,9 @@ class ScoredPairs(NamedTuple):
 def score_pairs(
     model: Any,
     pairs: Sequence[EncodedPair],
+    scorer: Scorer,
     *,
     token_budget: int,
-    device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
 ) -> PairLogprobs:
     """Return the log-probs of all pairs in their order, on the CPU, without gradients.
@@ -71,18 +71,18 @@ def score_pairs(
     Args:
         model: a causal LM in the state to be measured (adapters on or off).
         pairs: any number of pairs, in any order.
-        token_budget: most tokens of one forward, padding included.
-        device: of the model.
+        scorer: the way through the model.
+        token_budget: most tokens of one forward.
         progress: called with pairs done and pairs in all.
     """
-    batches = split_by_tokens(pairs, token_budget)
+    batches = scorer.split(pairs, token_budget)
     parts, done = [], 0
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                scored = pair_logprobs(model, *pad([pairs[index] for index in batch]).to(device))
+                scored = scorer.logprobs(model, [pairs[index] for index in batch])
                 parts.append(PairLogprobs(*(field.cpu() for field in scored)))
                 done += len(batch)
                 if progress:

@@ -13,7 +13,9 @@ from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored_pairs, set_metrics, wilson_interval
-from pe_dpo.model.adapter import as_reference, check_adapter, load_adapter_for_evaluation
+from pe_dpo.evaluation.reference import open_reference
+from pe_dpo.evaluation.scorer import Scorer, choose_scorer
+from pe_dpo.model.adapter import check_adapter, load_adapter_for_evaluation
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
 from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.model.scoring import PairLogprobs
@@ -22,6 +24,10 @@ from pe_dpo.recipe import Recipe, recipe_from_yaml
 INTERVALS = ("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token",
              "rewards/accuracies")  # fmt: skip
 """Metrics that are shares of pairs and get a Wilson interval."""
+
+
+TOKENS = 4096
+"""Most tokens of one forward: without gradients little has to be kept of them."""
 
 
 class Evaluation(NamedTuple):
@@ -72,12 +78,6 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = inspect_base(**settings.model.model_dump())
     pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say, progress)
-    budget = settings.train.tokens_per_microbatch
-
-    def scores(what: str, model: Any) -> PairLogprobs:
-        count = partial(progress, f"scoring, {what}")
-        return score_pairs(model, pairs, token_budget=budget, device=device, progress=count)
-
     model: Any = load_base(facts, device=device)
     if found.kind == "run" and data is None:
         _check_same_pairs(Path(target), pairs)
@@ -86,15 +86,27 @@ def evaluate(
     reference: PairLogprobs | None = None
     if found.adapter is not None:
         model = load_adapter_for_evaluation(model, found.adapter)
-        policy = scores("policy", model)
-        with as_reference(model) as frozen:
-            reference = scores("reference", frozen)
+        scorer = choose_scorer(model, pairs, device=device, packing=settings.train.packing, say=say)
+        policy = _scores("policy", model, pairs, scorer, progress)
+        stored = open_reference(
+            model,
+            facts,
+            scorer,
+            policy="step" if settings.reference.policy == "step" else "auto",
+            token_budget=TOKENS,
+            path=settings.reference.store,
+            say=say,
+        )
+        stored.recheck(pairs)
+        reference = stored.logprobs(pairs, partial(progress, "scoring, reference"))
+        stored.flush()
     else:
-        policy = scores("policy", model)
+        policy = _scores("policy", model, pairs, choose_scorer(model, pairs, device=device, say=say), progress)
         if base is not None:
             del model
             reference_facts = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype)
-            reference = scores("reference", load_base(reference_facts, device=device))
+            model = load_base(reference_facts, device=device)
+            reference = _scores("reference", model, pairs, choose_scorer(model, pairs, device=device), progress)
     coefficients = settings.loss.coefficients()
     if reference is None:
         coefficients |= {"gamma": 0.0, "reference_floor": None}
@@ -105,6 +117,10 @@ def evaluate(
     metrics = set_metrics(scored)
     intervals = {key: wilson_interval(metrics[key], len(pairs)) for key in INTERVALS if key in metrics}
     return Evaluation(found.kind, scored, pairs, metrics, intervals)
+
+
+def _scores(what: str, model: Any, pairs: list[EncodedPair], scorer: Scorer, progress: Progress) -> PairLogprobs:
+    return score_pairs(model, pairs, scorer, token_budget=TOKENS, progress=partial(progress, f"scoring, {what}"))
 
 
 def _find_target(target: Path, data: str | None, base: str | None, quantize: str | None) -> _Target:

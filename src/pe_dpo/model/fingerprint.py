@@ -1,37 +1,199 @@
-"""Identity of the weights that a reference is made of, as loaded: another base, or another quantization, is another hash."""
+"""Identity of the weights that a reference is made of, as loaded: another base, or another quantization, is another hash.
+
+    tensor → sha256(shape, dtype, bytes)          in a pool of threads; hashlib lets go of the interpreter lock
+    base   → sha256(sorted lines "name hex")      adapters left out; names as without PEFT
+
+The base as it lies on disk has an identity too (sizes and times of its files, or the hub's commit), which costs nothing to
+read; with it the hash of a large base is remembered from run to run.
+"""
 
 import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pe_dpo.model.adapter import REFERENCE
+from pe_dpo.model.base import BaseFacts
+from pe_dpo.model.reference_store import ReferenceStore
+
+_PART_BYTES = 64 * 1024 * 1024
+"""Of a tensor on a GPU, each thread brings this much to the CPU at a time."""
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
+_THREADS = 8
+"""At most: each holds a part, and the bus to the GPU is busy with fewer."""
+
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Return sha256 over the frozen weights of a loaded model, adapters left out.
+    """Return sha256 (hex) over the weights of a loaded base, adapters left out.
 
-    4-bit weights count with their scales, so the hash stands for exactly what the reference computes with. One pass over
-    the weights.
+    Quantized weights count with their scales, so the hash stands for exactly what the reference computes with. The same with
+    and without PEFT around the base, before and after training and forwards. One pass over the weights.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            continue
-        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        digest.update(f"{plain} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        _update(digest, parameter)
+    return _sha256_of_lines(tensor_fingerprints(model))
+
+
+def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
+    """Return sha256 (hex) of each parameter, persistent buffer and quantization state of a base, by name.
+
+    Shape and dtype count. Tied weights appear once, under the first of their names in the alphabet.
+    """
+    return _hashes({name: tensor for name, tensor in _named_tensors(model) if not _is_adapter(name)})
+
+
+def reference_fingerprint(model: nn.Module, *, base: str | None = None) -> str:
+    """Return sha256 (hex) over what π0 computes with: the base, and the frozen adapter where the reference is one.
+
+    The trained adapter does not count. Without a frozen adapter this is the base's hash.
+
+    Args:
+        model: a loaded base, or a PEFT model around it.
+        base: the base's hash where it is known already (see `remembered_fingerprint`), to save the pass over the weights.
+    """
+    base = base_fingerprint(model) if base is None else base
+    if REFERENCE not in getattr(model, "peft_config", {}):
+        return base
+    frozen = {name: tensor for name, tensor in _named_tensors(model) if _is_adapter(name) and REFERENCE in name.split(".")}
+    scaling = {
+        f"{_plain(name)}.scaling": float(module.scaling[REFERENCE]).hex()
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and REFERENCE in module.scaling
+    }
+    return _sha256_of_lines({"base": base, **_hashes(frozen), **scaling})
+
+
+def config_fingerprint(config: Any) -> str:
+    """Return sha256 (hex) over what a model's configuration says of its arithmetic: rotary base, norms, scales and so on.
+
+    Left out is what names the model, or how it is loaded and run.
+    """
+    says = json.loads(config.to_json_string(use_diff=False))
+    aside = (
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "quantization_config",
+        "architectures",
+    )
+    kept = {key: value for key, value in says.items() if key not in aside and not key.startswith("_attn")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def base_identity(facts: BaseFacts) -> str | None:
+    """Return what tells the files of a base, and how they are loaded, from all others without reading the weights.
+
+    For a folder that is where it lies, and name, size, times and inode of its configuration and weight files; for a name on
+    the hub the commit. The versions count because another library may quantize to other bits.
+
+    Returns:
+        sha256 (hex), or None if nothing identifies the base (a hub name whose commit is unknown, a folder without weights).
+    """
+    folder = Path(facts.base)
+    commit = getattr(facts.config, "_commit_hash", None)
+    source: Any
+    if folder.is_dir():
+        weights = [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)]
+        if not weights:
+            return None
+        source = [str(folder.resolve()), *sorted(_file_facts(path) for path in (folder / "config.json", *weights))]
+    elif commit:
+        source = [facts.base, commit]
+    else:
+        return None
+    versions = [version(library) for library in ("torch", "transformers", "bitsandbytes")]
+    return hashlib.sha256(json.dumps([source, facts.quantize, str(facts.dtype), versions]).encode()).hexdigest()
+
+
+def remembered_fingerprint(model: nn.Module, facts: BaseFacts, store: ReferenceStore | None) -> str:
+    """Return `base_fingerprint(model)`, without the pass over the weights if the store remembers it from an earlier run.
+
+    Args:
+        model: the base that `facts` describe, loaded, with or without adapters.
+        facts: of the same base.
+        store: where to look and to remember; None computes.
+
+    Raises:
+        StoreUnavailable: the store cannot be read or written.
+    """
+    identity = base_identity(facts)
+    if store is None or identity is None:
+        return base_fingerprint(model)
+    # A CPU and a GPU may round differently while they quantize the same files.
+    identity = f"{identity} {next(model.parameters()).device.type}"
+    known = store.remembered_fingerprint(identity)
+    if known is None:
+        known = base_fingerprint(model)
+        store.remember_fingerprint(identity, known)
+    return known
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield each tensor that determines what a model computes once, under its plain name."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, module in model.named_modules():
+        for leaf, tensor in _own_tensors(module):
+            name = _plain(f"{path}.{leaf}" if path else leaf)
+            found[id(tensor)] = min((name, tensor), found.get(id(tensor), (name, tensor)), key=lambda pair: pair[0])
+    yield from found.values()
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters, persistent buffers and quantization states of one module; named as in its state dict.
+
+    Not the state dict itself: asking for it makes bitsandbytes rewrite weights that it has repacked for the CPU.
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name, parameter
         state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            _update(digest, state.absmax)
-            if getattr(state, "nested", False):
-                _update(digest, state.state2.absmax)
-                _update(digest, state.offset)
-        scales = getattr(parameter, "SCB", None)
-        if scales is not None:
-            _update(digest, scales)
+        if state is not None:  # nf4
+            yield from ((f"{name}.{key}", tensor) for key, tensor in state.as_dict(packed=True).items())
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+    # int8: the first forward moves the scales from the weight to the layer's state.
+    for holder in (getattr(module, "weight", None), getattr(module, "state", None)):
+        scales = getattr(holder, "SCB", None)
+        if isinstance(scales, torch.Tensor):
+            yield "SCB", scales
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    # The largest first: an embedding that comes last would keep one thread busy and the others waiting.
+    names = sorted(tensors, key=lambda name: (-tensors[name].nbytes, name))
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: _sha256(tensors[name]), names)
+        return dict(sorted(zip(names, digests, strict=True)))
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    flat = tensor.data.contiguous().reshape(-1).view(torch.uint8)
+    for part in flat.split(_PART_BYTES):
+        digest.update(part.to("cpu").numpy().data)
     return digest.hexdigest()
 
 
-def _update(digest: Any, tensor: torch.Tensor) -> None:
-    data = tensor.detach().to("cpu").contiguous().reshape(-1)
-    digest.update(data.view(torch.uint8).numpy().data)
+def _sha256_of_lines(hashes: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()
+
+
+def _file_facts(path: Path) -> tuple[str, int, int, int, int]:
+    """Return name, bytes, times of change in ns and inode; ctime too, as a copying tool may set mtime back."""
+    stat = path.stat()
+    return path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino

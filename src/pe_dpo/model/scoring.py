@@ -1,11 +1,14 @@
-"""Log-probs of pairs from a model: one forward over chosen and rejected answers together."""
+"""Log-probs of pairs from a model: one forward over chosen and rejected answers together, padded or packed."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pe_dpo.objective import answer_logprobs
+from pe_dpo.errors import ModelError
+from pe_dpo.model.attention import Kind, Packing
+from pe_dpo.objective import LogitTransform, answer_logprobs, head_logprobs
 
 
 class PairLogprobs(NamedTuple):
@@ -29,6 +32,56 @@ def pair_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor, complet
     chosen, rejected = rows.logprob.chunk(2)
     chosen_lengths, rejected_lengths = rows.length.chunk(2)
     return PairLogprobs(chosen, rejected, chosen_lengths, rejected_lengths)
+
+
+def packed_pair_logprobs(model: Any, row: Any, *, kind: Kind) -> PairLogprobs:
+    """Return the log-probs of the pairs in a packed row.
+
+    Only the hidden states that predict an answer's token reach the head, and no matrix of all logits is made.
+
+    Args:
+        model: a causal LM whose attention is switched to `model.attention.NAME`, under PEFT or not.
+        row: a `data.packing.PackedRow` on the model's device.
+        kind: how attention is computed.
+
+    Raises:
+        ModelError: some layer of the model does not attend through transformers' interface, so that pairs would mix.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    packing = Packing(row.trees, kind)
+    hidden = causal_lm.get_decoder()(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        attention_mask=_no_mask(row.input_ids.device),
+        use_cache=False,
+        packing=packing,
+    ).last_hidden_state
+    layers = causal_lm.config.get_text_config().num_hidden_layers
+    if packing.calls != layers:
+        raise ModelError(f"{packing.calls} of its {layers} layers attend through transformers' attention interface")
+    per_token = head_logprobs(
+        hidden[0].index_select(0, row.predicting), row.targets, causal_lm.get_output_embeddings(), logit_transform(causal_lm)
+    )
+    # In float64 like the padded path, and one after the other in the order of the tokens.
+    sums = torch.zeros(len(row.lengths), dtype=torch.float64, device=hidden.device)
+    sums = sums.index_add(0, row.owners, per_token.double().index_select(0, row.members))
+    lengths = row.lengths
+    return PairLogprobs(sums[row.chosen], sums[row.rejected], lengths[row.chosen], lengths[row.rejected])
+
+
+def logit_transform(causal_lm: Any) -> LogitTransform:
+    """Return what a model does to its logits after the head, as its configuration says (Gemma, Cohere, Granite)."""
+    config = causal_lm.config.get_text_config()
+    scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    if hasattr(causal_lm, "logit_scale"):
+        scale *= float(causal_lm.logit_scale)
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+@lru_cache(maxsize=4)
+def _no_mask(device: torch.device) -> Tensor:
+    """Four dimensions tell transformers that the mask is ready, so that it builds none; packed attention does not read it."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def concatenate(parts: list[PairLogprobs]) -> PairLogprobs:

@@ -216,23 +216,40 @@ class TrainSection(Section):
     max_steps: Count | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs.")
     learning_rate: Positive = Field(2.0e-5, description="Ten times what full fine-tuning takes, as usual for LoRA.")
     pairs_per_step: Count = Field(64, description="Pairs per optimizer step (the batch size), whatever the split.")
-    tokens_per_microbatch: Count = Field(
-        4096,
-        description="Most tokens, padding included, in one forward; a longer pair goes alone. At 4096 the logits of a "
-        "128k vocabulary take about 5 GB.",
+    tokens_per_microbatch: Literal["auto"] | Count = Field(
+        "auto", description="Most tokens in one forward; a longer pair goes alone. auto: what fits in memory, 2048 on a CPU."
+    )
+    packing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Rows without padding in which prompts stand once. auto: where a check at the start shows that the model "
+        "computes the same; true: stop if it does not; false: padded.",
     )
     optimizer: Literal["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "sgd"] = "adamw_torch"
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the steps; as Zephyr's DPO recipe.")
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = Field(1.0, description="0 for no clipping.")
-    gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: on with a GPU, off on a CPU.")
+    gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: only if memory asks for it.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     eval_every: Count | None = Field(None, description="Steps between evaluations; default: a tenth of the run.")
     save_every: Count | None = Field(None, description="Steps between checkpoints; default: a tenth of the run.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints kept; one may be torn by a kill, two may not.")
     log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
     report_to: list[str] = Field(default_factory=list, description="Trackers of transformers: tensorboard, wandb, …")
+
+
+class ReferenceSection(Section):
+    """Where π0's log-probs come from. Stored ones are keyed by base, quantization, dtype and token ids, and by nothing else."""
+
+    policy: Literal["auto", "store", "step", "skip"] = Field(
+        "auto",
+        description="auto: looked up, computed where missing, remembered; store: all computed before training; step: computed "
+        "in every step; skip: none, for gamma 0 alone. With gamma 0 training never runs the reference.",
+    )
+    store: Location | None = Field(
+        None,
+        description="The store's file; default: reference.sqlite in $PE_DPO_CACHE, else in the user's cache folder.",
+    )
 
 
 class Recipe(Section):
@@ -246,6 +263,7 @@ class Recipe(Section):
     data: DataSection
     loss: LossSection = LossSection()
     mixout: MixoutSection = MixoutSection()
+    reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
     output: Location = Field(description="Folder of the run.")
 
@@ -253,6 +271,15 @@ class Recipe(Section):
     def policy_starts_as_reference(self) -> bool:
         """Whether π = π0 before the first step: always, but for a start from an adapter against the raw base."""
         return self.adapter.start is None or self.adapter.reference == "adapter"
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> "Recipe":
+        if self.reference.policy == "skip" and self.loss.gamma_value != 0:
+            raise ValueError(
+                f"reference.policy: skip needs loss.gamma 0, and it is {self.loss.gamma_value:g}: the loss is made of the "
+                "reference's log-probs; set reference.policy: auto"
+            )
+        return self
 
     @model_validator(mode="after")
     def _training_can_start(self) -> "Recipe":

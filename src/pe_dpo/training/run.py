@@ -1,7 +1,7 @@
 """One training run from recipe to adapter; read it as the table of contents of the product."""
 
-import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import DataError, ModelError
 from pe_dpo.evaluation.pairs import set_metrics
+from pe_dpo.evaluation.reference import open_reference
+from pe_dpo.evaluation.scorer import choose_scorer
 from pe_dpo.model.adapter import (
     adapter_is_zero,
-    as_reference,
     attach_adapter,
     check_adapter,
     save_adapter,
@@ -23,16 +24,15 @@ from pe_dpo.model.adapter import (
 from pe_dpo.model.base import (
     BaseFacts,
     check_weights_unpacked,
-    checkpoint_activations,
     end_token_ids,
     inspect_base,
     load_base,
     load_tokenizer,
 )
-from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths
 from pe_dpo.training.arguments import check_trackers, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
+from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.records import finish_records, start_records
 from pe_dpo.training.remarks import outcome_remarks, scale_remarks
 from pe_dpo.training.run_folder import append_metrics, check_run_folder, locked, open_run_folder, update_run
@@ -85,7 +85,7 @@ def train(
     state = PartialState(cpu=not torch.cuda.is_available())
     recipe = with_absolute_paths(recipe)
     if not state.is_main_process:
-        return _train(recipe, prepare_run(recipe), None, say=lambda line: None, callbacks=callbacks)
+        return _train(recipe, prepare_run(recipe), None, say=lambda line: None, progress=None, callbacks=callbacks)
     folder = Path(recipe.output)
     check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
     prepared = prepare_run(recipe, say, progress)
@@ -93,7 +93,7 @@ def train(
         # Again, since another run may have come and gone while the pairs were prepared.
         check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
         open_run_folder(folder, recipe, resume=resume)
-        return _train(recipe, prepared, folder, say=say, callbacks=callbacks)
+        return _train(recipe, prepared, folder, say=say, progress=progress, callbacks=callbacks)
 
 
 class PreparedRun(NamedTuple):
@@ -139,7 +139,13 @@ def prepare_run(
 
 
 def _train(
-    recipe: Recipe, prepared: PreparedRun, folder: Path | None, *, say: Callable[[str], None], callbacks: Sequence[Any]
+    recipe: Recipe,
+    prepared: PreparedRun,
+    folder: Path | None,
+    *,
+    say: Callable[[str], None],
+    progress: Progress | None,
+    callbacks: Sequence[Any],
 ) -> TrainResult:
     """Load, check, train, measure; `folder` is None in every process but the one that writes."""
     from accelerate.utils import broadcast_object_list
@@ -149,7 +155,17 @@ def _train(
     args = training_arguments(recipe, data)
     set_seed(recipe.train.seed)
     model = build_model(recipe, facts, args.device)
-    hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base_fingerprint(model)}
+    settings = recipe.train
+    scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing, say=say)
+    plan = plan_memory(
+        model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
+    )
+    say(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
+    policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
+    reference = open_reference(
+        model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store, say=say
+    )
+    hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": reference.base_fingerprint}
     checkpoint = start_records(folder, recipe, facts, model, data, hashes, say) if folder else None
     checkpoint = broadcast_object_list([checkpoint])[0]
     stop = StopOnSignal()
@@ -160,24 +176,36 @@ def _train(
         held_out=data.held_out,
         coefficients=recipe.loss.coefficients(),
         margin_scale=recipe.loss.margin_scale,
-        token_budget=recipe.train.tokens_per_microbatch,
+        scorer=scorer,
+        reference=reference,
+        token_budget=plan.tokens,
         keep_checkpoints=recipe.train.keep_checkpoints,
         tokenizer=tokenizer,
         callbacks=[MetricsFile(Path(recipe.output)), stop, *callbacks],
+        say=say,
     )
     start = _check_start(trainer, recipe)
     say(_start_line(start))
-    # Before the first step the policy still is the reference, unless an adapter starts against the raw base.
-    with contextlib.nullcontext() if recipe.policy_starts_as_reference else as_reference(model):
-        trainer.held_out_reference = trainer.score_model() if data.held_out else None
-    first = trainer.score_held_out() if data.held_out else None
-    before = set_metrics(first) if first else {}
+    reference.recheck(data.train)
+    if recipe.reference.policy == "store" and recipe.loss.gamma_value != 0:
+        rank, world = args.process_index, args.world_size
+        reference.logprobs(data.train[rank::world], partial(progress, "scoring, reference") if progress else None)
+    first, before = None, {}
+    if data.held_out:
+        trainer.held_out_reference = trainer.score_reference()
+        is_reference = recipe.policy_starts_as_reference and start.largest_difference in (0, None)
+        first = trainer.score_held_out(trainer.held_out_reference if is_reference else None)
+        before = set_metrics(first)
+    reference.flush()
     if folder and checkpoint is None:
         update_run(folder, status="training", start=start._asdict(), before=before)
         if before:
             append_metrics(folder, {"step": 0, **{f"eval_{key}": value for key, value in before.items()}})
 
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        reference.flush()
 
     check_weights_unpacked(model)
     last = trainer.score_held_out() if data.held_out else None
@@ -197,9 +225,6 @@ def _train(
 def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str) -> Any:
     """Return base and adapter on the device, ready to train."""
     base = load_base(facts, device=device)
-    checkpointing = recipe.train.gradient_checkpointing
-    if torch.device(device).type != "cpu" if checkpointing == "auto" else checkpointing:
-        checkpoint_activations(base)
     adapter = recipe.adapter
     if adapter.start:
         return start_from_adapter(base, adapter.start, reference=adapter.reference or "base", dropout=adapter.dropout)
@@ -232,8 +257,8 @@ def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
     return check_start(
         trainer.model,
         [pairs[index] for index in first],
+        trainer.scorer,
         token_budget=trainer.token_budget,
-        device=trainer.args.device,
         coefficients=trainer.coefficients,
         margin_scale=trainer.margin_scale,
         policy_is_reference=recipe.policy_starts_as_reference,

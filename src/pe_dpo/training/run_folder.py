@@ -28,6 +28,9 @@ RUN_FILE, RECIPE_FILE, METRICS_FILE = "run.json", "recipe.yaml", "metrics.jsonl"
 
 FREE_TO_CHANGE = (
     "output",
+    "reference.policy",
+    "reference.store",
+    "train.packing",
     "train.tokens_per_microbatch",
     "train.gradient_checkpointing",
     "train.keep_checkpoints",

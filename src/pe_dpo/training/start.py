@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pe_dpo.data.batches import pad, split_by_tokens
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, TrainingError
 from pe_dpo.evaluation.pairs import score_loss
+from pe_dpo.evaluation.scorer import Scorer
 from pe_dpo.model.adapter import as_reference
-from pe_dpo.model.scoring import pair_logprobs
 from pe_dpo.objective import is_dead
 
 TOLERANCE = 1e-6
@@ -31,9 +30,9 @@ class StartCheck(NamedTuple):
 def check_start(
     model: Any,
     pairs: Sequence[EncodedPair],
+    scorer: Scorer,
     *,
     token_budget: int,
-    device: torch.device | str,
     coefficients: Mapping[str, Any],
     margin_scale: float,
     policy_is_reference: bool,
@@ -44,8 +43,8 @@ def check_start(
     Args:
         model: the PEFT model before its first step.
         pairs: of the first optimizer step.
+        scorer: as in training.
         token_budget: as in training.
-        device: of the model.
         coefficients: of the loss.
         margin_scale: of the data's margin column.
         policy_is_reference: whether π = π0 by construction; false when training starts from an adapter against the raw base.
@@ -55,15 +54,14 @@ def check_start(
         ModelError: π and π0 differ although they must not: the reference is not what it should be.
         TrainingError: no pair pulls at all (say, a hinge whose margin column is 0 everywhere), or a loss is not finite.
     """
-    batch = [pairs[index] for index in split_by_tokens(pairs, token_budget)[0]]
-    tensors = pad(batch).to(device)
+    batch = [pairs[index] for index in scorer.split(pairs, token_budget)[0]]
     model.train(is_fresh)
     with torch.no_grad():
-        policy = pair_logprobs(model, *tensors)
+        policy = scorer.logprobs(model, batch)
     reference, difference = None, None
     if coefficients["gamma"] != 0:
         with as_reference(model) as frozen:
-            reference = pair_logprobs(frozen, *tensors)
+            reference = scorer.logprobs(frozen, batch)
         if policy_is_reference:
             difference = max(_largest(policy.chosen, reference.chosen), _largest(policy.rejected, reference.rejected))
     scale = 1.0 + float(torch.cat([policy.chosen, policy.rejected]).abs().max())
@@ -72,7 +70,7 @@ def check_start(
             f"before training, policy and reference differ by {difference:.3g} nats on one batch, so the reference is not the "
             "model that training starts from. Load the base unchanged and give the adapter B = 0, or name adapter.reference"
         )
-    margins = torch.tensor([pair.margin for pair in batch], dtype=torch.float64, device=device)
+    margins = torch.tensor([pair.margin for pair in batch], dtype=torch.float64, device=scorer.device)
     out = score_loss(policy, reference, margins, coefficients, margin_scale)
     if not out.loss.isfinite().all():
         bad = [pair.where for pair, finite in zip(batch, out.loss.isfinite().tolist(), strict=True) if not finite]

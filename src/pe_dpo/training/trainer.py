@@ -1,7 +1,7 @@
 """The optimizer step: a thin subclass of transformers.Trainer.
 
 Trainer hands over the pairs of a whole optimizer step; the step splits them into micro-batches by a token budget, and every
-pair counts 1/B of the loss whatever the split:
+pair counts 1/B of the loss whatever the split, also when memory runs out and the step begins again with smaller ones:
 
     loss = Σ over micro-batches, Σ over pairs  ℓ(pair) / B          so 1×8 = 2×4 = 8×1, on one process or several
 
@@ -9,24 +9,27 @@ Overridden: what computes the loss, what logs, and where a checkpoint is put tog
 and the distributed machinery are Trainer's.
 """
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from pe_dpo.data.batches import pad, split_by_tokens
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import TrainingError
 from pe_dpo.evaluation.pairs import ScoredPairs, join, pair_metrics, score_loss, score_pairs, scored_pairs, set_metrics
-from pe_dpo.model.adapter import adapter_parameters, as_reference, restore_adapter, save_adapter
-from pe_dpo.model.scoring import PairLogprobs, concatenate, pair_logprobs
+from pe_dpo.evaluation.reference import Reference
+from pe_dpo.evaluation.scorer import Scorer
+from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
+from pe_dpo.model.scoring import PairLogprobs, concatenate
+from pe_dpo.objective import PreferenceLoss
 from pe_dpo.training.checkpoints import commit_checkpoint, keep_newest, staging_folder
+
+_Result = TypeVar("_Result")
 
 
 class PairTrainer(Trainer):
@@ -39,10 +42,13 @@ class PairTrainer(Trainer):
         held_out: encoded pairs to evaluate on; may be empty.
         coefficients: of the loss, see `evaluation.pairs.score_loss`.
         margin_scale: of the data's margin column.
-        token_budget: most tokens of one forward, padding included.
+        scorer: how pairs go through the model.
+        reference: π0's log-probs of the pairs.
+        token_budget: most tokens of one forward; halved when memory runs out.
         keep_checkpoints: how many to keep.
         callbacks: further Trainer callbacks.
         tokenizer: saved beside each adapter.
+        say: gets a line when something is not as planned.
     """
 
     def __init__(
@@ -54,10 +60,13 @@ class PairTrainer(Trainer):
         held_out: Sequence[EncodedPair],
         coefficients: Mapping[str, Any],
         margin_scale: float,
+        scorer: Scorer,
+        reference: Reference,
         token_budget: int,
         keep_checkpoints: int,
         tokenizer: Any,
         callbacks: Sequence[Any] = (),
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__(
             model=model,
@@ -73,6 +82,9 @@ class PairTrainer(Trainer):
         """Log-probs of the held-out pairs under π0, in their order; set once, before training."""
         self.coefficients = coefficients
         self.margin_scale = margin_scale
+        self.scorer = scorer
+        self.reference = reference
+        self.say = say
         self.token_budget = token_budget
         self.keep_checkpoints = keep_checkpoints
         self._window: list[ScoredPairs] = []
@@ -87,40 +99,54 @@ class PairTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: list[EncodedPair], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward over one optimizer step's pairs; return the step's loss, detached."""
+        model = self.accelerator.unwrap_model(model)
         model.train()
-        world, rank = self.args.world_size, self.args.process_index
-        mine = inputs[rank::world]
-        # A process left without pairs still takes part in the gradient's reduction, with weight 0.
-        share = world / len(inputs) if mine else 0.0
-        mine = mine or inputs[:1]
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        batches = split_by_tokens(mine, self.token_budget)
-        for number, batch in enumerate(batches, start=1):
-            last = number == len(batches)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                scored, loss = self.forward_pairs(model, [mine[index] for index in batch])
-                mean_part = share * loss.sum()
-                self.accelerator.backward(mean_part)
-            total += mean_part.detach()
-            if share:
-                self._window.append(scored)
+        mine = inputs[self.args.process_index :: self.args.world_size]
+        reference = None
+        if self.coefficients["gamma"] != 0 and mine:
+            reference = self._with_smaller_rows(lambda: self.reference.logprobs(mine))
+        total, scored = self._with_smaller_rows(lambda: self._accumulate(model, mine, reference, 1 / len(inputs)))
+        # The gradients of a LoRA are small: one reduction after the last micro-batch, and processes may have any number of
+        # micro-batches. What no pair reaches is zero, not missing: Adam's averages move on all the same.
+        for parameter in adapter_parameters(model):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self._sum_over_processes(parameter.grad)
+        self._sum_over_processes(total)
         self._check_gradients(inputs)
+        self._window.extend(scored)
         self._window_tokens += sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs)
         return total.float()
 
-    def forward_pairs(self, model: Any, pairs: list[EncodedPair]) -> tuple[ScoredPairs, torch.Tensor]:
-        """Return the pairs as scored, and their losses (B,) with gradient.
+    def _accumulate(
+        self, model: Any, pairs: list[EncodedPair], reference: PairLogprobs | None, share: float
+    ) -> tuple[torch.Tensor, list[ScoredPairs]]:
+        """Add the gradients of the pairs' losses, each counted `share`; return the sum of the losses, and the scored pairs."""
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        parts = []
+        for batch in self.scorer.split(pairs, self.token_budget) if pairs else []:
+            of_batch = None if reference is None else PairLogprobs(*(field[batch] for field in reference))
+            scored, out = self.forward_pairs(model, [pairs[index] for index in batch], of_batch)
+            loss = share * out.loss.sum()
+            # A hinge that is satisfied by all pairs has gradient 0, and so has an SFT term of weight 0.
+            if out.weight.any() or self.coefficients["sft_weight"]:
+                loss.backward()
+            total += loss.detach()
+            parts.append(scored)
+        return total, parts
+
+    def forward_pairs(
+        self, model: Any, pairs: list[EncodedPair], reference: PairLogprobs | None
+    ) -> tuple[ScoredPairs, PreferenceLoss]:
+        """Return the pairs as scored, and their losses with gradient.
 
         Raises:
             TrainingError: a loss is not finite; names the pairs.
         """
-        tensors = pad(pairs).to(self.args.device)
-        policy = pair_logprobs(model, *tensors)
-        reference = None
-        if self.coefficients["gamma"] != 0:
-            with as_reference(self.accelerator.unwrap_model(model)) as frozen:
-                reference = pair_logprobs(frozen, *tensors)
-        margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64, device=self.args.device)
+        device = self.args.device
+        policy = self.scorer.logprobs(model, pairs)
+        reference = None if reference is None else PairLogprobs(*(field.to(device) for field in reference))
+        margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64, device=device)
         out = score_loss(policy, reference, margins, self.coefficients, self.margin_scale)
         if not out.loss.isfinite().all():
             bad = [pair.where for pair, finite in zip(pairs, out.loss.isfinite().tolist(), strict=True) if not finite]
@@ -129,7 +155,34 @@ class PairTrainer(Trainer):
                 "this step. Lower train.learning_rate or loss.beta, or look at these rows; `--resume` goes on from the last "
                 "checkpoint"
             )
-        return scored_pairs(policy, reference, out), out.loss
+        return scored_pairs(policy, reference, out), out
+
+    def _with_smaller_rows(self, step: Callable[[], _Result]) -> _Result:
+        """Return what the step returns; out of memory, begin it again with half the tokens per forward.
+
+        Raises:
+            TrainingError: rows cannot become smaller.
+        """
+        while True:
+            try:
+                return step()
+            except torch.OutOfMemoryError as error:
+                longest = max(self.scorer.tokens([pair]) for pair in self.train_dataset)
+                if self.token_budget <= longest:
+                    raise TrainingError(
+                        f"step {self.state.global_step + 1}: out of memory with one pair at a time (the longest has {longest} "
+                        "tokens); nothing was updated by this step. Set train.gradient_checkpointing: true, or a smaller "
+                        "data.max_length; `--resume` goes on from the last checkpoint"
+                    ) from error
+            self.model.zero_grad()
+            torch.cuda.empty_cache()
+            self.token_budget = max(longest, self.token_budget // 2)
+            self.reference.token_budget = self.token_budget
+            self.say(f"look: out of memory; going on with {self.token_budget} tokens per forward (the step is not lost)")
+
+    def _sum_over_processes(self, tensor: torch.Tensor) -> None:
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(tensor)
 
     def _check_gradients(self, pairs: list[EncodedPair]) -> None:
         gradients = [p.grad for p in adapter_parameters(self.model) if p.grad is not None]
@@ -158,22 +211,30 @@ class PairTrainer(Trainer):
         return metrics
 
     def score_model(self) -> PairLogprobs:
-        """Return the held-out pairs' log-probs under the model as it is now; the processes share the work."""
+        """Return the held-out pairs' log-probs under the model as it is now."""
+        return self._of_held_out(lambda pairs: score_pairs(self.model, pairs, self.scorer, token_budget=self.token_budget))
+
+    def score_reference(self) -> PairLogprobs:
+        """Return the held-out pairs' log-probs under π0."""
+        return self._of_held_out(self.reference.logprobs)
+
+    def score_held_out(self, policy: PairLogprobs | None = None) -> ScoredPairs:
+        """Return the held-out pairs as policy (if not given) and reference score them now."""
+        policy = self.score_model() if policy is None else policy
+        margins = torch.tensor([pair.margin for pair in self.held_out], dtype=torch.float64)
+        out = score_loss(policy, self.held_out_reference, margins, self.coefficients, self.margin_scale)
+        return scored_pairs(policy, self.held_out_reference, out)
+
+    def _of_held_out(self, score: Callable[[Sequence[EncodedPair]], PairLogprobs]) -> PairLogprobs:
+        """Return what `score` makes of the held-out pairs; the processes share the work."""
         world, rank = self.args.world_size, self.args.process_index
         if len(self.held_out) < world:
             world, rank = 1, 0
-        mine = score_pairs(self.model, self.held_out[rank::world], token_budget=self.token_budget, device=self.args.device)
+        mine = self._with_smaller_rows(lambda: score(self.held_out[rank::world]))
         if world == 1:
             return mine
         order = torch.cat([torch.arange(start, len(self.held_out), world) for start in range(world)]).argsort()
         return PairLogprobs(*(field[order] for field in concatenate(gather_object([mine]))))
-
-    def score_held_out(self) -> ScoredPairs:
-        """Return the held-out pairs as policy and reference score them now."""
-        policy = self.score_model()
-        margins = torch.tensor([pair.margin for pair in self.held_out], dtype=torch.float64)
-        out = score_loss(policy, self.held_out_reference, margins, self.coefficients, self.margin_scale)
-        return scored_pairs(policy, self.held_out_reference, out)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -181,6 +242,7 @@ class PairTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let Trainer write its checkpoint into a staging folder, then seal and rename it."""
         run = Path(self.args.output_dir)
+        self.reference.flush()
         self._staging = staging_folder(run)
         try:
             super()._save_checkpoint(model, trial)

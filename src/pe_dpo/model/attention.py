@@ -1,0 +1,287 @@
+"""Attention over a packed row: every branch sees its own trunk and itself, and no pair sees another.
+
+    row      trunk a  branch 1  branch 2  trunk b  …          a query in branch 2 attends to [trunk a | branch 2], causally
+
+Registered under one name with `transformers.AttentionInterface`; the layout of the row comes as the keyword `packing` of the
+model's forward. Without that keyword the function is ordinary attention, so that generation and padded batches go on working.
+It stays switched on between forward and backward, since gradient checkpointing calls it again there.
+
+Giving a model the row and its `position_ids` alone is silently wrong: transformers takes every jump in the positions for a new
+document, and the second branch loses its prompt.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "pe_dpo_packed"
+
+Kind = Literal["segments", "varlen", "dense"]
+"""segments: one call of scaled_dot_product_attention per branch; varlen: one kernel for all of them (CUDA, half precision);
+dense: one call with a T×T mask, anywhere."""
+
+Trees = Sequence[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]
+"""Trunk and branches of each tree, as [start, end) in the row; branches follow their trunk without gaps."""
+
+
+class Packing:
+    """The layout of one row, and what attention derives from it once for all layers.
+
+    Args:
+        trees: where prompts and answers lie.
+        kind: how attention is computed.
+    """
+
+    def __init__(self, trees: Trees, kind: Kind) -> None:
+        self.kind = kind
+        self.calls = 0
+        """Layers that asked: a model in which some layer did not must not be packed."""
+        self.queries: list[int] = []
+        """Lengths of the stretches whose queries attend together."""
+        self.keys: list[int] = []
+        """Lengths of the stretches that keys are gathered from."""
+        self.sources: list[list[int]] = []
+        """For each stretch of queries the stretches of keys it sees, its own last."""
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._indices: tuple[Tensor, Tensor, Tensor] | None = None
+        for trunk, branches in trees:
+            self._add([end - start for start, end in (trunk, *branches)])
+
+    def _add(self, sizes: list[int]) -> None:
+        first = len(self.keys)
+        if len(sizes) <= 2:  # a trunk with its only branch is one causal stretch
+            self.queries.append(sum(sizes))
+            self.keys.append(sum(sizes))
+            self.sources.append([first])
+            return
+        self.keys.extend(sizes)
+        self.queries.extend([sizes[0] + sizes[1], *sizes[2:]])
+        self.sources.extend([first, first + branch] for branch in range(1, len(sizes)))
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """Yield the number of queries and of keys of each stretch; the queries are the last of the keys."""
+        for queries, sources in zip(self.queries, self.sources, strict=True):
+            yield queries, sum(self.keys[source] for source in sources)
+
+    def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+        """Return the mask of queries that are the last of the keys, 0 where attention goes and −inf elsewhere.
+
+        It is larger than (queries, keys) by what these are filled up with: hidden keys, and queries that nobody reads.
+        """
+        name = (queries, keys, window, like.dtype)
+        if name not in self._masks:
+            offset = keys - queries
+            shape = (_even_queries(queries), _even_keys(keys))
+            hidden = torch.ones(shape, dtype=torch.bool, device=like.device).triu(offset + 1)
+            if window is not None:
+                hidden |= torch.ones_like(hidden).tril(offset - window)
+            self._masks[name] = _additive(hidden, like.dtype)
+        return self._masks[name]
+
+    def dense_mask(self, window: int | None, like: Tensor) -> Tensor:
+        """Return the (T, T) mask of the whole row, 0 where attention goes and −inf elsewhere."""
+        name = ("dense", window, like.dtype)
+        if name not in self._masks:
+            starts = [0, *torch.tensor(self.keys).cumsum(0).tolist()]
+            hidden = torch.ones(starts[-1], starts[-1], dtype=torch.bool, device=like.device)
+            row = 0
+            for (queries, keys), sources in zip(self.stretches(), self.sources, strict=True):
+                columns = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in sources]).to(like.device)
+                allowed = self.mask(queries, keys, window, like)[:queries, :keys] == 0
+                hidden[row : row + queries, columns] = ~allowed
+                row += queries
+            self._masks[name] = _additive(hidden, like.dtype)
+        return self._masks[name]
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return cumulative numbers of queries and of keys, (S + 1,) int32, and the row index of every gathered key, int64."""
+        if self._indices is None:
+            starts = [0, *torch.tensor(self.keys).cumsum(0).tolist()]
+            gathered = [torch.arange(starts[s], starts[s + 1]) for sources in self.sources for s in sources]
+            counts = torch.tensor([(0, 0), *self.stretches()], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            self._indices = counts[:, 0].to(device), counts[:, 1].to(device), torch.cat(gathered).to(device)
+        return self._indices
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    packing: Packing | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Return attention's output as transformers' models expect it of an attention function.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, T, size).
+        key: (1, key heads, T, size).
+        value: as `key`.
+        attention_mask: ignored with `packing`.
+        scaling: of the scores.
+        dropout: must be 0 with `packing`.
+        sliding_window: tokens that a query sees, itself included; counted along its own answer.
+        softcap: of the scores, as in Gemma 2.
+        s_aux: attention sinks; not supported with `packing`.
+        packing: the row's layout; None for ordinary attention.
+        **others: not needed.
+
+    Returns:
+        (1, T, heads, size), and None for the attention weights.
+
+    Raises:
+        NotImplementedError: attention sinks or dropout in a packed row.
+    """
+    if packing is None:
+        return _ordinary(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others)
+    if s_aux is not None or dropout:
+        raise NotImplementedError("attention sinks" if dropout == 0 else "attention dropout")
+    packing.calls += 1
+    groups = query.shape[1] // key.shape[1]
+    if packing.kind == "varlen" and softcap is None:
+        return _varlen(query, key, value, packing, scaling, sliding_window), None
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    attend = partial(_attend, scaling=scaling, softcap=softcap)
+    if packing.kind != "segments":
+        return attend(query, key, value, packing.dense_mask(sliding_window, query)).transpose(1, 2).contiguous(), None
+    # split, not slices: one node in the backward instead of a row of zeros per slice.
+    keys, values = key.split(packing.keys, dim=2), value.split(packing.keys, dim=2)
+    outputs = []
+    for stretch, sources in zip(query.split(packing.queries, dim=2), packing.sources, strict=True):
+        queries, seen = stretch.shape[2], sum(packing.keys[source] for source in sources)
+        q = _gather([stretch], _even_queries(queries))
+        k, v = (_gather([parts[source] for source in sources], _even_keys(seen)) for parts in (keys, values))
+        is_causal = queries == seen and softcap is None and (sliding_window is None or sliding_window >= seen)
+        mask = None if is_causal else packing.mask(queries, seen, sliding_window, query)
+        outputs.append(attend(q, k, v, mask).transpose(1, 2)[:, :queries])
+    return torch.cat(outputs, dim=1), None
+
+
+def _even_queries(queries: int) -> int:
+    """Return the queries to compute with: blocks of one to three rows are summed in another order than larger ones."""
+    return queries + -queries % 4
+
+
+def _even_keys(keys: int) -> int:
+    """Return the keys to compute with, so that a token's result does not depend on how many keys are hidden behind it.
+
+    torch 2.13 on the CPU takes keys in blocks of 512, and a product over 192 to 384 of them is split in halves that depend on
+    their number. The tests of exactness show it when a later version sums in another order.
+    """
+    blocks, rest = divmod(keys + -keys % 16, 512)
+    return 512 * blocks + (384 if 192 < rest < 384 else rest)
+
+
+def switch_on(model: Any) -> str:
+    """Let the model's attention layers understand `packing`; return the name of the attention they had.
+
+    Raises:
+        ValueError: transformers does not let this model have another attention.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    before: str = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise ValueError("its attention cannot be exchanged")
+    return before
+
+
+def switch_off(model: Any, before: str) -> None:
+    """Give the model the attention it had."""
+    model.set_attn_implementation(before)
+
+
+def _gather(parts: Sequence[Tensor], length: int) -> Tensor:
+    """Return (1, heads, length, size): the parts one after another, filled up with zeros."""
+    missing = length - sum(part.shape[2] for part in parts)
+    if missing:
+        shape = (1, parts[0].shape[1], missing, parts[0].shape[3])
+        parts = [*parts, parts[0].new_zeros(shape)]
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """Return (1, heads, queries, size); causal without a mask."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    assert mask is not None, "capped scores come with their mask"
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap + mask
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, window: int | None) -> Tensor:
+    """Return (1, T, heads, size) from one call of torch's variable-length kernel.
+
+    Its causal mask is aligned bottom-right: the queries of a stretch are the last of its keys.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    queries, keys, gathered = packing.indices(query.device)
+    longest_query, longest_key = (max(sizes) for sizes in zip(*packing.stretches(), strict=True))
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0) if window is None else (window - 1, 0)}
+    known = inspect.signature(varlen_attn).parameters
+    if "num_splits" in known:
+        options["num_splits"] = 1  # a sequence's result must not depend on the others in the row
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    k, v = k.index_select(0, gathered), v.index_select(0, gathered)
+    output: Any = varlen_attn(q.contiguous(), k, v, queries, keys, longest_query, longest_key, **options)
+    return output.unsqueeze(0)
+
+
+def _ordinary(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention as transformers would do it without us: a padded batch, or generation."""
+    from transformers import AttentionInterface
+
+    if s_aux is not None:
+        raise NotImplementedError("attention sinks")
+    if softcap is None:
+        sdpa = AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if mask is None:
+        offset = key.shape[2] - query.shape[2]
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(offset)
+    additive = _additive(~mask, query.dtype) if mask.dtype == torch.bool else mask
+    return _attend(query, key, value, additive, scaling=scaling, softcap=softcap).transpose(1, 2).contiguous(), None
+
+
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
