@@ -95,8 +95,8 @@ def test_our_label_smoothing_mixes_the_losses_of_both_labels(
     our_trainer: Callable[..., Any], rows: list[dict[str, str]]
 ) -> None:
     trainer = our_trainer(rows, {"beta": 0.3, "gamma": 0.3, "label_smoothing": 0.3})
-    scored, losses = trainer.forward_pairs(trainer.model, trainer.train_dataset)
-    for index, loss in enumerate(losses.tolist()):
+    scored, out = trainer.forward_pairs(trainer.model, trainer.train_dataset)
+    for index, loss in enumerate(out.loss.tolist()):
         policy = float(scored.policy_chosen[index] - scored.policy_rejected[index])
         reference = float(scored.reference_chosen[index] - scored.reference_rejected[index])
         z = 0.3 * (policy - reference)

@@ -133,7 +133,7 @@ def test_three_optimizer_steps_have_the_losses_of_trl(
     batches = list(mine.get_train_dataloader())
     order = [int(pair.where.split(":")[1]) - 1 for batch in batches for pair in batch]
     peer.train_dataset = peer.train_dataset.select(order)
-    untrained = [float(mine.forward_pairs(mine.model, batch)[1].detach().mean()) for batch in batches]
+    untrained = [float(mine.forward_pairs(mine.model, batch)[1].loss.detach().mean()) for batch in batches]
     mine.train()
     peer.train()
     our_losses, their_losses = (

@@ -102,10 +102,7 @@ class PairTrainer(Trainer):
         model = self.accelerator.unwrap_model(model)
         model.train()
         mine = inputs[self.args.process_index :: self.args.world_size]
-        reference = None
-        if self.coefficients["gamma"] != 0 and mine:
-            reference = self._with_smaller_rows(lambda: self.reference.logprobs(mine))
-        total, scored = self._with_smaller_rows(lambda: self._accumulate(model, mine, reference, 1 / len(inputs)))
+        total, scored = self._with_smaller_rows(lambda: self._accumulate(model, mine, 1 / len(inputs)))
         # The gradients of a LoRA are small: one reduction after the last micro-batch, and processes may have any number of
         # micro-batches. What no pair reaches is zero, not missing: Adam's averages move on all the same.
         for parameter in adapter_parameters(model):
@@ -118,15 +115,12 @@ class PairTrainer(Trainer):
         self._window_tokens += sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs)
         return total.float()
 
-    def _accumulate(
-        self, model: Any, pairs: list[EncodedPair], reference: PairLogprobs | None, share: float
-    ) -> tuple[torch.Tensor, list[ScoredPairs]]:
+    def _accumulate(self, model: Any, pairs: list[EncodedPair], share: float) -> tuple[torch.Tensor, list[ScoredPairs]]:
         """Add the gradients of the pairs' losses, each counted `share`; return the sum of the losses, and the scored pairs."""
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         parts = []
         for batch in self.scorer.split(pairs, self.token_budget) if pairs else []:
-            of_batch = None if reference is None else PairLogprobs(*(field[batch] for field in reference))
-            scored, out = self.forward_pairs(model, [pairs[index] for index in batch], of_batch)
+            scored, out = self.forward_pairs(model, [pairs[index] for index in batch])
             loss = share * out.loss.sum()
             # A hinge that is satisfied by all pairs has gradient 0, and so has an SFT term of weight 0.
             if out.weight.any() or self.coefficients["sft_weight"]:
@@ -135,17 +129,17 @@ class PairTrainer(Trainer):
             parts.append(scored)
         return total, parts
 
-    def forward_pairs(
-        self, model: Any, pairs: list[EncodedPair], reference: PairLogprobs | None
-    ) -> tuple[ScoredPairs, PreferenceLoss]:
+    def forward_pairs(self, model: Any, pairs: list[EncodedPair]) -> tuple[ScoredPairs, PreferenceLoss]:
         """Return the pairs as scored, and their losses with gradient.
 
         Raises:
             TrainingError: a loss is not finite; names the pairs.
         """
         device = self.args.device
+        reference = None
+        if self.coefficients["gamma"] != 0:  # first, while no activations of the policy lie in memory
+            reference = PairLogprobs(*(field.to(device) for field in self.reference.logprobs(pairs)))
         policy = self.scorer.logprobs(model, pairs)
-        reference = None if reference is None else PairLogprobs(*(field.to(device) for field in reference))
         margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64, device=device)
         out = score_loss(policy, reference, margins, self.coefficients, self.margin_scale)
         if not out.loss.isfinite().all():
