@@ -150,14 +150,33 @@ def packed_attention(
     if s_aux is not None or dropout:
         raise NotImplementedError("attention sinks" if dropout == 0 else "attention dropout")
     packing.calls += 1
+    dtype = value.dtype
+    # In float32 torch 2.13's attention on a CPU is twice as fast as in bfloat16, backward included, and closer to the truth.
+    inner = torch.float32 if value.device.type == "cpu" and dtype == torch.bfloat16 else dtype
+    query, key, value = query.to(inner), key.to(inner), value.to(inner)
+    with torch.autocast(value.device.type, enabled=False):
+        output = _packed(query, key, value, packing, scaling, sliding_window, softcap)
+    return output.to(dtype), None
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Return (1, T, heads, size)."""
     groups = query.shape[1] // key.shape[1]
     if packing.kind == "varlen" and softcap is None:
-        return _varlen(query, key, value, packing, scaling, sliding_window), None
+        return _varlen(query, key, value, packing, scaling, window)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     attend = partial(_attend, scaling=scaling, softcap=softcap)
     if packing.kind != "segments":
-        return attend(query, key, value, packing.dense_mask(sliding_window, query)).transpose(1, 2).contiguous(), None
+        return attend(query, key, value, packing.dense_mask(window, query)).transpose(1, 2).contiguous()
     # split, not slices: one node in the backward instead of a row of zeros per slice.
     keys, values = key.split(packing.keys, dim=2), value.split(packing.keys, dim=2)
     outputs = []
@@ -165,10 +184,10 @@ def packed_attention(
         queries, seen = stretch.shape[2], sum(packing.keys[source] for source in sources)
         q = _gather([stretch], _even_queries(queries))
         k, v = (_gather([parts[source] for source in sources], _even_keys(seen)) for parts in (keys, values))
-        is_causal = queries == seen and softcap is None and (sliding_window is None or sliding_window >= seen)
-        mask = None if is_causal else packing.mask(queries, seen, sliding_window, query)
+        is_causal = queries == seen and softcap is None and (window is None or window >= seen)
+        mask = None if is_causal else packing.mask(queries, seen, window, query)
         outputs.append(attend(q, k, v, mask).transpose(1, 2)[:, :queries])
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 def _even_queries(queries: int) -> int:
