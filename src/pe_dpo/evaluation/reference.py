@@ -97,7 +97,7 @@ class Reference:
         keys = [_keys(pair) for pair in pairs]
         self._look_up([key for both in keys for key in both])
         stored = [index for index, both in enumerate(keys) if all(key in self._known for key in both)]
-        for index in random.sample(stored, min(RECHECKED, len(stored))):
+        for index in random.SystemRandom().sample(stored, min(RECHECKED, len(stored))):
             now = self._compute([pairs[index]], None)
             for key, logprob, tokens in zip(keys[index], (now.chosen, now.rejected), now[2:], strict=True):
                 then = self._known[key]

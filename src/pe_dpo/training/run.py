@@ -11,7 +11,7 @@ from pe_dpo.data import PreparedData, data_hash
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import DataError, ModelError
-from pe_dpo.evaluation.pairs import set_metrics
+from pe_dpo.evaluation.pairs import ScoredPairs, set_metrics
 from pe_dpo.evaluation.reference import open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
 from pe_dpo.model.adapter import (
@@ -149,54 +149,18 @@ def _train(
 ) -> TrainResult:
     """Load, check, train, measure; `folder` is None in every process but the one that writes."""
     from accelerate.utils import broadcast_object_list
-    from transformers import set_seed
 
-    facts, tokenizer, data = prepared
-    args = training_arguments(recipe, data)
-    set_seed(recipe.train.seed)
-    model = build_model(recipe, facts, args.device)
-    settings = recipe.train
-    scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing, say=say)
-    plan = plan_memory(
-        model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
-    )
-    say(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
-    policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
-    reference = open_reference(
-        model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store, say=say
-    )
+    facts, _, data = prepared
+    stop = StopOnSignal()
+    trainer = build_trainer(recipe, prepared, say=say, callbacks=[MetricsFile(Path(recipe.output)), stop, *callbacks])
+    model, reference = trainer.model, trainer.reference
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": reference.base_fingerprint}
     checkpoint = start_records(folder, recipe, facts, model, data, hashes, say) if folder else None
     checkpoint = broadcast_object_list([checkpoint])[0]
-    stop = StopOnSignal()
-    trainer = PairTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        held_out=data.held_out,
-        coefficients=recipe.loss.coefficients(),
-        margin_scale=recipe.loss.margin_scale,
-        scorer=scorer,
-        reference=reference,
-        token_budget=plan.tokens,
-        keep_checkpoints=recipe.train.keep_checkpoints,
-        tokenizer=tokenizer,
-        callbacks=[MetricsFile(Path(recipe.output)), stop, *callbacks],
-        say=say,
-    )
     start = _check_start(trainer, recipe)
     say(_start_line(start))
-    reference.recheck(data.train)
-    if recipe.reference.policy == "store" and recipe.loss.gamma_value != 0:
-        rank, world = args.process_index, args.world_size
-        reference.logprobs(data.train[rank::world], partial(progress, "scoring, reference") if progress else None)
-    first, before = None, {}
-    if data.held_out:
-        trainer.held_out_reference = trainer.score_reference()
-        is_reference = recipe.policy_starts_as_reference and start.largest_difference in (0, None)
-        first = trainer.score_held_out(trainer.held_out_reference if is_reference else None)
-        before = set_metrics(first)
-    reference.flush()
+    first = _score_before(trainer, recipe, start, progress)
+    before = set_metrics(first) if first else {}
     if folder and checkpoint is None:
         update_run(folder, status="training", start=start._asdict(), before=before)
         if before:
@@ -212,14 +176,58 @@ def _train(
     after = set_metrics(last) if last else {}
     remarks = [*scale_remarks(recipe, first), *outcome_remarks(after, has_moved=not adapter_is_zero(model))]
     result = TrainResult(Path(recipe.output), before, after, start, trainer.state.global_step, stop.received, remarks)
+    if folder:
+        update_run(folder, scoring=_scoring_facts(trainer))
     if folder and stop.received is not None:
         update_run(folder, status="interrupted", step=result.steps)
     elif folder:
         save_adapter(model, folder)
-        tokenizer.save_pretrained(folder)
+        prepared.tokenizer.save_pretrained(folder)
         finish_records(folder, recipe, data, last, before=before, after=after, step=result.steps, remarks=remarks)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def build_trainer(
+    recipe: Recipe, prepared: PreparedRun, *, say: Callable[[str], None] = lambda line: None, callbacks: Sequence[Any] = ()
+) -> PairTrainer:
+    """Return the trainer of a run: base and adapter loaded, the way of its pairs chosen, memory planned, the reference opened.
+
+    Raises:
+        ModelError: the base or an adapter cannot be used, or cannot be packed although the recipe insists.
+        StoreUnavailable: the recipe insists on a store.
+    """
+    from transformers import set_seed
+
+    facts, tokenizer, data = prepared
+    settings = recipe.train
+    args = training_arguments(recipe, data)
+    set_seed(settings.seed)
+    model = build_model(recipe, facts, args.device)
+    scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing, say=say)
+    plan = plan_memory(
+        model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
+    )
+    say(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
+    # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
+    policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
+    return PairTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        held_out=data.held_out,
+        coefficients=recipe.loss.coefficients(),
+        margin_scale=recipe.loss.margin_scale,
+        scorer=scorer,
+        reference=open_reference(
+            model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store, say=say
+        ),
+        token_budget=plan.tokens,
+        keep_checkpoints=settings.keep_checkpoints,
+        tokenizer=tokenizer,
+        callbacks=callbacks,
+        say=say,
+    )
 
 
 def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str) -> Any:
@@ -264,6 +272,30 @@ def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
         policy_is_reference=recipe.policy_starts_as_reference,
         is_fresh=recipe.adapter.start is None,
     )
+
+
+def _score_before(trainer: PairTrainer, recipe: Recipe, start: StartCheck, progress: Progress | None) -> ScoredPairs | None:
+    """Check the stored reference, fill it if the recipe says so, and return the held-out pairs as they are scored at step 0."""
+    reference, pairs = trainer.reference, trainer.train_dataset
+    reference.recheck(pairs)
+    if recipe.reference.policy == "store" and recipe.loss.gamma_value != 0:
+        mine = pairs[trainer.args.process_index :: trainer.args.world_size]
+        reference.logprobs(mine, partial(progress, "scoring, reference") if progress else None)
+    if not trainer.held_out:
+        return None
+    trainer.held_out_reference = trainer.score_reference()
+    reference.flush()
+    # Where the policy starts as the reference, to the bit, there is nothing to score a second time.
+    is_reference = recipe.policy_starts_as_reference and start.largest_difference in (0, None)
+    return trainer.score_held_out(trainer.held_out_reference if is_reference else None)
+
+
+def _scoring_facts(trainer: PairTrainer) -> dict[str, Any]:
+    return {
+        "path": trainer.scorer.path,
+        "tokens_per_forward": trainer.token_budget,
+        "reference_pairs_computed": trainer.reference.computed,
+    }
 
 
 def _start_line(start: StartCheck) -> str:
