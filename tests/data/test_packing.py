@@ -173,9 +173,7 @@ def test_positions_count_what_a_token_has_read(pairs, share):
 def test_every_token_of_every_answer_is_predicted_once_from_all_before_it(pairs, share):
     row = pack(pairs, share=share)
     read = contexts(row)
-    predicting, targets, members, owners = (
-        field.tolist() for field in (row.predicting, row.targets, row.members, row.owners)
-    )
+    predicting, targets, members, owners = (field.tolist() for field in (row.predicting, row.targets, row.members, row.owners))
     for number, one in enumerate(pairs):
         for answer, ids in ((row.chosen[number], one.chosen_ids), (row.rejected[number], one.rejected_ids)):
             mine = [member for member, owner in zip(members, owners, strict=True) if owner == answer]
