@@ -50,6 +50,29 @@ def test_a_short_last_step_still_counts_each_pair_once(make_trainer):
     assert sorted(pair.where for batch in batches for pair in batch) == sorted(p.where for p in trainer.train_dataset)
 
 
+def test_pairs_of_one_prompt_share_a_step_if_the_recipe_says_so(make_trainer, tmp_path):
+    import json
+
+    rows = [
+        {"prompt": f"Question {prompt}?", "chosen": f"Yes, {prompt} {left}.", "rejected": f"No {prompt} {right}!"}
+        for prompt in range(5)
+        for left, right in ((0, 1), (0, 2), (1, 2))
+    ]
+    (tmp_path / "several.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    settings = (f"data.train={tmp_path / 'several.jsonl'}", "data.eval=0.0", "train.pairs_per_step=6", "train.epochs=1")
+    together, apart = (
+        [
+            [pair.prompt_key for pair in batch]
+            for batch in make_trainer(*settings, f"train.prompts_together={choice}").get_train_dataloader()
+        ]
+        for choice in ("true", "false")
+    )
+    assert [len(batch) for batch in together] == [len(batch) for batch in apart] == [6, 6, 3]
+    assert [len(set(batch)) for batch in together] == [2, 2, 1]
+    assert len(set(apart[0])) > 2
+    assert sorted(key for batch in together for key in batch) == sorted(key for batch in apart for key in batch)
+
+
 def count_forwards_without_adapter(trainer):
     """Count forwards of the base's first adapted layer while adapters are off."""
     seen = []

@@ -216,6 +216,11 @@ class TrainSection(Section):
     max_steps: Count | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs.")
     learning_rate: Positive = Field(2.0e-5, description="Ten times what full fine-tuning takes, as usual for LoRA.")
     pairs_per_step: Count = Field(64, description="Pairs per optimizer step (the batch size), whatever the split.")
+    prompts_together: bool = Field(
+        False,
+        description="Shuffle prompts, not pairs: all pairs of a prompt in one step (as far as it holds them), each answer "
+        "scored once. Four answers with six pairs: a third of the work.",
+    )
     tokens_per_microbatch: Literal["auto"] | Count = Field(
         "auto", description="Most tokens in one forward; a longer pair goes alone. auto: what fits in memory, 2048 on a CPU."
     )

@@ -37,7 +37,7 @@ from pe_dpo.training.records import finish_records, start_records
 from pe_dpo.training.remarks import outcome_remarks, scale_remarks
 from pe_dpo.training.run_folder import append_metrics, check_run_folder, locked, open_run_folder, update_run
 from pe_dpo.training.start import StartCheck, check_start
-from pe_dpo.training.trainer import OptimizerBatches, PairTrainer
+from pe_dpo.training.trainer import PairTrainer
 
 
 class TrainResult(NamedTuple):
@@ -225,6 +225,7 @@ def build_trainer(
         token_budget=plan.tokens,
         keep_checkpoints=settings.keep_checkpoints,
         tokenizer=tokenizer,
+        prompts_together=settings.prompts_together,
         callbacks=callbacks,
         say=say,
     )
@@ -261,7 +262,7 @@ def _check_vocabulary(facts: BaseFacts, data: PreparedData) -> None:
 def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
     """Check step 0 on the pairs of the first optimizer step."""
     pairs = trainer.train_dataset
-    first = next(iter(OptimizerBatches(len(pairs), recipe.train.pairs_per_step, recipe.train.seed)))
+    first = next(iter(trainer.optimizer_batches()))
     return check_start(
         trainer.model,
         [pairs[index] for index in first],

@@ -10,13 +10,13 @@ and the distributed machinery are Trainer's.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from pe_dpo.data.pairs import EncodedPair
@@ -28,6 +28,7 @@ from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapt
 from pe_dpo.model.scoring import PairLogprobs, concatenate
 from pe_dpo.objective import PreferenceLoss
 from pe_dpo.training.checkpoints import commit_checkpoint, keep_newest, staging_folder
+from pe_dpo.training.order import EpochLoader, OptimizerBatches
 
 _Result = TypeVar("_Result")
 
@@ -48,6 +49,7 @@ class PairTrainer(Trainer):
         keep_checkpoints: how many to keep.
         callbacks: further Trainer callbacks.
         tokenizer: saved beside each adapter.
+        prompts_together: whether pairs of one prompt share an optimizer step, so that its answers are scored once.
         say: gets a line when something is not as planned.
     """
 
@@ -65,6 +67,7 @@ class PairTrainer(Trainer):
         token_budget: int,
         keep_checkpoints: int,
         tokenizer: Any,
+        prompts_together: bool = False,
         callbacks: Sequence[Any] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -82,6 +85,7 @@ class PairTrainer(Trainer):
         """Log-probs of the held-out pairs under π0, in their order; set once, before training."""
         self.coefficients = coefficients
         self.margin_scale = margin_scale
+        self.prompts_together = prompts_together
         self.scorer = scorer
         self.reference = reference
         self.say = say
@@ -94,8 +98,12 @@ class PairTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process gets the whole optimizer batch and takes its own share of it in `training_step`."""
-        sampler = OptimizerBatches(len(self.train_dataset), self.args.per_device_train_batch_size, self.args.seed)
-        return _EpochLoader(self.train_dataset, sampler)
+        return EpochLoader(self.train_dataset, self.optimizer_batches())
+
+    def optimizer_batches(self) -> OptimizerBatches:
+        """Return the indices of each optimizer step's pairs."""
+        keys = [pair.prompt_key for pair in self.train_dataset] if self.prompts_together else range(len(self.train_dataset))
+        return OptimizerBatches(keys, self.args.per_device_train_batch_size, self.args.seed)
 
     def training_step(self, model: Any, inputs: list[EncodedPair], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward over one optimizer step's pairs; return the step's loss, detached."""
@@ -255,34 +263,3 @@ class PairTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_adapter(self.model, resume_from_checkpoint)
-
-
-class OptimizerBatches(Sampler[list[int]]):
-    """The indices of each optimizer step's pairs: a permutation that is a function of seed and epoch alone.
-
-    No state of a random generator is needed to resume, and every process draws the same batches.
-    """
-
-    def __init__(self, pairs: int, pairs_per_step: int, seed: int) -> None:
-        self.pairs, self.pairs_per_step, self.seed, self.epoch = pairs, pairs_per_step, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation of an epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.pairs, generator=generator).tolist()
-        for start in range(0, self.pairs, self.pairs_per_step):
-            yield order[start : start + self.pairs_per_step]
-
-    def __len__(self) -> int:
-        return -(-self.pairs // self.pairs_per_step)
-
-
-class _EpochLoader(DataLoader):
-    """A loader that passes the epoch on to its batches, as Trainer asks of accelerate's loaders."""
-
-    def __init__(self, pairs: Sequence[EncodedPair], batches: OptimizerBatches) -> None:
-        super().__init__(pairs, batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]  # a sequence will do
-        self.set_epoch = batches.set_epoch

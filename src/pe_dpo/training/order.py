@@ -1,0 +1,49 @@
+"""Which pairs each optimizer step gets: a function of seed and epoch alone, so that nothing needs to be saved to resume."""
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from pe_dpo.data.pairs import EncodedPair
+
+
+class OptimizerBatches(Sampler[list[int]]):
+    """The indices of each optimizer step's pairs; every process draws the same batches.
+
+    Args:
+        keys: of the pairs; pairs of one key follow each other (and share a step, unless the step is full). Keys that are all
+            different shuffle pairs, prompts as keys shuffle prompts.
+        pairs_per_step: pairs of every step but the last of an epoch, which takes what is left.
+        seed: of the permutations.
+    """
+
+    def __init__(self, keys: Sequence[Hashable], pairs_per_step: int, seed: int) -> None:
+        self.pairs_per_step, self.seed, self.epoch = pairs_per_step, seed, 0
+        groups: dict[Hashable, list[int]] = {}
+        for index, key in enumerate(keys):
+            groups.setdefault(key, []).append(index)
+        self.groups, self.pairs = list(groups.values()), len(keys)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation of an epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = [
+            index for group in torch.randperm(len(self.groups), generator=generator).tolist() for index in self.groups[group]
+        ]
+        for start in range(0, self.pairs, self.pairs_per_step):
+            yield order[start : start + self.pairs_per_step]
+
+    def __len__(self) -> int:
+        return -(-self.pairs // self.pairs_per_step)
+
+
+class EpochLoader(DataLoader):
+    """A loader that passes the epoch on to its batches, as Trainer asks of accelerate's loaders."""
+
+    def __init__(self, pairs: Sequence[EncodedPair], batches: OptimizerBatches) -> None:
+        super().__init__(pairs, batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]  # a sequence will do
+        self.set_epoch = batches.set_epoch
