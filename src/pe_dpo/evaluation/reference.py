@@ -187,7 +187,7 @@ def open_reference(
         store, base = None, base_fingerprint(model)
     dtype = str(facts.dtype).removeprefix("torch.")
     weights = f"{reference_fingerprint(model, base=base)} {config_fingerprint(facts.config)}"
-    key = reference_key(weights=weights, quantize=facts.quantize, dtype=dtype, path=scorer.path)
+    key = reference_key(weights=weights, quantize=facts.quantize, dtype=dtype, path=f"{scorer.path} on {scorer.device.type}")
     return Reference(
         model, scorer, token_budget=token_budget, base=base, store=store, key=key, remembers=policy != "step", say=say
     )

@@ -13,11 +13,10 @@ from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored_pairs, set_metrics, wilson_interval
-from pe_dpo.evaluation.reference import open_reference
-from pe_dpo.evaluation.scorer import Scorer, choose_scorer
+from pe_dpo.evaluation.reference import Policy, open_reference
+from pe_dpo.evaluation.scorer import choose_scorer
 from pe_dpo.model.adapter import check_adapter, load_adapter_for_evaluation
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
-from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 
@@ -27,7 +26,7 @@ INTERVALS = ("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference
 
 
 TOKENS = 4096
-"""Most tokens of one forward: without gradients little has to be kept of them."""
+"""Most tokens of one forward, unless the recipe says: without gradients little has to be kept of them."""
 
 
 class Evaluation(NamedTuple):
@@ -78,35 +77,15 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = inspect_base(**settings.model.model_dump())
     pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say, progress)
-    model: Any = load_base(facts, device=device)
     if found.kind == "run" and data is None:
         _check_same_pairs(Path(target), pairs)
-    if found.kind == "run" and base is None and quantize is None:
-        _check_same_base(Path(target), facts, model, say)
-    reference: PairLogprobs | None = None
-    if found.adapter is not None:
-        model = load_adapter_for_evaluation(model, found.adapter)
-        scorer = choose_scorer(model, pairs, device=device, packing=settings.train.packing, say=say)
-        policy = _scores("policy", model, pairs, scorer, progress)
-        stored = open_reference(
-            model,
-            facts,
-            scorer,
-            policy="step" if settings.reference.policy == "step" else "auto",
-            token_budget=TOKENS,
-            path=settings.reference.store,
-            say=say,
-        )
-        stored.recheck(pairs)
-        reference = stored.logprobs(pairs, partial(progress, "scoring, reference"))
-        stored.flush()
+    reference: PairLogprobs | None
+    if found.adapter is None:
+        other = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype) if base else None
+        policy, reference = _model_logprobs(settings, facts, other, pairs, device, say, progress)
     else:
-        policy = _scores("policy", model, pairs, choose_scorer(model, pairs, device=device, say=say), progress)
-        if base is not None:
-            del model
-            reference_facts = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype)
-            model = load_base(reference_facts, device=device)
-            reference = _scores("reference", model, pairs, choose_scorer(model, pairs, device=device), progress)
+        trained = Path(target) if found.kind == "run" and base is None and quantize is None else None
+        policy, reference = _adapter_logprobs(found, facts, pairs, trained, device, say, progress)
     coefficients = settings.loss.coefficients()
     if reference is None:
         coefficients |= {"gamma": 0.0, "reference_floor": None}
@@ -119,8 +98,54 @@ def evaluate(
     return Evaluation(found.kind, scored, pairs, metrics, intervals)
 
 
-def _scores(what: str, model: Any, pairs: list[EncodedPair], scorer: Scorer, progress: Progress) -> PairLogprobs:
-    return score_pairs(model, pairs, scorer, token_budget=TOKENS, progress=partial(progress, f"scoring, {what}"))
+def _adapter_logprobs(
+    found: _Target,
+    facts: BaseFacts,
+    pairs: list[EncodedPair],
+    run: Path | None,
+    device: str,
+    say: Callable[[str], None],
+    progress: Progress,
+) -> tuple[PairLogprobs, PairLogprobs]:
+    """Policy and reference of an adapter; `run` is where it was trained, if the base must be the one of then."""
+    assert found.adapter is not None, "the caller's branch"
+    settings = found.recipe
+    model = load_adapter_for_evaluation(load_base(facts, device=device), found.adapter)
+    scorer = choose_scorer(model, pairs, device=device, packing=settings.train.packing, say=say)
+    budget = _budget(settings)
+    policy: Policy = "step" if settings.reference.policy == "step" else "auto"
+    stored = open_reference(model, facts, scorer, policy=policy, token_budget=budget, path=settings.reference.store, say=say)
+    if run is not None:
+        _check_same_base(run, facts, stored.base_fingerprint, say)
+    scored = score_pairs(model, pairs, scorer, token_budget=budget, progress=partial(progress, "scoring, policy"))
+    stored.recheck(pairs)
+    reference = stored.logprobs(pairs, partial(progress, "scoring, reference"))
+    stored.flush()
+    return scored, reference
+
+
+def _model_logprobs(
+    settings: Recipe,
+    facts: BaseFacts,
+    other: BaseFacts | None,
+    pairs: list[EncodedPair],
+    device: str,
+    say: Callable[[str], None],
+    progress: Progress,
+) -> tuple[PairLogprobs, PairLogprobs | None]:
+    """Policy and, if there is another model to compare with, reference: one whole model after the other."""
+
+    def scores(what: str, of: BaseFacts) -> PairLogprobs:
+        model = load_base(of, device=device)
+        scorer = choose_scorer(model, pairs, device=device, packing=settings.train.packing, say=say)
+        return score_pairs(model, pairs, scorer, token_budget=_budget(settings), progress=partial(progress, f"scoring, {what}"))
+
+    return scores("policy", facts), None if other is None else scores("reference", other)
+
+
+def _budget(settings: Recipe) -> int:
+    wish = settings.train.tokens_per_microbatch
+    return TOKENS if wish == "auto" else wish
 
 
 def _find_target(target: Path, data: str | None, base: str | None, quantize: str | None) -> _Target:
@@ -175,10 +200,10 @@ def _check_same_pairs(run: Path, pairs: list[EncodedPair]) -> None:
         )
 
 
-def _check_same_base(run: Path, facts: BaseFacts, model: Any, say: Callable[[str], None]) -> None:
+def _check_same_base(run: Path, facts: BaseFacts, fingerprint: str, say: Callable[[str], None]) -> None:
     record = _record(run)
     recorded, trained = record.get("hashes", {}).get("base"), record.get("base", {})
-    if recorded is None or recorded == base_fingerprint(model):
+    if recorded is None or recorded == fingerprint:
         return
     dtype = str(facts.dtype).removeprefix("torch.")
     if (trained.get("quantize"), trained.get("dtype")) == (facts.quantize, dtype):
