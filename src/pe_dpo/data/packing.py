@@ -92,7 +92,7 @@ def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[lis
     blocks.sort(key=lambda block: (-block[0], block[1][0]))
     rows: list[list[int]] = []
     filled: list[int] = []
-    wanted = -(-sum(size for size, _ in blocks) // token_budget)
+    wanted = -(-sum(min(size, token_budget) for size, _ in blocks) // token_budget)
     for size, members in blocks:
         row = min(range(len(rows)), key=filled.__getitem__, default=None)
         if row is None or len(rows) < wanted or filled[row] + size > token_budget:

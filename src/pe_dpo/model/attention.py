@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pe_dpo.errors import ModelError
+
 NAME = "pe_dpo_packed"
 
 Kind = Literal["segments", "varlen", "dense"]
@@ -209,7 +211,7 @@ def switch_on(model: Any) -> str:
     """Let the model's attention layers understand `packing`; return the name of the attention they had.
 
     Raises:
-        ValueError: transformers does not let this model have another attention.
+        ModelError: transformers does not let this model have another attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -219,7 +221,8 @@ def switch_on(model: Any) -> str:
     before: str = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
-        raise ValueError("its attention cannot be exchanged")
+        switch_off(model, before)
+        raise ModelError("its attention cannot be exchanged")
     return before
 
 
@@ -298,8 +301,9 @@ def _ordinary(
     if mask is None:
         offset = key.shape[2] - query.shape[2]
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(offset)
-    additive = _additive(~mask, query.dtype) if mask.dtype == torch.bool else mask
-    return _attend(query, key, value, additive, scaling=scaling, softcap=softcap).transpose(1, 2).contiguous(), None
+    if mask.dtype == torch.bool:  # the lowest number, not −inf: a query that is padding may see no key at all
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    return _attend(query, key, value, mask, scaling=scaling, softcap=softcap).transpose(1, 2).contiguous(), None
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,11 +4,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.attention import Kind, Packing
 from pe_dpo.objective import LogitTransform, answer_logprobs, head_logprobs
+from pe_dpo.objective.head import SMALLEST
 
 
 class PairLogprobs(NamedTuple):
@@ -49,11 +51,13 @@ def packed_pair_logprobs(model: Any, row: Any, *, kind: Kind) -> PairLogprobs:
         ModelError: some layer of the model does not attend through transformers' interface, so that pairs would mix.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    packing = Packing(row.trees, kind)
+    tokens = row.input_ids.shape[1]
+    filling = max(0, SMALLEST - tokens)  # a tree of its own, which nobody reads
+    packing = Packing((*row.trees, ((tokens, tokens + filling), ())) if filling else row.trees, kind)
     with compute_dtype(model):
         hidden = causal_lm.get_decoder()(
-            input_ids=row.input_ids,
-            position_ids=row.position_ids,
+            input_ids=F.pad(row.input_ids, (0, filling)),
+            position_ids=F.pad(row.position_ids, (0, filling)),
             attention_mask=_no_mask(row.input_ids.device),
             use_cache=False,
             packing=packing,

@@ -21,8 +21,8 @@ CHUNKS = {"cpu": (1024, 2048), "cuda": (4096, 16384)}
 """Tokens and vocabulary entries of one tile of logits: 8 MB, near a CPU core's cache, and 256 MB on a GPU. Never a function of
 the batch: then a token's number would depend on its company."""
 
-SMALLEST = 4
-"""Fewer tokens than this go through another kernel on the CPU, which sums in another order."""
+SMALLEST = 16
+"""Fewer tokens than this go through other kernels on the CPU, which sum in another order: 4 on one thread, 12 on two."""
 
 
 class LogitTransform(NamedTuple):

@@ -1,0 +1,725 @@
+"""Packed rows in real architectures: right to rounding or refused, the same bits in any company, and nothing leaks."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from pe_dpo.data import EncodedPair, prepare_pairs
+from pe_dpo.data.batches import row_length
+from pe_dpo.data.packing import PackedRow, pack
+from pe_dpo.errors import ModelError
+from pe_dpo.evaluation.pairs import score_pairs
+from pe_dpo.evaluation.scorer import Scorer, choose_scorer
+from pe_dpo.model import attention
+from pe_dpo.model.adapter import adapter_parameters, attach_adapter
+from pe_dpo.model.attention import NAME, Packing
+from pe_dpo.model.base import checkpoint_activations, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.scoring import PairLogprobs, packed_pair_logprobs
+
+# PEFT says so of GPT-2's transposed layers, and does it.
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+VOCABULARY = 300
+CPU = torch.device("cpu")
+PADDED = Scorer("padded", CPU)
+WINDOW = 8
+"""Of the sliding windows: smaller than most prompts, so that it ends in the middle of them."""
+
+# ---------------------------------------------------------------- models
+
+COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 512, "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = COMMON | {"num_key_value_heads": 2}
+HEADS_OF_16 = GROUPED | {"head_dim": 16}
+SLIDING = {"sliding_window": WINDOW}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]} | SLIDING
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GEMMA = HEADS_OF_16 | {"query_pre_attn_scalar": 16}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.15, "bos_token_id": 1,
+        "eos_token_id": 2}  # fmt: skip
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+             "original_max_position_embeddings": 32}  # fmt: skip
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "llama, as many key heads": lambda: hf.LlamaConfig(**COMMON),
+    "mistral": lambda: hf.MistralConfig(**GROUPED, **SLIDING),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
+    "qwen2.5, half its layers sliding": lambda: hf.Qwen2Config(
+        **GROUPED | {"num_hidden_layers": 4}, **SLIDING, use_sliding_window=True, max_window_layers=2
+    ),
+    "qwen3": lambda: hf.Qwen3Config(**HEADS_OF_16),
+    "gemma2": lambda: hf.Gemma2Config(**GEMMA, **SLIDING, attn_logit_softcapping=2.0, final_logit_softcapping=5.0),
+    "gemma3": lambda: hf.Gemma3TextConfig(**GEMMA, **ALTERNATING),
+    "gemma4": lambda: hf.Gemma4TextConfig(
+        **HEADS_OF_16, **ALTERNATING, vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8
+    ),
+    "phi3": lambda: hf.Phi3Config(**GROUPED),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**COMMON),
+    "gpt2": lambda: hf.GPT2Config(**GPT2),
+    "opt": lambda: hf.OPTConfig(
+        **{key: COMMON[key] for key in COMMON if key not in ("intermediate_size", "initializer_range")},
+        ffn_dim=96, init_std=0.15, word_embed_proj_dim=64,
+    ),
+    "olmo2": lambda: hf.Olmo2Config(**GROUPED),
+    "smollm3": lambda: hf.SmolLM3Config(**GROUPED, no_rope_layers=[1, 0]),
+    "starcoder2": lambda: hf.Starcoder2Config(**GROUPED, **SLIDING),
+    "cohere": lambda: hf.CohereConfig(**GROUPED, logit_scale=0.25),
+    "cohere2": lambda: hf.Cohere2Config(**HEADS_OF_16, **ALTERNATING, logit_scale=0.25),
+    "granite": lambda: hf.GraniteConfig(**GROUPED, logits_scaling=4.0, attention_multiplier=0.2, residual_multiplier=0.5),
+    "mixtral": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**HEADS_OF_16, **EXPERTS),
+    "deepseek-v3": lambda: hf.DeepseekV3Config(
+        **COMMON | {"num_key_value_heads": 4}, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+    ),
+    "gpt-oss": lambda: hf.GptOssConfig(
+        **HEADS_OF_16, **ALTERNATING, num_local_experts=4, num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "phi3, long rope": lambda: hf.Phi3Config(**GROUPED, rope_parameters=LONG_ROPE, original_max_position_embeddings=32),
+    "stablelm": lambda: hf.StableLmConfig(**GROUPED),
+    "mamba": lambda: hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, initializer_range=0.15),
+    "jamba": lambda: hf.JambaConfig(
+        **GROUPED, attn_layer_period=2, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1, mamba_d_state=8,
+        mamba_dt_rank=8,
+    ),
+    "lfm2": lambda: hf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+    "qwen3.5": lambda: hf.Qwen3_5TextConfig(**HEADS_OF_16, **LINEAR),
+    "falcon, alibi": lambda: hf.FalconConfig(
+        **{key: COMMON[key] for key in COMMON if key not in ("intermediate_size", "max_position_embeddings")},
+        alibi=True, new_decoder_architecture=False, multi_query=False,
+    ),
+    "bloom": lambda: hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.15),
+    "gpt-j": lambda: hf.GPTJConfig(**GPT2, rotary_dim=8),
+    "llama4, chunked": lambda: hf.Llama4TextConfig(
+        **HEADS_OF_16, attention_chunk_size=8, intermediate_size_mlp=96, num_local_experts=2, num_experts_per_tok=1,
+        no_rope_layers=[1, 0],
+    ),
+}  # fmt: skip
+
+ATTENTION_ONLY = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TARGETS = {
+    "mamba": ["in_proj", "x_proj"],  # PEFT refuses the others
+    "llama4, chunked": ATTENTION_ONLY,  # its router returns a tuple, which LoRA cannot add to
+    "mixtral": ATTENTION_ONLY,  # PEFT warns of its own patterns for experts
+    "qwen3-moe": ATTENTION_ONLY,
+    "deepseek-v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+}
+
+
+def base_of(name: str) -> Any:
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+
+
+def stir(model: Any) -> Any:
+    """Give the adapter a B, so that policy and gradients are not those of the base; return the model, in eval mode."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model.eval()
+
+
+def policy_of(name: str, **adapter: Any) -> Any:
+    """A random model with a random adapter."""
+    return stir(attach_adapter(base_of(name), **{"rank": 4, "alpha": 8, "targets": TARGETS.get(name, "all-linear")} | adapter))
+
+
+@pytest.fixture
+def llama() -> Any:
+    return policy_of("llama")
+
+
+def implementation(model: Any) -> str:
+    return model.get_base_model().config._attn_implementation
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def answers_of(random: np.random.Generator, common: int, *lengths: int) -> list[np.ndarray]:
+    start = random.integers(3, VOCABULARY, common)
+    return [np.concatenate([start, random.integers(3, VOCABULARY, length), [2]]) for length in lengths]
+
+
+def pair(prompt: Any, chosen: Any, rejected: Any) -> EncodedPair:
+    return EncodedPair(*(np.asarray(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)), 0.0, "x:1", "k")
+
+
+def some_pairs() -> list[EncodedPair]:
+    """Common starts of 0, 4, 2 and 0 tokens; two pairs more of one prompt; an answer of one token; one beginning the other."""
+    random = np.random.default_rng(0)
+
+    def prompt(length: int) -> np.ndarray:
+        return random.integers(3, VOCABULARY, length)
+
+    many, three = prompt(16), answers_of(random, 0, 6, 9, 4)
+    long = answers_of(random, 3, 12)[0]
+    return [
+        pair(prompt(12), *answers_of(random, 0, 6, 14)),
+        pair(prompt(20), *answers_of(random, 4, 9, 10)),
+        pair(prompt(5), *answers_of(random, 2, 3, 30)),
+        pair(many, three[0], three[1]),
+        pair(prompt(30), *answers_of(random, 0, 13, 8)),
+        pair(many, three[2], three[0]),
+        pair(prompt(14), [2], answers_of(random, 0, 11)[0]),
+        pair(prompt(11), long, long[:5]),
+    ]
+
+
+PAIRS = some_pairs()
+
+
+def shuffled_trees(seed: int, longest_prompt: int = 150, longest_answer: int = 150, shortest: int = 12) -> list[EncodedPair]:
+    """One to four prompts with two to four answers each, some with a common start, in pairs."""
+    random = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(random.integers(1, 5)):
+        prompt = random.integers(3, VOCABULARY, random.integers(4, longest_prompt + 1))
+        common = int(random.choice([0, 0, 1, 9]))
+        texts = answers_of(random, common, *random.integers(shortest, longest_answer, random.integers(2, 5)).tolist())
+        edges = [(a, b) for a in range(len(texts)) for b in range(len(texts)) if a != b]
+        for edge in random.permutation(len(edges))[: random.integers(1, 4)]:
+            pairs.append(pair(prompt, *(texts[answer] for answer in edges[edge])))
+    return [pairs[index] for index in random.permutation(len(pairs))]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@torch.no_grad()
+def logprobs(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
+    """(2, B): chosen and rejected."""
+    return torch.stack(scorer.logprobs(model, pairs)[:2])
+
+
+@torch.no_grad()
+def packed(model: Any, pairs: Sequence[EncodedPair], *, share: bool = True) -> Tensor:
+    """(2, B): chosen and rejected, from one row."""
+    return torch.stack(packed_pair_logprobs(model, pack(pairs, share=share), kind="segments")[:2])
+
+
+def gradient(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair] = PAIRS) -> Tensor:
+    """Of Σ (chosen − 2 · rejected), so that no pair and no side cancels another."""
+    scored: PairLogprobs = scorer.logprobs(model, pairs)
+    gradients = torch.autograd.grad((scored.chosen - 2 * scored.rejected).sum(), adapter_parameters(model), allow_unused=True)
+    return torch.cat([part.flatten() for part in gradients if part is not None])
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """Largest relative difference of log-probs."""
+    return float(((found - expected) / expected).abs().max())
+
+
+class Choice(NamedTuple):
+    scorer: Scorer
+    said: str
+
+
+def choose(model: Any, pairs: Sequence[EncodedPair] = PAIRS, **options: Any) -> Choice:
+    said: list[str] = []
+    scorer = choose_scorer(model, pairs, device="cpu", say=said.append, **options)
+    return Choice(scorer, "\n".join(said))
+
+
+# ---------------------------------------------------------------- which models
+
+FALLS_BACK = {
+    "gpt-oss": "segments: attention sinks",
+    "phi3, long rope": r"segments: log-probs differ from the padded ones by \S+ nats per √token",
+    "stablelm": "segments: 0 of its 2 layers attend through transformers' attention interface",
+    "mamba": "segments: its forward does not take packed rows: not enough values to unpack .*",  # of the four dimensions of no mask
+    "jamba": "segments: 1 of its 2 layers attend through transformers' attention interface",
+    "lfm2": "segments: 1 of its 2 layers attend through transformers' attention interface",
+    "qwen3.5": "segments: 1 of its 2 layers attend through transformers' attention interface",
+    "falcon, alibi": "its attention cannot be exchanged",
+    "bloom": "its attention cannot be exchanged",
+    "gpt-j": "its attention cannot be exchanged",
+    "llama4, chunked": "segments: .* has no attribute 'last_hidden_state'",
+}
+PACKS = [name for name in CONFIGS if name not in FALLS_BACK]
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_packed_rows_have_the_logprobs_and_gradients_of_padded_batches(name):
+    model = policy_of(name)
+    expected, slope = logprobs(PADDED, model, PAIRS), gradient(PADDED, model)
+    scorer, said = choose(model)
+    assert scorer.path == "segments"
+    assert said == "packed rows: prompts and common starts of answers once (segments)"
+    assert off(logprobs(scorer, model, PAIRS), expected) < 1e-5
+    assert float((gradient(scorer, model) - slope).norm() / slope.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_these_models_do_look_at_their_prompts(name):
+    """Else nothing above would show a lost prompt: with its last token alone half of the answers move by over 0.1 nats."""
+    model = policy_of(name)
+    cut = [pair(one.prompt_ids[-1:], one.chosen_ids, one.rejected_ids) for one in PAIRS]
+    moved = (logprobs(PADDED, model, cut) - logprobs(PADDED, model, PAIRS)).abs()
+    lengths = torch.tensor([[len(one.chosen_ids) for one in PAIRS], [len(one.rejected_ids) for one in PAIRS]])
+    assert float(moved[lengths > 1].median()) > 0.1
+
+
+@pytest.mark.parametrize("name", FALLS_BACK)
+def test_a_model_that_cannot_be_packed_is_padded_and_says_why_in_a_line(name):
+    model = policy_of(name)
+    before, expected = implementation(model), logprobs(PADDED, model, PAIRS)
+    scorer, said = choose(model)
+    assert scorer == PADDED
+    assert re.fullmatch(rf"padded rows: packed rows are not right for this model \({FALLS_BACK[name]}\)", said), said
+    assert implementation(model) == before
+    assert torch.equal(logprobs(scorer, model, PAIRS), expected)
+
+
+def test_positions_scaled_by_length_are_packed_where_all_pairs_are_short():
+    """Long rope changes its factors beyond 32 tokens; all pairs here are shorter."""
+    model, short = policy_of("phi3, long rope"), [one for one in PAIRS if row_length(one) < 32]
+    expected = logprobs(PADDED, model, short)
+    scorer, _ = choose(model, short)
+    assert (scorer.path, len(short)) == ("segments", 5)
+    assert off(logprobs(scorer, model, short), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "qwen2.5, half its layers sliding"])
+def test_one_dense_mask_gives_the_same_as_padding(name):
+    model = policy_of(name)
+    expected, slope = logprobs(PADDED, model, PAIRS), gradient(PADDED, model)
+    choose(model)
+    dense = Scorer("dense", CPU)
+    assert off(logprobs(dense, model, PAIRS), expected) < 1e-5
+    assert float((gradient(dense, model) - slope).norm() / slope.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_model_without_an_adapter_is_packed_too(name):
+    model = base_of(name)
+    expected = logprobs(PADDED, model, PAIRS)
+    scorer, _ = choose(model)
+    assert scorer.path == "segments"
+    assert off(logprobs(scorer, model, PAIRS), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_an_adapter_on_the_head_gets_its_gradient(name):
+    model = policy_of(name, targets=["q_proj", "lm_head"]) if name == "llama" else policy_of(name, targets=["q_proj"])
+    expected, slope = logprobs(PADDED, model, PAIRS), gradient(PADDED, model)
+    scorer, _ = choose(model)
+    assert scorer.path == "segments"
+    assert off(logprobs(scorer, model, PAIRS), expected) < 1e-5
+    assert float((gradient(scorer, model) - slope).norm() / slope.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_checkpointed_activations_leave_the_gradient_to_the_bit(name, dtype, monkeypatch):
+    model = stir(attach_adapter(base_of(name).to(dtype), rank=4, alpha=8))
+    scorer, _ = choose(model)
+    model.train()
+    calls = counted(monkeypatch)
+    plain, forwards = gradient(scorer, model), calls.pop()
+    checkpoint_activations(model)
+    calls.append(0)
+    assert torch.equal(gradient(scorer, model), plain)
+    assert calls.pop() == 2 * forwards  # attention was asked again in the backward
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list whose last number counts the calls of attention."""
+    calls, attend = [0], attention._attend
+
+    def counting(*args: Any, **options: Any) -> Tensor:
+        calls[-1] += 1
+        return attend(*args, **options)
+
+    monkeypatch.setattr(attention, "_attend", counting)
+    return calls
+
+
+# ---------------------------------------------------------------- half precision and quantized bases
+
+
+def saved_policy(tiny_base: Any, **options: Any) -> Any:
+    return stir(attach_adapter(load_base(inspect_base(str(tiny_base), **options)), rank=4, alpha=8))
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_4_bit_base_is_packed_as_well_as_a_plain_one(tiny_base, quantize):
+    model = saved_policy(tiny_base, quantize=quantize)
+    expected, slope = logprobs(PADDED, model, PAIRS), gradient(PADDED, model)
+    scorer, _ = choose(model)
+    assert scorer.path == "segments"
+    assert off(logprobs(scorer, model, PAIRS), expected) < 1e-5
+    assert float((gradient(scorer, model) - slope).norm() / slope.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"dtype": "bfloat16"}, {"quantize": "nf4", "dtype": "bfloat16"}],
+                         ids=["int8", "bf16", "nf4 in bf16"])  # fmt: skip
+def test_rough_arithmetic_is_packed_within_its_roughness(tiny_base, options):
+    """Half a percent of the log-probs and five of the gradient, where a lost prompt costs 20 % and more of a gradient."""
+    model = saved_policy(tiny_base, **options)
+    expected, slope = logprobs(PADDED, model, PAIRS), gradient(PADDED, model)
+    scorer, said = choose(model)
+    assert scorer.path == "segments", said
+    assert off(logprobs(scorer, model, PAIRS), expected) < 5e-3
+    assert float((gradient(scorer, model) - slope).norm() / slope.norm()) < 5e-2
+
+
+# ---------------------------------------------------------------- nothing leaks
+
+
+def replaced(pairs: Sequence[EncodedPair], number: int, **ids: Any) -> list[EncodedPair]:
+    fields = {name: ids.get(name, getattr(pairs[number], name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    return [*pairs[:number], pair(*fields.values()), *pairs[number + 1 :]]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+def test_another_answer_never_changes_the_answer_beside_it_or_another_pair(name):
+    """Also where the two no longer begin alike, and where two other pairs have the same prompt and answers."""
+    model = policy_of(name)
+    choose(model)
+    before, random = packed(model, PAIRS), np.random.default_rng(5)
+    for number in range(len(PAIRS)):
+        for side in (0, 1):
+            other = answers_of(random, 0, int(random.integers(12, 40)))[0]
+            after = packed(model, replaced(PAIRS, number, **{("chosen_ids", "rejected_ids")[side]: other}))
+            same = after == before
+            assert not same[side, number]
+            same[side, number] = True
+            assert same.all(), (number, side)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+def test_another_prompt_never_changes_another_pair(name):
+    model = policy_of(name)
+    choose(model)
+    before, random = packed(model, PAIRS), np.random.default_rng(6)
+    for number in range(len(PAIRS)):
+        prompt = random.integers(3, VOCABULARY, random.integers(12, 40))
+        same = packed(model, replaced(PAIRS, number, prompt_ids=prompt)) == before
+        assert not same[:, number].any()
+        same[:, number] = True
+        assert same.all(), number
+
+
+def test_a_later_token_never_changes_an_earlier_one(llama):
+    """The answer that is the beginning of the other, with and without what follows it."""
+    choose(llama)
+    prompt, (long,) = PAIRS[0].prompt_ids, answers_of(np.random.default_rng(7), 0, 60)
+    alone = packed(llama, [pair(prompt, long[:20], long[:20])])[0]
+    for end in range(21, 61, 13):
+        assert torch.equal(packed(llama, [pair(prompt, long[:20], long[:end])])[0], alone)
+
+
+# ---------------------------------------------------------------- the same bits in any company
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_bits(model: Any, pairs: Sequence[EncodedPair], seed: int) -> None:
+    together = packed(model, pairs)
+    assert torch.equal(packed(model, pairs[::-1]).flip(1), together), "reversed"
+    assert torch.equal(packed(model, pairs, share=False), together), "prompts repeated"
+    alone = torch.cat([packed(model, [one]) for one in pairs], dim=1)
+    assert torch.equal(alone, together), "one pair at a time"
+    some = np.random.default_rng(seed).permutation(len(pairs))[: max(1, len(pairs) // 2)]
+    assert torch.equal(packed(model, [pairs[index] for index in some]), together[:, some]), "other company"
+
+
+ARITHMETIC = {"f32": {}, "bf16": {"dtype": "bfloat16"}, "nf4": {"quantize": "nf4"}}
+
+
+@pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
+def test_a_pair_has_the_same_bits_in_any_company(tiny_base, options):
+    model = saved_policy(tiny_base, **options)
+    choose(model)
+    for seed in range(30):
+        assert_same_bits(model, shuffled_trees(seed)[:6], seed)
+
+
+@pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
+def test_a_pair_has_the_same_bits_on_two_threads(tiny_base, options):
+    model = saved_policy(tiny_base, **options)
+    choose(model)
+    with threads(2):
+        for seed in (0, 1):
+            assert_same_bits(model, shuffled_trees(seed)[:3], seed)
+
+
+@pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
+def test_a_pair_of_long_answers_has_the_same_bits_in_any_company(tiny_base, options):
+    model = saved_policy(tiny_base, **options)
+    choose(model)
+    for seed in range(100, 103):
+        assert_same_bits(model, shuffled_trees(seed, 300, 400, 350)[:4], seed)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt2", "qwen3"])
+def test_other_models_have_the_same_bits_in_any_company(name):
+    model = policy_of(name)
+    choose(model)
+    for seed in range(6):
+        assert_same_bits(model, shuffled_trees(seed), seed)
+
+
+def few_tokens() -> list[EncodedPair]:
+    """Answers of one to six tokens, as in yes-or-no data, in rows of four tokens and more."""
+    random = np.random.default_rng(8)
+    lengths = [(first, second) for first in range(6) for second in range(first, 6, 2)]
+    return [pair(random.integers(3, VOCABULARY, 4), *answers_of(random, 0, *both)) for both in lengths]
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["1 thread", "2 threads"])  # fmt: skip
+@pytest.mark.parametrize("name", ["llama"])
+def test_short_answers_have_the_same_bits_in_any_company(name, number):
+    model = policy_of(name)
+    choose(model)
+    with threads(number):
+        assert_same_bits(model, few_tokens(), 0)
+
+
+def test_a_row_of_three_tokens_has_the_same_bits_in_any_company(llama):
+    choose(llama)
+    assert_same_bits(llama, [pair([5], [7, 2], [8, 2]), pair([6, 9], [7, 2], [2]), *PAIRS], 0)
+
+
+def test_the_token_budget_does_not_change_a_bit(tiny_base):
+    """Rows of one pair, of some, and of all."""
+    model, pairs = saved_policy(tiny_base), shuffled_trees(3) + shuffled_trees(4)
+    scorer, _ = choose(model, pairs)
+    one, some, every = (score_pairs(model, pairs, scorer, token_budget=budget) for budget in (1, 600, 10**6))
+    assert [len(scorer.split(pairs, budget)) for budget in (1, 10**6)] == [len(pairs), 1]
+    for other in (some, every):
+        assert all(torch.equal(*fields) for fields in zip(one, other, strict=True))
+
+
+# ---------------------------------------------------------------- the trap
+
+
+@torch.no_grad()
+def by_positions_alone(model: Any, row: PackedRow) -> PairLogprobs:
+    """What one gets from a row and its positions, the layout not given."""
+    logits = model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).logits[0]
+    per_token = torch.log_softmax(logits.double(), dim=-1)[row.predicting, row.targets]
+    sums = torch.zeros(len(row.lengths), dtype=torch.float64).index_add(0, row.owners, per_token[row.members])
+    return PairLogprobs(sums[row.chosen], sums[row.rejected], row.lengths[row.chosen], row.lengths[row.rejected])
+
+
+@pytest.mark.parametrize("switched", [False, True], ids=["its own attention", "ours without the layout"])
+def test_positions_alone_silently_lose_the_prompt_of_the_rejected_answer(llama, switched):
+    """transformers takes a jump in the positions for a new document; the chosen answer comes before the jump."""
+    one = PAIRS[:1]
+    expected = logprobs(PADDED, llama, one)
+    if switched:
+        choose(llama)
+    trapped = by_positions_alone(llama, pack(one))
+    assert float((trapped.chosen - expected[0]).abs()) < 1e-4
+    assert float((trapped.rejected - expected[1]).abs()) > 0.01
+    choose(llama)
+    assert off(packed(llama, one), expected) < 1e-5
+
+
+# ---------------------------------------------------------------- a check that can fail
+
+
+def without_trunk(packing: Packing) -> None:
+    packing.sources = [
+        sources[-1:] if len(sources) == 2 and sources[1] > sources[0] + 1 else sources for sources in packing.sources
+    ]
+
+
+def with_the_answer_beside_it(packing: Packing) -> None:
+    packing.sources = [
+        [*sources[:-1], sources[-1] - 1, sources[-1]] if len(sources) == 2 and sources[1] > sources[0] + 1 else sources
+        for sources in packing.sources
+    ]
+
+
+def with_the_pair_before_it(packing: Packing) -> None:
+    packing.sources = [[sources[0] - 1, *sources] if sources[0] else sources for sources in packing.sources]
+
+
+def damage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Packing], None]) -> None:
+    """Let every layout be harmed as soon as it is made."""
+    made = Packing.__init__
+
+    def harmed(self: Packing, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        harm(self)
+
+    monkeypatch.setattr(Packing, "__init__", harmed)
+
+
+@pytest.mark.parametrize("harm", [without_trunk, with_the_answer_beside_it, with_the_pair_before_it])
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["f32", "bf16", "int8"])
+def test_a_branch_that_sees_too_little_or_too_much_is_found_and_refused(tiny_base, monkeypatch, harm, options):
+    model = saved_policy(tiny_base, **options)
+    damage(monkeypatch, harm)
+    scorer, said = choose(model)
+    assert scorer == PADDED
+    found = re.fullmatch(
+        r"padded rows: packed rows are not right for this model "
+        r"\(segments: log-probs differ from the padded ones by (\S+) nats per √token\)", said)  # fmt: skip
+    assert found, said
+    assert float(found[1]) > 0.05
+
+
+@pytest.mark.parametrize("lost", [0.5, 1.0])  # fmt: skip
+def test_a_wrong_gradient_under_right_logprobs_is_found_and_refused(llama, monkeypatch, lost):
+    """Keys whose gradient is halved, or does not come through."""
+    expected, attend = logprobs(PADDED, llama, PAIRS), attention._attend
+
+    def careless(query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
+        return attend(query, key.detach() if lost == 1 else key * (1 - lost) + key.detach() * lost, *args, **options)
+
+    monkeypatch.setattr(attention, "_attend", careless)
+    scorer, said = choose(llama)
+    assert scorer == PADDED
+    attention.switch_on(llama.get_base_model())
+    assert off(packed(llama, PAIRS), expected) < 1e-5
+    found = re.search(r"\(segments: gradients differ from the padded ones by (\S+)\)$", said)
+    assert found, said
+    assert float(found[1]) > 1e-2
+
+
+def test_after_a_refusal_the_model_has_its_attention_and_its_numbers_back(llama, monkeypatch):
+    before, expected, slope = implementation(llama), logprobs(PADDED, llama, PAIRS), gradient(PADDED, llama)
+    damage(monkeypatch, without_trunk)
+    choose(llama)
+    assert implementation(llama) == before == "sdpa"
+    assert torch.equal(logprobs(PADDED, llama, PAIRS), expected)
+    assert torch.equal(gradient(PADDED, llama), slope)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_check_leaves_the_mode_and_no_gradients(llama, training):
+    llama.train(training)
+    choose(llama)
+    assert llama.training is training
+    assert all(parameter.grad is None for parameter in llama.parameters())
+
+
+def test_the_check_does_not_depend_on_dropout():
+    model = policy_of("llama", dropout=0.5).train()
+    assert choose(model).scorer.path == "segments"
+
+
+def test_packing_that_is_insisted_on_and_not_right_is_an_error(llama, monkeypatch):
+    damage(monkeypatch, without_trunk)
+    with pytest.raises(ModelError, match=r"^train\.packing: packed rows are not right for this model \(segments: log-probs "
+                                         r"differ from the padded ones by .*\); set train\.packing: auto$"):  # fmt: skip
+        choose(llama, packing=True)
+    assert implementation(llama) == "sdpa"
+
+
+def test_packing_that_is_insisted_on_and_right_is_used(llama):
+    assert choose(llama, packing=True).scorer.path == "segments"
+
+
+def test_packing_that_is_declined_is_not_tried(llama):
+    assert choose(llama, packing=False) == (PADDED, "")
+    assert implementation(llama) == "sdpa"
+
+
+# ---------------------------------------------------------------- everything else goes on
+
+
+@pytest.mark.parametrize(("name", "before"), [("llama", "sdpa"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gemma3", "sdpa")])
+def test_generation_is_what_it_was(name, before):
+    """24 greedy tokens after a prompt of 20, each of them another: far past the sliding windows."""
+    model, ids = policy_of(name), torch.from_numpy(np.random.default_rng(9).integers(3, VOCABULARY, (1, 20)))
+    assert implementation(model) == before
+    expected = continued(model, ids, torch.ones_like(ids))
+    choose(model)
+    assert implementation(model) == NAME
+    assert torch.equal(continued(model, ids, torch.ones_like(ids)), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
+def test_generation_after_padded_prompts_is_what_it_was(name):
+    """Prompts of 3 and 20 tokens, padded on the left."""
+    model, ids = policy_of(name), torch.from_numpy(np.random.default_rng(9).integers(3, VOCABULARY, (2, 20)))
+    mask = torch.ones_like(ids)
+    ids[0, :17], mask[0, :17] = 0, 0
+    expected = continued(model, ids, mask)
+    choose(model)
+    assert torch.equal(continued(model, ids, mask), expected)
+
+
+def continued(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    settings = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "no_repeat_ngram_size": 1}
+    return model.generate(input_ids=ids, attention_mask=mask, **settings)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
+def test_padded_batches_are_what_they_were(name):
+    model = policy_of(name)
+    expected = logprobs(PADDED, model, PAIRS)
+    choose(model)
+    assert off(logprobs(PADDED, model, PAIRS), expected) < 1e-6
+
+
+# ---------------------------------------------------------------- real
+
+
+@pytest.mark.real
+def test_real_translations_are_scored_as_padded_with_their_common_starts_once(shared):
+    """60 pairs of translations of 17 sentences: 16,986 tokens; answers once 7,256, common starts once 6,635."""
+    base = shared / "models" / "hh-dialogue-4m"
+    data = prepare_pairs(shared / "data" / "wmt-mqm-ted-ende", tokenizer=load_tokenizer(str(base)), max_length=1000)
+    pairs = data.train[:60]
+    model = stir(attach_adapter(load_base(inspect_base(str(base))), rank=4, alpha=8))
+    expected = torch.cat([logprobs(PADDED, model, pairs[start : start + 10]) for start in range(0, 60, 10)], dim=1)
+    scorer, said = choose(model, pairs)
+    assert scorer.path == "segments", said
+    assert off(logprobs(scorer, model, pairs), expected) < 1e-5
+
+    prompts: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for one in pairs:
+        prompts.setdefault(tuple(one.prompt_ids), set()).update((tuple(one.chosen_ids), tuple(one.rejected_ids)))
+    starts = {prompt: alike(answers) for prompt, answers in prompts.items()}
+    repeated = sum(2 * len(one.prompt_ids) + len(one.chosen_ids) + len(one.rejected_ids) - 2 for one in pairs)
+    once = sum(len(prompt) + sum(len(ids) - 1 for ids in answers) for prompt, answers in prompts.items())
+    saved = sum((len(answers) - 1) * starts[prompt] for prompt, answers in prompts.items())
+    beginnings = sum(len(ids) == starts[prompt] for prompt, answers in prompts.items() for ids in answers)
+    assert scorer.tokens(pairs) == pack(pairs).input_ids.numel() == once - saved + beginnings
+    assert (repeated, once, scorer.tokens(pairs)) == (16986, 7256, 6635)
+
+
+def alike(answers: set[tuple[int, ...]]) -> int:
+    """How many first tokens all answers have in common."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*answers, strict=False)))
+
+
+@pytest.mark.real
+def test_real_pairs_have_the_same_bits_in_any_company(shared):
+    base = shared / "models" / "hh-dialogue-4m"
+    data = prepare_pairs(shared / "data" / "wmt-mqm-ted-ende", tokenizer=load_tokenizer(str(base)), max_length=1000)
+    model, pairs = stir(attach_adapter(load_base(inspect_base(str(base))), rank=4, alpha=8)), data.train[:5]
+    choose(model, pairs)
+    assert_same_bits(model, pairs, 0)
+    with threads(2):
+        assert_same_bits(model, pairs[:2], 0)
