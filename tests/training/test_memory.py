@@ -42,7 +42,7 @@ def test_a_step_that_runs_out_of_memory_is_done_with_smaller_rows_and_gives_the_
     assert again == pytest.approx(float(loss), rel=1e-6)
     assert (gradient(trainer) - wanted).norm() <= 2e-6 * wanted.norm()
     assert sum(len(part.loss) for part in trainer._window) == 8
-    assert trainer.token_budget == trainer.reference.token_budget < 2048
+    assert trainer.token_budget == trainer.reference.token_budget < 1024
     assert all(line.startswith("look: out of memory; going on with ") for line in lines)
     assert lines[-1] == f"look: out of memory; going on with {trainer.token_budget} tokens per forward (the step is not lost)"
 

@@ -25,7 +25,7 @@ on tiny and small models: 1e-6 in float32, 1e-2 in bfloat16; a pair that sees an
 GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest relative difference of the adapters' gradients."""
 
-REFUSALS = (ModelError, NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+REFUSALS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 """What a model that cannot be packed answers when it is tried."""
 
 
@@ -160,4 +160,4 @@ def _gradient(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tenso
 
 def _words(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if isinstance(error, ModelError | NotImplementedError) else f"its forward does not take packed rows: {line}"
+    return line if isinstance(error, ModelError) else f"its forward does not take packed rows: {line}"

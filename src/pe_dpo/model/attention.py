@@ -145,12 +145,12 @@ def packed_attention(
         (1, T, heads, size), and None for the attention weights.
 
     Raises:
-        NotImplementedError: attention sinks or dropout in a packed row.
+        ModelError: attention sinks or dropout in a packed row.
     """
     if packing is None:
         return _ordinary(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others)
     if s_aux is not None or dropout:
-        raise NotImplementedError("attention sinks" if dropout == 0 else "attention dropout")
+        raise ModelError("attention sinks" if dropout == 0 else "attention dropout")
     packing.calls += 1
     dtype = value.dtype
     # In float32 torch 2.13's attention on a CPU is twice as fast as in bfloat16, backward included, and closer to the truth.
@@ -292,7 +292,7 @@ def _ordinary(
     from transformers import AttentionInterface
 
     if s_aux is not None:
-        raise NotImplementedError("attention sinks")
+        raise ModelError("attention sinks")
     if softcap is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)

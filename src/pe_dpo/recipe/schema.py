@@ -222,7 +222,7 @@ class TrainSection(Section):
         "scored once. Four answers with six pairs: a third of the work.",
     )
     tokens_per_microbatch: Literal["auto"] | Count = Field(
-        "auto", description="Most tokens in one forward; a longer pair goes alone. auto: what fits in memory, 2048 on a CPU."
+        "auto", description="Most tokens in one forward; a longer pair goes alone. auto: what fits in memory, 1024 on a CPU."
     )
     packing: Literal["auto"] | bool = Field(
         "auto",

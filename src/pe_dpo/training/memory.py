@@ -14,8 +14,9 @@ from pe_dpo.evaluation.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.base import checkpoint_activations
 
-CPU_TOKENS = 2048
-"""On a CPU rows beyond this are no faster, and memory grows with them (benchmarks/README.md)."""
+CPU_TOKENS = 1024
+"""On a CPU longer rows are no faster, and memory grows with them: eight HH pairs in two rows of 840 tokens took 0.96 of the time
+of one row and half its memory (benchmarks/README.md)."""
 MOST_TOKENS = 16384
 """On a GPU neither: at 8192 tokens the dequantization of an 8B base is 2 % of a step."""
 FEWEST_TOKENS = 2048
