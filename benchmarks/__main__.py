@@ -1,0 +1,77 @@
+"""The commands: `python -m benchmarks step | run | sweep | memory | plot`."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import memory, plot
+from benchmarks.results import Settings
+from benchmarks.rounds import keep_heap
+
+ROUNDS = {"step": 5, "run": 3, "sweep": 1}
+
+
+def main() -> None:
+    """Run one command."""
+    torch.set_num_threads(1)
+    options = _parser().parse_args()
+    if options.command == "plot":
+        print(plot.plot_step(options.file))
+        return
+    settings = Settings(options.command, options.shape, options.dtype, options.model)
+    if options.command == "memory-one":
+        print(json.dumps({"mib": memory.measure_one(options.variant, settings)}))
+        return
+    keep_heap()
+    settings = replace(
+        settings,
+        rounds=1 if options.quick else options.rounds or ROUNDS[options.command],
+        is_quick=options.quick,
+        out=options.out,
+        pairs=getattr(options, "pairs", 0),
+        best=getattr(options, "best", ""),
+    )
+    try:
+        _command(options.command)(settings)
+    except KeyboardInterrupt:
+        print("interrupted")
+        raise SystemExit(130) from None
+
+
+def _command(name: str) -> Callable[[Settings], None]:
+    """The command's function; imported here, since what measures memory is quicker without TRL."""
+    from benchmarks.epochs import run_epochs
+    from benchmarks.step import run_step
+    from benchmarks.sweep import run_sweep
+
+    return {"step": run_step, "run": run_epochs, "sweep": run_sweep}[name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in (*ROUNDS, "memory-one"):
+        words = {"step": "forward and backward", "run": "one and three epochs", "sweep": "eight coefficients"}
+        command = commands.add_parser(name, help=words.get(name))
+        command.add_argument("--shape", choices=["hh", "uf", "uf-graph"], default="hh")
+        command.add_argument("--dtype", choices=["fp32", "bf16", "nf4"], default="fp32")
+        command.add_argument("--model", choices=["m8k", "m32k"], default="m8k")
+        if name == "memory-one":
+            command.add_argument("--variant", required=True, help="name of a variant, as `step` prints it")
+            continue
+        command.add_argument("--quick", action="store_true", help="one round, few variants, under two minutes")
+        command.add_argument("--rounds", type=int, default=0)
+        command.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+        if name != "step":
+            command.add_argument("--pairs", type=int, default=0, help="pairs to train on")
+            command.add_argument("--best", default="", help="name of TRL's best point; else from the results of `step`")
+    commands.add_parser("plot", help="draw the results of `step` again").add_argument("file", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
