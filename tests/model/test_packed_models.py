@@ -243,7 +243,7 @@ FALLS_BACK = {
     "gpt-oss": "segments: attention sinks",
     "phi3, long rope": r"segments: log-probs differ from the padded ones by \S+ nats per √token",
     "stablelm": "segments: 0 of its 2 layers attend through transformers' attention interface",
-    "mamba": "segments: its forward does not take packed rows: not enough values to unpack .*",  # of the four dimensions of no mask
+    "mamba": "segments: its forward does not take packed rows: not enough values to unpack .*",  # the mask's dimensions
     "jamba": "segments: 1 of its 2 layers attend through transformers' attention interface",
     "lfm2": "segments: 1 of its 2 layers attend through transformers' attention interface",
     "qwen3.5": "segments: 1 of its 2 layers attend through transformers' attention interface",
