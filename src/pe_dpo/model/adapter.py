@@ -232,7 +232,10 @@ def adapter_is_zero(model: nn.Module) -> bool:
 
 def _in_float32(model: Any) -> Any:
     """Adapters in float32 whatever they were saved in: in bfloat16 most of Adam's small steps round to nothing."""
+    from pe_dpo.model.lora import compute_in_base_dtype
+
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+    compute_in_base_dtype(model)
     return model

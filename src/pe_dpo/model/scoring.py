@@ -30,8 +30,7 @@ def pair_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor, complet
     Args:
         model: a causal LM; see `objective.answer_logprobs` for the tensors, here (2B, T).
     """
-    with compute_dtype(model):
-        rows = answer_logprobs(model, input_ids, attention_mask, completion_mask)
+    rows = answer_logprobs(model, input_ids, attention_mask, completion_mask)
     chosen, rejected = rows.logprob.chunk(2)
     chosen_lengths, rejected_lengths = rows.length.chunk(2)
     return PairLogprobs(chosen, rejected, chosen_lengths, rejected_lengths)
@@ -54,33 +53,23 @@ def packed_pair_logprobs(model: Any, row: Any, *, kind: Kind) -> PairLogprobs:
     tokens = row.input_ids.shape[1]
     filling = max(0, SMALLEST - tokens)  # a tree of its own, which nobody reads
     packing = Packing((*row.trees, ((tokens, tokens + filling), ())) if filling else row.trees, kind)
-    with compute_dtype(model):
-        hidden = causal_lm.get_decoder()(
-            input_ids=F.pad(row.input_ids, (0, filling)),
-            position_ids=F.pad(row.position_ids, (0, filling)),
-            attention_mask=_no_mask(row.input_ids.device),
-            use_cache=False,
-            packing=packing,
-        ).last_hidden_state
-        layers = causal_lm.config.get_text_config().num_hidden_layers
-        if packing.calls != layers:
-            raise ModelError(f"{packing.calls} of its {layers} layers attend through transformers' attention interface")
-        head, transform = causal_lm.get_output_embeddings(), logit_transform(causal_lm)
-        per_token = head_logprobs(hidden[0].index_select(0, row.predicting), row.targets, head, transform)
+    hidden = causal_lm.get_decoder()(
+        input_ids=F.pad(row.input_ids, (0, filling)),
+        position_ids=F.pad(row.position_ids, (0, filling)),
+        attention_mask=_no_mask(row.input_ids.device),
+        use_cache=False,
+        packing=packing,
+    ).last_hidden_state
+    layers = causal_lm.config.get_text_config().num_hidden_layers
+    if packing.calls != layers:
+        raise ModelError(f"{packing.calls} of its {layers} layers attend through transformers' attention interface")
+    head, transform = causal_lm.get_output_embeddings(), logit_transform(causal_lm)
+    per_token = head_logprobs(hidden[0].index_select(0, row.predicting), row.targets, head, transform)
     # In float64 like the padded path, and one after the other in the order of the tokens.
     sums = torch.zeros(len(row.lengths), dtype=torch.float64, device=hidden.device)
     sums = sums.index_add(0, row.owners, per_token.double().index_select(0, row.members))
     lengths = row.lengths
     return PairLogprobs(sums[row.chosen], sums[row.rejected], lengths[row.chosen], lengths[row.rejected])
-
-
-def compute_dtype(model: Any) -> torch.autocast:
-    """Return the context in which a bfloat16 model computes with its float32 adapters: products in bfloat16, as the base's own.
-
-    The adapters stay float32, and so do their gradients and the optimizer. Without it their products run in float32, for which
-    every layer's input is copied: 17 % of a step on a CPU, and no use of a GPU's tensor cores.
-    """
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16)
 
 
 def logit_transform(causal_lm: Any) -> LogitTransform:

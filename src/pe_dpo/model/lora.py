@@ -1,0 +1,92 @@
+"""A LoRA layer's own part, added into the base layer's output in one product and in the base's dtype.
+
+    y ← y + s · (x Aᵀ) Bᵀ
+
+PEFT computes it in the adapter's dtype, float32 here, for which a bfloat16 base's inputs are copied, and in three passes over
+the output. Here the parameters stay float32, and so do their gradients and the optimizer; the products are in the dtype of
+the base, as the base's own. It comes in through PEFT's LoRA variants, so that everything else of PEFT goes on working.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear, LoraVariant
+from torch import Tensor, nn
+
+
+class _AddUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        narrow = x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).T
+        ctx.save_for_backward(x, a, b, narrow)
+        ctx.scaling = scaling
+        ctx.mark_dirty(result)
+        result.view(-1, result.shape[-1]).addmm_(narrow, b.to(x.dtype).T, alpha=scaling)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
+        x, a, b, narrow = ctx.saved_tensors
+        flat = gradients[0].reshape(-1, gradients[0].shape[-1])
+        pull = flat @ (b.to(x.dtype) * ctx.scaling)
+        for_x, for_a, for_b = ctx.needs_input_grad[1:4]
+        return (
+            gradients[0],
+            (pull @ a.to(x.dtype)).view(x.shape) if for_x else None,
+            (pull.T @ x.reshape(-1, x.shape[-1])).to(a.dtype) if for_a else None,
+            (flat.T @ narrow).to(b.dtype).mul_(ctx.scaling) if for_b else None,
+            None,
+        )
+
+
+class InBaseDtype(LoraVariant):
+    """PEFT's plain LoRA, computed in the dtype of the base."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to make: A and B are PEFT's."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Return the layer's output with the update added."""
+        x = module.lora_dropout[active_adapter](x.to(result.dtype))
+        a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        updated: Tensor = _AddUpdate.apply(result.contiguous(), x, a, b, module.scaling[active_adapter])
+        return updated
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the weight with the update added."""
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Add the update to the weight."""
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the weight with the update taken off."""
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+def compute_in_base_dtype(model: nn.Module) -> None:
+    """Let every plain linear LoRA layer of a PEFT model compute in its base's dtype; other kinds of layers stay PEFT's."""
+    layers: list[Any] = [module for module in model.modules() if _is_plain(module)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+        layer.lora_variant.update({adapter: InBaseDtype() for adapter in layer.lora_A})
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a module is a LoRA layer around a linear one, quantized or not, without a bias or variant of its own."""
+    kinds: tuple[type, ...] = (Linear, *_quantized_kinds())
+    if type(module) not in kinds or module.lora_variant:
+        return False
+    return all(module.lora_B[adapter].bias is None for adapter in module.lora_B)
+
+
+def _quantized_kinds() -> tuple[type, ...]:
+    import peft.tuners.lora.bnb as quantized
+
+    return tuple(getattr(quantized, name) for name in ("Linear4bit", "Linear8bitLt") if hasattr(quantized, name))
