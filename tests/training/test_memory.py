@@ -44,7 +44,22 @@ def test_a_step_that_runs_out_of_memory_is_done_with_smaller_rows_and_gives_the_
     assert sum(len(part.loss) for part in trainer._window) == 8
     assert trainer.token_budget == trainer.reference.token_budget < 1024
     assert all(line.startswith("look: out of memory; going on with ") for line in lines)
-    assert lines[-1] == f"look: out of memory; going on with {trainer.token_budget} tokens per forward (the step is not lost)"
+    assert lines[-1] == f"look: out of memory; going on with {trainer.token_budget} tokens per forward (nothing is lost)"
+
+
+def test_a_step_that_is_begun_again_draws_the_dropout_of_its_first_try(make_trainer, monkeypatch):
+    settings = ("adapter.dropout=0.3", "train.tokens_per_microbatch=150")
+    undisturbed, disturbed = make_trainer(*settings), make_trainer("adapter.dropout=0.3", "train.tokens_per_microbatch=300")
+    pairs = undisturbed.train_dataset[:6]
+    undisturbed.reference.logprobs(pairs)
+    torch.manual_seed(5)
+    undisturbed.training_step(undisturbed.model, pairs)
+    disturbed.reference.logprobs(pairs)
+    sizes = out_of_memory_beyond(disturbed, 150, monkeypatch)
+    torch.manual_seed(5)
+    disturbed.training_step(disturbed.model, pairs)
+    assert max(sizes) > 150
+    assert torch.equal(gradient(disturbed), gradient(undisturbed))
 
 
 def test_memory_that_runs_out_in_the_backward_leaves_no_half_of_a_gradient(make_trainer, monkeypatch):
@@ -70,9 +85,7 @@ def test_memory_that_runs_out_in_the_backward_leaves_no_half_of_a_gradient(make_
 def test_a_pair_that_does_not_fit_alone_stops_the_run_with_what_to_do(make_trainer, monkeypatch):
     trainer = make_trainer()
     out_of_memory_beyond(trainer, 5, monkeypatch)
-    message = (
-        r"step 1: out of memory with one pair at a time \(the longest has \d+ tokens\).*gradient_checkpointing: true.*--resume"
-    )
+    message = r"out of memory with one pair at a time; the longest is train\.jsonl:\d+ with \d+ tokens.*checkpointing: true"
     with pytest.raises(TrainingError, match=message):
         trainer.training_step(trainer.model, trainer.train_dataset[:4])
 

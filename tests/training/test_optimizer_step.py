@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pe_dpo.data.batches import row_length, split_by_tokens
-from pe_dpo.errors import TrainingError
+from pe_dpo.errors import TrainingError, UsageError
 from pe_dpo.model.adapter import adapter_parameters
 
 
@@ -164,3 +164,10 @@ def test_adapter_dropout_is_done_and_not_set_to_zero(make_trainer):
     pairs = make_trainer().train_dataset[:4]
     trainer = make_trainer("adapter.dropout=0.5")
     assert loss_and_gradient(trainer, pairs)[0] != loss_and_gradient(trainer, pairs)[0]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_launcher_that_asks_for_mixed_precision_is_refused(make_trainer, monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(UsageError, match=f"mixed precision {precision}; unset ACCELERATE_MIXED_PRECISION"):
+        make_trainer()

@@ -9,6 +9,7 @@ read, so it is no part of the row.
 """
 
 from collections.abc import Iterator, Sequence
+from heapq import heappush, heapreplace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,19 +91,18 @@ def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[lis
     """
     blocks = [block for members in _by_prompt(pairs) for block in _blocks(pairs, members, token_budget)]
     blocks.sort(key=lambda block: (-block[0], block[1][0]))
-    rows: list[list[int]] = []
-    filled: list[int] = []
     wanted = -(-sum(min(size, token_budget) for size, _ in blocks) // token_budget)
+    rows: list[list[int]] = []
+    filled: list[tuple[int, int]] = []  # tokens and number of each row, the emptiest first
     for size, members in blocks:
-        row = min(range(len(rows)), key=filled.__getitem__, default=None)
-        if row is None or len(rows) < wanted or filled[row] + size > token_budget:
-            row = len(rows)
-            rows.append([])
-            filled.append(0)
-        rows[row].extend(members)
-        filled[row] += size
-    order = sorted(range(len(rows)), key=lambda row: -filled[row])
-    return [sorted(rows[row]) for row in order]
+        if len(rows) < wanted or filled[0][0] + size > token_budget:
+            rows.append([*members])
+            heappush(filled, (size, len(rows) - 1))
+        else:
+            tokens, row = filled[0]
+            rows[row].extend(members)
+            heapreplace(filled, (tokens + size, row))
+    return [sorted(rows[row]) for _, row in sorted(filled, key=lambda entry: (-entry[0], entry[1]))]
 
 
 def shared_tokens(pairs: Sequence[EncodedPair]) -> int:

@@ -7,6 +7,7 @@ The store fills as pairs come along, so that one epoch costs what it would witho
 an interrupted run goes on where it stopped.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import StoreUnavailable
 from pe_dpo.evaluation.pairs import score_pairs
-from pe_dpo.evaluation.scorer import TOLERANCE, Scorer
+from pe_dpo.evaluation.scorer import TOLERANCE, Scorer, numeric_dtype
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.base import BaseFacts
 from pe_dpo.model.fingerprint import base_fingerprint, config_fingerprint, reference_fingerprint, remembered_fingerprint
@@ -65,6 +66,8 @@ class Reference:
         self.store, self.key, self.remembers, self.say = store, key, remembers, say
         self.computed = 0
         """Pairs that were run through π0."""
+        self.found = 0
+        """Answers that came from the store."""
         self._known: dict[bytes, StoredLogprob] = {}
         self._unwritten: dict[bytes, StoredLogprob] = {}
         self._written_at = time.monotonic()
@@ -90,21 +93,36 @@ class Reference:
             *(torch.tensor([answer.tokens for answer in side]) for side in (chosen, rejected)),
         )
 
-    def recheck(self, pairs: Sequence[EncodedPair]) -> None:
-        """Score a few random stored pairs again; if one differs, forget all that was stored of this reference, and say so."""
+    def recheck(self, pairs: Sequence[EncodedPair]) -> str | None:
+        """Score a few random stored pairs again; return what differs, or None."""
         if self.store is None:
-            return
+            return None
         keys = [_keys(pair) for pair in pairs]
         self._look_up([key for both in keys for key in both])
         stored = [index for index, both in enumerate(keys) if all(key in self._known for key in both)]
-        for index in random.SystemRandom().sample(stored, min(RECHECKED, len(stored))):
-            now = self._compute([pairs[index]], None)
-            for key, logprob, tokens in zip(keys[index], (now.chosen, now.rejected), now[2:], strict=True):
-                then = self._known[key]
-                off = abs(float(logprob) - then.logprob)
-                if int(tokens) != then.tokens or not off <= TOLERANCE[_dtype(self.model)] * then.tokens**0.5:
-                    self._forget(f"{pairs[index].where} has {float(logprob):.6g} now and {then.logprob:.6g} in the store")
-                    return
+        chosen = [pairs[index] for index in random.SystemRandom().sample(stored, min(RECHECKED, len(stored)))]
+        return self.difference(chosen, self._compute(chosen, None)) if chosen else None
+
+    def difference(self, pairs: Sequence[EncodedPair], now: PairLogprobs) -> str | None:
+        """Return the first pair whose log-probs of this moment are not those that are known of it, in words, or None."""
+        for index, pair in enumerate(pairs):
+            for key, logprob, tokens in zip(_keys(pair), (now.chosen, now.rejected), now[2:], strict=True):
+                then = self._known.get(key)
+                if then is None:
+                    continue
+                off = abs(float(logprob[index]) - then.logprob)
+                if int(tokens[index]) != then.tokens or not off <= self._tolerance(then):
+                    return f"{pair.where} has {float(logprob[index]):.8g} now and {then.logprob:.8g} in the store"
+        return None
+
+    def forget(self, why: str) -> None:
+        """Throw away all that is known of this reference, here and in the store, and say so."""
+        rows, self._known, self._unwritten = len(self._known), {}, {}
+        try:
+            rows = self.store.forget(self.key) if self.store is not None else rows
+        except StoreUnavailable as error:
+            self._do_without(error)
+        self.say(f"look: the stored reference was not this one ({why}): {rows} log-probs thrown away, to be computed again")
 
     def flush(self) -> None:
         """Write what was computed since the last time."""
@@ -122,7 +140,9 @@ class Reference:
         if self.store is None or not unknown:
             return
         try:
-            self._known |= self.store.get(self.key, unknown)
+            found = self.store.get(self.key, unknown)
+            self._known |= found
+            self.found += len(found)
         except StoreUnavailable as error:
             self._do_without(error)
 
@@ -130,7 +150,9 @@ class Reference:
         scored = self._compute(pairs, None)
         for index, both in enumerate(map(_keys, pairs)):
             for key, logprob, tokens in zip(both, (scored.chosen, scored.rejected), scored[2:], strict=True):
-                self._unwritten[key] = self._known[key] = StoredLogprob(float(logprob[index]), int(tokens[index]))
+                self._known[key] = answer = StoredLogprob(float(logprob[index]), int(tokens[index]))
+                if math.isfinite(answer.logprob):  # what is not is for the loss to complain of, with the row's name
+                    self._unwritten[key] = answer
         if time.monotonic() - self._written_at > SECONDS_BETWEEN_WRITES:
             self.flush()
 
@@ -140,11 +162,11 @@ class Reference:
         self.computed += len(pairs)
         return scored
 
-    def _forget(self, why: str) -> None:
-        assert self.store is not None
-        rows = self.store.forget(self.key)
-        self._known, self._unwritten = {}, {}
-        self.say(f"look: the stored reference was not this one ({why}): {rows} log-probs thrown away, to be computed again")
+    def _tolerance(self, stored: StoredLogprob) -> float:
+        """Nats: on a CPU the numbers are the same bits (a rounding error with many threads), on a GPU company plays a part."""
+        if self.scorer.device.type == "cpu" and self.scorer.path != "padded":
+            return 1e-6 * (1 + abs(stored.logprob))
+        return TOLERANCE[numeric_dtype(self.model)] * stored.tokens**0.5
 
     def _do_without(self, error: StoreUnavailable) -> None:
         self.say(f"look: going on without the reference store: {error}")
@@ -175,6 +197,8 @@ def open_reference(
     Raises:
         StoreUnavailable: policy "store", and there can be none.
     """
+    if scorer.depends_on_company:
+        policy = "step"  # the number of a pair is not its own
     store = None
     try:
         if policy != "step":
@@ -195,7 +219,3 @@ def open_reference(
 
 def _keys(pair: EncodedPair) -> tuple[bytes, bytes]:
     return answer_key(pair.prompt_ids, pair.chosen_ids), answer_key(pair.prompt_ids, pair.rejected_ids)
-
-
-def _dtype(model: Any) -> torch.dtype:
-    return torch.bfloat16 if getattr(model, "is_loaded_in_8bit", False) else model.dtype

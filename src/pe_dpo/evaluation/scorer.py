@@ -5,13 +5,15 @@ is not looked up but tried: a few pairs, the longest among them, must give the l
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pe_dpo.data.batches import pad, row_length, split_by_tokens
-from pe_dpo.data.packing import pack, shared_tokens, split_into_rows
+from pe_dpo.data.packing import common_start, pack, shared_tokens, split_into_rows
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import adapter_parameters
@@ -26,15 +28,20 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 
 """Largest relative difference of the adapters' gradients."""
 
 REFUSALS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
-"""What a model that cannot be packed answers when it is tried."""
+"""What a model that cannot be packed answers when it is tried; memory that runs out is another matter."""
+
+
+Path = Literal["padded", "segments", "varlen", "dense"]
 
 
 class Scorer(NamedTuple):
     """One way to the log-probs of pairs; the same for policy and reference."""
 
-    path: Literal["padded", "segments", "varlen", "dense"]
+    path: Path
     """padded, or how attention over packed rows is computed (`model.attention.Kind`)."""
     device: torch.device
+    depends_on_company: bool = False
+    """Whether a pair's log-probs change with what else is in the batch: then the reference must be scored beside the policy."""
 
     def split(self, pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
         """Return micro-batches as lists of indices into `pairs`, each index once, within the budget of tokens."""
@@ -75,42 +82,59 @@ def choose_scorer(
         ModelError: packed rows were insisted on and are not right for this model.
     """
     padded = Scorer("padded", torch.device(device))
-    if packing is False:
-        return padded
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    probe = _probe(pairs)
     was_training = model.training
     model.eval()
-    before, reason = None, ""
     try:
-        wanted = [_numbers(padded, model, [pair]) for pair in probe]
-        gradient = _gradient(padded, model, probe[:2])
-        before = switch_on(causal_lm)
-        for kind in _kinds(padded.device, causal_lm.dtype):
-            packed = Scorer(kind, padded.device)
-            refused = _refutation(packed, model, probe, torch.cat(wanted), gradient)
-            if refused is None:
-                say(f"packed rows: prompts and common starts of answers once ({kind}){reason}")
-                return packed
-            reason = f"; {kind}: {refused}"
-    except REFUSALS as error:
-        reason = f"; {_words(error)}"
+        probe = _probe(pairs)
+        path: Path = "padded"
+        reason = ""
+        if packing is not False:
+            path, reason = _packed_path(padded, model, probe, say)
+        if path == "padded" and packing is True:
+            raise ModelError(f"train.packing: packed rows are not right for this model ({reason}); set train.packing: auto")
+        if path == "padded" and packing is not False:
+            say(f"padded rows: packed rows are not right for this model ({reason})")
+        scorer = padded._replace(path=path)
+        if _depends_on_company(scorer, model, probe):
+            say("look: this model's log-probs depend on what else is in the batch; the reference is computed in every step")
+            scorer = scorer._replace(depends_on_company=True)
+    except torch.OutOfMemoryError as error:
+        longest = max(row_length(pair) for pair in pairs)
+        raise ModelError(
+            f"out of memory while a few pairs were tried without training (the longest has {longest} tokens); set a smaller "
+            "data.max_length, or model.quantize: nf4"
+        ) from error
     finally:
         model.train(was_training)
-    if before is not None:
-        switch_off(causal_lm, before)
-    reason = reason.removeprefix("; ")
-    if packing is True:
-        raise ModelError(f"train.packing: packed rows are not right for this model ({reason}); set train.packing: auto")
-    say(f"padded rows: packed rows are not right for this model ({reason})")
-    return padded
+    return scorer
+
+
+def _packed_path(padded: Scorer, model: Any, probe: Sequence[EncodedPair], say: Callable[[str], None]) -> tuple[Path, str]:
+    """Return the fastest path that is right, and why no faster one is; the model is left ready for it."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wanted = torch.cat([_numbers(padded, model, [pair]) for pair in probe])
+    gradient = _gradient(padded, model, probe[:2])
+    try:
+        before = switch_on(causal_lm)
+    except REFUSALS as error:
+        return "padded", _words(error)
+    reasons: list[str] = []
+    for kind in _kinds(padded.device, causal_lm.dtype):
+        packed = padded._replace(path=kind)
+        refused = _refutation(packed, model, probe, wanted, gradient) or _leak(packed, model, probe)
+        if refused is None:
+            say(f"packed rows: prompts and common starts of answers once ({'; '.join([kind, *reasons])})")
+            return kind, ""
+        reasons.append(f"{kind}: {refused}")
+    switch_off(causal_lm, before)
+    return "padded", "; ".join(reasons)
 
 
 def _kinds(device: torch.device, dtype: torch.dtype) -> list[Kind]:
     """Ways of attention to try, fastest first."""
     if device.type != "cuda":
         return ["segments"]
-    return ["varlen", "dense"] if dtype in (torch.bfloat16, torch.float16) else ["dense"]
+    return ["varlen", "segments", "dense"] if dtype in (torch.bfloat16, torch.float16) else ["segments", "dense"]
 
 
 def _probe(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
@@ -124,13 +148,14 @@ def _refutation(
 ) -> str | None:
     """Return why this path is not right for the model, or None."""
     try:
-        found = _numbers(packed, model, probe).view(4, len(probe)).T.reshape(-1)
+        found = _numbers(packed, model, probe)
         gradient = _gradient(packed, model, probe[:2])
+    except torch.OutOfMemoryError:
+        raise
     except REFUSALS as error:
         return _words(error)
-    dtype = torch.bfloat16 if getattr(model, "is_loaded_in_8bit", False) else model.dtype
-    logprobs, tokens = found.view(-1, 4)[:, :2], found.view(-1, 4)[:, 2:]
-    worst = float(((logprobs - wanted.view(-1, 4)[:, :2]).abs() / tokens.sqrt()).max())
+    dtype = numeric_dtype(model)
+    worst = float(((found - wanted)[:, :2].abs() / found[:, 2:].sqrt()).max())
     if not worst <= TOLERANCE[dtype]:
         return f"log-probs differ from the padded ones by {worst:.2g} nats per √token"
     if gradient is not None and wanted_gradient is not None:
@@ -140,10 +165,58 @@ def _refutation(
     return None
 
 
+def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair]) -> str | None:
+    """Return which stranger moves a pair's log-probs, or None: other tokens of the same number must not move them at all.
+
+    Parallel hybrids attend like everybody else and carry a state along besides; in bfloat16 what it carries can be less than
+    the rounding that `_refutation` must allow.
+    """
+    stranger, *others = reversed(probe)
+    turned = replace(stranger, prompt_ids=stranger.prompt_ids[::-1].copy())
+    own = (
+        common_start([stranger.chosen_ids, stranger.rejected_ids]) + 1
+    )  # the first token of its own stays, or starts would meet
+    half = replace(stranger, chosen_ids=np.concatenate([stranger.chosen_ids[:own], stranger.chosen_ids[own:][::-1]]))
+    before = _numbers(packed, model, [stranger, *others])
+    allowed = _noise(packed, model) * before[:, 2:].amax(dim=1, keepdim=True).sqrt()
+    # Who changes, whose log-probs (rows, then chosen and rejected) must stay, and what it means if they do not.
+    for changed, rows, sides, words in (
+        (turned, slice(1, None), slice(0, 2), "another pair in the row moves a log-prob"),
+        (half, slice(0, 1), slice(1, 2), "the chosen answer moves the rejected one's log-prob"),
+    ):
+        if shared_tokens([changed, *others]) != shared_tokens([stranger, *others]):
+            continue  # another shape of the row
+        off = (_numbers(packed, model, [changed, *others]) - before)[rows, sides].abs()
+        if (off > allowed[rows]).any():
+            return f"{words} by {float(off.max()):.2g} nats"
+    return None
+
+
+def _depends_on_company(scorer: Scorer, model: Any, probe: Sequence[EncodedPair]) -> bool:
+    """Whether the shortest pair scores otherwise beside the longest: rotary scaling by the longest row, 8-bit outliers."""
+    if getattr(model, "is_loaded_in_8bit", False):
+        return True
+    alone, beside = (_numbers(scorer, model, pairs)[0] for pairs in (probe[:1], [probe[0], probe[-1]]))
+    return bool(((alone - beside)[:2].abs() > TOLERANCE[numeric_dtype(model)] * alone[2:].sqrt()).any())
+
+
+def _noise(scorer: Scorer, model: Any) -> float:
+    """Nats per √token by which equal sums may differ: rounding on a CPU, grouping of experts on a GPU, 8-bit outliers."""
+    if getattr(model, "is_loaded_in_8bit", False):
+        return TOLERANCE[torch.bfloat16]
+    return 1e-5 if scorer.device.type == "cpu" else 0.1 * TOLERANCE[numeric_dtype(model)]
+
+
+def numeric_dtype(model: Any) -> torch.dtype:
+    """Return the dtype whose rounding a model's log-probs show: 8-bit products are as coarse as bfloat16."""
+    dtype: torch.dtype = torch.bfloat16 if getattr(model, "is_loaded_in_8bit", False) else model.dtype
+    return dtype
+
+
 def _numbers(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
-    """Log-probs and lengths, one after the other: 4 numbers per pair, by field."""
+    """Return (B, 4) float64: log-prob of chosen and rejected, tokens of chosen and rejected."""
     with torch.no_grad():
-        return torch.cat([field.double() for field in scorer.logprobs(model, pairs)])
+        return torch.stack([field.double() for field in scorer.logprobs(model, pairs)], dim=1)
 
 
 def _gradient(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tensor | None:

@@ -106,7 +106,11 @@ class Packing:
             starts = [0, *torch.tensor(self.keys).cumsum(0).tolist()]
             gathered = [torch.arange(starts[s], starts[s + 1]) for sources in self.sources for s in sources]
             counts = torch.tensor([(0, 0), *self.stretches()], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self._indices = counts[:, 0].to(device), counts[:, 1].to(device), torch.cat(gathered).to(device)
+            self._indices = (
+                counts[:, 0].contiguous().to(device),
+                counts[:, 1].contiguous().to(device),
+                torch.cat(gathered).to(device),
+            )
         return self._indices
 
 
@@ -170,7 +174,9 @@ def _packed(
 ) -> Tensor:
     """Return (1, T, heads, size)."""
     groups = query.shape[1] // key.shape[1]
-    if packing.kind == "varlen" and softcap is None:
+    if packing.kind == "varlen":
+        if softcap is not None:
+            raise ModelError("the variable-length kernel caps no scores")
         return _varlen(query, key, value, packing, scaling, window)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

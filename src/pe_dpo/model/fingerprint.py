@@ -21,7 +21,7 @@ from torch import nn
 
 from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.base import BaseFacts
-from pe_dpo.model.reference_store import ReferenceStore
+from pe_dpo.model.reference_store import ARITHMETIC, ReferenceStore
 
 _PART_BYTES = 64 * 1024 * 1024
 """Of a tensor on a GPU, each thread brings this much to the CPU at a time."""
@@ -109,7 +109,7 @@ def base_identity(facts: BaseFacts) -> str | None:
     else:
         return None
     versions = [version(library) for library in ("torch", "transformers", "bitsandbytes")]
-    return hashlib.sha256(json.dumps([source, facts.quantize, str(facts.dtype), versions]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([ARITHMETIC, source, facts.quantize, str(facts.dtype), versions]).encode()).hexdigest()
 
 
 def remembered_fingerprint(model: nn.Module, facts: BaseFacts, store: ReferenceStore | None) -> str:

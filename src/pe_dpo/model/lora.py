@@ -51,7 +51,8 @@ class InBaseDtype(LoraVariant):
         """Return the layer's output with the update added."""
         x = module.lora_dropout[active_adapter](x.to(result.dtype))
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        updated: Tensor = _AddUpdate.apply(result.contiguous(), x, a, b, module.scaling[active_adapter])
+        own = result.clone() if result._base is not None else result.contiguous()  # int8 layers return a view
+        updated: Tensor = _AddUpdate.apply(own, x, a, b, module.scaling[active_adapter])
         return updated
 
     @staticmethod

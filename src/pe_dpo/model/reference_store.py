@@ -63,6 +63,10 @@ def answer_key(prompt_ids: np.ndarray, answer_ids: np.ndarray) -> bytes:
     return hashlib.sha256(struct.pack("<Q", prompt.size) + prompt.tobytes() + answer.tobytes()).digest()
 
 
+ARITHMETIC = 1
+"""Of this package: part of every key, to be raised with any change that moves a log-prob or loads a base otherwise."""
+
+
 def reference_key(*, weights: str, quantize: str, dtype: str, path: str) -> str:
     """Return sha256 (hex) over all that determines a reference's log-prob besides the token ids, and nothing else.
 
@@ -72,7 +76,7 @@ def reference_key(*, weights: str, quantize: str, dtype: str, path: str) -> str:
         dtype: of the computation.
         path: name of the way from tokens to log-probs ("padded", say): another way sums in another order.
     """
-    facts = {"weights": weights, "quantize": quantize, "dtype": dtype, "path": path}
+    facts = {"arithmetic": ARITHMETIC, "weights": weights, "quantize": quantize, "dtype": dtype, "path": path}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

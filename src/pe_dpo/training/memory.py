@@ -15,8 +15,8 @@ from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.base import checkpoint_activations
 
 CPU_TOKENS = 1024
-"""On a CPU longer rows gain little, and memory grows with them: in two rows of 840 tokens eight HH pairs took half the memory that
-they took in one, 0.95 (float32) and 1.09 (bfloat16) of the time (benchmarks/results)."""
+"""On a CPU longer rows gain little, and memory grows with them: eight HH pairs in two rows took half the memory of
+one row, and 0.95 (float32) or 1.09 (bfloat16) of its time (benchmarks/results)."""
 MOST_TOKENS = 16384
 """On a GPU neither: at 8192 tokens the dequantization of an 8B base is 2 % of a step."""
 FEWEST_TOKENS = 2048

@@ -159,7 +159,7 @@ def _train(
     checkpoint = broadcast_object_list([checkpoint])[0]
     start = _check_start(trainer, recipe)
     say(_start_line(start))
-    first = _score_before(trainer, recipe, start, progress)
+    first = _score_before(trainer, recipe, progress)
     before = set_metrics(first) if first else {}
     if folder and checkpoint is None:
         update_run(folder, status="training", start=start._asdict(), before=before)
@@ -275,20 +275,27 @@ def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
     )
 
 
-def _score_before(trainer: PairTrainer, recipe: Recipe, start: StartCheck, progress: Progress | None) -> ScoredPairs | None:
+def _score_before(trainer: PairTrainer, recipe: Recipe, progress: Progress | None) -> ScoredPairs | None:
     """Check the stored reference, fill it if the recipe says so, and return the held-out pairs as they are scored at step 0."""
-    reference, pairs = trainer.reference, trainer.train_dataset
-    reference.recheck(pairs)
-    if recipe.reference.policy == "store" and recipe.loss.gamma_value != 0:
+    reference, pairs, held_out = trainer.reference, trainer.train_dataset, trainer.held_out
+    uses_reference = recipe.loss.gamma_value != 0
+    trainer.forget_if_any(reference.recheck([*(pairs if uses_reference else []), *held_out]))
+    if recipe.reference.policy == "store" and uses_reference:
         mine = pairs[trainer.args.process_index :: trainer.args.world_size]
         reference.logprobs(mine, partial(progress, "scoring, reference") if progress else None)
-    if not trainer.held_out:
+        reference.flush()
+    if not held_out:
         return None
     trainer.held_out_reference = trainer.score_reference()
     reference.flush()
-    # Where the policy starts as the reference, to the bit, there is nothing to score a second time.
-    is_reference = recipe.policy_starts_as_reference and start.largest_difference in (0, None)
-    return trainer.score_held_out(trainer.held_out_reference if is_reference else None)
+    if recipe.policy_starts_as_reference and not trainer.any_process(bool(reference.found)):
+        return trainer.score_held_out(
+            trainer.held_out_reference
+        )  # this very moment's: π is π0, there is nothing to score again
+    policy = trainer.score_model()
+    if recipe.policy_starts_as_reference and trainer.forget_if_any(reference.difference(held_out, policy)):
+        trainer.held_out_reference = trainer.score_reference()
+    return trainer.score_held_out(policy)
 
 
 def _scoring_facts(trainer: PairTrainer) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.errors import TrainingError
+from pe_dpo.errors import TrainingError, UsageError
 from pe_dpo.evaluation.pairs import ScoredPairs, join, pair_metrics, score_loss, score_pairs, scored_pairs, set_metrics
 from pe_dpo.evaluation.reference import Reference
 from pe_dpo.evaluation.scorer import Scorer
@@ -79,6 +79,7 @@ class PairTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
+        _check_plain(self.accelerator)
         self.remove_callback(PrinterCallback)
         self.held_out = held_out
         self.held_out_reference: PairLogprobs | None = None
@@ -110,14 +111,12 @@ class PairTrainer(Trainer):
         model = self.accelerator.unwrap_model(model)
         model.train()
         mine = inputs[self.args.process_index :: self.args.world_size]
-        total, scored = self._with_smaller_rows(lambda: self._accumulate(model, mine, 1 / len(inputs)))
-        # The gradients of a LoRA are small: one reduction after the last micro-batch, and processes may have any number of
-        # micro-batches. What no pair reaches is zero, not missing: Adam's averages move on all the same.
+        total, scored = self._with_smaller_rows(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
+        # What no pair reaches is zero, not missing: Adam's averages move on all the same.
         for parameter in adapter_parameters(model):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            self._sum_over_processes(parameter.grad)
-        self._sum_over_processes(total)
+        self._sum_over_processes(total, [p.grad for p in adapter_parameters(model) if p.grad is not None])
         self._check_gradients(inputs)
         self._window.extend(scored)
         self._window_tokens += sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs)
@@ -159,32 +158,56 @@ class PairTrainer(Trainer):
             )
         return scored_pairs(policy, reference, out), out
 
-    def _with_smaller_rows(self, step: Callable[[], _Result]) -> _Result:
-        """Return what the step returns; out of memory, begin it again with half the tokens per forward.
+    def _with_smaller_rows(self, pairs: Sequence[EncodedPair], work: Callable[[], _Result]) -> _Result:
+        """Return what the work on these pairs returns; out of memory, begin it again with half the tokens per forward.
 
         Raises:
-            TrainingError: rows cannot become smaller.
+            TrainingError: every pair goes alone already.
         """
+        on_gpu = self.args.device.type == "cuda"
+        random_state = torch.get_rng_state(), torch.cuda.get_rng_state(self.args.device) if on_gpu else None
         while True:
             try:
-                return step()
+                return work()
             except torch.OutOfMemoryError as error:
-                longest = max(self.scorer.tokens([pair]) for pair in self.train_dataset)
-                if self.token_budget <= longest:
-                    raise TrainingError(
-                        f"step {self.state.global_step + 1}: out of memory with one pair at a time (the longest has {longest} "
-                        "tokens); nothing was updated by this step. Set train.gradient_checkpointing: true, or a smaller "
-                        "data.max_length; `--resume` goes on from the last checkpoint"
-                    ) from error
+                if max(map(len, self.scorer.split(pairs, self.token_budget))) == 1:
+                    raise TrainingError(self._out_of_memory(pairs)) from error
             self.model.zero_grad()
             torch.cuda.empty_cache()
-            self.token_budget = max(longest, self.token_budget // 2)
-            self.reference.token_budget = self.token_budget
-            self.say(f"look: out of memory; going on with {self.token_budget} tokens per forward (the step is not lost)")
+            torch.set_rng_state(random_state[0])  # the second try draws the dropout of the first
+            if random_state[1] is not None:
+                torch.cuda.set_rng_state(random_state[1], self.args.device)
+            self.token_budget = self.reference.token_budget = self.token_budget // 2
+            self.say(f"look: out of memory; going on with {self.token_budget} tokens per forward (nothing is lost)")
 
-    def _sum_over_processes(self, tensor: torch.Tensor) -> None:
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(tensor)
+    def _out_of_memory(self, pairs: Sequence[EncodedPair]) -> str:
+        longest = max(pairs, key=lambda pair: self.scorer.tokens([pair]))
+        return (
+            f"after step {self.state.global_step}: out of memory with one pair at a time; the longest is {longest.where} with "
+            f"{self.scorer.tokens([longest])} tokens. Set train.gradient_checkpointing: true, or a smaller data.max_length; "
+            "what was saved stays, and `--resume` goes on from the last checkpoint"
+        )
+
+    def _sum_over_processes(self, total: torch.Tensor, gradients: list[torch.Tensor]) -> None:
+        """Sum the loss and the gradients, in place, in two reductions: an adapter is small, and processes may have any rows."""
+        if self.args.world_size == 1:
+            return
+        torch.distributed.all_reduce(total)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def any_process(self, what: bool) -> bool:
+        """Return whether it holds in any process."""
+        return any(gather_object([what]))
+
+    def forget_if_any(self, why: str | None) -> bool:
+        """Throw the stored reference away in all processes if one of them found it wrong; return whether."""
+        reasons = [reason for reason in gather_object([why]) if reason]
+        if reasons:
+            self.reference.forget(reasons[0])
+        return bool(reasons)
 
     def _check_gradients(self, pairs: list[EncodedPair]) -> None:
         gradients = [p.grad for p in adapter_parameters(self.model) if p.grad is not None]
@@ -232,7 +255,8 @@ class PairTrainer(Trainer):
         world, rank = self.args.world_size, self.args.process_index
         if len(self.held_out) < world:
             world, rank = 1, 0
-        mine = self._with_smaller_rows(lambda: score(self.held_out[rank::world]))
+        share = self.held_out[rank::world]
+        mine = self._with_smaller_rows(share, lambda: score(share))
         if world == 1:
             return mine
         order = torch.cat([torch.arange(start, len(self.held_out), world) for start in range(world)]).argsort()
@@ -263,3 +287,19 @@ class PairTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_adapter(self.model, resume_from_checkpoint)
+
+
+def _check_plain(accelerator: Any) -> None:
+    """Check that accelerate was not told to do what this trainer does itself, or cannot do.
+
+    Raises:
+        UsageError: mixed precision, FSDP or DeepSpeed, as environment variables of a launcher ask for them.
+    """
+    if accelerator.mixed_precision != "no":
+        raise UsageError(
+            f"accelerate is set to mixed precision {accelerator.mixed_precision}; unset ACCELERATE_MIXED_PRECISION and say "
+            "model.dtype in the recipe"
+        )
+    kind = str(accelerator.distributed_type.value)
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UsageError(f"launched as {kind}; start several processes with torchrun, one per GPU")
