@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks step | run | sweep | memory | plot`."""
+"""The commands: `python -m benchmarks step | run | sweep | plot | table`."""
 
 import argparse
 import json
@@ -21,6 +21,11 @@ def main() -> None:
     options = _parser().parse_args()
     if options.command == "plot":
         print(plot.plot_step(options.file))
+        return
+    if options.command == "table":
+        from benchmarks.table import table
+
+        print(table())
         return
     settings = Settings(options.command, options.shape, options.dtype, options.model)
     if options.command == "memory-one":
@@ -69,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         if name != "step":
             command.add_argument("--pairs", type=int, default=0, help="pairs to train on")
             command.add_argument("--best", default="", help="name of TRL's best point; else from the results of `step`")
+    commands.add_parser("table", help="print the README's table from the results")
     commands.add_parser("plot", help="draw the results of `step` again").add_argument("file", type=Path)
     return parser
 

@@ -218,8 +218,8 @@ class TrainSection(Section):
     pairs_per_step: Count = Field(64, description="Pairs per optimizer step (the batch size), whatever the split.")
     prompts_together: bool = Field(
         False,
-        description="Shuffle prompts, not pairs: all pairs of a prompt in one step (as far as it holds them), each answer "
-        "scored once. Four answers with six pairs: a third of the work.",
+        description="Shuffle prompts, not pairs: pairs of a prompt share a step (or two, where one is full), and each answer "
+        "is scored once. Four answers with six pairs: a third of the work.",
     )
     tokens_per_microbatch: Literal["auto"] | Count = Field(
         "auto", description="Most tokens in one forward; a longer pair goes alone. auto: what fits in memory, 1024 on a CPU."
@@ -244,12 +244,12 @@ class TrainSection(Section):
 
 
 class ReferenceSection(Section):
-    """Where π0's log-probs come from. Stored ones are keyed by base, quantization, dtype and token ids, and by nothing else."""
+    """Where π0's log-probs come from. What is stored is keyed by what determines it: weights, configuration, way, token ids."""
 
     policy: Literal["auto", "store", "step", "skip"] = Field(
         "auto",
         description="auto: looked up, computed where missing, remembered; store: all computed before training; step: computed "
-        "in every step; skip: none, for gamma 0 alone. With gamma 0 training never runs the reference.",
+        "in every step; skip: none, for gamma 0 alone. With gamma 0 only held-out pairs have a reference.",
     )
     store: Location | None = Field(
         None,

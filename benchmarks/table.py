@@ -1,0 +1,42 @@
+"""The README's table of speed, from the results that lie in `results/`; a test holds the README to it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ours import FULL_STACK, IN_STEP
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = (
+    ("HH-shaped, float32, reference stored", "step-hh-fp32-m8k", FULL_STACK),
+    ("HH-shaped, float32, reference in the step", "step-hh-fp32-m8k", IN_STEP),
+    ("HH-shaped, bfloat16, reference stored", "step-hh-bf16-m8k", FULL_STACK),
+    ("HH-shaped, nf4, reference stored", "step-hh-nf4-m8k", FULL_STACK),
+    ("UltraFeedback-shaped, float32, reference stored", "step-uf-fp32-m8k", FULL_STACK),
+)
+
+
+def table() -> str:
+    """Return the table as markdown: times as fast, median (smallest–largest) of the ratios within rounds."""
+    lines = ["| | × TRL default | × TRL best of its grid |", "|---|---|---|"]
+    for title, file, rung in STEPS:
+        found = _load(file)["ratios"][rung]
+        lines.append(f"| step, {title} | {_spread(found['over_trl_default'])} | {_spread(found['over_trl_best'])} |")
+    run = _load("run-hh-fp32-m8k")["ratios"]
+    for name, title in (("1 epochs", "one epoch, the reference inside"), ("3 epochs", "three epochs")):
+        over = [_spread(run[name][f"ours over {peer}"]) for peer in ("TRL default", "TRL best")]
+        lines.append(f"| run of {title}, HH, float32 | {over[0]} | {over[1]} |")
+    peaks = _load("step-hh-fp32-m8k")
+    shares = [peaks["peak_mib"][FULL_STACK] / peaks["peak_mib"][peaks[key]] for key in ("trl_default", "trl_best")]
+    lines.append(f"| peak memory of the first row's step, as a share | {shares[0]:.2f} | {shares[1]:.2f} |")
+    return "\n".join(lines)
+
+
+def _load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _spread(values: list[float]) -> str:
+    median, low, high = values
+    return f"{median:.2f} ({low:.2f}–{high:.2f})"
