@@ -57,7 +57,7 @@ def test_the_fast_path_of_a_gpu_is_the_variable_length_kernel(make_recipe):
     assert build_trainer(recipe, prepare_run(recipe)).scorer.path == "varlen"
 
 
-def test_a_planned_row_fits_and_its_peak_is_what_was_predicted(make_recipe):
+def test_the_peak_of_a_row_is_measured_and_smaller_than_what_is_free(make_recipe):
     recipe = make_recipe("model.dtype=bfloat16")
     trainer = build_trainer(recipe, prepare_run(recipe))
     row = trainer.train_dataset[:20]

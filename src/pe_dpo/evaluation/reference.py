@@ -61,6 +61,7 @@ class Reference:
         remembers: bool = True,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
+        assert store is None or key, "what is stored needs the key of what determines it"
         self.model, self.scorer, self.token_budget = model, scorer, token_budget
         self.base_fingerprint = base
         self.store, self.key, self.remembers, self.say = store, key, remembers, say
