@@ -20,6 +20,8 @@ def table() -> str:
     """Return the table as markdown: times as fast, median (smallest–largest) of the ratios within rounds."""
     lines = ["| | × TRL default | × TRL best of its grid |", "|---|---|---|"]
     for title, file, rung in STEPS:
+        if not (RESULTS / f"{file}.json").is_file():
+            continue
         found = _load(file)["ratios"][rung]
         lines.append(f"| step, {title} | {_spread(found['over_trl_default'])} | {_spread(found['over_trl_best'])} |")
     run = _load("run-hh-fp32-m8k")["ratios"]

@@ -109,8 +109,9 @@ def test_the_width_of_the_integers_and_their_layout_do_not_change_the_key():
     assert answer_key(wide[::2], wide[1:2]) == answer_key(narrow, np.array([1], dtype=np.uint16))
 
 
-def test_the_reference_key_is_a_hash_of_canonical_json():
-    written = b'{"dtype":"float32","path":"padded","quantize":"nf4","weights":"ab"}'
+def test_the_reference_key_is_a_hash_of_canonical_json(monkeypatch):
+    monkeypatch.setattr(reference_store, "ARITHMETIC", 7)
+    written = b'{"arithmetic":7,"dtype":"float32","path":"padded","quantize":"nf4","weights":"ab"}'
     assert reference_key(weights="ab", quantize="nf4", dtype="float32", path="padded") == hashlib.sha256(written).hexdigest()
 
 
