@@ -33,7 +33,7 @@ def table() -> str:
     lines.append(f"| {words} | {sweep['TRL default']:.2f} | {sweep['TRL best']:.2f} |")
     peaks = _load("step-hh-fp32-m8k")
     shares = [peaks["peak_mib"][FULL_STACK] / peaks["peak_mib"][peaks[key]] for key in ("trl_default", "trl_best")]
-    lines.append(f"| peak memory of the HH step, float32, above the resident model, as a share | {shares[0]:.2f} | {shares[1]:.2f} |")
+    lines.append(f"| peak memory of the HH step beyond the model, as a share | {shares[0]:.2f} | {shares[1]:.2f} |")
     return "\n".join(lines)
 
 
