@@ -1,6 +1,6 @@
 """Tensors only: the loss family, log-probs of answers, and the regimes of pairs. Imports nothing else of this package."""
 
-from pe_dpo.objective.head import LogitTransform, head_logprobs, is_frozen_linear
+from pe_dpo.objective.head import LogitTransform, head_logprobs
 from pe_dpo.objective.logprobs import AnswerLogprobs, answer_logprobs, token_logprobs
 from pe_dpo.objective.loss import PreferenceLoss, apply_link, preference_loss
 from pe_dpo.objective.regimes import QUADRANT_TITLES, QUADRANTS, Quadrant, RegimeTable, is_dead, regime_table, share_right
@@ -17,7 +17,6 @@ __all__ = [
     "apply_link",
     "head_logprobs",
     "is_dead",
-    "is_frozen_linear",
     "preference_loss",
     "regime_table",
     "share_right",
