@@ -20,7 +20,7 @@ from benchmarks.pairs import PAIRS_PER_STEP, ShapeName, tokenizer
 from benchmarks.results import temporary_folder
 from pe_dpo.data.batches import row_length
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.model.base import keep_weights_unpacked
+from pe_dpo.model.quantization import keep_weights_unpacked
 
 Precision = Literal["fp32", "fp32 autocast", "bf16", "bf16 autocast", "nf4/fp32 autocast", "nf4/bf16", "nf4/bf16 autocast"]
 PRECISIONS: dict[str, tuple[Precision, ...]] = {

@@ -28,10 +28,18 @@ MAY_IMPORT = {
     "model": {"objective", "recipe", "hub", "errors"},
     "evaluation": {"data", "model", "objective", "recipe", "errors"},
     "training": {"evaluation", "data", "model", "objective", "recipe", "errors"},
+    "deploy": {"training", "evaluation", "data", "model", "objective", "recipe", "hub", "errors"},
     "quickstart": {"training", "evaluation", "data", "model", "recipe", "errors"},
-    "cli": {"quickstart", "training", "evaluation", "data", "model", "objective", "recipe", "errors"},
+    "cli": {"quickstart", "deploy", "training", "evaluation", "data", "model", "objective", "recipe", "errors"},
 }
-ONLY_IN = {"bitsandbytes": ("model/base.py",), "peft": ("model/",), "typer": ("cli/",), "rich": ("cli/",), "matplotlib": ()}
+ONLY_IN = {
+    "bitsandbytes": ("model/quantization.py",),
+    "peft": ("model/",),
+    "typer": ("cli/",),
+    "rich": ("cli/",),
+    "gguf": ("deploy/gguf_file.py",),
+    "matplotlib": (),
+}
 NEVER_IN = {"torch": ("recipe/", "errors.py"), "transformers": ("recipe/", "objective/"), "pydantic": ("objective/", "model/")}
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "pydantic", "numpy", "yaml", "rich"}
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import as_reference, attach_adapter
-from pe_dpo.model.base import check_weights_unpacked, end_token_ids, four_bit_layers, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
 from pe_dpo.model.fingerprint import base_fingerprint
+from pe_dpo.model.quantization import check_weights_unpacked, four_bit_layers
 
 TOKENS = torch.arange(1, 41).reshape(2, 20)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pe_dpo.model import fingerprint
 from pe_dpo.model.adapter import REFERENCE, adapter_parameters, as_reference, attach_adapter, save_adapter, start_from_adapter
-from pe_dpo.model.base import four_bit_layers, inspect_base, load_base
+from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.model.fingerprint import (
     base_fingerprint,
     base_identity,
@@ -20,6 +20,7 @@ from pe_dpo.model.fingerprint import (
     remembered_fingerprint,
     tensor_fingerprints,
 )
+from pe_dpo.model.quantization import four_bit_layers
 from pe_dpo.model.reference_store import ReferenceStore
 
 TOKENS = torch.arange(1, 41).reshape(2, 20)

@@ -10,6 +10,7 @@ import typer
 
 from pe_dpo.cli.check import check
 from pe_dpo.cli.evaluate import evaluate
+from pe_dpo.cli.merge import merge
 from pe_dpo.cli.quickstart import quickstart
 from pe_dpo.cli.recipes import recipes
 from pe_dpo.cli.train import train
@@ -28,6 +29,7 @@ app.add_typer(recipes, name="recipes")
 app.command()(check)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(merge)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ def evaluate(
     target: Annotated[Path, typer.Argument(help="A run folder, a LoRA adapter, or a merged model.")],
     data: Annotated[str | None, typer.Option(help="Pairs to evaluate on; default: those the run held out.")] = None,
     base: Annotated[str | None, typer.Option(help="The adapter's base, or the reference of a merged model.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4, int8 or none; default: as in the run.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4, nf4-single, int8 or none; default: as in the run.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print metrics and intervals as JSON.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="Write every pair into this parquet file.")] = None,
 ) -> None:
@@ -20,8 +20,8 @@ def evaluate(
 
     if not target.is_dir():
         raise UsageError(f"{target}: no such folder; name a run, an adapter or a model on disk")
-    if quantize not in (None, "nf4", "int8", "none"):
-        raise UsageError(f"--quantize {quantize}: write nf4, int8 or none")
+    if quantize not in (None, "nf4", "nf4-single", "int8", "none"):
+        raise UsageError(f"--quantize {quantize}: write nf4, nf4-single, int8 or none")
     if pairs is not None and not pairs.parent.is_dir():
         raise UsageError(f"--pairs {pairs}: there is no folder {pairs.parent}; make it first")
 

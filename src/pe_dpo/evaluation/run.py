@@ -1,6 +1,5 @@
 """Evaluation of a run, an adapter or a merged model on preference pairs; one base in memory at a time."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,11 @@ from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored_pairs, set_metrics, wilson_interval
 from pe_dpo.evaluation.reference import Policy, open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.model.adapter import check_adapter, load_adapter_for_evaluation
-from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.evaluation.target import Kind, Target, check_same_base, find_target, load_target_tokenizer, read_record
+from pe_dpo.model.adapter import load_adapter_for_evaluation
+from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
 from pe_dpo.model.scoring import PairLogprobs
-from pe_dpo.recipe import Recipe, recipe_from_yaml
+from pe_dpo.recipe import Recipe
 
 INTERVALS = ("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token",
              "rewards/accuracies")  # fmt: skip
@@ -32,19 +32,13 @@ TOKENS = 4096
 class Evaluation(NamedTuple):
     """What an evaluation found."""
 
-    kind: Literal["run", "adapter", "model"]
+    kind: Kind
     scored: ScoredPairs
     pairs: list[EncodedPair]
     metrics: dict[str, float]
     """See `set_metrics`."""
     intervals: dict[str, tuple[float, float]]
     """95 % Wilson intervals of the metrics in INTERVALS that were measured."""
-
-
-class _Target(NamedTuple):
-    kind: Literal["run", "adapter", "model"]
-    recipe: Recipe
-    adapter: Path | None
 
 
 def evaluate(
@@ -71,9 +65,9 @@ def evaluate(
         UsageError: the target is nothing that can be evaluated, or `data` is missing.
         DataError, ModelError: as in training.
     """
-    found = _find_target(Path(target), data, base, quantize)
-    settings = found.recipe
-    tokenizer = _tokenizer(found)
+    found = find_target(Path(target), base=base, quantize=quantize)
+    settings = _settings(Path(target), found, data)
+    tokenizer = load_target_tokenizer(found)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = inspect_base(**settings.model.model_dump())
     pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say, progress)
@@ -85,7 +79,7 @@ def evaluate(
         policy, reference = _model_logprobs(settings, facts, other, pairs, device, say, progress)
     else:
         trained = Path(target) if found.kind == "run" and base is None and quantize is None else None
-        policy, reference = _adapter_logprobs(found, facts, pairs, trained, device, say, progress)
+        policy, reference = _adapter_logprobs(found.adapter, settings, facts, pairs, trained, device, say, progress)
     coefficients = settings.loss.coefficients()
     if reference is None:
         coefficients |= {"gamma": 0.0, "reference_floor": None}
@@ -99,7 +93,8 @@ def evaluate(
 
 
 def _adapter_logprobs(
-    found: _Target,
+    adapter: Path,
+    settings: Recipe,
     facts: BaseFacts,
     pairs: list[EncodedPair],
     run: Path | None,
@@ -108,15 +103,13 @@ def _adapter_logprobs(
     progress: Progress,
 ) -> tuple[PairLogprobs, PairLogprobs]:
     """Policy and reference of an adapter; `run` is where it was trained, if the base must be the one of then."""
-    assert found.adapter is not None, "the caller's branch"
-    settings = found.recipe
-    model = load_adapter_for_evaluation(load_base(facts, device=device), found.adapter)
+    model = load_adapter_for_evaluation(load_base(facts, device=device), adapter)
     scorer = choose_scorer(model, pairs, device=device, packing=settings.train.packing, say=say)
     budget = _budget(settings)
     policy: Policy = "step" if settings.reference.policy == "step" else "auto"
     stored = open_reference(model, facts, scorer, policy=policy, token_budget=budget, path=settings.reference.store, say=say)
     if run is not None:
-        _check_same_base(run, facts, stored.base_fingerprint, say)
+        check_same_base(run, facts, stored.base_fingerprint, say)
     scored = score_pairs(model, pairs, scorer, token_budget=budget, progress=partial(progress, "scoring, policy"))
     stored.recheck(pairs)
     reference = stored.logprobs(pairs, partial(progress, "scoring, reference"))
@@ -148,67 +141,22 @@ def _budget(settings: Recipe) -> int:
     return TOKENS if wish == "auto" else wish
 
 
-def _find_target(target: Path, data: str | None, base: str | None, quantize: str | None) -> _Target:
-    overrides: dict[str, Any] = {"model": {}, "data": {}}
-    if (target / "run.json").is_file() and (target / "recipe.yaml").is_file():
-        recipe = recipe_from_yaml((target / "recipe.yaml").read_text(encoding="utf-8"), str(target / "recipe.yaml"))
-        model = recipe.model.model_copy(update={k: v for k, v in (("base", base), ("quantize", quantize)) if v is not None})
-        if not (target / "adapter_model.safetensors").is_file():
-            status = _record(target).get("status", "unknown")
-            again = f"pe-dpo train {target / 'recipe.yaml'} --resume"
-            raise UsageError(f"{target}: this run has no adapter yet (status: {status}); finish it with: {again}")
-        return _Target("run", recipe.model_copy(update={"model": model}), target)
+def _settings(target: Path, found: Target, data: str | None) -> Recipe:
+    """The recipe of a run; for anything else the one that would train it on the data to evaluate on."""
+    if found.recipe is not None:
+        return found.recipe
     if data is None:
         raise UsageError(f"{target}: is not a run folder, so there are no held-out pairs of its own; name them with --data")
-    overrides["data"] = {"train": data}
-    if (target / "adapter_config.json").is_file():
-        named = base or check_adapter(target).base_model_name_or_path
-        if not named:
-            raise UsageError(f"{target}: does not say which base it belongs to; name it with --base")
-        overrides["model"] = {"base": str(named), "quantize": quantize or "auto"}
-        return _Target("adapter", Recipe.model_validate({**overrides, "output": str(target)}), target)
-    if (target / "config.json").is_file():
-        overrides["model"] = {"base": str(target), "quantize": quantize or "none"}
-        return _Target("model", Recipe.model_validate({**overrides, "output": str(target)}), None)
-    raise UsageError(
-        f"{target}: is neither a run (run.json), an adapter (adapter_config.json) nor a model (config.json); "
-        "name the folder of one of them"
-    )
-
-
-def _tokenizer(found: _Target) -> Any:
-    """The tokenizer beside the adapter where there is one (a plain PEFT folder may have none), else the base's."""
-    if found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(found.adapter))
-    return load_tokenizer(found.recipe.model.base, revision=found.recipe.model.revision)
-
-
-def _record(run: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{run / 'run.json'}: cannot be read: {error}; evaluate the adapter with --data and --base") from error
-    return content if isinstance(content, dict) else {}
+    return Recipe.model_validate({"model": found.model.model_dump(), "data": {"train": data}, "output": str(target)})
 
 
 def _check_same_pairs(run: Path, pairs: list[EncodedPair]) -> None:
-    recorded = _record(run).get("hashes", {}).get("held_out")
+    recorded = read_record(run).get("hashes", {}).get("held_out")
     if recorded is not None and recorded != data_hash(pairs):
         raise UsageError(
             f"{run}: the data are not those of the run any more, so its held-out pairs cannot be told from those it "
             "trained on; restore them, or name other pairs with --data"
         )
-
-
-def _check_same_base(run: Path, facts: BaseFacts, fingerprint: str, say: Callable[[str], None]) -> None:
-    record = _record(run)
-    recorded, trained = record.get("hashes", {}).get("base"), record.get("base", {})
-    if recorded is None or recorded == fingerprint:
-        return
-    dtype = str(facts.dtype).removeprefix("torch.")
-    if (trained.get("quantize"), trained.get("dtype")) == (facts.quantize, dtype):
-        raise UsageError(f"{run}: {facts.base} is not the base of the run any more; restore it, or name the base with --base")
-    say(f"look: trained on {trained.get('quantize')}/{trained.get('dtype')}, evaluated on {facts.quantize}/{dtype}")
 
 
 def _held_out_pairs(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,11 +97,11 @@ def start_from_adapter(
     return _in_float32(model).train()
 
 
-def check_adapter(folder: str | Path) -> Any:
-    """Return the PEFT config of a LoRA adapter whose reference is well defined.
+def read_adapter_config(folder: str | Path) -> Any:
+    """Return the PEFT config of a saved LoRA adapter.
 
     Raises:
-        ModelError: as `start_from_adapter`.
+        ModelError: there is no adapter, or one of another kind.
     """
     from peft import PeftConfig
 
@@ -113,6 +114,16 @@ def check_adapter(folder: str | Path) -> Any:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         raise ModelError(f"{folder}: is a {kind} adapter; only LoRA is supported")
+    return config
+
+
+def check_adapter(folder: str | Path) -> Any:
+    """Return the PEFT config of a LoRA adapter whose reference is well defined.
+
+    Raises:
+        ModelError: as `start_from_adapter`.
+    """
+    config = read_adapter_config(folder)
     if config.bias != "none":
         raise ModelError(f"{folder}: has bias={config.bias}, which stays on when adapters are off and moves the reference")
     if config.modules_to_save:
@@ -147,6 +158,57 @@ def load_adapter_for_evaluation(base: nn.Module, folder: str | Path) -> Any:
     return _in_float32(model).eval()
 
 
+def add_finished_adapter(model: Any, folder: str | Path, name: str = POLICY) -> Any:
+    """Return a base, or a PEFT model, with any finished LoRA adapter that PEFT can load, active and in eval mode.
+
+    Unlike `load_adapter_for_evaluation` it takes adapters that adapters-off does not undo (trained biases, whole modules): what
+    a base does must be measured before.
+
+    Args:
+        model: a loaded base, or a PEFT model around it.
+        folder: as PEFT saves it.
+        name: of the adapter in the model.
+
+    Raises:
+        ModelError: it does not fit the base.
+    """
+    from peft import PeftModel
+
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            model.set_adapter(name)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    return _in_float32(model).eval()
+
+
+def switch_on_both(model: Any) -> None:
+    """Let both adapters of a PEFT model act, the trained one on top of the other."""
+    model.base_model.set_adapter([REFERENCE, POLICY], inference_mode=True)
+
+
+def expected_tensors(base: nn.Module, config: Any) -> set[str]:
+    """Return the names of the tensors that an adapter of this configuration has, as PEFT saves them.
+
+    Args:
+        base: may be without weights.
+        config: of the adapter.
+
+    Raises:
+        ModelError: no module of the base matches the configuration.
+    """
+    from peft import PeftModelForCausalLM, get_peft_model_state_dict
+
+    try:
+        model = PeftModelForCausalLM(base, deepcopy(config), adapter_name=POLICY, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ModelError(f"the adapter does not fit this base: {str(error).splitlines()[0]}") from error
+    return set(get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False))
+
+
 @contextmanager
 def as_reference(model: Any) -> Iterator[Any]:
     """Within the block, without gradients, `model` is the reference π0; afterwards it is the policy again, trainable as before.
@@ -175,6 +237,19 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     """
     names = [POLICY, *([REFERENCE] if REFERENCE in model.peft_config else [])]
     model.save_pretrained(str(folder), selected_adapters=names, save_embedding_layers=False)
+
+
+def write_adapter_config(folder: str | Path, *, base: str | None, **settings: Any) -> None:
+    """Write the adapter_config.json of a LoRA adapter.
+
+    Args:
+        folder: of the adapter.
+        base: path or hub id of its base.
+        settings: fields of PEFT's LoraConfig.
+    """
+    from peft import LoraConfig
+
+    LoraConfig(base_model_name_or_path=base, inference_mode=True, **settings).save_pretrained(str(folder))
 
 
 def restore_adapter(model: Any, folder: str | Path) -> None:

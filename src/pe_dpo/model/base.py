@@ -1,6 +1,5 @@
-"""The base model: found, loaded once, quantized if asked, and kept from changing behind our back."""
+"""The base model: found, loaded once, quantized if asked."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,8 +9,9 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
+from pe_dpo.model.quantization import Quantization, four_bit_layers, keep_weights_unpacked, quantization_config
 
-Quantize = Literal["auto", "nf4", "int8", "none"]
+Quantize = Quantization | Literal["auto"]
 
 LARGE_BASE = 1_000_000_000
 """Parameters from which `quantize: auto` means nf4: below, 16-bit weights take under 2 GB anyway."""
@@ -25,7 +25,7 @@ class BaseFacts(NamedTuple):
     config: Any
     parameters: int
     context_length: int | None
-    quantize: Literal["nf4", "int8", "none"]
+    quantize: Quantization
     dtype: torch.dtype
 
 
@@ -60,11 +60,7 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
             f"{base}: is already quantized ({method}); name the original base and let model.quantize do it, so that the run "
             "knows exactly which weights it trained on"
         )
-    try:
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
-        raise ModelError(f"{base}: its config.json describes no model that can be built: {_first_line(error)}") from error
+    parameters = sum(p.numel() for p in empty_model(base, config).parameters())
     text = config.get_text_config()
     return BaseFacts(
         base=base,
@@ -75,6 +71,21 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
         quantize=quantize if quantize != "auto" else "nf4" if parameters >= LARGE_BASE else "none",
         dtype=compute_dtype(dtype),
     )
+
+
+def empty_model(base: str, config: Any) -> Any:
+    """Return the model that a configuration describes, without weights.
+
+    Raises:
+        ModelError: it describes none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{base}: its config.json describes no model that can be built: {_first_line(error)}") from error
 
 
 def compute_dtype(dtype: str) -> torch.dtype:
@@ -105,7 +116,7 @@ def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Mod
             local_files_only=_is_local(facts.base),
             dtype=facts.dtype,
             device_map={"": device},
-            quantization_config=_quantization(facts),
+            quantization_config=quantization_config(facts.quantize, facts.dtype),
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -122,6 +133,18 @@ def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Mod
             if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name):
                 setattr(module, name, 0.0)
     return model.requires_grad_(False).train()
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a loaded base, with or without adapters, compute in another dtype; 4-bit codes and adapters stay what they are.
+
+    In place, and not to be undone: weights that were rounded to 16 bits stay rounded. For measuring what a dtype does.
+    """
+    for _, layer in four_bit_layers(model):
+        layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -160,58 +183,6 @@ def end_token_ids(base: str, *, revision: str | None = None) -> list[int]:
         return []
     ends = generation.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield name and module of every 4-bit linear layer."""
-    if not getattr(model, "is_loaded_in_4bit", False):
-        return
-    from bitsandbytes.nn import Linear4bit
-
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            yield name, module
-
-
-def keep_weights_unpacked(model: nn.Module) -> None:
-    """Switch off bitsandbytes' repacking of 4-bit weights on CPUs with avx512_bf16.
-
-    There, the first forward in eval mode whose input needs no gradient rewrites the weights for a kernel that has no
-    backward: LoRA gradients are then wrong by 94 %, and merging returns another model, both without an error. The attribute
-    is public and per layer. bitsandbytes 0.50.2; remove when its packing keeps a backward.
-    """
-    for _, layer in four_bit_layers(model):
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-
-
-def check_weights_unpacked(model: nn.Module) -> None:
-    """Check that no 4-bit weight was repacked; call before training, saving and merging.
-
-    Raises:
-        ModelError: naming the first layer whose weights were repacked, by an evaluation outside this program, say.
-    """
-    for name, layer in four_bit_layers(model):
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            raise ModelError(
-                f"{name}: its 4-bit weights were repacked for the CPU's inference kernel, which has no gradient; load the base "
-                "again and call keep_weights_unpacked before the first forward"
-            )
-
-
-def _quantization(facts: BaseFacts) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if facts.quantize == "none":
-        return None
-    if facts.quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=facts.dtype,
-    )
 
 
 def _is_local(base: str) -> bool:

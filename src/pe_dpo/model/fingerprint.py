@@ -10,7 +10,8 @@ read; with it the hash of a large base is remembered from run to run.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +46,43 @@ def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
     Shape and dtype count. Tied weights appear once, under the first of their names in the alphabet.
     """
     return _hashes({name: tensor for name, tensor in _named_tensors(model) if not _is_adapter(name)})
+
+
+def parameter_fingerprints(model: nn.Module) -> dict[str, str]:
+    """Return sha256 (hex) of each parameter and persistent buffer, codes and scales of a quantized one taken together."""
+    whole: dict[str, dict[str, str]] = {}
+    for name, value in tensor_fingerprints(model).items():
+        head, weight, part = name.partition(".weight.")
+        whole.setdefault(f"{head}.weight" if weight else name, {})[part] = value
+    return {name: _of_parts(parts) for name, parts in whole.items()}
+
+
+def parameter_fingerprint(parameter: Any) -> str:
+    """Return sha256 (hex) of one parameter, quantized or not, as `parameter_fingerprints` has it."""
+    state = getattr(parameter, "quant_state", None)
+    scales = {} if state is None else state.as_dict(packed=True)
+    return _of_parts({part: _sha256(tensor) for part, tensor in {"": parameter.data, **scales}.items()})
+
+
+def file_fingerprints(folder: str | Path, names: Iterable[str], *, believe_names: bool = False) -> dict[str, str]:
+    """Return sha256 (hex) of files, by name.
+
+    Args:
+        folder: where they lie.
+        names: of the files.
+        believe_names: take the name of a file in the hub's cache, which is the sha256 of a large one, without reading it.
+    """
+
+    def sha256(name: str) -> str:
+        path = (Path(folder) / name).resolve()
+        if believe_names and re.fullmatch("[0-9a-f]{64}", path.name):
+            return path.name
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    ordered = sorted(names)
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        return dict(zip(ordered, pool.map(sha256, ordered), strict=True))
 
 
 def reference_fingerprint(model: nn.Module, *, base: str | None = None) -> str:
@@ -179,6 +217,11 @@ def _hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda name: _sha256(tensors[name]), names)
         return dict(sorted(zip(names, digests, strict=True)))
+
+
+def _of_parts(parts: dict[str, str]) -> str:
+    """The hash of a plain tensor is its own; that of a quantized one is over its parts."""
+    return parts[""] if set(parts) == {""} else _sha256_of_lines(parts)
 
 
 def _sha256(tensor: torch.Tensor) -> str:

@@ -45,8 +45,9 @@ class ModelSection(Section):
 
     base: Location = Field(description="Path or hub id of a causal language model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    quantize: Literal["auto", "nf4", "int8", "none"] = Field(
-        "auto", description="auto: nf4 with double quantization from a billion parameters on, else none."
+    quantize: Literal["auto", "nf4", "nf4-single", "int8", "none"] = Field(
+        "auto",
+        description="nf4 is double quantized, nf4-single is not. auto: nf4 from a billion parameters on, else none.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute dtype. auto: bfloat16 on a GPU that has it, else float32. Adapters stay in float32."

@@ -27,7 +27,7 @@ def model_card(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, 
             "",
             "## Held-out pairs",
             "",
-            *_table(before, after),
+            *held_out_table(before, after),
             "",
             "## Recipe",
             "",
@@ -39,7 +39,8 @@ def model_card(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, 
     )
 
 
-def _table(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+def held_out_table(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Return the lines of a markdown table of held-out accuracy and loss; one line of words where nothing was held out."""
     if not after:
         return ["No pairs were held out."]
     pairs = int(after["pairs"])

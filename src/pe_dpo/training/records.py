@@ -8,18 +8,17 @@ from typing import Any
 from pe_dpo.data import PreparedData
 from pe_dpo.evaluation.held_out import save_pairs
 from pe_dpo.evaluation.pairs import ScoredPairs
-from pe_dpo.model.base import BaseFacts, four_bit_layers
+from pe_dpo.model.fingerprint import file_fingerprints
 from pe_dpo.recipe import Recipe, describe
 from pe_dpo.training.checkpoints import checkpoint_step, newest_whole_checkpoint, write_atomically
 from pe_dpo.training.model_card import model_card
-from pe_dpo.training.run_folder import check_same_inputs, read_run, rewind_metrics, update_run, versions
+from pe_dpo.training.run_folder import BASE_FILE, check_same_inputs, read_run, rewind_metrics, update_run, versions
 
 
 def start_records(
     folder: Path,
     recipe: Recipe,
-    facts: BaseFacts,
-    model: Any,
+    describe_base: Callable[[], Mapping[str, Any]],
     data: PreparedData,
     hashes: Mapping[str, str],
     say: Callable[[str], None],
@@ -38,18 +37,13 @@ def start_records(
         rewind_metrics(folder, checkpoint_step(checkpoint) if checkpoint else -1)
         return checkpoint
     is_base = recipe.adapter.reference != "adapter"
+    base = describe_base()
+    write_atomically(folder / BASE_FILE, json.dumps(base, indent=1))
     update_run(
         folder,
         versions=versions(),
         hashes=dict(hashes),
-        base={
-            "id": recipe.model.base,
-            "revision": getattr(model.config, "_commit_hash", None) or recipe.model.revision,
-            "quantize": facts.quantize,
-            "dtype": str(facts.dtype).removeprefix("torch."),
-            "parameters": facts.parameters,
-            "quantized_layers": [name for name, _ in four_bit_layers(model)],
-        },
+        base={key: base[key] for key in ("id", "revision", "quantize", "dtype", "parameters", "quantized_layers")},
         reference_card={
             "is": "the base with adapters off" if is_base else f"a frozen copy of {recipe.adapter.start}",
             "base_sha256": hashes["base"],
@@ -77,4 +71,7 @@ def finish_records(
     if held_out is not None:
         save_pairs(held_out, data.held_out, folder / "eval_pairs.parquet")
     write_atomically(folder / "README.md", model_card(recipe, before, after))
-    update_run(folder, status="finished", step=step, before=dict(before), after=dict(after), remarks=list(remarks))
+    adapter = "adapter_model.safetensors"
+    hashes = {**read_run(folder)["hashes"], "adapter": file_fingerprints(folder, [adapter])[adapter]}
+    measured = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
+    update_run(folder, status="finished", step=step, **measured, hashes=hashes)

@@ -21,14 +21,9 @@ from pe_dpo.model.adapter import (
     save_adapter,
     start_from_adapter,
 )
-from pe_dpo.model.base import (
-    BaseFacts,
-    check_weights_unpacked,
-    end_token_ids,
-    inspect_base,
-    load_base,
-    load_tokenizer,
-)
+from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.provenance import base_record
+from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths
 from pe_dpo.training.arguments import check_trackers, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
@@ -150,12 +145,13 @@ def _train(
     """Load, check, train, measure; `folder` is None in every process but the one that writes."""
     from accelerate.utils import broadcast_object_list
 
-    facts, _, data = prepared
+    facts, tokenizer, data = prepared
     stop = StopOnSignal()
     trainer = build_trainer(recipe, prepared, say=say, callbacks=[MetricsFile(Path(recipe.output)), stop, *callbacks])
     model, reference = trainer.model, trainer.reference
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": reference.base_fingerprint}
-    checkpoint = start_records(folder, recipe, facts, model, data, hashes, say) if folder else None
+    describe_base = partial(base_record, model, facts, tokenizer)
+    checkpoint = start_records(folder, recipe, describe_base, data, hashes, say) if folder else None
     checkpoint = broadcast_object_list([checkpoint])[0]
     start = _check_start(trainer, recipe)
     say(_start_line(start))
@@ -182,7 +178,7 @@ def _train(
         update_run(folder, status="interrupted", step=result.steps)
     elif folder:
         save_adapter(model, folder)
-        prepared.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         finish_records(folder, recipe, data, last, before=before, after=after, step=result.steps, remarks=remarks)
     trainer.accelerator.wait_for_everyone()
     return result

@@ -4,6 +4,7 @@ adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEF
 README.md            model card
 recipe.yaml          resolved; training it again repeats the run
 run.json             status, versions, hashes, reference card, held-out metrics before and after
+base.json            what the base was, file by file and tensor by tensor
 metrics.jsonl        one line per logged step and per evaluation
 data_report.json     what became of every row
 eval_pairs.parquet   held-out pairs one by one
@@ -24,7 +25,7 @@ from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.training.checkpoints import checkpoints, write_atomically
 
-RUN_FILE, RECIPE_FILE, METRICS_FILE = "run.json", "recipe.yaml", "metrics.jsonl"
+RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "base.json"
 
 FREE_TO_CHANGE = (
     "output",
@@ -43,7 +44,8 @@ FREE_TO_CHANGE = (
 
 
 _OURS = {
-    *(RUN_FILE, RECIPE_FILE, METRICS_FILE, "README.md", "data_report.json", "eval_pairs.parquet", ".staging", "reference"),
+    *(RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE),
+    *("README.md", "data_report.json", "eval_pairs.parquet", ".staging", "reference"),
     *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
     "runs",  # what the tensorboard tracker writes

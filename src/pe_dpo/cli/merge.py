@@ -1,0 +1,151 @@
+"""`pe-dpo merge`."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def merge(
+    target: Annotated[Path, typer.Argument(help="A finished run, or any LoRA adapter.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the merged model; must not exist.")] = None,
+    onto: Annotated[str, typer.Option(help="dequantized (what was trained), original, or adapter (no merge).")] = "dequantized",
+    compare: Annotated[bool, typer.Option("--compare", help="Measure all ways to serve; with -o, merge after it.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto (the base's own), bf16, fp16 or fp32.")] = "auto",
+    rounding: Annotated[str, typer.Option(help="auto, nearest or stochastic.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
+    sft: Annotated[Path | None, typer.Option(help="An adapter that was active under this one in training.")] = None,
+    data: Annotated[str | None, typer.Option(help="Pairs to verify on; default: those the run held out.")] = None,
+    pairs: Annotated[int | None, typer.Option(min=0, help="How many: default 32, and 200 to compare; 0: tensors only.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base lies now, if it moved.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Of a foreign adapter: nf4, nf4-single, int8 or none.")] = None,
+    allow_base_mismatch: Annotated[bool, typer.Option("--allow-base-mismatch", help="Merge onto another base.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write a merge that failed verification; its report says so.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Merge adapter and base into one model, and prove that it does what was trained; write nothing where it does not."""
+    from pe_dpo.errors import UsageError
+
+    for name, value, known in (
+        ("--onto", onto, ("dequantized", "original", "adapter")),
+        ("--dtype", dtype, ("auto", "bf16", "fp16", "fp32")),
+        ("--rounding", rounding, ("auto", "nearest", "stochastic")),
+        ("--quantize", quantize, (None, "nf4", "nf4-single", "int8", "none")),
+    ):
+        if value not in known:
+            raise UsageError(f"{name} {value}: write {', '.join(word for word in known if word)}")
+    if not target.is_dir():
+        raise UsageError(f"{target}: no such folder; name a run or an adapter on disk")
+    if output is None and not compare:
+        raise UsageError("name the folder of the merged model with -o, or ask for --compare")
+
+    from pe_dpo.cli import console
+
+    console.quiet_libraries()
+
+    def quiet(line: str) -> None:
+        return None
+
+    say = quiet if json else console.say
+    common: dict[str, Any] = {
+        "data": data,
+        "base": base,
+        "quantize": quantize,
+        "sft": sft,
+        "allow_base_mismatch": allow_base_mismatch,
+        "say": say,
+        "progress": console.counter(),
+    }
+    written: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed}
+    found: dict[str, Any] = {}
+    if compare:
+        found["compared"] = _compare(target, output, 200 if pairs is None else pairs, {**common, **written}, show=not json)
+    if output is not None:
+        common["pairs"] = 32 if pairs is None else pairs
+        if onto == "adapter":
+            found |= _package(target, output, common, show=not json)
+        else:
+            found |= _merge(target, output, {**common, **written, "onto": onto, "force": force}, show=not json)
+    if json:
+        typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
+
+
+def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
+    from pe_dpo.cli import console
+    from pe_dpo.deploy.merge import merge as run
+
+    report = run(target, output, **settings).report
+    if not show:
+        return report
+    kept = [tensor["kept"] for tensor in report["tensors"] if tensor["kept"] is not None]
+    if kept:
+        spread = f"per tensor {min(kept):.3f} to {max(kept):.3f}"
+        console.say(f"{report['mean_kept']:.4f} of the update is in the files ({spread}, {len(report['tensors'])} tensors)")
+    if report["held_out"]:
+        _show_held_out(report)
+    for fault in report["faults"]:
+        console.say(f"look: {fault}")
+    console.say(f"{report['verdict']}: {output}")
+    console.say(f"serve it: vllm serve {output}   export it: pe-dpo export {output} -o {output}-gguf --gguf q8_0")
+    return report
+
+
+def _show_held_out(report: dict[str, Any]) -> None:
+    from pe_dpo.cli import console
+
+    rows = []
+    for title, key, shape in (
+        ("KL(trained ‖ it), nats a position", "kl", "{:.2e}"),
+        ("… relative to what training changed", "relative_kl", "{:.2e}"),
+        ("preference shift, nats a pair", "shift", "{:+.4f}"),
+        ("… share of the trained one kept", "shift_kept", "{:.4f}"),
+        ("same most likely token", "top1", "{:.2%}"),
+    ):
+        columns = [report["held_out"], report["noise_floor"]]
+        rows.append([title, *("–" if one is None or one[key] is None else shape.format(one[key]) for one in columns)])
+    title = f"{report['held_out_pairs']} held-out pairs; trained shift {report['held_out']['shift_trained']:+.4f}"
+    console.show_table(title, ["", "merged", "trained, other dtype"], rows)
+    change = report["against_the_quantized_base"]
+    if change:
+        console.say(
+            f"look: against what was trained on the quantized base: relative KL {change['relative_kl']:.2e}, "
+            f"shift {change['shift']:+.4f} (trained {change['shift_trained']:+.4f})"
+        )
+
+
+def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
+    from pe_dpo.cli import console
+    from pe_dpo.deploy.adapter_package import package_adapter
+
+    done = package_adapter(target, output, **settings)
+    if show:
+        console.say(f"adapter, tokenizer and the recipe of its base: {output}")
+        for line in done.commands:
+            console.say(line)
+    held_out = done.held_out._asdict() if done.held_out else None
+    return {"folder": str(done.folder), "held_out": held_out, "commands": done.commands}
+
+
+def _compare(
+    target: Path, output: Path | None, pairs: int, settings: dict[str, Any], *, show: bool
+) -> list[dict[str, Any]]:
+    from pe_dpo.cli import console
+    from pe_dpo.deploy.compare import compare_merges
+    from pe_dpo.evaluation.pairs import wilson_interval
+
+    done = compare_merges(target, pairs=pairs, work=output.absolute().parent if output else None, **settings)
+    rows = []
+    for name, found, kept in done.candidates:
+        low, high = wilson_interval(found.accuracy, done.pairs)
+        relative = "–" if found.relative_kl is None else f"{found.relative_kl:.1e}"
+        accuracy = f"{found.accuracy:.3f} [{low:.3f}, {high:.3f}]"
+        share = "–" if kept is None else f"{kept:.3f}"
+        rows.append([name, accuracy, f"{found.shift:+.4f}", relative, f"{found.nll:.4f}", share])
+    if show:
+        header = ["", "accuracy", "shift", "rel. KL", "NLL", "ΔW kept"]
+        console.show_table(f"{done.pairs} held-out pairs (95 % Wilson intervals; nats)", header, rows)
+    return [
+        {"name": name, **found._asdict(), "relative_kl": found.relative_kl, "kept": kept}
+        for name, found, kept in done.candidates
+    ]

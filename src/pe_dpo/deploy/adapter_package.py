@@ -1,0 +1,116 @@
+"""`merge --onto adapter`: nothing merged; the adapter as servers load it, with the recipe of the base that it belongs to."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pe_dpo.data.encoding import Progress
+from pe_dpo.deploy.carry import base_licence, carry_tokenizer
+from pe_dpo.deploy.serving import adapter_commands, adapter_in_python
+from pe_dpo.deploy.source import Source, open_source, with_sft
+from pe_dpo.deploy.staging import check_free, staged
+from pe_dpo.deploy.trained import measure_adapter, measure_trained
+from pe_dpo.deploy.verify import Agreement, agreement, doubts
+from pe_dpo.errors import MergeRefused
+
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+class PackagedAdapter(NamedTuple):
+    """An adapter that was written."""
+
+    folder: Path
+    held_out: Agreement | None
+    """Of two adapters in one: against the two. None where the adapter was copied, bit for bit."""
+    commands: list[str]
+
+
+def package_adapter(
+    target: str | Path,
+    output: str | Path,
+    *,
+    sft: str | Path | None = None,
+    data: str | None = None,
+    pairs: int = 32,
+    base: str | None = None,
+    quantize: str | None = None,
+    allow_base_mismatch: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda what, done, total: None,
+) -> PackagedAdapter:
+    """Write an adapter, its tokenizer and the recipe of its base; with `sft`, two adapters as one.
+
+    Args and errors as `merge.merge`.
+    """
+    output = Path(output)
+    check_free(output)
+    wanted = pairs if sft else 0
+    source = open_source(Path(target), data=data, pairs=wanted, base=base, quantize=quantize, say=say, progress=progress)
+    with with_sft(source, sft) as source, staged(output) as folder:
+        for name in FILES:
+            shutil.copyfile(source.adapter.folder / name, folder / name)
+        held_out = _verify(source, output, allow_base_mismatch, say) if source.pairs else None
+        carry_tokenizer(source.tokenizer, folder)
+        facts = _base(source)
+        (folder / "base.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        rank = max(tensor.shape[0] for tensor in source.adapter.tensors if ".lora_A" in tensor.name)
+        commands = adapter_commands(str(output), facts, rank)
+        (folder / "README.md").write_text(_card(source, facts, commands), encoding="utf-8")
+    return PackagedAdapter(output, held_out, commands)
+
+
+def _verify(source: Source, output: Path, allow_base_mismatch: bool, say: Callable[[str], None]) -> Agreement:
+    """Two adapters in one against the two, on the pairs."""
+    other = torch.bfloat16 if source.facts.dtype == torch.float32 else torch.float32
+    found = measure_trained(source, source.facts, dtype=other, allow_base_mismatch=allow_base_mismatch, say=say)
+    held_out = agreement(measure_adapter(source), found.trained, found.reference)
+    floor = agreement(found.floor, found.trained, found.reference) if found.floor else None
+    wrong = doubts(held_out, floor)
+    if wrong:
+        raise MergeRefused("\n  ".join([f"{output}: was not written: the one adapter does not do what the two did:", *wrong]))
+    return held_out
+
+
+def _base(source: Source) -> dict[str, Any]:
+    if source.record is not None:
+        return dict(source.record)
+    facts = source.facts
+    return {
+        "id": facts.base,
+        "revision": facts.revision,
+        "quantize": facts.quantize,
+        "dtype": str(facts.dtype).removeprefix("torch."),
+    }
+
+
+def _card(source: Source, base: dict[str, Any], commands: list[str]) -> str:
+    licence = base_licence(source.base_folder)
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {source.facts.base}",
+            "library_name: peft",
+            "pipeline_tag: text-generation",
+            "tags: [lora, preference-optimization, pe-dpo]",
+            *([f"license: {licence}"] if licence else []),
+            "---",
+            "",
+            "# A LoRA adapter tuned on preference pairs",
+            "",
+            f"Belongs to `{source.facts.base}`, loaded as in training: {base['quantize']}, {base['dtype']}. On another",
+            "quantization, or the original weights, it is another model.",
+            "",
+            "```",
+            *commands,
+            "```",
+            "",
+            "```python",
+            adapter_in_python(".", base),
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,101 @@
+"""The model card of a merged model: where it comes from, how it was trained, and the proof that this is what was trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from pe_dpo.deploy.source import Source
+from pe_dpo.recipe import describe, recipe_to_yaml
+from pe_dpo.training.model_card import held_out_table
+
+
+def merged_card(source: Source, report: Mapping[str, Any], *, licence: str | None) -> str:
+    """Return the card as markdown with the metadata that hubs read.
+
+    Args:
+        source: what was merged.
+        report: of the merge.
+        licence: of the base, as its card names it.
+    """
+    metadata = {
+        "base_model": source.facts.base,
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["preference-optimization", "pe-dpo"],
+        **({"license": licence} if licence else {}),
+    }
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+            "---",
+            "",
+            "# A model tuned on preference pairs",
+            "",
+            f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. A LoRA adapter, merged in {report['dtype']}.",
+            "",
+            *_training(source),
+            "## The merge",
+            "",
+            *_merge(report),
+            "",
+            "## Serve",
+            "",
+            "```",
+            "vllm serve FOLDER                         # or: transformers serve, text-generation-inference",
+            "```",
+            "",
+        ]
+    )
+
+
+def _training(source: Source) -> list[str]:
+    if source.recipe is None:
+        return ["The adapter was not trained by pe-dpo; nothing is known here of its data and loss.", ""]
+    data = source.run.get("hashes", {}).get("data", "unknown")
+    return [
+        "## Loss",
+        "",
+        *(f"- {line}" for line in describe(source.recipe.loss).lines()),
+        "",
+        "## Data",
+        "",
+        f"`{source.recipe.data.train}`, sha256 of the encoded pairs `{data}`.",
+        "",
+        "## Held-out pairs, before and after training",
+        "",
+        *held_out_table(source.run.get("before", {}), source.run.get("after", {})),
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe_to_yaml(source.recipe).rstrip(),
+        "```",
+        "",
+    ]
+
+
+def _merge(report: Mapping[str, Any]) -> list[str]:
+    base = report["base"]
+    checked = "checked tensor by tensor against training" if base["was_checked"] else "not checked: there is no record of it"
+    how = (
+        f"Onto the {report['onto']} weights of the base (in training: {base['quantize_in_training']}), rounding "
+        f"{report['rounding']}. The base was {checked}."
+    )
+    kept = report["mean_kept"]
+    lines = [how, "", f"- share of the update in the files: {'nothing to keep' if kept is None else f'{kept:.4f}'}"]
+    found, floor = report["held_out"], report["noise_floor"]
+    if found is None:
+        return [*lines, "- not verified on pairs"]
+    relative = found["relative_kl"]
+    lines += [
+        f"- on {report['held_out_pairs']} held-out pairs, KL(trained ‖ merged) {found['kl']:.2e} nats a position"
+        + ("" if relative is None else f", {relative:.4f} of what training changed"),
+        f"- preference shift {found['shift']:+.4f} nats a pair, trained {found['shift_trained']:+.4f}",
+        f"- same most likely token at {found['top1']:.2%} of positions",
+    ]
+    if floor is not None:
+        lines.append(f"- the trained model itself, in another dtype: KL {floor['kl']:.2e}, shift {floor['shift']:+.4f}")
+    return [*lines, *(f"- **{fault}**" for fault in report["faults"])]

@@ -1,0 +1,75 @@
+"""A folder that appears whole or not at all: put together beside its place under a hidden name, synced, renamed.
+
+    .OUT.staging/ … files, fsync … rename → OUT
+
+A kill at any moment leaves nothing under OUT, and what it left beside is swept by the next start.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pe_dpo.errors import ModelError, UsageError
+from pe_dpo.training.run_folder import locked
+
+
+def check_free(output: Path) -> None:
+    """Check that nothing lies where a folder is to appear.
+
+    Raises:
+        UsageError: something does, or there is no folder to make it in.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"{output}: is not empty; choose another -o")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: is a file; -o is a folder")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: there is no folder {output.absolute().parent}; make it first")
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `output` at the end of the block, unless the block raises.
+
+    Raises:
+        UsageError: `output` is taken, or another process is making it.
+        ModelError: the disk is full, or cannot be written.
+    """
+    check_free(output)
+    output = output.absolute()
+    staging = output.with_name(f".{output.name}.staging")
+    with locked(staging) as folder:
+        try:
+            _sweep(folder)
+            yield folder
+            _sync(folder)
+            check_free(output)
+            (folder / ".lock").unlink()
+            folder.rename(output)
+            _sync_entry(output.parent)
+        except OSError as error:
+            raise ModelError(f"{output}: cannot be written: {error.strerror or error}; nothing was left there") from error
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    for path in (*sorted(path for path in folder.rglob("*") if path.is_file()), folder):
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,219 @@
+"""The merge itself, tensor by tensor from files to files; memory is bounded by the largest tensor, never by the model.
+
+    dequantized   Ŵ = round(dequantize(quantize(W)) + ΔW)      all in float32, rounded once; what was 4-bit in training
+    original      Ŵ = round(W + ΔW)
+
+Values of 4-bit codes in float32 lie between those of the 16-bit grid, so that one rounding loses nothing on average. A 16-bit
+W lies on the grid, and there every |ΔW| below half a step is lost by rounding to nearest; stochastic rounding keeps its mean.
+
+    kept = ⟨Ŵ − W, ΔW⟩ / ⟨ΔW, ΔW⟩      1 where all of the update is in the file, 0 where nothing
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pe_dpo.deploy.plan import Output
+from pe_dpo.errors import ModelError
+from pe_dpo.model.fingerprint import parameter_fingerprint
+from pe_dpo.model.quantization import FOUR_BIT, Quantization, dequantized, quantized_parameter
+from pe_dpo.model.tensor_files import TensorFiles, TensorWriter
+from pe_dpo.model.updates import AdapterFiles
+
+Rounding = Literal["auto", "nearest", "stochastic"]
+
+KEPT_BAND = (0.5, 1.5)
+"""Of one tensor. A tensor left out has 0, added twice 2."""
+MEAN_BAND = (0.9, 1.1)
+"""Of all tensors, each counted by ⟨ΔW, ΔW⟩."""
+ENOUGH = 0.95
+"""Below this share kept, `rounding: auto` rounds a tensor on the grid stochastically."""
+
+
+class MergedTensor(NamedTuple):
+    """What became of one tensor that the adapter changes."""
+
+    name: str
+    kept: float | None
+    """None where there is nothing to keep: a whole tensor put in its place, or an update of zeros."""
+    relative_size: float
+    """‖ΔW‖ / ‖W‖, Frobenius."""
+    energy: float
+    """⟨ΔW, ΔW⟩."""
+    rounding: str
+    """nearest or stochastic."""
+
+
+class BaseAsTrained(NamedTuple):
+    """How the base was loaded in training."""
+
+    quantize: Quantization
+    dtype: torch.dtype
+    quantized_layers: frozenset[str]
+    tensors: Mapping[str, str]
+    """sha256 of each parameter as loaded, by name; may be empty."""
+    device: torch.device
+
+
+def write_merged(
+    outputs: Sequence[Output],
+    files: TensorFiles,
+    adapter: AdapterFiles,
+    writer: TensorWriter,
+    base: BaseAsTrained,
+    *,
+    onto: Literal["dequantized", "original"],
+    rounding: Rounding = "auto",
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[MergedTensor]:
+    """Write all tensors and return what became of those that the adapter changes.
+
+    Args:
+        outputs: in the writer's order.
+        files: of the base.
+        adapter: to merge.
+        writer: closed by the caller.
+        base: how it was loaded in training; each tensor is checked against it.
+        onto: see above.
+        rounding: to the dtype written.
+        seed: of stochastic rounding; with the tensor's name it determines every bit.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        ModelError: a tensor is not the one of training, or has no finite place in the dtype written.
+    """
+    merged = []
+    total, done = sum(output.facts.bytes for output in outputs), 0
+    with torch.no_grad():
+        for output in outputs:
+            stored = files.read(output.source)
+            _check_same_tensor(output, stored, files, base)
+            if output.change is None:
+                result = stored.to(output.facts.dtype)
+            else:
+                result, report = _merge_tensor(output, stored, adapter, base, onto, rounding, seed)
+                merged.append(report)
+            if not bool(result.isfinite().all()):
+                raise ModelError(f"{output.facts.name}: would not be finite in {result.dtype}; write --dtype bf16 or fp32")
+            writer.write(output.facts.name, result.cpu())
+            done += output.facts.bytes
+            progress(done, total)
+    return merged
+
+
+def faults(merged: Sequence[MergedTensor]) -> list[str]:
+    """Return which tensors did not keep their update, in words; empty if all did."""
+    found = []
+    for tensor in merged:
+        if tensor.kept is not None and not KEPT_BAND[0] <= tensor.kept <= KEPT_BAND[1]:
+            found.append(
+                f"{tensor.name}: {tensor.kept:.3f} of its update kept (wanted {KEPT_BAND[0]} to {KEPT_BAND[1]}), "
+                f"|ΔW|/|W| {tensor.relative_size:.1e}, {tensor.rounding} rounding"
+            )
+    mean = mean_kept(merged)
+    if mean is not None and not MEAN_BAND[0] <= mean <= MEAN_BAND[1]:
+        found.append(f"all tensors: {mean:.3f} of the update kept (wanted {MEAN_BAND[0]} to {MEAN_BAND[1]})")
+    return found
+
+
+def mean_kept(merged: Sequence[MergedTensor]) -> float | None:
+    """Return ⟨Ŵ−W, ΔW⟩ / ⟨ΔW, ΔW⟩ over all tensors together; None if no tensor has an update."""
+    measured = [(tensor.kept, tensor.energy) for tensor in merged if tensor.kept is not None]
+    return sum(kept * energy for kept, energy in measured) / sum(energy for _, energy in measured) if measured else None
+
+
+def _check_same_tensor(output: Output, stored: Tensor, files: TensorFiles, base: BaseAsTrained) -> None:
+    expected = base.tensors.get(output.recorded_as)
+    if expected is None:
+        return
+    if _is_quantized(output, base):
+        found = {parameter_fingerprint(_quantize(stored, base))}
+    else:  # a few models keep some weights in float32 whatever they are loaded in
+        found = {parameter_fingerprint(stored.to(dtype)) for dtype in {base.dtype, torch.float32, stored.dtype}}
+    if expected not in found:
+        raise ModelError(
+            f"{files.file_of(output.source)}: {output.source} is not what the adapter was trained on (sha256 of the loaded "
+            "weights): another base, a damaged file, or quantized to other bits by another device or version; restore the "
+            "base, or merge where it was trained"
+        )
+
+
+def _merge_tensor(
+    output: Output,
+    stored: Tensor,
+    adapter: AdapterFiles,
+    base: BaseAsTrained,
+    onto: Literal["dequantized", "original"],
+    rounding: Rounding,
+    seed: int,
+) -> tuple[Tensor, MergedTensor]:
+    assert output.change is not None, "the caller's branch"
+    weight = _starting_weight(output, stored, base, onto)
+    exact = adapter.updated(output.change, weight)
+    dtype, name = output.facts.dtype, output.facts.name
+    if exact.shape != output.facts.shape:
+        raise ModelError(f"{name}: would become {tuple(exact.shape)} where {tuple(output.facts.shape)} is due")
+    if output.change.replacement is not None and output.change.a is None:
+        return exact.to(dtype), MergedTensor(name, None, 0.0, 0.0, "nearest")
+    delta = exact - weight
+    energy, size = _dot(delta, delta), _dot(weight, weight)
+    result, how = exact.to(dtype), "nearest"
+    is_on_grid = torch.equal(weight.to(dtype).float(), weight)
+    loses = is_on_grid and _dot(result.float() - weight, delta) < ENOUGH * energy
+    if rounding == "stochastic" or (rounding == "auto" and loses):
+        result, how = stochastically_rounded(exact, dtype, _generator(seed, name, exact)), "stochastic"
+    kept = _dot(result.float() - weight, delta) / energy if energy else None
+    return result, MergedTensor(name, kept, (energy / size) ** 0.5 if size else float("inf"), energy, how)
+
+
+def _starting_weight(output: Output, stored: Tensor, base: BaseAsTrained, onto: str) -> Tensor:
+    if onto == "original":
+        return stored.to(base.device, torch.float32)
+    if _is_quantized(output, base):
+        return dequantized(_quantize(stored, base))
+    return stored.to(base.device).to(base.dtype).float()
+
+
+def _is_quantized(output: Output, base: BaseAsTrained) -> bool:
+    return base.quantize in FOUR_BIT and output.module_name.removesuffix(".weight") in base.quantized_layers
+
+
+def _quantize(stored: Tensor, base: BaseAsTrained) -> object:
+    assert base.quantize == "nf4" or base.quantize == "nf4-single", "the caller's branch"
+    return quantized_parameter(stored.to(base.dtype), base.quantize, device=base.device)
+
+
+def stochastically_rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Return values in a 16-bit dtype, each one of its two neighbours there, so that the mean over seeds is the value itself.
+
+    Args:
+        values: float32, any shape.
+        dtype: bfloat16 or float16; float32 returns the values.
+        generator: on the values' device.
+    """
+    if dtype == torch.float32:
+        return values
+    near = values.to(dtype)
+    off = values - near.float()
+    # The bits of a float without its sign count its distance from zero.
+    away = torch.where(near == 0, torch.ones_like(off, dtype=torch.bool), (off > 0) == (near > 0))
+    start = torch.where(near == 0, torch.zeros_like(near).copysign(values.to(dtype)), near)
+    bits = start.view(torch.int16)
+    other = torch.where(away, bits + 1, bits - 1).view(dtype)
+    step = (other.float() - near.float()).abs()
+    chance = torch.where(step.isfinite() & (step > 0), off.abs() / step, torch.zeros_like(off))
+    drawn = torch.rand(values.shape, generator=generator, device=values.device)
+    return torch.where(drawn < chance, other, near)
+
+
+def _generator(seed: int, name: str, like: Tensor) -> torch.Generator:
+    number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
+    return torch.Generator(device=like.device).manual_seed(number)
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    return float((first * second).sum(dtype=torch.float64))

@@ -1,0 +1,160 @@
+"""The trained model as it was in training, unmerged: what a merge is held against."""
+
+import gc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pe_dpo.deploy.source import Source, device_for
+from pe_dpo.deploy.stream import BaseAsTrained
+from pe_dpo.deploy.verify import Behaviour, behaviour
+from pe_dpo.errors import ModelError
+from pe_dpo.evaluation.scorer import Scorer, choose_scorer
+from pe_dpo.model.adapter import REFERENCE, add_finished_adapter, switch_on_both
+from pe_dpo.model.base import BaseFacts, compute_in, load_base
+from pe_dpo.model.fingerprint import parameter_fingerprints
+from pe_dpo.model.provenance import changed_tensors
+from pe_dpo.model.quantization import check_weights_unpacked, four_bit_layers
+
+TOKENS = 2048
+"""Most tokens of one forward."""
+
+
+class Trained(NamedTuple):
+    """What was measured of the trained model, and how its base was loaded."""
+
+    base: BaseAsTrained
+    reference: Behaviour
+    trained: Behaviour
+    floor: Behaviour | None
+    """Of the trained model computed in the other dtype; None where memory did not do for it."""
+
+
+def measure_trained(
+    source: Source,
+    facts: BaseFacts,
+    *,
+    dtype: torch.dtype,
+    allow_base_mismatch: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Trained:
+    """Return what reference and trained model do on the pairs, one base loaded once and freed again.
+
+    Args:
+        source: to merge, with pairs.
+        facts: of the base, quantized as in training (or not, to measure the adapter on the original).
+        dtype: that will be served.
+        allow_base_mismatch: go on where the base is not the one of training.
+        say: gets lines of facts.
+
+    Raises:
+        ModelError: the base is not the one of training, naming a tensor.
+    """
+    device = device_for(facts)
+    model: Any = load_base(facts, device=device)
+    tensors = parameter_fingerprints(model)
+    _check_base(source, facts, tensors, allow_base_mismatch, say)
+    layers = frozenset(name for name, _ in four_bit_layers(model))
+    _resize(model, source)
+    model.eval()
+    if source.reference:
+        model = add_finished_adapter(model, source.reference, REFERENCE)
+    scorer = choose_scorer(model, source.pairs, device=device)
+    reference = measure(model, source, scorer)
+    model = add_finished_adapter(model, source.on_top or source.adapter.folder)
+    if source.on_top:
+        switch_on_both(model)
+    trained = measure(model, source, scorer)
+    check_weights_unpacked(model)
+    other = other_dtype(facts.dtype, dtype)
+    floor = _measure_in(model, other, source, scorer, say)
+    del model
+    free()
+    return Trained(BaseAsTrained(facts.quantize, facts.dtype, layers, tensors, device), reference, trained, floor)
+
+
+def other_dtype(trained: torch.dtype, served: torch.dtype) -> torch.dtype:
+    """Return in which dtype the noise of arithmetic shows: the served one, or where that is training's, a third."""
+    if served != trained:
+        return served
+    return torch.bfloat16 if trained == torch.float32 else torch.float32
+
+
+def measure_merged(folder: Path, source: Source, facts: BaseFacts) -> Behaviour:
+    """Return what a merged model on disk does on the pairs, computed in the dtype of training.
+
+    Args:
+        folder: a whole model.
+        source: with the pairs.
+        facts: of the merged model; its dtype is that of training.
+    """
+    device = device_for(facts, facts.dtype)
+    model = load_base(facts, device=device).eval()
+    found = measure(model, source, choose_scorer(model, source.pairs, device=device))
+    del model
+    free()
+    return found
+
+
+def measure_adapter(source: Source) -> Behaviour:
+    """Return what the base, loaded as in training, does with the source's one adapter."""
+    device = device_for(source.facts)
+    model = add_finished_adapter(load_base(source.facts, device=device), source.adapter.folder)
+    found = measure(model, source, choose_scorer(model, source.pairs, device=device))
+    del model
+    free()
+    return found
+
+
+def measure(model: Any, source: Source, scorer: Scorer) -> Behaviour:
+    """Return what a model does on the pairs of a source, in the state it is in."""
+    return behaviour(model, source.pairs, scorer, token_budget=TOKENS)
+
+
+def free() -> None:
+    """Give back the memory of models that went out of use: they hold references in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _measure_in(
+    model: Any, dtype: torch.dtype, source: Source, scorer: Scorer, say: Callable[[str], None]
+) -> Behaviour | None:
+    try:
+        compute_in(model, dtype)
+        return measure(model, source, scorer)
+    except torch.OutOfMemoryError:
+        say(f"look: no memory to measure the noise of {str(dtype).removeprefix('torch.')}; the merge is judged without it")
+        return None
+
+
+def _check_base(
+    source: Source, facts: BaseFacts, tensors: Mapping[str, str], allow_mismatch: bool, say: Callable[[str], None]
+) -> None:
+    record = source.record
+    if record is None:
+        say("look: no base.json beside the adapter: nothing can show that this is the base it was trained on")
+        return
+    if facts.quantize != record["quantize"]:
+        return  # on purpose: the adapter measured on the original
+    changed = changed_tensors(record, tensors)
+    if changed and allow_mismatch:
+        say(f"look: {len(changed)} tensors of the base are not those of training ({changed[0]}, …)")
+    elif changed:
+        raise ModelError(
+            f"{facts.base}: is not the base of training: {len(changed)} of its tensors differ as loaded (sha256), the first is "
+            f"{changed[0]}; restore the base, or merge with the device ({record.get('device')}) and versions of training; "
+            "--allow-base-mismatch merges all the same"
+        )
+
+
+def _resize(model: Any, source: Source) -> None:
+    """Give the base the vocabulary of an adapter that was trained on more tokens."""
+    name = next((name for name, module in model.named_modules() if module is model.get_input_embeddings()), "")
+    change = source.adapter.changes.get(f"{name}.weight")
+    shape = source.adapter.shape(change) if change else None
+    if shape is not None and shape[0] != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(shape[0], mean_resizing=False)

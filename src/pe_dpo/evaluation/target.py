@@ -1,0 +1,118 @@
+"""What a folder holds that can be measured or talked to, and whether its base is the one that it was trained on.
+
+run.json, recipe.yaml, adapter    a run: knows its base, its data and its loss
+adapter_config.json               any LoRA adapter: names its base, at best
+config.json                       a whole (merged) model
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pe_dpo.errors import UsageError
+from pe_dpo.model.adapter import check_adapter
+from pe_dpo.model.base import BaseFacts, load_tokenizer
+from pe_dpo.recipe import Recipe, recipe_from_yaml
+from pe_dpo.recipe.schema import ModelSection
+
+Kind = Literal["run", "adapter", "model"]
+
+
+class Target(NamedTuple):
+    """A folder understood."""
+
+    kind: Kind
+    model: ModelSection
+    """Which base, and how it is loaded; of a whole model, the model itself."""
+    adapter: Path | None
+    recipe: Recipe | None
+    """Of a run, with `model` in it."""
+
+
+def find_target(target: Path, *, base: str | None = None, quantize: str | None = None) -> Target:
+    """Return what a folder holds.
+
+    Args:
+        target: a run folder, any LoRA adapter, or a whole model.
+        base: the base of a run or an adapter, if not the one named there.
+        quantize: how the base is loaded; by default as in the run, by its size for an adapter, not at all for a whole model.
+
+    Raises:
+        UsageError: none of the three, a run that has no adapter yet, or an adapter that names no base.
+        ModelError: the adapter is none that has a reference; see `check_adapter`.
+    """
+    if (target / "run.json").is_file() and (target / "recipe.yaml").is_file():
+        return _find_run(target, base, quantize)
+    if (target / "adapter_config.json").is_file():
+        named = base or check_adapter(target).base_model_name_or_path
+        if not named:
+            raise UsageError(f"{target}: does not say which base it belongs to; name it with --base")
+        return Target("adapter", _model_section(str(named), quantize or "auto"), target, None)
+    if (target / "config.json").is_file():
+        return Target("model", _model_section(str(target), quantize or "none"), None, None)
+    raise UsageError(
+        f"{target}: is neither a run (run.json), an adapter (adapter_config.json) nor a model (config.json); "
+        "name the folder of one of them"
+    )
+
+
+def load_target_tokenizer(target: Target) -> Any:
+    """Return the tokenizer beside the adapter where there is one (a plain PEFT folder may have none), else the base's.
+
+    Raises:
+        ModelError: neither has one.
+    """
+    if target.adapter is not None and (target.adapter / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(target.adapter))
+    return load_tokenizer(target.model.base, revision=target.model.revision)
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Return what run.json of a run says; empty if it is no object.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run / 'run.json'}: cannot be read: {error}; evaluate the adapter with --data and --base") from error
+    return content if isinstance(content, dict) else {}
+
+
+def check_same_base(run: Path, facts: BaseFacts, fingerprint: str, say: Callable[[str], None]) -> None:
+    """Check that a loaded base is the one that a run was trained on, where the run says which that was.
+
+    Args:
+        run: the run folder.
+        facts: of the loaded base.
+        fingerprint: of the loaded base; see `base_fingerprint`.
+        say: gets a line where it is loaded in another way than in training, and so cannot be compared.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    record = read_record(run)
+    recorded, trained = record.get("hashes", {}).get("base"), record.get("base", {})
+    if recorded is None or recorded == fingerprint:
+        return
+    dtype = str(facts.dtype).removeprefix("torch.")
+    if (trained.get("quantize"), trained.get("dtype")) == (facts.quantize, dtype):
+        raise UsageError(f"{run}: {facts.base} is not the base of the run any more; restore it, or name the base with --base")
+    say(f"look: trained on {trained.get('quantize')}/{trained.get('dtype')}, evaluated on {facts.quantize}/{dtype}")
+
+
+def _find_run(run: Path, base: str | None, quantize: str | None) -> Target:
+    recipe = recipe_from_yaml((run / "recipe.yaml").read_text(encoding="utf-8"), str(run / "recipe.yaml"))
+    if not (run / "adapter_model.safetensors").is_file():
+        status = read_record(run).get("status", "unknown")
+        again = f"pe-dpo train {run / 'recipe.yaml'} --resume"
+        raise UsageError(f"{run}: this run has no adapter yet (status: {status}); finish it with: {again}")
+    wishes = {key: value for key, value in (("base", base), ("quantize", quantize)) if value is not None}
+    model = recipe.model.model_copy(update=wishes)
+    return Target("run", model, run, recipe.model_copy(update={"model": model}))
+
+
+def _model_section(base: str, quantize: str) -> ModelSection:
+    return ModelSection.model_validate({"base": base, "quantize": quantize})

@@ -1,0 +1,113 @@
+"""What a base was in training, tensor by tensor, so that a merge onto another one is refused.
+
+Written beside the adapter as base.json:
+
+    id, revision, quantize, dtype, device, parameters      how it was loaded
+    quantized_layers                                      which modules were; only these are quantized again
+    files                                                 sha256 of configuration and weights on disk
+    tensors                                               sha256 of each parameter as loaded, codes and scales together
+    tokenizer, chat_template                              sha256
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pe_dpo.errors import ModelError
+from pe_dpo.hub import hub_is_reachable
+from pe_dpo.model.base import BaseFacts
+from pe_dpo.model.fingerprint import file_fingerprints, parameter_fingerprints
+from pe_dpo.model.quantization import four_bit_layers
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
+
+
+def base_folder(facts: BaseFacts) -> Path:
+    """Return the folder with the files of a base: its own, or the snapshot in the hub's cache, completed if the hub is there.
+
+    Raises:
+        ModelError: they cannot be had.
+    """
+    if Path(facts.base).is_dir():
+        return Path(facts.base)
+    from huggingface_hub import snapshot_download
+
+    wanted = [*(pattern for pattern in _WEIGHTS if pattern != "*.bin"), *_BESIDE]
+    try:
+        return Path(
+            snapshot_download(
+                facts.base, revision=facts.revision, allow_patterns=wanted, local_files_only=not hub_is_reachable()
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{facts.base}: its files cannot be had: {str(error).splitlines()[0]}") from error
+
+
+def base_record(model: nn.Module, facts: BaseFacts, tokenizer: Any) -> dict[str, Any]:
+    """Return what is written of a loaded base, as above; adapters on it do not count. JSON-ready.
+
+    Reads the files once and hashes the weights once; for a large base that is some seconds.
+    """
+    folder = base_folder(facts)
+    return {
+        "id": facts.base,
+        "revision": getattr(model.config, "_commit_hash", None) or facts.revision,
+        "quantize": facts.quantize,
+        "dtype": str(facts.dtype).removeprefix("torch."),
+        "device": next(model.parameters()).device.type,
+        "parameters": facts.parameters,
+        "quantized_layers": [_plain(name) for name, _ in four_bit_layers(model)],
+        "files": file_fingerprints(folder, _weight_files(folder), believe_names=True),
+        "tensors": parameter_fingerprints(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "chat_template": template_fingerprint(tokenizer),
+    }
+
+
+def changed_files(record: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the names of a base's files that are not what they were in training; reads them all."""
+    now = file_fingerprints(folder, _weight_files(folder))
+    then = record["files"]
+    return sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+
+
+def changed_tensors(record: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """Return the names of a loaded base's parameters that are not what they were in training.
+
+    Args:
+        record: of the base.
+        now: its `parameter_fingerprints`.
+    """
+    then = record["tensors"]
+    return sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return sha256 (hex) over what a tokenizer does to text; whether it pads or cuts is left out."""
+    if getattr(tokenizer, "is_fast", False):
+        does = json.loads(tokenizer.backend_tokenizer.to_str())
+        for momentary in ("padding", "truncation"):
+            does.pop(momentary, None)
+    else:
+        does = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
+    return hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()
+
+
+def template_fingerprint(tokenizer: Any) -> str | None:
+    """Return sha256 (hex) of a tokenizer's chat template, None if it has none."""
+    template = tokenizer.chat_template
+    return None if template is None else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    found = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern)}
+    return sorted({*found, "config.json"})
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")

@@ -1,0 +1,109 @@
+"""The 4-bit and 8-bit weights of a base: made, kept from changing behind our back, and read back in float32.
+
+    nf4          codes of 4 bits in blocks of 64, the blocks' scales in 8 bits (double quantization)
+    nf4-single   the same with the scales in float32
+    int8         codes of 8 bits with a scale per row
+"""
+
+from collections.abc import Iterator
+from copy import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pe_dpo.errors import ModelError
+
+Quantization = Literal["nf4", "nf4-single", "int8", "none"]
+
+FOUR_BIT = ("nf4", "nf4-single")
+
+
+def quantization_config(quantize: Quantization, dtype: torch.dtype) -> Any:
+    """Return what transformers is to do with the weights that it loads; None for nothing.
+
+    Args:
+        quantize: the kind.
+        dtype: to compute in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "none":
+        return None
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantize == "nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def quantized_parameter(weight: Tensor, quantize: Literal["nf4", "nf4-single"], *, device: torch.device | str) -> Any:
+    """Return the 4-bit parameter that loading makes of a weight.
+
+    The same class as transformers calls, on the device given: another device may round otherwise.
+
+    Args:
+        weight: (out, in), in the dtype that the base was loaded in.
+        quantize: the kind.
+        device: that the base was loaded on.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    plain = Params4bit(weight, requires_grad=False, compress_statistics=quantize == "nf4", quant_type="nf4")
+    return plain.to(device)
+
+
+def dequantized(parameter: Any) -> Tensor:
+    """Return the values that 4-bit codes stand for, float32 (out, in), never rounded to the 16 bits they are computed in.
+
+    In bfloat16 they would fall on a grid on which most of a small update rounds away when it is added.
+
+    Args:
+        parameter: with its `quant_state`.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(parameter.quant_state)
+    state.dtype = torch.float32
+    values: Tensor = dequantize_4bit(parameter.data, state)
+    return values
+
+
+def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield name and module of every 4-bit linear layer."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            yield name, module
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Switch off bitsandbytes' repacking of 4-bit weights on CPUs with avx512_bf16.
+
+    There, the first forward in eval mode whose input needs no gradient rewrites the weights for a kernel that has no
+    backward: LoRA gradients are then wrong by 94 %, and merging returns another model, both without an error. The attribute
+    is public and per layer. bitsandbytes 0.50.2; remove when its packing keeps a backward.
+    """
+    for _, layer in four_bit_layers(model):
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def check_weights_unpacked(model: nn.Module) -> None:
+    """Check that no 4-bit weight was repacked; call before training, saving and merging.
+
+    Raises:
+        ModelError: naming the first layer whose weights were repacked, by an evaluation outside this program, say.
+    """
+    for name, layer in four_bit_layers(model):
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ModelError(
+                f"{name}: its 4-bit weights were repacked for the CPU's inference kernel, which has no gradient; load the base "
+                "again and call keep_weights_unpacked before the first forward"
+            )

@@ -1,0 +1,226 @@
+"""What a saved LoRA adapter does to each tensor of its base, read from its files; no model is built.
+
+    LoRA          W ← W + s·B·A                        s = alpha / r, or alpha / √r (rsLoRA), r and alpha by pattern
+    DoRA          W ← m · (W + s·B·A) / ‖W + s·B·A‖     norms of rows, so that ΔW depends on W
+    embedding     W ← W + s·(B·A)ᵀ
+    bias          b ← b + s·b_B
+    whole module  W ← saved W                          modules_to_save, trained biases, resized embeddings
+
+Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA); tests hold the formulas against PEFT's layers.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pe_dpo.errors import ModelError
+from pe_dpo.model.adapter import read_adapter_config
+from pe_dpo.model.tensor_files import TensorFiles
+from pe_dpo.recipe.schema import MOVING_INITS
+
+_PREFIX = "base_model.model."
+_UNDERSTOOD = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout"),
+    *("init_lora_weights", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying", "loftq_config"),
+}
+"""Fields of PEFT's LoraConfig that change nothing here, or are followed; any other that is set is refused."""
+
+
+class Change(NamedTuple):
+    """What happens to one tensor of the base; names of tensors of the adapter's file, or None."""
+
+    replacement: str | None = None
+    a: str | None = None
+    b: str | None = None
+    magnitude: str | None = None
+    addition: str | None = None
+    """Of a bias, times the scaling."""
+    scaling: float = 1.0
+    is_embedding: bool = False
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the adapter's tensors that this change uses."""
+        return [key for key in (self.replacement, self.a, self.b, self.magnitude, self.addition) if key is not None]
+
+
+class AdapterFiles:
+    """A saved LoRA adapter: its configuration, and what it changes.
+
+    Args:
+        folder: as PEFT saves it.
+
+    Raises:
+        ModelError: no LoRA adapter with safetensors there; it asks for what is not supported; or a tensor has no partner.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = read_adapter_config(folder)
+        _check_supported(self.folder, self.config)
+        self.tensors = TensorFiles(folder, "adapter_model")
+        self.changes = self._changes()
+        """By name of the base's tensor, as its modules are called."""
+
+    def updated(self, change: Change, weight: Tensor) -> Tensor:
+        """Return a tensor of the base with its change, float32, on the device of `weight`.
+
+        Args:
+            change: of this tensor.
+            weight: float32, as it is in the base.
+
+        Raises:
+            ModelError: shapes do not fit.
+        """
+        if change.replacement is not None:
+            weight = self._read(change.replacement, weight.device)
+        if change.addition is not None:
+            weight = weight + change.scaling * self._read(change.addition, weight.device)
+        if change.a is None or change.b is None:
+            return weight
+        product = self._read(change.b, weight.device) @ self._read(change.a, weight.device)
+        update = product.mul_(change.scaling)
+        if change.is_embedding or self.config.fan_in_fan_out:
+            update = update.T
+        if update.shape != weight.shape:
+            raise ModelError(
+                f"{self.folder}: {change.a} makes an update of shape {tuple(update.shape)} for a weight of "
+                f"{tuple(weight.shape)}; this is not the adapter's base"
+            )
+        moved = weight + update
+        if change.magnitude is None:
+            return moved
+        length = moved.norm(dim=1)
+        magnitude: Tensor = self._read(change.magnitude, weight.device) / length
+        return magnitude[:, None] * moved
+
+    def shape(self, change: Change) -> tuple[int, ...] | None:
+        """Return the shape of a replaced tensor, None for one that is only moved."""
+        return None if change.replacement is None else self.tensors.facts(change.replacement).shape
+
+    def _read(self, name: str, device: torch.device) -> Tensor:
+        return self.tensors.read(name).to(device, torch.float32)
+
+    def _changes(self) -> dict[str, Change]:
+        changes: dict[str, Change] = {}
+        for key in (facts.name for facts in self.tensors):
+            name, part = _target(key)
+            if name is None:
+                raise ModelError(f"{self.folder}: {key} is no tensor of a LoRA adapter that can be merged; use --onto adapter")
+            old = changes.get(name, Change())
+            if getattr(old, part) is not None:
+                raise ModelError(f"{self.folder}: two tensors are the {part} of {name}; take another copy of the adapter")
+            fields: dict[str, Any] = {part: key}
+            if part in ("a", "addition"):
+                fields |= {"scaling": self._scaling(name.rsplit(".", 1)[0]), "is_embedding": "lora_embedding" in key}
+            changes[name] = old._replace(**fields)
+        for name, change in changes.items():
+            if (change.a is None) != (change.b is None) or (change.magnitude and not change.a):
+                raise ModelError(
+                    f"{self.folder}: the update of {name} is incomplete, there is only {', '.join(change.keys)}; take another "
+                    "copy of the adapter"
+                )
+        if not changes:
+            raise ModelError(f"{self.folder}: the adapter is empty: no tensors in its file")
+        return changes
+
+    def _scaling(self, module: str) -> float:
+        rank = _by_pattern(self.config.rank_pattern, module, self.config.r)
+        alpha = _by_pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
+        return float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
+
+
+def fused_adapter(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return one adapter that does what two do together, for servers that load only one.
+
+        s₁·B₁·A₁ + s₂·B₂·A₂ = [s₁·B₁ | s₂·B₂] · [A₁; A₂]
+
+    Args:
+        first: plain LoRA.
+        second: plain LoRA, on the same base; it may have other targets, ranks and scalings.
+
+    Returns:
+        Its tensors (float32) as PEFT names them, and the fields of PEFT's LoraConfig that they need; all scalings are 1.
+
+    Raises:
+        ModelError: one of them is not plain LoRA, whose sum is no LoRA adapter.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for adapter in (first, second):
+        odd = [name for name, change in adapter.changes.items() if len(change.keys) != 2 or change.a is None]
+        if odd or adapter.config.fan_in_fan_out:
+            raise ModelError(f"{adapter.folder}: {(odd or ['the whole'])[0]} is not plain LoRA; only that can be fused")
+    for name in sorted({*first.changes, *second.changes}):
+        rows, columns = [], []
+        for adapter in (first, second):
+            if name in adapter.changes:
+                change = adapter.changes[name]
+                assert change.a is not None and change.b is not None, "checked above"
+                rows.append(adapter.tensors.read(change.a).float())
+                columns.append(adapter.tensors.read(change.b).float() * change.scaling)
+                keys = change.a, change.b
+        tensors[keys[0]], tensors[keys[1]] = torch.cat(rows), torch.cat(columns, dim=1)
+        ranks[name.removesuffix(".weight")] = sum(len(part) for part in rows)
+    largest = max(ranks.values())
+    odd_ranks = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != largest}
+    return tensors, {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": odd_ranks,
+        "alpha_pattern": dict(odd_ranks),
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _target(key: str) -> tuple[str | None, str]:
+    """Name of the base's tensor that a tensor of the adapter is for, and what it is of its change."""
+    name = key.removeprefix(_PREFIX)
+    for ending, suffix, part in (
+        (".lora_A.weight", ".weight", "a"),
+        (".lora_B.weight", ".weight", "b"),
+        (".lora_B.bias", ".bias", "addition"),
+        (".lora_embedding_A", ".weight", "a"),
+        (".lora_embedding_B", ".weight", "b"),
+        (".lora_magnitude_vector", ".weight", "magnitude"),
+        (".base_layer.weight", ".weight", "replacement"),
+        (".base_layer.bias", ".bias", "replacement"),
+    ):
+        if name.endswith(ending):
+            return name.removesuffix(ending) + suffix, part
+    if name == key or "lora_" in name or "token_adapter" in name or not name.endswith((".weight", ".bias")):
+        return None, ""
+    return name, "replacement"
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends with, as PEFT matches them."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _check_supported(folder: Path, config: Any) -> None:
+    plain = type(config)()
+    for name, value in vars(config).items():
+        if name in _UNDERSTOOD or not hasattr(plain, name) or value == getattr(plain, name) or not value:
+            continue
+        raise ModelError(f"{folder}: was trained with {name} = {value!r}, which this version cannot merge; use --onto adapter")
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(MOVING_INITS):
+        raise ModelError(
+            f"{folder}: was initialised by {init}, which changed its base; convert it with PEFT's "
+            "path_initial_model_for_weight_conversion, then merge"
+        )
+    if config.use_dora and config.fan_in_fan_out:
+        raise ModelError(f"{folder}: is DoRA on transposed layers (Conv1D), which cannot be merged here; use --onto adapter")
