@@ -93,7 +93,7 @@ def write_merged(
             stored = files.read(output.source)
             _check_same_tensor(output, stored, files, base)
             if output.change is None:
-                result = stored.to(output.facts.dtype)
+                result = _unchanged(output, stored, base, onto).to(output.facts.dtype)
             else:
                 result, report = _merge_tensor(output, stored, adapter, base, onto, rounding, seed)
                 merged.append(report)
@@ -168,6 +168,11 @@ def _merge_tensor(
         result, how = stochastically_rounded(exact, dtype, _generator(seed, name, exact)), "stochastic"
     kept = _dot(result.float() - weight, delta) / energy if energy else None
     return result, MergedTensor(name, kept, (energy / size) ** 0.5 if size else float("inf"), energy, how)
+
+
+def _unchanged(output: Output, stored: Tensor, base: BaseAsTrained, onto: str) -> Tensor:
+    """A tensor that the adapter leaves alone; what was 4-bit in training is what its codes stand for, adapted or not."""
+    return _starting_weight(output, stored, base, onto) if _is_quantized(output, base) else stored
 
 
 def _starting_weight(output: Output, stored: Tensor, base: BaseAsTrained, onto: str) -> Tensor:

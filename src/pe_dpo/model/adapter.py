@@ -1,5 +1,6 @@
 """Policy and reference from one base: adapters on is π, adapters off (or their frozen copy) is π0."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -175,14 +176,23 @@ def add_finished_adapter(model: Any, folder: str | Path, name: str = POLICY) -> 
     from peft import PeftModel
 
     try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-            model.set_adapter(name)
-        else:
-            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+        with _without_advice():
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+                model.set_adapter(name)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
     return _in_float32(model).eval()
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """PEFT warns of tied embeddings and of tensors that are missing: both are dealt with, and refused, elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def switch_on_both(model: Any) -> None:
@@ -203,7 +213,8 @@ def expected_tensors(base: nn.Module, config: Any) -> set[str]:
     from peft import PeftModelForCausalLM, get_peft_model_state_dict
 
     try:
-        model = PeftModelForCausalLM(base, deepcopy(config), adapter_name=POLICY, low_cpu_mem_usage=True)
+        with _without_advice():
+            model = PeftModelForCausalLM(base, deepcopy(config), adapter_name=POLICY, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ModelError(f"the adapter does not fit this base: {str(error).splitlines()[0]}") from error
     return set(get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False))

@@ -82,7 +82,8 @@ def compute_in_base_dtype(model: nn.Module) -> None:
 def _is_plain(module: Any) -> bool:
     """Whether a module is a LoRA layer around a linear one, quantized or not, without a bias or variant of its own."""
     kinds: tuple[type, ...] = (Linear, *_quantized_kinds())
-    if type(module) not in kinds or module.lora_variant:
+    variants = getattr(module, "lora_variant", {}).values()
+    if type(module) not in kinds or not all(isinstance(variant, InBaseDtype) for variant in variants):
         return False
     return all(module.lora_B[adapter].bias is None for adapter in module.lora_B)
 

@@ -110,6 +110,8 @@ class AdapterFiles:
     def _changes(self) -> dict[str, Change]:
         changes: dict[str, Change] = {}
         for key in (facts.name for facts in self.tensors):
+            if self._is_copy(key):
+                continue
             name, part = _target(key)
             if name is None:
                 raise ModelError(f"{self.folder}: {key} is no tensor of a LoRA adapter that can be merged; use --onto adapter")
@@ -129,6 +131,11 @@ class AdapterFiles:
         if not changes:
             raise ModelError(f"{self.folder}: the adapter is empty: no tensors in its file")
         return changes
+
+    def _is_copy(self, key: str) -> bool:
+        """Whether PEFT saved this whole module under its plain name as well, which it does where the vocabulary was resized."""
+        plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        return plain != key and plain in self.tensors
 
     def _scaling(self, module: str) -> float:
         rank = _by_pattern(self.config.rank_pattern, module, self.config.r)
