@@ -1,13 +1,14 @@
 """pe-dpo: parameter-efficient preference fine-tuning on one GPU.
 
-What the commands do is here as functions (`load_recipe`, `train`, `evaluate`), and so are the parts for anyone's own loop
-(`preference_loss`, `answer_logprobs`). Names are loaded when they are first used: importing the package imports no torch.
+What the commands do is here as functions (`load_recipe`, `train`, `evaluate`, `merge`), and so are the parts for anyone's own
+loop (`preference_loss`, `answer_logprobs`). Names are loaded when they are first used: importing the package imports no torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pe_dpo.deploy.merge import merge
     from pe_dpo.evaluation.run import evaluate
     from pe_dpo.objective import answer_logprobs, preference_loss
     from pe_dpo.recipe import describe, load_recipe
@@ -20,11 +21,12 @@ _HOMES = {
     "describe": "pe_dpo.recipe",
     "evaluate": "pe_dpo.evaluation.run",
     "load_recipe": "pe_dpo.recipe",
+    "merge": "pe_dpo.deploy.merge",
     "preference_loss": "pe_dpo.objective",
     "train": "pe_dpo.training.run",
 }
 
-__all__ = ["answer_logprobs", "describe", "evaluate", "load_recipe", "preference_loss", "train"]
+__all__ = ["answer_logprobs", "describe", "evaluate", "load_recipe", "merge", "preference_loss", "train"]
 
 
 def __getattr__(name: str) -> Any:

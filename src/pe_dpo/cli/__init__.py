@@ -10,6 +10,7 @@ import typer
 
 from pe_dpo.cli.check import check
 from pe_dpo.cli.evaluate import evaluate
+from pe_dpo.cli.export import export
 from pe_dpo.cli.merge import merge
 from pe_dpo.cli.quickstart import quickstart
 from pe_dpo.cli.recipes import recipes
@@ -30,6 +31,7 @@ app.command()(check)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(merge)
+app.command()(export)
 
 
 def main() -> None:

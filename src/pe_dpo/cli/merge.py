@@ -105,7 +105,7 @@ def _show_held_out(report: dict[str, Any]) -> None:
         columns = [report["held_out"], report["noise_floor"]]
         rows.append([title, *("–" if one is None or one[key] is None else shape.format(one[key]) for one in columns)])
     title = f"{report['held_out_pairs']} held-out pairs; trained shift {report['held_out']['shift_trained']:+.4f}"
-    console.show_table(title, ["", "merged", "trained, other dtype"], rows)
+    console.show_table(title, ["", "merged", f"trained, in {report['noise_floor_dtype']}"], rows)
     change = report["against_the_quantized_base"]
     if change:
         console.say(
@@ -139,7 +139,7 @@ def _compare(
     for name, found, kept in done.candidates:
         low, high = wilson_interval(found.accuracy, done.pairs)
         relative = "–" if found.relative_kl is None else f"{found.relative_kl:.1e}"
-        accuracy = f"{found.accuracy:.3f} [{low:.3f}, {high:.3f}]"
+        accuracy = f"{found.accuracy:.3f} [{low:.2f}, {high:.2f}]"
         share = "–" if kept is None else f"{kept:.3f}"
         rows.append([name, accuracy, f"{found.shift:+.4f}", relative, f"{found.nll:.4f}", share])
     if show:

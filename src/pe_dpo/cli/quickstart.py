@@ -40,4 +40,4 @@ def quickstart(
         console.say(f"\nquestion  {answer.question}\nchosen    {answer.wanted}")
         console.say(f"base      {answer.base}\ntuned     {answer.tuned}")
     console.say(f"\nthe run lies in {result.folder} ({time.perf_counter() - started:.0f} s)")
-    console.say(f"next: pe-dpo eval {result.folder}, or the same with another loss: pe-dpo quickstart --gamma 0 --margin 1")
+    console.say(f"next: pe-dpo merge {result.folder} -o MODEL, or another loss: pe-dpo quickstart --gamma 0 --margin 1")

@@ -47,4 +47,4 @@ def train(
     )
     console.show_result(result)
     if os.environ.get("RANK", "0") == "0":
-        console.say(f"the adapter lies in {result.folder}; next: pe-dpo eval {result.folder}")
+        console.say(f"the adapter lies in {result.folder}; next: pe-dpo merge {result.folder} -o MODEL")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from pe_dpo.data.encoding import Progress
-from pe_dpo.deploy.merge import Dtype, Onto, base_as_trained, check_base_files, served_dtype, write_model
+from pe_dpo.deploy.merge import DTYPES, Dtype, Onto, base_as_trained, check_base_files, served_dtype, write_model
 from pe_dpo.deploy.plan import plan_merge
 from pe_dpo.deploy.source import Source, open_source, with_sft
 from pe_dpo.deploy.stream import Rounding, mean_kept
@@ -80,7 +80,7 @@ def compare_merges(
         ]
         if truth.floor:
             other = _short(other_dtype(source.facts.dtype, served))
-            candidates.append(_candidate(f"adapter in {other}", truth.floor, truth))
+            candidates.append(_candidate(f"adapter, {other}", truth.floor, truth))
         for onto in ways:
             candidates.append(_merge(source, truth, onto, served, rounding, seed, work, allow_base_mismatch, progress))
     return Comparison(candidates, len(source.pairs))
@@ -114,4 +114,4 @@ def _candidate(name: str, found: Behaviour, truth: Trained, kept: float | None =
 
 
 def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return next(name for name, known in DTYPES.items() if known == dtype)

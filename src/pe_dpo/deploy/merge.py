@@ -24,7 +24,7 @@ from pe_dpo.deploy.plan import Plan, plan_merge
 from pe_dpo.deploy.source import Source, open_source, with_sft
 from pe_dpo.deploy.staging import check_free, staged
 from pe_dpo.deploy.stream import BaseAsTrained, MergedTensor, Rounding, faults, mean_kept, write_merged
-from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained
+from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, other_dtype
 from pe_dpo.deploy.verify import Agreement, agreement, doubts
 from pe_dpo.errors import MergeRefused, ModelError
 from pe_dpo.model.base import BaseFacts, inspect_base
@@ -291,6 +291,7 @@ def _report(
         "held_out_pairs": len(source.pairs),
         "held_out": _facts(verdict.held_out),
         "noise_floor": _facts(verdict.floor),
+        "noise_floor_dtype": str(other_dtype(source.facts.dtype, dtype)).removeprefix("torch."),
         "against_the_quantized_base": _facts(verdict.change),
         "tensors": [tensor._asdict() for tensor in verdict.tensors],
         "files": files,

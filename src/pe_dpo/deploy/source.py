@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from pe_dpo.data import EncodedPair
+from pe_dpo.data import EncodedPair, data_hash
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import ModelError, UsageError
@@ -207,6 +207,9 @@ def _pairs(
         progress=progress,
     )
     pairs = prepared.train if data else prepared.held_out
+    recorded = None if data else read_record(found.adapter or Path()).get("hashes", {}).get("held_out")
+    if recorded is not None and recorded != data_hash(pairs):
+        say("look: the data are not those of the run any more; what is held out now may have been trained on")
     if not pairs:
         raise UsageError("the run held no pairs out to verify the merge on; name some with --data, or --pairs 0")
     say(f"verified on {min(count, len(pairs))} of {len(pairs)} held-out pairs")

@@ -1,0 +1,233 @@
+"""Golden prompts: what a model answers, token by token, so that whoever serves it can see that it is still the same.
+
+Each line of golden_prompts.jsonl is a prompt with its rendered text and token ids, the greedy answer, and for every token of it
+the log-prob and the lead over the second best. Where the lead is small, another runtime's rounding may choose otherwise.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pe_dpo.data.files import Row, read_rows
+from pe_dpo.errors import DataError
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Give me one tip for sleeping well.",
+    "Write a sentence about the sea.",
+    "What is 7 times 8?",
+    "How do I say thank you in Spanish?",
+)
+
+NEAR_TIE = 0.05
+"""Nats of lead below which another choice is no error; bfloat16 keeps 8 bits, so logits near 16 are rounded by up to 0.03."""
+
+
+class GoldenPrompt(NamedTuple):
+    """One prompt and what the model answers to it."""
+
+    prompt: str
+    rendered: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    log_probs: list[float]
+    """Log-prob of each token of the answer."""
+    leads: list[float]
+    """By how much each token is more likely than the second best, in nats."""
+
+
+class GoldenResult(NamedTuple):
+    """How a model compares with golden prompts."""
+
+    prompts: int
+    tokens: int
+    """Tokens compared, up to the first near-tie of each prompt at which the model chose otherwise."""
+    near_ties: int
+    """Prompts that left the golden answer at a near-tie."""
+    differences: tuple[str, ...]
+    """What is wrong; empty when the model passes."""
+
+
+def golden_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str] = QUESTIONS, *, tokens: int = 32, end_token_ids: Sequence[int] = ()
+) -> list[GoldenPrompt]:
+    """Return prompts with the model's greedy answers.
+
+    Args:
+        model: a causal LM in eval mode.
+        tokenizer: of the model; its chat template is used where it has one.
+        prompts: texts of users.
+        tokens: most tokens of an answer.
+        end_token_ids: tokens that end an answer, beside the tokenizer's EOS.
+    """
+    ends = {*end_token_ids, tokenizer.eos_token_id} - {None}
+    return [_golden(model, tokenizer, prompt, tokens, sorted(ends)) for prompt in prompts]
+
+
+def save_golden(golden: Sequence[GoldenPrompt], file: Path) -> None:
+    """Write golden prompts, one JSON object a line."""
+    lines = [json.dumps(one._asdict(), ensure_ascii=False) for one in golden]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load_golden(file: Path) -> list[GoldenPrompt]:
+    """Return the golden prompts of a file.
+
+    Raises:
+        DataError: a row cannot be read or lacks a field.
+    """
+    rows = list(read_rows(file))
+    for row in rows:
+        _check_readable(row)
+        missing = set(GoldenPrompt._fields) - set(row.values)
+        if missing:
+            raise DataError(f"{row.where}: no golden prompt, {', '.join(sorted(missing))} is missing")
+    return [GoldenPrompt(**{key: row.values[key] for key in GoldenPrompt._fields}) for row in rows]
+
+
+def check_golden(model: Any, tokenizer: Any, file: Path, *, near_tie: float = NEAR_TIE) -> GoldenResult:
+    """Return whether a model answers golden prompts as the file says.
+
+    Prompt ids must be equal. Answers must be equal up to the first token whose lead is below `near_tie` and at which the model
+    chooses otherwise; what follows from there is another text and is not compared.
+
+    Args:
+        model: a causal LM in eval mode.
+        tokenizer: of the model.
+        file: golden_prompts.jsonl.
+        near_tie: nats.
+    """
+    golden = load_golden(file)
+    compared, near_ties, differences = 0, 0, []
+    for one, log_probs in zip(golden, answer_log_probs(model, golden), strict=True):
+        if token_ids(tokenizer, one.rendered) != one.prompt_ids:
+            differences.append(f"{one.prompt!r}: the prompt has other token ids")
+        chosen = log_probs.argmax(-1).tolist()
+        place = next((at for at, (mine, theirs) in enumerate(zip(chosen, one.token_ids, strict=True)) if mine != theirs), None)
+        compared += len(chosen) if place is None else place
+        if place is not None and one.leads[place] < near_tie:
+            near_ties += 1
+        elif place is not None:
+            differences.append(
+                f"{one.prompt!r}: token {place + 1} is {chosen[place]}, not {one.token_ids[place]}, which led by "
+                f"{one.leads[place]:.3f} nats"
+            )
+    return GoldenResult(len(golden), compared, near_ties, tuple(differences))
+
+
+def answer_log_probs(model: Any, golden: Sequence[GoldenPrompt]) -> Iterator[Tensor]:
+    """Yield the log-probs of all tokens at each place of the golden answers, float32 (answer, vocabulary)."""
+    for one in golden:
+        yield _log_probs(model, one.prompt_ids, one.token_ids)
+
+
+def mean_divergence(model: Any, other: Sequence[Tensor], golden: Sequence[GoldenPrompt]) -> float:
+    """Return the mean over places of the golden answers of KL(other || model), in nats.
+
+    Args:
+        model: what is judged, a quantized copy say.
+        other: `answer_log_probs` of the model that it was made from.
+        golden: the prompts of both.
+    """
+    parts = [
+        (reference.exp() * (reference - found)).sum(-1)
+        for reference, found in zip(other, answer_log_probs(model, golden), strict=True)
+    ]
+    return max(0.0, float(torch.cat(parts).mean()))  # rounding of the log-probs can leave -1e-8
+
+
+def read_prompts(file: Path, *, count: int = 5) -> list[str]:
+    """Return the first user turns of a file of prompts or preferences.
+
+    Args:
+        file: rows with `prompt` (text or messages), or `chosen` (messages).
+        count: how many different ones.
+
+    Raises:
+        DataError: a row has neither, or there is no row.
+    """
+    found: dict[str, None] = {}
+    for row in read_rows(file):
+        _check_readable(row)
+        found.setdefault(_first_user_turn(row.values.get("prompt", row.values.get("chosen")), row.where))
+        if len(found) == count:
+            break
+    if not found:
+        raise DataError(f"{file}: no prompts there")
+    return list(found)
+
+
+def token_ids(tokenizer: Any, rendered: str) -> list[int]:
+    """Return token ids as in training: plain text begins with BOS where the tokenizer adds one, a chat template writes its own.
+
+    Args:
+        tokenizer: with or without a chat template.
+        rendered: a chat, or plain text.
+    """
+    ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    adds_bos = not tokenizer.chat_template and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return [bos, *ids] if adds_bos else ids
+
+
+def _check_readable(row: Row) -> None:
+    if row.flaw is not None:
+        raise DataError(f"{row.where}: {row.flaw}")
+
+
+def _first_user_turn(value: Any, where: str) -> str:
+    if isinstance(value, str) and value.strip():
+        return value
+    turns = value if isinstance(value, list) else []
+    texts = [turn["content"] for turn in turns if isinstance(turn, dict) and turn.get("role") == "user" and turn.get("content")]
+    if not texts or not isinstance(texts[0], str):
+        raise DataError(f"{where}: no prompt there; expected a text or messages in `prompt`, or messages in `chosen`")
+    return texts[0]
+
+
+def _golden(model: Any, tokenizer: Any, prompt: str, tokens: int, ends: list[int]) -> GoldenPrompt:
+    rendered = _rendered(tokenizer, prompt)
+    prompt_ids = token_ids(tokenizer, rendered)
+    answer = _greedy(model, prompt_ids, tokens, ends)
+    log_probs = _log_probs(model, prompt_ids, answer)
+    best, second = log_probs.topk(2, dim=-1).values.T
+    return GoldenPrompt(
+        prompt=prompt,
+        rendered=rendered,
+        prompt_ids=prompt_ids,
+        token_ids=answer,
+        text=tokenizer.decode(answer, skip_special_tokens=True),
+        log_probs=[round(value, 6) for value in log_probs.gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist()],
+        leads=[round(value, 6) for value in (best - second).tolist()],
+    )
+
+
+def _rendered(tokenizer: Any, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        return prompt
+    chat = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+@torch.no_grad()
+def _greedy(model: Any, prompt_ids: list[int], tokens: int, ends: list[int]) -> list[int]:
+    """The most likely token after each, by argmax alone: no penalty or filter of a generation config takes part."""
+    found: list[int] = []
+    unread, cache = prompt_ids, None
+    while len(found) < tokens and (not found or found[-1] not in ends):
+        output = model(input_ids=torch.tensor([unread], device=model.device), past_key_values=cache, logits_to_keep=1)
+        found.append(int(output.logits[0, -1].argmax()))
+        unread, cache = found[-1:], output.past_key_values
+    return found
+
+
+@torch.no_grad()
+def _log_probs(model: Any, prompt_ids: list[int], answer: list[int]) -> Tensor:
+    ids = torch.tensor([[*prompt_ids, *answer]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
+    return logits.float().log_softmax(-1).cpu()
