@@ -22,22 +22,27 @@ FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOU
 MAY_IMPORT = {
     "errors": set(),
     "hub": set(),
+    "disk": set(),
     "recipe": {"errors"},
     "objective": set(),
     "data": {"recipe", "hub", "errors"},
     "model": {"objective", "recipe", "hub", "errors"},
     "evaluation": {"data", "model", "objective", "recipe", "errors"},
-    "training": {"evaluation", "data", "model", "objective", "recipe", "errors"},
-    "deploy": {"training", "evaluation", "data", "model", "objective", "recipe", "hub", "errors"},
+    "training": {"evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
+    "deploy": {"training", "evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
+    "export": {"data", "model", "hub", "disk", "errors"},
+    "chat": {"evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
     "quickstart": {"training", "evaluation", "data", "model", "recipe", "errors"},
-    "cli": {"quickstart", "deploy", "training", "evaluation", "data", "model", "objective", "recipe", "errors"},
+    "cli": {
+        *("quickstart", "deploy", "export", "chat", "training", "evaluation", "data", "model", "objective", "recipe", "errors")
+    },
 }
 ONLY_IN = {
     "bitsandbytes": ("model/quantization.py",),
     "peft": ("model/",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "gguf": ("deploy/gguf_file.py",),
+    "gguf": ("export/gguf_file.py",),
     "matplotlib": (),
 }
 NEVER_IN = {"torch": ("recipe/", "errors.py"), "transformers": ("recipe/", "objective/"), "pydantic": ("objective/", "model/")}

@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from pe_dpo.cli.chat import chat
 from pe_dpo.cli.check import check
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
@@ -32,6 +33,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(export)
+app.command()(chat)
 
 
 def main() -> None:

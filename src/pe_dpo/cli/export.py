@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pe_dpo.deploy.gguf_file import GgufFacts
-    from pe_dpo.deploy.golden import GoldenPrompt
+    from pe_dpo.export.gguf_file import GgufFacts
+    from pe_dpo.export.golden import GoldenPrompt
 
 KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0")
 
@@ -20,6 +20,9 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A new or empty folder for the export.")] = None,
     gguf: Annotated[str | None, typer.Option(help="Write a GGUF file: f16, bf16, q8_0, q4_0 or f32.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts or pairs; default: five short questions.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Read the file back and compare; needs 4 bytes of memory a parameter.")
+    ] = True,
     push: Annotated[str | None, typer.Option(help="Push the export, or without --gguf MODEL itself, to ORG/NAME.")] = None,
 ) -> None:
     """Write a model as GGUF with an Ollama Modelfile and golden prompts, checked by reading it back; or push it."""
@@ -29,14 +32,14 @@ def export(
     console.quiet_libraries()
     folder = model
     if push is not None:
-        from pe_dpo.deploy.push import check_access
+        from pe_dpo.export.push import check_access
 
         check_access(push)
     if gguf is not None and output is not None:
-        _export(model, output, gguf, prompts, has_card=push is not None)
+        _export(model, output, gguf, prompts, is_checked=check, has_card=push is not None)
         folder = output
     if push is not None:
-        from pe_dpo.deploy.push import push_folder
+        from pe_dpo.export.push import push_folder
 
         console.say(push_folder(folder, push, private=True, say=console.say))
 
@@ -61,19 +64,19 @@ def _check_request(model: Path, output: Path | None, gguf: str | None, prompts: 
         raise UsageError(f"{model / 'README.md'}: is missing; a push needs a model card, and an export takes the model's")
 
 
-def _export(model: Path, output: Path, kind: str, prompts: Path | None, *, has_card: bool) -> None:
+def _export(model: Path, output: Path, kind: str, prompts: Path | None, *, is_checked: bool, has_card: bool) -> None:
     """Write everything into a hidden folder beside the wanted one, check it there, and give it its name."""
     import shutil
 
     from pe_dpo.cli import console
-    from pe_dpo.deploy.gguf_file import write_gguf
     from pe_dpo.deploy.staging import staged
+    from pe_dpo.export.gguf_file import write_gguf
 
     with staged(output) as folder:
         gguf_file = folder / f"{output.absolute().name}.gguf"
         facts = write_gguf(model, gguf_file, kind=kind, progress=console.counter())  # type: ignore[arg-type]  # checked
         remarks = [*facts.remarks, *_write_modelfile(model, gguf_file)]
-        verdict = _check(model, facts, prompts)
+        verdict = _check(model, facts, prompts, is_checked=is_checked)
         remarks += _compare_prompts(facts.path)
         if has_card:
             shutil.copyfile(model / "README.md", folder / "README.md")
@@ -85,8 +88,8 @@ def _write_modelfile(model: Path, gguf_file: Path) -> list[str]:
 
     A Modelfile without TEMPLATE would be worse than none: Ollama would guess one.
     """
-    from pe_dpo.deploy.ollama import modelfile
     from pe_dpo.errors import UsageError
+    from pe_dpo.export.ollama import modelfile
 
     try:
         text = modelfile(model, gguf_file.name)
@@ -96,20 +99,24 @@ def _write_modelfile(model: Path, gguf_file: Path) -> list[str]:
     return []
 
 
-def _check(model: Path, facts: "GgufFacts", prompts: Path | None) -> str:
+def _check(model: Path, facts: "GgufFacts", prompts: Path | None, *, is_checked: bool) -> str:
     """Write golden prompts, read the GGUF file back, compare, and return the verdict as a sentence.
 
-    The model is let go before its copy is loaded: memory holds one of them.
+    In float32, in which a lossless file must be equal; the model is let go before its copy is loaded, so that memory holds one
+    of them. Without the check the golden prompts come from the model in bfloat16.
     """
-    from pe_dpo.deploy.gguf_file import load_gguf
-    from pe_dpo.deploy.golden import QUESTIONS, answer_log_probs, golden_prompts, read_prompts, save_golden
+    from pe_dpo.export.gguf_file import load_gguf
+    from pe_dpo.export.golden import QUESTIONS, answer_log_probs, golden_prompts, read_prompts, save_golden
     from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
-    original = load_base(inspect_base(str(model), quantize="none", dtype="float32")).eval()
+    facts_of_model = inspect_base(str(model), quantize="none", dtype="float32" if is_checked else "bfloat16")
+    original = load_base(facts_of_model).eval()
     texts = QUESTIONS if prompts is None else read_prompts(prompts)
     golden = golden_prompts(original, tokenizer, texts, end_token_ids=end_token_ids(str(model)))
     save_golden(golden, facts.path.parent / "golden_prompts.jsonl")
+    if not is_checked:
+        return f"not read back; {len(golden)} golden prompts of the model in bfloat16"
     wanted = list(answer_log_probs(original, golden))
     del original
     return _compare(load_gguf(facts.path, model), tokenizer, facts, golden, wanted)
@@ -117,8 +124,8 @@ def _check(model: Path, facts: "GgufFacts", prompts: Path | None) -> str:
 
 def _compare(copy: Any, tokenizer: Any, facts: "GgufFacts", golden: "list[GoldenPrompt]", wanted: list[Any]) -> str:
     """Compare the copy with the model; a lossless one must be equal, a 16-bit one but for near-ties, others are measured."""
-    from pe_dpo.deploy.golden import NEAR_TIE, check_golden, mean_divergence
     from pe_dpo.errors import ModelError
+    from pe_dpo.export.golden import NEAR_TIE, check_golden, mean_divergence
 
     divergence = mean_divergence(copy, wanted, golden)
     file = facts.path.parent / "golden_prompts.jsonl"
@@ -137,7 +144,7 @@ def _compare_prompts(gguf_file: Path) -> list[str]:
     """Say where transformers, reading the tokenizer back, finds other prompt ids; it does not know all that llama.cpp does."""
     from transformers import AutoTokenizer
 
-    from pe_dpo.deploy.golden import load_golden, token_ids
+    from pe_dpo.export.golden import load_golden, token_ids
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     golden = load_golden(gguf_file.parent / "golden_prompts.jsonl")

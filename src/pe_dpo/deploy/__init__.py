@@ -1,1 +1,1 @@
-"""From a run to something that serves: merged, verified, exported, and talked to."""
+"""A run as one model on disk, and the proof that it is what was trained."""

@@ -5,7 +5,7 @@ Each candidate is written beside OUT, loaded as a user would load it, measured, 
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from pe_dpo.data.encoding import Progress
 from pe_dpo.deploy.merge import DTYPES, Dtype, Onto, base_as_trained, check_base_files, served_dtype, write_model
 from pe_dpo.deploy.plan import plan_merge
 from pe_dpo.deploy.source import Source, open_source, with_sft
+from pe_dpo.deploy.staging import scratch
 from pe_dpo.deploy.stream import Rounding, mean_kept
 from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, other_dtype
 from pe_dpo.deploy.verify import Agreement, Behaviour, agreement
@@ -99,13 +100,12 @@ def _merge(
 ) -> Candidate:
     plan = plan_merge(source.files, source.adapter, source.facts, dtype=dtype)
     base = truth.base if onto == "dequantized" else base_as_trained(source, onto, None, allow_base_mismatch)
-    with TemporaryDirectory(dir=work, prefix=".pe-dpo-compare-") as name:
-        folder = Path(name)
+    with scratch(Path(work or gettempdir()) / f".{source.folder.absolute().name}.compare") as folder:
         tensors, _ = write_model(
             source, plan, folder, base, onto=onto, dtype=dtype, rounding=rounding, seed=seed, progress=progress
         )
         computed_in = str(source.facts.dtype).removeprefix("torch.")
-        found = measure_merged(folder, source, inspect_base(name, quantize="none", dtype=computed_in))
+        found = measure_merged(folder, source, inspect_base(str(folder), quantize="none", dtype=computed_in))
     return _candidate(f"onto {onto}", found, truth, mean_kept(tensors))
 
 

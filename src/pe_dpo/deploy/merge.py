@@ -117,6 +117,7 @@ def merge(
         served = served_dtype(source.facts, dtype)
         plan = plan_merge(source.files, source.adapter, source.facts, dtype=served)
         check_base_files(source, onto, allow_base_mismatch, say)
+        _say_unchecked(source, plan, say)
         _check_space(output, plan)
         with staged(output) as folder:
             trained = truth(source, onto, served, allow_base_mismatch, say)
@@ -259,6 +260,15 @@ def judge(source: Source, folder: Path, tensors: list[MergedTensor], found: Trut
     served = found.as_trained
     change = agreement(merged, served.trained, served.reference) if served else None
     return Verdict(tensors, held_out, floor, change, [*wrong, *doubts(held_out, floor)])
+
+
+def _say_unchecked(source: Source, plan: Plan, say: Callable[[str], None]) -> None:
+    """Where no model is loaded, tensors are compared with training by their names in the files alone."""
+    if source.pairs or source.record is None:
+        return
+    left = source.record["tensors"].keys() - {output.recorded_as for output in plan.outputs}
+    if left:
+        say(f"look: {len(left)} tensors cannot be compared with training under their names in the files ({min(left)}, …)")
 
 
 def _check_space(output: Path, plan: Plan) -> None:

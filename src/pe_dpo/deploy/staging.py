@@ -5,12 +5,12 @@
 A kill at any moment leaves nothing under OUT, and what it left beside is swept by the next start.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pe_dpo.disk import sync
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.training.run_folder import locked
 
@@ -48,12 +48,27 @@ def staged(output: Path) -> Iterator[Path]:
             check_free(output)
             (folder / ".lock").unlink()
             folder.rename(output)
-            _sync_entry(output.parent)
+            sync(output.parent)
         except OSError as error:
             raise ModelError(f"{output}: cannot be written: {error.strerror or error}; nothing was left there") from error
         finally:
             if folder.exists():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that is gone after the block; what a kill left in it is swept by the next start.
+
+    Raises:
+        UsageError: another process works there.
+    """
+    with locked(folder):
+        try:
+            _sweep(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:
@@ -64,12 +79,4 @@ def _sweep(folder: Path) -> None:
 
 def _sync(folder: Path) -> None:
     for path in (*sorted(path for path in folder.rglob("*") if path.is_file()), folder):
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)

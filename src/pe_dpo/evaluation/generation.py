@@ -37,6 +37,7 @@ def greedy_answers(
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,  # some bases' generation configs have one, and then the likeliest token is not taken
                 eos_token_id=sorted(end_token_ids) or None,
                 pad_token_id=next(iter(sorted(end_token_ids)), 0),
             )

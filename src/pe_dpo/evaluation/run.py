@@ -15,7 +15,7 @@ from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored
 from pe_dpo.evaluation.reference import Policy, open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
 from pe_dpo.evaluation.target import Kind, Target, check_same_base, find_target, load_target_tokenizer, read_record
-from pe_dpo.model.adapter import load_adapter_for_evaluation
+from pe_dpo.model.adapter import check_adapter, load_adapter_for_evaluation
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe
@@ -66,6 +66,8 @@ def evaluate(
         DataError, ModelError: as in training.
     """
     found = find_target(Path(target), base=base, quantize=quantize)
+    if found.adapter is not None:
+        check_adapter(found.adapter)
     settings = _settings(Path(target), found, data)
     tokenizer = load_target_tokenizer(found)
     device = "cuda" if torch.cuda.is_available() else "cpu"

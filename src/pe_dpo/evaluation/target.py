@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pe_dpo.errors import UsageError
-from pe_dpo.model.adapter import check_adapter
+from pe_dpo.model.adapter import read_adapter_config
 from pe_dpo.model.base import BaseFacts, load_tokenizer
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 from pe_dpo.recipe.schema import ModelSection
@@ -40,12 +40,12 @@ def find_target(target: Path, *, base: str | None = None, quantize: str | None =
 
     Raises:
         UsageError: none of the three, a run that has no adapter yet, or an adapter that names no base.
-        ModelError: the adapter is none that has a reference; see `check_adapter`.
+        ModelError: the adapter is no LoRA adapter.
     """
     if (target / "run.json").is_file() and (target / "recipe.yaml").is_file():
         return _find_run(target, base, quantize)
     if (target / "adapter_config.json").is_file():
-        named = base or check_adapter(target).base_model_name_or_path
+        named = base or read_adapter_config(target).base_model_name_or_path
         if not named:
             raise UsageError(f"{target}: does not say which base it belongs to; name it with --base")
         return Target("adapter", _model_section(str(named), quantize or "auto"), target, None)
@@ -109,7 +109,9 @@ def _find_run(run: Path, base: str | None, quantize: str | None) -> Target:
         status = read_record(run).get("status", "unknown")
         again = f"pe-dpo train {run / 'recipe.yaml'} --resume"
         raise UsageError(f"{run}: this run has no adapter yet (status: {status}); finish it with: {again}")
-    wishes = {key: value for key, value in (("base", base), ("quantize", quantize)) if value is not None}
+    wishes: dict[str, str | None] = {key: value for key, value in (("base", base), ("quantize", quantize)) if value is not None}
+    if base is not None:
+        wishes["revision"] = None  # it was one of the other base
     model = recipe.model.model_copy(update=wishes)
     return Target("run", model, run, recipe.model_copy(update={"model": model}))
 

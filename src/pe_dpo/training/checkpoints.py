@@ -7,10 +7,10 @@ A kill at any moment leaves the last checkpoint intact and at most something in 
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
+from pe_dpo.disk import sync, write_atomically
 from pe_dpo.errors import RunFolderError
 
 MANIFEST = "MANIFEST.json"
@@ -32,13 +32,13 @@ def commit_checkpoint(run: Path, step: int) -> Path:
         "files": {str(path.relative_to(staged)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
     }
     for path in files:
-        _fsync(path)
+        sync(path)
     write_atomically(staged / MANIFEST, json.dumps(manifest, indent=1))
-    _fsync(staged)
+    sync(staged)
     if final.exists():
         shutil.rmtree(final)
     staged.rename(final)
-    _fsync(run)
+    sync(run)
     return final
 
 
@@ -97,24 +97,6 @@ def keep_newest(run: Path, count: int) -> None:
     shutil.rmtree(staging_folder(run), ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

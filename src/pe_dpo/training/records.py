@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.data import PreparedData
+from pe_dpo.disk import write_atomically
 from pe_dpo.evaluation.held_out import save_pairs
 from pe_dpo.evaluation.pairs import ScoredPairs
 from pe_dpo.model.fingerprint import file_fingerprints
 from pe_dpo.recipe import Recipe, describe
-from pe_dpo.training.checkpoints import checkpoint_step, newest_whole_checkpoint, write_atomically
+from pe_dpo.training.checkpoints import checkpoint_step, newest_whole_checkpoint
 from pe_dpo.training.model_card import model_card
 from pe_dpo.training.run_folder import BASE_FILE, check_same_inputs, read_run, rewind_metrics, update_run, versions
 

@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pe_dpo.disk import write_atomically
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml
-from pe_dpo.training.checkpoints import checkpoints, write_atomically
+from pe_dpo.training.checkpoints import checkpoints
 
 RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "base.json"
 

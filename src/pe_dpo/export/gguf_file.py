@@ -10,7 +10,6 @@ converter (conversion/llama.py and conversion/qwen.py, August 2026).
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pe_dpo.deploy.gguf_tokenizer import Vocabulary, read_vocabulary, refuse
+from pe_dpo.disk import sync
 from pe_dpo.errors import ModelError, UsageError
+from pe_dpo.export.gguf_tokenizer import Vocabulary, read_vocabulary, refuse
 from pe_dpo.model.tensor_files import TensorFacts, TensorFiles
 
 Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -366,11 +366,6 @@ def _remarks(config: Any, planned: list[_Planned], kind: Kind) -> Iterator[str]:
 
 def _settle(partial: Path, output: Path) -> None:
     """Give the finished file its name once it is on disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(partial)
     partial.replace(output)
-    folder = os.open(output.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(output.parent)

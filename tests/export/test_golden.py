@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pe_dpo
-from pe_dpo.deploy.golden import (
+from pe_dpo.errors import DataError
+from pe_dpo.export.golden import (
     QUESTIONS,
     GoldenPrompt,
     answer_log_probs,
@@ -19,7 +20,6 @@ from pe_dpo.deploy.golden import (
     read_prompts,
     save_golden,
 )
-from pe_dpo.errors import DataError
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import pe_dpo
-from pe_dpo.deploy.ollama import chat_form, go_template, modelfile, run_go_template
 from pe_dpo.errors import UsageError
+from pe_dpo.export.ollama import chat_form, go_template, modelfile, run_go_template
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 CHATML = (

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pe_dpo.deploy.gguf_tokenizer import read_vocabulary
 from pe_dpo.errors import UsageError
+from pe_dpo.export.gguf_tokenizer import read_vocabulary
 from pe_dpo.model.base import end_token_ids, load_tokenizer
 
 Messages = Sequence[dict[str, str]]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import pe_dpo
-from pe_dpo.deploy.gguf_file import llama3_factors, load_gguf, write_gguf
-from pe_dpo.deploy.gguf_tokenizer import LLAMA_3, QWEN_2, TEKKEN, read_vocabulary
-from pe_dpo.deploy.golden import answer_log_probs, golden_prompts, mean_divergence
 from pe_dpo.errors import ModelError, UsageError
+from pe_dpo.export.gguf_file import llama3_factors, load_gguf, write_gguf
+from pe_dpo.export.gguf_tokenizer import LLAMA_3, QWEN_2, TEKKEN, read_vocabulary
+from pe_dpo.export.golden import answer_log_probs, golden_prompts, mean_divergence
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 TEXTS = [

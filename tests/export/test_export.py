@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import pe_dpo
 from pe_dpo.cli.export import export
-from pe_dpo.deploy.golden import QUESTIONS
 from pe_dpo.errors import ModelError, PeDpoError, UsageError
+from pe_dpo.export.golden import QUESTIONS
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 
@@ -65,7 +65,7 @@ def test_a_chat_template_that_ollama_cannot_follow_leaves_out_the_modelfile(tmp_
 
 
 def test_a_copy_that_answers_otherwise_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pe_dpo.deploy import gguf_file
+    from pe_dpo.export import gguf_file
 
     monkeypatch.setattr(gguf_file, "_permuted", lambda tensor, name, config: tensor)
     with pytest.raises(ModelError, match="the GGUF file is not the model"):
@@ -120,7 +120,7 @@ def test_a_push_takes_the_export_or_else_the_model(tmp_path: Path, monkeypatch: 
         return "pushed to the hub"
 
     hub = types.SimpleNamespace(push_folder=push_folder, check_access=lambda name: "token")
-    monkeypatch.setitem(sys.modules, "pe_dpo.deploy.push", hub)
+    monkeypatch.setitem(sys.modules, "pe_dpo.export.push", hub)
     more = ["-o", tmp_path / "out", "--gguf", "bf16"] if with_gguf else []
     output = run(BASE, *more, "--push", "me/mine")
     assert pushed == [(tmp_path / "out" if with_gguf else BASE, "me/mine", True)]

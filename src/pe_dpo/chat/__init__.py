@@ -1,0 +1,1 @@
+"""Base and tuned answers side by side, from one loaded base."""
