@@ -1,0 +1,155 @@
+"""`pe-dpo merge` on the tiny world: what it prints, what lies there afterwards, and that it serves in plain transformers."""
+
+import json
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def quantized(pe_dpo, recipe_file, tmp_path_factory):
+    """A run of two steps on the base in nf4."""
+    folder = tmp_path_factory.mktemp("runs") / "nf4"
+    done = pe_dpo("train", recipe_file, "-o", folder, "--set", "model.quantize=nf4")
+    assert done.code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(pe_dpo, quantized, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "merged"
+    return folder, pe_dpo("merge", quantized, "-o", folder, "--pairs", 8)
+
+
+def test_merge_says_what_it_verified(merged):
+    folder, done = merged
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0] == "verified on 8 of 9 held-out pairs"
+    assert "of the update is in the files (per tensor" in lines[1] and "14 tensors" in lines[1]
+    assert "KL(trained ‖ it), nats a position" in done.out and "trained, in bfloat16" in done.out
+    assert f"serves what was trained: {folder}" in lines
+
+
+def test_what_a_server_needs_lies_in_the_merged_folder(merged, tiny_base):
+    folder, _ = merged
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json",
+                     "README.md", "merge_report.json"}  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["dtype"], config.get("quantization_config")) == ("float32", None)
+    card = (folder / "README.md").read_text()
+    for words in ("−log σ(z)", "sha256 of the encoded pairs", "```yaml", "what training changed", "checked tensor by tensor"):
+        assert words in card
+    assert not [path for path in folder.parent.iterdir() if path != folder]
+
+
+def test_the_merged_model_answers_in_plain_transformers_as_the_trained_one(merged, quantized):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pe_dpo.model.adapter import load_adapter_for_evaluation
+    from pe_dpo.model.base import inspect_base, load_base
+
+    folder, _ = merged
+    base = json.loads((quantized / "base.json").read_text())["id"]
+    trained = load_adapter_for_evaluation(load_base(inspect_base(base, quantize="nf4")), quantized)
+    served, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Number 3?"}], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(chat, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert (served(ids).logits - trained(ids).logits).abs().max() < 1e-4
+        answers = [one.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+                   for one in (served, trained)]  # fmt: skip
+    assert torch.equal(*answers)
+
+
+def test_eval_of_the_merged_model_finds_what_eval_of_the_run_found(pe_dpo, merged, quantized, tiny_pairs):
+    found = [
+        json.loads(pe_dpo("eval", target, "--data", tiny_pairs / "test.jsonl", "--json").out)["metrics"]
+        for target in (merged[0], quantized)
+    ]
+    assert found[0]["logps/chosen"] == pytest.approx(found[1]["logps/chosen"], abs=1e-4)
+
+
+def test_json_is_all_that_is_printed_when_it_is_asked_for(pe_dpo, quantized, tmp_path):
+    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--pairs", 4, "--json", "--dtype", "bf16")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert found == json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert (found["dtype"], found["held_out_pairs"], found["faults"]) == ("bfloat16", 4, [])
+
+
+def test_compare_shows_all_ways_to_serve_and_leaves_nothing(pe_dpo, quantized, tmp_path):
+    done = pe_dpo("merge", quantized, "--compare", "--pairs", 6, "--json")
+    assert (done.code, done.err) == (0, "")
+    rows = {row["name"]: row for row in json.loads(done.out)["compared"]}
+    assert list(rows) == ["reference", "adapter", "adapter, bf16", "onto dequantized", "onto original"]
+    assert rows["reference"]["relative_kl"] == 1 and rows["adapter"]["relative_kl"] == 0
+    assert rows["onto dequantized"]["relative_kl"] < 1e-3 < rows["onto original"]["relative_kl"]
+    table = pe_dpo("merge", quantized, "--compare", "--pairs", 6).out
+    assert "6 held-out pairs (95 % Wilson intervals; nats)" in table and "onto dequantized" in table
+
+
+def test_onto_the_original_says_what_that_changes(pe_dpo, quantized, tmp_path):
+    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--onto", "original", "--pairs", 6)
+    assert done.code == 0
+    assert "look: onto the original weights: their quantization error was part of training" in done.out
+    assert "look: against what was trained on the quantized base: relative KL" in done.out
+
+
+def test_onto_adapter_writes_no_model_and_says_how_to_serve_it(pe_dpo, quantized, tmp_path):
+    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--onto", "adapter")
+    assert (done.code, done.err) == (0, "")
+    assert "--quantization bitsandbytes --enable-lora --max-lora-rank 16 --lora-modules tuned=" in done.out
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out" / "base.json").read_text())["quantize"] == "nf4"
+
+
+def test_a_licence_of_the_base_travels_along(pe_dpo, quantized, tiny_base, tmp_path):
+    import shutil
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "LICENSE.txt").write_text("Do good.")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# A base\n")
+    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--pairs", 0, "--base", base)
+    assert done.code == 0
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "Do good."
+    assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere", "-o", "OUT"], 2, "nowhere: no such folder; name a run or an adapter on disk"),
+        (["RUN"], 2, "name the folder of the merged model with -o, or ask for --compare"),
+        (["RUN", "-o", "OUT", "--onto", "moon"], 2, "--onto moon: write dequantized, original, adapter"),
+        (["RUN", "-o", "OUT", "--dtype", "int4"], 2, "--dtype int4: write auto, bf16, fp16, fp32"),
+        (["RUN", "-o", "OUT", "--rounding", "up"], 2, "--rounding up: write auto, nearest, stochastic"),
+        (["RUN", "-o", "RUN"], 2, "is not empty; choose another -o"),
+        (["BASE", "-o", "OUT"], 2, "is a whole model; name the run or the adapter to merge"),
+        (["RUN", "-o", "OUT/deeper/still"], 2, "make it first"),
+    ],
+)
+def test_what_cannot_be_merged_is_one_message(pe_dpo, quantized, tiny_base, tmp_path, arguments, code, words):
+    places = {"RUN": str(quantized), "BASE": str(tiny_base), "OUT": str(tmp_path / "out")}
+    done = pe_dpo("merge", *(places.get(word, word.replace("OUT/", f"{tmp_path}/out/")) for word in arguments))
+    assert (done.code, done.err.count("error: ")) == (code, 1)
+    assert words in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_from_elsewhere_must_say_how_its_base_was_loaded(pe_dpo, quantized, tiny_base, tiny_pairs, tmp_path):
+    import shutil
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(quantized / name, foreign)
+    done = pe_dpo("merge", foreign, "-o", tmp_path / "out")
+    assert done.code == 2 and "say it with --quantize nf4" in done.err
+    done = pe_dpo("merge", foreign, "-o", tmp_path / "out", "--quantize", "nf4")
+    assert done.code == 2 and "name some with --data, or --pairs 0" in done.err
+    done = pe_dpo("merge", foreign, "-o", tmp_path / "out", "--quantize", "nf4", "--data", tiny_pairs / "test.jsonl")
+    assert done.code == 0
+    assert "look: no base.json beside the adapter" in done.out
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
