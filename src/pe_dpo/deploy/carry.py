@@ -41,8 +41,12 @@ def carry_tokenizer(tokenizer: Any, folder: Path) -> None:
 
     Raises:
         ModelError: it does not.
+        OSError: it cannot be written.
     """
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no class of its own for a full disk
+        raise OSError(f"the tokenizer's files: {error}") from error
     again = load_tokenizer(str(folder))
     if (tokenizer_fingerprint(again), template_fingerprint(again)) != (
         tokenizer_fingerprint(tokenizer),

@@ -28,7 +28,7 @@ from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, othe
 from pe_dpo.deploy.verify import Agreement, agreement, doubts
 from pe_dpo.errors import MergeRefused, ModelError
 from pe_dpo.model.base import BaseFacts, inspect_base
-from pe_dpo.model.fingerprint import file_fingerprints
+from pe_dpo.model.fingerprint import config_fingerprint, file_fingerprints
 from pe_dpo.model.provenance import changed_files
 from pe_dpo.model.tensor_files import TensorWriter
 from pe_dpo.training.run_folder import versions
@@ -117,7 +117,7 @@ def merge(
         served = served_dtype(source.facts, dtype)
         plan = plan_merge(source.files, source.adapter, source.facts, dtype=served)
         check_base_files(source, onto, allow_base_mismatch, say)
-        _say_unchecked(source, plan, say)
+        _check_every_tensor(source, plan, allow_base_mismatch)
         _check_space(output, plan)
         with staged(output) as folder:
             trained = truth(source, onto, served, allow_base_mismatch, say)
@@ -158,7 +158,14 @@ def check_base_files(source: Source, onto: Onto, allow_mismatch: bool, say: Call
         )
     if onto == "original" and source.facts.quantize != "none":
         say("look: onto the original weights: their quantization error was part of training, and is not of what is served")
-    if source.record is None or onto == "dequantized":
+    if source.record is None:
+        return
+    if source.record["config"] != config_fingerprint(source.facts.config):
+        what = f"{source.base_folder / 'config.json'}: says another arithmetic (norms, rotary, scales, …) than in training"
+        if not allow_mismatch:
+            raise ModelError(f"{what}; restore it; --allow-base-mismatch merges all the same")
+        say(f"look: {what}")
+    if onto == "dequantized":
         return  # tensor by tensor as loaded, later
     changed = changed_files(source.record, source.base_folder)
     if changed and allow_mismatch:
@@ -206,12 +213,14 @@ def base_as_trained(source: Source, onto: Onto, found: Truth | None, allow_misma
             f"{source.folder}: nothing says which layers of its base were quantized; name pairs with --data, so that the "
             "base is loaded and asked"
         )
+    # int8 codes cannot be made again from here; the files were compared instead.
+    is_known = not allow_mismatch and source.facts.quantize != "int8"
     was_on_gpu = record is not None and record.get("device") == "cuda"
     return BaseAsTrained(
         quantize=source.facts.quantize,
         dtype=source.facts.dtype,
         quantized_layers=frozenset(record["quantized_layers"] if record else ()),
-        tensors={} if record is None or allow_mismatch else record["tensors"],
+        tensors=record["tensors"] if record and is_known else {},
         device=torch.device("cuda" if was_on_gpu and torch.cuda.is_available() else "cpu"),
     )
 
@@ -233,12 +242,11 @@ def write_model(
     Raises:
         ModelError: see `write_merged`; or a file does not read back as it was written.
     """
-    writer = TensorWriter(folder, [output.facts for output in plan.outputs])
-    tensors = write_merged(
-        plan.outputs, source.files, source.adapter, writer, base,
-        onto=onto, rounding=rounding, seed=seed, progress=partial(progress, "merging"),
-    )  # fmt: skip
-    writer.close()
+    with TensorWriter(folder, [output.facts for output in plan.outputs]) as writer:
+        tensors = write_merged(
+            plan.outputs, source.files, source.adapter, writer, base,
+            onto=onto, rounding=rounding, seed=seed, progress=partial(progress, "merging"),
+        )  # fmt: skip
     read_back = file_fingerprints(folder, writer.hashes)
     torn = [name for name, value in writer.hashes.items() if read_back[name] != value]
     if torn:
@@ -262,13 +270,21 @@ def judge(source: Source, folder: Path, tensors: list[MergedTensor], found: Trut
     return Verdict(tensors, held_out, floor, change, [*wrong, *doubts(held_out, floor)])
 
 
-def _say_unchecked(source: Source, plan: Plan, say: Callable[[str], None]) -> None:
-    """Where no model is loaded, tensors are compared with training by their names in the files alone."""
-    if source.pairs or source.record is None:
+def _check_every_tensor(source: Source, plan: Plan, allow_mismatch: bool) -> None:
+    """Where no model will be loaded, check by name that the files have what the model has and what training had."""
+    if source.pairs or allow_mismatch:
         return
-    left = source.record["tensors"].keys() - {output.recorded_as for output in plan.outputs}
-    if left:
-        say(f"look: {len(left)} tensors cannot be compared with training under their names in the files ({min(left)}, …)")
+    found = {output.recorded_as for output in plan.outputs}
+    has_hashes = source.record is not None and source.facts.quantize != "int8"
+    wanted = set(source.record["tensors"]) if source.record and has_hashes else plan.parameters
+    if wanted - found:
+        raise ModelError(
+            f"{source.base_folder}: its files do not have {min(wanted - found)}, or under another name, and without pairs that "
+            "cannot be told: leave --pairs 0 out"
+        )
+    unknown = found - wanted if has_hashes else set()
+    if unknown:
+        raise ModelError(f"{source.folder / 'base.json'}: says nothing of {min(unknown)}; take another copy of the run")
 
 
 def _check_space(output: Path, plan: Plan) -> None:

@@ -33,12 +33,17 @@ class Plan(NamedTuple):
 
     outputs: list[Output]
     config_changes: dict[str, Any]
+    parameters: set[str]
+    """Names under which the loaded model has its parameters; tied ones once."""
 
 
 class _Names(NamedTuple):
     """How the modules of a model are called, and how its files call them."""
 
     parameters: set[str]
+    """And buffers."""
+    trained: set[str]
+    """Without buffers."""
     embedding: str
     head: str | None
     prefix: str
@@ -83,7 +88,7 @@ def plan_merge(files: TensorFiles, adapter: AdapterFiles, facts: BaseFacts, *, d
         raise ModelError(f"{adapter.folder}: embedding and head would have {' and '.join(map(str, sorted(rows)))} rows")
     if rows and rows != {facts.config.get_text_config().vocab_size}:
         config_changes["vocab_size"] = rows.pop()
-    return Plan(outputs, config_changes)
+    return Plan(outputs, config_changes, {once if name in tied else name for name in names.trained})
 
 
 def _names(facts: BaseFacts) -> _Names:
@@ -93,6 +98,7 @@ def _names(facts: BaseFacts) -> _Names:
     embedding = f"{by_module[id(model.get_input_embeddings())]}.weight"
     return _Names(
         parameters={name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())},
+        trained={name for name, _ in model.named_parameters()},
         embedding=embedding,
         head=None if head is None else f"{by_module[id(head)]}.weight",
         prefix=model.base_model_prefix,

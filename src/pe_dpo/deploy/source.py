@@ -24,6 +24,9 @@ from pe_dpo.model.updates import AdapterFiles, fused_adapter
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import DataSection
 
+_RECORD = {"quantize": str, "dtype": str, "tensors": dict, "files": dict, "quantized_layers": list, "config": str}
+"""What is needed of base.json."""
+
 
 class Source(NamedTuple):
     """A finished adapter with all that its merge needs."""
@@ -140,11 +143,13 @@ def _read_base_record(target: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"quantize", "dtype", "tensors", "files", "quantized_layers"} - record.keys()
+        missing = {name for name, kind in _RECORD.items() if not isinstance(record.get(name), kind)}
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: cannot be read: {error}; without it the base cannot be checked") from error
     if missing:
-        raise ModelError(f"{path}: says nothing of {', '.join(sorted(missing))}; take another copy of the run")
+        raise ModelError(f"{path}: says nothing that can be used of {', '.join(sorted(missing))}; take another copy of the run")
+    if record["dtype"] not in ("float32", "bfloat16") or record["quantize"] not in ("nf4", "nf4-single", "int8", "none"):
+        raise ModelError(f"{path}: {record['quantize']} in {record['dtype']} is nothing that training does; take another copy")
     return dict(record)
 
 
@@ -157,8 +162,21 @@ def _facts(found: Target, record: Mapping[str, Any] | None, base: str | None) ->
 
 
 def _check_whole(adapter: AdapterFiles, facts: BaseFacts) -> None:
-    """Check that a saved adapter has all the tensors that its configuration asks for: PEFT fills in missing ones."""
-    wanted = expected_tensors(empty_model(facts.base, facts.config), adapter.config)
+    """Check that a saved adapter has the tensors that its configuration asks for: PEFT fills in missing ones, and drops others.
+
+    Whole embeddings may be there besides, where the vocabulary was resized.
+    """
+    model = empty_model(facts.base, facts.config)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    resized = {f"{name}.weight" for name, module in model.named_modules() if module in embeddings}
+    wanted = expected_tensors(model, adapter.config)
+    whole = {change.replacement for name, change in adapter.changes.items() if name in resized}
+    over = sorted({key for change in adapter.changes.values() for key in change.keys} - wanted - whole)
+    if over:
+        raise ModelError(
+            f"{adapter.folder}: its configuration asks for no {over[0]} (and {len(over) - 1} more); PEFT would drop them; "
+            "take another copy of the adapter"
+        )
     missing = sorted(wanted - {tensor.name for tensor in adapter.tensors})
     if missing:
         raise ModelError(

@@ -7,7 +7,7 @@ A kill at any moment leaves nothing under OUT, and what it left beside is swept 
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pe_dpo.disk import sync
@@ -23,6 +23,8 @@ def check_free(output: Path) -> None:
     """
     if output.is_dir() and any(output.iterdir()):
         raise UsageError(f"{output}: is not empty; choose another -o")
+    if output.is_symlink():
+        raise UsageError(f"{output}: is a link, and a finished folder takes its place by name; name the folder itself")
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output}: is a file; -o is a folder")
     if not output.absolute().parent.is_dir():
@@ -46,14 +48,13 @@ def staged(output: Path) -> Iterator[Path]:
             yield folder
             _sync(folder)
             check_free(output)
-            (folder / ".lock").unlink()
             folder.rename(output)
+            (output / ".lock").unlink()  # held until the name is taken, or another process would begin in the same folder
             sync(output.parent)
         except OSError as error:
             raise ModelError(f"{output}: cannot be written: {error.strerror or error}; nothing was left there") from error
         finally:
-            if folder.exists():
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 @contextmanager
@@ -68,13 +69,23 @@ def scratch(folder: Path) -> Iterator[Path]:
             _sweep(folder)
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def _sweep(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a locked folder, the lock last: until then no other process works there."""
+    if not folder.is_dir():
+        return
+    _sweep(folder)
+    (folder / ".lock").unlink(missing_ok=True)
+    with suppress(OSError):  # another process has begun there
+        folder.rmdir()
 
 
 def _sync(folder: Path) -> None:

@@ -11,7 +11,7 @@ W lies on the grid, and there every |ΔW| below half a step is lost by rounding 
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from pe_dpo.errors import ModelError
 from pe_dpo.model.fingerprint import parameter_fingerprint
 from pe_dpo.model.quantization import FOUR_BIT, Quantization, dequantized, quantized_parameter
 from pe_dpo.model.tensor_files import TensorFiles, TensorWriter
-from pe_dpo.model.updates import AdapterFiles
+from pe_dpo.model.updates import AdapterFiles, Change
 
 Rounding = Literal["auto", "nearest", "stochastic"]
 
@@ -31,6 +31,10 @@ MEAN_BAND = (0.9, 1.1)
 """Of all tensors, each counted by ⟨ΔW, ΔW⟩."""
 ENOUGH = 0.95
 """Below this share kept, `rounding: auto` rounds a tensor on the grid stochastically."""
+
+
+_BLOCK = 1 << 22
+"""Numbers that are rounded stochastically at a time: a dozen arrays of this size are needed for it."""
 
 
 class MergedTensor(NamedTuple):
@@ -91,11 +95,15 @@ def write_merged(
     with torch.no_grad():
         for output in outputs:
             stored = files.read(output.source)
-            _check_same_tensor(output, stored, files, base)
-            if output.change is None:
-                result = _unchanged(output, stored, base, onto).to(output.facts.dtype)
+            parameter = _as_loaded(output, stored, base)
+            _check_same_tensor(output, stored, parameter, files, base)
+            if output.change is None and parameter is None:
+                result = stored.to(output.facts.dtype)
+            elif output.change is None:
+                result = _starting_weight(stored, parameter, base, onto).to(output.facts.dtype)
             else:
-                result, report = _merge_tensor(output, stored, adapter, base, onto, rounding, seed)
+                weight = _starting_weight(stored, parameter, base, onto)
+                result, report = _merge_tensor(output, weight, adapter, rounding, seed)
                 merged.append(report)
             if not bool(result.isfinite().all()):
                 raise ModelError(f"{output.facts.name}: would not be finite in {result.dtype}; write --dtype bf16 or fp32")
@@ -126,12 +134,20 @@ def mean_kept(merged: Sequence[MergedTensor]) -> float | None:
     return sum(kept * energy for kept, energy in measured) / sum(energy for _, energy in measured) if measured else None
 
 
-def _check_same_tensor(output: Output, stored: Tensor, files: TensorFiles, base: BaseAsTrained) -> None:
+def _as_loaded(output: Output, stored: Tensor, base: BaseAsTrained) -> Any:
+    """The 4-bit parameter that loading made of a tensor in training; None for one that was not quantized."""
+    if base.quantize not in FOUR_BIT or output.module_name.removesuffix(".weight") not in base.quantized_layers:
+        return None
+    assert base.quantize == "nf4" or base.quantize == "nf4-single", "FOUR_BIT"
+    return quantized_parameter(stored.to(base.dtype), base.quantize, device=base.device)
+
+
+def _check_same_tensor(output: Output, stored: Tensor, parameter: Any, files: TensorFiles, base: BaseAsTrained) -> None:
     expected = base.tensors.get(output.recorded_as)
     if expected is None:
         return
-    if _is_quantized(output, base):
-        is_same = expected == parameter_fingerprint(_quantize(stored, base))
+    if parameter is not None:
+        is_same = expected == parameter_fingerprint(parameter)
     else:  # a few models keep some weights in float32 whatever they are loaded in
         dtypes = dict.fromkeys((base.dtype, torch.float32, stored.dtype))
         is_same = any(expected == parameter_fingerprint(stored.to(dtype)) for dtype in dtypes)
@@ -144,23 +160,16 @@ def _check_same_tensor(output: Output, stored: Tensor, files: TensorFiles, base:
 
 
 def _merge_tensor(
-    output: Output,
-    stored: Tensor,
-    adapter: AdapterFiles,
-    base: BaseAsTrained,
-    onto: Literal["dequantized", "original"],
-    rounding: Rounding,
-    seed: int,
+    output: Output, weight: Tensor, adapter: AdapterFiles, rounding: Rounding, seed: int
 ) -> tuple[Tensor, MergedTensor]:
     assert output.change is not None, "the caller's branch"
-    weight = _starting_weight(output, stored, base, onto)
     exact = adapter.updated(output.change, weight)
     dtype, name = output.facts.dtype, output.facts.name
     if exact.shape != output.facts.shape:
         raise ModelError(f"{name}: would become {tuple(exact.shape)} where {tuple(output.facts.shape)} is due")
-    if output.change.replacement is not None and output.change.a is None:
+    if exact.shape != weight.shape or output.change.keys == [output.change.replacement]:
         return exact.to(dtype), MergedTensor(name, None, 0.0, 0.0, "nearest")
-    delta = exact - weight
+    delta = _wanted_update(output.change, weight, exact, adapter)
     energy, size = _dot(delta, delta), _dot(weight, weight)
     result, how = exact.to(dtype), "nearest"
     is_on_grid = torch.equal(weight.to(dtype).float(), weight)
@@ -171,26 +180,18 @@ def _merge_tensor(
     return result, MergedTensor(name, kept, (energy / size) ** 0.5 if size else float("inf"), energy, how)
 
 
-def _unchanged(output: Output, stored: Tensor, base: BaseAsTrained, onto: str) -> Tensor:
-    """A tensor that the adapter leaves alone; what was 4-bit in training is what its codes stand for, adapted or not."""
-    return _starting_weight(output, stored, base, onto) if _is_quantized(output, base) else stored
+def _wanted_update(change: Change, weight: Tensor, exact: Tensor, adapter: AdapterFiles) -> Tensor:
+    """ΔW by itself for plain LoRA, so that one that was left out or added twice shows; else what the formula made of W."""
+    is_plain = change.keys == [change.a, change.b]
+    update = adapter.low_rank_update(change, weight.device) if is_plain else None
+    return exact - weight if update is None else update
 
 
-def _starting_weight(output: Output, stored: Tensor, base: BaseAsTrained, onto: str) -> Tensor:
+def _starting_weight(stored: Tensor, parameter: Any, base: BaseAsTrained, onto: str) -> Tensor:
+    """The values that training had, float32: those of the 4-bit codes, adapted or not; or the base's own."""
     if onto == "original":
-        return stored.to(base.device, torch.float32)
-    if _is_quantized(output, base):
-        return dequantized(_quantize(stored, base))
-    return stored.to(base.device).to(base.dtype).float()
-
-
-def _is_quantized(output: Output, base: BaseAsTrained) -> bool:
-    return base.quantize in FOUR_BIT and output.module_name.removesuffix(".weight") in base.quantized_layers
-
-
-def _quantize(stored: Tensor, base: BaseAsTrained) -> object:
-    assert base.quantize == "nf4" or base.quantize == "nf4-single", "the caller's branch"
-    return quantized_parameter(stored.to(base.dtype), base.quantize, device=base.device)
+        return stored.to(base.device).float()
+    return stored.to(base.device).to(base.dtype).float() if parameter is None else dequantized(parameter)
 
 
 def stochastically_rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -203,6 +204,11 @@ def stochastically_rounded(values: Tensor, dtype: torch.dtype, generator: torch.
     """
     if dtype == torch.float32:
         return values
+    blocks = [_round_block(block, dtype, generator) for block in values.reshape(-1).split(_BLOCK)]
+    return torch.cat(blocks).view(values.shape) if blocks else values.to(dtype)
+
+
+def _round_block(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     near = values.to(dtype)
     off = values - near.float()
     # The bits of a float without its sign count its distance from zero.

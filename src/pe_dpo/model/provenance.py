@@ -4,6 +4,7 @@ Written beside the adapter as base.json:
 
     id, revision, quantize, dtype, device, parameters      how it was loaded
     quantized_layers                                      which modules were; only these are quantized again
+    config                                                sha256 of what the configuration says of the arithmetic
     files                                                 sha256 of configuration and weights on disk
     tensors                                               sha256 of each parameter as loaded, codes and scales together
     tokenizer, chat_template                              sha256
@@ -20,7 +21,7 @@ from torch import nn
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable
 from pe_dpo.model.base import BaseFacts
-from pe_dpo.model.fingerprint import file_fingerprints, parameter_fingerprints
+from pe_dpo.model.fingerprint import config_fingerprint, file_fingerprints, parameter_fingerprints
 from pe_dpo.model.quantization import four_bit_layers
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
@@ -62,6 +63,7 @@ def base_record(model: nn.Module, facts: BaseFacts, tokenizer: Any) -> dict[str,
         "device": next(model.parameters()).device.type,
         "parameters": facts.parameters,
         "quantized_layers": [_plain(name) for name, _ in four_bit_layers(model)],
+        "config": config_fingerprint(facts.config),
         "files": file_fingerprints(folder, _weight_files(folder), believe_names=True),
         "tensors": parameter_fingerprints(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -88,14 +90,15 @@ def changed_tensors(record: Mapping[str, Any], now: Mapping[str, str]) -> list[s
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return sha256 (hex) over what a tokenizer does to text; whether it pads or cuts is left out."""
+    """Return sha256 (hex) over what a tokenizer does to text, and its special ids; whether it pads or cuts is left out."""
     if getattr(tokenizer, "is_fast", False):
         does = json.loads(tokenizer.backend_tokenizer.to_str())
         for momentary in ("padding", "truncation"):
             does.pop(momentary, None)
     else:
         does = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.all_special_tokens}
-    return hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()
+    ends = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
+    return hashlib.sha256(json.dumps([does, ends], sort_keys=True).encode()).hexdigest()
 
 
 def template_fingerprint(tokenizer: Any) -> str | None:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,7 +57,12 @@ class TensorFiles:
 
     def __init__(self, folder: str | Path, stem: str = "model") -> None:
         self.folder, self._stem = Path(folder), stem
+        self._promised: dict[str, str] = {}
         self._file_of = {name: file for file in self._files() for name in self._names(file)}
+        lost = sorted(self._promised.keys() - self._file_of.keys())
+        if lost:
+            where = self.folder / self._promised[lost[0]]
+            raise ModelError(f"{where}: does not have {lost[0]}, which the index says is there; fetch the model again")
 
     def __iter__(self) -> Iterator[TensorFacts]:
         return (self.facts(name) for name in self._file_of)
@@ -93,9 +98,12 @@ class TensorFiles:
         if not index.is_file():
             raise ModelError(f"{self.folder}: neither {single.name} nor an index of shards there; only safetensors are read")
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
+            self._promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = self._promised.values()
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: is no index of shards ({error!r}); fetch the model again") from error
+        if not all(isinstance(name, str) for name in names):
+            raise ModelError(f"{index}: is no index of shards (it names files by {names}); fetch the model again")
         return [self.folder / name for name in dict.fromkeys(names)]
 
     def _names(self, file: Path) -> list[str]:
@@ -143,6 +151,15 @@ class TensorWriter:
             self._open = shard, (self.folder / self._name(shard)).open("wb")
             self._append(_header(self._shards[shard]))
         self._append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._open is not None:
+            self._open[1].close()
 
     def close(self) -> None:
         """Finish the last shard and write the index where there are several.

@@ -82,12 +82,9 @@ class AdapterFiles:
             weight = self._read(change.replacement, weight.device)
         if change.addition is not None:
             weight = weight + change.scaling * self._read(change.addition, weight.device)
-        if change.a is None or change.b is None:
+        update = self.low_rank_update(change, weight.device)
+        if update is None:
             return weight
-        product = self._read(change.b, weight.device) @ self._read(change.a, weight.device)
-        update = product.mul_(change.scaling)
-        if change.is_embedding or self.config.fan_in_fan_out:
-            update = update.T
         if update.shape != weight.shape:
             raise ModelError(
                 f"{self.folder}: {change.a} makes an update of shape {tuple(update.shape)} for a weight of "
@@ -99,6 +96,13 @@ class AdapterFiles:
         length = moved.norm(dim=1)
         magnitude: Tensor = self._read(change.magnitude, weight.device) / length
         return magnitude[:, None] * moved
+
+    def low_rank_update(self, change: Change, device: torch.device) -> Tensor | None:
+        """Return s·B·A, float32 as the weight lies in its file; None for a change without one."""
+        if change.a is None or change.b is None:
+            return None
+        update = (self._read(change.b, device) @ self._read(change.a, device)).mul_(change.scaling)
+        return update.T if change.is_embedding or self.config.fan_in_fan_out else update
 
     def shape(self, change: Change) -> tuple[int, ...] | None:
         """Return the shape of a replaced tensor, None for one that is only moved."""
