@@ -32,7 +32,7 @@ from pe_dpo.deploy.plan import plan_merge
 from pe_dpo.deploy.stream import BaseAsTrained, stochastically_rounded, write_merged
 from pe_dpo.errors import MergeRefused, ModelError, PeDpoError, RunFolderError, UsageError
 from pe_dpo.model import base as base_module
-from pe_dpo.model.adapter import write_adapter_config
+from pe_dpo.model.adapter_config import write_adapter_config
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.model.quantization import four_bit_layers
 from pe_dpo.model.tensor_files import TensorFacts, TensorFiles, TensorWriter

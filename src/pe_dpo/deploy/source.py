@@ -15,7 +15,8 @@ from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.evaluation.target import Target, find_target, load_target_tokenizer, read_record
-from pe_dpo.model.adapter import REFERENCE, expected_tensors, write_adapter_config
+from pe_dpo.model.adapter import REFERENCE
+from pe_dpo.model.adapter_config import expected_tensors, write_adapter_config
 from pe_dpo.model.base import BaseFacts, empty_model, end_token_ids, inspect_base
 from pe_dpo.model.fingerprint import file_fingerprints
 from pe_dpo.model.provenance import base_folder, template_fingerprint, tokenizer_fingerprint

@@ -15,7 +15,8 @@ from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored
 from pe_dpo.evaluation.reference import Policy, open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
 from pe_dpo.evaluation.target import Kind, Target, check_same_base, find_target, load_target_tokenizer, read_record
-from pe_dpo.model.adapter import check_adapter, load_adapter_for_evaluation
+from pe_dpo.model.adapter import load_adapter_for_evaluation
+from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pe_dpo.errors import UsageError
-from pe_dpo.model.adapter import read_adapter_config
+from pe_dpo.model.adapter_config import read_adapter_config
 from pe_dpo.model.base import BaseFacts, load_tokenizer
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 from pe_dpo.recipe.schema import ModelSection

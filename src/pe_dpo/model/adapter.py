@@ -1,9 +1,7 @@
 """Policy and reference from one base: adapters on is π, adapters off (or their frozen copy) is π0."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pe_dpo.errors import ModelError
-from pe_dpo.recipe.schema import MOVING_INITS
+from pe_dpo.model.adapter_config import check_adapter, without_advice
 
 POLICY = "default"
 """Name of the trained adapter; PEFT's own default, so that what is saved loads in plain PEFT."""
@@ -98,45 +96,6 @@ def start_from_adapter(
     return _in_float32(model).train()
 
 
-def read_adapter_config(folder: str | Path) -> Any:
-    """Return the PEFT config of a saved LoRA adapter.
-
-    Raises:
-        ModelError: there is no adapter, or one of another kind.
-    """
-    from peft import PeftConfig
-
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: no adapter_config.json there; an adapter is a folder as PEFT or pe-dpo saves it")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder}: its adapter_config.json cannot be read: {error}") from error
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
-        raise ModelError(f"{folder}: is a {kind} adapter; only LoRA is supported")
-    return config
-
-
-def check_adapter(folder: str | Path) -> Any:
-    """Return the PEFT config of a LoRA adapter whose reference is well defined.
-
-    Raises:
-        ModelError: as `start_from_adapter`.
-    """
-    config = read_adapter_config(folder)
-    if config.bias != "none":
-        raise ModelError(f"{folder}: has bias={config.bias}, which stays on when adapters are off and moves the reference")
-    if config.modules_to_save:
-        raise ModelError(f"{folder}: trains whole modules ({', '.join(config.modules_to_save)}); only LoRA is supported")
-    if config.use_dora:
-        raise ModelError(f"{folder}: is a DoRA adapter; only plain LoRA is supported")
-    init = str(config.init_lora_weights).lower()
-    if init.startswith(MOVING_INITS):
-        raise ModelError(f"{folder}: was initialised by {init}, which changed its base; the base on disk is not its reference")
-    return config
-
-
 def load_adapter_for_evaluation(base: nn.Module, folder: str | Path) -> Any:
     """Return the base with a finished adapter, nothing trainable, in eval mode.
 
@@ -176,7 +135,7 @@ def add_finished_adapter(model: Any, folder: str | Path, name: str = POLICY) -> 
     from peft import PeftModel
 
     try:
-        with _without_advice():
+        with without_advice():
             if isinstance(model, PeftModel):
                 model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
                 model.set_adapter(name)
@@ -187,37 +146,9 @@ def add_finished_adapter(model: Any, folder: str | Path, name: str = POLICY) -> 
     return _in_float32(model).eval()
 
 
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """PEFT warns of tied embeddings and of tensors that are missing: both are dealt with, and refused, elsewhere."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
 def switch_on_both(model: Any) -> None:
     """Let both adapters of a PEFT model act, the trained one on top of the other."""
     model.base_model.set_adapter([REFERENCE, POLICY], inference_mode=True)
-
-
-def expected_tensors(base: nn.Module, config: Any) -> set[str]:
-    """Return the names of the tensors that an adapter of this configuration has, as PEFT saves them.
-
-    Args:
-        base: may be without weights.
-        config: of the adapter.
-
-    Raises:
-        ModelError: no module of the base matches the configuration.
-    """
-    from peft import PeftModelForCausalLM, get_peft_model_state_dict
-
-    try:
-        with _without_advice():
-            model = PeftModelForCausalLM(base, deepcopy(config), adapter_name=POLICY, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise ModelError(f"the adapter does not fit this base: {str(error).splitlines()[0]}") from error
-    return set(get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False))
 
 
 @contextmanager
@@ -248,19 +179,6 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     """
     names = [POLICY, *([REFERENCE] if REFERENCE in model.peft_config else [])]
     model.save_pretrained(str(folder), selected_adapters=names, save_embedding_layers=False)
-
-
-def write_adapter_config(folder: str | Path, *, base: str | None, **settings: Any) -> None:
-    """Write the adapter_config.json of a LoRA adapter.
-
-    Args:
-        folder: of the adapter.
-        base: path or hub id of its base.
-        settings: fields of PEFT's LoraConfig.
-    """
-    from peft import LoraConfig
-
-    LoraConfig(base_model_name_or_path=base, inference_mode=True, **settings).save_pretrained(str(folder))
 
 
 def restore_adapter(model: Any, folder: str | Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter import read_adapter_config
+from pe_dpo.model.adapter_config import read_adapter_config
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.recipe.schema import MOVING_INITS
 

@@ -14,13 +14,8 @@ from pe_dpo.errors import DataError, ModelError
 from pe_dpo.evaluation.pairs import ScoredPairs, set_metrics
 from pe_dpo.evaluation.reference import open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.model.adapter import (
-    adapter_is_zero,
-    attach_adapter,
-    check_adapter,
-    save_adapter,
-    start_from_adapter,
-)
+from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, save_adapter, start_from_adapter
+from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
 from pe_dpo.model.provenance import base_record
 from pe_dpo.model.quantization import check_weights_unpacked

@@ -1,0 +1,93 @@
+"""What the configuration of a saved adapter says: of which kind it is, and which tensors it has."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pe_dpo.errors import ModelError
+from pe_dpo.recipe.schema import MOVING_INITS
+
+
+def read_adapter_config(folder: str | Path) -> Any:
+    """Return the PEFT config of a saved LoRA adapter.
+
+    Raises:
+        ModelError: there is no adapter, or one of another kind.
+    """
+    from peft import PeftConfig
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: no adapter_config.json there; an adapter is a folder as PEFT or pe-dpo saves it")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder}: its adapter_config.json cannot be read: {error}") from error
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise ModelError(f"{folder}: is a {kind} adapter; only LoRA is supported")
+    return config
+
+
+def check_adapter(folder: str | Path) -> Any:
+    """Return the PEFT config of a LoRA adapter whose reference is well defined.
+
+    Raises:
+        ModelError: as `start_from_adapter`.
+    """
+    config = read_adapter_config(folder)
+    if config.bias != "none":
+        raise ModelError(f"{folder}: has bias={config.bias}, which stays on when adapters are off and moves the reference")
+    if config.modules_to_save:
+        raise ModelError(f"{folder}: trains whole modules ({', '.join(config.modules_to_save)}); only LoRA is supported")
+    if config.use_dora:
+        raise ModelError(f"{folder}: is a DoRA adapter; only plain LoRA is supported")
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(MOVING_INITS):
+        raise ModelError(f"{folder}: was initialised by {init}, which changed its base; the base on disk is not its reference")
+    return config
+
+
+def write_adapter_config(folder: str | Path, *, base: str | None, **settings: Any) -> None:
+    """Write the adapter_config.json of a LoRA adapter.
+
+    Args:
+        folder: of the adapter.
+        base: path or hub id of its base.
+        settings: fields of PEFT's LoraConfig.
+    """
+    from peft import LoraConfig
+
+    LoraConfig(base_model_name_or_path=base, inference_mode=True, **settings).save_pretrained(str(folder))
+
+
+def expected_tensors(base: nn.Module, config: Any) -> set[str]:
+    """Return the names of the tensors that an adapter of this configuration has, as PEFT saves them.
+
+    Args:
+        base: may be without weights.
+        config: of the adapter.
+
+    Raises:
+        ModelError: no module of the base matches the configuration.
+    """
+    from peft import PeftModelForCausalLM, get_peft_model_state_dict
+
+    try:
+        with without_advice():
+            model = PeftModelForCausalLM(base, deepcopy(config), adapter_name="default", low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ModelError(f"the adapter does not fit this base: {str(error).splitlines()[0]}") from error
+    return set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """PEFT warns of tied embeddings and of tensors that are missing: both are dealt with, and refused, elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
