@@ -72,8 +72,8 @@ def test_a_merge_is_doubted_only_where_arithmetic_does_not_explain_it(
     assert all(word in line for word, line in zip(words, found, strict=True))
 
 
-def tensor(kept: float | None, energy: float = 1.0) -> MergedTensor:
-    return MergedTensor("layer", kept, 1e-3, energy, "nearest")
+def tensor(kept: float | None, energy: float = 1.0, noise: float = 0.0) -> MergedTensor:
+    return MergedTensor("layer", kept, 1e-3, energy, noise, "nearest")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,10 @@ def tensor(kept: float | None, energy: float = 1.0) -> MergedTensor:
         ([tensor(2.0, energy=1e-6), tensor(1.0)], 1),
         ([tensor(0.8), tensor(0.8)], 1),  # each within its band, all together not
         ([tensor(-0.1), tensor(-0.1)], 3),
+        ([tensor(1.8, energy=1e-3, noise=0.2), tensor(1.0)], 0),  # noise of rounding: within six of its deviations
+        ([tensor(0.7, noise=0.06)], 0),
+        ([tensor(0.6, noise=0.06)], 1),
+        ([tensor(0.8, noise=0.04), tensor(0.8, noise=0.04)], 1),  # together the noise is less: 1 ± 0.17
         ([], 0),
     ],
 )

@@ -105,7 +105,7 @@ def _show_held_out(report: dict[str, Any]) -> None:
         columns = [report["held_out"], report["noise_floor"]]
         rows.append([title, *("–" if one is None or one[key] is None else shape.format(one[key]) for one in columns)])
     title = f"{report['held_out_pairs']} held-out pairs; trained shift {report['held_out']['shift_trained']:+.4f}"
-    console.show_table(title, ["", "merged", f"trained, in {report['noise_floor_dtype']}"], rows)
+    console.show_table(title, ["", "merged", f"trained, {report['noise_floor_is']}"], rows)
     change = report["against_the_quantized_base"]
     if change:
         console.say(

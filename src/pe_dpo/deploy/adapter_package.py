@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from pe_dpo.data.encoding import Progress
 from pe_dpo.deploy.carry import base_licence, carry_tokenizer
 from pe_dpo.deploy.serving import adapter_commands, adapter_in_python
@@ -65,8 +63,8 @@ def package_adapter(
 
 def _verify(source: Source, output: Path, allow_base_mismatch: bool, say: Callable[[str], None]) -> Agreement:
     """Two adapters in one against the two, on the pairs."""
-    other = torch.bfloat16 if source.facts.dtype == torch.float32 else torch.float32
-    found = measure_trained(source, source.facts, dtype=other, allow_base_mismatch=allow_base_mismatch, say=say)
+    dtype = source.facts.dtype
+    found = measure_trained(source, source.facts, dtype=dtype, allow_base_mismatch=allow_base_mismatch, say=say)
     held_out = agreement(measure_adapter(source), found.trained, found.reference)
     floor = agreement(found.floor, found.trained, found.reference) if found.floor else None
     wrong = doubts(held_out, floor)

@@ -97,6 +97,6 @@ def _merge(report: Mapping[str, Any]) -> list[str]:
         f"- same most likely token at {found['top1']:.2%} of positions",
     ]
     if floor is not None:
-        other = report["noise_floor_dtype"]
-        lines.append(f"- the trained model itself, in {other}: KL {floor['kl']:.2e}, shift {floor['shift']:+.4f}")
+        other = report["noise_floor_is"]
+        lines.append(f"- the trained model itself, {other}: KL {floor['kl']:.2e}, shift {floor['shift']:+.4f}")
     return [*lines, *(f"- **{fault}**" for fault in report["faults"])]

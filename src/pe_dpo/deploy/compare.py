@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 
 from pe_dpo.data.encoding import Progress
-from pe_dpo.deploy.merge import DTYPES, Dtype, Onto, base_as_trained, check_base_files, served_dtype, write_model
+from pe_dpo.deploy.merge import Dtype, Onto, base_as_trained, check_base_files, served_dtype, write_model
 from pe_dpo.deploy.plan import plan_merge
 from pe_dpo.deploy.source import Source, open_source, with_sft
 from pe_dpo.deploy.staging import scratch
 from pe_dpo.deploy.stream import Rounding, mean_kept
-from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, other_dtype
+from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, noise_words
 from pe_dpo.deploy.verify import Agreement, Behaviour, agreement
 from pe_dpo.errors import UsageError
 from pe_dpo.model.base import inspect_base
@@ -80,8 +80,7 @@ def compare_merges(
             _candidate("adapter", truth.trained, truth),
         ]
         if truth.floor:
-            other = _short(other_dtype(source.facts.dtype, served))
-            candidates.append(_candidate(f"adapter, {other}", truth.floor, truth))
+            candidates.append(_candidate(f"adapter, {noise_words(source.facts.dtype, served)}", truth.floor, truth))
         for onto in ways:
             candidates.append(_merge(source, truth, onto, served, rounding, seed, work, allow_base_mismatch, progress))
     return Comparison(candidates, len(source.pairs))
@@ -111,7 +110,3 @@ def _merge(
 
 def _candidate(name: str, found: Behaviour, truth: Trained, kept: float | None = None) -> Candidate:
     return Candidate(name, agreement(found, truth.trained, truth.reference), kept)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)

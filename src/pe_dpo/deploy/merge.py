@@ -23,8 +23,8 @@ from pe_dpo.deploy.carry import base_licence, carry
 from pe_dpo.deploy.plan import Plan, plan_merge
 from pe_dpo.deploy.source import Source, open_source, with_sft
 from pe_dpo.deploy.staging import check_free, staged
-from pe_dpo.deploy.stream import BaseAsTrained, MergedTensor, Rounding, faults, mean_kept, write_merged
-from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, other_dtype
+from pe_dpo.deploy.stream import BaseAsTrained, MergedTensor, Rounding, faults, mean_kept, mean_noise, write_merged
+from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, noise_words
 from pe_dpo.deploy.verify import Agreement, agreement, doubts
 from pe_dpo.errors import MergeRefused, ModelError
 from pe_dpo.model.base import BaseFacts, inspect_base
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
     held_out: Agreement | None
     """None where no pairs were asked for."""
     floor: Agreement | None
-    """The trained model in another dtype: what arithmetic alone does."""
+    """The trained model with the noise of the dtype."""
     change: Agreement | None
     """Merged onto the original: how far that is from what was trained on the quantized base."""
     faults: list[str]
@@ -317,7 +317,8 @@ def _report(
         "held_out_pairs": len(source.pairs),
         "held_out": _facts(verdict.held_out),
         "noise_floor": _facts(verdict.floor),
-        "noise_floor_dtype": str(other_dtype(source.facts.dtype, dtype)).removeprefix("torch."),
+        "noise_floor_is": noise_words(source.facts.dtype, dtype),
+        "mean_noise": mean_noise(verdict.tensors),
         "against_the_quantized_base": _facts(verdict.change),
         "tensors": [tensor._asdict() for tensor in verdict.tensors],
         "files": files,

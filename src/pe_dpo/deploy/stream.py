@@ -5,8 +5,10 @@
 
 Values of 4-bit codes in float32 lie between those of the 16-bit grid, so that one rounding loses nothing on average. A 16-bit
 W lies on the grid, and there every |ΔW| below half a step is lost by rounding to nearest; stochastic rounding keeps its mean.
+Without double quantization one value in 28 lies on the grid as well (codes ±1 give back the weight that set the scale).
 
-    kept = ⟨Ŵ − W, ΔW⟩ / ⟨ΔW, ΔW⟩      1 where all of the update is in the file, 0 where nothing
+    kept = ⟨Ŵ − W, ΔW⟩ / ⟨ΔW, ΔW⟩                 1 where all of the update is in the file, 0 where nothing
+    its sd by rounding alone: √(Σ (step·ΔW)² / 12) / ⟨ΔW, ΔW⟩
 """
 
 import hashlib
@@ -25,12 +27,15 @@ from pe_dpo.model.updates import AdapterFiles, Change
 
 Rounding = Literal["auto", "nearest", "stochastic"]
 
-KEPT_BAND = (0.5, 1.5)
-"""Of one tensor. A tensor left out has 0, added twice 2."""
-MEAN_BAND = (0.9, 1.1)
-"""Of all tensors, each counted by ⟨ΔW, ΔW⟩."""
-ENOUGH = 0.95
-"""Below this share kept, `rounding: auto` rounds a tensor on the grid stochastically."""
+KEPT_BAND = 0.5
+"""How far the share kept of one tensor may be from 1. A tensor left out has 0, added twice 2."""
+MEAN_BAND = 0.1
+"""The same of all tensors, each counted by ⟨ΔW, ΔW⟩."""
+NOISE_BAND = 6.0
+"""Standard deviations of rounding that are allowed where they are more; the largest of 147 good tensors was 5.5, at |ΔW|/|W| of
+3e-4 and less, with 12 to 98 thousand weights each (research log)."""
+ENOUGH = 0.99
+"""Below this share kept, `rounding: auto` rounds stochastically what lies on the grid."""
 
 
 _BLOCK = 1 << 22
@@ -47,8 +52,10 @@ class MergedTensor(NamedTuple):
     """‖ΔW‖ / ‖W‖, Frobenius."""
     energy: float
     """⟨ΔW, ΔW⟩."""
+    noise: float
+    """Standard deviation of `kept` by rounding alone."""
     rounding: str
-    """nearest or stochastic."""
+    """nearest, or stochastic for all of it or for what lies on the grid."""
 
 
 class BaseAsTrained(NamedTuple):
@@ -117,14 +124,15 @@ def faults(merged: Sequence[MergedTensor]) -> list[str]:
     """Return which tensors did not keep their update, in words; empty if all did."""
     found = []
     for tensor in merged:
-        if tensor.kept is not None and not KEPT_BAND[0] <= tensor.kept <= KEPT_BAND[1]:
+        width = max(KEPT_BAND, NOISE_BAND * tensor.noise)
+        if tensor.kept is not None and abs(tensor.kept - 1) > width:
             found.append(
-                f"{tensor.name}: {tensor.kept:.3f} of its update kept (wanted {KEPT_BAND[0]} to {KEPT_BAND[1]}), "
+                f"{tensor.name}: {tensor.kept:.3f} of its update kept (wanted 1 ± {width:.2f}), "
                 f"|ΔW|/|W| {tensor.relative_size:.1e}, {tensor.rounding} rounding"
             )
-    mean = mean_kept(merged)
-    if mean is not None and not MEAN_BAND[0] <= mean <= MEAN_BAND[1]:
-        found.append(f"all tensors: {mean:.3f} of the update kept (wanted {MEAN_BAND[0]} to {MEAN_BAND[1]})")
+    mean, width = mean_kept(merged), max(MEAN_BAND, NOISE_BAND * mean_noise(merged))
+    if mean is not None and abs(mean - 1) > width:
+        found.append(f"all tensors: {mean:.3f} of the update kept (wanted 1 ± {width:.2f})")
     return found
 
 
@@ -132,6 +140,13 @@ def mean_kept(merged: Sequence[MergedTensor]) -> float | None:
     """Return ⟨Ŵ−W, ΔW⟩ / ⟨ΔW, ΔW⟩ over all tensors together; None if no tensor has an update."""
     measured = [(tensor.kept, tensor.energy) for tensor in merged if tensor.kept is not None]
     return sum(kept * energy for kept, energy in measured) / sum(energy for _, energy in measured) if measured else None
+
+
+def mean_noise(merged: Sequence[MergedTensor]) -> float:
+    """Return the standard deviation of `mean_kept` by rounding alone."""
+    measured = [(tensor.noise, tensor.energy) for tensor in merged if tensor.kept is not None]
+    total = sum(energy for _, energy in measured)
+    return sum((noise * energy) ** 2 for noise, energy in measured) ** 0.5 / total if measured else 0.0
 
 
 def _as_loaded(output: Output, stored: Tensor, base: BaseAsTrained) -> Any:
@@ -168,16 +183,32 @@ def _merge_tensor(
     if exact.shape != output.facts.shape:
         raise ModelError(f"{name}: would become {tuple(exact.shape)} where {tuple(output.facts.shape)} is due")
     if exact.shape != weight.shape or output.change.keys == [output.change.replacement]:
-        return exact.to(dtype), MergedTensor(name, None, 0.0, 0.0, "nearest")
+        return exact.to(dtype), MergedTensor(name, None, 0.0, 0.0, 0.0, "nearest")
     delta = _wanted_update(output.change, weight, exact, adapter)
     energy, size = _dot(delta, delta), _dot(weight, weight)
-    result, how = exact.to(dtype), "nearest"
-    is_on_grid = torch.equal(weight.to(dtype).float(), weight)
-    loses = is_on_grid and _dot(result.float() - weight, delta) < ENOUGH * energy
-    if rounding == "stochastic" or (rounding == "auto" and loses):
-        result, how = stochastically_rounded(exact, dtype, _generator(seed, name, exact)), "stochastic"
+    generator = _generator(seed, name, exact)
+    if rounding == "stochastic":
+        result, how = stochastically_rounded(exact, dtype, generator), "stochastic"
+    else:
+        result, how = exact.to(dtype), "nearest"
+        if rounding == "auto" and _dot(result.float() - weight, delta) < ENOUGH * energy:
+            result, how = _stochastic_on_grid(weight, exact, result, generator)
+    step = _step(exact, dtype)
+    if bool(((result.float() - exact).abs() > step).any()):
+        raise ModelError(f"{name}: was not rounded to a neighbour in {dtype}; a fault of this program or of torch")
     kept = _dot(result.float() - weight, delta) / energy if energy else None
-    return result, MergedTensor(name, kept, (energy / size) ** 0.5 if size else float("inf"), energy, how)
+    moved = step.mul_(delta)
+    noise = (_dot(moved, moved) / 12) ** 0.5 / energy if energy else 0.0
+    return result, MergedTensor(name, kept, (energy / size) ** 0.5 if size else float("inf"), energy, noise, how)
+
+
+def _stochastic_on_grid(weight: Tensor, exact: Tensor, nearest: Tensor, generator: torch.Generator) -> tuple[Tensor, str]:
+    """Round stochastically where W itself lies on the grid; elsewhere rounding to nearest is unbiased, and has less noise."""
+    is_on_grid = weight.to(nearest.dtype).float() == weight
+    if not bool(is_on_grid.any()):
+        return nearest, "nearest"
+    drawn = stochastically_rounded(exact, nearest.dtype, generator)
+    return torch.where(is_on_grid, drawn, nearest), "stochastic on the grid"
 
 
 def _wanted_update(change: Change, weight: Tensor, exact: Tensor, adapter: AdapterFiles) -> Tensor:
@@ -227,5 +258,14 @@ def _generator(seed: int, name: str, like: Tensor) -> torch.Generator:
     return torch.Generator(device=like.device).manual_seed(number)
 
 
+def _step(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of neighbours in a dtype, where each value is; float32."""
+    info = torch.finfo(dtype)
+    _, exponents = torch.frexp(values.abs().clamp_min(info.smallest_normal))
+    return torch.ldexp(torch.full_like(values, info.eps / 2), exponents)
+
+
 def _dot(first: Tensor, second: Tensor) -> float:
-    return float((first * second).sum(dtype=torch.float64))
+    """⟨first, second⟩, in float32 within blocks and in float64 over them."""
+    blocks = zip(first.reshape(-1).split(_BLOCK // 4), second.reshape(-1).split(_BLOCK // 4), strict=True)
+    return sum(float(torch.dot(one, other)) for one, other in blocks)

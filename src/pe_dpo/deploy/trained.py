@@ -13,7 +13,7 @@ from pe_dpo.deploy.verify import Behaviour, behaviour
 from pe_dpo.errors import ModelError
 from pe_dpo.evaluation.scorer import Scorer, choose_scorer
 from pe_dpo.model.adapter import REFERENCE, add_finished_adapter, switch_on_both
-from pe_dpo.model.base import BaseFacts, compute_in, load_base
+from pe_dpo.model.base import BaseFacts, add_rounding_noise, compute_in, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprints
 from pe_dpo.model.provenance import changed_tensors
 from pe_dpo.model.quantization import check_weights_unpacked, four_bit_layers
@@ -29,7 +29,7 @@ class Trained(NamedTuple):
     reference: Behaviour
     trained: Behaviour
     floor: Behaviour | None
-    """Of the trained model computed in the other dtype; None where memory did not do for it."""
+    """Of the trained model with the noise of the dtype; None where nothing is rounded, or memory did not do for it."""
 
 
 def measure_trained(
@@ -68,18 +68,15 @@ def measure_trained(
         switch_on_both(model)
     trained = measure(model, source, scorer)
     check_weights_unpacked(model)
-    other = other_dtype(facts.dtype, dtype)
-    floor = _measure_in(model, other, source, scorer, say)
+    floor = _measure_noise(model, facts.dtype, dtype, source, scorer, say)
     del model
     free()
     return Trained(BaseAsTrained(facts.quantize, facts.dtype, layers, tensors, device), reference, trained, floor)
 
 
-def other_dtype(trained: torch.dtype, served: torch.dtype) -> torch.dtype:
-    """Return in which dtype the noise of arithmetic shows: the served one, or where that is training's, a third."""
-    if served != trained:
-        return served
-    return torch.bfloat16 if trained == torch.float32 else torch.float32
+def noise_words(trained: torch.dtype, served: torch.dtype) -> str:
+    """Return what the noise floor is, in a word or two."""
+    return f"rounded to {str(served).removeprefix('torch.')}" if trained == torch.float32 else "in float32"
 
 
 def measure_merged(folder: Path, source: Source, facts: BaseFacts) -> Behaviour:
@@ -120,14 +117,20 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def _measure_in(
-    model: Any, dtype: torch.dtype, source: Source, scorer: Scorer, say: Callable[[str], None]
+def _measure_noise(
+    model: Any, trained: torch.dtype, served: torch.dtype, source: Source, scorer: Scorer, say: Callable[[str], None]
 ) -> Behaviour | None:
+    """The trained model with its weights rounded as served; trained in 16 bits, in float32 arithmetic instead."""
+    if trained == served == torch.float32:
+        return None
     try:
-        compute_in(model, dtype)
+        if trained == torch.float32:
+            add_rounding_noise(model, served)
+        else:
+            compute_in(model, torch.float32)
         return measure(model, source, scorer)
     except torch.OutOfMemoryError:
-        say(f"look: no memory to measure the noise of {str(dtype).removeprefix('torch.')}; the merge is judged without it")
+        say("look: no memory to measure the noise of the dtype; the merge is judged without it")
         return None
 
 

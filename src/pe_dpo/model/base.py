@@ -147,6 +147,25 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def add_rounding_noise(model: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> None:
+    """Let a loaded model have the noise that rounding its weights to a dtype brings, and compute as before; not to be undone.
+
+    4-bit layers round what their codes stand for. A weight that a dtype holds exactly has no rounding of its own; under an
+    adapter, whose sum will be rounded, it gets noise of the same size: uniform, one step wide.
+    """
+    for _, layer in four_bit_layers(model):
+        layer.weight.quant_state.dtype = dtype
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or "lora_" in name:
+            continue
+        rounded = parameter.data.to(dtype).to(parameter.dtype)
+        if torch.equal(rounded, parameter.data) and ".base_layer." in name:
+            drawn = torch.rand(parameter.shape, generator=generator).to(parameter) - 0.5
+            rounded = parameter.data + drawn * parameter.data.abs() * torch.finfo(dtype).eps
+        parameter.data = rounded
+
+
 def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward instead of keeping them: a forward more, for a fraction of the memory.
 
