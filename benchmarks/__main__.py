@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks step | run | sweep | plot | table`."""
+"""The commands: `python -m benchmarks step | run | sweep | merge | plot | table`."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from benchmarks.results import Settings
 from benchmarks.rounds import keep_heap
 
 ROUNDS = {"step": 5, "run": 3, "sweep": 1}
+MERGE_ROUNDS = 3
 
 
 def main() -> None:
@@ -20,12 +21,18 @@ def main() -> None:
     torch.set_num_threads(1)
     options = _parser().parse_args()
     if options.command == "plot":
-        print(plot.plot_step(options.file))
+        print(_plot(options.file))
         return
     if options.command == "table":
         from benchmarks.table import table
 
         print(table())
+        return
+    if options.command == "merge":
+        from benchmarks.merge import run_merge
+
+        rounds = 1 if options.quick else options.rounds or MERGE_ROUNDS
+        run_merge(Settings("merge", rounds=rounds, is_quick=options.quick, out=options.out))
         return
     settings = Settings(options.command, options.shape, options.dtype, options.model)
     if options.command == "memory-one":
@@ -56,6 +63,15 @@ def _command(name: str) -> Callable[[Settings], None]:
     return {"step": run_step, "run": run_epochs, "sweep": run_sweep}[name]
 
 
+def _plot(path: Path) -> Path:
+    """Draw the results of `merge`, or of `step`."""
+    if path.stem.startswith("merge"):
+        from benchmarks.merge import plot_merge
+
+        return plot_merge(path)
+    return plot.plot_step(path)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -68,15 +84,20 @@ def _parser() -> argparse.ArgumentParser:
         if name == "memory-one":
             command.add_argument("--variant", required=True, help="name of a variant, as `step` prints it")
             continue
-        command.add_argument("--quick", action="store_true", help="one round, few variants, under two minutes")
-        command.add_argument("--rounds", type=int, default=0)
-        command.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+        _add_common(command)
         if name != "step":
             command.add_argument("--pairs", type=int, default=0, help="pairs to train on")
             command.add_argument("--best", default="", help="name of TRL's best point; else from the results of `step`")
+    _add_common(commands.add_parser("merge", help="what is left of an adapter after merging, ours and others'"))
     commands.add_parser("table", help="print the README's table from the results")
-    commands.add_parser("plot", help="draw the results of `step` again").add_argument("file", type=Path)
+    commands.add_parser("plot", help="draw the results of `step` or `merge` again").add_argument("file", type=Path)
     return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="one round, few variants, under two minutes")
+    command.add_argument("--rounds", type=int, default=0)
+    command.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
 
 
 if __name__ == "__main__":

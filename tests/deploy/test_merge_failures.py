@@ -646,10 +646,10 @@ def test_a_merge_that_cannot_fit_is_refused_before_anything_is_written(
 ) -> None:
     """115,008 float32 weights need 460,032 bytes."""
     usage = shutil.disk_usage(out.parent)
-    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage._replace(free=460_031))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=460_031))
     with refused(out, ModelError, f"{out}: the merged model has 0.0 GB, and 0.0 GB are free there"):
         merge(nf4_run, out, pairs=0)
-    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage._replace(free=460_032))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=460_032))
     merge(nf4_run, out, pairs=0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pe_dpo.deploy.stream import MergedTensor, faults, mean_kept
-from pe_dpo.deploy.verify import Agreement, Behaviour, agreement, doubts
+from pe_dpo.deploy.verify import Agreement, Behaviour, agreement, doubts, is_too_vague
 from pe_dpo.model.scoring import PairLogprobs
 
 
@@ -28,6 +28,7 @@ def test_agreement_is_that_worked_out_by_hand() -> None:
     assert found.shift_kept == pytest.approx(0.4)
     assert (found.shift, found.shift_trained) == (1.0, 2.0)
     assert found.shift_error == pytest.approx(math.sqrt(2))
+    assert found.shift_kept_error == pytest.approx(math.sqrt((0.6**2 + 0.2**2) / 1 / 10))
     assert found.kl == pytest.approx((0.75 * math.log(3) - 0.25 * math.log(3)) / 2)
     assert found.kl_reference == pytest.approx((0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2)
     assert found.top1 == 0.5
@@ -46,8 +47,8 @@ def test_where_training_changed_nothing_there_is_nothing_to_be_relative_to() -> 
     assert doubts(found, None) == []
 
 
-BASE = Agreement(kl=0.01, kl_reference=1.0, shift_kept=1.0, shift_error=0.1, shift=2.0, shift_trained=2.0, top1=1.0,
-                 accuracy=0.5, nll=1.0)  # fmt: skip
+BASE = Agreement(kl=0.01, kl_reference=1.0, shift_kept=1.0, shift_kept_error=0.01, shift_error=0.1, shift=2.0,
+                 shift_trained=2.0, top1=1.0, accuracy=0.5, nll=1.0)  # fmt: skip
 """Of a merge that is right."""
 
 
@@ -58,10 +59,15 @@ BASE = Agreement(kl=0.01, kl_reference=1.0, shift_kept=1.0, shift_error=0.1, shi
         ({"kl": 0.2}, {"kl": 0.01}, ["KL(trained ‖ merged)"]),
         ({"kl": 0.2}, {"kl": 0.3}, []),
         ({"kl": 0.2}, None, ["KL(trained ‖ merged)"]),
-        ({"shift_kept": 0.2, "shift_error": 1.0}, {"shift_error": 0.2}, ["0.200 of the preference shift"]),
-        ({"shift_kept": 1.3, "shift_error": 1.0}, {"shift_error": 0.2}, ["1.300 of the preference shift"]),
-        ({"shift_kept": 0.2, "shift_error": 1.0}, {"shift_error": 2.0}, []),
-        ({"kl": 0.5, "shift_kept": -1.0}, None, ["KL(trained ‖ merged)", "-1.000 of the preference shift"]),
+        ({"kl": 0.2}, {"kl": 0.14}, []),  # below 1.5 times the noise
+        ({"shift_kept": 0.2}, {}, ["0.200 ± 0.010 of the preference shift"]),
+        ({"shift_kept": 1.3}, {}, ["1.300 ± 0.010 of the preference shift"]),
+        ({"shift_kept": 0.75, "shift_kept_error": 0.08}, {}, []),  # 0.1 and three standard errors
+        ({"shift_kept": 0.65, "shift_kept_error": 0.08}, {}, ["0.650 ± 0.080"]),
+        ({"kl": 0.5, "shift_kept": -1.0}, None, ["KL(trained ‖ merged)", "-1.000 ± 0.010"]),
+        ({"kl": float("nan")}, {}, ["not finite"]),
+        ({"kl": 0.2}, {"kl": float("nan")}, ["KL(trained ‖ merged)"]),  # a floor that is none excuses nothing
+        ({"kl": 1e-13, "kl_reference": 1e-14}, None, []),  # equal weights, another order of sums
     ],
 )
 def test_a_merge_is_doubted_only_where_arithmetic_does_not_explain_it(
@@ -70,6 +76,18 @@ def test_a_merge_is_doubted_only_where_arithmetic_does_not_explain_it(
     found = doubts(BASE._replace(**merged), None if floor is None else BASE._replace(**{"kl": 0.0, "shift_error": 0.0} | floor))
     assert len(found) == len(words)
     assert all(word in line for word, line in zip(words, found, strict=True))
+
+
+def test_in_sixteen_bits_both_sides_have_noise() -> None:
+    merged, floor = BASE._replace(kl=0.25), BASE._replace(kl=0.1)
+    assert len(doubts(merged, floor)) == 1
+    assert doubts(merged, floor, in_float32=False) == []
+
+
+@pytest.mark.parametrize(("kl", "error", "is_vague"), [(0.1, 0.5, False), (2.0, 0.5, True), (2.0, 0.1, False)])
+def test_pairs_that_could_not_tell_a_lost_adapter_are_called_too_vague(kl: float, error: float, is_vague: bool) -> None:
+    """Training changed 1 nat; noise of `kl` could hide it, and so could a share kept that is only known within `error`."""
+    assert is_too_vague(BASE._replace(shift_kept_error=error), BASE._replace(kl=kl)) is is_vague
 
 
 def tensor(kept: float | None, energy: float = 1.0, noise: float = 0.0) -> MergedTensor:

@@ -35,6 +35,12 @@ def merge(
     ):
         if value not in known:
             raise UsageError(f"{name} {value}: write {', '.join(word for word in known if word)}")
+    ignored = {"--dtype": dtype != "auto", "--rounding": rounding != "auto", "--force": force}
+    if sft is None:
+        ignored |= {"--pairs": pairs is not None, "--data": data is not None}
+    if onto == "adapter" and not compare and any(ignored.values()):
+        names = ", ".join(name for name, is_given in ignored.items() if is_given)
+        raise UsageError(f"--onto adapter copies the adapter as it is; leave {names} out")
     if not target.is_dir():
         raise UsageError(f"{target}: no such folder; name a run or an adapter on disk")
     if output is None and not compare:
@@ -74,6 +80,7 @@ def merge(
 def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.cli import console
     from pe_dpo.deploy.merge import merge as run
+    from pe_dpo.deploy.serving import model_commands
 
     report = run(target, output, **settings).report
     if not show:
@@ -82,12 +89,15 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
     if kept:
         spread = f"per tensor {min(kept):.3f} to {max(kept):.3f}"
         console.say(f"{report['mean_kept']:.4f} of the update is in the files ({spread}, {len(report['tensors'])} tensors)")
+    if kept and 6 * report["mean_noise"] > 0.5:
+        console.say(f"look: the update is small beside the rounding of {report['dtype']}; --dtype fp16 or fp32 keeps it better")
     if report["held_out"]:
         _show_held_out(report)
     for fault in report["faults"]:
         console.say(f"look: {fault}")
     console.say(f"{report['verdict']}: {output}")
-    console.say(f"serve it: vllm serve {output}   export it: pe-dpo export {output} -o {output}-gguf --gguf q8_0")
+    for command in (*model_commands(str(output)), f"pe-dpo export {output} -o {output}-gguf --gguf q8_0"):
+        console.say(f"next: {command}")
     return report
 
 
@@ -97,17 +107,18 @@ def _show_held_out(report: dict[str, Any]) -> None:
     rows = []
     for title, key, shape in (
         ("KL(trained ‖ it), nats a position", "kl", "{:.2e}"),
-        ("… relative to what training changed", "relative_kl", "{:.2e}"),
+        ("… of what training changed", "relative_kl", "{:.2e}"),
         ("preference shift, nats a pair", "shift", "{:+.4f}"),
         ("… share of the trained one kept", "shift_kept", "{:.4f}"),
         ("same most likely token", "top1", "{:.2%}"),
     ):
-        columns = [report["held_out"], report["noise_floor"]]
+        columns = [report["held_out"], *([report["noise_floor"]] if report["noise_floor"] else [])]
         rows.append([title, *("–" if one is None or one[key] is None else shape.format(one[key]) for one in columns)])
     title = f"{report['held_out_pairs']} held-out pairs; trained shift {report['held_out']['shift_trained']:+.4f}"
-    console.show_table(title, ["", "merged", f"trained, {report['noise_floor_is']}"], rows)
+    header = ["", "merged", *([f"trained, {report['noise_floor_is']}"] if report["noise_floor"] else [])]
+    console.show_table(title, header, rows)
     change = report["against_the_quantized_base"]
-    if change:
+    if change and change["relative_kl"] is not None:
         console.say(
             f"look: against what was trained on the quantized base: relative KL {change['relative_kl']:.2e}, "
             f"shift {change['shift']:+.4f} (trained {change['shift_trained']:+.4f})"

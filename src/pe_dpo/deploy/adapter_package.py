@@ -13,7 +13,8 @@ from pe_dpo.deploy.source import Source, open_source, with_sft
 from pe_dpo.deploy.staging import check_free, staged
 from pe_dpo.deploy.trained import measure_adapter, measure_trained
 from pe_dpo.deploy.verify import Agreement, agreement, doubts
-from pe_dpo.errors import MergeRefused
+from pe_dpo.errors import MergeRefused, ModelError
+from pe_dpo.model.provenance import changed_files
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -48,6 +49,7 @@ def package_adapter(
     check_free(output)
     wanted = pairs if sft else 0
     source = open_source(Path(target), data=data, pairs=wanted, base=base, quantize=quantize, say=say, progress=progress)
+    _check_base(source, base, allow_base_mismatch)
     with with_sft(source, sft) as source, staged(output) as folder:
         for name in FILES:
             shutil.copyfile(source.adapter.folder / name, folder / name)
@@ -55,10 +57,22 @@ def package_adapter(
         carry_tokenizer(source.tokenizer, folder)
         facts = _base(source)
         (folder / "base.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        rank = max(tensor.shape[0] for tensor in source.adapter.tensors if ".lora_A" in tensor.name)
+        rank = max(source.adapter.ranks(), default=1)
         commands = adapter_commands(str(output), facts, rank)
         (folder / "README.md").write_text(_card(source, facts, commands), encoding="utf-8")
     return PackagedAdapter(output, held_out, commands)
+
+
+def _check_base(source: Source, base: str | None, allow_mismatch: bool) -> None:
+    """A base that is named anew must have the files of training; else the adapter would be sent out with a stranger."""
+    if base is None or source.record is None or allow_mismatch:
+        return
+    changed = changed_files(source.record, source.base_folder)
+    if changed:
+        raise ModelError(
+            f"{source.base_folder / changed[0]}: is not the file of training (sha256); name the base of training, or leave "
+            "--base out; --allow-base-mismatch goes on all the same"
+        )
 
 
 def _verify(source: Source, output: Path, allow_base_mismatch: bool, say: Callable[[str], None]) -> Agreement:
@@ -75,7 +89,7 @@ def _verify(source: Source, output: Path, allow_base_mismatch: bool, say: Callab
 
 def _base(source: Source) -> dict[str, Any]:
     if source.record is not None:
-        return dict(source.record)
+        return {**source.record, "id": source.facts.base, "revision": source.facts.revision}
     facts = source.facts
     return {
         "id": facts.base,

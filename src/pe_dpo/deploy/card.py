@@ -1,10 +1,12 @@
 """The model card of a merged model: where it comes from, how it was trained, and the proof that this is what was trained."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pe_dpo.deploy.serving import model_commands
 from pe_dpo.deploy.source import Source
 from pe_dpo.recipe import describe, recipe_to_yaml
 from pe_dpo.training.model_card import held_out_table
@@ -18,9 +20,9 @@ def merged_card(source: Source, report: Mapping[str, Any], *, licence: str | Non
         report: of the merge.
         licence: of the base, as its card names it.
     """
+    base = source.facts.base
     metadata = {
-        "base_model": source.facts.base,
-        "base_model_relation": "finetune",
+        **({} if Path(base).exists() else {"base_model": base, "base_model_relation": "finetune"}),  # hubs take names alone
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["preference-optimization", "pe-dpo"],
@@ -44,7 +46,7 @@ def merged_card(source: Source, report: Mapping[str, Any], *, licence: str | Non
             "## Serve",
             "",
             "```",
-            "vllm serve FOLDER                         # or: transformers serve, text-generation-inference",
+            *model_commands("FOLDER"),
             "```",
             "",
         ]

@@ -1,5 +1,6 @@
 """What travels along with merged weights so that a server needs nothing else, and can serve nothing else by mistake."""
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def carry_tokenizer(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library has no class of its own for a full disk
-        raise OSError(f"the tokenizer's files: {error}") from error
+        raise OSError(errno.EIO, f"the tokenizer's files: {error}") from error
     again = load_tokenizer(str(folder))
     if (tokenizer_fingerprint(again), template_fingerprint(again)) != (
         tokenizer_fingerprint(tokenizer),

@@ -5,21 +5,21 @@ Each candidate is written beside OUT, loaded as a user would load it, measured, 
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import gettempdir
 from typing import NamedTuple
 
 import torch
 
 from pe_dpo.data.encoding import Progress
-from pe_dpo.deploy.merge import Dtype, Onto, base_as_trained, check_base_files, served_dtype, write_model
+from pe_dpo.deploy.checks import Onto, check_base_files, check_space
+from pe_dpo.deploy.merge import Dtype, served_dtype, write_model
 from pe_dpo.deploy.plan import plan_merge
 from pe_dpo.deploy.source import Source, open_source, with_sft
 from pe_dpo.deploy.staging import scratch
 from pe_dpo.deploy.stream import Rounding, mean_kept
-from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, noise_words
+from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained
+from pe_dpo.deploy.verdict import base_as_trained
 from pe_dpo.deploy.verify import Agreement, Behaviour, agreement
 from pe_dpo.errors import UsageError
-from pe_dpo.model.base import inspect_base
 
 
 class Candidate(NamedTuple):
@@ -59,7 +59,7 @@ def compare_merges(
 
     Args:
         target: as for `merge.merge`, and so are the others.
-        work: folder with room for one merged model; by default the system's for temporary files.
+        work: folder with room for one merged model; by default the one that the target lies in.
 
     Raises:
         UsageError: no pairs were asked for. Otherwise as `merge.merge`.
@@ -80,7 +80,8 @@ def compare_merges(
             _candidate("adapter", truth.trained, truth),
         ]
         if truth.floor:
-            candidates.append(_candidate(f"adapter, {noise_words(source.facts.dtype, served)}", truth.floor, truth))
+            name = "adapter, rounded" if truth.computed_in == torch.float32 else "adapter, in float32"
+            candidates.append(_candidate(name, truth.floor, truth))
         for onto in ways:
             candidates.append(_merge(source, truth, onto, served, rounding, seed, work, allow_base_mismatch, progress))
     return Comparison(candidates, len(source.pairs))
@@ -99,12 +100,13 @@ def _merge(
 ) -> Candidate:
     plan = plan_merge(source.files, source.adapter, source.facts, dtype=dtype)
     base = truth.base if onto == "dequantized" else base_as_trained(source, onto, None, allow_base_mismatch)
-    with scratch(Path(work or gettempdir()) / f".{source.folder.absolute().name}.compare") as folder:
+    place = Path(work) if work else source.folder.absolute().parent
+    check_space(place / "compare", plan)
+    with scratch(place / f".{source.folder.absolute().name}.compare") as folder:
         tensors, _ = write_model(
             source, plan, folder, base, onto=onto, dtype=dtype, rounding=rounding, seed=seed, progress=progress
         )
-        computed_in = str(source.facts.dtype).removeprefix("torch.")
-        found = measure_merged(folder, source, inspect_base(str(folder), quantize="none", dtype=computed_in))
+        found = measure_merged(folder, source, truth.computed_in)
     return _candidate(f"onto {onto}", found, truth, mean_kept(tensors))
 
 

@@ -48,6 +48,8 @@ class _Names(NamedTuple):
     head: str | None
     prefix: str
     is_tied: bool
+    transposed: set[str]
+    """Weights that lie (in, out) in their files."""
 
 
 def plan_merge(files: TensorFiles, adapter: AdapterFiles, facts: BaseFacts, *, dtype: torch.dtype) -> Plan:
@@ -63,21 +65,21 @@ def plan_merge(files: TensorFiles, adapter: AdapterFiles, facts: BaseFacts, *, d
         ModelError: a tensor of the adapter has no place in the base, or the base's files call their tensors otherwise than its
             modules.
     """
-    names = _names(facts)
-    changes = dict(adapter.changes)
+    names = _names(facts, files)
+    changes = {name: _oriented(name, change, names) for name, change in adapter.changes.items()}
     head = _untie(changes, adapter, names) if names.is_tied else None
     where = {_locate(name, files, names): name for name in changes}
     _check_all_have_a_place(adapter, where, changes, files)
-    outputs = []
+    own, outputs = own_dtype(facts.config), []
     for tensor in files:
         if names.is_tied and tensor.name == names.head:
             continue  # transformers ignores it
         module_name = where.get(tensor.name) or _module_name(tensor.name, names)
-        outputs.append(_output(tensor, tensor.name, module_name, changes.get(module_name), adapter, dtype))
-    config_changes: dict[str, Any] = {}
+        outputs.append(_output(tensor, tensor.name, module_name, changes.get(module_name), adapter, dtype, own))
+    config_changes: dict[str, Any] = {} if names.is_tied else {"tie_word_embeddings": False}
     if head is not None and names.head is not None:
         source = _locate(names.embedding, files, names)
-        outputs.append(_output(files.facts(source), names.head, names.embedding, head, adapter, dtype, source))
+        outputs.append(_output(files.facts(source), names.head, names.embedding, head, adapter, dtype, own, source))
         config_changes["tie_word_embeddings"] = False
     _check_all_used(adapter, outputs)
     once = min(names.embedding, names.head or names.embedding) if names.is_tied else ""
@@ -91,19 +93,46 @@ def plan_merge(files: TensorFiles, adapter: AdapterFiles, facts: BaseFacts, *, d
     return Plan(outputs, config_changes, {once if name in tied else name for name in names.trained})
 
 
-def _names(facts: BaseFacts) -> _Names:
+def own_dtype(config: Any) -> torch.dtype | None:
+    """Return the dtype that a base comes in, as its configuration says."""
+    found: torch.dtype | None = config.get_text_config().dtype or config.dtype
+    return found
+
+
+def _names(facts: BaseFacts, files: TensorFiles) -> _Names:
+    from transformers.pytorch_utils import Conv1D
+
     model = empty_model(facts.base, facts.config)
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    if transposed and facts.quantize != "none":
+        raise ModelError(
+            f"{facts.base}: has transposed layers (Conv1D), which are quantized in another order than they lie in the files; "
+            "that cannot be merged, use --onto adapter"
+        )
     by_module = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings()
     embedding = f"{by_module[id(model.get_input_embeddings())]}.weight"
+    head_name = None if head is None else f"{by_module[id(head)]}.weight"
     return _Names(
         parameters={name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())},
         trained={name for name, _ in model.named_parameters()},
         embedding=embedding,
-        head=None if head is None else f"{by_module[id(head)]}.weight",
+        head=head_name,
         prefix=model.base_model_prefix,
-        is_tied=bool(facts.config.get_text_config().tie_word_embeddings),
+        is_tied=bool(facts.config.get_text_config().tie_word_embeddings) and _are_equal(files, embedding, head_name),
+        transposed=transposed,
     )
+
+
+def _are_equal(files: TensorFiles, embedding: str, head: str | None) -> bool:
+    """Whether files have one tensor for embedding and head; transformers does not tie two that differ, whatever it was told."""
+    if head is None or head not in files or embedding not in files:
+        return True
+    return torch.equal(files.read(embedding), files.read(head))
+
+
+def _oriented(name: str, change: Change, names: _Names) -> Change:
+    return change._replace(is_transposed=change.is_transposed or name in names.transposed)
 
 
 def _untie(changes: dict[str, Change], adapter: AdapterFiles, names: _Names) -> Change | None:
@@ -173,11 +202,14 @@ def _output(
     change: Change | None,
     adapter: AdapterFiles,
     dtype: torch.dtype,
+    own_dtype: torch.dtype | None,
     source: str | None = None,
 ) -> Output:
     shape = tensor.shape if change is None else adapter.shape(change) or tensor.shape
-    kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
     is_changed = change is not None and bool(change.keys)
+    # A base of 16 bits that keeps a tensor in float32 has its reasons: the correction of a router, say.
+    is_wide = tensor.dtype == torch.float32 and own_dtype in (torch.bfloat16, torch.float16) and not is_changed
+    kept = dtype if tensor.dtype.is_floating_point and not is_wide else tensor.dtype
     return Output(TensorFacts(name, shape, kept), source or tensor.name, module_name, change if is_changed else None, "")
 
 

@@ -18,8 +18,7 @@ from pe_dpo.evaluation.target import Target, find_target, load_target_tokenizer,
 from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.adapter_config import expected_tensors, write_adapter_config
 from pe_dpo.model.base import BaseFacts, empty_model, end_token_ids, inspect_base
-from pe_dpo.model.fingerprint import file_fingerprints
-from pe_dpo.model.provenance import base_folder, template_fingerprint, tokenizer_fingerprint
+from pe_dpo.model.provenance import adapter_fingerprints, base_folder, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.model.updates import AdapterFiles, fused_adapter
 from pe_dpo.recipe import Recipe
@@ -86,6 +85,8 @@ def open_source(
             f"{target}: nothing there says how its base was loaded in training, and that decides what is served; say it with "
             "--quantize nf4, nf4-single (without double quantization), int8 or none"
         )
+    if record is not None and quantize not in (None, record["quantize"]):
+        raise UsageError(f"{target}: was trained on {record['quantize']}, as base.json says; leave --quantize out")
     adapter = AdapterFiles(found.adapter)
     facts = _facts(found, record, base)
     _check_whole(adapter, facts)
@@ -99,7 +100,7 @@ def open_source(
     return Source(
         folder=target,
         adapter=adapter,
-        reference=frozen if frozen.is_dir() else None,
+        reference=frozen if (frozen / "adapter_config.json").is_file() else None,
         facts=facts,
         record=record,
         run=run,
@@ -125,6 +126,10 @@ def with_sft(source: Source, sft: str | Path | None) -> Iterator[Source]:
     if sft is None:
         yield source
         return
+    if source.recipe is not None:
+        raise UsageError(
+            f"{source.folder}: a run goes on with the adapter that it starts from, so that is in it already; leave --sft out"
+        )
     below = AdapterFiles(sft)
     with TemporaryDirectory() as folder:
         save_fused(below, source.adapter, Path(folder))
@@ -187,10 +192,11 @@ def _check_whole(adapter: AdapterFiles, facts: BaseFacts) -> None:
 
 
 def _check_adapter_file(target: Path, run: Mapping[str, Any]) -> None:
-    recorded = run.get("hashes", {}).get("adapter")
-    name = "adapter_model.safetensors"
-    if recorded is not None and file_fingerprints(target, [name])[name] != recorded:
-        raise ModelError(f"{target / name}: is not what training wrote (sha256); take another copy of the run")
+    recorded = run.get("hashes", {}).get("adapter", {})
+    found = adapter_fingerprints(target) if recorded else {}
+    changed = sorted(name for name in {*recorded, *found} if recorded.get(name) != found.get(name))
+    if changed:
+        raise ModelError(f"{target / changed[0]}: is not what training wrote (sha256); take another copy of the run")
 
 
 def _check_tokenizer(target: Path, tokenizer: Any, record: Mapping[str, Any] | None) -> None:

@@ -52,7 +52,9 @@ def staged(output: Path) -> Iterator[Path]:
             (output / ".lock").unlink()  # held until the name is taken, or another process would begin in the same folder
             sync(output.parent)
         except OSError as error:
-            raise ModelError(f"{output}: cannot be written: {error.strerror or error}; nothing was left there") from error
+            if error.errno is None:  # of a hub or another library, not of this disk
+                raise
+            raise ModelError(f"{output}: cannot be written: {error.strerror}; nothing was left there") from error
         finally:
             _remove(folder)
 
@@ -68,6 +70,10 @@ def scratch(folder: Path) -> Iterator[Path]:
         try:
             _sweep(folder)
             yield folder
+        except OSError as error:
+            if error.errno is None:
+                raise
+            raise ModelError(f"{folder}: cannot be written: {error.strerror}; make room, or choose another place") from error
         finally:
             _remove(folder)
 

@@ -47,7 +47,7 @@ class MergedTensor(NamedTuple):
 
     name: str
     kept: float | None
-    """None where there is nothing to keep: a whole tensor put in its place, or an update of zeros."""
+    """None where there is nothing to keep, an update of zeros."""
     relative_size: float
     """‖ΔW‖ / ‖W‖, Frobenius."""
     energy: float
@@ -103,14 +103,12 @@ def write_merged(
         for output in outputs:
             stored = files.read(output.source)
             parameter = _as_loaded(output, stored, base)
-            _check_same_tensor(output, stored, parameter, files, base)
-            if output.change is None and parameter is None:
-                result = stored.to(output.facts.dtype)
-            elif output.change is None:
-                result = _starting_weight(stored, parameter, base, onto).to(output.facts.dtype)
+            loaded_in = _check_same_tensor(output, stored, parameter, files, base)
+            weight = stored if onto == "original" else stored.to(loaded_in) if parameter is None else dequantized(parameter)
+            if output.change is None:
+                result = weight.to(output.facts.dtype)
             else:
-                weight = _starting_weight(stored, parameter, base, onto)
-                result, report = _merge_tensor(output, weight, adapter, rounding, seed)
+                result, report = _merge_tensor(output, weight.to(base.device).float(), adapter, rounding, seed)
                 merged.append(report)
             if not bool(result.isfinite().all()):
                 raise ModelError(f"{output.facts.name}: would not be finite in {result.dtype}; write --dtype bf16 or fp32")
@@ -157,21 +155,27 @@ def _as_loaded(output: Output, stored: Tensor, base: BaseAsTrained) -> Any:
     return quantized_parameter(stored.to(base.dtype), base.quantize, device=base.device)
 
 
-def _check_same_tensor(output: Output, stored: Tensor, parameter: Any, files: TensorFiles, base: BaseAsTrained) -> None:
+def _check_same_tensor(
+    output: Output, stored: Tensor, parameter: Any, files: TensorFiles, base: BaseAsTrained
+) -> torch.dtype:
+    """Check a tensor against training, and return the dtype that it had there.
+
+    A few models keep some weights in float32 whatever they are loaded in; what is no floating point number stays what it is.
+    """
+    usual = base.dtype if stored.is_floating_point() else stored.dtype
     expected = base.tensors.get(output.recorded_as)
     if expected is None:
-        return
-    if parameter is not None:
-        is_same = expected == parameter_fingerprint(parameter)
-    else:  # a few models keep some weights in float32 whatever they are loaded in
-        dtypes = dict.fromkeys((base.dtype, torch.float32, stored.dtype))
-        is_same = any(expected == parameter_fingerprint(stored.to(dtype)) for dtype in dtypes)
-    if not is_same:
-        raise ModelError(
-            f"{files.file_of(output.source)}: {output.source} is not what the adapter was trained on (sha256 of the loaded "
-            "weights): another base, a damaged file, or quantized to other bits by another device or version; restore the "
-            "base, or merge where it was trained"
-        )
+        return usual
+    if parameter is not None and expected == parameter_fingerprint(parameter):
+        return usual
+    for dtype in dict.fromkeys((usual, torch.float32, stored.dtype)) if parameter is None else ():
+        if expected == parameter_fingerprint(stored.to(dtype)):
+            return dtype
+    raise ModelError(
+        f"{files.file_of(output.source)}: {output.source} is not what the adapter was trained on (sha256 of the loaded "
+        "weights): another base, a damaged file, or quantized to other bits by another device or version; restore the "
+        "base, or merge where it was trained"
+    )
 
 
 def _merge_tensor(
@@ -182,11 +186,12 @@ def _merge_tensor(
     dtype, name = output.facts.dtype, output.facts.name
     if exact.shape != output.facts.shape:
         raise ModelError(f"{name}: would become {tuple(exact.shape)} where {tuple(output.facts.shape)} is due")
-    if exact.shape != weight.shape or output.change.keys == [output.change.replacement]:
-        return exact.to(dtype), MergedTensor(name, None, 0.0, 0.0, 0.0, "nearest")
+    if exact.shape != weight.shape:  # another vocabulary: what is new has nothing to be compared with
+        shared = min(len(exact), len(weight))
+        weight = torch.cat([weight[:shared], exact[shared:]])
     delta = _wanted_update(output.change, weight, exact, adapter)
     energy, size = _dot(delta, delta), _dot(weight, weight)
-    generator = _generator(seed, name, exact)
+    generator = _generator(seed, name)
     if rounding == "stochastic":
         result, how = stochastically_rounded(exact, dtype, generator), "stochastic"
     else:
@@ -218,20 +223,13 @@ def _wanted_update(change: Change, weight: Tensor, exact: Tensor, adapter: Adapt
     return exact - weight if update is None else update
 
 
-def _starting_weight(stored: Tensor, parameter: Any, base: BaseAsTrained, onto: str) -> Tensor:
-    """The values that training had, float32: those of the 4-bit codes, adapted or not; or the base's own."""
-    if onto == "original":
-        return stored.to(base.device).float()
-    return stored.to(base.device).to(base.dtype).float() if parameter is None else dequantized(parameter)
-
-
 def stochastically_rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Return values in a 16-bit dtype, each one of its two neighbours there, so that the mean over seeds is the value itself.
 
     Args:
         values: float32, any shape.
         dtype: bfloat16 or float16; float32 returns the values.
-        generator: on the values' device.
+        generator: on the CPU, so that a seed is the same everywhere.
     """
     if dtype == torch.float32:
         return values
@@ -249,13 +247,13 @@ def _round_block(values: Tensor, dtype: torch.dtype, generator: torch.Generator)
     other = torch.where(away, bits + 1, bits - 1).view(dtype)
     step = (other.float() - near.float()).abs()
     chance = torch.where(step.isfinite() & (step > 0), off.abs() / step, torch.zeros_like(off))
-    drawn = torch.rand(values.shape, generator=generator, device=values.device)
+    drawn = torch.rand(values.shape, generator=generator).to(values.device)
     return torch.where(drawn < chance, other, near)
 
 
-def _generator(seed: int, name: str, like: Tensor) -> torch.Generator:
+def _generator(seed: int, name: str) -> torch.Generator:
     number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
-    return torch.Generator(device=like.device).manual_seed(number)
+    return torch.Generator().manual_seed(number)
 
 
 def _step(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from pe_dpo.deploy.verify import Behaviour, behaviour
 from pe_dpo.errors import ModelError
 from pe_dpo.evaluation.scorer import Scorer, choose_scorer
 from pe_dpo.model.adapter import REFERENCE, add_finished_adapter, switch_on_both
-from pe_dpo.model.base import BaseFacts, add_rounding_noise, compute_in, load_base
+from pe_dpo.model.base import BaseFacts, add_rounding_noise, compute_in, inspect_base, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprints
 from pe_dpo.model.provenance import changed_tensors
 from pe_dpo.model.quantization import check_weights_unpacked, four_bit_layers
@@ -29,7 +29,9 @@ class Trained(NamedTuple):
     reference: Behaviour
     trained: Behaviour
     floor: Behaviour | None
-    """Of the trained model with the noise of the dtype; None where nothing is rounded, or memory did not do for it."""
+    """Of the trained model with the noise of rounding; None where nothing is rounded, or memory did not do for it."""
+    computed_in: torch.dtype
+    """Of all three, and of what is compared with them."""
 
 
 def measure_trained(
@@ -58,6 +60,9 @@ def measure_trained(
     _check_base(source, facts, tensors, allow_base_mismatch, say)
     layers = frozenset(name for name, _ in four_bit_layers(model))
     _resize(model, source)
+    computed_in = _computed_in(facts)
+    if computed_in != facts.dtype:
+        compute_in(model, computed_in)
     model.eval()
     if source.reference:
         model = add_finished_adapter(model, source.reference, REFERENCE)
@@ -68,26 +73,35 @@ def measure_trained(
         switch_on_both(model)
     trained = measure(model, source, scorer)
     check_weights_unpacked(model)
-    floor = _measure_noise(model, facts.dtype, dtype, source, scorer, say)
+    floor = _measure_noise(model, computed_in, dtype, source, scorer, say)
     del model
     free()
-    return Trained(BaseAsTrained(facts.quantize, facts.dtype, layers, tensors, device), reference, trained, floor)
+    base = BaseAsTrained(facts.quantize, facts.dtype, layers, tensors, device)
+    return Trained(base, reference, trained, floor, computed_in)
 
 
-def noise_words(trained: torch.dtype, served: torch.dtype) -> str:
+def _computed_in(facts: BaseFacts) -> torch.dtype:
+    """float32 where a whole model of it fits where the merged one will be measured; else as in training."""
+    if not torch.cuda.is_available() or device_for(facts._replace(quantize="none"), torch.float32).type == "cuda":
+        return torch.float32
+    return facts.dtype
+
+
+def noise_words(computed_in: torch.dtype, served: torch.dtype) -> str:
     """Return what the noise floor is, in a word or two."""
-    return f"rounded to {str(served).removeprefix('torch.')}" if trained == torch.float32 else "in float32"
+    return f"rounded to {str(served).removeprefix('torch.')}" if computed_in == torch.float32 else "in float32"
 
 
-def measure_merged(folder: Path, source: Source, facts: BaseFacts) -> Behaviour:
-    """Return what a merged model on disk does on the pairs, computed in the dtype of training.
+def measure_merged(folder: Path, source: Source, computed_in: torch.dtype) -> Behaviour:
+    """Return what a merged model on disk does on the pairs.
 
     Args:
         folder: a whole model.
         source: with the pairs.
-        facts: of the merged model; its dtype is that of training.
+        computed_in: as the trained model was.
     """
-    device = device_for(facts, facts.dtype)
+    facts = inspect_base(str(folder), quantize="none", dtype=str(computed_in).removeprefix("torch."))
+    device = device_for(facts, computed_in)
     model = load_base(facts, device=device).eval()
     found = measure(model, source, choose_scorer(model, source.pairs, device=device))
     del model
@@ -98,7 +112,9 @@ def measure_merged(folder: Path, source: Source, facts: BaseFacts) -> Behaviour:
 def measure_adapter(source: Source) -> Behaviour:
     """Return what the base, loaded as in training, does with the source's one adapter."""
     device = device_for(source.facts)
-    model = add_finished_adapter(load_base(source.facts, device=device), source.adapter.folder)
+    base = load_base(source.facts, device=device)
+    compute_in(base, _computed_in(source.facts))
+    model = add_finished_adapter(base, source.adapter.folder)
     found = measure(model, source, choose_scorer(model, source.pairs, device=device))
     del model
     free()
@@ -118,16 +134,17 @@ def free() -> None:
 
 
 def _measure_noise(
-    model: Any, trained: torch.dtype, served: torch.dtype, source: Source, scorer: Scorer, say: Callable[[str], None]
+    model: Any, computed_in: torch.dtype, served: torch.dtype, source: Source, scorer: Scorer, say: Callable[[str], None]
 ) -> Behaviour | None:
-    """The trained model with its weights rounded as served; trained in 16 bits, in float32 arithmetic instead."""
-    if trained == served == torch.float32:
+    """The trained model with its weights rounded as served; where it was computed in 16 bits, in float32 arithmetic instead."""
+    if computed_in == served == torch.float32:
         return None
     try:
-        if trained == torch.float32:
+        if computed_in == torch.float32:
             add_rounding_noise(model, served)
         else:
             compute_in(model, torch.float32)
+            scorer = choose_scorer(model, source.pairs, device=scorer.device)  # attention kernels of 16 bits do not take it
         return measure(model, source, scorer)
     except torch.OutOfMemoryError:
         say("look: no memory to measure the noise of the dtype; the merge is judged without it")
@@ -139,7 +156,10 @@ def _check_base(
 ) -> None:
     record = source.record
     if record is None:
-        say("look: no base.json beside the adapter: nothing can show that this is the base it was trained on")
+        say(
+            "look: no base.json beside the adapter: nothing can show that this is the base it was trained on, or that it was "
+            f"loaded in {str(facts.dtype).removeprefix('torch.')} there"
+        )
         return
     if facts.quantize != record["quantize"]:
         return  # on purpose: the adapter measured on the original

@@ -2,14 +2,16 @@
 
     relative KL    KL(trained ‖ merged) / KL(trained ‖ reference)         over next-token distributions at answer positions
     shift          s_i = Δπ_i − Δ0_i, per pair in nats                     what preference training moved
-    shift kept     ⟨s_merged, s_trained⟩ / ⟨s_trained, s_trained⟩
-    noise floor    the same of the trained model with weights rounded to the served dtype: what no merge can be blamed for
-                   (trained in 16 bits, what 16-bit arithmetic does, which is more, and hides small adapters from the pairs)
+    shift kept     ⟨s_merged, s_trained⟩ / ⟨s_trained, s_trained⟩         ± its standard error over pairs
+    noise floor    KL of the trained model with weights rounded to the served dtype: what no merge can be blamed for
 
 An absolute KL cannot tell: a small adapter that was lost altogether is nearer to the trained model than bfloat16 arithmetic is.
+So all three models are computed in float32, whatever they were trained or will be served in, where memory does for it; in 16
+bits only large adapters stand out from the arithmetic.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +26,16 @@ from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.objective import share_right
 
 KL_BAND = 0.1
-"""Largest relative KL."""
-SHIFT_BAND = (0.9, 1.1)
+"""Largest relative KL, where the noise of rounding is not more."""
+SHIFT_BAND = 0.1
+"""How far the share of the shift kept may be from 1, beside DEVIATIONS of its own standard error."""
+DEVIATIONS = 3.0
+TOO_VAGUE = 0.3
+"""Standard error of the share kept above which pairs cannot tell a merge from a lost adapter."""
 NOISE_FACTOR = 1.5
-"""Times the floor that is allowed: both are one draw. A lost adapter of ΔW/W 3e-4 had 3.1 times it, a good merge 0.7 to 1.0."""
+"""Times the floor that a KL may be: both are one draw. A lost adapter of |ΔW|/|W| 3e-4 had 3.1 times it, good ones 0.7 to 1."""
+SMALLEST = 1e-10
+"""Nats of KL that float32 arithmetic in another order makes of equal weights; measured: 1e-13."""
 BYTES = 512 * 1024 * 1024
 """Most memory for the distributions of one model; positions are thinned out evenly to fit."""
 
@@ -50,6 +58,8 @@ class Agreement(NamedTuple):
     """KL(trained ‖ reference), nats per position."""
     shift_kept: float | None
     """None where training shifted nothing."""
+    shift_kept_error: float | None
+    """Standard error of `shift_kept` over pairs."""
     shift_error: float
     """Root mean square over pairs of s_this − s_trained, nats."""
     shift: float
@@ -102,13 +112,15 @@ def agreement(this: Behaviour, trained: Behaviour, reference: Behaviour) -> Agre
     preference, wanted, start = (_preference(one) for one in (this, trained, reference))
     shift, shift_trained = preference - start, wanted - start
     size = float(shift_trained.square().sum())
+    kept = float((shift * shift_trained).sum()) / size if size else None
     lengths = this.logprobs.chosen_lengths.sum()
     pieces = list(zip(trained.distributions, this.distributions, strict=True))
     positions = sum(len(one) for one in trained.distributions)
     return Agreement(
         kl=_kl(trained, this),
         kl_reference=_kl(trained, reference),
-        shift_kept=float((shift * shift_trained).sum()) / size if size else None,
+        shift_kept=kept,
+        shift_kept_error=None if kept is None else _standard_error(shift - kept * shift_trained, size),
         shift_error=float((shift - shift_trained).square().mean().sqrt()),
         shift=float(shift.mean()),
         shift_trained=float(shift_trained.mean()),
@@ -118,29 +130,35 @@ def agreement(this: Behaviour, trained: Behaviour, reference: Behaviour) -> Agre
     )
 
 
-def doubts(merged: Agreement, floor: Agreement | None) -> list[str]:
-    """Return in words what is out of the band, of what arithmetic alone cannot explain; empty if the merge is right.
+def doubts(merged: Agreement, floor: Agreement | None, *, in_float32: bool = True) -> list[str]:
+    """Return in words what is out of the band, of what rounding alone cannot explain; empty if the merge is right.
 
     Args:
         merged: of the merged model.
-        floor: of the trained model with the noise of the dtype; None where there is none.
+        floor: of the trained model with the noise of rounding, or of 16-bit arithmetic; None where there is none to speak of.
+        in_float32: whether the models were computed in it; in 16 bits each side has noise of its own, which no floor covers
+            exactly, and a KL is only doubted at twice it.
     """
     found = []
-    kl_floor, shift_floor = (NOISE_FACTOR * floor.kl, NOISE_FACTOR * floor.shift_error) if floor else (0.0, 0.0)
-    if merged.kl > max(KL_BAND * merged.kl_reference, kl_floor):
+    if not all(math.isfinite(value) for value in (merged.kl, merged.kl_reference, merged.shift_error)):
+        return ["the merged model, or the trained one, gives values that are not finite"]
+    noise = NOISE_FACTOR * (1 if in_float32 else 2) * floor.kl if floor and math.isfinite(floor.kl) else 0.0
+    if merged.kl > max(KL_BAND * merged.kl_reference, noise) and merged.kl > SMALLEST:
         found.append(
             f"KL(trained ‖ merged) {merged.kl:.2e} nats is {_times(merged.relative_kl)} of what training changed "
-            f"({merged.kl_reference:.2e}; at most {KL_BAND:g} wanted), and above the noise of the dtype ({kl_floor:.2e})"
+            f"({merged.kl_reference:.2e}; at most {KL_BAND:g} wanted), and more than the noise of rounding ({noise:.2e})"
         )
-    kept = merged.shift_kept
-    if kept is not None and not SHIFT_BAND[0] <= kept <= SHIFT_BAND[1] and merged.shift_error > shift_floor:
-        found.append(
-            f"{kept:.3f} of the preference shift kept on held-out pairs (wanted {SHIFT_BAND[0]} to {SHIFT_BAND[1]}), off by "
-            f"{merged.shift_error:.2e} nats a pair, above the noise of the dtype ({shift_floor:.2e})"
-        )
+    kept, error = merged.shift_kept, merged.shift_kept_error
+    if kept is not None and error is not None and abs(kept - 1) > SHIFT_BAND + DEVIATIONS * error:
+        found.append(f"{kept:.3f} ± {error:.3f} of the preference shift kept on held-out pairs (wanted 1 ± {SHIFT_BAND})")
     return found
 
 
+def is_too_vague(merged: Agreement, floor: Agreement | None) -> bool:
+    """Return whether the pairs could not have told a merge from a lost adapter: the update is within the noise of rounding."""
+    lost_would_show = floor is None or merged.kl_reference > NOISE_FACTOR * floor.kl
+    error = merged.shift_kept_error
+    return not lost_would_show and (error is None or error > TOO_VAGUE)
 
 
 def _distributions(model: Any, prompt: np.ndarray, answer: np.ndarray, most: int, device: torch.device) -> Tensor:
@@ -156,6 +174,11 @@ def _distributions(model: Any, prompt: np.ndarray, answer: np.ndarray, most: int
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, positions]
     result: Tensor = logits.float().log_softmax(-1).cpu()
     return result
+
+
+def _standard_error(residuals: Tensor, size: float) -> float:
+    """Of a slope through the origin; `size` is the sum of squares of what it is over."""
+    return float((residuals.square().sum() / max(1, len(residuals) - 1) / size).sqrt())
 
 
 def _preference(one: Behaviour) -> Tensor:

@@ -45,10 +45,12 @@ def find_target(target: Path, *, base: str | None = None, quantize: str | None =
     if (target / "run.json").is_file() and (target / "recipe.yaml").is_file():
         return _find_run(target, base, quantize)
     if (target / "adapter_config.json").is_file():
-        named = base or read_adapter_config(target).base_model_name_or_path
+        config = read_adapter_config(target)
+        named = base or config.base_model_name_or_path
         if not named:
             raise UsageError(f"{target}: does not say which base it belongs to; name it with --base")
-        return Target("adapter", _model_section(str(named), quantize or "auto"), target, None)
+        section = _model_section(str(named), quantize or "auto", None if base else config.revision)
+        return Target("adapter", section, target, None)
     if (target / "config.json").is_file():
         return Target("model", _model_section(str(target), quantize or "none"), None, None)
     raise UsageError(
@@ -116,5 +118,5 @@ def _find_run(run: Path, base: str | None, quantize: str | None) -> Target:
     return Target("run", model, run, recipe.model_copy(update={"model": model}))
 
 
-def _model_section(base: str, quantize: str) -> ModelSection:
-    return ModelSection.model_validate({"base": base, "quantize": quantize})
+def _model_section(base: str, quantize: str, revision: str | None = None) -> ModelSection:
+    return ModelSection.model_validate({"base": base, "quantize": quantize, "revision": revision})

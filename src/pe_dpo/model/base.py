@@ -9,7 +9,13 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
-from pe_dpo.model.quantization import Quantization, four_bit_layers, keep_weights_unpacked, quantization_config
+from pe_dpo.model.quantization import (
+    Quantization,
+    four_bit_layers,
+    keep_weights_unpacked,
+    quantization_config,
+    round_four_bit_layers,
+)
 
 Quantize = Quantization | Literal["auto"]
 
@@ -148,13 +154,12 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def add_rounding_noise(model: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> None:
-    """Let a loaded model have the noise that rounding its weights to a dtype brings, and compute as before; not to be undone.
+    """Let a loaded model have the noise that rounding its weights to a dtype brings, in float32 arithmetic; not to be undone.
 
-    4-bit layers round what their codes stand for. A weight that a dtype holds exactly has no rounding of its own; under an
-    adapter, whose sum will be rounded, it gets noise of the same size: uniform, one step wide.
+    4-bit layers become plain ones of what their codes stand for, rounded. A weight that a dtype holds exactly has no rounding
+    of its own; under an adapter, whose sum will be rounded, it gets noise of the same size: uniform, one step wide.
     """
-    for _, layer in four_bit_layers(model):
-        layer.weight.quant_state.dtype = dtype
+    round_four_bit_layers(model, dtype)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or "lora_" in name:

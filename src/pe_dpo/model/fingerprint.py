@@ -99,7 +99,7 @@ def reference_fingerprint(model: nn.Module, *, base: str | None = None) -> str:
         return base
     frozen = {name: tensor for name, tensor in _named_tensors(model) if _is_adapter(name) and REFERENCE in name.split(".")}
     scaling = {
-        f"{_plain(name)}.scaling": float(module.scaling[REFERENCE]).hex()
+        f"{plain_name(name)}.scaling": float(module.scaling[REFERENCE]).hex()
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") and REFERENCE in module.scaling
     }
@@ -173,12 +173,17 @@ def remembered_fingerprint(model: nn.Module, facts: BaseFacts, store: ReferenceS
     return known
 
 
+def plain_name(name: str) -> str:
+    """Return what a module or tensor of a PEFT model is called in the base."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each tensor that determines what a model computes once, under its plain name."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for path, module in model.named_modules():
         for leaf, tensor in _own_tensors(module):
-            name = _plain(f"{path}.{leaf}" if path else leaf)
+            name = plain_name(f"{path}.{leaf}" if path else leaf)
             found[id(tensor)] = min((name, tensor), found.get(id(tensor), (name, tensor)), key=lambda pair: pair[0])
     yield from found.values()
 
@@ -201,10 +206,6 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         scales = getattr(holder, "SCB", None)
         if isinstance(scales, torch.Tensor):
             yield "SCB", scales
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def _is_adapter(name: str) -> bool:

@@ -21,15 +21,20 @@ from torch import nn
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable
 from pe_dpo.model.base import BaseFacts
-from pe_dpo.model.fingerprint import config_fingerprint, file_fingerprints, parameter_fingerprints
+from pe_dpo.model.fingerprint import config_fingerprint, file_fingerprints, parameter_fingerprints, plain_name
 from pe_dpo.model.quantization import four_bit_layers
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_ASIDE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
 
 
-def base_folder(facts: BaseFacts) -> Path:
+def base_folder(facts: BaseFacts, *, is_loaded: bool = False) -> Path:
     """Return the folder with the files of a base: its own, or the snapshot in the hub's cache, completed if the hub is there.
+
+    Args:
+        facts: of the base.
+        is_loaded: its files were just read, so that nothing needs to be fetched.
 
     Raises:
         ModelError: they cannot be had.
@@ -38,11 +43,14 @@ def base_folder(facts: BaseFacts) -> Path:
         return Path(facts.base)
     from huggingface_hub import snapshot_download
 
-    wanted = [*(pattern for pattern in _WEIGHTS if pattern != "*.bin"), *_BESIDE]
+    wanted = [*(pattern for pattern in _WEIGHTS if ".bin" not in pattern), *_BESIDE]
     try:
         return Path(
             snapshot_download(
-                facts.base, revision=facts.revision, allow_patterns=wanted, local_files_only=not hub_is_reachable()
+                facts.base,
+                revision=facts.revision,
+                allow_patterns=wanted,
+                local_files_only=is_loaded or not hub_is_reachable(),
             )
         )
     except (OSError, ValueError) as error:
@@ -54,7 +62,7 @@ def base_record(model: nn.Module, facts: BaseFacts, tokenizer: Any) -> dict[str,
 
     Reads the files once and hashes the weights once; for a large base that is some seconds.
     """
-    folder = base_folder(facts)
+    folder = base_folder(facts, is_loaded=True)
     return {
         "id": facts.base,
         "revision": getattr(model.config, "_commit_hash", None) or facts.revision,
@@ -62,7 +70,7 @@ def base_record(model: nn.Module, facts: BaseFacts, tokenizer: Any) -> dict[str,
         "dtype": str(facts.dtype).removeprefix("torch."),
         "device": next(model.parameters()).device.type,
         "parameters": facts.parameters,
-        "quantized_layers": [_plain(name) for name, _ in four_bit_layers(model)],
+        "quantized_layers": [plain_name(name) for name, _ in four_bit_layers(model)],
         "config": config_fingerprint(facts.config),
         "files": file_fingerprints(folder, _weight_files(folder), believe_names=True),
         "tensors": parameter_fingerprints(model),
@@ -107,10 +115,23 @@ def template_fingerprint(tokenizer: Any) -> str | None:
     return None if template is None else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
+def adapter_fingerprints(folder: Path) -> dict[str, str]:
+    """Return sha256 (hex) of a saved adapter's weights and of what its configuration says, and of the frozen copy beside it.
+
+    Where the base lies, and which versions wrote the file, is left out of the configuration.
+    """
+    found = {}
+    for path in sorted({*folder.glob("adapter_*"), *folder.glob("*/adapter_*")}):
+        name = path.relative_to(folder).as_posix()
+        if path.name == "adapter_model.safetensors" and not name.startswith(("checkpoint-", ".")):
+            found[name] = file_fingerprints(folder, [name])[name]
+            config = json.loads((path.parent / "adapter_config.json").read_text(encoding="utf-8"))
+            says = {key: value for key, value in config.items() if key not in _ASIDE}
+            text = json.dumps(says, sort_keys=True)
+            found[f"{name.removesuffix('model.safetensors')}config.json"] = hashlib.sha256(text.encode()).hexdigest()
+    return found
+
+
 def _weight_files(folder: Path) -> list[str]:
     found = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern)}
     return sorted({*found, "config.json"})
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("base_model.model.").removesuffix(".base_layer")

@@ -9,6 +9,7 @@
 Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA); tests hold the formulas against PEFT's layers.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ class Change(NamedTuple):
     addition: str | None = None
     """Of a bias, times the scaling."""
     scaling: float = 1.0
-    is_embedding: bool = False
+    is_transposed: bool = False
+    """Whether the weight lies (in, out): embeddings, and layers of the Conv1D kind."""
 
     @property
     def keys(self) -> list[str]:
@@ -102,7 +104,11 @@ class AdapterFiles:
         if change.a is None or change.b is None:
             return None
         update = (self._read(change.b, device) @ self._read(change.a, device)).mul_(change.scaling)
-        return update.T if change.is_embedding or self.config.fan_in_fan_out else update
+        return update.T if change.is_transposed else update
+
+    def ranks(self) -> set[int]:
+        """Return the ranks of its updates."""
+        return {self.tensors.facts(change.a).shape[0] for change in self.changes.values() if change.a is not None}
 
     def shape(self, change: Change) -> tuple[int, ...] | None:
         """Return the shape of a replaced tensor, None for one that is only moved."""
@@ -124,9 +130,11 @@ class AdapterFiles:
                 raise ModelError(f"{self.folder}: two tensors are the {part} of {name}; take another copy of the adapter")
             fields: dict[str, Any] = {part: key}
             if part in ("a", "addition"):
-                fields |= {"scaling": self._scaling(name.rsplit(".", 1)[0]), "is_embedding": "lora_embedding" in key}
+                fields |= {"scaling": self._scaling(name.rsplit(".", 1)[0]), "is_transposed": "lora_embedding" in key}
             changes[name] = old._replace(**fields)
         for name, change in changes.items():
+            if change.magnitude and change.is_transposed:
+                raise ModelError(f"{self.folder}: {name} is DoRA on an embedding, which cannot be merged; use --onto adapter")
             if (change.a is None) != (change.b is None) or (change.magnitude and not change.a):
                 raise ModelError(
                     f"{self.folder}: the update of {name} is incomplete, there is only {', '.join(change.keys)}; take another "
@@ -223,6 +231,13 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def _check_supported(folder: Path, config: Any) -> None:
     plain = type(config)()
+    written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    unknown = sorted(key for key, value in written.items() if not hasattr(plain, key) and value)
+    if unknown:
+        raise ModelError(
+            f"{folder / 'adapter_config.json'}: has {', '.join(unknown)}, which the installed peft does not know; install a "
+            "newer one, or merge where the adapter was trained"
+        )
     for name, value in vars(config).items():
         if name in _UNDERSTOOD or not hasattr(plain, name) or value == getattr(plain, name) or not value:
             continue

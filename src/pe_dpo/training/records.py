@@ -9,7 +9,7 @@ from pe_dpo.data import PreparedData
 from pe_dpo.disk import write_atomically
 from pe_dpo.evaluation.held_out import save_pairs
 from pe_dpo.evaluation.pairs import ScoredPairs
-from pe_dpo.model.fingerprint import file_fingerprints
+from pe_dpo.model.provenance import adapter_fingerprints
 from pe_dpo.recipe import Recipe, describe
 from pe_dpo.training.checkpoints import checkpoint_step, newest_whole_checkpoint
 from pe_dpo.training.model_card import model_card
@@ -72,7 +72,6 @@ def finish_records(
     if held_out is not None:
         save_pairs(held_out, data.held_out, folder / "eval_pairs.parquet")
     write_atomically(folder / "README.md", model_card(recipe, before, after))
-    adapter = "adapter_model.safetensors"
-    hashes = {**read_run(folder)["hashes"], "adapter": file_fingerprints(folder, [adapter])[adapter]}
+    hashes = {**read_run(folder)["hashes"], "adapter": adapter_fingerprints(folder)}
     measured = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
     update_run(folder, status="finished", step=step, **measured, hashes=hashes)

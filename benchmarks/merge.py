@@ -1,0 +1,549 @@
+"""What is left of an adapter in a merged model: our merges and the arithmetic of others, on adapters that were trained here.
+
+    table    small, middle and large adapter × nf4, nf4-single × tied, untied; every way of merging on held-out pairs
+    curve    one trained ΔW, scaled: share of it in the weights, and of the preference shift it makes
+    cost     time and peak memory of merging a model of 200 M parameters, against PEFT in 16 bit
+
+`others` is written down from what the others' sources do, and shares no code with `pe_dpo.deploy`.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.results import Settings, load, save, temporary_folder
+from benchmarks.rounds import spread
+from pe_dpo.deploy.carry import carry
+from pe_dpo.deploy.merge import DTYPES, write_model
+from pe_dpo.deploy.plan import plan_merge
+from pe_dpo.deploy.source import Source, open_source
+from pe_dpo.deploy.stream import MergedTensor, faults, mean_kept
+from pe_dpo.deploy.trained import Trained, free, measure, measure_merged, measure_trained
+from pe_dpo.deploy.verify import Behaviour, agreement, doubts
+from pe_dpo.evaluation.scorer import choose_scorer
+from pe_dpo.model.base import inspect_base, load_base
+from pe_dpo.model.quantization import dequantized, four_bit_layers
+from pe_dpo.quickstart.run import BASE
+from pe_dpo.quickstart.world import write_pairs
+from pe_dpo.recipe import recipe_from_yaml
+from pe_dpo.training.run import train
+
+PAIRS = 96
+SCALES = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
+"""|ΔW|/|W| of the curve."""
+
+
+class Size(NamedTuple):
+    """How long an adapter is trained, so that |ΔW|/|W| comes out at about 3e-4, 7e-3 and 0.15."""
+
+    learning_rate: float
+    steps: int
+
+
+SIZES = {"small": Size(6e-6, 24), "middle": Size(1.4e-4, 24), "large": Size(6e-4, 96)}
+
+
+class Way(NamedTuple):
+    """One way of merging."""
+
+    title: str
+    is_onto_original: bool
+    make: Callable[[Source, Trained, Path], list[MergedTensor] | tuple[list[MergedTensor], Behaviour]]
+    """Writes a model into the folder; or returns its behaviour, where it is none that can be loaded as 16 bit."""
+
+
+@dataclass(frozen=True)
+class MergeSettings(Settings):
+    """Results that lie in merge.json."""
+
+    @property
+    def name(self) -> str:
+        """Name of the results."""
+        return "-".join(["merge"] + ["quick"] * self.is_quick)
+
+
+def run_merge(settings: Settings) -> None:
+    """Make the table, the curve and the cost, print and save them with a picture."""
+    settings = MergeSettings(**vars(settings))
+    work = temporary_folder()
+    write_pairs(work / "pairs")
+    content: dict[str, Any] = {"settings": {"held_out_pairs": PAIRS, "sizes": {k: v._asdict() for k, v in SIZES.items()}}}
+    content["table"] = [measure_adapter(work, *case) for case in _cases(is_quick=settings.is_quick)]
+    print(markdown_table(content["table"]))
+    content["curve"] = curve(work, SCALES[::3] if settings.is_quick else SCALES)
+    content["cost"] = cost(work, rounds=settings.rounds)
+    print(markdown_cost(content["cost"]))
+    path = save(settings, content)
+    print(path, plot_merge(path))
+
+
+def _cases(*, is_quick: bool) -> Iterator[tuple[str, str, str]]:
+    """Base, quantization and size of each adapter of the table."""
+    if is_quick:
+        yield "tied", "nf4", "small"
+        return
+    yield from (("tied", quantize, size) for size in SIZES for quantize in ("nf4", "nf4-single"))
+    yield from (("untied", quantize, "small") for quantize in ("nf4", "nf4-single"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- adapters
+
+
+def base_of(work: Path, kind: str) -> Path:
+    """Return the quickstart's base as it is ("tied"), or with the embedding copied into a head of its own ("untied")."""
+    folder = work / "untied"
+    if kind == "tied":
+        return BASE
+    if not folder.is_dir():
+        shutil.copytree(BASE, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def trained_adapter(work: Path, kind: str, quantize: str, size: Size, *, seed: int = 0) -> Path:
+    """Return the folder of a run: rank 16 on all linear layers, DPO, eight of the quickstart's pairs per step."""
+    output = work / f"run-{kind}-{quantize}-{size.learning_rate:g}-{size.steps}-{seed}"
+    text = (
+        f"model: {{base: '{base_of(work, kind)}', quantize: {quantize}, dtype: float32}}\n"
+        f"data: {{train: '{work / 'pairs'}'}}\n"
+        f"train: {{learning_rate: {size.learning_rate}, pairs_per_step: 8, max_steps: {size.steps}, warmup: 0, seed: {seed}, "
+        f"schedule: constant, eval_every: {size.steps}, save_every: {size.steps}}}\n"
+        f"output: '{output}'\n"
+    )
+    train(recipe_from_yaml(text, "benchmark"))
+    return output
+
+
+def updates_of(adapter: Path) -> dict[str, Tensor]:
+    """Return ΔW = α/r · B·A of each tensor of the base, float32, read without pe_dpo."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    scaling = config["lora_alpha"] / config["r"]
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": scaling
+        * tensors[f"{name}.lora_B.weight"].float()
+        @ tensors[f"{name}.lora_A.weight"].float()
+        for name in names
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- ways of merging
+
+
+def our_way(onto: Any, dtype: str, rounding: Any = "nearest") -> Way:
+    """Return one of our merges, as `pe-dpo merge` writes it."""
+
+    def make(source: Source, truth: Trained, folder: Path) -> list[MergedTensor]:
+        plan = plan_merge(source.files, source.adapter, source.facts, dtype=DTYPES[dtype])
+        nothing = lambda what, done, total: None  # noqa: E731
+        return write_model(
+            source, plan, folder, truth.base, onto=onto, dtype=DTYPES[dtype], rounding=rounding, seed=0, progress=nothing
+        )[0]
+
+    words = "dequantized fp32 + ΔW" if onto == "dequantized" else "original + ΔW"
+    return Way(f"ours: {words} → {dtype}" + ", stochastic" * (rounding == "stochastic"), onto == "original", make)
+
+
+def bf16_dequantized(weight: Tensor, quantize: str) -> Tensor:
+    """Return what the others add to: quantized, and dequantized to bfloat16."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(weight.bfloat16(), quant_type="nf4", compress_statistics=quantize == "nf4")
+    return dequantize_4bit(codes, state).bfloat16()
+
+
+def others_way(title: str, *, start: str, also_embeddings: bool = False) -> Way:
+    """Return a merge as others do it in bfloat16.
+
+    Args:
+        title: whose.
+        start: "bf16" adds to values dequantized to bfloat16, "original" to the base's own.
+        also_embeddings: every matrix makes the round trip through 4 bits, those that training never quantized too.
+    """
+
+    def make(source: Source, truth: Trained, folder: Path) -> list[MergedTensor]:
+        updates = updates_of(source.adapter.folder)
+        tensors, found = load_file(source.base_folder / "model.safetensors"), []
+        for name, weight in tensors.items():
+            is_quantized = name.removesuffix(".weight") in truth.base.quantized_layers or (also_embeddings and weight.ndim == 2)
+            if start == "bf16" and is_quantized:
+                weight = bf16_dequantized(weight, source.facts.quantize)
+            tensors[name] = weight.bfloat16()
+            if name in updates:
+                tensors[name] = (weight.float() + updates[name]).bfloat16()
+                found.append(_kept(name, weight.float(), updates[name], tensors[name].float()))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        carry(source, folder, dtype=torch.bfloat16, config_changes={})
+        return found
+
+    return Way(title, start == "original", make)
+
+
+def peft_way() -> Way:
+    """Return PEFT's own `merge_and_unload` of the 4-bit model, which quantizes again."""
+
+    def make(source: Source, truth: Trained, folder: Path) -> tuple[list[MergedTensor], Behaviour]:
+        from peft import PeftModel
+
+        model: Any = load_base(source.facts)
+        before = {f"{name}.weight": dequantized(layer.weight) for name, layer in four_bit_layers(model)}
+        model = PeftModel.from_pretrained(model, str(source.adapter.folder)).merge_and_unload().eval()
+        after = {f"{name}.weight": dequantized(layer.weight) for name, layer in four_bit_layers(model)}
+        found = [_kept(name, before[name], delta, after[name]) for name, delta in updates_of(source.adapter.folder).items()]
+        return found, measure(model, source, choose_scorer(model, source.pairs, device="cpu"))
+
+    return Way("PEFT merge_and_unload: → nf4 again", False, make)
+
+
+def _kept(name: str, start: Tensor, delta: Tensor, merged: Tensor) -> MergedTensor:
+    energy = float(delta.double().square().sum())
+    kept = float(((merged - start).double() * delta.double()).sum()) / energy
+    return MergedTensor(name, kept, float(delta.norm() / start.norm()), energy, 0.0, "nearest")
+
+
+DEFAULT = our_way("dequantized", "bf16")
+SIXTEEN_BIT = others_way("others: dequantized bf16 + ΔW → bf16", start="bf16")
+ONTO_ORIGINAL = others_way("others: original + ΔW → bf16", start="original")
+STOCHASTIC = our_way("original", "bf16", "stochastic")
+REQUANTIZED = peft_way()
+WAYS = (
+    DEFAULT,
+    our_way("dequantized", "fp16"),
+    our_way("dequantized", "fp32"),
+    our_way("original", "bf16"),
+    STOCHASTIC,
+    SIXTEEN_BIT,
+    others_way("others: the same, embeddings and head through nf4 too", start="bf16", also_embeddings=True),
+    ONTO_ORIGINAL,
+    REQUANTIZED,
+)
+
+
+# ------------------------------------------------------------------------------------------------------------------- measures
+
+
+def measure_adapter(work: Path, kind: str, quantize: str, size: str) -> dict[str, Any]:
+    """Return what each way does with one adapter that is trained for it."""
+    with _quietly():
+        source = open_source(trained_adapter(work, kind, quantize, SIZES[size]), pairs=PAIRS)
+        found = measure_ways(source, WAYS)
+    name = f"{size}, {quantize}, {kind}"
+    print(f"  {name}: |ΔW|/|W| {found['relative_size']:.1e}, shift {found['shift_trained']:+.4f}", flush=True)
+    return {"base": kind, "quantize": quantize, "size": size, **found}
+
+
+def measure_ways(source: Source, ways: Iterable[Way]) -> dict[str, Any]:
+    """Return what the trained model shifts, and what each way of merging leaves of it.
+
+    Judged against what was trained on the quantized base; `own` is against the adapter on the base that the way adds to, by
+    which our merge judges --onto original too.
+    """
+    ways = tuple(ways)
+    truth = measure_trained(source, source.facts, dtype=torch.bfloat16)
+    plain = truth
+    if any(way.is_onto_original for way in ways):
+        plain = measure_trained(source, source.facts._replace(quantize="none"), dtype=torch.bfloat16)
+    trained = agreement(truth.trained, truth.trained, truth.reference)
+    rows, size = [], 0.0
+    for way in ways:
+        folder = temporary_folder()
+        made = way.make(source, truth, folder)
+        tensors, merged = made if isinstance(made, tuple) else (made, None)
+        if merged is None:
+            merged = measure_merged(folder, source, torch.float32)
+        shutil.rmtree(folder)
+        free()
+        own = plain if way.is_onto_original else truth
+        against, against_own = (agreement(merged, one.trained, one.reference) for one in (truth, own))
+        floor = agreement(own.floor, own.trained, own.reference) if own.floor else None
+        size = size or (sum(t.energy for t in tensors) / sum(t.energy / t.relative_size**2 for t in tensors)) ** 0.5
+        shares = [tensor.kept for tensor in tensors if tensor.kept is not None]
+        rows.append(
+            {
+                "way": way.title,
+                **against._asdict(),
+                "relative_kl": against.relative_kl,
+                "own_shift": against_own.shift,
+                "own_shift_kept": against_own.shift_kept,
+                "own_relative_kl": against_own.relative_kl,
+                "kept": mean_kept(tensors),
+                "kept_tensors": [min(shares), max(shares)],
+                "refused": len(faults(tensors)) + len(doubts(against_own, floor)),
+            }
+        )
+    return {
+        "relative_size": size,
+        "shift_trained": trained.shift,
+        "kl_reference": trained.kl_reference,
+        "accuracy": trained.accuracy,
+        "nll": trained.nll,
+        "rows": rows,
+    }
+
+
+def curve(work: Path, scales: Iterable[float]) -> list[dict[str, Any]]:
+    """Return what is left of the middle adapter of nf4 when it is scaled; one training, the pairs as in the table."""
+    found = []
+    with _quietly():
+        run = trained_adapter(work, "tied", "nf4", SIZES["middle"], seed=1)
+        base = load_file(BASE / "model.safetensors")
+        updates = updates_of(run)
+        own = (sum(d.square().sum() for d in updates.values()) / sum(base[n].float().square().sum() for n in updates)) ** 0.5
+    for scale in scales:
+        folder = work / f"scaled-{scale:g}"
+        folder.mkdir()
+        tensors = load_file(run / "adapter_model.safetensors")
+        scaled = {name: t * (scale / float(own)) if "lora_B" in name else t for name, t in tensors.items()}
+        save_file(scaled, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        for name in ("adapter_config.json", "base.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(run / name, folder)
+        with _quietly():
+            source = open_source(folder, data=str(work / "pairs" / "test.jsonl"), pairs=PAIRS)
+            ways = measure_ways(source, (DEFAULT, STOCHASTIC, SIXTEEN_BIT, ONTO_ORIGINAL, REQUANTIZED))
+        found.append({"scale": scale, **ways})
+        print(f"  |ΔW|/|W| {scale:.0e}: " + ", ".join(f"{row['kept']:.3f}" for row in ways["rows"]), flush=True)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------- cost
+
+
+COSTS = {
+    "ours-16bit": "ours, 16-bit base",
+    "ours-nf4": "ours, nf4 base, every tensor checked",
+    "peft": "PEFT merge_and_unload + save_pretrained, 16-bit base",
+}
+
+
+def cost(work: Path, *, rounds: int) -> dict[str, Any]:
+    """Return wall and CPU seconds and peak memory of each merge, interleaved rounds, a fresh process each."""
+    large = work / "large"
+    _child("make", large)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in COSTS}
+    order = random.Random(0)
+    for number in range(1, rounds + 1):
+        for name in order.sample(list(COSTS), len(COSTS)):
+            found[name].append(_child(name, large))
+        line = ", ".join(f"{name} {found[name][-1]['wall_seconds']:.1f} s" for name in COSTS)
+        print(f"  round {number} of {rounds}: {line}", flush=True)
+    index = json.loads((large / "base" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    shards = len(set(index["weight_map"].values()))
+    size = index["metadata"]["total_size"]
+    return {"parameters": size // torch.bfloat16.itemsize, "bytes": size, "shards": shards, "rounds": found}
+
+
+def _child(what: str, large: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.merge", what, str(large)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{what}: the process failed:\n{done.stderr[-2000:]}")
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def make_large(folder: Path) -> None:
+    """Write a random Llama of 200 M parameters in bfloat16 shards, and a random adapter with the record of its base in nf4."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pe_dpo.model.base import load_tokenizer
+    from pe_dpo.model.provenance import base_record
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 13, "num_attention_heads": 16}
+    config = LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **shape)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "base", max_shard_size="70MB")
+    tokenizer = load_tokenizer(str(BASE))
+    tokenizer.save_pretrained(folder / "base")
+    adapted: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 1e-3)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    adapted.save_pretrained(folder / "adapter")
+    shutil.copytree(folder / "adapter", folder / "adapter-nf4")
+    facts = inspect_base(str(folder / "base"), quantize="nf4", dtype="bfloat16")
+    record = base_record(load_base(facts), facts, tokenizer)
+    (folder / "adapter-nf4" / "base.json").write_text(json.dumps(record), encoding="utf-8")
+    tokenizer.save_pretrained(folder / "adapter-nf4")
+
+
+def merge_large(what: str, folder: Path) -> dict[str, float]:
+    """Return the cost of one merge in this process; imports are not in it. Linux only."""
+    import peft
+    import transformers
+
+    from pe_dpo.deploy.merge import merge
+
+    output = folder / f"merged-{what}"
+    transformers.AutoModelForCausalLM, peft.PeftModel, peft.tuners.lora  # noqa: B018 -- imports happen here
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, cpu, wall = _status_mib("VmRSS"), time.process_time(), time.perf_counter()
+    if what == "peft":
+        base: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+        merged = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+        merged.save_pretrained(output)
+        transformers.AutoTokenizer.from_pretrained(folder / "base").save_pretrained(output)
+    elif what == "ours-nf4":
+        merge(folder / "adapter-nf4", output, pairs=0)
+    else:
+        merge(folder / "adapter", output, pairs=0, quantize="none")
+    cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    cost["peak_mib"] = _status_mib("VmHWM") - before
+    shutil.rmtree(output)
+    return cost
+
+
+def _status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (kib,) = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return int(kib) / 1024
+
+
+# -------------------------------------------------------------------------------------------------------- tables and picture
+
+
+def markdown_table(adapters: Iterable[dict[str, Any]]) -> str:
+    """Return what was measured of each adapter and each way, as markdown."""
+    lines = [
+        "| adapter, ΔW/W | way | KL | relative | shift | kept | own base | top-1 | ΔW kept | accuracy | NLL | refused |",
+        "|" + "---|" * 12,
+    ]
+    for found in adapters:
+        head = f"{found['size']}, {found['quantize']}, {found['base']}, {found['relative_size']:.1e}"
+        lines.append(
+            f"| **{head}** | trained, unmerged | 0 | 0 | {found['shift_trained']:+.4f} | 1 | | 1 | | "
+            f"{found['accuracy']:.3f} | {found['nll']:.4f} | |"
+        )
+        for row in found["rows"]:
+            lines.append(
+                f"| | {row['way']} | {row['kl']:.1e} | {row['relative_kl']:.1e} | {row['shift']:+.4f} | "
+                f"{row['shift_kept']:.3f} | {row['own_shift_kept']:.3f} | {row['top1']:.4f} | {row['kept']:.3f} | "
+                f"{row['accuracy']:.3f} | {row['nll']:.4f} | {'yes' if row['refused'] else 'no'} |"
+            )
+    return "\n".join(lines)
+
+
+def markdown_cost(found: dict[str, Any]) -> str:
+    """Return seconds and MiB of each merge, median (smallest–largest), and how many times PEFT's, within rounds."""
+    lines = ["| | wall s | × PEFT | CPU s | × PEFT | peak MiB | × PEFT |", "|" + "---|" * 7]
+    peer = found["rounds"]["peft"]
+    for name, title in COSTS.items():
+        cells = []
+        for key in ("wall_seconds", "cpu_seconds", "peak_mib"):
+            values = [one[key] for one in found["rounds"][name]]
+            over = [value / one[key] for value, one in zip(values, peer, strict=True)]
+            cells += [f"{spread(values)!s}", f"{spread(over)!s}"]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+COLOURS = {
+    DEFAULT.title: ("#173a5e", "o", "-"),
+    STOCHASTIC.title: ("#2f6fb0", "s", "-"),
+    SIXTEEN_BIT.title: ("#c8553d", "v", "--"),
+    ONTO_ORIGINAL.title: ("#e0a030", "^", "--"),
+    REQUANTIZED.title: ("#8a8f98", "x", "--"),
+}
+
+
+def plot_merge(path: Path) -> Path:
+    """Draw the curve beside its file and return the picture's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = load(path)
+    points, machine = results["curve"], results["machine"]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True, layout="constrained")
+    scales = [point["relative_size"] for point in points]
+    pairs = results["settings"]["held_out_pairs"]
+    for axis, key, words in (
+        (axes[0], "kept", "share of ΔW in the merged weights, ⟨Ŵ − W, ΔW⟩ / ⟨ΔW, ΔW⟩"),
+        (axes[1], "own_shift_kept", f"share of the preference shift kept, {pairs} held-out pairs"),
+    ):
+        band = "accepted by pe-dpo merge (0.9 to 1.1)" if key == "kept" else None
+        axis.axhspan(0.9, 1.1, color="#e8eef5", zorder=0, label=band)
+        for title, (colour, marker, line) in COLOURS.items():
+            values = [next(row[key] for row in point["rows"] if row["way"] == title) for point in points]
+            axis.plot(scales, values, line, color=colour, marker=marker, markersize=6, linewidth=1.8,
+                      label=title if key == "kept" else None)  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_ylim(-0.25, 1.6)
+        axis.set_xlabel("size of the update, |ΔW| / |W| (Frobenius, all adapted layers; no unit)", fontsize=9)
+        axis.set_title(words, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e3e6ea", linewidth=0.8)
+        axis.set_axisbelow(True)
+    axes[0].set_ylabel("share kept (1 = all of it)", fontsize=9)
+    axes[1].annotate(
+        "below about 1e-4 rounding W to bfloat16\nmoves preferences more than the adapter does;\n"
+        "curves leave the picture there",
+        (0.3, 0.84),
+        xycoords="axes fraction",
+        fontsize=8.5,
+        color="#444444",
+    )
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(
+        "One trained DPO update, scaled and merged: nf4 with double quantization, Llama of 1.4 M parameters, "
+        f"{machine['date'][:10]}",
+        fontsize=11,
+    )
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=140)
+    plt.close(figure)
+    return target
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what libraries print while models load out of the output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _main() -> None:
+    """One process of `cost`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["make", *COSTS])
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what == "make":
+        make_large(options.folder)
+        print("{}")
+        return
+    print(json.dumps(merge_large(options.what, options.folder)))
+
+
+if __name__ == "__main__":
+    _main()
