@@ -151,7 +151,7 @@ def updates_of(adapter: Path) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------------- ways of merging
 
 
-def our_way(onto: Any, dtype: str, rounding: Any = "nearest") -> Way:
+def our_way(onto: Any, dtype: str, rounding: Any = "auto") -> Way:
     """Return one of our merges, as `pe-dpo merge` writes it."""
 
     def make(source: Source, truth: Trained, folder: Path) -> list[MergedTensor]:
@@ -162,7 +162,7 @@ def our_way(onto: Any, dtype: str, rounding: Any = "nearest") -> Way:
         )[0]
 
     words = "dequantized fp32 + ΔW" if onto == "dequantized" else "original + ΔW"
-    return Way(f"ours: {words} → {dtype}" + ", stochastic" * (rounding == "stochastic"), onto == "original", make)
+    return Way(f"ours: {words} → {dtype}" + f", {rounding}" * (rounding != "auto"), onto == "original", make)
 
 
 def bf16_dequantized(weight: Tensor, quantize: str) -> Tensor:
@@ -225,13 +225,13 @@ def _kept(name: str, start: Tensor, delta: Tensor, merged: Tensor) -> MergedTens
 DEFAULT = our_way("dequantized", "bf16")
 SIXTEEN_BIT = others_way("others: dequantized bf16 + ΔW → bf16", start="bf16")
 ONTO_ORIGINAL = others_way("others: original + ΔW → bf16", start="original")
-STOCHASTIC = our_way("original", "bf16", "stochastic")
+STOCHASTIC = our_way("original", "bf16")
 REQUANTIZED = peft_way()
 WAYS = (
     DEFAULT,
     our_way("dequantized", "fp16"),
     our_way("dequantized", "fp32"),
-    our_way("original", "bf16"),
+    our_way("original", "bf16", "nearest"),
     STOCHASTIC,
     SIXTEEN_BIT,
     others_way("others: the same, embeddings and head through nf4 too", start="bf16", also_embeddings=True),
