@@ -32,7 +32,7 @@ def main() -> None:
         from benchmarks.merge import run_merge
 
         rounds = 1 if options.quick else options.rounds or MERGE_ROUNDS
-        run_merge(Settings("merge", rounds=rounds, is_quick=options.quick, out=options.out))
+        run_merge(Settings("merge", rounds=rounds, is_quick=options.quick, out=options.out), only_cost=options.only_cost)
         return
     settings = Settings(options.command, options.shape, options.dtype, options.model)
     if options.command == "memory-one":
@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         if name != "step":
             command.add_argument("--pairs", type=int, default=0, help="pairs to train on")
             command.add_argument("--best", default="", help="name of TRL's best point; else from the results of `step`")
-    _add_common(commands.add_parser("merge", help="what is left of an adapter after merging, ours and others'"))
+    merge = commands.add_parser("merge", help="what is left of an adapter after merging, ours and others'")
+    merge.add_argument("--only-cost", action="store_true", help="measure time and memory again, keep the rest of the results")
+    _add_common(merge)
     commands.add_parser("table", help="print the README's table from the results")
     commands.add_parser("plot", help="draw the results of `step` or `merge` again").add_argument("file", type=Path)
     return parser

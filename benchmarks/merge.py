@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.results import Settings, load, save, temporary_folder
+from benchmarks.results import Settings, load, machine, save, temporary_folder
 from benchmarks.rounds import spread
 from pe_dpo.deploy.carry import carry
 from pe_dpo.deploy.merge import DTYPES, write_model
@@ -78,9 +78,20 @@ class MergeSettings(Settings):
         return "-".join(["merge"] + ["quick"] * self.is_quick)
 
 
-def run_merge(settings: Settings) -> None:
-    """Make the table, the curve and the cost, print and save them with a picture."""
+def run_merge(settings: Settings, *, only_cost: bool = False) -> None:
+    """Make the table, the curve and the cost, print and save them with a picture.
+
+    Args:
+        settings: of the benchmark.
+        only_cost: measure the cost again, and leave what was saved of table and curve.
+    """
     settings = MergeSettings(**vars(settings))
+    if only_cost:
+        path = settings.out / f"{settings.name}.json"
+        content = load(path) | {"cost": {**cost(temporary_folder(), rounds=settings.rounds), "machine": machine()}}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(markdown_cost(content["cost"]))
+        return
     work = temporary_folder()
     write_pairs(work / "pairs")
     content: dict[str, Any] = {"settings": {"held_out_pairs": PAIRS, "sizes": {k: v._asdict() for k, v in SIZES.items()}}}

@@ -1,4 +1,4 @@
-"""The README's table of speed, from the results that lie in `results/`; a test holds the README to it."""
+"""The README's tables of speed and of merging, from the results that lie in `results/`; a test holds the README to it."""
 
 import json
 from pathlib import Path
@@ -45,3 +45,25 @@ def _load(name: str) -> dict[str, Any]:
 def _spread(values: list[float]) -> str:
     median, low, high = values
     return f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
+MERGE_ROWS = (
+    ("`pe-dpo merge`: dequantized in float32 + ΔW, rounded to bfloat16 once", "ours: dequantized fp32 + ΔW → bf16"),
+    ("`--dtype fp16`", "ours: dequantized fp32 + ΔW → fp16"),
+    ("`--onto original`, bfloat16, against the adapter on its own base", "ours: original + ΔW → bf16"),
+    ("elsewhere: dequantized to bfloat16 + ΔW → bfloat16", "others: dequantized bf16 + ΔW → bf16"),
+    ("elsewhere: original + ΔW → bfloat16, against its own base", "others: original + ΔW → bf16"),
+    ("PEFT: merged into the 4-bit model, quantized again", "PEFT merge_and_unload: → nf4 again"),
+)
+
+
+def merge_table() -> str:
+    """Return what ways of merging keep of a small, a middle and a large adapter, as markdown."""
+    found = {one["size"]: one for one in _load("merge")["table"] if (one["base"], one["quantize"]) == ("tied", "nf4")}
+    sizes = ("small", "middle", "large")
+    head = " | ".join(f"{found[size]['relative_size']:.0e}: shift {found[size]['shift_trained']:+.4f}" for size in sizes)
+    lines = [f"| kept of the update / of the preference shift, at ΔW/W of | {head} |", "|---|---|---|---|"]
+    for words, way in MERGE_ROWS:
+        rows = [next(row for row in found[size]["rows"] if row["way"] == way) for size in sizes]
+        lines.append(f"| {words} | " + " | ".join(f"{row['kept']:.2f} / {row['own_shift_kept']:.2f}" for row in rows) + " |")
+    return "\n".join(lines)

@@ -17,6 +17,13 @@ def test_the_readme_has_the_table_of_the_results(monkeypatch):
     assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_readme_has_what_ways_of_merging_keep(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.table import merge_table
+
+    assert merge_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_every_result_was_checked_for_agreement_before_it_was_timed():
     """Losses and gradients of every timed variant, against TRL's default, within the limits that the README states."""
     import json

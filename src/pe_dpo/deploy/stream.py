@@ -38,8 +38,8 @@ ENOUGH = 0.99
 """Below this share kept, `rounding: auto` rounds stochastically what lies on the grid."""
 
 
-_BLOCK = 1 << 22
-"""Numbers that are rounded stochastically at a time: a dozen arrays of this size are needed for it."""
+_BLOCK = 1 << 20
+"""Numbers that are rounded stochastically, or summed, at a time: a dozen arrays of this size are needed for it."""
 
 
 class MergedTensor(NamedTuple):
@@ -104,7 +104,7 @@ def write_merged(
             stored = files.read(output.source)
             parameter = _as_loaded(output, stored, base)
             loaded_in = _check_same_tensor(output, stored, parameter, files, base)
-            weight = stored if onto == "original" else stored.to(loaded_in) if parameter is None else dequantized(parameter)
+            weight = _as_trained(stored, parameter, loaded_in) if onto == "dequantized" else stored
             if output.change is None:
                 result = weight.to(output.facts.dtype)
             else:
@@ -178,6 +178,13 @@ def _check_same_tensor(
     )
 
 
+def _as_trained(stored: Tensor, parameter: Any, loaded_in: torch.dtype) -> Tensor:
+    """The values that training had: those of the 4-bit codes, or the base's own, rounded where they were loaded narrower."""
+    if parameter is not None:
+        return dequantized(parameter)
+    return stored.to(loaded_in) if loaded_in.itemsize < stored.dtype.itemsize else stored
+
+
 def _merge_tensor(
     output: Output, weight: Tensor, adapter: AdapterFiles, rounding: Rounding, seed: int
 ) -> tuple[Tensor, MergedTensor]:
@@ -190,30 +197,57 @@ def _merge_tensor(
         shared = min(len(exact), len(weight))
         weight = torch.cat([weight[:shared], exact[shared:]])
     delta = _wanted_update(output.change, weight, exact, adapter)
-    energy, size = _dot(delta, delta), _dot(weight, weight)
     generator = _generator(seed, name)
     if rounding == "stochastic":
         result, how = stochastically_rounded(exact, dtype, generator), "stochastic"
+        sums = _sums(weight, exact, delta, result)
     else:
         result, how = exact.to(dtype), "nearest"
-        if rounding == "auto" and _dot(result.float() - weight, delta) < ENOUGH * energy:
-            result, how = _stochastic_on_grid(weight, exact, result, generator)
-    step = _step(exact, dtype)
-    if bool(((result.float() - exact).abs() > step).any()):
+        sums = _sums(weight, exact, delta, result)
+        if rounding == "auto" and sums.moved_along < ENOUGH * sums.energy:
+            result, how = _stochastic_on_grid(weight, exact, result, generator), "stochastic on the grid"
+            sums = _sums(weight, exact, delta, result)
+    if not sums.are_neighbours:
         raise ModelError(f"{name}: was not rounded to a neighbour in {dtype}; a fault of this program or of torch")
-    kept = _dot(result.float() - weight, delta) / energy if energy else None
-    moved = step.mul_(delta)
-    noise = (_dot(moved, moved) / 12) ** 0.5 / energy if energy else 0.0
-    return result, MergedTensor(name, kept, (energy / size) ** 0.5 if size else float("inf"), energy, noise, how)
+    kept = sums.moved_along / sums.energy if sums.energy else None
+    noise = (sums.noise / 12) ** 0.5 / sums.energy if sums.energy else 0.0
+    relative = (sums.energy / sums.size) ** 0.5 if sums.size else float("inf")
+    return result, MergedTensor(name, kept, relative, sums.energy, noise, how)
 
 
-def _stochastic_on_grid(weight: Tensor, exact: Tensor, nearest: Tensor, generator: torch.Generator) -> tuple[Tensor, str]:
+class _Sums(NamedTuple):
+    """Over all numbers of a tensor."""
+
+    moved_along: float
+    """⟨Ŵ−W, ΔW⟩."""
+    energy: float
+    """⟨ΔW, ΔW⟩."""
+    size: float
+    """⟨W, W⟩."""
+    noise: float
+    """⟨step·ΔW, step·ΔW⟩."""
+    are_neighbours: bool
+    """Whether each Ŵ is one of the two neighbours of W + ΔW."""
+
+
+def _sums(weight: Tensor, exact: Tensor, delta: Tensor, result: Tensor) -> _Sums:
+    """In float32 within blocks and in float64 over them; block by block, so that nothing of the tensor's size is made."""
+    totals, are_neighbours = [0.0, 0.0, 0.0, 0.0], True
+    parts = (one.reshape(-1).split(_BLOCK) for one in (weight, exact, delta, result))
+    for w, e, d, rounded in zip(*parts, strict=True):
+        r, step = rounded.float(), _step(e, result.dtype)
+        are_neighbours = are_neighbours and bool(((r - e).abs_() <= step).all())
+        step.mul_(d)
+        for index, (one, other) in enumerate(((r - w, d), (d, d), (w, w), (step, step))):
+            totals[index] += float(torch.dot(one, other))
+    moved_along, energy, size, noise = totals
+    return _Sums(moved_along, energy, size, noise, are_neighbours)
+
+
+def _stochastic_on_grid(weight: Tensor, exact: Tensor, nearest: Tensor, generator: torch.Generator) -> Tensor:
     """Round stochastically where W itself lies on the grid; elsewhere rounding to nearest is unbiased, and has less noise."""
     is_on_grid = weight.to(nearest.dtype).float() == weight
-    if not bool(is_on_grid.any()):
-        return nearest, "nearest"
-    drawn = stochastically_rounded(exact, nearest.dtype, generator)
-    return torch.where(is_on_grid, drawn, nearest), "stochastic on the grid"
+    return torch.where(is_on_grid, stochastically_rounded(exact, nearest.dtype, generator), nearest)
 
 
 def _wanted_update(change: Change, weight: Tensor, exact: Tensor, adapter: AdapterFiles) -> Tensor:
@@ -257,13 +291,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _step(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of neighbours in a dtype, where each value is; float32."""
+    """The distance of neighbours in a dtype, where each value is; float32. A float's exponent is what is left of its bits."""
     info = torch.finfo(dtype)
-    _, exponents = torch.frexp(values.abs().clamp_min(info.smallest_normal))
-    return torch.ldexp(torch.full_like(values, info.eps / 2), exponents)
-
-
-def _dot(first: Tensor, second: Tensor) -> float:
-    """⟨first, second⟩, in float32 within blocks and in float64 over them."""
-    blocks = zip(first.reshape(-1).split(_BLOCK // 4), second.reshape(-1).split(_BLOCK // 4), strict=True)
-    return sum(float(torch.dot(one, other)) for one, other in blocks)
+    powers = values.abs().clamp_min_(info.smallest_normal).view(torch.int32).bitwise_and_(0x7F800000).view(torch.float32)
+    return powers.mul_(info.eps)
