@@ -36,6 +36,18 @@ def test_the_run_merges_as_it_is(run: Path, tmp_path: Path) -> None:
     assert done.verdict.held_out is not None and done.verdict.held_out.shift_kept == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_run_that_was_trained_in_bfloat16_is_not_doubted_for_its_arithmetic(
+    dtype: Any, tiny_recipe: Callable, tmp_path: Path
+) -> None:
+    """Trained and merged model round differently in 16 bits; both are computed in float32 to be compared."""
+    settings = ("model.quantize=nf4", "model.dtype=bfloat16", "train.max_steps=4", "train.learning_rate=5.0e-4")
+    train(tiny_recipe(tmp_path / "run", *settings))
+    done = merge(tmp_path / "run", tmp_path / "out", pairs=9, dtype=dtype)
+    assert done.report["computed_in"] == "float32"
+    assert done.report["verdict"] == "serves what was trained"
+
+
 @pytest.mark.parametrize("factor", [-1.0, 0.0, 0.5, 3.0])
 def test_a_wrong_scale_is_refused_by_the_pairs(
     factor: float, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
