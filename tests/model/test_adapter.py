@@ -12,6 +12,7 @@ from pe_dpo.model.adapter import (
     as_reference,
     attach_adapter,
     load_adapter_for_evaluation,
+    parameter_targets,
     restore_adapter,
     save_adapter,
     start_from_adapter,
@@ -214,3 +215,16 @@ def test_targets_that_name_nothing_are_refused(base):
 def test_a_folder_without_an_adapter_is_refused(base, tmp_path):
     with pytest.raises(ModelError, match=r"no adapter_config\.json there"):
         start_from_adapter(base, tmp_path, reference="base")
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # peft's own, of its own pattern
+def test_experts_that_are_no_modules_are_named_since_they_do_not_merge(base):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}  # fmt: skip
+    config = Qwen3MoeConfig(vocab_size=64, **shape)
+    assert "gate_up_proj" in parameter_targets(attach_adapter(Qwen3MoeForCausalLM(config), rank=2, alpha=4))
+    named = attach_adapter(Qwen3MoeForCausalLM(config), rank=2, alpha=4, targets=["q_proj"])
+    assert parameter_targets(named) == []
+    assert parameter_targets(attach_adapter(base, rank=2, alpha=4)) == []

@@ -229,6 +229,11 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def parameter_targets(model: Any) -> list[str]:
+    """Return the bare parameters that the trained adapter is on, experts and routers that are no modules; they do not merge."""
+    return sorted(model.peft_config[POLICY].target_parameters or ())
+
+
 def adapter_is_zero(model: nn.Module) -> bool:
     """Return whether every trained B is 0, so that the policy is the base."""
     return not any(bool(p.any()) for name, p in model.named_parameters() if f"lora_B.{POLICY}" in name)

@@ -14,7 +14,7 @@ from pe_dpo.errors import DataError, ModelError
 from pe_dpo.evaluation.pairs import ScoredPairs, set_metrics
 from pe_dpo.evaluation.reference import open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, save_adapter, start_from_adapter
+from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, parameter_targets, save_adapter, start_from_adapter
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
 from pe_dpo.model.provenance import base_record
@@ -195,6 +195,12 @@ def build_trainer(
     args = training_arguments(recipe, data)
     set_seed(settings.seed)
     model = build_model(recipe, facts, args.device)
+    bare = parameter_targets(model)
+    if bare:
+        say(
+            f"look: the adapter is also on {', '.join(bare)}, experts or routers that PEFT trains as bare parameters; `pe-dpo "
+            "merge` cannot merge those. Name adapter.targets (q_proj, v_proj, …) to leave them out"
+        )
     scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing, say=say)
     plan = plan_memory(
         model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
