@@ -66,7 +66,7 @@ def _command(name: str) -> Callable[[Settings], None]:
 def _plot(path: Path) -> Path:
     """Draw the results of `merge`, or of `step`."""
     if path.stem.startswith("merge"):
-        from benchmarks.merge import plot_merge
+        from benchmarks.merge_plot import plot_merge
 
         return plot_merge(path)
     return plot.plot_step(path)

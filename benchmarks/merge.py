@@ -7,17 +7,10 @@
 `others` is written down from what the others' sources do, and shares no code with `pe_dpo.deploy`.
 """
 
-import argparse
 import contextlib
-import ctypes
-import gc
 import io
 import json
-import random
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.merge_cost import cost, markdown_cost
 from benchmarks.results import Settings, load, machine, save, temporary_folder
-from benchmarks.rounds import spread
 from pe_dpo.deploy.carry import carry
 from pe_dpo.deploy.merge import DTYPES, write_model
 from pe_dpo.deploy.plan import plan_merge
@@ -37,7 +30,7 @@ from pe_dpo.deploy.stream import MergedTensor, faults, mean_kept
 from pe_dpo.deploy.trained import Trained, free, measure, measure_merged, measure_trained
 from pe_dpo.deploy.verify import Behaviour, agreement, doubts
 from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.model.base import inspect_base, load_base
+from pe_dpo.model.base import load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers
 from pe_dpo.quickstart.run import BASE
 from pe_dpo.quickstart.world import write_pairs
@@ -100,6 +93,8 @@ def run_merge(settings: Settings, *, only_cost: bool = False) -> None:
     content["curve"] = curve(work, SCALES[::3] if settings.is_quick else SCALES)
     content["cost"] = cost(work, rounds=settings.rounds)
     print(markdown_cost(content["cost"]))
+    from benchmarks.merge_plot import plot_merge  # it takes the names of the ways from here
+
     path = save(settings, content)
     print(path, plot_merge(path))
 
@@ -337,105 +332,7 @@ def curve(work: Path, scales: Iterable[float]) -> list[dict[str, Any]]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------- cost
-
-
-COSTS = {
-    "ours-16bit": "ours, 16-bit base",
-    "ours-nf4": "ours, nf4 base, every tensor checked",
-    "peft": "PEFT merge_and_unload + save_pretrained, 16-bit base",
-}
-
-
-def cost(work: Path, *, rounds: int) -> dict[str, Any]:
-    """Return wall and CPU seconds and peak memory of each merge, interleaved rounds, a fresh process each."""
-    large = work / "large"
-    _child("make", large)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in COSTS}
-    order = random.Random(0)
-    for number in range(1, rounds + 1):
-        for name in order.sample(list(COSTS), len(COSTS)):
-            found[name].append(_child(name, large))
-        line = ", ".join(f"{name} {found[name][-1]['wall_seconds']:.1f} s" for name in COSTS)
-        print(f"  round {number} of {rounds}: {line}", flush=True)
-    index = json.loads((large / "base" / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    shards = len(set(index["weight_map"].values()))
-    size = index["metadata"]["total_size"]
-    return {"parameters": size // torch.bfloat16.itemsize, "bytes": size, "shards": shards, "rounds": found}
-
-
-def _child(what: str, large: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.merge", what, str(large)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{what}: the process failed:\n{done.stderr[-2000:]}")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
-
-
-def make_large(folder: Path) -> None:
-    """Write a random Llama of 200 M parameters in bfloat16 shards, and a random adapter with the record of its base in nf4."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from pe_dpo.model.base import load_tokenizer
-    from pe_dpo.model.provenance import base_record
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 13, "num_attention_heads": 16}
-    config = LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **shape)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder / "base", max_shard_size="70MB")
-    tokenizer = load_tokenizer(str(BASE))
-    tokenizer.save_pretrained(folder / "base")
-    adapted: Any = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 1e-3)
-    adapted.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    adapted.save_pretrained(folder / "adapter")
-    shutil.copytree(folder / "adapter", folder / "adapter-nf4")
-    facts = inspect_base(str(folder / "base"), quantize="nf4", dtype="bfloat16")
-    record = base_record(load_base(facts), facts, tokenizer)
-    (folder / "adapter-nf4" / "base.json").write_text(json.dumps(record), encoding="utf-8")
-    tokenizer.save_pretrained(folder / "adapter-nf4")
-
-
-def merge_large(what: str, folder: Path) -> dict[str, float]:
-    """Return the cost of one merge in this process; imports are not in it. Linux only."""
-    import peft
-    import transformers
-
-    from pe_dpo.deploy.merge import merge
-
-    output = folder / f"merged-{what}"
-    transformers.AutoModelForCausalLM, peft.PeftModel, peft.tuners.lora  # noqa: B018 -- imports happen here
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, cpu, wall = _status_mib("VmRSS"), time.process_time(), time.perf_counter()
-    if what == "peft":
-        base: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-        merged = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-        merged.save_pretrained(output)
-        transformers.AutoTokenizer.from_pretrained(folder / "base").save_pretrained(output)
-    elif what == "ours-nf4":
-        merge(folder / "adapter-nf4", output, pairs=0)
-    else:
-        merge(folder / "adapter", output, pairs=0, quantize="none")
-    cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    cost["peak_mib"] = _status_mib("VmHWM") - before
-    shutil.rmtree(output)
-    return cost
-
-
-def _status_mib(key: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (kib,) = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return int(kib) / 1024
-
-
-# -------------------------------------------------------------------------------------------------------- tables and picture
+# ---------------------------------------------------------------------------------------------------------------------- table
 
 
 def markdown_table(adapters: Iterable[dict[str, Any]]) -> str:
@@ -459,79 +356,6 @@ def markdown_table(adapters: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def markdown_cost(found: dict[str, Any]) -> str:
-    """Return seconds and MiB of each merge, median (smallest–largest), and how many times PEFT's, within rounds."""
-    lines = ["| | wall s | × PEFT | CPU s | × PEFT | peak MiB | × PEFT |", "|" + "---|" * 7]
-    peer = found["rounds"]["peft"]
-    for name, title in COSTS.items():
-        cells = []
-        for key in ("wall_seconds", "cpu_seconds", "peak_mib"):
-            values = [one[key] for one in found["rounds"][name]]
-            over = [value / one[key] for value, one in zip(values, peer, strict=True)]
-            cells += [f"{spread(values)!s}", f"{spread(over)!s}"]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-COLOURS = {
-    DEFAULT.title: ("#173a5e", "o", "-"),
-    STOCHASTIC.title: ("#2f6fb0", "s", "-"),
-    SIXTEEN_BIT.title: ("#c8553d", "v", "--"),
-    ONTO_ORIGINAL.title: ("#e0a030", "^", "--"),
-    REQUANTIZED.title: ("#8a8f98", "x", "--"),
-}
-
-
-def plot_merge(path: Path) -> Path:
-    """Draw the curve beside its file and return the picture's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    results = load(path)
-    points, machine = results["curve"], results["machine"]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.6), sharey=True, layout="constrained")
-    scales = [point["relative_size"] for point in points]
-    pairs = results["settings"]["held_out_pairs"]
-    for axis, key, words in (
-        (axes[0], "kept", "share of ΔW in the merged weights, ⟨Ŵ − W, ΔW⟩ / ⟨ΔW, ΔW⟩"),
-        (axes[1], "own_shift_kept", f"share of the preference shift kept, {pairs} held-out pairs"),
-    ):
-        band = "accepted by pe-dpo merge (0.9 to 1.1)" if key == "kept" else None
-        axis.axhspan(0.9, 1.1, color="#e8eef5", zorder=0, label=band)
-        for title, (colour, marker, line) in COLOURS.items():
-            values = [next(row[key] for row in point["rows"] if row["way"] == title) for point in points]
-            axis.plot(scales, values, line, color=colour, marker=marker, markersize=6, linewidth=1.8,
-                      label=title if key == "kept" else None)  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_ylim(-0.25, 1.6)
-        axis.set_xlabel("size of the update, |ΔW| / |W| (Frobenius, all adapted layers; no unit)", fontsize=9)
-        axis.set_title(words, fontsize=10, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#e3e6ea", linewidth=0.8)
-        axis.set_axisbelow(True)
-    axes[0].set_ylabel("share kept (1 = all of it)", fontsize=9)
-    axes[1].annotate(
-        "below about 1e-4 rounding W to bfloat16\nmoves preferences more than the adapter does;\n"
-        "curves leave the picture there",
-        (0.3, 0.84),
-        xycoords="axes fraction",
-        fontsize=8.5,
-        color="#444444",
-    )
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(
-        "One trained DPO update, scaled and merged: nf4 with double quantization, Llama of 1.4 M parameters, "
-        f"{machine['date'][:10]}",
-        fontsize=11,
-    )
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=140)
-    plt.close(figure)
-    return target
-
-
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep what libraries print while models load out of the output."""
@@ -540,21 +364,3 @@ def _quietly() -> Iterator[None]:
     logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def _main() -> None:
-    """One process of `cost`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["make", *COSTS])
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.what == "make":
-        make_large(options.folder)
-        print("{}")
-        return
-    print(json.dumps(merge_large(options.what, options.folder)))
-
-
-if __name__ == "__main__":
-    _main()
