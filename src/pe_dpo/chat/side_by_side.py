@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pe_dpo.chat.decoding import GREEDY, Answer, Sampling, stream_answer
+from pe_dpo.data.encoding import begin_token
 from pe_dpo.data.pairs import RowFlaw, Text, Turns
 from pe_dpo.data.rendering import as_messages, control_tokens, uses_chat_template
 from pe_dpo.errors import StoreUnavailable, UsageError
@@ -279,9 +280,8 @@ def _encode_plain(tokenizer: Any, prompt: Text) -> list[int]:
     if not prompt.strip():
         raise RowFlaw("is blank; write a prompt")
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    begin = tokenizer.bos_token_id
-    adds_begin = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
-    return [begin, *ids] if adds_begin and ids[:1] != [begin] else ids
+    begin = begin_token(tokenizer)
+    return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
 
 
 def _check_turns(turns: Turns, tokenizer: Any) -> None:

@@ -25,26 +25,11 @@ def merge(
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Merge adapter and base into one model, and prove that it does what was trained; write nothing where it does not."""
-    from pe_dpo.errors import UsageError
-
-    for name, value, known in (
-        ("--onto", onto, ("dequantized", "original", "adapter")),
-        ("--dtype", dtype, ("auto", "bf16", "fp16", "fp32")),
-        ("--rounding", rounding, ("auto", "nearest", "stochastic")),
-        ("--quantize", quantize, (None, "nf4", "nf4-single", "int8", "none")),
-    ):
-        if value not in known:
-            raise UsageError(f"{name} {value}: write {', '.join(word for word in known if word)}")
+    _check_words(onto, dtype, rounding, quantize)
     ignored = {"--dtype": dtype != "auto", "--rounding": rounding != "auto", "--force": force}
     if sft is None:
         ignored |= {"--pairs": pairs is not None, "--data": data is not None}
-    if onto == "adapter" and not compare and any(ignored.values()):
-        names = ", ".join(name for name, is_given in ignored.items() if is_given)
-        raise UsageError(f"--onto adapter copies the adapter as it is; leave {names} out")
-    if not target.is_dir():
-        raise UsageError(f"{target}: no such folder; name a run or an adapter on disk")
-    if output is None and not compare:
-        raise UsageError("name the folder of the merged model with -o, or ask for --compare")
+    _check_request(target, output, onto, compare=compare, ignored_by_adapter=[name for name, given in ignored.items() if given])
 
     from pe_dpo.cli import console
 
@@ -75,6 +60,30 @@ def merge(
             found |= _merge(target, output, {**common, **written, "onto": onto, "force": force}, show=not json)
     if json:
         typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
+
+
+def _check_words(onto: str, dtype: str, rounding: str, quantize: str | None) -> None:
+    from pe_dpo.errors import UsageError
+
+    for name, value, known in (
+        ("--onto", onto, ("dequantized", "original", "adapter")),
+        ("--dtype", dtype, ("auto", "bf16", "fp16", "fp32")),
+        ("--rounding", rounding, ("auto", "nearest", "stochastic")),
+        ("--quantize", quantize, (None, "nf4", "nf4-single", "int8", "none")),
+    ):
+        if value not in known:
+            raise UsageError(f"{name} {value}: write {', '.join(word for word in known if word)}")
+
+
+def _check_request(target: Path, output: Path | None, onto: str, *, compare: bool, ignored_by_adapter: list[str]) -> None:
+    from pe_dpo.errors import UsageError
+
+    if onto == "adapter" and not compare and ignored_by_adapter:
+        raise UsageError(f"--onto adapter copies the adapter as it is; leave {', '.join(ignored_by_adapter)} out")
+    if not target.is_dir():
+        raise UsageError(f"{target}: no such folder; name a run or an adapter on disk")
+    if output is None and not compare:
+        raise UsageError("name the folder of the merged model with -o, or ask for --compare")
 
 
 def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
@@ -134,7 +143,7 @@ def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool
         console.say(f"adapter, tokenizer and the recipe of its base: {output}")
         for line in done.commands:
             console.say(line)
-    held_out = done.held_out._asdict() if done.held_out else None
+    held_out = done.held_out.to_dict() if done.held_out else None
     return {"folder": str(done.folder), "held_out": held_out, "commands": done.commands}
 
 
@@ -156,7 +165,4 @@ def _compare(
     if show:
         header = ["", "accuracy", "shift", "rel. KL", "NLL", "ΔW kept"]
         console.show_table(f"{done.pairs} held-out pairs (95 % Wilson intervals; nats)", header, rows)
-    return [
-        {"name": name, **found._asdict(), "relative_kl": found.relative_kl, "kept": kept}
-        for name, found, kept in done.candidates
-    ]
+    return [{"name": name, **found.to_dict(), "kept": kept} for name, found, kept in done.candidates]

@@ -97,12 +97,17 @@ def encode_pairs(
     return _fit(_distinct(encoded, report), max_length, ends, overlong, report)
 
 
+def begin_token(tokenizer: Any) -> int | None:
+    """Return the id of the BOS token that a tokenizer puts before plain text, None where it puts none."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
 def _find_ends(tokenizer: Any, end_token_ids: Collection[int], *, is_chat: bool) -> _Ends:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     may_end = frozenset(end_token_ids) | ({eos} if eos is not None else set())
     append = eos if eos is not None else min(may_end, default=None)
-    return _Ends(bos if adds_bos and not is_chat else None, bos, append, may_end)
+    return _Ends(None if is_chat else begin_token(tokenizer), bos, append, may_end)
 
 
 def _describe(tokenizer: Any, ends: _Ends, report: DataReport, *, is_chat: bool) -> None:

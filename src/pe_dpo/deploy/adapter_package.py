@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from pe_dpo.data.encoding import Progress
+from pe_dpo.deploy.card import card_metadata
 from pe_dpo.deploy.carry import base_licence, carry_tokenizer
 from pe_dpo.deploy.serving import adapter_commands, adapter_in_python
 from pe_dpo.deploy.source import Source, open_source, with_sft
@@ -79,9 +82,9 @@ def _verify(source: Source, output: Path, allow_base_mismatch: bool, say: Callab
     """Two adapters in one against the two, on the pairs."""
     dtype = source.facts.dtype
     found = measure_trained(source, source.facts, dtype=dtype, allow_base_mismatch=allow_base_mismatch, say=say)
-    held_out = agreement(measure_adapter(source), found.trained, found.reference)
+    held_out = agreement(measure_adapter(source, found.computed_in), found.trained, found.reference)
     floor = agreement(found.floor, found.trained, found.reference) if found.floor else None
-    wrong = doubts(held_out, floor)
+    wrong = doubts(held_out, floor, in_float32=found.computed_in == torch.float32)
     if wrong:
         raise MergeRefused("\n  ".join([f"{output}: was not written: the one adapter does not do what the two did:", *wrong]))
     return held_out
@@ -100,17 +103,9 @@ def _base(source: Source) -> dict[str, Any]:
 
 
 def _card(source: Source, base: dict[str, Any], commands: list[str]) -> str:
-    licence = base_licence(source.base_folder)
     return "\n".join(
         [
-            "---",
-            f"base_model: {source.facts.base}",
-            "library_name: peft",
-            "pipeline_tag: text-generation",
-            "tags: [lora, preference-optimization, pe-dpo]",
-            *([f"license: {licence}"] if licence else []),
-            "---",
-            "",
+            *card_metadata(source.facts.base, library="peft", relation="adapter", licence=base_licence(source.base_folder)),
             "# A LoRA adapter tuned on preference pairs",
             "",
             f"Belongs to `{source.facts.base}`, loaded as in training: {base['quantize']}, {base['dtype']}. On another",

@@ -20,20 +20,9 @@ def merged_card(source: Source, report: Mapping[str, Any], *, licence: str | Non
         report: of the merge.
         licence: of the base, as its card names it.
     """
-    base = source.facts.base
-    metadata = {
-        **({} if Path(base).exists() else {"base_model": base, "base_model_relation": "finetune"}),  # hubs take names alone
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["preference-optimization", "pe-dpo"],
-        **({"license": licence} if licence else {}),
-    }
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
-            "---",
-            "",
+            *card_metadata(source.facts.base, library="transformers", relation="finetune", licence=licence),
             "# A model tuned on preference pairs",
             "",
             f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. A LoRA adapter, merged in {report['dtype']}.",
@@ -51,6 +40,25 @@ def merged_card(source: Source, report: Mapping[str, Any], *, licence: str | Non
             "",
         ]
     )
+
+
+def card_metadata(base: str, *, library: str, relation: str, licence: str | None) -> list[str]:
+    """Return the lines of a card that hubs read.
+
+    Args:
+        base: left out where it is a path, since hubs take names alone.
+        library: that loads the model.
+        relation: to its base, "finetune" or "adapter".
+        licence: of the base, as its card names it.
+    """
+    metadata = {
+        **({} if Path(base).exists() else {"base_model": base, "base_model_relation": relation}),
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["preference-optimization", "pe-dpo"],
+        **({"license": licence} if licence else {}),
+    }
+    return ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
 
 
 def _training(source: Source) -> list[str]:

@@ -1,6 +1,6 @@
 """`merge --compare`: every way to serve one adapter, on the same held-out pairs, before choosing one.
 
-Each candidate is written beside OUT, loaded as a user would load it, measured, and removed again; one on disk at a time.
+Each candidate is written beside OUT, loaded from disk, measured, and removed again; one on disk at a time.
 """
 
 from collections.abc import Callable

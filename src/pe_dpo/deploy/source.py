@@ -94,7 +94,7 @@ def open_source(
     _check_adapter_file(target, run)
     tokenizer = load_target_tokenizer(found)
     _check_tokenizer(target, tokenizer, record)
-    chosen = _pairs(found, facts, tokenizer, data, pairs, say, progress) if pairs else []
+    chosen = _pairs(found, facts, tokenizer, data, pairs, run, say, progress) if pairs else []
     frozen = found.adapter / REFERENCE
     folder = base_folder(facts)
     return Source(
@@ -216,6 +216,7 @@ def _pairs(
     tokenizer: Any,
     data: str | None,
     count: int,
+    run: Mapping[str, Any],
     say: Callable[[str], None],
     progress: Progress,
 ) -> list[EncodedPair]:
@@ -232,7 +233,7 @@ def _pairs(
         progress=progress,
     )
     pairs = prepared.train if data else prepared.held_out
-    recorded = None if data else read_record(found.adapter or Path()).get("hashes", {}).get("held_out")
+    recorded = None if data else run.get("hashes", {}).get("held_out")
     if recorded is not None and recorded != data_hash(pairs):
         say("look: the data are not those of the run any more; what is held out now may have been trained on")
     if not pairs:

@@ -109,11 +109,16 @@ def measure_merged(folder: Path, source: Source, computed_in: torch.dtype) -> Be
     return found
 
 
-def measure_adapter(source: Source) -> Behaviour:
-    """Return what the base, loaded as in training, does with the source's one adapter."""
+def measure_adapter(source: Source, computed_in: torch.dtype) -> Behaviour:
+    """Return what the base, loaded as in training, does with the source's one adapter.
+
+    Args:
+        source: with the pairs.
+        computed_in: as the trained model was.
+    """
     device = device_for(source.facts)
     base = load_base(source.facts, device=device)
-    compute_in(base, _computed_in(source.facts))
+    compute_in(base, computed_in)
     model = add_finished_adapter(base, source.adapter.folder)
     found = measure(model, source, choose_scorer(model, source.pairs, device=device))
     del model

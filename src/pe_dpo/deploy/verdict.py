@@ -151,17 +151,13 @@ def merge_report(
         "adapter_sha256": file_fingerprints(source.adapter.folder, [adapter_file])[adapter_file],
         "mean_kept": verdict.mean_kept,
         "held_out_pairs": len(source.pairs),
-        "held_out": _facts(verdict.held_out),
-        "noise_floor": _facts(verdict.floor),
+        "held_out": verdict.held_out.to_dict() if verdict.held_out else None,
+        "noise_floor": verdict.floor.to_dict() if verdict.floor else None,
         "noise_floor_is": noise_words(verdict.computed_in, dtype),
         "mean_noise": mean_noise(verdict.tensors),
-        "against_the_quantized_base": _facts(verdict.change),
+        "against_the_quantized_base": verdict.change.to_dict() if verdict.change else None,
         "computed_in": str(verdict.computed_in).removeprefix("torch."),
         "tensors": [tensor._asdict() for tensor in verdict.tensors],
         "files": files,
         "versions": versions(),
     }
-
-
-def _facts(found: Agreement | None) -> dict[str, Any] | None:
-    return None if found is None else {**found._asdict(), "relative_kl": found.relative_kl}

@@ -77,6 +77,10 @@ class Agreement(NamedTuple):
         """None where training changed nothing."""
         return self.kl / self.kl_reference if self.kl_reference else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it, JSON-ready."""
+        return {**self._asdict(), "relative_kl": self.relative_kl}
+
 
 def behaviour(model: Any, pairs: Sequence[EncodedPair], scorer: Scorer, *, token_budget: int) -> Behaviour:
     """Return what a model does on pairs; call in the state to be measured.

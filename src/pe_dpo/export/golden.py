@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pe_dpo.data.encoding import begin_token
 from pe_dpo.data.files import Row, read_rows
 from pe_dpo.errors import DataError
 
@@ -170,9 +171,8 @@ def token_ids(tokenizer: Any, rendered: str) -> list[int]:
         rendered: a chat, or plain text.
     """
     ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    adds_bos = not tokenizer.chat_template and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return [bos, *ids] if adds_bos else ids
+    begin = None if tokenizer.chat_template else begin_token(tokenizer)
+    return ids if begin is None else [begin, *ids]
 
 
 def _check_readable(row: Row) -> None:
