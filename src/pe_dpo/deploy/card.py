@@ -55,7 +55,7 @@ def card_metadata(base: str, *, library: str, relation: str, licence: str | None
         **({} if Path(base).exists() else {"base_model": base, "base_model_relation": relation}),
         "library_name": library,
         "pipeline_tag": "text-generation",
-        "tags": ["preference-optimization", "pe-dpo"],
+        "tags": [*(["lora"] if relation == "adapter" else []), "preference-optimization", "pe-dpo"],
         **({"license": licence} if licence else {}),
     }
     return ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
