@@ -198,16 +198,20 @@ class LossSection(Section):
 
 
 class MixoutSection(Section):
-    """Mixout toward the reference."""
+    """Mixout: the explicit pull toward the reference. Training runs on W0 + mask·ΔW/(1−p), evaluation on W0 + ΔW."""
 
-    p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    p: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the input units taken from the reference; 0: off.")
 
-    @field_validator("p")
-    @classmethod
-    def _not_built_yet(cls, p: float) -> float:
-        if p:
-            raise ValueError(f"p is {p}: this version has no mixout yet; set p: 0")
-        return p
+
+class GenerationSection(Section):
+    """Answers sampled from the policy to held-out prompts at the end of a run, for KL(π‖π0), entropy and length."""
+
+    prompts: Annotated[int, Field(ge=0)] = Field(0, description="How many held-out prompts; 0: nothing is sampled.")
+    samples: Count = Field(1, description="Answers to each prompt.")
+    max_new_tokens: Count = Field(128, description="Where an answer that does not end is cut.")
+    snapshots: Annotated[int, Field(ge=0)] = Field(
+        0, description="How often along the run held-out pairs and answers are measured and kept, evenly spaced: early stopping."
+    )
 
 
 class TrainSection(Section):
@@ -269,6 +273,7 @@ class Recipe(Section):
     data: DataSection
     loss: LossSection = LossSection()
     mixout: MixoutSection = MixoutSection()
+    generation: GenerationSection = GenerationSection()
     reference: ReferenceSection = ReferenceSection()
     train: TrainSection = TrainSection()
     output: Location = Field(description="Folder of the run.")
