@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks step | run | sweep | merge | plot | table`."""
+"""The commands: `python -m benchmarks step | run | sweep | merge | worlds | plot | table`."""
 
 import argparse
 import json
@@ -34,6 +34,11 @@ def main() -> None:
         rounds = 1 if options.quick else options.rounds or MERGE_ROUNDS
         run_merge(Settings("merge", rounds=rounds, is_quick=options.quick, out=options.out), only_cost=options.only_cost)
         return
+    if options.command == "worlds":
+        from benchmarks.worlds import run_worlds
+
+        run_worlds(Settings("worlds", is_quick=options.quick, out=options.out))
+        return
     settings = Settings(options.command, options.shape, options.dtype, options.model)
     if options.command == "memory-one":
         print(json.dumps({"mib": memory.measure_one(options.variant, settings)}))
@@ -64,11 +69,15 @@ def _command(name: str) -> Callable[[Settings], None]:
 
 
 def _plot(path: Path) -> Path:
-    """Draw the results of `merge`, or of `step`."""
+    """Draw the results of `merge`, `worlds` or `step`."""
     if path.stem.startswith("merge"):
         from benchmarks.merge_plot import plot_merge
 
         return plot_merge(path)
+    if path.stem.startswith("worlds"):
+        from benchmarks.worlds_plot import plot_worlds
+
+        return plot_worlds(path)
     return plot.plot_step(path)
 
 
@@ -91,8 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="what is left of an adapter after merging, ours and others'")
     merge.add_argument("--only-cost", action="store_true", help="measure time and memory again, keep the rest of the results")
     _add_common(merge)
+    worlds = commands.add_parser("worlds", help="κ, β, mixout and the floor where KL and reward are exact")
+    worlds.add_argument("--quick", action="store_true", help="every third value, results of their own")
+    worlds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     commands.add_parser("table", help="print the README's table from the results")
-    commands.add_parser("plot", help="draw the results of `step` or `merge` again").add_argument("file", type=Path)
+    commands.add_parser("plot", help="draw the results of `step`, `merge` or `worlds` again").add_argument("file", type=Path)
     return parser
 
 
