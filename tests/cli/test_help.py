@@ -8,7 +8,7 @@ import pytest
 
 COMMANDS = [
     (), ("quickstart",), ("check",), ("train",), ("eval",), ("recipes",), ("recipes", "list"), ("recipes", "show"),
-    ("recipes", "losses"), ("recipes", "copy"), ("recipes", "schema"),
+    ("recipes", "losses"), ("recipes", "copy"), ("recipes", "schema"), ("report",),
 ]  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def test_every_command_explains_itself(pe_dpo, command):
 @pytest.mark.parametrize("command", ["train", "quickstart"])
 def test_the_dials_people_turn_most_are_flags(pe_dpo, command):
     page = pe_dpo(command, "--help").out
-    dials = ["loss", "beta", "gamma", "margin", "link", "lr", "epochs", "seed", "output", "set"]
+    dials = ["loss", "beta", "gamma", "margin", "link", "mixout", "lr", "epochs", "seed", "output", "set"]
     assert [dial for dial in dials if f"--{dial} <" not in page] == []
 
 

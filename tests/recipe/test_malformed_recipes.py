@@ -90,10 +90,16 @@ MALFORMED = [
     ("adapter: {bias: all}", "1: adapter.bias", "the reference would drift with training; use bias: none"),
     ("adapter: {bias: lora_only}", "1: adapter.bias", "with bias: lora_only the trained biases stay on"),
     ("adapter: {start: a, reference: frozen}", "1: adapter.reference", "input should be 'base' or 'adapter'"),
-    # not built yet
-    ("loss: {gamma: auto}", "1: loss.gamma", "auto needs a calibration, which is not built yet; write a number or '0.5x'"),
-    ("loss: {gamma: 'balance:0.5'}", "1: loss.gamma", "needs a calibration, which is not built yet"),
-    ("mixout: {p: 0.5}", "1: mixout.p", "p is 0.5: this version has no mixout yet; set p: 0"),
+    # what is to be calibrated, but not said how
+    ("loss: {gamma: balance}", "1: loss.gamma", "gamma is 'balance': write auto, balance:S"),
+    ("loss: {gamma: 'scale:x'}", "1: loss.gamma", "or scale:G with G the spread of γ·Δ0 (scale:1)"),
+    ("loss: {gamma: 'auto:2'}", "1: loss.gamma", "write auto, balance:S"),
+    ("loss: {gamma: 'balance:1'}", "1: loss.gamma", "the share must lie between 0 and 1, as in balance:0.5"),
+    ("loss: {gamma: 'balance:0'}", "1: loss.gamma", "the share must lie between 0 and 1, as in balance:0.5"),
+    ("loss: {gamma: 'scale:0'}", "1: loss.gamma", "the spread must be finite and > 0, as in scale:1"),
+    ("loss: {gamma: 'scale:1e400'}", "1: loss.gamma", "the spread must be finite and > 0, as in scale:1"),
+    ("loss: {link: squared, margin: 1, gamma: 'balance:0.5'}", "1: loss.gamma", "which do not grow with gamma under link squared"),
+    ("mixout: {p: -0.1}", "1: mixout.p", "found -0.1; input should be greater than or equal to 0"),
     ("mixout:\n  p: 1", "2: mixout.p", "found 1; input should be less than 1"),
     # what is missing
     ("model:", "1: model.base", "is missing; a recipe needs at least model.base and data.train"),
@@ -126,7 +132,7 @@ def test_a_contradiction_is_laid_at_the_key_to_turn(text: str, place: str, remed
 
 
 def test_all_faults_of_a_file_are_told_at_once() -> None:
-    text = "loss:\n  beta: 0\n  betta: 1\n  gamma: -1\nadapter:\n  rank: 0\nmixout: {p: 0.5}\nlr: 1"
+    text = "loss:\n  beta: 0\n  betta: 1\n  gamma: -1\nadapter:\n  rank: 0\nmixout: {p: 1}\nlr: 1"
     places = {message.split(": ")[0] + " " + message.split(": ")[1] for message in faults_of(text)}
     assert places == {
         "bad.yaml:2 loss.beta", "bad.yaml:3 loss.betta", "bad.yaml:4 loss.gamma", "bad.yaml:6 adapter.rank",

@@ -21,9 +21,11 @@ train(load_recipe(sys.argv[1]))
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_run_of_one(make_recipe, tmp_path):
+@pytest.mark.parametrize("mixout", [0, 0.5])
+def test_two_processes_give_the_run_of_one(make_recipe, tmp_path, mixout):
     """22 pairs by 7: shares of 4 and 3, and a last step of one pair, of which the second process has none."""
     settings = ("train.pairs_per_step=7", "data.limit=22", "train.epochs=1", "train.tokens_per_microbatch=300")
+    settings += (f"mixout.p={mixout}",)
     alone = train(make_recipe(*settings, output="alone"))
     recipe = make_recipe(*settings, output="together")
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))

@@ -15,13 +15,15 @@ def check(
     gamma: dials.Gamma = None,
     margin: dials.Margin = None,
     link: dials.Link = None,
+    mixout: dials.Mixout = None,
     set_: dials.Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Check recipe, loss, reference, base and data; exit 1 with the reason where training could not work."""
     from pe_dpo.recipe import describe, load_recipe, warnings
 
-    plan = load_recipe(recipe, dials.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link))
+    turned = dials.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout)
+    plan = load_recipe(recipe, turned)
 
     from pe_dpo.cli import console
 
@@ -38,7 +40,7 @@ def check(
             "loss": describe(plan.loss)._asdict(),
             "warnings": warnings(plan),
             "base": {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length},
-            "reference": {"is": reference, "run_in_training": plan.loss.gamma_value != 0},
+            "reference": {"is": reference, "run_in_training": plan.loss.uses_reference},
             "data": data.report.to_dict(),
             "steps_per_epoch": steps,
         }
@@ -46,7 +48,7 @@ def check(
         return
     lines += [
         f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}",
-        f"reference: {reference}{'' if plan.loss.gamma_value else '; never run, since gamma is 0'}",
+        f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
         f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",
         "ready to train",
     ]

@@ -10,28 +10,21 @@ Beta = Annotated[float | None, typer.Option("--beta", help="Weight of the policy
 Gamma = Annotated[str | None, typer.Option("--gamma", help='Weight of the reference: a number, or "0.5x" times beta.')]
 Margin = Annotated[float | None, typer.Option("--margin", help="Constant subtracted from the score.")]
 Link = Annotated[str | None, typer.Option("--link", help="logistic, hinge or squared.")]
+Mixout = Annotated[
+    float | None, typer.Option("--mixout", help="Share of the input units taken from the reference in training; 0 is off.")
+]
 LearningRate = Annotated[str | None, typer.Option("--lr", help="Learning rate.")]
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the pairs.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of adapter, data order and dropout.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key: --set section.key=value. Repeatable.")]
 
-_KEYS = {
-    "loss": "loss.preset",
-    "beta": "loss.beta",
-    "gamma": "loss.gamma",
-    "margin": "loss.margin",
-    "link": "loss.link",
-    "learning_rate": "train.learning_rate",
-    "epochs": "train.epochs",
-    "seed": "train.seed",
-    "output": "output",
-}
-
 
 def overrides(settings: list[str] | None, **dials: str | float | int | None) -> list[str]:
     """Return "section.key=value" for every dial that was turned, after the plain settings."""
+    from pe_dpo.recipe.dials import DIALS
+
     turned = {name: value for name, value in dials.items() if value is not None}
     if "output" in turned:  # a path is taken as it is, not read as YAML
         turned["output"] = json.dumps(turned["output"], ensure_ascii=False)
-    return [*(settings or []), *(f"{_KEYS[name]}={value}" for name, value in turned.items())]
+    return [*(settings or []), *(f"{DIALS[name]}={value}" for name, value in turned.items())]

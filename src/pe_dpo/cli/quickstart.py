@@ -11,6 +11,7 @@ def quickstart(
     gamma: dials.Gamma = None,
     margin: dials.Margin = None,
     link: dials.Link = None,
+    mixout: dials.Mixout = None,
     lr: dials.LearningRate = None,
     epochs: dials.Epochs = None,
     seed: dials.Seed = None,
@@ -23,8 +24,8 @@ def quickstart(
 
     started = time.perf_counter()
     turned = dials.overrides(
-        set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, learning_rate=lr, epochs=epochs, seed=seed,
-        output=output,
+        set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout, lr=lr,
+        epochs=epochs, seed=seed, output=output,
     )  # fmt: skip
     recipe = quickstart_recipe(turned)
     console.quiet_libraries()

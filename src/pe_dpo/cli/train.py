@@ -15,6 +15,7 @@ def train(
     gamma: dials.Gamma = None,
     margin: dials.Margin = None,
     link: dials.Link = None,
+    mixout: dials.Mixout = None,
     lr: dials.LearningRate = None,
     epochs: dials.Epochs = None,
     seed: dials.Seed = None,
@@ -27,8 +28,8 @@ def train(
     from pe_dpo.recipe import load_recipe
 
     turned = dials.overrides(
-        set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, learning_rate=lr, epochs=epochs, seed=seed,
-        output=output,
+        set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout, lr=lr,
+        epochs=epochs, seed=seed, output=output,
     )  # fmt: skip
     plan = load_recipe(recipe, turned)
 

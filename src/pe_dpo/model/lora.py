@@ -49,11 +49,7 @@ class InBaseDtype(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Return the layer's output with the update added."""
-        x = module.lora_dropout[active_adapter](x.to(result.dtype))
-        a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        own = result.clone() if result._base is not None else result.contiguous()  # int8 layers return a view
-        updated: Tensor = _AddUpdate.apply(own, x, a, b, module.scaling[active_adapter])
-        return updated
+        return add_update(module, active_adapter, module.lora_dropout[active_adapter](x.to(result.dtype)), result)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -76,7 +72,24 @@ def compute_in_base_dtype(model: nn.Module) -> None:
     layers: list[Any] = [module for module in model.modules() if _is_plain(module)]
     for layer in layers:
         layer.cast_input_dtype_enabled = False
-        layer.lora_variant.update({adapter: InBaseDtype() for adapter in layer.lora_A})
+        layer.lora_variant.update({name: InBaseDtype() for name in layer.lora_A if name not in layer.lora_variant})
+
+
+def add_update(module: Any, adapter: str, x: Tensor, result: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Return a layer's output with the update s · B · A · diag(columns) of an adapter added.
+
+    Args:
+        module: the LoRA layer.
+        adapter: the name of one of its adapters.
+        x: (…, d_in), the layer's input.
+        result: (…, d_out), its output so far, in x's dtype; may be written over.
+        columns: (d_in,), factors of A's columns; ones if left out.
+    """
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    own = result.clone() if result._base is not None else result.contiguous()  # int8 layers return a view
+    scaled = a if columns is None else a * columns
+    updated: Tensor = _AddUpdate.apply(own, x, scaled, b, module.scaling[adapter])
+    return updated
 
 
 def _is_plain(module: Any) -> bool:
