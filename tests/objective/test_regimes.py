@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -17,10 +18,15 @@ from pe_dpo.objective import (
     PreferenceLoss,
     Quadrant,
     RegimeTable,
+    correlation,
     is_dead,
+    length_slope,
+    mcnemar,
     preference_loss,
     regime_table,
+    saturation,
     share_right,
+    transitions,
 )
 
 PUBLISHED_QUADRANTS = {
@@ -149,6 +155,95 @@ def test_gamma_above_beta_moves_the_pull_to_pairs_that_the_reference_ranks_right
     out = loss_of_preferences(preference, preference, beta=0.1, gamma=gamma)
     table = regime_table(preference, preference, out.score, out.weight)
     assert table.quadrants["policy_right_reference_right"].weight_share == pytest.approx(share, rel=1e-12)
+
+
+def test_the_mean_change_is_over_the_pairs_of_the_quadrant():
+    """Kept: 0.5. Gained: 4. Lost: (−3 − 8)/2. Not yet: −1."""
+    table = regime_table(
+        nats(5, -1, -2, 3, -4), nats(2, 1, 6, -1, -3), nats(0, 0, 0, 0, 0), nats(1, 1, 1, 1, 1), nats(0.5, -3, -8, 4, -1)
+    )
+    assert [table.quadrants[name].mean_change for name in QUADRANTS] == [0.5, 4.0, -5.5, -1.0]
+
+
+def test_the_mean_change_is_not_a_number_where_step_0_is_not_known():
+    assert all(math.isnan(quadrant.mean_change) for quadrant in five_pairs().quadrants.values())
+
+
+def test_a_pair_without_a_number_is_in_no_quadrant_and_spoils_none():
+    table = regime_table(nats(1, math.nan), nats(2, 1), score=nats(3, math.nan), weight=nats(1, 1))
+    assert sum(quadrant.pairs for quadrant in table.quadrants.values()) == 1
+    assert table.quadrants["policy_right_reference_right"].mean_score == 3.0
+
+
+# ---------------------------------------------------------------- transitions since step 0
+
+
+def test_transitions_count_who_changed_sides_and_leave_ties_out():
+    """Kept, gained, lost twice, not yet; one tied before and one tied now."""
+    found = transitions(before=nats(1, -1, 2, 3, -4, 0, 5), now=nats(2, 1, -2, -1, -1, 3, 0))
+    assert found[:4] == (1, 1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p_value"),
+    [
+        (10, 2, 2 * (1 + 12 + 66) / 2**12),  # 79 of 4096, twice
+        (0, 5, 2 / 2**5),
+        (3, 3, 1.0),
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+    ],
+)
+def test_mcnemar_is_the_binomial_tail_on_both_sides(gained, lost, p_value):
+    assert mcnemar(gained, lost) == pytest.approx(p_value, rel=1e-12)
+    assert mcnemar(lost, gained) == mcnemar(gained, lost)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(17, 31), (400, 330), (2600, 2401)])
+def test_mcnemar_is_scipys_binomial_test(gained, lost):
+    assert mcnemar(gained, lost) == pytest.approx(scipy.stats.binomtest(gained, gained + lost).pvalue, rel=1e-9)
+
+
+# ---------------------------------------------------------------- saturation
+
+
+def test_the_logistic_link_saturates_at_scores_of_log_19():
+    """σ(−z) = 1/20 at z = log 19 = 2.944, and 19/20 at −log 19."""
+    edge = math.log(19)
+    found = saturation(nats(edge + 1e-9, edge - 1e-9, 10, 0, 1 - edge, -edge + 1e-9, -edge - 1e-9, -50), "logistic")
+    assert found == (2 / 8, 2 / 8)
+
+
+@pytest.mark.parametrize("link", ["hinge", "squared", torch.square])
+def test_links_without_a_slope_to_approach_do_not_saturate(link):
+    assert saturation(nats(5, -5), link) is None
+
+
+# ---------------------------------------------------------------- length
+
+
+def test_the_length_slope_is_that_of_a_line_with_an_intercept():
+    """Δ = 7 − 2·(|chosen| − |rejected|), to the bit."""
+    difference = nats(-3, 0, 4, 11)
+    assert length_slope(7 - 2 * difference, difference) == pytest.approx(-2, rel=1e-12)
+
+
+def test_the_length_slope_is_numpys_least_squares_line():
+    random = np.random.default_rng(0)
+    difference, noise = random.integers(-40, 60, 50).astype(float), random.normal(0, 30, 50)
+    expected = np.polyfit(difference, 0.8 * difference + noise, 1)[0]
+    found = length_slope(torch.from_numpy(0.8 * difference + noise), torch.from_numpy(difference))
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_without_a_spread_of_lengths_there_is_no_slope():
+    assert length_slope(nats(1, 2, 3), nats(4, 4, 4)) == 0.0
+
+
+def test_correlation_is_numpys_and_undefined_for_a_constant():
+    one, other = nats(1, 2, 4, -3), nats(0, 5, 1, -2)
+    assert correlation(one, other) == pytest.approx(np.corrcoef(one, other)[0, 1], rel=1e-12)
+    assert math.isnan(correlation(one, nats(2, 2, 2, 2)))
 
 
 # ---------------------------------------------------------------- shares of right pairs, dead starts

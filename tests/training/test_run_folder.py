@@ -49,10 +49,10 @@ def test_a_run_that_came_while_the_pairs_were_prepared_is_not_removed(make_recip
 
     prepare = run.prepare_run
 
-    def slow(recipe, say=lambda line: None, progress=None):
+    def slow(recipe, *arguments, **options):
         monkeypatch.setattr(run, "prepare_run", prepare)
         train(make_recipe(*SHORT))
-        return prepare(recipe, say, progress)
+        return prepare(recipe, *arguments, **options)
 
     monkeypatch.setattr(run, "prepare_run", slow)
     with pytest.raises(RunFolderError, match="holds a run; --resume"):

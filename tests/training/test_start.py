@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from pe_dpo.errors import DataError, ModelError, TrainingError
+from pe_dpo.evaluation.pairs import score_loss, scored_pairs
 from pe_dpo.model.adapter import adapter_parameters
-from pe_dpo.training.start import check_start
+from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.training.start import check_diagonal, check_start
 
 
 def start(trainer, *, policy_is_reference=True, **coefficients):
@@ -76,3 +78,26 @@ def test_margins_that_the_loss_asks_for_and_the_data_lack_are_missed_before_the_
 def test_a_loss_that_is_not_finite_at_the_start_names_the_rows(make_trainer):
     with pytest.raises(TrainingError, match=r"not finite for train\.jsonl:\d, train\.jsonl:\d.*look at these rows"):
         start(make_trainer(fresh=True), margin=math.nan)
+
+
+def watched(chosen_shift):
+    """40 pairs that the reference ranks right, and a policy that moved the chosen answers by so much."""
+    lengths = torch.full((40,), 20), torch.full((40,), 20)
+    rejected = torch.full((40,), -60.0, dtype=torch.float64)
+    reference = PairLogprobs(rejected + 20, rejected, *lengths)
+    policy = reference._replace(chosen=reference.chosen + chosen_shift)
+    return scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(40), {"beta": 0.1, "gamma": 0.0}, 0.0))
+
+
+def test_a_reference_that_ranks_pairs_in_another_way_than_the_policy_at_step_0_is_refused():
+    """Two of them lost what they were ahead by, and 20 nats more; with gamma 0 the loss would never notice."""
+    shift = torch.zeros(40, dtype=torch.float64)
+    shift[-2:] = -40.0
+    with pytest.raises(ModelError, match=r"rank 2 of 40 pairs in opposite ways.*reference\.policy: step"):
+        check_diagonal(watched(shift))
+
+
+def test_a_near_tie_that_rounding_turns_is_no_other_reference():
+    """Δ0 = 1e-4 and Δπ = −1e-4, of answers of −60 nats."""
+    pairs = watched(torch.full((40,), -20.0001, dtype=torch.float64))
+    check_diagonal(pairs._replace(reference_chosen=pairs.reference_rejected + 1e-4))

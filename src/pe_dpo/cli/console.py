@@ -11,6 +11,8 @@ import typer
 SHARES = (
     ("accuracy/policy", "accuracy, summed log-probs"),
     ("accuracy/policy_per_token", "accuracy, per token"),
+    ("accuracy/policy_length_matched", "accuracy, length-matched"),
+    ("accuracy/shift", "moved toward chosen"),
     ("rewards/accuracies", "reward accuracy"),
 )
 MEANS = (

@@ -11,6 +11,7 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter_config import check_adapter, without_advice
+from pe_dpo.model.base import keep_activations
 
 POLICY = "default"
 """Name of the trained adapter; PEFT's own default, so that what is saved loads in plain PEFT."""
@@ -149,6 +150,24 @@ def add_finished_adapter(model: Any, folder: str | Path, name: str = POLICY) -> 
 def switch_on_both(model: Any) -> None:
     """Let both adapters of a PEFT model act, the trained one on top of the other."""
     model.base_model.set_adapter([REFERENCE, POLICY], inference_mode=True)
+
+
+@contextmanager
+def lent(base: Any) -> Iterator[None]:
+    """Within the block a loaded base may get adapters, another attention and recomputed activations; afterwards it has none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    attention = base.config._attn_implementation
+    try:
+        yield
+    finally:
+        for name, module in list(base.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                base.set_submodule(name, module.get_base_layer())
+        vars(base).pop("peft_config", None)
+        keep_activations(base)
+        base.set_attn_implementation(attention)
+        base.zero_grad()
 
 
 @contextmanager

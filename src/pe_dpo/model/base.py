@@ -183,6 +183,14 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
+def keep_activations(model: Any) -> None:
+    """Undo `checkpoint_activations`."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
 def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     """Return the tokenizer that lies beside a base or an adapter.
 
@@ -207,6 +215,12 @@ def end_token_ids(base: str, *, revision: str | None = None) -> list[int]:
         return []
     ends = generation.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def answer_end_tokens(tokenizer: Any, base: str, *, revision: str | None = None) -> set[int]:
+    """Return all tokens that end an answer: the tokenizer's own, and those of the base's generation config."""
+    own = tokenizer.eos_token_id
+    return {*end_token_ids(base, revision=revision), *([] if own is None else [own])}
 
 
 def _is_local(base: str) -> bool:

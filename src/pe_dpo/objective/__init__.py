@@ -3,7 +3,22 @@
 from pe_dpo.objective.head import LogitTransform, head_logprobs
 from pe_dpo.objective.logprobs import AnswerLogprobs, answer_logprobs, token_logprobs
 from pe_dpo.objective.loss import PreferenceLoss, apply_link, preference_loss
-from pe_dpo.objective.regimes import QUADRANT_TITLES, QUADRANTS, Quadrant, RegimeTable, is_dead, regime_table, share_right
+from pe_dpo.objective.regimes import (
+    QUADRANT_TITLES,
+    QUADRANTS,
+    Quadrant,
+    RegimeTable,
+    Saturation,
+    Transitions,
+    correlation,
+    is_dead,
+    length_slope,
+    mcnemar,
+    regime_table,
+    saturation,
+    share_right,
+    transitions,
+)
 
 __all__ = [
     "QUADRANTS",
@@ -13,12 +28,19 @@ __all__ = [
     "PreferenceLoss",
     "Quadrant",
     "RegimeTable",
+    "Saturation",
+    "Transitions",
     "answer_logprobs",
     "apply_link",
+    "correlation",
     "head_logprobs",
     "is_dead",
+    "length_slope",
+    "mcnemar",
     "preference_loss",
     "regime_table",
+    "saturation",
     "share_right",
     "token_logprobs",
+    "transitions",
 ]

@@ -17,7 +17,7 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
     from transformers import TrainingArguments
 
     settings = recipe.train
-    steps = settings.max_steps or math.ceil(math.ceil(len(data.train) / settings.pairs_per_step) * settings.epochs)
+    steps = total_steps(recipe, data)
     tenth = max(1, math.ceil(steps / 10))
     on_cpu = not torch.cuda.is_available()
     args = TrainingArguments(
@@ -32,7 +32,7 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
-        eval_strategy="steps" if data.held_out else "no",
+        eval_strategy="steps",
         eval_steps=settings.eval_every or tenth,
         save_strategy="steps",
         save_steps=settings.save_every or tenth,
@@ -50,6 +50,12 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
     # One process drives one GPU; without this Trainer would spread the batch over all that it sees.
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def total_steps(recipe: Recipe, data: PreparedData) -> int:
+    """Return the optimizer steps of a run."""
+    settings = recipe.train
+    return settings.max_steps or math.ceil(math.ceil(len(data.train) / settings.pairs_per_step) * settings.epochs)
 
 
 def check_trackers(names: Sequence[str]) -> None:

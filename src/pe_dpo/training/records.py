@@ -7,8 +7,6 @@ from typing import Any
 
 from pe_dpo.data import PreparedData
 from pe_dpo.disk import write_atomically
-from pe_dpo.evaluation.held_out import save_pairs
-from pe_dpo.evaluation.pairs import ScoredPairs
 from pe_dpo.model.provenance import adapter_fingerprints
 from pe_dpo.recipe import Recipe, describe
 from pe_dpo.training.checkpoints import checkpoint_step, newest_whole_checkpoint
@@ -60,17 +58,13 @@ def start_records(
 def finish_records(
     folder: Path,
     recipe: Recipe,
-    data: PreparedData,
-    held_out: ScoredPairs | None,
     *,
     before: Mapping[str, float],
     after: Mapping[str, float],
     step: int,
     remarks: Sequence[str],
 ) -> None:
-    """Write what a finished run came to: held-out pairs one by one, the model card, run.json."""
-    if held_out is not None:
-        save_pairs(held_out, data.held_out, folder / "eval_pairs.parquet")
+    """Write what a finished run came to: the model card, run.json."""
     write_atomically(folder / "README.md", model_card(recipe, before, after))
     hashes = {**read_run(folder)["hashes"], "adapter": adapter_fingerprints(folder)}
     measured = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}

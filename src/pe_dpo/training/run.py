@@ -1,6 +1,8 @@
 """One training run from recipe to adapter; read it as the table of contents of the product."""
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,23 +13,27 @@ from pe_dpo.data import PreparedData, data_hash
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import DataError, ModelError
-from pe_dpo.evaluation.pairs import ScoredPairs, set_metrics
+from pe_dpo.evaluation.pairs import ScoredPairs
 from pe_dpo.evaluation.reference import open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, parameter_targets, save_adapter, start_from_adapter
+from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, lent, parameter_targets, save_adapter, start_from_adapter
 from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.base import BaseFacts, answer_end_tokens, end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import base_record
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths
-from pe_dpo.training.arguments import check_trackers, training_arguments
+from pe_dpo.training.arguments import check_trackers, total_steps, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
+from pe_dpo.training.gamma import find_gamma, repair_recipe, with_recorded_gamma
+from pe_dpo.training.measurements import Snapshots, keep_measurements, snapshot_folder, snapshot_steps
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.records import finish_records, start_records
-from pe_dpo.training.remarks import outcome_remarks, scale_remarks
+from pe_dpo.training.remarks import scale_remarks
 from pe_dpo.training.run_folder import append_metrics, check_run_folder, locked, open_run_folder, update_run
-from pe_dpo.training.start import StartCheck, check_start
+from pe_dpo.training.start import StartCheck, check_diagonal, check_start
 from pe_dpo.training.trainer import PairTrainer
+from pe_dpo.training.watch import Watch
 
 
 class TrainResult(NamedTuple):
@@ -53,6 +59,7 @@ def train(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
+    shared: "SharedRun | None" = None,
 ) -> TrainResult:
     """Train an adapter by a recipe and return what came of it; the run folder holds everything.
 
@@ -63,6 +70,8 @@ def train(
         say: gets a line of facts now and then, for people.
         progress: called with what is done, pairs done and pairs in all, while pairs are prepared.
         callbacks: further callbacks of transformers' Trainer.
+        shared: base and pairs of an earlier run with the same sections `model` and `data`, to be used again; the base is given
+            back without the adapter.
 
     Raises:
         RunFolderError: the folder is taken, locked, or holds a run of another recipe, data or base.
@@ -74,16 +83,23 @@ def train(
 
     state = PartialState(cpu=not torch.cuda.is_available())
     recipe = with_absolute_paths(recipe)
+    if resume:
+        recipe = with_recorded_gamma(Path(recipe.output), recipe)
     if not state.is_main_process:
-        return _train(recipe, prepare_run(recipe), None, say=lambda line: None, progress=None, callbacks=callbacks)
+        prepared, base = prepare_run(recipe, shared=shared), shared.base if shared else None
+        with lent(shared.base) if shared else nullcontext():
+            return _train(recipe, prepared, None, base, say=lambda line: None, progress=None, callbacks=callbacks)
     folder = Path(recipe.output)
+    if resume:
+        repair_recipe(folder)
     check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
-    prepared = prepare_run(recipe, say, progress)
-    with locked(folder):
+    prepared = prepare_run(recipe, say, progress, shared=shared)
+    with locked(folder), lent(shared.base) if shared else nullcontext():
         # Again, since another run may have come and gone while the pairs were prepared.
         check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
         open_run_folder(folder, recipe, resume=resume)
-        return _train(recipe, prepared, folder, say=say, progress=progress, callbacks=callbacks)
+        base = shared.base if shared else None
+        return _train(recipe, prepared, folder, base, say=say, progress=progress, callbacks=callbacks)
 
 
 class PreparedRun(NamedTuple):
@@ -94,10 +110,22 @@ class PreparedRun(NamedTuple):
     data: PreparedData
 
 
+class SharedRun(NamedTuple):
+    """What several runs with the same sections `model` and `data` have in common."""
+
+    prepared: PreparedRun
+    base: Any
+    """Loaded, without adapters."""
+
+
 def prepare_run(
-    recipe: Recipe, say: Callable[[str], None] = lambda line: None, progress: Progress | None = None
+    recipe: Recipe,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
+    *,
+    shared: SharedRun | None = None,
 ) -> PreparedRun:
-    """Return the facts of the base, the tokenizer and the pairs; no weights are read.
+    """Return the facts of the base, the tokenizer and the pairs, or those that are `shared`; no weights are read.
 
     Raises:
         ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`.
@@ -106,9 +134,21 @@ def prepare_run(
     check_trackers(recipe.train.report_to)
     for line in [*describe(recipe.loss).lines(), *(f"look: {line}" for line in warnings(recipe))]:
         say(line)
-    facts = inspect_base(**recipe.model.model_dump())
     if recipe.adapter.start:
         check_adapter(recipe.adapter.start)
+    prepared = shared.prepared if shared else _prepare(recipe, progress)
+    if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
+        raise DataError(
+            f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
+            "column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
+        )
+    for line in prepared.data.report.lines():
+        say(line)
+    return prepared
+
+
+def _prepare(recipe: Recipe, progress: Progress | None) -> PreparedRun:
+    facts = inspect_base(**recipe.model.model_dump())
     tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
     data = prepare_from_settings(
         recipe.data,
@@ -118,13 +158,6 @@ def prepare_run(
         progress=progress,
     )
     _check_vocabulary(facts, data)
-    if recipe.loss.margin_scale and not any(pair.margin for pair in data.train):
-        raise DataError(
-            f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
-            "column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
-        )
-    for line in data.report.lines():
-        say(line)
     return PreparedRun(facts, tokenizer, data)
 
 
@@ -132,6 +165,7 @@ def _train(
     recipe: Recipe,
     prepared: PreparedRun,
     folder: Path | None,
+    base: Any,
     *,
     say: Callable[[str], None],
     progress: Progress | None,
@@ -142,7 +176,10 @@ def _train(
 
     facts, tokenizer, data = prepared
     stop = StopOnSignal()
-    trainer = build_trainer(recipe, prepared, say=say, callbacks=[MetricsFile(Path(recipe.output)), stop, *callbacks])
+    began = time.perf_counter()
+    listeners = [MetricsFile(Path(recipe.output)), stop, *callbacks]
+    trainer = build_trainer(recipe, prepared, base=base, say=say, callbacks=listeners)
+    recipe = find_gamma(trainer, recipe, folder, say=say, progress=progress)
     model, reference = trainer.model, trainer.reference
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": reference.base_fingerprint}
     describe_base = partial(base_record, model, facts, tokenizer)
@@ -150,13 +187,26 @@ def _train(
     checkpoint = broadcast_object_list([checkpoint])[0]
     start = _check_start(trainer, recipe)
     say(_start_line(start))
-    first = _score_before(trainer, recipe, progress)
-    before = set_metrics(first) if first else {}
+    first = trainer.first = _score_before(trainer, recipe, progress)
+    if recipe.policy_starts_as_reference:
+        check_diagonal(first)
+    at_start = trainer.watched_metrics(first)
+    before = at_start if data.held_out else {}
     if folder and checkpoint is None:
         update_run(folder, status="training", start=start._asdict(), before=before)
-        if before:
-            append_metrics(folder, {"step": 0, **{f"eval_{key}": value for key, value in before.items()}})
+        append_metrics(folder, {"step": 0, **{f"{trainer.prefix}_{key}": value for key, value in at_start.items()}})
+    watch = Watch(Path(recipe.output), recipe.loss, at_start, say)
+    trainer.add_callback(watch)
 
+    ends = answer_end_tokens(tokenizer, recipe.model.base, revision=recipe.model.revision)
+    keep = partial(keep_measurements, trainer=trainer, first=first, settings=recipe.generation, end_tokens=ends)
+    if data.held_out and recipe.generation.snapshots:
+        trainer.add_callback(
+            Snapshots(
+                snapshot_steps(recipe.generation.snapshots, total_steps(recipe, data)),
+                lambda step: keep(folder and snapshot_folder(folder, step), scored=trainer.score_held_out()),
+            )
+        )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -164,8 +214,8 @@ def _train(
 
     check_weights_unpacked(model)
     last = trainer.score_held_out() if data.held_out else None
-    after = set_metrics(last) if last else {}
-    remarks = [*scale_remarks(recipe, first), *outcome_remarks(after, has_moved=not adapter_is_zero(model))]
+    after = trainer.watched_metrics(last) if last else {}
+    remarks = [*scale_remarks(recipe, first), *watch.conclude(after, has_moved=not adapter_is_zero(model))]
     result = TrainResult(Path(recipe.output), before, after, start, trainer.state.global_step, stop.received, remarks)
     if folder:
         update_run(folder, scoring=_scoring_facts(trainer))
@@ -174,13 +224,21 @@ def _train(
     elif folder:
         save_adapter(model, folder)
         tokenizer.save_pretrained(folder)
-        finish_records(folder, recipe, data, last, before=before, after=after, step=result.steps, remarks=remarks)
+        if last is not None:
+            keep(folder, scored=last, progress=progress)
+        update_run(folder, seconds=time.perf_counter() - began)
+        finish_records(folder, recipe, before=before, after=after, step=result.steps, remarks=remarks)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
 def build_trainer(
-    recipe: Recipe, prepared: PreparedRun, *, say: Callable[[str], None] = lambda line: None, callbacks: Sequence[Any] = ()
+    recipe: Recipe,
+    prepared: PreparedRun,
+    *,
+    base: Any = None,
+    say: Callable[[str], None] = lambda line: None,
+    callbacks: Sequence[Any] = (),
 ) -> PairTrainer:
     """Return the trainer of a run: base and adapter loaded, the way of its pairs chosen, memory planned, the reference opened.
 
@@ -194,13 +252,14 @@ def build_trainer(
     settings = recipe.train
     args = training_arguments(recipe, data)
     set_seed(settings.seed)
-    model = build_model(recipe, facts, args.device)
+    model = build_model(recipe, facts, args.device, base=base)
     bare = parameter_targets(model)
     if bare:
         say(
             f"look: the adapter is also on {', '.join(bare)}, experts or routers that PEFT trains as bare parameters; `pe-dpo "
             "merge` cannot merge those. Name adapter.targets (q_proj, v_proj, …) to leave them out"
         )
+    mixout = attach_mixout(model, recipe.mixout.p, seed=settings.seed) if recipe.mixout.p else None
     scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing, say=say)
     plan = plan_memory(
         model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
@@ -213,7 +272,7 @@ def build_trainer(
         args=args,
         train_dataset=data.train,
         held_out=data.held_out,
-        coefficients=recipe.loss.coefficients(),
+        coefficients={} if recipe.loss.is_calibrated else recipe.loss.coefficients(),  # else `find_gamma` gives them
         margin_scale=recipe.loss.margin_scale,
         scorer=scorer,
         reference=open_reference(
@@ -223,14 +282,16 @@ def build_trainer(
         keep_checkpoints=settings.keep_checkpoints,
         tokenizer=tokenizer,
         prompts_together=settings.prompts_together,
+        starts_at_reference=recipe.policy_starts_as_reference,
+        mixout=mixout,
         callbacks=callbacks,
         say=say,
     )
 
 
-def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str) -> Any:
-    """Return base and adapter on the device, ready to train."""
-    base = load_base(facts, device=device)
+def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str, *, base: Any = None) -> Any:
+    """Return base (loaded if it is not given) and adapter on the device, ready to train."""
+    base = load_base(facts, device=device) if base is None else base
     adapter = recipe.adapter
     if adapter.start:
         return start_from_adapter(base, adapter.start, reference=adapter.reference or "base", dropout=adapter.dropout)
@@ -272,17 +333,15 @@ def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
     )
 
 
-def _score_before(trainer: PairTrainer, recipe: Recipe, progress: Progress | None) -> ScoredPairs | None:
-    """Check the stored reference, fill it if the recipe says so, and return the held-out pairs as they are scored at step 0."""
-    reference, pairs, held_out = trainer.reference, trainer.train_dataset, trainer.held_out
+def _score_before(trainer: PairTrainer, recipe: Recipe, progress: Progress | None) -> ScoredPairs:
+    """Check the stored reference, fill it if the recipe says so, and return the watched pairs as they are scored at step 0."""
+    reference, pairs, watched = trainer.reference, trainer.train_dataset, trainer.watched
     uses_reference = recipe.loss.gamma_value != 0
-    trainer.forget_if_any(reference.recheck([*(pairs if uses_reference else []), *held_out]))
+    trainer.forget_if_any(reference.recheck([*(pairs if uses_reference else []), *trainer.held_out]))
     if recipe.reference.policy == "store" and uses_reference:
         mine = pairs[trainer.args.process_index :: trainer.args.world_size]
         reference.logprobs(mine, partial(progress, "scoring, reference") if progress else None)
         reference.flush()
-    if not held_out:
-        return None
     trainer.held_out_reference = trainer.score_reference()
     reference.flush()
     if recipe.policy_starts_as_reference and not trainer.any_process(bool(reference.found)):
@@ -290,7 +349,7 @@ def _score_before(trainer: PairTrainer, recipe: Recipe, progress: Progress | Non
             trainer.held_out_reference
         )  # this very moment's: π is π0, there is nothing to score again
     policy = trainer.score_model()
-    if recipe.policy_starts_as_reference and trainer.forget_if_any(reference.difference(held_out, policy)):
+    if recipe.policy_starts_as_reference and trainer.forget_if_any(reference.difference(watched, policy)):
         trainer.held_out_reference = trainer.score_reference()
     return trainer.score_held_out(policy)
 

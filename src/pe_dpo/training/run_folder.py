@@ -7,7 +7,8 @@ run.json             status, versions, hashes, reference card, held-out metrics 
 base.json            what the base was, file by file and tensor by tensor
 metrics.jsonl        one line per logged step and per evaluation
 data_report.json     what became of every row
-eval_pairs.parquet   held-out pairs one by one
+eval_pairs.parquet   held-out pairs one by one; generations.parquet sampled answers; evaluation.json what they come to
+snapshots/step-N/    the same along the way
 checkpoint-N/        to resume from
 """
 
@@ -46,9 +47,10 @@ FREE_TO_CHANGE = (
 
 _OURS = {
     *(RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE),
-    *("README.md", "data_report.json", "eval_pairs.parquet", ".staging", "reference"),
+    *("README.md", "data_report.json", "eval_pairs.parquet", "generations.parquet", "evaluation.json", ".staging", "reference"),
     *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
+    *("snapshots", "report", "report.html", "log.txt"),
     "runs",  # what the tensorboard tracker writes
 }
 

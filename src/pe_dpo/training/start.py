@@ -7,7 +7,7 @@ import torch
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, TrainingError
-from pe_dpo.evaluation.pairs import score_loss
+from pe_dpo.evaluation.pairs import ScoredPairs, score_loss
 from pe_dpo.evaluation.scorer import Scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.objective import is_dead
@@ -81,6 +81,29 @@ def check_start(
             "nothing would ever be learned; set loss.margin > 0, or gamma different from beta"
         )
     return StartCheck(len(batch), difference, float(out.loss.mean()), float(out.score.mean()))
+
+
+def check_diagonal(first: ScoredPairs) -> None:
+    """Check that at step 0 no pair is ranked one way by the policy and the other way by the reference: they are the same model.
+
+    This holds at γ = 0 too, where the loss does not run the reference. Rounding may turn a near tie (GPUs, 16 bits), so only a
+    pair that moved by a hundredth of its log-probs counts.
+
+    Args:
+        first: the watched pairs as scored at step 0, by a policy that starts at the reference.
+
+    Raises:
+        ModelError: the reference is another model.
+    """
+    now, then = first.policy_preference, first.reference_preference
+    scale = 1.0 + torch.stack(first[:4]).abs().amax(dim=0)
+    turned = (now.sign() * then.sign() < 0) & ((now - then).abs() > 0.01 * scale)
+    if turned.any():
+        raise ModelError(
+            f"before training, policy and reference rank {int(turned.sum())} of {len(now)} pairs in opposite ways, so the "
+            "reference is not the model that training starts from. Remove the reference store, or set reference.policy: step; "
+            "and load the base unchanged"
+        )
 
 
 def _largest(left: torch.Tensor, right: torch.Tensor) -> float:

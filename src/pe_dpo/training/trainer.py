@@ -21,14 +21,25 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import TrainingError, UsageError
-from pe_dpo.evaluation.pairs import ScoredPairs, join, pair_metrics, score_loss, score_pairs, scored_pairs, set_metrics
+from pe_dpo.evaluation.pairs import (
+    ScoredPairs,
+    at_reference,
+    join,
+    pair_metrics,
+    score_loss,
+    score_pairs,
+    scored_pairs,
+    set_metrics,
+)
 from pe_dpo.evaluation.reference import Reference
 from pe_dpo.evaluation.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
+from pe_dpo.model.mixout import Mixout
 from pe_dpo.model.scoring import PairLogprobs, concatenate
 from pe_dpo.objective import PreferenceLoss
 from pe_dpo.training.checkpoints import commit_checkpoint, keep_newest, staging_folder
 from pe_dpo.training.order import EpochLoader, OptimizerBatches
+from pe_dpo.training.watch import probe_pairs
 
 _Result = TypeVar("_Result")
 
@@ -40,7 +51,7 @@ class PairTrainer(Trainer):
         model: a PEFT model from `model.adapter`.
         args: Trainer's; `per_device_train_batch_size` is the pairs per optimizer step over all processes together.
         train_dataset: encoded pairs.
-        held_out: encoded pairs to evaluate on; may be empty.
+        held_out: encoded pairs to evaluate on; empty: some of the training pairs are watched instead, as `probe_…`.
         coefficients: of the loss, see `evaluation.pairs.score_loss`.
         margin_scale: of the data's margin column.
         scorer: how pairs go through the model.
@@ -50,6 +61,8 @@ class PairTrainer(Trainer):
         callbacks: further Trainer callbacks.
         tokenizer: saved beside each adapter.
         prompts_together: whether pairs of one prompt share an optimizer step, so that its answers are scored once.
+        mixout: of the model, if it has one; every optimizer step is a draw of its own.
+        starts_at_reference: whether π = π0 at step 0, so that the training pairs' log-probs of then are known.
         say: gets a line when something is not as planned.
     """
 
@@ -68,25 +81,34 @@ class PairTrainer(Trainer):
         keep_checkpoints: int,
         tokenizer: Any,
         prompts_together: bool = False,
+        mixout: Mixout | None = None,
+        starts_at_reference: bool = True,
         callbacks: Sequence[Any] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
+        watched = held_out or probe_pairs(train_dataset)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset=held_out or None,
+            eval_dataset=watched,
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
         _check_plain(self.accelerator)
         self.remove_callback(PrinterCallback)
         self.held_out = held_out
+        self.watched = watched
+        """Pairs whose metrics are measured along the way."""
         self.held_out_reference: PairLogprobs | None = None
-        """Log-probs of the held-out pairs under π0, in their order; set once, before training."""
+        """Log-probs of the watched pairs under π0, in their order; set once, before training."""
+        self.first: ScoredPairs | None = None
+        """The watched pairs as they are scored at step 0; set once, before training."""
+        self.starts_at_reference = starts_at_reference
         self.coefficients = coefficients
         self.margin_scale = margin_scale
         self.prompts_together = prompts_together
+        self.mixout = mixout
         self.scorer = scorer
         self.reference = reference
         self.say = say
@@ -110,8 +132,12 @@ class PairTrainer(Trainer):
         """Run forward and backward over one optimizer step's pairs; return the step's loss, detached."""
         model = self.accelerator.unwrap_model(model)
         model.train()
+        if self.mixout:
+            self.mixout.draw = self.state.global_step
         mine = inputs[self.args.process_index :: self.args.world_size]
         total, scored = self._with_smaller_rows(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
+        if self.mixout:
+            self.mixout.check_reached()
         # What no pair reaches is zero, not missing: Adam's averages move on all the same.
         for parameter in adapter_parameters(model):
             if parameter.grad is None:
@@ -223,43 +249,56 @@ class PairTrainer(Trainer):
         if "loss" in logs:
             parts = gather_object([join(self._window)] if self._window else [])
             seconds = time.perf_counter() - self._window_start
-            logs |= pair_metrics(join(parts)) | {"tokens_per_second": self._window_tokens / max(seconds, 1e-9)}
+            window = join(parts)
+            metrics = pair_metrics(
+                window, self.coefficients, initial=at_reference(window) if self.starts_at_reference else None
+            )
+            logs |= metrics | {"tokens_per_second": self._window_tokens / max(seconds, 1e-9)}
             self._window, self._window_tokens, self._window_start = [], 0, time.perf_counter()
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Return the metrics of the held-out pairs, and log them."""
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in set_metrics(self.score_held_out()).items()}
+        """Return the metrics of the watched pairs, and log them."""
+        metrics = {f"{self.prefix}_{key}": value for key, value in self.watched_metrics(self.score_held_out()).items()}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._window_start = time.perf_counter()
         return metrics
 
+    @property
+    def prefix(self) -> str:
+        """Of the watched pairs' metrics: eval where they are held out, probe where they are trained on."""
+        return "eval" if self.held_out else "probe"
+
+    def watched_metrics(self, scored: ScoredPairs) -> dict[str, float]:
+        """Return the metrics of the watched pairs as scored."""
+        return set_metrics(scored, self.coefficients, initial=self.first)
+
     def score_model(self) -> PairLogprobs:
-        """Return the held-out pairs' log-probs under the model as it is now."""
+        """Return the watched pairs' log-probs under the model as it is now."""
         return self._of_held_out(lambda pairs: score_pairs(self.model, pairs, self.scorer, token_budget=self.token_budget))
 
     def score_reference(self) -> PairLogprobs:
-        """Return the held-out pairs' log-probs under π0."""
+        """Return the watched pairs' log-probs under π0."""
         return self._of_held_out(self.reference.logprobs)
 
     def score_held_out(self, policy: PairLogprobs | None = None) -> ScoredPairs:
-        """Return the held-out pairs as policy (if not given) and reference score them now."""
+        """Return the watched pairs as policy (if not given) and reference score them now."""
         policy = self.score_model() if policy is None else policy
-        margins = torch.tensor([pair.margin for pair in self.held_out], dtype=torch.float64)
+        margins = torch.tensor([pair.margin for pair in self.watched], dtype=torch.float64)
         out = score_loss(policy, self.held_out_reference, margins, self.coefficients, self.margin_scale)
         return scored_pairs(policy, self.held_out_reference, out)
 
     def _of_held_out(self, score: Callable[[Sequence[EncodedPair]], PairLogprobs]) -> PairLogprobs:
-        """Return what `score` makes of the held-out pairs; the processes share the work."""
+        """Return what `score` makes of the watched pairs; the processes share the work."""
         world, rank = self.args.world_size, self.args.process_index
-        if len(self.held_out) < world:
+        if len(self.watched) < world:
             world, rank = 1, 0
-        share = self.held_out[rank::world]
+        share = self.watched[rank::world]
         mine = self._with_smaller_rows(share, lambda: score(share))
         if world == 1:
             return mine
-        order = torch.cat([torch.arange(start, len(self.held_out), world) for start in range(world)]).argsort()
+        order = torch.cat([torch.arange(start, len(self.watched), world) for start in range(world)]).argsort()
         return PairLogprobs(*(field[order] for field in concatenate(gather_object([mine]))))
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -1,0 +1,92 @@
+"""A γ that the recipe leaves to the data: found before the first step, written down, and taken from there by a resumed run.
+
+recipe: gamma: auto ── log-probs of the training pairs ── γ ──► run.json: gamma_calibration, recipe.yaml: the number
+                                                                      └── --resume with the same recipe
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pe_dpo.data.encoding import Progress
+from pe_dpo.disk import write_atomically
+from pe_dpo.evaluation.calibration import Calibration, calibrate_loss
+from pe_dpo.evaluation.reference_pass import check_finite
+from pe_dpo.recipe import Recipe, recipe_from_yaml, recipe_to_yaml, warnings, with_gamma
+from pe_dpo.training.run_folder import RECIPE_FILE, RUN_FILE, read_run, update_run
+from pe_dpo.training.trainer import PairTrainer
+
+
+def find_gamma(
+    trainer: PairTrainer,
+    recipe: Recipe,
+    folder: Path | None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
+) -> Recipe:
+    """Return the recipe with its γ as a number, and give the trainer its coefficients; a recipe that has a number stays.
+
+    Log-probs of all training pairs are looked up or computed, by each process its part; the first process's γ is everybody's.
+
+    Args:
+        trainer: of the run, with its reference opened.
+        recipe: of the run.
+        folder: where the calibration is written down; None in every process but the one that writes.
+        say: gets lines of facts.
+        progress: called with what is done, pairs done, and pairs in all.
+
+    Raises:
+        UsageError: the data do not allow the γ that is asked for.
+        RecipeError: with the number that was found the recipe contradicts itself.
+        ModelError: a log-prob is not finite.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    if not recipe.loss.is_calibrated:
+        return recipe
+    reference, pairs = trainer.reference, list(trainer.train_dataset)
+    trainer.forget_if_any(reference.recheck(pairs))
+    mine = pairs[trainer.args.process_index :: trainer.args.world_size]
+    reference.logprobs(mine, partial(progress, "scoring, reference") if progress else None)
+    reference.flush()
+    trainer.accelerator.wait_for_everyone()
+    logprobs = reference.logprobs(pairs)
+    check_finite(logprobs, pairs)
+    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
+    found = calibrate_loss(recipe.loss, logprobs, margins, [pair.prompt_key for pair in pairs])
+    found = broadcast_object_list([found])[0]
+    recipe = with_gamma(recipe, found.gamma)
+    trainer.coefficients = recipe.loss.coefficients()
+    if folder:
+        update_run(folder, gamma_calibration=found.to_dict())
+        write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
+    for line in (_words(found, recipe), *(f"look: {line}" for line in warnings(recipe))):
+        say(line)
+    return recipe
+
+
+def with_recorded_gamma(folder: Path, recipe: Recipe) -> Recipe:
+    """Return a recipe with the γ that the run in this folder found, where both ask for it in the same way; else as it is."""
+    if not recipe.loss.is_calibrated or not (folder / RUN_FILE).is_file():
+        return recipe
+    record = read_run(folder).get("gamma_calibration", {})
+    return with_gamma(recipe, record["gamma"]) if record.get("asked") == recipe.loss.gamma else recipe
+
+
+def repair_recipe(folder: Path) -> None:
+    """Write the γ that was found into recipe.yaml, should a kill have come between the record and it."""
+    path = folder / RECIPE_FILE
+    if path.is_file():
+        written = recipe_from_yaml(path.read_text(encoding="utf-8"), str(path))
+        found = with_recorded_gamma(folder, written)
+        if found != written:
+            write_atomically(path, recipe_to_yaml(found))
+
+
+def _words(found: Calibration, recipe: Recipe) -> str:
+    interval = "" if found.interval is None else " (95 %: {:.3g} to {:.3g})".format(*found.interval)
+    kappa = found.gamma / recipe.loss.beta
+    return f"gamma {found.asked}: {found.gamma:.4g}{interval}, κ = γ/β {kappa:.3g}, from {found.pairs} pairs"

@@ -1,0 +1,99 @@
+"""What is measured of a policy and kept: at the end of a run in its folder, along the way under snapshots/.
+
+eval_pairs.parquet     held-out pairs one by one
+generations.parquet    answers sampled from the policy, with KL(π‖π0), entropy and length (recipe: generation.prompts)
+evaluation.json        the metrics of both
+"""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from pe_dpo.data.encoding import Progress
+from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.evaluation.drift import Drift, measure_drift, save_generations
+from pe_dpo.evaluation.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE, save_evaluation, save_pairs
+from pe_dpo.evaluation.pairs import ScoredPairs, set_metrics, wilson_interval
+from pe_dpo.evaluation.run import INTERVALS
+from pe_dpo.recipe.schema import GenerationSection
+from pe_dpo.training.trainer import PairTrainer
+
+GENERATION_SEED = 0
+"""Of the sampled answers: the same in every run, so that runs are compared on common random numbers."""
+
+
+class Snapshots(TrainerCallback):
+    """Calls `measure` with the step after each of some optimizer steps."""
+
+    def __init__(self, steps: Collection[int], measure: Callable[[int], None]) -> None:
+        self.steps, self.measure = frozenset(steps), measure
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure where it is due."""
+        if state.global_step in self.steps:
+            self.measure(state.global_step)
+
+
+def snapshot_steps(count: int, steps: int) -> list[int]:
+    """Return `count` steps that divide a run of `steps` evenly, its end left out; fewer where there are not so many."""
+    return sorted({round(steps * part / (count + 1)) for part in range(1, count + 1)} - {0, steps})
+
+
+def snapshot_folder(run: Path, step: int) -> Path:
+    """Return where the snapshot of a step lies."""
+    return run / "snapshots" / f"step-{step:06d}"
+
+
+def keep_measurements(
+    folder: Path | None,
+    trainer: PairTrainer,
+    scored: ScoredPairs,
+    first: ScoredPairs | None,
+    settings: GenerationSection,
+    end_tokens: Collection[int],
+    progress: Progress | None = None,
+) -> None:
+    """Sample answers if they are asked for, and write all that is known of the policy as it is now.
+
+    Args:
+        folder: where to; None in every process but the one that writes.
+        trainer: with the policy.
+        scored: the held-out pairs as they are now.
+        first: the same at step 0.
+        settings: what to sample.
+        end_tokens: token ids that end an answer.
+        progress: called with what is done, answers done, and answers in all.
+    """
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    drift = sample_drift(trainer, settings, end_tokens, progress) if settings.prompts else None
+    save_pairs(scored, trainer.held_out, folder / PAIRS_FILE, initial=first, tokenizer=trainer.processing_class)
+    if drift:
+        save_generations(drift, folder / GENERATIONS_FILE)
+    metrics = set_metrics(scored)
+    intervals = {key: wilson_interval(metrics[key], len(trainer.held_out)) for key in INTERVALS if key in metrics}
+    save_evaluation(folder / EVALUATION_FILE, metrics, intervals, drift.summary() if drift else None)
+
+
+def sample_drift(
+    trainer: PairTrainer, settings: GenerationSection, end_tokens: Collection[int], progress: Progress | None = None
+) -> Drift:
+    """Return answers of the policy to held-out prompts, with what they say of its distance from the reference."""
+    pairs: list[EncodedPair] = list(trainer.held_out)
+    return measure_drift(
+        trainer.model,
+        trainer.processing_class,
+        pairs,
+        prompts=settings.prompts,
+        samples=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        end_token_ids=end_tokens,
+        seed=GENERATION_SEED,
+        device=trainer.args.device,
+        token_budget=trainer.token_budget,
+        progress=partial(progress, "sampling") if progress else None,
+    )

@@ -1,0 +1,174 @@
+"""A run whose γ is found from the data: the number of the audit, written down, and the same after a kill."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pe_dpo.errors import RecipeError, RunFolderError, UsageError
+from pe_dpo.evaluation.audit import audit
+from pe_dpo.evaluation.run import evaluate
+from pe_dpo.recipe import recipe_from_yaml, recipe_to_yaml
+from pe_dpo.training.run import train
+from pe_dpo.training.run_folder import read_run, update_run
+
+WAYS = ["auto", "balance:0.6", "scale:1"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_at(step):
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise Killed
+
+    return Kill()
+
+
+def written(folder):
+    return recipe_from_yaml((folder / "recipe.yaml").read_text(), "recipe.yaml")
+
+
+def same_adapters(*folders):
+    first, *others = (load_file(Path(folder) / "adapter_model.safetensors") for folder in folders)
+    return all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return f"reference.store={tmp_path / 'store.sqlite'}"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_run_takes_the_gamma_that_the_audit_tells(make_recipe, store, way):
+    """The tiny base ranks right by chance; beside a margin any share above a half can be reached."""
+    recipe = make_recipe(store, f"loss.gamma={way}", "train.max_steps=1")
+    gamma = audit(recipe).recipe.gamma
+    lines = []
+    folder = train(recipe, say=lines.append).folder
+    record = read_run(folder)
+    assert record["gamma_calibration"]["asked"] == way
+    assert record["gamma_calibration"]["gamma"] == pytest.approx(gamma, rel=1e-9, abs=1e-12)
+    assert written(folder).loss.gamma == record["gamma_calibration"]["gamma"]
+    assert record["loss"]["kappa"] == pytest.approx(gamma / 0.1, rel=1e-9, abs=1e-12)
+    assert any(line.startswith(f"gamma {way}: ") for line in lines)
+
+
+def test_the_run_is_that_of_the_number(make_recipe, store):
+    found = train(make_recipe(store, "loss.gamma=scale:1", "train.epochs=1", output="found")).folder
+    gamma = written(found).loss.gamma
+    given = train(make_recipe(store, f"loss.gamma={gamma!r}", "train.epochs=1", output="given")).folder
+    assert gamma > 0
+    assert same_adapters(found, given)
+    assert "gamma_calibration" not in read_run(given)
+    assert read_run(found)["after"] == read_run(given)["after"]
+
+
+def test_a_finished_run_is_evaluated_with_its_number(make_recipe, store):
+    folder = train(make_recipe(store, "loss.gamma=scale:1", "train.epochs=1")).folder
+    assert evaluate(folder).metrics["loss"] == pytest.approx(read_run(folder)["after"]["loss"], rel=1e-6)
+
+
+def test_a_killed_run_goes_on_with_the_gamma_that_it_found(make_recipe, store, monkeypatch):
+    settings = (store, "loss.gamma=scale:1", "train.save_every=1")
+    straight = train(make_recipe(*settings, output="straight")).folder
+    recipe = make_recipe(*settings, output="killed")
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(2)])
+    gamma = read_run(Path(recipe.output))["gamma_calibration"]["gamma"]
+    from pe_dpo.training import gamma as module
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("γ was looked for again")
+
+    monkeypatch.setattr(module, "calibrate_loss", refuse)
+    folder = train(recipe, resume=True).folder
+    assert written(folder).loss.gamma == gamma
+    assert same_adapters(straight, folder)
+
+
+def test_a_run_resumed_from_its_own_recipe_file_goes_on(make_recipe, store):
+    recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(1)])
+    assert train(written(Path(recipe.output)), resume=True).steps == 6
+
+
+def test_a_kill_between_the_record_and_the_recipe_is_repaired(make_recipe, store):
+    recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(2)])
+    folder = Path(recipe.output)
+    (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    assert written(folder).loss.is_calibrated
+    train(recipe, resume=True)
+    assert written(folder).loss.gamma == read_run(folder)["gamma_calibration"]["gamma"]
+
+
+def test_a_kill_before_anything_was_found_begins_anew(make_recipe, store):
+    recipe = make_recipe(store, "loss.gamma=scale:1")
+    folder = Path(recipe.output)
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    update_run(folder, status="starting")
+    assert train(recipe, resume=True).steps == 6
+
+
+@pytest.mark.parametrize("other", ["auto", "scale:2", "1x"])
+def test_a_run_that_found_its_gamma_otherwise_is_another_run(make_recipe, store, other):
+    recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(1)])
+    with pytest.raises(RunFolderError, match=r"loss\.gamma: "):
+        train(make_recipe(store, f"loss.gamma={other}", "train.save_every=1"), resume=True)
+
+
+def test_a_share_that_cannot_be_stops_the_run_before_its_first_step(make_recipe, store):
+    with pytest.raises(UsageError, match=r"loss\.gamma: balance:0\.01: no gamma gives this share"):
+        train(make_recipe(store, "loss.gamma=balance:0.01"))
+
+
+def test_a_gamma_that_contradicts_the_recipe_stops_the_run(make_recipe, store, monkeypatch):
+    """A reference that prefers the rejected answers has γ = 0, and a floor means nothing then."""
+    from pe_dpo.evaluation import calibration
+
+    monkeypatch.setattr(calibration, "preferences", lambda reference, reduce: -1.0 - torch.arange(24).double().numpy())
+    with pytest.raises(RecipeError, match=r"loss\.gamma: auto came to 0, which cannot be used: .*reference_floor"):
+        train(make_recipe(store, "loss.gamma=auto", "loss.reference_floor=0"))
+
+
+def test_without_a_store_it_is_found_as_well(make_recipe, store):
+    stored = train(make_recipe(store, "loss.gamma=scale:1", "train.max_steps=1", output="stored")).folder
+    step = train(make_recipe(store, "loss.gamma=scale:1", "train.max_steps=1", "reference.policy=step", output="step")).folder
+    assert written(step).loss.gamma == pytest.approx(written(stored).loss.gamma, rel=1e-9)
+
+
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+from pe_dpo.recipe import load_recipe
+from pe_dpo.training.run import train
+train(load_recipe(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_one_gamma(make_recipe, tmp_path):
+    settings = ("loss.gamma=scale:1", "train.max_steps=2", f"reference.store={tmp_path / 'two.sqlite'}")
+    alone = train(make_recipe(*settings, output="alone")).folder
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe(*settings, output="together")))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    done = subprocess.run([*launch, "program.py", "recipe.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert written(tmp_path / "together").loss.gamma == pytest.approx(written(alone).loss.gamma, rel=1e-6)
+    left, right = (load_file(folder / "adapter_model.safetensors") for folder in (alone, tmp_path / "together"))
+    assert all(torch.allclose(left[name], right[name], rtol=1e-3, atol=1e-6) for name in left)
