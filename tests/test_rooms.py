@@ -27,14 +27,17 @@ MAY_IMPORT = {
     "objective": set(),
     "data": {"recipe", "hub", "errors"},
     "model": {"objective", "recipe", "hub", "errors"},
-    "evaluation": {"data", "model", "objective", "recipe", "errors"},
+    "evaluation": {"data", "model", "objective", "recipe", "disk", "errors"},
     "training": {"evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
+    "experiments": {"training", "evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
+    "report": {"experiments", "evaluation", "objective", "recipe", "disk", "errors"},
     "deploy": {"training", "evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
     "export": {"data", "model", "hub", "disk", "errors"},
     "chat": {"evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
     "quickstart": {"training", "evaluation", "data", "model", "recipe", "errors"},
     "cli": {
-        *("quickstart", "deploy", "export", "chat", "training", "evaluation", "data", "model", "objective", "recipe", "errors")
+        *("quickstart", "deploy", "export", "chat", "report", "experiments", "training", "evaluation", "data", "model"),
+        *("objective", "recipe", "errors"),
     },
 }
 ONLY_IN = {
@@ -43,7 +46,7 @@ ONLY_IN = {
     "typer": ("cli/",),
     "rich": ("cli/",),
     "gguf": ("export/gguf_file.py",),
-    "matplotlib": (),
+    "matplotlib": ("report/",),
 }
 NEVER_IN = {"torch": ("recipe/", "errors.py"), "transformers": ("recipe/", "objective/"), "pydantic": ("objective/", "model/")}
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "pydantic", "numpy", "yaml", "rich"}

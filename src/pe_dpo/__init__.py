@@ -1,7 +1,8 @@
 """pe-dpo: parameter-efficient preference fine-tuning on one GPU.
 
-What the commands do is here as functions (`load_recipe`, `train`, `evaluate`, `merge`), and so are the parts for anyone's own
-loop (`preference_loss`, `answer_logprobs`). Names are loaded when they are first used: importing the package imports no torch.
+What the commands do is here as functions (`load_recipe`, `train`, `evaluate`, `compare`, `merge`), and so are the parts for
+anyone's own loop (`preference_loss`, `answer_logprobs`). Names are loaded when they are first used: importing the package
+imports no torch.
 """
 
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pe_dpo.deploy.merge import merge
     from pe_dpo.evaluation.run import evaluate
+    from pe_dpo.experiments.compare import compare
     from pe_dpo.objective import answer_logprobs, preference_loss
     from pe_dpo.recipe import describe, load_recipe
     from pe_dpo.training.run import train
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "answer_logprobs": "pe_dpo.objective",
+    "compare": "pe_dpo.experiments.compare",
     "describe": "pe_dpo.recipe",
     "evaluate": "pe_dpo.evaluation.run",
     "load_recipe": "pe_dpo.recipe",
@@ -26,7 +29,7 @@ _HOMES = {
     "train": "pe_dpo.training.run",
 }
 
-__all__ = ["answer_logprobs", "describe", "evaluate", "load_recipe", "merge", "preference_loss", "train"]
+__all__ = ["answer_logprobs", "compare", "describe", "evaluate", "load_recipe", "merge", "preference_loss", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,13 +8,17 @@ import sys
 
 import typer
 
+from pe_dpo.cli.audit import audit
 from pe_dpo.cli.chat import chat
 from pe_dpo.cli.check import check
+from pe_dpo.cli.compare import compare
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
 from pe_dpo.cli.merge import merge
 from pe_dpo.cli.quickstart import quickstart
 from pe_dpo.cli.recipes import recipes
+from pe_dpo.cli.report import report
+from pe_dpo.cli.sweep import sweep
 from pe_dpo.cli.train import train
 from pe_dpo.errors import PeDpoError
 
@@ -29,8 +33,12 @@ app = typer.Typer(
 app.command()(quickstart)
 app.add_typer(recipes, name="recipes")
 app.command()(check)
+app.command()(audit)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(sweep)
+app.command()(compare)
+app.command()(report)
 app.command()(merge)
 app.command()(export)
 app.command()(chat)

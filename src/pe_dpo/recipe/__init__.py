@@ -1,7 +1,16 @@
 """What a person may ask for: schema, strict YAML, published losses as data. No torch here."""
 
 from pe_dpo.recipe.describe import LossDescription, describe
-from pe_dpo.recipe.load import load_recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml, with_absolute_paths
+from pe_dpo.recipe.load import (
+    known_keys,
+    load_recipe,
+    recipe_difference,
+    recipe_from_yaml,
+    recipe_to_yaml,
+    turned_settings,
+    with_absolute_paths,
+    with_gamma,
+)
 from pe_dpo.recipe.presets import PRESETS
 from pe_dpo.recipe.schema import Recipe, warnings
 from pe_dpo.recipe.shipped import copy_recipe, find_recipe, recipe_header, recipe_names
@@ -13,12 +22,15 @@ __all__ = [
     "copy_recipe",
     "describe",
     "find_recipe",
+    "known_keys",
     "load_recipe",
     "recipe_difference",
     "recipe_from_yaml",
     "recipe_header",
     "recipe_names",
     "recipe_to_yaml",
+    "turned_settings",
     "warnings",
     "with_absolute_paths",
+    "with_gamma",
 ]

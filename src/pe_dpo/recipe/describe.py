@@ -12,15 +12,16 @@ class LossDescription(NamedTuple):
     """What a loss section amounts to."""
 
     formula: str
-    kappa: float
-    """γ/β; 1 is DPO's, 0 is without a reference."""
+    kappa: float | None
+    """γ/β; 1 is DPO's, 0 is without a reference; None while γ is to be calibrated."""
     equals: str
     """The published losses of this form, or a plain statement that there is none."""
     notes: list[str]
 
     def lines(self) -> list[str]:
         """Return the description as lines for a person."""
-        return [f"loss    {self.formula}", f"κ = γ/β {self.kappa:g}", f"equals  {self.equals}", *self.notes]
+        kappa = "known once γ is" if self.kappa is None else f"{self.kappa:g}"
+        return [f"loss    {self.formula}", f"κ = γ/β {kappa}", f"equals  {self.equals}", *self.notes]
 
 
 def describe(loss: LossSection) -> LossDescription:
@@ -36,7 +37,7 @@ def describe(loss: LossSection) -> LossDescription:
     ]
     return LossDescription(
         formula=formula(loss),
-        kappa=loss.gamma_value / loss.beta,
+        kappa=_kappa(loss),
         equals="; ".join(names) if names else "no published loss by itself: a mixture of the terms above",
         notes=_notes(loss),
     )
@@ -45,9 +46,9 @@ def describe(loss: LossSection) -> LossDescription:
 def formula(loss: LossSection) -> str:
     """Return the loss with its numbers filled in."""
     score = [f"{loss.beta:g}·Δπ"]
-    if loss.gamma_value:
+    if loss.uses_reference:
         floored = "Δ0" if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
-        score.append(f"− {loss.gamma_value:g}·{floored}")
+        score.append(f"− {'γ' if loss.is_calibrated else f'{loss.gamma_value:g}'}·{floored}")
     if loss.margin:
         score.append(f"{'−' if loss.margin > 0 else '+'} {abs(loss.margin):g}")
     if loss.margin_scale:
@@ -76,8 +77,8 @@ _DELTA = {
 
 def _form(loss: LossSection) -> tuple[object, ...]:
     """What makes two losses the same method, apart from the sizes of their coefficients."""
-    kappa = loss.gamma_value / loss.beta
-    fixed_beta = loss.link == "hinge" and loss.gamma_value == 0 and loss.reduce == "sum"
+    kappa = _kappa(loss)
+    fixed_beta = loss.link == "hinge" and kappa == 0 and loss.reduce == "sum"
     return (
         loss.link,
         loss.reduce,
@@ -94,12 +95,18 @@ def _form(loss: LossSection) -> tuple[object, ...]:
     )
 
 
+def _kappa(loss: LossSection) -> float | None:
+    return None if loss.is_calibrated else loss.gamma_value / loss.beta
+
+
 def _notes(loss: LossSection) -> list[str]:
     notes = []
-    kappa = loss.gamma_value / loss.beta
+    kappa = _kappa(loss)
     if loss.label_smoothing:
         notes.append("z′ is the score of the pair with its labels swapped (the margin keeps its sign)")
-    if kappa > 1:
+    if kappa is None:
+        notes.append(f"γ is found from the reference's log-probs of the training pairs ({loss.gamma}); `pe-dpo audit` tells it")
+    elif kappa > 1:
         notes.append("κ > 1: learning starts on pairs that the reference already ranks right")
     elif 0 < kappa < 1:
         notes.append("κ < 1: learning starts on pairs that the reference ranks wrong")

@@ -104,6 +104,21 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "adapter": adapter, "data": data})
 
 
+def with_gamma(recipe: Recipe, gamma: float) -> Recipe:
+    """Return the recipe with the number that a γ to be calibrated came to.
+
+    Raises:
+        RecipeError: with this number the recipe contradicts itself (γ = 0 with a floor, say).
+    """
+    values = recipe.model_dump()
+    values["loss"]["gamma"] = gamma
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(_explain(fault, tuple(fault["loc"])) for fault in error.errors())
+        raise RecipeError(f"loss.gamma: {recipe.loss.gamma} came to {gamma:g}, which cannot be used: {faults}") from error
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML that loads back to an equal recipe."""
     return yaml.dump(recipe.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
@@ -112,12 +127,14 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 def recipe_difference(old: Recipe, new: Recipe, ignore: Iterable[str] = ()) -> list[str]:
     """Return "section.key: old → new" for every setting that differs, leaving out the dotted names in `ignore`."""
     before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
+    return [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in turned_settings(old, new, ignore)]
+
+
+def turned_settings(old: Recipe, new: Recipe, ignore: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the new value of every setting that differs, by dotted name, leaving out the names in `ignore`."""
+    before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     ignored = set(ignore)
-    return [
-        f"{key}: {before.get(key)!r} → {after.get(key)!r}"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key) and key not in ignored
-    ]
+    return {key: after.get(key) for key in {**before, **after} if before.get(key) != after.get(key) and key not in ignored}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

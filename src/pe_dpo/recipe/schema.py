@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from pe_dpo.errors import RecipeError
 from pe_dpo.recipe.presets import PRESETS
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -21,6 +22,9 @@ Count = Annotated[int, Field(ge=1)]
 
 MULTIPLE = re.compile(r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)x$")
 """gamma as a multiple of beta: "0.5x"."""
+
+CALIBRATED = re.compile(r"^(?:auto|(balance|scale):([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?))$")
+"""gamma found from the reference's log-probs: "auto", "balance:0.5", "scale:1"."""
 
 MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings, in small letters, of initialisations that change the base weights, so that the reference is not the base."""
@@ -134,7 +138,12 @@ class LossSection(Section):
 
     preset: str = Field("dpo", description=f"One of {', '.join(PRESETS)}; every other key overrides it.")
     beta: Positive = 0.1
-    gamma: float | str = Field("1x", description='Weight of the reference: a number, or a multiple of beta such as "0.5x".')
+    gamma: float | str = Field(
+        "1x",
+        description='Weight of the reference: a number, a multiple of beta such as "0.5x", or found from the reference\'s '
+        "log-probs before training: auto (a Platt scale), balance:S (share S of the gradient on pairs that the reference ranks "
+        "right), scale:G (γ·Δ0 has spread G).",
+    )
     margin: Finite = 0.0
     link: Literal["logistic", "hinge", "squared"] = "logistic"
     reduce: Literal["sum", "mean"] = Field("sum", description="Log-probs of an answer: summed, or per token.")
@@ -166,25 +175,58 @@ class LossSection(Section):
     @classmethod
     def _gamma_is_a_number_or_a_multiple(cls, gamma: float | str) -> float | str:
         if isinstance(gamma, str):
-            if gamma == "auto" or gamma.startswith(("balance", "scale")):
-                raise ValueError(f"gamma: {gamma} needs a calibration, which is not built yet; write a number or '0.5x'")
-            if not MULTIPLE.match(gamma):
-                raise ValueError(f"gamma is {gamma!r}: write a number >= 0, or a multiple of beta such as '0.5x'")
+            if gamma.startswith(("auto", "balance", "scale")):
+                _check_calibration(gamma)
+            elif not MULTIPLE.match(gamma):
+                raise ValueError(
+                    f"gamma is {gamma!r}: write a number >= 0, or a multiple of beta such as '0.5x', or how to find it: auto, "
+                    "balance:0.5, scale:1"
+                )
         elif not (gamma >= 0 and math.isfinite(gamma)):
             raise ValueError(f"gamma is {gamma}: it must be finite and >= 0")
         return gamma
 
     @model_validator(mode="after")
     def _floor_needs_the_reference(self) -> "LossSection":
+        if self.is_calibrated:
+            return self
         if not math.isfinite(self.gamma_value):
             raise ValueError(f"gamma: {self.gamma} times beta {self.beta:g} is not finite; write a smaller one")
         if self.reference_floor is not None and self.gamma_value == 0:
             raise ValueError("reference_floor: has no effect with gamma = 0; drop it, or set gamma > 0")
         return self
 
+    @model_validator(mode="after")
+    def _balance_needs_weights_that_grow(self) -> "LossSection":
+        if self.link == "squared" and str(self.gamma).startswith("balance"):
+            raise ValueError(
+                f"gamma: {self.gamma} asks for shares of gradient weight, which do not grow with gamma under link squared; use "
+                "auto or scale:1, or another link"
+            )
+        return self
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether γ is to be found from the reference's log-probs, and so is no number yet."""
+        return isinstance(self.gamma, str) and CALIBRATED.match(self.gamma) is not None
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the reference is run on training pairs: always, but for γ = 0."""
+        return self.is_calibrated or self.gamma_value != 0
+
     @property
     def gamma_value(self) -> float:
-        """γ as a number."""
+        """γ as a number.
+
+        Raises:
+            RecipeError: it is still to be calibrated (`is_calibrated`).
+        """
+        if self.is_calibrated:
+            raise RecipeError(
+                f"loss.gamma: {self.gamma} becomes a number only with the reference's log-probs, before the first step of "
+                "`pe-dpo train`; `pe-dpo audit` tells which"
+            )
         if isinstance(self.gamma, str):
             multiple = MULTIPLE.match(self.gamma)
             assert multiple, "validated above"
@@ -200,7 +242,7 @@ class LossSection(Section):
 class MixoutSection(Section):
     """Mixout: the explicit pull toward the reference. Training runs on W0 + mask·ΔW/(1−p), evaluation on W0 + ΔW."""
 
-    p: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the input units taken from the reference; 0: off.")
+    p: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the input units taken from π0; 0: off.")
 
 
 class GenerationSection(Section):
@@ -210,7 +252,7 @@ class GenerationSection(Section):
     samples: Count = Field(1, description="Answers to each prompt.")
     max_new_tokens: Count = Field(128, description="Where an answer that does not end is cut.")
     snapshots: Annotated[int, Field(ge=0)] = Field(
-        0, description="How often along the run held-out pairs and answers are measured and kept, evenly spaced: early stopping."
+        0, description="How often along the run held-out pairs and answers are measured and kept: early stopping."
     )
 
 
@@ -285,10 +327,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _reference_is_there(self) -> "Recipe":
-        if self.reference.policy == "skip" and self.loss.gamma_value != 0:
+        if self.reference.policy == "skip" and self.loss.uses_reference:
+            gamma = self.loss.gamma if self.loss.is_calibrated else f"{self.loss.gamma_value:g}"
             raise ValueError(
-                f"reference.policy: skip needs loss.gamma 0, and it is {self.loss.gamma_value:g}: the loss is made of the "
-                "reference's log-probs; set reference.policy: auto"
+                f"reference.policy: skip needs loss.gamma 0, and it is {gamma}: the loss is made of the reference's log-probs; "
+                "set reference.policy: auto"
             )
         return self
 
@@ -308,7 +351,8 @@ def dead_start(recipe: Recipe) -> str | None:
     """
     loss = recipe.loss
     score_is_zero = (
-        loss.gamma_value == loss.beta
+        not loss.is_calibrated
+        and loss.gamma_value == loss.beta
         and loss.margin == 0
         and loss.margin_scale == 0
         and loss.length_penalty == 0
@@ -325,9 +369,30 @@ def dead_start(recipe: Recipe) -> str | None:
 def warnings(recipe: Recipe) -> list[str]:
     """Return what is allowed but probably not meant, in words."""
     loss = recipe.loss
-    found = []
+    found: list[str] = []
+    if loss.is_calibrated:
+        return found
     if loss.link == "hinge" and loss.gamma_value == 0 and loss.margin <= 0 and loss.margin_scale == 0:
         found.append("loss: hinge with gamma 0 and margin 0 is content with the uniform policy; set margin > 0")
     if loss.gamma_value == 0 and loss.reduce == "sum" and loss.margin == 0 and loss.sft_weight == 0:
         found.append("loss: with gamma 0 and summed log-probs shorter answers win; consider reduce: mean with a margin (simpo)")
     return found
+
+
+def _check_calibration(gamma: str) -> None:
+    """Check that a γ to be calibrated names a way, and a size where the way needs one.
+
+    Raises:
+        ValueError: it does not.
+    """
+    match = CALIBRATED.match(gamma)
+    if match is None:
+        raise ValueError(
+            f"gamma is {gamma!r}: write auto, balance:S with S the share of gradient weight on pairs that the reference ranks "
+            "right (balance:0.5), or scale:G with G the spread of γ·Δ0 (scale:1)"
+        )
+    size = float(match.group(2) or 0.5)
+    if match.group(1) == "balance" and not 0 < size < 1:
+        raise ValueError(f"gamma is {gamma!r}: the share must lie between 0 and 1, as in balance:0.5")
+    if not (size > 0 and math.isfinite(size)):
+        raise ValueError(f"gamma is {gamma!r}: the spread must be finite and > 0, as in scale:1")

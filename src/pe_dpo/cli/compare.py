@@ -1,0 +1,142 @@
+"""`pe-dpo compare`."""
+
+import json as json_module
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pe_dpo.experiments.comparison import Arm, Comparison, Difference, RunRow
+
+TARGETS = "Run folders, the folder of a sweep, or logs of TRL (trainer_state.json)."
+METRIC = (
+    "accuracy/shift, accuracy/policy, win_rate, nll/chosen_per_token, …; default: win_rate where scored, else accuracy/shift."
+)
+_BESIDE = ("accuracy/shift", "accuracy/policy", "rewards/accuracies", "win_rate")
+"""Metrics in the table of all runs, whichever is compared."""
+BASELINE = "The dial that others are held against: beta, mixout, lr, a dotted key, or step (early stopping)."
+
+
+def compare(
+    targets: Annotated[list[Path], typer.Argument(help=TARGETS, metavar="RUNS|SWEEP")],
+    metric: Annotated[str | None, typer.Option(help=METRIC)] = None,
+    baseline: Annotated[str, typer.Option(help=BASELINE)] = "beta",
+    confidence: Annotated[float, typer.Option(help="Of the intervals, and of the verdict.")] = 0.95,
+    repeats: Annotated[int, typer.Option(help="Replicates of the bootstrap.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what can and cannot be told apart between runs: paired, at equal KL, all runs shown.
+
+    A run can look better because it went further from the reference. So each is held against the runs of the baseline dial (β)
+    at its own KL, seed by seed and pair by pair, between their KLs and never beyond.
+
+    The metric must not depend on what is compared. Reward accuracy contains β and γ themselves. accuracy/shift, the share of
+    pairs whose preference moved towards the chosen answer, does not, though it is what γ = β trains towards; accuracy/policy,
+    the share ranked right, is what γ = 0 trains towards, and the lengths of answers decide most of it. A win rate knows nothing
+    of the loss.
+    """
+    from pe_dpo.experiments.compare import compare as run
+
+    found = run(list(targets), metric=metric, baseline=baseline, confidence=confidence, repeats=repeats, seed=seed)
+    if json:
+        typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    from pe_dpo.cli import console
+
+    console.say(found.verdict)
+    _show_arms(found)
+    _show_direct(found)
+    _show_runs(found)
+    if found.power is not None:
+        unit = " points" if found.is_share else ""
+        smallest = found.power.smallest_found * (100 if found.is_share else 1)
+        console.say(f"smallest difference that these runs find with 80 % power: {smallest:.3g}{unit}")
+    if found.best is not None:
+        best = found.best
+        console.say(
+            f"best of {best.points} points: {best.name}, {best.value:.4f}; {best.optimism:.4f} of that is the luck of being "
+            f"picked, so expect {best.corrected:.4f}"
+        )
+    for remark in found.remarks:
+        console.say(f"look: {remark}")
+
+
+def _show_arms(found: "Comparison") -> None:
+    """Each point over its seeds, against the baseline at equal KL."""
+    from pe_dpo.cli import console
+
+    if not found.arms:
+        return
+    title = f"{found.metric}: {found.title}\nagainst the {found.baseline} dial at equal KL; sd is that between seeds"
+    if found.is_share:
+        title += "; all in points"
+    header = ["point", "√KL", "value", "sd", "at equal KL", f"{100 * found.confidence:g} % CI", "p (Holm)", "sd", "on front"]
+    console.show_table(title, header, [_arm_row(found, arm) for arm in found.arms])
+
+
+def _arm_row(found: "Comparison", arm: "Arm") -> list[str]:
+    scale, form = (100, ".1f") if found.is_share else (1, ".4g")
+    start = [arm.name, _number(arm.root_kl, ".3f"), _number(scale * arm.value, form), _number(scale * arm.value_sd, form)]
+    return [*start, *_matched_cells(found, arm), _number(100 * arm.pareto, ".0f", " %")]
+
+
+def _matched_cells(found: "Comparison", arm: "Arm") -> list[str]:
+    if arm.is_baseline:
+        return ["on the line", "", "", ""]
+    if arm.matched is None:
+        return ["out of range" if arm.seeds_compared else "", "", "", ""]
+    scale, form = (100, ".1f") if found.is_share else (1, ".3g")
+    return [*_difference_cells(found, arm.matched), _number(scale * arm.matched.seed_sd, form)]
+
+
+def _difference_cells(found: "Comparison", one: "Difference") -> list[str]:
+    """Estimate, interval, adjusted p."""
+    scale, form = (100, "+.1f") if found.is_share else (1, "+.3g")
+    interval = f"{scale * one.low:{form}} to {scale * one.high:{form}}"
+    return [f"{scale * one.estimate:{form}}", interval, f"{one.p_adjusted:.3f}"]
+
+
+def _show_direct(found: "Comparison") -> None:
+    """Each point against the base point, both at their own KL."""
+    from pe_dpo.cli import console
+
+    rows = [_direct_row(found, arm, arm.direct) for arm in found.arms if arm.direct is not None]
+    if not rows:
+        return
+    base = next(arm.name for arm in found.arms if arm.direct is None)
+    interval = f"{100 * found.confidence:g} % CI"
+    header = ["point", found.metric, interval, "p (Holm)", "KL", interval]
+    if any(arm.mcnemar for arm in found.arms):
+        header.append("gained, lost (McNemar)")
+    console.show_table(f"minus {base}, each at its own KL", header, [row[: len(header)] for row in rows])
+
+
+def _direct_row(found: "Comparison", arm: "Arm", direct: "Difference") -> list[str]:
+    kl, flips = arm.direct_kl, arm.mcnemar
+    of_kl = ["", ""] if kl is None else [f"{kl.estimate:+.3f}", f"{kl.low:+.3f} to {kl.high:+.3f}"]
+    pairs = "" if flips is None else f"{flips['gained']:.0f}, {flips['lost']:.0f} (p {flips['p']:.3f})"
+    return [arm.name, *_difference_cells(found, direct), *of_kl, pairs]
+
+
+def _show_runs(found: "Comparison") -> None:
+    """All runs and all snapshots, one by one."""
+    from pe_dpo.cli import console
+
+    beside = [key for key in _BESIDE if key != found.metric]
+    known = [key for key in beside if any(key in run.metrics for run in found.runs)]
+    header = ["all runs", "seed", "step", "KL", found.metric, *known]
+    console.show_table(f"{len(found.runs)} measured policies", header, [_run_cells(run, known) for run in found.runs])
+
+
+def _run_cells(run: "RunRow", known: list[str]) -> list[str]:
+    step = f"{run.step}" if run.is_final else f"{run.step}, early"
+    numbers = [run.value, *(run.metrics.get(key, math.nan) for key in known)]
+    seed = "" if run.seed is None else str(run.seed)
+    return [run.name, seed, step, _number(run.kl, ".3f"), *(_number(value, ".4f") for value in numbers)]
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return "" if math.isnan(value) else f"{value:{form}}{unit}"

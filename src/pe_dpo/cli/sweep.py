@@ -1,0 +1,150 @@
+"""`pe-dpo sweep`."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pe_dpo.cli import dials
+
+
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    axes: Annotated[list[str] | None, typer.Argument(help="Further axes of --grid: beta=0.05,0.1 …")] = None,
+    grid: Annotated[
+        str | None, typer.Option("--grid", help="KEY=VALUE,VALUE …: a run for every combination. Dials or section.key.")
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option("--also", help='A further grid, "mixout=0.3,0.5 lr=1e-3", from the recipe. Repeatable.')
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each point, with seeds counted up.")] = 1,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the sweep.")] = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=0, help="Held-out prompts to sample answers to, for KL.")] = 64,
+    snapshots: Annotated[
+        int | None, typer.Option("--snapshots", min=0, help="Measure so often along each run: the early-stopping arm.")
+    ] = None,
+    dropout_control: Annotated[
+        bool, typer.Option("--dropout-control", help="For each mixout p a run with dropout p on the adapter's input instead.")
+    ] = False,
+    engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="ray: on several GPUs or machines.")] = "local",
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="With ray: runs at once.")] = None,
+    set_: dials.Settings = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="List the runs and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with the outcome as JSON.")] = False,
+) -> None:
+    """Train every point of a grid from one base with one reference pass; started again, it goes on where it was."""
+    from pe_dpo.experiments.plan import make_plan
+    from pe_dpo.recipe import load_recipe
+
+    base = load_recipe(recipe, set_ or [])
+    measure = [f"generation.prompts={prompts}"] if not base.generation.prompts else []
+    measure += [f"generation.snapshots={snapshots}"] if snapshots is not None else []
+    grids = [([grid] if grid else []) + list(axes or []), *(words.split() for words in also or [])]
+    plan = make_plan(
+        recipe,
+        [axes for axes in grids if axes],
+        folder=output,
+        overrides=[*measure, *(set_ or [])],
+        seeds=range(base.train.seed, base.train.seed + seeds),
+        dropout_control=dropout_control,
+    )
+
+    from pe_dpo.cli import console
+
+    if plan_only:
+        rows = [[point.name, str(point.seed)] for point in plan.points]
+        console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
+        return
+    console.quiet_libraries()
+    from pe_dpo.experiments.sweep import sweep as run
+
+    with _Progress() as progress:
+        states = run(plan, engine=engine, workers=workers, say=console.say, tell=progress)
+    _finish(states, str(plan.folder), as_json)
+
+
+class _Progress:
+    """How the runs stand: a live table in a terminal, a line for each run that ends elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.live = Live(refresh_per_second=2) if Console().is_terminal else None
+        self.seen: set[str] = set()
+        self.before: int | None = None
+        self.began = time.perf_counter()
+
+    def __enter__(self) -> "_Progress":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, states: Sequence[Any]) -> None:
+        """Show all points as they are now."""
+        from pe_dpo.cli import console
+
+        ended = [state for state in states if state.status in ("finished", "failed")]
+        self.before = len(ended) if self.before is None else self.before
+        left = _time_left(len(ended) - self.before, len(states) - len(ended), time.perf_counter() - self.began)
+        caption = f"{len(ended)} of {len(states)} runs{left}"
+        if self.live:
+            self.live.update(_table(states, caption))
+        new = [state for state in ended if state.point.folder not in self.seen]
+        self.seen.update(state.point.folder for state in new)
+        if not self.live and self.seen and len(ended) > self.before:
+            for state in new:
+                console.say(f"{state.point.folder}: {_outcome(state)}, {state.seconds:.0f} s; {caption}")
+
+
+def _time_left(done: int, left: int, seconds: float) -> str:
+    if not done or not left:
+        return ""
+    minutes = seconds / done * left / 60
+    return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
+
+
+def _outcome(state: Any) -> str:
+    """A finished run in a few numbers; of any other its status."""
+    if state.status != "finished":
+        return str(state.status)
+    kl = f", KL {state.metrics['kl']:.3g}" if "kl" in state.metrics else ""
+    return f"accuracy/shift {state.metrics['accuracy/shift']:.3f}{kl}" if state.metrics else "finished"
+
+
+def _table(states: Sequence[Any], caption: str) -> Any:
+    """One row per point, one column per seed."""
+    from rich.table import Table
+
+    seeds = sorted({state.point.seed for state in states})
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("run")
+    for seed in seeds:
+        table.add_column(f"seed {seed}", justify="right")
+    cells = {(state.point.name, state.point.seed): _outcome(state) for state in states}
+    for name in dict.fromkeys(state.point.name for state in states):
+        table.add_row(name, *(cells.get((name, seed), "") for seed in seeds))
+    return table
+
+
+def _finish(states: list[Any], folder: str, as_json: bool) -> None:
+    from pe_dpo.cli import console
+
+    failed = [state for state in states if state.status == "failed"]
+    waiting = [state for state in states if state.status in ("waiting", "interrupted")]
+    if as_json:
+        console.say(json.dumps([{**state._asdict(), "point": state.point._asdict()} for state in states]))
+    for state in failed:
+        console.say(f"failed: {state.point.folder}: {state.why}")
+    if waiting:
+        console.say(f"{len(waiting)} runs are still to do; start the same command again to go on")
+    else:
+        console.say(f"next: pe-dpo compare {folder}; pe-dpo report {folder}")
+    if failed or waiting:
+        raise typer.Exit(1)

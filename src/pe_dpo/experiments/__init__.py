@@ -1,0 +1,1 @@
+"""Many runs from one base, and what can be told apart between them."""

@@ -1,0 +1,327 @@
+"""Run folders, sweep folders and TRL's logs as one table of observations.
+
+An observation is a policy that was measured: of one point (the settings turned away from a base recipe), one seed, one step.
+Finished runs give one at their end and one for each snapshot, with held-out pairs one by one and, where answers were
+sampled, KL and whatever was measured on them. TRL's trainer_state.json gives means of the last evaluation alone.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pe_dpo.errors import UsageError
+from pe_dpo.recipe import Recipe, recipe_from_yaml, turned_settings
+from pe_dpo.recipe.schema import CALIBRATED
+from pe_dpo.training.run_folder import FREE_TO_CHANGE, RECIPE_FILE, RUN_FILE
+
+Floats = NDArray[np.float64]
+
+SWEEP_FILE, TRL_FILE = "sweep.json", "trainer_state.json"
+PAIRS_FILE, ANSWERS_FILE, EVALUATION_FILE = "eval_pairs.parquet", "generations.parquet", "evaluation.json"
+
+_PAIR_NUMBERS = (
+    *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
+    *("chosen_lengths", "rejected_lengths", "chosen_reward", "rejected_reward"),
+)
+_ANSWER_NUMBERS = ("tokens", "kl", "entropy", "ended", "score", "reference_score")
+_NO_DIALS = ("train.seed", "loss.preset", *FREE_TO_CHANGE)
+"""Settings that do not make another point: what a preset says is in the other keys."""
+
+
+class Rows(NamedTuple):
+    """Pairs or answers, each of a prompt."""
+
+    prompts: tuple[str, ...]
+    """Key of each row's prompt."""
+    names: tuple[str, ...]
+    """Which pair or answer of its prompt a row is."""
+    columns: dict[str, Floats]
+
+
+class Observation(NamedTuple):
+    """A policy that was measured."""
+
+    settings: dict[str, Any]
+    """Dotted recipe key: value, where it is turned away from the base recipe."""
+    seed: int
+    step: int
+    is_final: bool
+    run: str
+    """Where it lies, for people."""
+    pairs: Rows | None
+    answers: Rows | None
+    logged: dict[str, float]
+    """Means over held-out pairs as the run wrote them."""
+    kappa: float | None
+    """γ/β as trained; None where that is not known."""
+    source: Literal["pe-dpo", "trl"] = "pe-dpo"
+
+    def rows(self, kind: Literal["pairs", "answers"]) -> Rows | None:
+        """Return its held-out pairs or its sampled answers, if there are any."""
+        return self.pairs if kind == "pairs" else self.answers
+
+
+class Table(NamedTuple):
+    """All observations of a comparison, the base recipe's settings, and what was left out."""
+
+    observations: list[Observation]
+    base: Recipe | None
+    """From which settings are turned away; None where only TRL's logs were read."""
+    remarks: list[str]
+
+
+class _Run(NamedTuple):
+    """A run folder that is to be read."""
+
+    folder: Path
+    settings: dict[str, Any] | None
+    """As the sweep asked for them, or None for a run by itself: γ may have become a number since."""
+
+
+def read_observations(targets: Sequence[str | Path]) -> Table:
+    """Return what was measured of the runs in some folders.
+
+    Args:
+        targets: run folders, sweep folders, trainer_state.json files of TRL or folders with one. The first sweep's recipe, or
+            the first run's, is the one that settings are turned away from.
+
+    Raises:
+        UsageError: a target is nothing of that, has no finished run, or runs cannot be compared: other held-out pairs, another
+            base, or answers cut at another length. Names the two runs.
+    """
+    runs: list[_Run] = []
+    peers: list[Observation] = []
+    remarks: list[str] = []
+    for target in map(Path, targets):
+        if (target / SWEEP_FILE).is_file():
+            runs += _runs_of_sweep(target, remarks)
+        elif (target / RUN_FILE).is_file():
+            runs.append(_Run(target, None))
+        else:
+            peers.append(_read_trl(target))
+    base = _base_recipe(Path(targets[0]), runs) if runs else None
+    observations, records = [], []
+    for run in runs:
+        assert base is not None
+        record = _read_object(run.folder / RUN_FILE)
+        if record.get("status") != "finished":
+            raise UsageError(
+                f"{run.folder}: is not finished (status {record.get('status')}); finish it with "
+                f"pe-dpo train {run.folder / RECIPE_FILE} --resume, or leave it out"
+            )
+        found = list(_observations_of_run(run, record, base))
+        records.append((run.folder, record, found[0]))
+        observations += found
+    _check_comparable(records)
+    return Table(_with_own_names(observations) + peers, base, remarks)
+
+
+def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[_Run]:
+    plan = _read_object(folder / SWEEP_FILE)
+    try:
+        points = [(folder / point["folder"], dict(point["settings"])) for point in plan["points"]]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{folder / SWEEP_FILE}: is not the plan of a sweep ({error}); restore the file") from error
+    finished = [_Run(path, settings) for path, settings in points if _is_finished(path)]
+    if not finished:
+        raise UsageError(f"{folder}: no run of this sweep is finished; go on with it: pe-dpo sweep {folder / RECIPE_FILE}")
+    if len(finished) < len(points):
+        remarks.append(f"{folder}: {len(points) - len(finished)} of {len(points)} runs are not finished and are left out")
+    return finished
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / RUN_FILE).is_file() and _read_object(run / RUN_FILE).get("status") == "finished"
+
+
+def _base_recipe(first: Path, runs: Sequence[_Run]) -> Recipe:
+    path = (first if (first / SWEEP_FILE).is_file() else runs[0].folder) / RECIPE_FILE
+    return _read_recipe(path)
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        return recipe_from_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error}; it is part of every run") from error
+
+
+def _observations_of_run(run: _Run, record: Mapping[str, Any], base: Recipe) -> Iterator[Observation]:
+    """The end of a run, then its snapshots."""
+    recipe = _read_recipe(run.folder / RECIPE_FILE)
+    kappa = (record.get("loss") or {}).get("kappa")
+    settings = _dials(base, recipe, run.settings, kappa)
+    places = {int(record.get("step", 0)): run.folder}
+    for path in sorted(run.folder.glob("snapshots/step-*")):
+        number = path.name.removeprefix("step-")
+        if number.isdigit() and int(number) not in places:
+            places[int(number)] = path
+    for step, place in places.items():
+        is_final = place == run.folder
+        logged = record.get("after") or {} if is_final else _read_object(place / EVALUATION_FILE).get("pairs", {})
+        yield Observation(
+            settings=settings,
+            seed=recipe.train.seed,
+            step=step,
+            is_final=is_final,
+            run=str(run.folder),
+            pairs=_read_rows(place / PAIRS_FILE, "where", _PAIR_NUMBERS),
+            answers=_read_rows(place / ANSWERS_FILE, "sample", _ANSWER_NUMBERS),
+            logged={key: float(value) for key, value in logged.items()},
+            kappa=kappa,
+        )
+
+
+def _dials(base: Recipe, recipe: Recipe, given: Mapping[str, Any] | None, kappa: float | None) -> dict[str, Any]:
+    """What a run turns away from the base; γ counts as a multiple of β, so that turning β alone leaves it where it is."""
+    settings = {key: value for key, value in turned_settings(base, recipe).items() if not _is_no_dial(key)}
+    gamma = (given or {}).get("loss.gamma", settings.pop("loss.gamma", None))
+    if isinstance(gamma, str) and CALIBRATED.match(gamma):
+        settings["loss.gamma"] = gamma
+    elif kappa is not None and (gamma is not None if base.loss.is_calibrated else not _is_close(kappa, _kappa(base))):
+        settings["loss.gamma"] = f"{kappa:.6g}x"
+    return dict(sorted(settings.items()))
+
+
+def _kappa(recipe: Recipe) -> float:
+    return recipe.loss.gamma_value / recipe.loss.beta
+
+
+def _is_no_dial(key: str) -> bool:
+    return key in _NO_DIALS or key.split(".")[0] in ("model", "generation", "reference")
+
+
+def _is_close(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-9 * max(1.0, abs(one), abs(other))
+
+
+def _with_own_names(observations: list[Observation]) -> list[Observation]:
+    """Runs of equal settings and seed are told apart by their folders."""
+    owner: dict[tuple[str, int], str] = {}
+    found = []
+    for one in observations:
+        key = repr(one.settings), one.seed
+        first = owner.setdefault(key, one.run)
+        found.append(one if first == one.run else one._replace(settings={**one.settings, "run": one.run}))
+    return found
+
+
+def _check_comparable(records: Sequence[tuple[Path, Mapping[str, Any], Observation]]) -> None:
+    """Check that runs have the same base and held-out pairs, and answers of the same length at most.
+
+    Raises:
+        UsageError: they have not.
+    """
+    if not records:
+        return
+    first, record, observation = records[0]
+    for folder, other, observed in records[1:]:
+        for key, words, remedy in (
+            ("base", "another base", "compare runs from one base"),
+            ("held_out", "other held-out pairs", "name them once with data.eval, or measure both on the same with pe-dpo eval"),
+        ):
+            hashes = [(one.get("hashes") or {}).get(key) for one in (record, other)]
+            if hashes[0] != hashes[1] and None not in hashes:
+                raise UsageError(f"{folder}: has {words} than {first}, so that differences are not paired; {remedy}")
+        if observation.pairs and observed.pairs:
+            _check_same_rows(first, observation.pairs, folder, observed.pairs)
+    limits: dict[Any, Path] = {}
+    for folder, _, _ in records:
+        limit = (_read_object(folder / EVALUATION_FILE).get("generation") or {}).get("max_new_tokens")
+        if limit is not None:
+            limits.setdefault(limit, folder)
+    if len(limits) > 1:
+        (one, here), (two, there), *_ = limits.items()
+        raise UsageError(
+            f"{there}: answers are cut after {two} tokens, those of {here} after {one}, so that their KL are different "
+            "quantities; sample one of them again with pe-dpo eval"
+        )
+
+
+def _check_same_rows(first: Path, rows: Rows, folder: Path, others: Rows) -> None:
+    if (rows.prompts, rows.names) == (others.prompts, others.names):
+        return
+    one, two = set(zip(rows.prompts, rows.names, strict=True)), set(zip(others.prompts, others.names, strict=True))
+    if one != two:
+        raise UsageError(
+            f"{folder}: {len(two - one)} of its {len(two)} held-out pairs are not among the {len(one)} of {first}, and "
+            f"{len(one - two)} of those are missing; runs are compared on the same pairs: name them once with data.eval"
+        )
+
+
+def _read_rows(path: Path, name: str, numbers: Iterable[str]) -> Rows | None:
+    """A parquet file, its rows in the order of their prompts' keys and names; None where there is none."""
+    from pyarrow import ArrowException, parquet
+
+    if not path.is_file():
+        return None
+    try:
+        with parquet.ParquetFile(path) as file:
+            there = set(file.schema_arrow.names)
+            table = file.read(columns=["prompt_key", name, *(key for key in numbers if key in there)])
+        keys, names = table["prompt_key"].to_pylist(), [str(value) for value in table[name].to_pylist()]
+        columns = {key: np.asarray(table[key].to_numpy(), dtype=np.float64) for key in table.column_names[2:]}
+    except (OSError, ArrowException, KeyError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}; write it again with: pe-dpo eval {path.parent}") from error
+    if not keys:
+        return None
+    order = sorted(range(len(keys)), key=lambda row: (keys[row], names[row]))
+    names = _numbered([(keys[row], names[row]) for row in order])
+    return Rows(tuple(keys[row] for row in order), tuple(names), {key: values[order] for key, values in columns.items()})
+
+
+def _numbered(sorted_rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Names made different where a row of the data gave several pairs to one prompt."""
+    seen: dict[tuple[str, str], int] = {}
+    names = []
+    for row in sorted_rows:
+        seen[row] = seen.get(row, -1) + 1
+        names.append(row[1] if not seen[row] else f"{row[1]}#{seen[row]}")
+    return names
+
+
+def _read_trl(target: Path) -> Observation:
+    """The last evaluation in TRL's log; settings and seed are not written there."""
+    path = _trl_file(target)
+    state = _read_object(path)
+    evaluations = [line for line in state.get("log_history", []) if any(str(key).startswith("eval_") for key in line)]
+    if not evaluations:
+        raise UsageError(f"{path}: logs no evaluation; give TRL's trainer an eval_dataset and an eval_strategy")
+    last = evaluations[-1]
+    logged = {key.removeprefix("eval_"): float(value) for key, value in last.items() if str(key).startswith("eval_")}
+    if {"runtime", "samples_per_second"} <= set(logged):
+        logged["pairs"] = round(logged["runtime"] * logged["samples_per_second"])
+    name = path.parent.parent.name if path.parent.name.startswith("checkpoint-") else path.parent.name
+    step = int(last.get("step", state.get("global_step", 0)))
+    return Observation({"run": f"TRL {name}"}, 0, step, True, str(target), None, None, logged, None, source="trl")
+
+
+def _trl_file(target: Path) -> Path:
+    if target.is_file() and target.name == TRL_FILE:
+        return target
+    checkpoints = [path for path in target.glob(f"checkpoint-*/{TRL_FILE}") if path.parent.name.split("-")[-1].isdigit()]
+    latest = sorted(checkpoints, key=lambda path: int(path.parent.name.split("-")[-1]))
+    for path in (target / TRL_FILE, *reversed(latest)):
+        if path.is_file():
+            return path
+    raise UsageError(
+        f"{target}: is neither a run ({RUN_FILE}), nor a sweep ({SWEEP_FILE}), nor a log of TRL ({TRL_FILE}); name a folder "
+        "that `pe-dpo train`, `pe-dpo sweep` or TRL wrote"
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: is not a JSON object; restore the file")
+    return content

@@ -1,0 +1,72 @@
+"""The runs of a sweep on Ray: one worker per GPU, each with its own base, on this machine or a cluster with shared files."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pe_dpo.errors import UsageError
+from pe_dpo.experiments.plan import Point
+from pe_dpo.experiments.sweep import PointState, run_point, share
+from pe_dpo.recipe import Recipe
+
+
+class _Worker:
+    """Runs points one after the other; its base is loaded once, with the first of them."""
+
+    def __init__(self) -> None:
+        self.shared: Any = None
+
+    def run(self, point: Point, recipe: Recipe) -> PointState:
+        """Return how the run of a point ended."""
+        if self.shared is None:
+            self.shared = share(recipe)
+        return run_point(point, recipe, self.shared)
+
+
+def run_on_ray(
+    todo: list[tuple[Point, Recipe]], *, workers: int | None, say: Callable[[str], None] = lambda line: None
+) -> Iterator[PointState]:
+    """Run points on the cluster that RAY_ADDRESS names, else on this machine, and yield each as it begins and ends.
+
+    Args:
+        todo: points with their recipes; their folders must be the same files for every worker.
+        workers: runs at once; default: one per GPU of the cluster, else one.
+        say: gets lines of facts.
+
+    Raises:
+        UsageError: ray is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError('--engine ray needs Ray: pip install "pe-dpo[ray]", or --engine local') from error
+    ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        count = min(workers or gpus or 1, len(todo))
+        say(f"ray: {count} runs at once on {gpus} GPUs")
+        make = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker).remote
+        yield from _spread(ray, make, count, todo)
+    finally:
+        ray.shutdown()
+
+
+def _spread(ray: Any, make: Callable[[], Any], count: int, todo: list[tuple[Point, Recipe]]) -> Iterator[PointState]:
+    """Give each free worker the next point; one whose worker died has failed, and gets a new worker."""
+    waiting, free = list(reversed(todo)), [make() for _ in range(count)]
+    running: dict[Any, tuple[Any, Point]] = {}
+    while waiting or running:
+        while waiting and free:
+            point, recipe = waiting.pop()
+            worker = free.pop()
+            running[worker.run.remote(point, recipe)] = worker, point
+            yield PointState(point, "running")
+        (ended, *_), _ = ray.wait(list(running), num_returns=1)
+        worker, point = running.pop(ended)
+        try:
+            yield ray.get(ended)
+            free.append(worker)
+        except ray.exceptions.RayActorError as error:
+            yield PointState(point, "failed", why=f"its worker died: {error}".splitlines()[0])
+            free.append(make())

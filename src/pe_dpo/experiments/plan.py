@@ -1,0 +1,206 @@
+"""From a recipe and grids to the points of a sweep, written down as sweep.json before anything runs.
+
+--grid gamma=0,0.5x,1x beta=0.05,0.1      every γ with every β
+--also "mixout=0.3,0.5 lr=1e-3"           and these, each turned away from the recipe itself
+--seeds 3                                 each point with train.seed 0, 1, 2
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pe_dpo.disk import write_atomically
+from pe_dpo.errors import RecipeError, RunFolderError, UsageError
+from pe_dpo.recipe import (
+    Recipe,
+    known_keys,
+    load_recipe,
+    recipe_difference,
+    recipe_from_yaml,
+    recipe_to_yaml,
+    turned_settings,
+    with_absolute_paths,
+)
+from pe_dpo.recipe.dials import DIALS
+
+SWEEP_FILE = "sweep.json"
+_OF_THE_RUN = ("output", "train.seed")
+"""Keys by which the runs of a point differ from each other."""
+_SHARED = ("model", "data")
+"""Sections that a sweep has once: one base, one set of pairs."""
+
+
+class Point(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    """What is turned away from the base recipe, in short; "base" for nothing."""
+    settings: dict[str, Any]
+    """Dotted recipe key → value, where it differs from the base recipe."""
+    seed: int
+    folder: str
+    """Of the run, relative to the sweep's."""
+
+
+class SweepPlan(NamedTuple):
+    """What a sweep is going to run."""
+
+    folder: Path
+    recipe: Recipe
+    """From which every point turns something away."""
+    grids: list[str]
+    """As they were asked for."""
+    seeds: list[int]
+    points: list[Point]
+    recipes: list[Recipe]
+    """Of the points, in their order; `output` is the run's folder."""
+
+
+def make_plan(
+    source: str | Path,
+    grids: Sequence[Sequence[str]],
+    *,
+    folder: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    seeds: Sequence[int] = (0,),
+    dropout_control: bool = False,
+) -> SweepPlan:
+    """Return the points of a sweep, each checked as a recipe; nothing is written.
+
+    Args:
+        source: path or name of the recipe.
+        grids: each a list of "key=value,value": the product of its keys; several are joined. A key is a dial (beta, gamma,
+            mixout, lr, …) or a dotted key of the recipe.
+        folder: of the sweep; by default the recipe's output with "-sweep".
+        overrides: "section.key=value" for every point.
+        seeds: values of train.seed.
+        dropout_control: for every point with mixout a twin with `adapter.dropout` of the same size instead.
+
+    Raises:
+        RecipeError: a key or value that cannot be, or points that cannot be trained, all of them listed.
+        UsageError: a grid turns what a sweep shares: base, data or output.
+    """
+    overrides = list(overrides)
+    base = with_absolute_paths(load_recipe(source, overrides))
+    place = Path(folder or f"{base.output}-sweep")
+    combinations = [turns for grid in grids or [[]] for turns in _product(grid)]
+    found: dict[str, Point] = {}
+    recipes: list[Recipe] = []
+    faults: list[str] = []
+    for turns in [*combinations, *(_with_dropout(turns) for turns in combinations if dropout_control and _has_mixout(turns))]:
+        try:
+            point = with_absolute_paths(load_recipe(source, [*overrides, *turns]))
+        except RecipeError as error:
+            faults.append(f"{' '.join(turns)}: {error}")
+            continue
+        settings = turned_settings(base, point, ignore=_OF_THE_RUN)
+        name = _name(settings)
+        if any(known.name == name for known in found.values()):
+            continue
+        for seed in seeds:
+            run = f"runs/{name}/seed-{seed}"
+            found[run] = Point(name, settings, seed, run)
+            train = point.train.model_copy(update={"seed": seed})
+            recipes.append(point.model_copy(update={"output": str(place / run), "train": train}))
+    if faults:
+        raise RecipeError("some points of the grid cannot be trained:\n" + "\n".join(faults))
+    return SweepPlan(place, base, [" ".join(grid) for grid in grids], list(seeds), list(found.values()), recipes)
+
+
+def save_plan(plan: SweepPlan) -> SweepPlan:
+    """Write sweep.json and recipe.yaml, joined with the points that are there already, and return the whole plan.
+
+    Raises:
+        RunFolderError: the folder holds something else, or a sweep from another recipe.
+    """
+    path = plan.folder / SWEEP_FILE
+    if path.is_file():
+        old = read_plan(plan.folder)
+        difference = recipe_difference(old.recipe, plan.recipe, ignore=["output"])
+        if difference:
+            raise RunFolderError(
+                f"{plan.folder}: holds a sweep that started from another recipe; use the old one, or another --output:\n  "
+                + "\n  ".join(difference)
+            )
+        known = {point.folder for point in plan.points}
+        kept = [pair for pair in zip(old.points, old.recipes, strict=True) if pair[0].folder not in known]
+        plan = plan._replace(
+            grids=[*old.grids, *(grid for grid in plan.grids if grid not in old.grids)],
+            seeds=sorted({*old.seeds, *plan.seeds}),
+            points=[*(point for point, _ in kept), *plan.points],
+            recipes=[*(recipe for _, recipe in kept), *plan.recipes],
+        )
+    elif plan.folder.is_dir() and any(path.name != ".lock" for path in plan.folder.iterdir()):
+        raise RunFolderError(f"{plan.folder}: is not empty and not a sweep of pe-dpo; choose another --output")
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(plan.folder / "recipe.yaml", recipe_to_yaml(plan.recipe))
+    content = {"grids": plan.grids, "seeds": plan.seeds, "points": [point._asdict() for point in plan.points]}
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False))
+    return plan
+
+
+def read_plan(folder: str | Path) -> SweepPlan:
+    """Return the plan of a sweep's folder.
+
+    Raises:
+        UsageError: there is no readable sweep.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        points = [Point(**entry) for entry in content["points"]]
+        grids, seeds = content["grids"], content["seeds"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder}: is not the folder of a sweep ({SWEEP_FILE}: {error})") from error
+    recipe = recipe_from_yaml(text, str(folder / "recipe.yaml"))
+    recipes = [_recipe_of(text, folder, point) for point in points]
+    return SweepPlan(folder, recipe, grids, seeds, points, recipes)
+
+
+def _recipe_of(text: str, folder: Path, point: Point) -> Recipe:
+    turns = {**point.settings, "train.seed": point.seed, "output": str(folder / point.folder)}
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in turns.items()]
+    return recipe_from_yaml(text, str(folder / "recipe.yaml"), overrides)
+
+
+def _product(grid: Sequence[str]) -> list[list[str]]:
+    """["gamma=0,1x", "beta=0.1"] → [["loss.gamma=0", "loss.beta=0.1"], ["loss.gamma=1x", "loss.beta=0.1"]]."""
+    axes = []
+    for entry in grid:
+        name, equals, values = entry.partition("=")
+        key = DIALS.get(name.strip(), name.strip())
+        if not equals or not values.strip():
+            raise UsageError(f"--grid {entry}: write it as key=value,value, for example gamma=0,0.5x,1x")
+        if key not in known_keys():
+            raise UsageError(f"--grid {entry}: {name} is neither a dial ({', '.join(DIALS)}) nor a dotted key of a recipe")
+        if key in _OF_THE_RUN:
+            raise UsageError(f"--grid {entry}: {name} is set by the sweep itself; seeds are named with --seeds")
+        if key.split(".")[0] in _SHARED:
+            raise UsageError(f"--grid {entry}: a sweep has one base and one set of pairs; make a sweep for each {key}")
+        axes.append([f"{key}={value.strip()}" for value in values.split(",")])
+    return [list(turns) for turns in itertools.product(*axes)]
+
+
+def _has_mixout(turns: Sequence[str]) -> bool:
+    return any(turn.startswith("mixout.p=") and float(turn.partition("=")[2]) > 0 for turn in turns)
+
+
+def _with_dropout(turns: Sequence[str]) -> list[str]:
+    """The same point with dropout on the adapter's input, a new mask for every token, instead of mixout."""
+    return [turn.replace("mixout.p=", "adapter.dropout=") for turn in turns]
+
+
+def _name(settings: dict[str, Any]) -> str:
+    """A name that no other settings have and that is good for a folder: "beta=0.05,gamma=0.5x"."""
+    short = {key: name for name, key in reversed(DIALS.items())}
+    parts = [f"{short.get(key, key)}={_short(value)}" for key, value in sorted(settings.items())]
+    return re.sub(r"[^\w=.,:+-]+", "_", ",".join(parts)) or "base"
+
+
+def _short(value: Any) -> str:
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)

@@ -1,0 +1,147 @@
+"""The runs of a sweep, one after the other on one loaded base, or spread over workers; what is finished is never run again.
+
+    plan ── points without a finished run ──┬─ local: one base, one set of pairs, one reference pass
+                                            └─ ray:   the same in every worker (experiments/on_ray.py)
+
+A run folder says itself whether it is finished, so that a sweep goes on after a kill at any point: the run that was cut
+off from its newest checkpoint, the others as they are.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import torch
+
+from pe_dpo.errors import PeDpoError, RunFolderError
+from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
+from pe_dpo.model.base import load_base
+from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, with_absolute_paths
+from pe_dpo.training.checkpoints import checkpoints
+from pe_dpo.training.run import SharedRun, prepare_run, train
+from pe_dpo.training.run_folder import FREE_TO_CHANGE, RECIPE_FILE, RUN_FILE, locked, read_run, update_run
+
+Engine = Literal["local", "ray"]
+
+
+class PointState(NamedTuple):
+    """How one run of a sweep stands."""
+
+    point: Point
+    status: Literal["waiting", "running", "finished", "failed", "interrupted"]
+    seconds: float = 0.0
+    metrics: Mapping[str, float] = MappingProxyType({})
+    """Held-out metrics of a finished run, see `evaluation.pairs.set_metrics`."""
+    why: str = ""
+    """Of a failed one."""
+
+
+def sweep(
+    plan: SweepPlan,
+    *,
+    engine: Engine = "local",
+    workers: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    tell: Callable[[Sequence[PointState]], None] = lambda states: None,
+) -> list[PointState]:
+    """Run all points of a plan that are not finished, and return how every point stands.
+
+    Args:
+        plan: from `make_plan`; points that lie in its folder already are joined to it.
+        engine: "local" in this process; "ray" on the GPUs and machines of a Ray cluster, or on this one.
+        workers: with ray, how many runs at once; default: one per GPU, else one.
+        say: gets lines of facts.
+        tell: called with all points at the beginning, and whenever a run begins or ends.
+
+    Raises:
+        RunFolderError: the folder is not this sweep's, is in use, or holds a run of other settings.
+        UsageError: ray is asked for and not installed.
+        DataError, ModelError: the base or the pairs cannot be used at all.
+    """
+    with locked(plan.folder):
+        plan = save_plan(plan)
+        states = {point.folder: _state_on_disk(plan, point, recipe) for point, recipe in _pairs(plan)}
+        todo = [(point, recipe) for point, recipe in _pairs(plan) if states[point.folder].status != "finished"]
+        say(f"{len(plan.points)} runs, {len(todo)} of them to do")
+        tell(list(states.values()))
+        for state in _run_all(todo, engine, workers, say) if todo else ():
+            states[state.point.folder] = state
+            tell(list(states.values()))
+            if state.status == "interrupted":
+                break
+        return list(states.values())
+
+
+def _run_all(
+    todo: list[tuple[Point, Recipe]], engine: Engine, workers: int | None, say: Callable[[str], None]
+) -> Iterator[PointState]:
+    """Yield the state of each point when its run begins and when it ends."""
+    if engine == "ray":
+        from pe_dpo.experiments.on_ray import run_on_ray
+
+        yield from run_on_ray(todo, workers=workers, say=say)
+        return
+    shared = share(todo[0][1], say)
+    for point, recipe in todo:
+        yield PointState(point, "running")
+        yield run_point(point, recipe, shared)
+
+
+def share(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> SharedRun:
+    """Return pairs and loaded base that all runs of a sweep have in common."""
+    prepared = prepare_run(recipe)
+    for line in prepared.data.report.lines():
+        say(line)
+    return SharedRun(prepared, load_base(prepared.facts, device="cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
+    """Train one point, or go on with it from its newest checkpoint, and return what came of it; a failure is a state, too."""
+    folder, began = Path(recipe.output), time.perf_counter()
+    try:
+        with _lines_into(folder) as say:
+            goes_on = bool(checkpoints(folder))
+            result = train(recipe, resume=goes_on, overwrite=not goes_on, say=say, shared=shared)
+    except PeDpoError as error:
+        if (folder / RUN_FILE).is_file():
+            update_run(folder, status="failed", why=str(error))
+        return PointState(point, "failed", time.perf_counter() - began, {}, str(error))
+    if result.interrupted_by is not None:
+        return PointState(point, "interrupted", time.perf_counter() - began)
+    for checkpoint in checkpoints(folder):  # what they are for is over, and a sweep has many
+        shutil.rmtree(checkpoint)
+    return PointState(point, "finished", time.perf_counter() - began, result.after)
+
+
+@contextmanager
+def _lines_into(folder: Path) -> Iterator[Callable[[str], None]]:
+    """What a run says goes into log.txt of its folder: in a sweep it would bury the table."""
+    lines: list[str] = []
+    try:
+        yield lines.append
+    finally:
+        if folder.is_dir():
+            with (folder / "log.txt").open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+
+
+def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
+    folder = plan.folder / point.folder
+    if not (folder / RUN_FILE).is_file():
+        return PointState(point, "waiting")
+    record = read_run(folder)
+    if record.get("status") != "finished":
+        return PointState(point, "waiting")
+    old = recipe_from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"), str(folder / RECIPE_FILE))
+    difference = recipe_difference(old, with_absolute_paths(recipe), ignore=FREE_TO_CHANGE)
+    if difference:
+        raise RunFolderError(f"{folder}: was trained with other settings ({'; '.join(difference)}); move it away")
+    return PointState(point, "finished", float(record.get("seconds", 0.0)), record.get("after", {}))
+
+
+def _pairs(plan: SweepPlan) -> list[tuple[Point, Recipe]]:
+    return list(zip(plan.points, plan.recipes, strict=True))

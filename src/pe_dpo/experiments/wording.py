@@ -1,0 +1,184 @@
+"""What a comparison found, in words and numbers for people."""
+
+from collections.abc import Mapping, Sequence
+from math import inf, isnan
+from pathlib import Path
+from typing import Any
+
+from pe_dpo.experiments.comparison import Arm, Comparison, Difference
+from pe_dpo.recipe.dials import DIALS
+
+STEP, RUN = "step", "run"
+"""Settings that are no recipe keys: where a run was stopped early, and the folder of one that repeats another."""
+
+_DIAL_WORDS = {
+    "loss.beta": "β",
+    "loss.gamma": "γ",
+    "mixout.p": "mixout",
+    "adapter.dropout": "dropout",
+    "train.learning_rate": "learning rate",
+    STEP: "early stopping",
+}
+_MOST_NAMES = 6
+"""In one sentence; the rest is counted."""
+
+
+def point_name(settings: Mapping[str, Any]) -> str:
+    """Return what a point turns away from the base recipe, in words: "γ = 0.5β with mixout 0.3"."""
+    return " with ".join(_setting(key, value) for key, value in settings.items()) or "the base recipe"
+
+
+def dial_name(key: str) -> str:
+    """Return the name of a dial, given its dotted key: "β" for loss.beta."""
+    short = {known: name for name, known in reversed(DIALS.items())}
+    return _DIAL_WORDS.get(key, short.get(key, key))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return "a, b and c"; of many the first ones, and how many more."""
+    names = [*names[:_MOST_NAMES], f"{len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES + 1 else list(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def signed(value: float, *, is_share: bool) -> str:
+    """Return a difference: "+0.8 points" for shares, "+0.0042" else."""
+    return f"{_sign(100 * value, '.1f')} points" if is_share else _sign(value, ".3g")
+
+
+def size(value: float, *, is_share: bool) -> str:
+    """Return a difference without its sign."""
+    return f"{100 * abs(value):.1f} points" if is_share else f"{abs(value):.3g}"
+
+
+def interval(low: float, high: float, confidence: float, *, is_share: bool) -> str:
+    """Return "95 % CI −2.1 to +3.6"."""
+    factor, form = (100, ".1f") if is_share else (1, ".3g")
+    return f"{100 * confidence:g} % CI {_sign(factor * low, form)} to {_sign(factor * high, form)}"
+
+
+def about(count: float) -> str:
+    """Return a large number to two digits: "2,400"."""
+    return f"{float(f'{count:.2g}'):,.0f}"
+
+
+def counted(count: int, what: str) -> str:
+    """Return "1 seed", "3 seeds"."""
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def verdict(found: Comparison) -> str:
+    """Return what can and cannot be told apart, in sentences."""
+    matched = [(arm, arm.matched) for arm in found.arms if arm.matched is not None]
+    if matched:
+        sentences = [_sentence(found, matched, f"At equal KL, {{}} the {found.baseline} dial")]
+        outside = [arm.name for arm in found.arms if not arm.is_baseline and not arm.seeds_in_range and arm.seeds_compared]
+        if outside:
+            verb = "lies" if len(outside) == 1 else "lie"
+            sentences.append(
+                f"{_capital(listed(outside))} {verb} outside the {found.baseline} dial's KLs and cannot be matched"
+            )
+    else:
+        direct = [(arm, arm.direct) for arm in found.arms if arm.direct is not None and STEP not in arm.settings]
+        if not direct:
+            return _nothing(found)
+        base = next((arm.name for arm in found.arms if arm.direct is None), "")
+        sentences = [_sentence(found, direct, f"Each at its own KL{_why_unmatched(found)}, {{}} {base}")]
+    if found.power is not None and found.is_share:
+        sentences.append(_power_sentence(found))
+    return ". ".join(sentences) + "."
+
+
+def _why_unmatched(found: Comparison) -> str:
+    if not found.kl_prompts:
+        return " (there is none to match)"
+    return "" if all(arm.is_baseline for arm in found.arms) else f" (none lies within the {found.baseline} dial's)"
+
+
+def _nothing(found: Comparison) -> str:
+    if not found.arms:
+        return "Nothing can be paired: TRL's logs have means alone. All runs are in the table."
+    names = listed([arm.name for arm in found.arms])
+    return f"There is nothing to compare: {names} is all that was run."
+
+
+def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Difference]], frame: str) -> str:
+    """Which arms differ, which do not; `frame` has {} for what they are to something."""
+    level = 1 - found.confidence
+    same = [(arm, one) for arm, one in arms if one.p_adjusted >= level]
+    apart = [(arm, one) for arm, one in arms if one.p_adjusted < level]
+    before, after = frame.split("{}")
+    parts = []
+    if same:
+        largest = max((one for _, one in same), key=lambda one: abs(one.estimate))
+        what = "difference" if len(same) == 1 else "largest difference"
+        parts.append(
+            f"{listed([arm.name for arm, _ in same])} cannot be told apart from{after} on {found.metric} ({what} "
+            f"{signed(largest.estimate, is_share=found.is_share)}, {_interval(found, largest)}, {_sample(found, largest)})"
+        )
+    for word, group in _groups(found, apart):
+        than = "" if same else f" than{after} on {found.metric}"
+        amounts = [f"by {size(one.estimate, is_share=found.is_share)} ({_interval(found, one)})" for _, one in group]
+        if not parts:
+            amounts[0] = f"{amounts[0][:-1]}, {_sample(found, group[0][1])})"
+        names = [arm.name for arm, _ in group]
+        others = [f"{name} {amount}" for name, amount in zip(names[1:], amounts[1:], strict=True)]
+        parts.append(listed([f"{names[0]} is {word}{than} {amounts[0]}", *others]))
+    return before + "; ".join(parts)
+
+
+def _groups(found: Comparison, apart: Sequence[tuple[Arm, Difference]]) -> list[tuple[str, list[tuple[Arm, Difference]]]]:
+    """Arms that are worse, then those that are better; lower and higher where neither is good."""
+    words = {1: ("worse", "better"), -1: ("better", "worse"), 0: ("lower", "higher")}[found.direction]
+    below = [pair for pair in apart if pair[1].estimate < 0]
+    above = [pair for pair in apart if pair[1].estimate >= 0]
+    groups = [(words[0], below), (words[1], above)]
+    return [(word, group) for word, group in sorted(groups, key=lambda one: one[0] == "better") if group]
+
+
+def _interval(found: Comparison, one: Difference) -> str:
+    return interval(one.low, one.high, found.confidence, is_share=found.is_share)
+
+
+def _sample(found: Comparison, one: Difference) -> str:
+    return f"{counted(len(one.per_seed), 'seed')}, {counted(found.pairs, found.unit)}"
+
+
+def _power_sentence(found: Comparison) -> str:
+    """What it takes to tell 2 points apart."""
+    power = found.power
+    assert power is not None
+    if power.needed == inf:
+        return (
+            f"No number of {power.unit}s tells 2 points apart with {counted(power.seeds, 'seed')}, between which differences "
+            f"scatter by {100 * power.seed_sd:.1f} points (standard deviation): more seeds would"
+        )
+    caution = ", the spread between seeds not counted" if isnan(power.seed_sd) else ""
+    if power.needed <= power.pairs:
+        return f"{power.pairs:,} {power.unit}s are enough to tell 2 points apart{caution}"
+    return f"Telling 2 points apart takes about {about(power.needed)} {power.unit}s, with as many seeds{caution}"
+
+
+def _capital(text: str) -> str:
+    """The text with a large first letter, unless it is Greek."""
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
+
+
+def _setting(key: str, value: Any) -> str:
+    if key == STEP:
+        return f"early stopping at step {value}"
+    if key == RUN:
+        return f"run {Path(str(value)).name}"
+    if key == "loss.beta":
+        return f"β = {value:g}"
+    if key == "loss.gamma":
+        multiple = str(value).removesuffix("x")
+        return f"γ = {value}" if multiple == str(value) else {"0": "γ = 0", "1": "γ = β"}.get(multiple, f"γ = {multiple}β")
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    name = dial_name(key)
+    return f"{name} {text}" if key in _DIAL_WORDS else f"{name} = {text}"
+
+
+def _sign(value: float, form: str) -> str:
+    text = format(abs(value), form)
+    is_zero = not any(digit in text for digit in "123456789")
+    return text if is_zero else f"{'−' if value < 0 else '+'}{text}"

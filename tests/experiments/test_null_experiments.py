@@ -1,0 +1,175 @@
+"""Experiments without an effect, and with one that is known, through everything that `compare` does but reading files.
+
+A pair is moved towards chosen when a normal variate is positive. Its mean follows √KL, the same for all dials; the rest is the
+pair's own, its prompt's, the seed's, and the run's, in shares of a variance of one. So the chance to be right is the same
+linear function of √KL for every run, and whatever differs between dials at equal KL was planted.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from scipy import special
+
+from pe_dpo.experiments.arms import Findings, find_arms
+from pe_dpo.experiments.comparison import Difference
+from pe_dpo.experiments.matching import points_of
+from pe_dpo.experiments.measured import measure
+from pe_dpo.experiments.metrics import METRICS
+from pe_dpo.experiments.observations import Observation, Rows
+
+POINTS: dict[str, tuple[dict[str, Any], float]] = {
+    "the base recipe": ({}, 0.8),
+    "β = 0.025": ({"loss.beta": 0.025}, 1.4),
+    "β = 0.05": ({"loss.beta": 0.05}, 1.1),
+    "β = 0.2": ({"loss.beta": 0.2}, 0.5),
+    "mixout 0.3": ({"mixout.p": 0.3}, 0.65),
+    "γ = 0.5β": ({"loss.gamma": "0.5x"}, 0.95),
+    "γ = 0": ({"loss.gamma": "0x"}, 1.25),
+}
+"""Settings and √KL; the first four make the line."""
+
+
+class World(NamedTuple):
+    """Held-out pairs, and shares of the variance of what decides them; the rest is the pair's own."""
+
+    pairs: int = 120
+    prompts: int = 80
+    prompt: float = 0.2
+    seed: float = 0.1
+    """Each seed moves each pair in its own way, the same at all points."""
+    run: float = 0.2
+    """And each run."""
+    luck: float = 0.0
+    """A run as a whole is better or worse, which only more seeds average out."""
+
+
+def experiment(
+    random: np.random.Generator, world: World, *, seeds: Sequence[int] = (0, 1, 2), learns: bool = True, **planted: float
+) -> list[Observation]:
+    """Return one observation per point and seed; `planted` is added to the share that is right at points of these names."""
+    prompt = np.arange(world.pairs) % world.prompts
+    own = 1 - world.prompt - world.seed - world.run - world.luck
+    pair = normal(random, own, world.pairs) + normal(random, world.prompt, world.prompts)[prompt]
+    ease = random.normal(0, 0.2, world.prompts)
+    found = []
+    for seed in seeds:
+        of_seed = pair + normal(random, world.seed, world.pairs)
+        for name, (settings, root) in POINTS.items():
+            share = (0.55 + 0.1 * root if learns else 0.5) + planted.get(name, 0.0)
+            latent = of_seed + normal(random, world.run, world.pairs) + normal(random, world.luck, 1)
+            kl = root**2 * np.exp(ease + random.normal(0, 0.1, world.prompts))
+            found.append(observation(settings, seed, latent + special.ndtri(share), kl))
+    return found
+
+
+def normal(random: np.random.Generator, variance: float, count: int) -> np.ndarray:
+    return random.normal(0, math.sqrt(variance), count)
+
+
+def observation(settings: dict[str, Any], seed: int, shift: np.ndarray, kl: np.ndarray) -> Observation:
+    """A policy that moved the preferences of pairs by `shift`, with a KL on each prompt."""
+    prompts = [f"prompt {index:05d}" for index in range(len(kl))]
+    columns = dict.fromkeys(("policy_rejected", "reference_chosen", "reference_rejected"), np.zeros(len(shift)))
+    of_pairs = tuple(prompts[index % len(kl)] for index in range(len(shift)))
+    pairs = Rows(of_pairs, tuple(map(str, range(len(shift)))), {"policy_chosen": shift, **columns})
+    answers = Rows(tuple(prompts), ("0",) * len(kl), {"kl": kl})
+    return Observation(settings, seed, 100, True, f"{settings}-{seed}", pairs, answers, {}, 1.0)
+
+
+def findings(observations: list[Observation]) -> Findings:
+    """What `compare` finds on accuracy/shift against the β dial."""
+    metric = METRICS["accuracy/shift"]
+    measured = measure(observations, metric, repeats=300, seed=0)
+    points = points_of(observations)
+    line = [point for point in points if set(point.settings) <= {"loss.beta"}]
+    return find_arms(measured, points, line, metric, seed=0, confidence=0.95)
+
+
+def matched(observations: list[Observation]) -> dict[str, Difference]:
+    """Differences at equal KL, by the arm's name."""
+    return {arm.name: arm.matched for arm in findings(observations).arms if arm.matched is not None}
+
+
+def most(rate: float, repeats: int) -> float:
+    """A rate that is exceeded in one of a hundred experiments whose true rate is `rate`."""
+    return rate + 2.33 * math.sqrt(rate * (1 - rate) / repeats)
+
+
+WORLDS = {"as usual": World(), "prompts decide": World(prompt=0.5, seed=0.0, run=0.1), "lucky runs": World(luck=0.02)}
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_dials_that_do_the_same_are_told_apart_in_at_most_five_percent(world: World) -> None:
+    """Each arm by itself, and any of the three after Holm, in 200 experiments."""
+    random = np.random.default_rng(0)
+    found = [matched(experiment(random, world)) for _ in range(200)]
+    assert np.mean([len(one) for one in found]) > 2.95  # they are in range
+    assert np.mean([one.p < 0.05 for arms in found for one in arms.values()]) <= most(0.05, 200)
+    assert np.mean([any(one.p_adjusted < 0.05 for one in arms.values()) for arms in found]) <= most(0.05, 200)
+
+
+def test_shuffled_labels_are_not_distinguishable() -> None:
+    """No run learned anything: nothing is told apart in 95 % of 200 experiments."""
+    random = np.random.default_rng(1)
+    found = [matched(experiment(random, World(), learns=False)) for _ in range(200)]
+    silent = np.mean([all(one.p_adjusted >= 0.05 for one in arms.values()) for arms in found])
+    assert silent >= 1 - most(0.05, 200)
+
+
+def test_with_shuffled_labels_the_interval_of_the_share_covers_one_half() -> None:
+    """Against policies that moved no pair, whose ties count ½."""
+    random = np.random.default_rng(2)
+    covered = []
+    for _ in range(200):
+        trained = [one for one in experiment(random, World(), learns=False) if one.settings == {"loss.beta": 0.05}]
+        unmoved = [observation({}, one.seed, np.zeros(120), np.ones(80)) for one in trained]
+        direct = findings([*unmoved, *trained]).arms[1].direct
+        assert direct is not None
+        covered.append(direct.low <= 0 <= direct.high)
+    assert np.mean(covered) >= 1 - most(0.05, 200)
+
+
+def test_equal_arms_with_seeds_of_their_own_are_told_apart_in_at_most_five_percent() -> None:
+    """The base recipe with seeds 0, 1, 2 against itself with seeds 3, 4, 5, each at its own KL."""
+    random, false = np.random.default_rng(3), []
+    for _ in range(300):
+        both = [one for one in experiment(random, World(luck=0.01), seeds=range(6)) if not one.settings]
+        arms = findings([one if one.seed < 3 else one._replace(settings={"run": "again"}) for one in both]).arms
+        assert arms[1].direct is not None
+        assert len(arms[1].direct.per_seed) == 3
+        false.append(arms[1].direct.p < 0.05)
+    assert np.mean(false) <= most(0.05, 300)
+
+
+def test_planted_effects_are_found_at_the_stated_power() -> None:
+    """Every arm is worse by what such runs are said to find in 80 %."""
+    random = np.random.default_rng(4)
+    powers = [findings(experiment(random, World())).power for _ in range(40)]
+    smallest = float(np.sqrt(np.mean([power.smallest_found**2 for power in powers if power])))
+    arms = dict.fromkeys(("mixout 0.3", "γ = 0.5β", "γ = 0"), -smallest)
+    found = [one for _ in range(200) for one in matched(experiment(random, World(), **arms)).values()]
+    assert 0.70 < np.mean([one.p < 0.05 and one.estimate < 0 for one in found]) < 0.90
+
+
+def test_a_planted_effect_is_found_in_its_arm_and_in_no_other() -> None:
+    """γ = 0 is worse by 25 points; the two others are as good as β at their KL."""
+    random = np.random.default_rng(6)
+    found = [matched(experiment(random, World(), **{"γ = 0": -0.25})) for _ in range(100)]
+    assert np.mean([one["γ = 0"].p_adjusted < 0.05 and one["γ = 0"].estimate < 0 for one in found]) > 0.8
+    others = [any(one.p_adjusted < 0.05 for name, one in arms.items() if name != "γ = 0") for arms in found]
+    assert np.mean(others) <= most(0.05, 100)
+
+
+def test_two_points_are_found_with_the_pairs_that_are_said_to_be_needed() -> None:
+    """The number is taken from experiments of 120 pairs with one seed, then tried with that many pairs."""
+    random = np.random.default_rng(5)
+    small = World(prompt=0.3, seed=0.3, run=0.1)
+    powers = [findings(experiment(random, small, seeds=[0])).power for _ in range(60)]
+    needed = np.median([power.needed for power in powers if power])
+    assert needed > 500
+    large = small._replace(pairs=round(needed), prompts=round(needed * 2 / 3))
+    found = [matched(experiment(random, large, seeds=[0], **{"γ = 0.5β": 0.02}))["γ = 0.5β"].p < 0.05 for _ in range(100)]
+    assert 0.65 < np.mean(found) < 0.93

@@ -1,0 +1,182 @@
+"""Many runs from one base: each is the run of `train`, and a kill costs no more than the run it cut off."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pe_dpo.errors import RunFolderError, UsageError
+from pe_dpo.evaluation.reference import Reference
+from pe_dpo.experiments import sweep as sweep_module
+from pe_dpo.experiments.plan import make_plan
+from pe_dpo.experiments.sweep import sweep
+from pe_dpo.training.run import train
+from pe_dpo.training.run_folder import read_run, update_run
+
+
+@pytest.fixture
+def source(tiny_base, tiny_pairs, tmp_path):
+    """A recipe of three steps, in a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"model: {{base: '{tiny_base}', quantize: none}}\n"
+        "adapter: {rank: 4, alpha: 8}\n"
+        f"data: {{train: '{tiny_pairs}'}}\n"
+        "train: {max_steps: 3, pairs_per_step: 8, learning_rate: 1.0e-2, warmup: 0}\n"
+        f"reference: {{store: '{tmp_path / 'store.sqlite'}'}}\n"
+    )
+    return path
+
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def assert_same_adapter(one, other):
+    left, right = adapter(one), adapter(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_every_point_is_the_run_that_train_makes(source, tmp_path):
+    """To the bit, whatever ran on the same base before: another loss, mixout, recomputed activations, padded rows."""
+    turns = [["gamma=0,1x"], ["mixout=0.5"], ["train.gradient_checkpointing=true"], ["train.packing=false"], ["lr=1e-2"]]
+    plan = make_plan(source, turns, folder=tmp_path / "sweep")
+    states = sweep(plan)
+    assert [state.status for state in states] == ["finished"] * 5
+    for recipe in plan.recipes:
+        alone = recipe.model_copy(update={"output": str(tmp_path / "alone" / Path(recipe.output).parent.name)})
+        assert_same_adapter(recipe.output, train(alone).folder)
+    before = [read_run(Path(recipe.output))["hashes"]["base"] for recipe in plan.recipes]
+    assert len(set(before)) == 1
+
+
+def test_the_base_is_loaded_once_and_each_answer_goes_through_the_reference_once(source, tmp_path, monkeypatch):
+    loads, computed = [], []
+    load = sweep_module.load_base
+    monkeypatch.setattr(sweep_module, "load_base", lambda *a, **k: loads.append(1) or load(*a, **k))
+    monkeypatch.setattr("pe_dpo.training.run.load_base", lambda *a, **k: pytest.fail("a run loaded a base of its own"))
+    compute = Reference._compute
+    monkeypatch.setattr(Reference, "_compute", lambda self, pairs, *a: computed.extend(pairs) or compute(self, pairs, *a))
+    sweep(make_plan(source, [["beta=0.1,0.2,0.3"]], folder=tmp_path / "sweep"))
+    assert loads == [1]
+    rechecked = 2 * 4  # by each run but the first
+    assert len(computed) <= 33 + rechecked
+
+
+def test_what_is_finished_is_not_run_again(source, tmp_path, monkeypatch):
+    plan = make_plan(source, [["gamma=0,1x"]], folder=tmp_path / "sweep")
+    sweep(plan)
+    told = []
+    monkeypatch.setattr(sweep_module, "train", lambda *a, **k: pytest.fail("ran again"))
+    assert [state.status for state in sweep(plan, tell=told.append)] == ["finished", "finished"]
+    assert len(told) == 1
+
+
+def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path):
+    plan = make_plan(source, [["lr=1e-2,1e30,1e-3"]], folder=tmp_path / "sweep")
+    states = sweep(plan)
+    assert [state.status for state in states] == ["finished", "failed", "finished"]
+    assert "not finite" in states[1].why
+    assert read_run(Path(plan.recipes[1].output))["status"] == "failed"
+    alone = plan.recipes[2].model_copy(update={"output": str(tmp_path / "alone")})
+    assert_same_adapter(plan.recipes[2].output, train(alone).folder)
+
+
+def test_a_run_of_other_settings_in_a_points_folder_stops_the_sweep(source, tmp_path):
+    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
+    sweep(plan)
+    recipe = Path(plan.recipes[0].output) / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("rank: 4", "rank: 8"))
+    with pytest.raises(RunFolderError, match=r"adapter.rank: 8 → 4"):
+        sweep(plan)
+
+
+def test_finished_runs_keep_their_adapter_and_not_their_checkpoints(source, tmp_path):
+    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
+    sweep(plan)
+    left = {path.name for path in Path(plan.recipes[0].output).iterdir()}
+    assert {"adapter_model.safetensors", "eval_pairs.parquet", "log.txt"} <= left
+    assert not [name for name in left if name.startswith("checkpoint")]
+
+
+COMMAND = "import sys; from pe_dpo.cli import main; sys.argv = ['pe-dpo', *sys.argv[1:]]; main()"
+
+
+def start(source, folder):
+    words = ["sweep", str(source), "--grid", "gamma=0,0.5x,1x", "-o", str(folder), "--set", "train.max_steps=6"]
+    words += ["--set", "train.save_every=1", "--prompts", "0"]
+    command = [sys.executable, "-c", COMMAND, *words]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(source, tmp_path):
+    folder = tmp_path / "sweep"
+    kills = 0
+    for wanted in ("runs/gamma=0/seed-0/checkpoint-2", "runs/gamma=0.5x/seed-0/run.json", "runs/base/seed-0/checkpoint-4"):
+        process = start(source, folder)
+        while process.poll() is None and not (folder / wanted).exists():
+            time.sleep(0.005)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(source, folder)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert kills == 3
+    plan = make_plan(source, [["gamma=0,0.5x,1x"]], folder=tmp_path / "straight",
+                     overrides=["train.max_steps=6", "train.save_every=1"])  # fmt: skip
+    sweep(plan)
+    for point, recipe in zip(plan.points, plan.recipes, strict=True):
+        assert_same_adapter(folder / point.folder, recipe.output)
+
+
+def test_snapshots_and_samples_change_nothing_of_the_run(source, tmp_path):
+    plan = make_plan(source, [["gamma=1x"]], folder=tmp_path / "plain")
+    sweep(plan)
+    measured = ["generation.prompts=4", "generation.max_new_tokens=5", "generation.snapshots=2"]
+    watched = make_plan(source, [["gamma=1x"]], folder=tmp_path / "watched", overrides=measured)
+    sweep(watched)
+    assert_same_adapter(plan.recipes[0].output, watched.recipes[0].output)
+    run = Path(watched.recipes[0].output)
+    assert [path.name for path in sorted((run / "snapshots").iterdir())] == ["step-000001", "step-000002"]
+    for folder in (run, *(run / "snapshots").iterdir()):
+        assert {"eval_pairs.parquet", "generations.parquet", "evaluation.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_ray_gives_the_same_runs(source, tmp_path):
+    pytest.importorskip("ray")
+    plan = make_plan(source, [["gamma=0,1x"]], folder=tmp_path / "sweep")
+    states = sweep(plan, engine="ray", workers=2)
+    assert [state.status for state in states] == ["finished", "finished"], [state.why for state in states]
+    alone = plan.recipes[1].model_copy(update={"output": str(tmp_path / "alone")})
+    assert_same_adapter(plan.recipes[1].output, train(alone).folder)
+
+
+def test_without_ray_its_engine_is_refused_in_words(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match="pe-dpo\\[ray\\]"):
+        sweep(make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep"), engine="ray")
+
+
+def test_an_interrupted_point_is_told_from_a_finished_one(source, tmp_path):
+    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
+    sweep(plan)
+    update_run(Path(plan.recipes[0].output), status="interrupted")
+    told = []
+    assert [state.status for state in sweep(plan, tell=told.append)] == ["finished"]
+    assert [states[0].status for states in told] == ["waiting", "running", "finished"]
+
+
+def test_the_written_plan_says_what_runs(source, tmp_path):
+    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
+    sweep(plan)
+    written = yaml.safe_load((Path(plan.recipes[0].output) / "recipe.yaml").read_text())
+    assert written["loss"]["gamma"] == 0
