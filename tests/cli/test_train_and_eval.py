@@ -85,6 +85,18 @@ def test_the_dials_reach_the_run(pe_dpo, recipe_file, tmp_path, arguments, loss)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["reference_card"]["run_in_training"] is (loss["gamma"] != 0)
 
 
+def test_mixout_is_a_dial_of_train_and_check(pe_dpo, recipe_file, tmp_path):
+    from pe_dpo.recipe import load_recipe
+
+    done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--mixout", 0.5)
+    assert (done.code, done.err) == (0, "")
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").mixout.p == 0.5
+    assert pe_dpo("check", recipe_file, "--mixout", 0.5).code == 0
+    refused = pe_dpo("check", recipe_file, "--mixout", 1)
+    assert refused.code == 2
+    assert "mixout.p: found 1" in refused.err
+
+
 def test_the_optimizer_s_dials_reach_the_run(pe_dpo, recipe_file, tmp_path):
     done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--lr", "3e-4", "--seed", 5, "--set", "train.max_steps=1")
     assert done.code == 0
@@ -127,7 +139,7 @@ def test_eval_of_a_run_repeats_what_the_run_measured_at_its_end(evaluated, train
 
 def test_eval_gives_shares_an_interval_that_holds_them(evaluated):
     shares = {"accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token",
-              "rewards/accuracies"}  # fmt: skip
+              "accuracy/implicit", "accuracy/shift", "accuracy/shift_per_token", "rewards/accuracies"}  # fmt: skip
     assert set(evaluated["intervals"]) == shares
     for key, (low, high) in evaluated["intervals"].items():
         assert 0 <= low <= evaluated["metrics"][key] <= high <= 1

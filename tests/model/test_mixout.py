@@ -11,7 +11,8 @@ from torch import nn
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import add_finished_adapter, as_reference, attach_adapter, save_adapter, start_from_adapter
 from pe_dpo.model.base import checkpoint_activations, inspect_base, load_base
-from pe_dpo.model.mixout import attach_mixout, random_bits
+from pe_dpo.model.mixout import attach_mixout
+from pe_dpo.model.random_bits import random_bits
 
 P = 0.3
 IDS = torch.arange(3, 43).view(2, 20)

@@ -2,9 +2,12 @@
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from pe_dpo.evaluation.run import Evaluation
 
 
 def evaluate(
@@ -12,10 +15,23 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Pairs to evaluate on; default: those the run held out.")] = None,
     base: Annotated[str | None, typer.Option(help="The adapter's base, or the reference of a merged model.")] = None,
     quantize: Annotated[str | None, typer.Option(help="nf4, nf4-single, int8 or none; default: as in the run.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=0, help="Sample answers to this many held-out prompts; default: as in the run's recipe.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each prompt.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Where an answer that does not end is cut.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampled answers; keep it to compare runs.")] = 0,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="Judges answers against the base's: module:function, file.py:function, or a reward model."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write what was measured into this folder; default: into the run.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print metrics and intervals as JSON.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="Write every pair into this parquet file.")] = None,
 ) -> None:
-    """Measure a run, an adapter or a merged model on held-out pairs."""
+    """Measure a run, an adapter or a merged model on held-out pairs, and on answers that it gives to held-out prompts."""
     from pe_dpo.errors import UsageError
 
     if not target.is_dir():
@@ -24,29 +40,55 @@ def evaluate(
         raise UsageError(f"--quantize {quantize}: write nf4, nf4-single, int8 or none")
     if pairs is not None and not pairs.parent.is_dir():
         raise UsageError(f"--pairs {pairs}: there is no folder {pairs.parent}; make it first")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UsageError(f"-o {output}: there is no folder {output.absolute().parent}; make it first")
 
     from pe_dpo.cli import console
 
     console.quiet_libraries()
     from pe_dpo.evaluation.held_out import save_pairs
+    from pe_dpo.evaluation.run import Sampling
     from pe_dpo.evaluation.run import evaluate as run
 
     def quiet(line: str) -> None:
         return None
 
+    say = quiet if json else console.say
     found = run(
         target,
         data=data,
         base=base,
         quantize=quantize,  # type: ignore[arg-type]  # checked above
-        say=quiet if json else console.say,
+        sampling=Sampling(prompts, samples, max_new_tokens, seed),
+        scorer=scorer,
+        say=say,
         progress=console.counter(),
     )
     if pairs is not None:
-        save_pairs(found.scored, found.pairs, pairs)
+        save_pairs(found.scored, found.pairs, pairs, initial=found.initial, tokenizer=found.tokenizer)
+    is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
+    folder = output or (target if is_the_run else None)
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        found.save(folder)
     if json:
-        typer.echo(json_module.dumps({"kind": found.kind, "metrics": found.metrics, "intervals": found.intervals}, indent=1))
+        typer.echo(json_module.dumps(_report(found), indent=1))
         return
+    _show(found)
+    if folder is not None:
+        console.say(f"written to {folder}")
+    if found.generation is None and found.metrics.get("accuracy/reference") is not None:
+        console.say("to measure KL(π‖π0) on sampled answers: --prompts 100")
+
+
+def _report(found: "Evaluation") -> dict[str, Any]:
+    generation = {} if found.generation is None else {"generation": found.generation}
+    return {"kind": found.kind, "metrics": found.metrics, "intervals": found.intervals, **generation}
+
+
+def _show(found: "Evaluation") -> None:
+    from pe_dpo.cli import console
+
     rows = [
         [key, f"{value:.4f}", "[{:.3f}, {:.3f}]".format(*found.intervals[key]) if key in found.intervals else ""]
         for key, value in found.metrics.items()
@@ -55,3 +97,41 @@ def evaluate(
     console.show_table(f"{len(found.pairs)} held-out pairs ({found.kind})", ["", "value", "95 % Wilson interval"], rows)
     console.show_regimes(found.metrics, "By summed log-probs (these mostly measure length)")
     console.show_regimes(found.metrics, "By log-probs per token", "regimes_per_token")
+    if found.generation is not None:
+        _show_generation(found.generation)
+
+
+def _show_generation(generation: dict[str, Any]) -> None:
+    from pe_dpo.cli import console
+
+    data_prefix = generation["data_prefix_kl"]
+    rows = [
+        ["KL(π‖π0), nats an answer", *_with_error(generation["kl"])],
+        ["KL(π‖π0), nats a token", *_with_error(generation["kl_per_token"])],
+        ["the same by plain log-ratios (k1)", *_with_error(generation["kl_k1"])],
+        ["KL along the data's chosen answers, nats an answer", *_with_error(data_prefix["per_answer"])],
+        ["entropy, nats a token", *_with_error(generation["entropy_per_token"])],
+        ["tokens an answer", *_with_error(generation["tokens"])],
+        ["answers that ended", f"{generation['ended']:.1%}", ""],
+        ["distinct tokens, pairs of tokens", f"{generation['distinct_1']:.3f}, {generation['distinct_2']:.3f}", ""],
+    ]
+    count = f"{generation['prompts']} held-out prompts × {generation['samples']} sampled answers"
+    console.show_table(f"{count}, at most {generation['max_new_tokens']} tokens", ["", "value", "standard error"], rows)
+    if "win_rate" in generation:
+        _show_win_rate(generation["win_rate"])
+
+
+def _show_win_rate(won: dict[str, Any]) -> None:
+    from pe_dpo.cli import console
+
+    rows = [
+        [name, f"{part['mean']:.3f}", "" if part["interval"] is None else "[{:.3f}, {:.3f}]".format(*part["interval"])]
+        for name, part in (("raw", won), ("length-controlled", won["length_controlled"]))
+    ]
+    title = f"Win rate against the reference, by {won['scorer']} ({won['ties']:.0%} ties)"
+    console.show_table(title, ["", "share", "95 % interval"], rows)
+
+
+def _with_error(part: dict[str, float | None]) -> tuple[str, str]:
+    error = part["standard_error"]
+    return f"{part['mean']:.4f}", "" if error is None else f"{error:.4f}"

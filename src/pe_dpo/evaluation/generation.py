@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, to look at."""
+"""Prompts and answers to look at."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -41,7 +41,20 @@ def greedy_answers(
                 eos_token_id=sorted(end_token_ids) or None,
                 pad_token_id=next(iter(sorted(end_token_ids)), 0),
             )
-            answers.append(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip())
+            answers.append(answer_text(tokenizer, output[0, input_ids.shape[1] :]))
     finally:
         model.train(was_training)
     return answers
+
+
+def prompt_text(tokenizer: Any, ids: Any) -> str:
+    """Return a prompt for people: turns with their marks, without the token that begins every text."""
+    begins = len(ids) > 1 and tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
+    text: str = tokenizer.decode(ids[1:] if begins else ids, skip_special_tokens=False)
+    return text
+
+
+def answer_text(tokenizer: Any, ids: Any) -> str:
+    """Return an answer for people: without special tokens and the space around it."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text.strip()

@@ -1,7 +1,12 @@
-"""Evaluation of a run, an adapter or a merged model on preference pairs; one base in memory at a time."""
+"""Evaluation of a run, an adapter or a merged model on preference pairs; one base in memory at a time.
+
+pairs       log π and log π0 of held-out answers: accuracies, rewards, NLL
+answers     sampled from π to held-out prompts, if asked for: KL(π‖π0), entropy, length
+win rate    those against answers of π0, by a scorer, if there is one
+"""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,26 +16,46 @@ from pe_dpo.data import EncodedPair, data_hash
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation.pairs import ScoredPairs, score_loss, score_pairs, scored_pairs, set_metrics, wilson_interval
-from pe_dpo.evaluation.reference import Policy, open_reference
-from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.evaluation.target import Kind, Target, check_same_base, find_target, load_target_tokenizer, read_record
-from pe_dpo.model.adapter import load_adapter_for_evaluation
+from pe_dpo.evaluation.drift import Drift, questions, save_generations
+from pe_dpo.evaluation.held_out import (
+    EVALUATION_FILE,
+    GENERATIONS_FILE,
+    PAIRS_FILE,
+    read_generation,
+    read_initial,
+    save_evaluation,
+    save_pairs,
+)
+from pe_dpo.evaluation.judge import Judgement, judge, open_scorer, prompts_as_written, win_rate
+from pe_dpo.evaluation.measuring import Measured, Work, measure_adapter, measure_models
+from pe_dpo.evaluation.pairs import ScoredPairs, at_reference, score_loss, scored_pairs, set_metrics, wilson_interval
+from pe_dpo.evaluation.scorer import TOLERANCE
+from pe_dpo.evaluation.target import Kind, Target, find_target, load_target_tokenizer, read_record
 from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
-from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.model.base import answer_end_tokens, end_token_ids, inspect_base
 from pe_dpo.recipe import Recipe
 
-INTERVALS = ("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token",
-             "rewards/accuracies")  # fmt: skip
+INTERVALS = (
+    *("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token"),
+    *("accuracy/implicit", "accuracy/shift", "accuracy/shift_per_token", "rewards/accuracies"),
+)
 """Metrics that are shares of pairs and get a Wilson interval."""
 
 
-TOKENS = 4096
-"""Most tokens of one forward, unless the recipe says: without gradients little has to be kept of them."""
+class Sampling(NamedTuple):
+    """What to sample; None: as the recipe of a run says, else the default of a recipe's section `generation`."""
+
+    prompts: int | None = None
+    samples: int | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
 
 
-class Evaluation(NamedTuple):
+AS_IN_RECIPE = Sampling()
+
+
+@dataclass(frozen=True)
+class Evaluation:
     """What an evaluation found."""
 
     kind: Kind
@@ -40,6 +65,23 @@ class Evaluation(NamedTuple):
     """See `set_metrics`."""
     intervals: dict[str, tuple[float, float]]
     """95 % Wilson intervals of the metrics in INTERVALS that were measured."""
+    tokenizer: Any
+    initial: ScoredPairs | None
+    """The pairs at step 0, where that is known."""
+    drift: Drift | None
+    """The sampled answers."""
+    generation: dict[str, Any] | None
+    """See `Drift.summary`; `data_prefix_kl` and, with a scorer, `win_rate` (see `judge.win_rate`) beside it."""
+    judgement: Judgement | None
+
+    def save(self, folder: Path) -> None:
+        """Write eval_pairs.parquet, evaluation.json and, if answers were sampled, generations.parquet; else old ones stay."""
+        save_pairs(self.scored, self.pairs, folder / PAIRS_FILE, initial=self.initial, tokenizer=self.tokenizer)
+        if self.drift is not None:
+            columns = {} if self.judgement is None else self.judgement.columns()
+            save_generations(self.drift, folder / GENERATIONS_FILE, **columns)
+        generation = self.generation or read_generation(folder)
+        save_evaluation(folder / EVALUATION_FILE, self.metrics, self.intervals, generation)
 
 
 def evaluate(
@@ -48,100 +90,118 @@ def evaluate(
     data: str | None = None,
     base: str | None = None,
     quantize: Literal["nf4", "int8", "none"] | None = None,
+    sampling: Sampling = AS_IN_RECIPE,
+    scorer: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
-    """Return the log-probs, metrics and intervals of a target on held-out pairs.
+    """Return what a target makes of held-out pairs and, if asked, of held-out prompts.
 
     Args:
         target: a run folder, any LoRA adapter, or a whole (merged) model.
         data: pairs to evaluate on; by default those that the run held out, otherwise needed.
         base: for an adapter, its base if not the one named in it; for a whole model, the reference to compare with
-            (loaded after the model has been scored and freed), without which only the policy is measured.
+            (loaded after the model has been measured and freed), without which only the policy is measured.
         quantize: how the base is loaded; by default as in the run, or by its size.
+        sampling: how many answers to sample, and how.
+        scorer: judges sampled answers against the reference's; see `judge.open_scorer`.
         say: gets lines of facts.
-        progress: called with what is done, pairs done, and pairs in all.
+        progress: called with what is done, how much of it, and how much in all.
 
     Raises:
-        UsageError: the target is nothing that can be evaluated, or `data` is missing.
+        UsageError: the target is nothing that can be evaluated, `data` is missing, answers cannot be sampled as asked, or the
+            scorer does not work.
         DataError, ModelError: as in training.
     """
     found = find_target(Path(target), base=base, quantize=quantize)
     if found.adapter is not None:
         check_adapter(found.adapter)
     settings = _settings(Path(target), found, data)
-    tokenizer = load_target_tokenizer(found)
+    wishes = {name: value for name, value in sampling._asdict().items() if name != "seed" and value is not None}
+    generation = settings.generation.model_copy(update=wishes)
+    if generation.prompts and found.adapter is None and base is None:
+        raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it with --base")
+    if scorer and not generation.prompts:
+        raise UsageError(f"--scorer {scorer}: judges sampled answers; say how many prompts to ask: --prompts 100")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    score_answers = open_scorer(scorer, device=device) if scorer else None
+    tokenizer = load_target_tokenizer(found)
     facts = inspect_base(**settings.model.model_dump())
     pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say, progress)
     if found.kind == "run" and data is None:
         _check_same_pairs(Path(target), pairs)
-    reference: PairLogprobs | None
+    work = Work(
+        settings=settings,
+        tokenizer=tokenizer,
+        pairs=pairs,
+        asked=questions(pairs, generation.prompts, generation.samples),
+        samples=generation.samples,
+        max_new_tokens=generation.max_new_tokens,
+        seed=sampling.seed,
+        is_judged=scorer is not None,
+        device=device,
+        say=say,
+        progress=progress,
+        ends=answer_end_tokens(tokenizer, settings.model.base, revision=settings.model.revision),
+    )
     if found.adapter is None:
         other = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype) if base else None
-        policy, reference = _model_logprobs(settings, facts, other, pairs, device, say, progress)
+        measured = measure_models(work, facts, other)
     else:
         trained = Path(target) if found.kind == "run" and base is None and quantize is None else None
-        policy, reference = _adapter_logprobs(found.adapter, settings, facts, pairs, trained, device, say, progress)
-    coefficients = settings.loss.coefficients()
-    if reference is None:
+        measured = measure_adapter(work, found.adapter, facts, trained)
+    scored, coefficients = _scored(work, measured)
+    initial = _initial(Path(target), found, data, scored, pairs)
+    metrics = set_metrics(scored, coefficients, initial=initial)
+    judgement = None
+    if scorer and score_answers and measured.drift and measured.reference_said:
+        texts = prompts_as_written(settings.data, data)
+        judgement = judge(scorer, score_answers, measured.drift, measured.reference_said, texts)
+    return Evaluation(
+        kind=found.kind,
+        scored=scored,
+        pairs=pairs,
+        metrics=metrics,
+        intervals={key: wilson_interval(metrics[key], len(pairs)) for key in INTERVALS if key in metrics},
+        tokenizer=tokenizer,
+        initial=initial,
+        drift=measured.drift,
+        generation=_generation(measured, judgement),
+        judgement=judgement,
+    )
+
+
+def _scored(work: Work, measured: Measured) -> tuple[ScoredPairs, dict[str, Any]]:
+    """The pairs with loss and rewards, and the coefficients of the loss."""
+    coefficients = work.settings.loss.coefficients()
+    if measured.reference is None:
         coefficients |= {"gamma": 0.0, "reference_floor": None}
-        say("no reference given (--base): rewards and loss are those of gamma = 0")
-    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
-    out = score_loss(policy, reference, margins, coefficients, settings.loss.margin_scale)
-    scored = scored_pairs(policy, reference, out)
-    metrics = set_metrics(scored)
-    intervals = {key: wilson_interval(metrics[key], len(pairs)) for key in INTERVALS if key in metrics}
-    return Evaluation(found.kind, scored, pairs, metrics, intervals)
+        work.say("no reference given (--base): rewards and loss are those of gamma = 0")
+    margins = torch.tensor([pair.margin for pair in work.pairs], dtype=torch.float64)
+    out = score_loss(measured.policy, measured.reference, margins, coefficients, work.settings.loss.margin_scale)
+    if measured.drift is not None and measured.drift.sampler_error > TOLERANCE[torch.bfloat16]:
+        work.say(
+            f"look: what this model predicts with its cache is {measured.drift.sampler_error:.2g} nats per √token off what it "
+            "predicts at once; the sampled answers are not quite its own"
+        )
+    return scored_pairs(measured.policy, measured.reference, out), coefficients
 
 
-def _adapter_logprobs(
-    adapter: Path,
-    settings: Recipe,
-    facts: BaseFacts,
-    pairs: list[EncodedPair],
-    run: Path | None,
-    device: str,
-    say: Callable[[str], None],
-    progress: Progress,
-) -> tuple[PairLogprobs, PairLogprobs]:
-    """Policy and reference of an adapter; `run` is where it was trained, if the base must be the one of then."""
-    model = load_adapter_for_evaluation(load_base(facts, device=device), adapter)
-    scorer = choose_scorer(model, pairs, device=device, packing=settings.train.packing, say=say)
-    budget = _budget(settings)
-    policy: Policy = "step" if settings.reference.policy == "step" else "auto"
-    stored = open_reference(model, facts, scorer, policy=policy, token_budget=budget, path=settings.reference.store, say=say)
-    if run is not None:
-        check_same_base(run, facts, stored.base_fingerprint, say)
-    scored = score_pairs(model, pairs, scorer, token_budget=budget, progress=partial(progress, "scoring, policy"))
-    stored.recheck(pairs)
-    reference = stored.logprobs(pairs, partial(progress, "scoring, reference"))
-    stored.flush()
-    return scored, reference
+def _initial(
+    target: Path, found: Target, data: str | None, scored: ScoredPairs, pairs: list[EncodedPair]
+) -> ScoredPairs | None:
+    """The pairs at step 0 of a run: as it wrote them down, or the reference where the run started from it."""
+    if found.kind != "run" or data is not None or found.recipe is None:
+        return None
+    kept = read_initial(target / PAIRS_FILE, scored, pairs)
+    return at_reference(scored) if kept is None and found.recipe.policy_starts_as_reference else kept
 
 
-def _model_logprobs(
-    settings: Recipe,
-    facts: BaseFacts,
-    other: BaseFacts | None,
-    pairs: list[EncodedPair],
-    device: str,
-    say: Callable[[str], None],
-    progress: Progress,
-) -> tuple[PairLogprobs, PairLogprobs | None]:
-    """Policy and, if there is another model to compare with, reference: one whole model after the other."""
-
-    def scores(what: str, of: BaseFacts) -> PairLogprobs:
-        model = load_base(of, device=device)
-        scorer = choose_scorer(model, pairs, device=device, packing=settings.train.packing, say=say)
-        return score_pairs(model, pairs, scorer, token_budget=_budget(settings), progress=partial(progress, f"scoring, {what}"))
-
-    return scores("policy", facts), None if other is None else scores("reference", other)
-
-
-def _budget(settings: Recipe) -> int:
-    wish = settings.train.tokens_per_microbatch
-    return TOKENS if wish == "auto" else wish
+def _generation(measured: Measured, judgement: Judgement | None) -> dict[str, Any] | None:
+    if measured.drift is None:
+        return None
+    won = {} if judgement is None else {"win_rate": win_rate(measured.drift, judgement)}
+    return {**measured.drift.summary(), "data_prefix_kl": measured.data_prefix, **won}
 
 
 def _settings(target: Path, found: Target, data: str | None) -> Recipe:

@@ -164,13 +164,32 @@ def remembered_fingerprint(model: nn.Module, facts: BaseFacts, store: ReferenceS
     identity = base_identity(facts)
     if store is None or identity is None:
         return base_fingerprint(model)
-    # A CPU and a GPU may round differently while they quantize the same files.
-    identity = f"{identity} {next(model.parameters()).device.type}"
+    identity = _identity_on(identity, next(model.parameters()).device.type)
     known = store.remembered_fingerprint(identity)
     if known is None:
         known = base_fingerprint(model)
         store.remember_fingerprint(identity, known)
     return known
+
+
+def known_fingerprint(facts: BaseFacts, device: str, store: ReferenceStore) -> str | None:
+    """Return `base_fingerprint` of a base that is not loaded, where the store remembers it from an earlier run.
+
+    Args:
+        facts: of the base.
+        device: "cpu" or "cuda", on which it would be loaded.
+        store: where to look.
+
+    Raises:
+        StoreUnavailable: the store cannot be read.
+    """
+    identity = base_identity(facts)
+    return None if identity is None else store.remembered_fingerprint(_identity_on(identity, device))
+
+
+def _identity_on(identity: str, device: str) -> str:
+    """A CPU and a GPU may round differently while they quantize the same files."""
+    return f"{identity} {device}"
 
 
 def plain_name(name: str) -> str:

@@ -21,10 +21,7 @@ from torch import Tensor, nn
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import POLICY, REFERENCE
 from pe_dpo.model.lora import InBaseDtype, add_update, compute_in_base_dtype
-
-_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-"""SplitMix64's constants as signed numbers; Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators" (2014)."""
-
+from pe_dpo.model.random_bits import random_bits
 
 class MixedLayer(NamedTuple):
     """One adapter of one LoRA layer under mixout."""
@@ -145,27 +142,6 @@ def attach_mixout(model: Any, p: float, *, seed: int) -> Mixout:
         anchor = REFERENCE if adapter == POLICY and REFERENCE in module.lora_A else None
         module.lora_variant[adapter] = MixedInBaseDtype(mixout, name, anchor)
     return mixout
-
-
-def random_bits(keys: Tensor, index: Tensor) -> Tensor:
-    """Return 53 random bits for each key and index: the index-th number of the SplitMix64 generator that starts at the key.
-
-    Args:
-        keys: int64, any shape.
-        index: int64 ≥ 0, of the same shape.
-
-    Returns:
-        int64 in [0, 2⁵³); integer arithmetic alone, so the same on every device.
-    """
-    bits = keys + (index + 1) * _GOLDEN
-    bits = (bits ^ _shifted(bits, 30)) * _FIRST
-    bits = (bits ^ _shifted(bits, 27)) * _SECOND
-    return _shifted(bits ^ _shifted(bits, 31), 11)
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """Shift to the right and fill with zeros; torch's own shift of int64 fills with the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
 def _trained_layers(model: nn.Module) -> dict[str, MixedLayer]:

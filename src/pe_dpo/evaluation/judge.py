@@ -1,0 +1,278 @@
+"""Who wins: answers of the policy against answers of its reference to the same prompts, by a scorer of the user's choice.
+
+    score(x, y) > score(x, y0)   a win, equal scores half a win        y ~ π, y0 ~ π0, drawn with the same noise
+
+A scorer is a Python function (prompts, answers) → scores, higher is better, named as `package.module:function` or
+`file.py:function`; or a reward model, that is, any model for sequence classification with one label.
+"""
+
+import importlib
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pe_dpo.data.loading import read_pairs
+from pe_dpo.data.pairs import Text, prompt_key
+from pe_dpo.data.rendering import as_messages
+from pe_dpo.data.report import DataReport
+from pe_dpo.data.sources import find_sources
+from pe_dpo.errors import ModelError, UsageError
+from pe_dpo.evaluation.clusters import clustered_mean
+from pe_dpo.evaluation.drift import Drift
+from pe_dpo.evaluation.pairs import wilson_interval
+from pe_dpo.recipe.schema import DataSection
+
+AnswerScorer = Callable[[list[Text], list[str]], Sequence[float]]
+"""Prompts (text, or messages with `role` and `content`) and as many answers → their scores."""
+
+FUNCTION = re.compile(r"^(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)$")
+
+PRIOR = (10.0, 2.5)
+"""Standard deviations of the normal priors on ability and length in the length-controlled win rate: the scales of Gelman et al.
+2008 for a logistic regression's constant and predictors. They matter only where nearly all answers win, or lose."""
+
+CONFIDENCE = 0.95
+
+
+class Judgement(NamedTuple):
+    """What a scorer made of the policy's and the reference's answers; one entry per answer of the policy."""
+
+    scorer: str
+    score: list[float]
+    reference_answer: list[str]
+    reference_tokens: list[int]
+    reference_score: list[float]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return what is written beside the answers."""
+        return {name: values for name, values in self._asdict().items() if name != "scorer"}
+
+
+def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
+    """Return the scorer of this name; a reward model is read at its first call.
+
+    Args:
+        name: `package.module:function`, `file.py:function`, or path or hub id of a reward model.
+        device: for a reward model.
+
+    Raises:
+        UsageError: no such module, file or function, or it is not a function.
+        ModelError: no such model, or not one with a single label.
+    """
+    found = FUNCTION.match(name)
+    if found is None:
+        return _reward_model(name, device)
+    module, function = found["module"], found["function"]
+    scorer = getattr(_load_file(name, Path(module)) if module.endswith(".py") else _load_module(name, module), function, None)
+    if not callable(scorer):
+        raise UsageError(f"--scorer {name}: {module} has no function {function}; write one: def {function}(prompts, answers)")
+    return scorer
+
+
+def judge(
+    name: str, scorer: AnswerScorer, drift: Drift, reference: Sequence[tuple[str, int]], prompts: Mapping[str, Text]
+) -> Judgement:
+    """Return what a scorer makes of both sides' answers.
+
+    Args:
+        name: of the scorer.
+        scorer: see `open_scorer`.
+        drift: the policy's answers.
+        reference: text and tokens of the reference's answers, in the same order.
+        prompts: what the scorer is to see of each prompt, by its key.
+
+    Raises:
+        UsageError: the scorer does not return one finite number per answer.
+    """
+    asked = [prompts[answer.prompt_key] for answer in drift.answers]
+    texts = [text for text, _ in reference]
+    return Judgement(
+        scorer=name,
+        score=_scores(name, scorer, asked, [answer.answer for answer in drift.answers]),
+        reference_answer=texts,
+        reference_tokens=[tokens for _, tokens in reference],
+        reference_score=_scores(name, scorer, asked, texts),
+    )
+
+
+def prompts_as_written(data: DataSection, only: str | None = None) -> dict[str, Text]:
+    """Return each prompt as its row says it, text or messages, by its key.
+
+    Args:
+        data: where the pairs are.
+        only: other pairs instead.
+    """
+    columns = None if data.columns is None else {str(ours): theirs for ours, theirs in data.columns.items()}
+    places = [only] if only else [data.train, *([data.eval] if isinstance(data.eval, str) else [])]
+    found: dict[str, Text] = {}
+    for sources in map(find_sources, places):
+        for parts in (sources.train, sources.held_out):
+            pairs = read_pairs(parts, columns=columns, bad_rows="drop", limit=None, report=DataReport()) if parts else []
+            found |= {prompt_key(pair.prompt): pair.prompt for pair in pairs}
+    return found
+
+
+def win_rate(drift: Drift, judgement: Judgement) -> dict[str, Any]:
+    """Return how often the policy's answer wins against the reference's, raw and length-controlled, with 95 % intervals.
+
+    Intervals are clustered by prompt (Student's t); `score_difference` is the mean of score − reference_score.
+    """
+    prompts = [answer.prompt_key for answer in drift.answers]
+    difference = np.subtract(judgement.score, judgement.reference_score)
+    wins = (np.sign(difference) + 1) / 2
+    longer = np.subtract([answer.tokens for answer in drift.answers], judgement.reference_tokens)
+    raw = clustered_mean(wins.tolist(), prompts)
+    assert raw["mean"] is not None, "there are answers"
+    return {
+        "scorer": judgement.scorer,
+        **raw,
+        "interval": _interval(raw["mean"], raw["standard_error"], len(set(prompts))),
+        "ties": float(np.mean(difference == 0)),
+        "length_controlled": length_controlled(wins, longer, prompts),
+        "score_difference": clustered_mean(difference.tolist(), prompts),
+    }
+
+
+def length_controlled(wins: np.ndarray, longer: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return the win rate as it would be between answers of equal length.
+
+        logit P(win) = ability + slope · tanh(longer / sd(longer)),      win rate at longer = 0: σ(ability)
+
+    A logistic regression as in AlpacaEval 2, without that benchmark's term for the difficulty of each instruction (which needs
+    other models' answers to the same prompts), and with length in tokens. Ties enter as half wins. It removes what goes with
+    length, deserved or not: long answers that are better because they say more lose that too.
+
+    Args:
+        wins: (N,) in {0, ½, 1}.
+        longer: (N,) tokens of the policy's answer minus those of the reference's.
+        prompts: which prompt each belongs to.
+
+    Returns:
+        `mean`; `interval`, by the sandwich estimator clustered by prompt, on the scale of the logits; `slope`.
+
+    Source:
+        Dubois et al. 2024, "Length-controlled AlpacaEval" (arXiv 2404.04475).
+    """
+    from scipy.special import expit
+    from scipy.stats import t
+
+    spread = float(longer.std())
+    features = np.stack([np.ones(len(wins)), np.tanh(longer / spread) if spread else np.zeros(len(wins))], axis=1)
+    precision = np.diag(1 / np.square(PRIOR))
+    weights = np.zeros(2)
+    for _ in range(100):  # Newton on a strictly concave function
+        chance = expit(features @ weights)
+        bend = (features.T * (chance * (1 - chance))) @ features + precision
+        step = np.linalg.solve(bend, features.T @ (wins - chance) - precision @ weights)
+        weights += step * min(1.0, 5 / max(np.abs(step).max(), 1e-12))
+        if np.abs(step).max() < 1e-10:
+            break
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    sums = np.zeros((len(numbers), 2))
+    np.add.at(sums, [numbers[prompt] for prompt in prompts], features * (wins - expit(features @ weights))[:, None])
+    found: dict[str, Any] = {"mean": float(expit(weights[0])), "interval": None, "slope": float(weights[1])}
+    if len(numbers) > 1:
+        inverse = np.linalg.inv(bend)
+        variance = len(numbers) / (len(numbers) - 1) * inverse @ (sums.T @ sums) @ inverse
+        half = t.ppf((1 + CONFIDENCE) / 2, len(numbers) - 1) * math.sqrt(variance[0, 0])
+        found["interval"] = [float(expit(weights[0] - half)), float(expit(weights[0] + half))]
+    return found
+
+
+def _interval(mean: float, error: float | None, clusters: int) -> list[float] | None:
+    from scipy.stats import t
+
+    if error is None:
+        return None
+    if error == 0:  # all the same
+        return list(wilson_interval(mean, clusters, CONFIDENCE))
+    half = float(t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * error
+    return [max(0.0, mean - half), min(1.0, mean + half)]
+
+
+def _scores(name: str, scorer: AnswerScorer, prompts: list[Text], answers: list[str]) -> list[float]:
+    returned = scorer(prompts, answers)
+    try:
+        scores = [float(score) for score in returned]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--scorer {name}: {error}; it must return one number for each answer") from error
+    if len(scores) != len(answers):
+        raise UsageError(f"--scorer {name}: {len(scores)} scores for {len(answers)} answers; it must return one for each")
+    bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)
+    if bad is not None:
+        raise UsageError(f"--scorer {name}: the score of answer {bad + 1} is {scores[bad]}, not a finite number")
+    return scores
+
+
+def _load_file(name: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"--scorer {name}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(name: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--scorer {name}: {error}; install it, or name a file: path/to/file.py:function") from error
+
+
+def _reward_model(name: str, device: torch.device | str) -> AnswerScorer:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--scorer {name}: neither module:function, file.py:function nor a model: {str(error).splitlines()[0]}"
+        ) from error
+    if config.num_labels != 1:
+        raise ModelError(f"--scorer {name}: has {config.num_labels} labels; a reward model has one")
+    loaded: list[tuple[Any, Any]] = []
+
+    def score(prompts: list[Text], answers: list[str]) -> list[float]:
+        if not loaded:
+            loaded.append(_load_reward_model(name, device))
+        return [_reward(*loaded[0], prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    return score
+
+
+def _load_reward_model(name: str, device: torch.device | str) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, facts = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--scorer {name}: does not load as a reward model: {str(error).splitlines()[0]}") from error
+    if facts["missing_keys"]:
+        raise ModelError(
+            f"--scorer {name}: {', '.join(sorted(facts['missing_keys']))} is not in its files, so its scores would be random; "
+            "name a reward model"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+@torch.no_grad()
+def _reward(model: Any, tokenizer: Any, prompt: Text, answer: str) -> float:
+    """One answer at a time: what padding does to a classifier's last token differs from model to model."""
+    if tokenizer.chat_template:
+        turns = [*as_messages(prompt), {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    else:
+        question = prompt if isinstance(prompt, str) else "\n\n".join(str(turn["content"]) for turn in prompt)
+        inputs = tokenizer(question, answer, return_tensors="pt")
+    return float(model(**inputs.to(model.device)).logits[0, 0])
