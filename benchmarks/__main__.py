@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks step | run | sweep | merge | worlds | plot | table`."""
+"""The commands: `python -m benchmarks step | run | sweep | merge | worlds | audit | plot | table`."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from benchmarks.rounds import keep_heap
 
 ROUNDS = {"step": 5, "run": 3, "sweep": 1}
 MERGE_ROUNDS = 3
+AUDIT_ROUNDS = 3
 
 
 def main() -> None:
@@ -38,6 +39,12 @@ def main() -> None:
         from benchmarks.worlds import run_worlds
 
         run_worlds(Settings("worlds", is_quick=options.quick, out=options.out))
+        return
+    if options.command == "audit":
+        from benchmarks.audit_speed import run_audit
+
+        rounds = 1 if options.quick else options.rounds or AUDIT_ROUNDS
+        run_audit(Settings("audit", rounds=rounds, is_quick=options.quick, out=options.out))
         return
     settings = Settings(options.command, options.shape, options.dtype, options.model)
     if options.command == "memory-one":
@@ -103,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     worlds = commands.add_parser("worlds", help="κ, β, mixout and the floor where KL and reward are exact")
     worlds.add_argument("--quick", action="store_true", help="every third value, results of their own")
     worlds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    _add_common(commands.add_parser("audit", help="seconds of an audit of 10,000 pairs from a filled store"))
     commands.add_parser("table", help="print the README's table from the results")
     commands.add_parser("plot", help="draw the results of `step`, `merge` or `worlds` again").add_argument("file", type=Path)
     return parser

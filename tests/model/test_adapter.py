@@ -11,13 +11,14 @@ from pe_dpo.model.adapter import (
     adapter_parameters,
     as_reference,
     attach_adapter,
+    lent,
     load_adapter_for_evaluation,
     parameter_targets,
     restore_adapter,
     save_adapter,
     start_from_adapter,
 )
-from pe_dpo.model.base import inspect_base, load_base
+from pe_dpo.model.base import checkpoint_activations, inspect_base, load_base
 
 TOKENS = torch.arange(1, 41).reshape(2, 20)
 
@@ -228,3 +229,43 @@ def test_experts_that_are_no_modules_are_named_since_they_do_not_merge(base):
     named = attach_adapter(Qwen3MoeForCausalLM(config), rank=2, alpha=4, targets=["q_proj"])
     assert parameter_targets(named) == []
     assert parameter_targets(attach_adapter(base, rank=2, alpha=4)) == []
+
+
+def facts_of(model):
+    """All of a model that a run could leave changed: modules, hooks, what is trained, attention, flags of every module."""
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    hooks = {name: [len(module._forward_hooks), len(module._forward_pre_hooks)] for name, module in model.named_modules()}
+    flags = {name: [module.training, getattr(module, "gradient_checkpointing", False)] for name, module in model.named_modules()}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad or parameter.grad is not None]
+    return kinds, hooks, flags, trained, model.config.to_dict(), model.config._attn_implementation, hasattr(model, "peft_config")
+
+
+def test_a_lent_base_comes_back_as_it_was(base):
+    """Recomputed activations leave a hook behind that would make every later run differentiate down to the embeddings."""
+    before, facts = logits(base), facts_of(base)
+    for _ in range(2):
+        with lent(base), pytest.raises(ZeroDivisionError):
+            model = attach_adapter(base, rank=4, alpha=8, dropout=0.5)
+            stir(model)
+            checkpoint_activations(model)
+            base.set_attn_implementation("eager")
+            model(input_ids=TOKENS).logits.sum().backward()
+            raise ZeroDivisionError
+        assert facts_of(base) == facts
+        assert torch.equal(logits(base), before)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # peft's own, of its own pattern
+def test_a_lent_base_of_experts_comes_back_as_it_was():
+    """PEFT wraps experts once for each of their parameters, one wrapper in the other."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=2, num_local_experts=2)  # fmt: skip
+    base = MixtralForCausalLM(config).requires_grad_(False).train()
+    before, facts = logits(base), facts_of(base)
+    for _ in range(2):
+        with lent(base):
+            assert len(parameter_targets(attach_adapter(base, rank=2, alpha=4))) > 1
+        assert facts_of(base) == facts
+        assert torch.equal(logits(base.train()), before)

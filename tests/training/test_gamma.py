@@ -1,5 +1,6 @@
 """A run whose γ is found from the data: the number of the audit, written down, and the same after a kill."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pe_dpo.recipe import recipe_from_yaml, recipe_to_yaml
 from pe_dpo.training.run import train
 from pe_dpo.training.run_folder import read_run, update_run
 
-WAYS = ["auto", "balance:0.6", "scale:1"]
+WAYS = ["auto", "balance:0.8", "scale:1"]
 
 
 class Killed(BaseException):
@@ -47,10 +48,22 @@ def store(tmp_path):
     return f"reference.store={tmp_path / 'store.sqlite'}"
 
 
+@pytest.fixture
+def mixed(tiny_pairs, tmp_path):
+    """The tiny pairs with the labels of every third one swapped: as they are, the tiny base ranks all of them right."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = [json.loads(line) for line in (tiny_pairs / name).read_text().splitlines()]
+        for row in rows[::3]:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.train={folder}"
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_the_run_takes_the_gamma_that_the_audit_tells(make_recipe, store, way):
-    """The tiny base ranks right by chance; beside a margin any share above a half can be reached."""
-    recipe = make_recipe(store, f"loss.gamma={way}", "train.max_steps=1")
+def test_the_run_takes_the_gamma_that_the_audit_tells(make_recipe, store, mixed, way):
+    recipe = make_recipe(store, mixed, f"loss.gamma={way}", "train.max_steps=1")
     gamma = audit(recipe).recipe.gamma
     lines = []
     folder = train(recipe, say=lines.append).folder

@@ -79,6 +79,17 @@ def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_straight_one(make_r
     assert_same_run(result.folder, straight)
 
 
+def test_a_run_cut_off_after_its_last_step_is_not_trained_further(make_recipe, tmp_path):
+    """With max_steps within an epoch Trainer would take one more step before it looks."""
+    recipe = make_recipe(*SETTINGS, "train.max_steps=2")
+    straight = train(recipe.model_copy(update={"output": str(tmp_path / "straight")})).folder
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(2)])
+    result = train(recipe, resume=True)
+    assert result.steps == 2
+    assert_same_run(result.folder, straight)
+
+
 def test_the_metrics_of_lost_steps_are_written_once(make_recipe, straight, tmp_path):
     recipe = make_recipe(*SETTINGS, "train.save_every=2")
     with pytest.raises(Killed):

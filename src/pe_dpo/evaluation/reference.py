@@ -10,7 +10,7 @@ an interrupted run goes on where it stopped.
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,16 @@ import torch
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import StoreUnavailable
 from pe_dpo.evaluation.pairs import score_pairs
-from pe_dpo.evaluation.scorer import TOLERANCE, Scorer, numeric_dtype
+from pe_dpo.evaluation.scorer import TOLERANCE, Scorer, numeric_dtype, possible_paths
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.base import BaseFacts
-from pe_dpo.model.fingerprint import base_fingerprint, config_fingerprint, reference_fingerprint, remembered_fingerprint
+from pe_dpo.model.fingerprint import (
+    base_fingerprint,
+    config_fingerprint,
+    known_fingerprint,
+    reference_fingerprint,
+    remembered_fingerprint,
+)
 from pe_dpo.model.reference_store import ReferenceStore, StoredLogprob, answer_key, default_store_path, reference_key
 from pe_dpo.model.scoring import PairLogprobs
 
@@ -88,11 +94,7 @@ class Reference:
                 done += len(part)
                 if progress:
                     progress(done, len(missing))
-        chosen, rejected = ([self._known[both[side]] for both in keys] for side in (0, 1))
-        return PairLogprobs(
-            *(torch.tensor([answer.logprob for answer in side], dtype=torch.float64) for side in (chosen, rejected)),
-            *(torch.tensor([answer.tokens for answer in side]) for side in (chosen, rejected)),
-        )
+        return _of_pairs(keys, self._known)
 
     def recheck(self, pairs: Sequence[EncodedPair]) -> str | None:
         """Score a few random stored pairs again; return what differs, or None."""
@@ -210,11 +212,60 @@ def open_reference(
             raise
         say(f"look: going on without the reference store: {error}")
         store, base = None, base_fingerprint(model)
-    dtype = str(facts.dtype).removeprefix("torch.")
-    weights = f"{reference_fingerprint(model, base=base)} {config_fingerprint(facts.config)}"
-    key = reference_key(weights=weights, quantize=facts.quantize, dtype=dtype, path=f"{scorer.path} on {scorer.device.type}")
+    key = _store_key(facts, reference_fingerprint(model, base=base), scorer.path, scorer.device.type)
     return Reference(
         model, scorer, token_budget=token_budget, base=base, store=store, key=key, remembers=policy != "step", say=say
+    )
+
+
+def stored_logprobs(
+    facts: BaseFacts,
+    pairs: Sequence[EncodedPair],
+    *,
+    device: str,
+    packing: bool | Literal["auto"] = "auto",
+    path: str | None = None,
+) -> PairLogprobs | None:
+    """Return the base's log-probs of pairs from the store alone, or None where any is missing; no weights are read.
+
+    What was computed along any way that training may take counts. Nothing is scored again to check it: the base is
+    known by its files alone.
+
+    Args:
+        facts: of the base, which is the reference.
+        pairs: in the order wanted.
+        device: "cpu" or "cuda", on which the base would be loaded.
+        packing: as for `choose_scorer`.
+        path: of the store; by default `default_store_path()`.
+    """
+    file = Path(path) if path else default_store_path()
+    if not file.is_file():
+        return None
+    keys = [_keys(pair) for pair in pairs]
+    wanted = list(dict.fromkeys(key for both in keys for key in both))
+    try:
+        with ReferenceStore(file) as store:
+            weights = known_fingerprint(facts, device, store)
+            for way in possible_paths(device, facts.dtype, packing) if weights else ():
+                known = store.get(_store_key(facts, str(weights), way, device), wanted)
+                if len(known) == len(wanted):
+                    return _of_pairs(keys, known)
+    except StoreUnavailable:  # whoever opens it to write says so
+        return None
+    return None
+
+
+def _store_key(facts: BaseFacts, weights: str, way: str, device: str) -> str:
+    dtype = str(facts.dtype).removeprefix("torch.")
+    weights = f"{weights} {config_fingerprint(facts.config)}"
+    return reference_key(weights=weights, quantize=facts.quantize, dtype=dtype, path=f"{way} on {device}")
+
+
+def _of_pairs(keys: Sequence[tuple[bytes, bytes]], known: Mapping[bytes, StoredLogprob]) -> PairLogprobs:
+    chosen, rejected = ([known[both[side]] for both in keys] for side in (0, 1))
+    return PairLogprobs(
+        *(torch.tensor([answer.logprob for answer in side], dtype=torch.float64) for side in (chosen, rejected)),
+        *(torch.tensor([answer.tokens for answer in side]) for side in (chosen, rejected)),
     )
 
 

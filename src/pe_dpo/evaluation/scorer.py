@@ -109,6 +109,12 @@ def choose_scorer(
     return scorer
 
 
+def possible_paths(device: str, dtype: torch.dtype, packing: bool | Literal["auto"] = "auto") -> list[Path]:
+    """Return the ways that `choose_scorer` may choose for a model of this dtype on this device, its favourite first."""
+    packed = _kinds(torch.device(device), dtype) if packing is not False else []
+    return [*packed, *(["padded"] if packing is not True else [])]  # type: ignore[list-item]  # both are Paths
+
+
 def _packed_path(padded: Scorer, model: Any, probe: Sequence[EncodedPair], say: Callable[[str], None]) -> tuple[Path, str]:
     """Return the fastest path that is right, and why no faster one is; the model is left ready for it."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -161,9 +161,9 @@ def lent(base: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, module in list(base.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                base.set_submodule(name, module.get_base_layer())
+        wrapped = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name in reversed(wrapped):  # the innermost first: experts are wrapped once for each of their parameters
+            base.set_submodule(name, base.get_submodule(name).get_base_layer())
         vars(base).pop("peft_config", None)
         keep_activations(base)
         base.set_attn_implementation(attention)

@@ -189,6 +189,7 @@ def keep_activations(model: Any) -> None:
         model.activation_checkpointing_disable()
     else:
         model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()  # else every later backward goes down to the embeddings
 
 
 def load_tokenizer(base: str, *, revision: str | None = None) -> Any:

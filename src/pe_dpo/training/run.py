@@ -208,7 +208,7 @@ def _train(
             )
         )
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train_to(total_steps(recipe, data), checkpoint)
     finally:
         reference.flush()
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import TrainingError, UsageError
@@ -37,7 +37,7 @@ from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapt
 from pe_dpo.model.mixout import Mixout
 from pe_dpo.model.scoring import PairLogprobs, concatenate
 from pe_dpo.objective import PreferenceLoss
-from pe_dpo.training.checkpoints import commit_checkpoint, keep_newest, staging_folder
+from pe_dpo.training.checkpoints import checkpoint_step, commit_checkpoint, keep_newest, staging_folder
 from pe_dpo.training.order import EpochLoader, OptimizerBatches
 from pe_dpo.training.watch import probe_pairs
 
@@ -323,6 +323,20 @@ class PairTrainer(Trainer):
         if self.args.should_save:
             save_adapter(self.model, output_dir or self.args.output_dir)
             self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
+    def train_to(self, step: int, checkpoint: Path | None) -> None:
+        """Train up to a step, from a checkpoint or from the beginning.
+
+        A checkpoint of that step is only read back: given one, Trainer would take a further step before it looks.
+        """
+        if checkpoint is None or checkpoint_step(checkpoint) < step:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_adapter(self.model, resume_from_checkpoint)
