@@ -133,9 +133,17 @@ def _range(paired: Paired | None) -> dict[str, Any]:
 
 
 def _over_seeds(points: Sequence[Point], observed: Floats, replicates: Floats, draws: Floats) -> Floats:
-    """Replicates of every point's mean over seeds, (repeats, points); prompts and seeds are drawn for all points alike."""
-    columns = [point.columns for point in points]
-    return np.stack([statistics.hierarchical_replicates(observed[at], replicates[:, at], draws) for at in columns], axis=1)
+    """Replicates of every point's mean over seeds, (repeats, points); prompts and seeds are drawn for all points alike.
+
+    NaN for a point that was not measured at every seed.
+    """
+
+    def one(at: list[int]) -> Floats:
+        if np.isnan(observed[at]).any():
+            return np.full(len(replicates), math.nan)
+        return statistics.hierarchical_replicates(observed[at], replicates[:, at], draws)
+
+    return np.stack([one(point.columns) for point in points], axis=1)
 
 
 def _front(measured: Measured, points: Sequence[Point], values: Floats, draws: Floats, direction: int) -> Floats:

@@ -170,8 +170,14 @@ def _remarks_on_arms(found: Comparison) -> list[str]:
         remarks.append(f"KL comes from {found.kl_prompts} prompts; more generation.prompts would make the match surer")
     if found.seeds == 1:
         remarks.append("one seed: intervals and p hold for these runs, the spread between seeds is not in them")
-    elif any(arm.matched and len(arm.matched.per_seed) == 1 for arm in found.arms):
-        remarks.append("where one seed alone is in range, the spread between seeds is not in the interval")
+    elif any(one and len(one.per_seed) == 1 for arm in found.arms for one in (arm.matched, arm.direct)):
+        remarks.append("where one seed alone could be compared, the spread between seeds is not in the interval")
+    unknown = [arm.name for arm in found.arms if math.isnan(arm.kl)]
+    if unknown and found.kl_prompts:
+        remarks.append(
+            f"{wording.listed(unknown)}: no sampled answers for some or all seeds, and without a KL nothing is matched; ask "
+            "for them with generation.prompts, or with pe-dpo eval"
+        )
     remarks += [
         f"{arm.name}: out of range of the {found.baseline} dial for {arm.seeds_compared - arm.seeds_in_range} of "
         f"{wording.counted(arm.seeds_compared, 'seed')}; nothing is extrapolated"

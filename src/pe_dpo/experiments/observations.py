@@ -6,6 +6,7 @@ sampled, KL and whatever was measured on them. TRL's trainer_state.json gives me
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -74,14 +75,6 @@ class Table(NamedTuple):
     remarks: list[str]
 
 
-class _Run(NamedTuple):
-    """A run folder that is to be read."""
-
-    folder: Path
-    settings: dict[str, Any] | None
-    """As the sweep asked for them, or None for a run by itself: γ may have become a number since."""
-
-
 def read_observations(targets: Sequence[str | Path]) -> Table:
     """Return what was measured of the runs in some folders.
 
@@ -93,42 +86,44 @@ def read_observations(targets: Sequence[str | Path]) -> Table:
         UsageError: a target is nothing of that, has no finished run, or runs cannot be compared: other held-out pairs, another
             base, or answers cut at another length. Names the two runs.
     """
-    runs: list[_Run] = []
+    runs: list[Path] = []
     peers: list[Observation] = []
     remarks: list[str] = []
     for target in map(Path, targets):
         if (target / SWEEP_FILE).is_file():
             runs += _runs_of_sweep(target, remarks)
         elif (target / RUN_FILE).is_file():
-            runs.append(_Run(target, None))
+            runs.append(target)
         else:
             peers.append(_read_trl(target))
+    runs = list({run.resolve(): run for run in reversed(runs)}.values())[::-1]  # each once
     base = _base_recipe(Path(targets[0]), runs) if runs else None
     observations, records = [], []
     for run in runs:
         assert base is not None
-        record = _read_object(run.folder / RUN_FILE)
+        record = _read_object(run / RUN_FILE)
         if record.get("status") != "finished":
             raise UsageError(
-                f"{run.folder}: is not finished (status {record.get('status')}); finish it with "
-                f"pe-dpo train {run.folder / RECIPE_FILE} --resume, or leave it out"
+                f"{run}: is not finished (status {record.get('status')}); finish it with "
+                f"pe-dpo train {run / RECIPE_FILE} --resume, or leave it out"
             )
-        found = list(_observations_of_run(run, record, base))
-        records.append((run.folder, record, found[0]))
+        found = list(_observations_of_run(run, record, base, remarks))
+        records.append((run, record, found[0]))
         observations += found
     _check_comparable(records)
+    remarks += _remarks_on_training(records)
     return Table(_with_own_names(observations) + peers, base, remarks)
 
 
-def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[_Run]:
+def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Path]:
     plan = _read_object(folder / SWEEP_FILE)
     try:
-        points = [(folder / point["folder"], dict(point["settings"])) for point in plan["points"]]
+        points = [folder / point["folder"] for point in plan["points"]]
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder / SWEEP_FILE}: is not the plan of a sweep ({error}); restore the file") from error
-    finished = [_Run(path, settings) for path, settings in points if _is_finished(path)]
+    finished = [path for path in points if _is_finished(path)]
     if not finished:
-        raise UsageError(f"{folder}: no run of this sweep is finished; go on with it: pe-dpo sweep {folder / RECIPE_FILE}")
+        raise UsageError(f"{folder}: no run of this sweep is finished; start the same `pe-dpo sweep` again to go on with it")
     if len(finished) < len(points):
         remarks.append(f"{folder}: {len(points) - len(finished)} of {len(points)} runs are not finished and are left out")
     return finished
@@ -138,9 +133,11 @@ def _is_finished(run: Path) -> bool:
     return (run / RUN_FILE).is_file() and _read_object(run / RUN_FILE).get("status") == "finished"
 
 
-def _base_recipe(first: Path, runs: Sequence[_Run]) -> Recipe:
-    path = (first if (first / SWEEP_FILE).is_file() else runs[0].folder) / RECIPE_FILE
-    return _read_recipe(path)
+def _base_recipe(first: Path, runs: Sequence[Path]) -> Recipe:
+    folder = first if (first / SWEEP_FILE).is_file() else runs[0]
+    recipe = _read_recipe(folder / RECIPE_FILE)
+    loss = recipe.loss.model_copy(update={"gamma": _asked_gamma(recipe, _read_object(folder / RUN_FILE))})
+    return recipe.model_copy(update={"loss": loss})
 
 
 def _read_recipe(path: Path) -> Recipe:
@@ -150,39 +147,66 @@ def _read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: cannot be read: {error}; it is part of every run") from error
 
 
-def _observations_of_run(run: _Run, record: Mapping[str, Any], base: Recipe) -> Iterator[Observation]:
-    """The end of a run, then its snapshots."""
-    recipe = _read_recipe(run.folder / RECIPE_FILE)
+def _observations_of_run(run: Path, record: Mapping[str, Any], base: Recipe, remarks: list[str]) -> Iterator[Observation]:
+    """The end of a run, then its snapshots; those that were not measured as the end was are left out."""
+    recipe = _read_recipe(run / RECIPE_FILE)
     kappa = (record.get("loss") or {}).get("kappa")
-    settings = _dials(base, recipe, run.settings, kappa)
-    places = {int(record.get("step", 0)): run.folder}
-    for path in sorted(run.folder.glob("snapshots/step-*")):
+    settings = _dials(base, recipe, _asked_gamma(recipe, record), kappa)
+    places = {int(record.get("step", 0)): run}
+    for path in sorted(run.glob("snapshots/step-*")):
         number = path.name.removeprefix("step-")
         if number.isdigit() and int(number) not in places:
             places[int(number)] = path
+    end, limit, left_out = None, _limit(run), 0
     for step, place in places.items():
-        is_final = place == run.folder
+        is_final = place == run
         logged = record.get("after") or {} if is_final else _read_object(place / EVALUATION_FILE).get("pairs", {})
-        yield Observation(
+        one = Observation(
             settings=settings,
             seed=recipe.train.seed,
             step=step,
             is_final=is_final,
-            run=str(run.folder),
+            run=str(run),
             pairs=_read_rows(place / PAIRS_FILE, "where", _PAIR_NUMBERS),
             answers=_read_rows(place / ANSWERS_FILE, "sample", _ANSWER_NUMBERS),
             logged={key: float(value) for key, value in logged.items()},
             kappa=kappa,
         )
+        end = end or one
+        if _names(one) == _names(end) and (limit is None or _limit(place) in (None, limit)):
+            yield one
+        else:
+            left_out += 1
+    if left_out:
+        remarks.append(
+            f"{run}: {left_out} snapshots were measured on other pairs than its end is now, or with answers cut at another "
+            "length, and are left out"
+        )
 
 
-def _dials(base: Recipe, recipe: Recipe, given: Mapping[str, Any] | None, kappa: float | None) -> dict[str, Any]:
+def _names(one: Observation) -> object:
+    return one.pairs and (one.pairs.prompts, one.pairs.names)
+
+
+def _limit(place: Path) -> int | None:
+    """After how many tokens the answers there were cut."""
+    limit: int | None = (_read_object(place / EVALUATION_FILE).get("generation") or {}).get("max_new_tokens")
+    return limit
+
+
+def _asked_gamma(recipe: Recipe, record: Mapping[str, Any]) -> float | str:
+    """γ as a run was asked for it: one that it found by itself is a number in its recipe by now."""
+    asked: float | str = (record.get("gamma_calibration") or {}).get("asked", recipe.loss.gamma)
+    return asked
+
+
+def _dials(base: Recipe, recipe: Recipe, gamma: float | str, kappa: float | None) -> dict[str, Any]:
     """What a run turns away from the base; γ counts as a multiple of β, so that turning β alone leaves it where it is."""
     settings = {key: value for key, value in turned_settings(base, recipe).items() if not _is_no_dial(key)}
-    gamma = (given or {}).get("loss.gamma", settings.pop("loss.gamma", None))
+    settings.pop("loss.gamma", None)
     if isinstance(gamma, str) and CALIBRATED.match(gamma):
-        settings["loss.gamma"] = gamma
-    elif kappa is not None and (gamma is not None if base.loss.is_calibrated else not _is_close(kappa, _kappa(base))):
+        settings |= {"loss.gamma": gamma} if gamma != base.loss.gamma else {}
+    elif kappa is not None and (base.loss.is_calibrated or not _is_close(kappa, _kappa(base))):
         settings["loss.gamma"] = f"{kappa:.6g}x"
     return dict(sorted(settings.items()))
 
@@ -200,13 +224,14 @@ def _is_close(one: float, other: float) -> bool:
 
 
 def _with_own_names(observations: list[Observation]) -> list[Observation]:
-    """Runs of equal settings and seed are told apart by their folders."""
+    """Runs of equal settings and seed are told apart by their folders: in a sweep by those of their points."""
     owner: dict[tuple[str, int], str] = {}
     found = []
     for one in observations:
         key = repr(one.settings), one.seed
         first = owner.setdefault(key, one.run)
-        found.append(one if first == one.run else one._replace(settings={**one.settings, "run": one.run}))
+        own = re.sub(r"[/\\]seed-\d+$", "", one.run)
+        found.append(one if first == one.run else one._replace(settings={**one.settings, "run": own}))
     return found
 
 
@@ -231,7 +256,7 @@ def _check_comparable(records: Sequence[tuple[Path, Mapping[str, Any], Observati
             _check_same_rows(first, observation.pairs, folder, observed.pairs)
     limits: dict[Any, Path] = {}
     for folder, _, _ in records:
-        limit = (_read_object(folder / EVALUATION_FILE).get("generation") or {}).get("max_new_tokens")
+        limit = _limit(folder)
         if limit is not None:
             limits.setdefault(limit, folder)
     if len(limits) > 1:
@@ -240,6 +265,16 @@ def _check_comparable(records: Sequence[tuple[Path, Mapping[str, Any], Observati
             f"{there}: answers are cut after {two} tokens, those of {here} after {one}, so that their KL are different "
             "quantities; sample one of them again with pe-dpo eval"
         )
+
+
+def _remarks_on_training(records: Sequence[tuple[Path, Mapping[str, Any], Observation]]) -> list[str]:
+    """Whether all runs learned from the same pairs: a file may have changed under its name."""
+    hashes = [(folder, (record.get("hashes") or {}).get("data")) for folder, record, _ in records]
+    known = [(folder, value) for folder, value in hashes if value is not None]
+    others = [folder for folder, value in known if value != known[0][1]]
+    if not others:
+        return []
+    return [f"{others[0]}: was trained on other pairs than {known[0][0]} (so were {len(others)} runs of {len(records)})"]
 
 
 def _check_same_rows(first: Path, rows: Rows, folder: Path, others: Rows) -> None:

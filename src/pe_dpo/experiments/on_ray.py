@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pe_dpo.errors import UsageError
@@ -13,23 +15,29 @@ from pe_dpo.recipe import Recipe
 class _Worker:
     """Runs points one after the other; its base is loaded once, with the first of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: Path | None) -> None:
+        self.like = like
         self.shared: Any = None
 
     def run(self, point: Point, recipe: Recipe) -> PointState:
         """Return how the run of a point ended."""
         if self.shared is None:
-            self.shared = share(recipe)
+            self.shared = share(recipe, self.like)
         return run_point(point, recipe, self.shared)
 
 
 def run_on_ray(
-    todo: list[tuple[Point, Recipe]], *, workers: int | None, say: Callable[[str], None] = lambda line: None
+    todo: list[tuple[Point, Recipe]],
+    *,
+    like: Path | None = None,
+    workers: int | None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[PointState]:
     """Run points on the cluster that RAY_ADDRESS names, else on this machine, and yield each as it begins and ends.
 
     Args:
         todo: points with their recipes; their folders must be the same files for every worker.
+        like: folder of a finished run of the sweep, which must have had the same pairs.
         workers: runs at once; default: one per GPU of the cluster, else one.
         say: gets lines of facts.
 
@@ -46,10 +54,15 @@ def run_on_ray(
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = min(workers or gpus or 1, len(todo))
         say(f"ray: {count} runs at once on {gpus} GPUs")
-        make = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker).remote
-        yield from _spread(ray, make, count, todo)
+        make = partial(ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker).remote, like and like.absolute())
+        yield from _spread(ray, make, count, [(point, _anywhere(recipe)) for point, recipe in todo])
     finally:
         ray.shutdown()
+
+
+def _anywhere(recipe: Recipe) -> Recipe:
+    """The recipe with its output by its absolute path: workers run in folders of their own."""
+    return recipe.model_copy(update={"output": str(Path(recipe.output).absolute())})
 
 
 def _spread(ray: Any, make: Callable[[], Any], count: int, todo: list[tuple[Point, Recipe]]) -> Iterator[PointState]:

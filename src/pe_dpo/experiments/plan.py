@@ -90,15 +90,24 @@ def make_plan(
     found: dict[str, Point] = {}
     recipes: list[Recipe] = []
     faults: list[str] = []
-    for turns in [*combinations, *(_with_dropout(turns) for turns in combinations if dropout_control and _has_mixout(turns))]:
+
+    def read(turns: list[str]) -> Recipe | None:
         try:
-            point = with_absolute_paths(load_recipe(source, [*overrides, *turns]))
+            return with_absolute_paths(load_recipe(source, [*overrides, *turns]))
         except RecipeError as error:
             faults.append(f"{' '.join(turns)}: {error}")
+            return None
+
+    wanted = [(turns, read(turns)) for turns in combinations]
+    twins = [_with_dropout(turns, point) for turns, point in wanted if dropout_control and point and point.mixout.p]
+    for turns, point in [*wanted, *((turns, read(turns)) for turns in twins)]:
+        if point is None:
             continue
         settings = turned_settings(base, point, ignore=_OF_THE_RUN)
         name = _name(settings)
         if any(known.name == name for known in found.values()):
+            if all(known.settings != settings for known in found.values()):
+                faults.append(f"{' '.join(turns)}: its folder would be {name}, as that of another point; make two sweeps")
             continue
         for seed in seeds:
             run = f"runs/{name}/seed-{seed}"
@@ -185,13 +194,9 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
     return [list(turns) for turns in itertools.product(*axes)]
 
 
-def _has_mixout(turns: Sequence[str]) -> bool:
-    return any(turn.startswith("mixout.p=") and float(turn.partition("=")[2]) > 0 for turn in turns)
-
-
-def _with_dropout(turns: Sequence[str]) -> list[str]:
+def _with_dropout(turns: Sequence[str], point: Recipe) -> list[str]:
     """The same point with dropout on the adapter's input, a new mask for every token, instead of mixout."""
-    return [turn.replace("mixout.p=", "adapter.dropout=") for turn in turns]
+    return [*turns, f"adapter.dropout={point.mixout.p!r}", "mixout.p=0"]
 
 
 def _name(settings: dict[str, Any]) -> str:

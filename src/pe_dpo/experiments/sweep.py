@@ -12,18 +12,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
 
+from pe_dpo.data import data_hash
 from pe_dpo.errors import PeDpoError, RunFolderError
+from pe_dpo.evaluation.held_out import read_generation
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.model.base import load_base
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, with_absolute_paths
 from pe_dpo.training.checkpoints import checkpoints
+from pe_dpo.training.gamma import with_recorded_gamma
 from pe_dpo.training.run import SharedRun, prepare_run, train
-from pe_dpo.training.run_folder import FREE_TO_CHANGE, RECIPE_FILE, RUN_FILE, locked, read_run, update_run
+from pe_dpo.training.run_folder import (
+    FREE_TO_CHANGE,
+    RECIPE_FILE,
+    RUN_FILE,
+    check_same_inputs,
+    locked,
+    read_run,
+    update_run,
+)
 
 Engine = Literal["local", "ray"]
 
@@ -34,8 +44,8 @@ class PointState(NamedTuple):
     point: Point
     status: Literal["waiting", "running", "finished", "failed", "interrupted"]
     seconds: float = 0.0
-    metrics: Mapping[str, float] = MappingProxyType({})
-    """Held-out metrics of a finished run, see `evaluation.pairs.set_metrics`."""
+    metrics: Mapping[str, float] = {}
+    """Held-out metrics of a finished run, see `evaluation.pairs.set_metrics`, and `kl` where answers were sampled."""
     why: str = ""
     """Of a failed one."""
 
@@ -58,7 +68,7 @@ def sweep(
         tell: called with all points at the beginning, and whenever a run begins or ends.
 
     Raises:
-        RunFolderError: the folder is not this sweep's, is in use, or holds a run of other settings.
+        RunFolderError: the folder is not this sweep's, is in use, or holds a run of other settings or other pairs.
         UsageError: ray is asked for and not installed.
         DataError, ModelError: the base or the pairs cannot be used at all.
     """
@@ -68,7 +78,8 @@ def sweep(
         todo = [(point, recipe) for point, recipe in _pairs(plan) if states[point.folder].status != "finished"]
         say(f"{len(plan.points)} runs, {len(todo)} of them to do")
         tell(list(states.values()))
-        for state in _run_all(todo, engine, workers, say) if todo else ():
+        finished = [Path(recipe.output) for point, recipe in _pairs(plan) if states[point.folder].status == "finished"]
+        for state in _run_all(todo, next(iter(finished), None), engine, workers, say) if todo else ():
             states[state.point.folder] = state
             tell(list(states.values()))
             if state.status == "interrupted":
@@ -77,23 +88,35 @@ def sweep(
 
 
 def _run_all(
-    todo: list[tuple[Point, Recipe]], engine: Engine, workers: int | None, say: Callable[[str], None]
+    todo: list[tuple[Point, Recipe]], like: Path | None, engine: Engine, workers: int | None, say: Callable[[str], None]
 ) -> Iterator[PointState]:
     """Yield the state of each point when its run begins and when it ends."""
     if engine == "ray":
         from pe_dpo.experiments.on_ray import run_on_ray
 
-        yield from run_on_ray(todo, workers=workers, say=say)
+        yield from run_on_ray(todo, like=like, workers=workers, say=say)
         return
-    shared = share(todo[0][1], say)
+    shared = share(todo[0][1], like, say)
     for point, recipe in todo:
         yield PointState(point, "running")
         yield run_point(point, recipe, shared)
 
 
-def share(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> SharedRun:
-    """Return pairs and loaded base that all runs of a sweep have in common."""
+def share(recipe: Recipe, like: Path | None = None, say: Callable[[str], None] = lambda line: None) -> SharedRun:
+    """Return pairs and loaded base that all runs of a sweep have in common.
+
+    Args:
+        recipe: of one of them.
+        like: folder of a finished run of the sweep, if there is one.
+        say: gets lines of facts.
+
+    Raises:
+        RunFolderError: the finished run had other pairs.
+        DataError, ModelError: the base or the pairs cannot be used at all.
+    """
     prepared = prepare_run(recipe)
+    if like is not None:
+        check_same_inputs(like, {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
     for line in prepared.data.report.lines():
         say(line)
     return SharedRun(prepared, load_base(prepared.facts, device="cuda" if torch.cuda.is_available() else "cpu"))
@@ -107,14 +130,20 @@ def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
             goes_on = bool(checkpoints(folder))
             result = train(recipe, resume=goes_on, overwrite=not goes_on, say=say, shared=shared)
     except PeDpoError as error:
-        if (folder / RUN_FILE).is_file():
+        is_ours = not isinstance(error, RunFolderError)  # else somebody else's run may lie there
+        if is_ours and (folder / RUN_FILE).is_file():
             update_run(folder, status="failed", why=str(error))
         return PointState(point, "failed", time.perf_counter() - began, {}, str(error))
     if result.interrupted_by is not None:
         return PointState(point, "interrupted", time.perf_counter() - began)
     for checkpoint in checkpoints(folder):  # what they are for is over, and a sweep has many
         shutil.rmtree(checkpoint)
-    return PointState(point, "finished", time.perf_counter() - began, result.after)
+    return PointState(point, "finished", time.perf_counter() - began, _metrics(folder, result.after))
+
+
+def _metrics(folder: Path, after: Mapping[str, float]) -> dict[str, float]:
+    generation = read_generation(folder)
+    return {**after, "kl": generation["kl"]["mean"]} if generation else dict(after)
 
 
 @contextmanager
@@ -137,10 +166,11 @@ def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
     if record.get("status") != "finished":
         return PointState(point, "waiting")
     old = recipe_from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"), str(folder / RECIPE_FILE))
-    difference = recipe_difference(old, with_absolute_paths(recipe), ignore=FREE_TO_CHANGE)
+    asked = with_recorded_gamma(folder, with_absolute_paths(recipe))
+    difference = recipe_difference(old, asked, ignore=FREE_TO_CHANGE)
     if difference:
         raise RunFolderError(f"{folder}: was trained with other settings ({'; '.join(difference)}); move it away")
-    return PointState(point, "finished", float(record.get("seconds", 0.0)), record.get("after", {}))
+    return PointState(point, "finished", float(record.get("seconds", 0.0)), _metrics(folder, record.get("after", {})))
 
 
 def _pairs(plan: SweepPlan) -> list[tuple[Point, Recipe]]:

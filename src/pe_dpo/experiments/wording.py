@@ -83,6 +83,8 @@ def verdict(found: Comparison) -> str:
             return _nothing(found)
         base = next((arm.name for arm in found.arms if arm.direct is None), "")
         sentences = [_sentence(found, direct, f"Each at its own KL{_why_unmatched(found)}, {{}} {base}")]
+    if found.seeds == 1:
+        sentences.append("With one seed this holds for these runs, not yet for others of the same settings")
     if found.power is not None and found.is_share:
         sentences.append(_power_sentence(found))
     return ". ".join(sentences) + "."

@@ -1,0 +1,33 @@
+"""`pe-dpo report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    target: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; default: report.html in it.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for plots and tables; default: report/ in it.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Of a sweep: what to compare on; see pe-dpo compare.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Of a sweep: the dial that others are held against.")] = None,
+) -> None:
+    """Show a run or a sweep on one page that opens anywhere; plots as PNG and SVG, tables as LaTeX and markdown beside it."""
+    from pe_dpo.errors import UsageError
+
+    if not target.is_dir():
+        raise UsageError(f"{target}: no such folder; name the folder of a run or of a sweep")
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output {output}: is a folder; name an HTML file, for example {output / 'report.html'}")
+
+    from pe_dpo.cli import console
+
+    console.quiet_libraries()
+    from pe_dpo.report.write import write_report
+
+    written = write_report(target, page=output, figures=figures, metric=metric, baseline=baseline)
+    console.say(written.verdict)
+    for line in dict.fromkeys(written.missing):
+        console.say(f"not in it: {line}")
+    console.say(f"{written.page}; {written.plots} plots as PNG and SVG, table.md and table.tex in {written.figures}")

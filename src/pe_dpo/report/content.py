@@ -1,0 +1,98 @@
+"""What a page is made of: sections of sentences, plots, tables and texts. Nothing here knows what they are about."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+
+class Plot(NamedTuple):
+    """A figure with what is said about it."""
+
+    name: str
+    """File name without ending: letters, digits and dashes; another for every plot of a page."""
+    figure: Figure
+    caption: str
+    """What is shown and how to read it, in sentences."""
+    alt: str
+    """What one who cannot see it should know: the kind of plot and its main numbers."""
+    is_wide: bool = False
+    """Whether it takes the page's whole width."""
+
+
+class Table(NamedTuple):
+    """A table of finished text."""
+
+    name: str
+    """As `Plot.name`."""
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """Each as long as the header; the first cell names the row."""
+    note: str = ""
+    """A sentence below it."""
+    is_folded: bool = False
+    """Whether it is shown on request only."""
+
+
+class Answer(NamedTuple):
+    """A text that a person or a model wrote."""
+
+    title: str
+    text: str
+
+
+class Exhibit(NamedTuple):
+    """Texts that belong together, as the two answers of a pair."""
+
+    title: str
+    answers: Sequence[Answer]
+
+
+class Folded(NamedTuple):
+    """Plain text that is shown on request, as a recipe."""
+
+    title: str
+    text: str
+
+
+class Section(NamedTuple):
+    """A part of a page; whatever is empty is not shown."""
+
+    name: str
+    """Its anchor: letters, digits and dashes."""
+    title: str
+    sentences: Sequence[str] = ()
+    """Plain text; what stands between backticks is a command."""
+    facts: Sequence[tuple[str, str]] = ()
+    """What and its value, a list."""
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    exhibits: Sequence[Exhibit] = ()
+    folded: Sequence[Folded] = ()
+    missing: Sequence[str] = ()
+    """What could be here, why it is not, and which command gives it."""
+
+
+class Page(NamedTuple):
+    """A whole report."""
+
+    title: str
+    """Of the window."""
+    verdict: str
+    """The finding, in one sentence of plain words; it comes first."""
+    remarks: Sequence[str]
+    """The sentences after it: what else is found, what looks off."""
+    sections: Sequence[Section]
+    records: Sequence[dict[str, Any]] = ()
+    """What JSON can hold of it, an object per line of results.jsonl."""
+
+    @property
+    def plots(self) -> list[Plot]:
+        """All plots in their order."""
+        return [plot for section in self.sections for plot in section.plots]
+
+    @property
+    def tables(self) -> list[Table]:
+        """All tables in their order."""
+        return [table for section in self.sections for table in section.tables]

@@ -1,0 +1,100 @@
+"""A page as one HTML file: styles, plots and texts inside it, no scripts, nothing from elsewhere."""
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from pe_dpo.report.content import Page, Plot
+from pe_dpo.report.style import to_element
+
+LONG, SHOWN = 500, 300
+"""Texts of more characters than LONG are folded behind their first SHOWN."""
+
+SHORT = 36
+"""Characters of a command that is not broken, on a phone neither."""
+
+_CONTROLS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C])
+"""Signs that turn the direction of writing; they could make a text look like another one."""
+
+
+def to_html(page: Page, drawings: Mapping[str, str]) -> str:
+    """Return the page as an HTML document.
+
+    Everything that is not markup of ours is escaped; signs that cannot be seen or that turn the direction of what follows
+    are shown by their number.
+
+    Args:
+        page: what it holds.
+        drawings: the SVG document of each of its plots, by name.
+    """
+    elements = {plot.name: _element(plot, drawings[plot.name]) for plot in page.plots}
+    return _environment().get_template("page.html.j2").render(page=page, drawings=elements, text=_text, prose=_prose)
+
+
+def visible(text: str) -> str:
+    """Return text in which nothing hides: controls as their pictures (NUL is ␀), signs that turn directions as ⟨U+202E⟩."""
+    return "".join(_visible_sign(sign) for sign in text)
+
+
+def _visible_sign(sign: str) -> str:
+    code = ord(sign)
+    if sign in "\n\t":
+        return sign
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if 0xD800 <= code < 0xE000:
+        return "\ufffd"
+    if 0x7F <= code < 0xA0 or code in _CONTROLS:
+        return f"⟨U+{code:04X}⟩"
+    return sign
+
+
+def _element(plot: Plot, drawing: str) -> Markup:
+    """The plot as an <svg> element that says what it shows."""
+    svg = to_element(drawing, plot.name)
+    alt = Markup.escape(visible(plot.alt))
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1))
+
+
+def _prose(sentence: str) -> Markup:
+    """A sentence in which what stands between backticks is a command."""
+    found = Markup()
+    for at, part in enumerate(re.split(r"`([^`]+)`", sentence)):
+        shape = "{}" if at % 2 == 0 else '<code class="short">{}</code>' if len(part) <= SHORT else "<code>{}</code>"
+        found += Markup(shape).format(visible(part))
+    return found
+
+
+def _text(text: str) -> Markup:
+    """A text of somebody, in its own direction, folded if long."""
+    if not text:
+        return Markup('<div class="note">(empty)</div>')
+    shown = visible(text)
+    if len(shown) <= LONG:
+        return Markup('<div class="text" dir="auto">{}</div>').format(shown)
+    return Markup(
+        '<div class="text" dir="auto">{} …</div><details><summary>all {} characters</summary>'
+        '<div class="text" dir="auto">{}</div></details>'
+    ).format(shown[:SHOWN], len(text), shown)
+
+
+def _environment() -> Environment:
+    def finalize(value: Any) -> Any:
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    return Environment(
+        loader=FunctionLoader(_template),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=finalize,
+    )
+
+
+def _template(name: str) -> str:
+    return resources.files("pe_dpo.report").joinpath("templates", name).read_text(encoding="utf-8")

@@ -1,0 +1,47 @@
+"""`pe-dpo report`: a page and files beside it, or one line that says why not."""
+
+import fake_runs
+import pytest
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fake_runs.write_run(tmp_path_factory.mktemp("runs") / "run", {"loss.beta": 0.1}, fake_runs.make_world(), samples=0)
+
+
+def test_a_run_becomes_a_page_with_its_files(pe_dpo, run, tmp_path) -> None:
+    done = pe_dpo("report", run, "-o", tmp_path / "new" / "page.html", "--figures", tmp_path / "figures")
+    assert (done.code, done.err) == (0, "")
+    verdict, *missing, last = done.out.splitlines()
+    assert "held-out pair" in verdict
+    assert len(missing) == len(set(missing)) == 3
+    assert all(line.startswith("not in it: ") for line in missing)
+    assert last.startswith(f"{tmp_path / 'new' / 'page.html'}; ")
+    assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert {"table.md", "table.tex", "loss.png", "loss.svg"} <= {path.name for path in (tmp_path / "figures").iterdir()}
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["nowhere"], "no such folder"),
+    (["."], "neither a run"),
+])  # fmt: skip
+def test_what_is_neither_a_run_nor_a_sweep_is_a_usage_error(pe_dpo, tmp_path, monkeypatch, arguments, words) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = pe_dpo("report", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert words in done.err
+
+
+def test_a_page_is_a_file_and_not_a_folder(pe_dpo, run, tmp_path) -> None:
+    done = pe_dpo("report", run, "-o", tmp_path)
+    assert done.code == 2
+    assert f"--output {tmp_path}: is a folder" in done.err
+
+
+def test_a_folder_that_cannot_be_made_is_named(pe_dpo, run, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    done = pe_dpo("report", run, "-o", tmp_path / "page.html", "--figures", tmp_path / "file")
+    assert done.code == 2
+    assert f"{tmp_path / 'file'}: cannot be written" in done.err

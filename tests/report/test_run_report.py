@@ -1,0 +1,332 @@
+"""The report of one run: its numbers are those of its files, and whatever is missing is said."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+from scipy import stats
+
+from pe_dpo.errors import UsageError
+from pe_dpo.report.page import to_html
+from pe_dpo.report.run_report import report_run
+from pe_dpo.report.style import to_svg
+from pe_dpo.report.tables import escape_latex
+from pe_dpo.report.write import write_report
+
+
+@pytest.fixture(scope="module")
+def written(whole_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(whole_run, page=folder / "page.html", figures=folder / "figures")
+
+
+@pytest.fixture(scope="module")
+def page(written, parse):
+    return parse(written.page.read_text(encoding="utf-8"))
+
+
+def _number(text: str) -> float:
+    return float(text.replace("−", "-").split()[0])
+
+
+def _sections(folder):
+    return {section.name: section for section in report_run(folder).sections}
+
+
+def test_a_whole_run_misses_nothing(written) -> None:
+    assert written.missing == []
+
+
+def test_every_plot_is_on_the_page_and_a_file(written, page) -> None:
+    names = {value for tag, attrs in page.tags if tag == "figure" for value in [attrs["id"]]}
+    assert names >= {
+        *("regimes-pairs-sum", "regimes-weight-sum", "regimes-pairs-per-token", "regimes-weight-per-token"),
+        *("preferences-start", "preferences-end", "transitions-sum", "transitions-per-token", "displacement", "loss"),
+        *("reward-accuracy", "policy-accuracy", "kl", "entropy", "lengths", "length-shift"),
+    }
+    assert {path.stem for path in written.figures.glob("*.png")} == names
+    assert {path.stem for path in written.figures.glob("*.svg")} == names
+    assert written.plots == len(names) == sum(tag == "svg" for tag, _ in page.tags)
+
+
+def test_before_and_after_are_those_of_the_run(whole_run, page) -> None:
+    record = json.loads((whole_run / "run.json").read_text())
+    rows = {row[0]: row[1:] for row in page.tables["before-after"]}
+    for title, key, error in (
+        ("accuracy of π, summed log-probs", "accuracy/policy", 6e-4),
+        ("accuracy of π, per token", "accuracy/policy_per_token", 6e-4),
+        ("loss", "loss", 6e-5),
+        ("log π − log π0 of rejected, nats", "displacement/rejected", 6e-3),
+    ):
+        assert _number(rows[title][0]) == pytest.approx(record["before"][key], abs=error)
+        assert _number(rows[title][1]) == pytest.approx(record["after"][key], abs=error)
+        assert _number(rows[title][2]) == pytest.approx(record["after"][key] - record["before"][key], abs=error)
+
+
+def test_the_interval_of_a_change_is_clustered_by_prompt(whole_run, page) -> None:
+    """By hand from the pairs: 60 pairs of 40 prompts, sums of deviations per prompt."""
+    pairs = parquet.read_table(whole_run / "eval_pairs.parquet").to_pydict()
+    shift = np.asarray(pairs["policy_chosen"]) - np.asarray(pairs["initial_chosen"])
+    sums: dict[str, float] = {}
+    for key, value in zip(pairs["prompt_key"], shift - shift.mean(), strict=True):
+        sums[key] = sums.get(key, 0.0) + value
+    clusters = len(sums)
+    error = math.sqrt(clusters / (clusters - 1) * sum(value**2 for value in sums.values())) / len(shift)
+    half = stats.t.ppf(0.975, clusters - 1) * error
+    row = next(row for row in page.tables["before-after"] if row[0] == "log π − log π0 of chosen, nats")
+    low, high = re.findall(r"[−+\d.]+", row[3].split("[")[1])
+    assert (_number(low), _number(high)) == pytest.approx((shift.mean() - half, shift.mean() + half), abs=6e-3)
+
+
+def test_the_verdict_counts_the_pairs_that_changed_sides(whole_run, written) -> None:
+    pairs = {key: np.asarray(value) for key, value in parquet.read_table(whole_run / "eval_pairs.parquet").to_pydict().items()}
+    start = pairs["initial_chosen"] - pairs["initial_rejected"]
+    now = pairs["policy_chosen"] - pairs["policy_rejected"]
+    gained, lost = int(((start < 0) & (now > 0)).sum()), int(((start > 0) & (now < 0)).sum())
+    assert written.verdict.startswith(
+        f"Of 60 held-out pairs the policy now ranks {gained} right that it ranked wrong before, and {lost} the other way round"
+    )
+    assert gained + lost > 0
+
+
+@pytest.mark.parametrize(("flipped", "words"), [
+    (0, "No held-out pair changed sides"), (5, "this cannot be told from chance"), (6, "made the ranking better, by more than"),
+    (-6, "made the ranking worse, by more than"),
+])  # fmt: skip
+def test_six_pairs_that_change_sides_are_more_than_chance_and_five_are_not(run, set_columns, flipped: int, words: str) -> None:
+    """McNemar's exact p is 2/2⁶ = 0.031 for six, 0.063 for five; each pair has a prompt of its own."""
+    now = [1.0 if index < 30 + flipped else -1.0 for index in range(60)]
+    zero, keys = [0.0] * 60, [f"{index}" for index in range(60)]
+    start = [1.0 if index < 30 else -1.0 for index in range(60)]
+    set_columns(run, policy_chosen=now, policy_rejected=zero, initial_chosen=start, initial_rejected=zero, prompt_key=keys)
+    assert words in report_run(run).verdict
+
+
+def test_sampled_answers_are_those_of_the_evaluation(whole_run, page) -> None:
+    generation = json.loads((whole_run / "evaluation.json").read_text())["generation"]
+    rows = {row[0]: row[1] for row in page.tables["sampled"]}
+    mean, error = rows["KL(π‖π0), nats per answer"].split(" ± ")
+    assert float(mean) == pytest.approx(generation["kl"]["mean"], abs=6e-5)
+    assert float(error) == pytest.approx(generation["kl"]["standard_error"], abs=6e-5)
+    assert _number(rows["tokens of an answer"]) == pytest.approx(generation["tokens"]["mean"], abs=6e-3)
+
+
+def test_what_was_trained_is_said(page) -> None:
+    facts = dict(zip(page.by_tag["dt"], page.by_tag["dd"], strict=True))
+    assert facts["κ = γ/β"] == "0.5"
+    assert facts["Loss"].startswith("−log σ(z),  z = 0.01·Δπ − 0.005·Δ0")
+    assert "generalized DPO" in facts["Equals"]
+    assert (facts["Mixout"], facts["Seed"], facts["Steps"]) == ("p = 0.3", "0", "12, in 12 s")
+    recipe = next(text for text in page.by_tag["pre"] if "gamma" in text)
+    assert "gamma: 0.5x" in recipe
+    assert any("d" * 64 in text for text in page.by_tag["pre"])
+
+
+def test_the_pairs_that_moved_most_are_shown_as_text(whole_run, page) -> None:
+    pairs = parquet.read_table(whole_run / "eval_pairs.parquet").to_pydict()
+    now, start = (np.subtract(pairs[f"{when}_chosen"], pairs[f"{when}_rejected"]) for when in ("policy", "initial"))
+    moved = (now - start).tolist()
+    order = sorted(range(60), key=lambda index: -moved[index])
+    titles = page.by_tag["h3"]
+    assert [title.rsplit(", ", 1)[1] for title in titles] == [pairs["where"][index] for index in order[:5] + order[:-6:-1]]
+    assert titles[0].startswith(f"Best 1: +{moved[order[0]]:.2f} nats")
+    best = page.by_tag["article"][0]
+    assert pairs["prompt"][order[0]] in best
+    assert f"<script>alert({order[0]})</script>" in best
+
+
+def test_the_table_files_have_the_same_numbers(written, page) -> None:
+    markdown = (written.figures / "table.md").read_text(encoding="utf-8").replace("\\", "")
+    latex = (written.figures / "table.tex").read_text(encoding="utf-8")
+    for name in ("before-after", "sampled"):
+        for row in page.tables[name][1:]:
+            assert "| " + " | ".join(row) + " |" in markdown
+            assert " & ".join(escape_latex(cell) for cell in row) + r" \\" in latex
+
+
+def test_by_default_a_report_lies_in_the_run(run) -> None:
+    for path in (*run.glob("*.parquet"), run / "metrics.jsonl"):
+        path.unlink()  # fewer plots, drawn sooner
+    written = write_report(run)
+    assert (written.page, written.figures) == (run / "report.html", run / "report")
+    assert (run / "report" / "table.tex").is_file()
+
+
+def test_without_sampled_answers_the_page_says_how_to_get_them(run) -> None:
+    (run / "generations.parquet").unlink()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    del evaluation["generation"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    for path in run.glob("snapshots/*/evaluation.json"):
+        path.unlink()
+    content = report_run(run)
+    assert "sampled" not in {table.name for table in content.tables}
+    assert "kl" not in {plot.name for plot in content.plots}
+    missing = [line for section in content.sections for line in section.missing]
+    assert sum("generation.prompts" in line and "pe-dpo eval" in line for line in missing) == 3
+
+
+def test_without_snapshots_the_way_is_missed(run) -> None:
+    for path in run.glob("snapshots/*/evaluation.json"):
+        path.unlink()
+    section = _sections(run)["drift"]
+    assert [plot.name for plot in section.plots] == ["kl"]
+    assert "generation.snapshots" in section.missing[0]
+
+
+def test_without_held_out_pairs_only_training_is_shown(run, set_record) -> None:
+    (run / "eval_pairs.parquet").unlink()
+    set_record(run, before={}, after={})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if "eval_loss" not in line]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    content = report_run(run)
+    assert content.verdict == (
+        "Nothing can be said of pairs that this run was not trained on: none were held out, or they were not measured."
+    )
+    sections = {section.name: section for section in content.sections}
+    assert all("data.eval" in sections[name].missing[0] for name in ("outcome", "preferences", "texts", "limits"))
+    assert "training window" in sections["regimes"].plots[0].caption
+    assert sections["learning"].plots
+
+
+def test_watched_training_pairs_are_not_called_held_out(run) -> None:
+    text = (run / "metrics.jsonl").read_text().replace('"eval_', '"probe_')
+    (run / "metrics.jsonl").write_text(text)
+    assert "watched training pairs" in _sections(run)["regimes"].plots[0].caption
+
+
+def test_where_the_reference_was_not_run_the_rest_is_shown(run, set_columns) -> None:
+    nothing = [math.nan] * 60
+    set_columns(run, reference_chosen=nothing, reference_rejected=nothing)
+    section = _sections(run)["preferences"]
+    assert "reference was not run" in section.missing[0]
+    assert [plot.name for plot in section.plots] == ["transitions-sum", "transitions-per-token"]
+
+
+def test_a_run_that_did_not_keep_its_start_began_at_the_reference(run, set_columns) -> None:
+    before = report_run(run).verdict
+    set_columns(run, initial_chosen=None, initial_rejected=None)
+    assert report_run(run).verdict == before
+
+
+def test_a_run_from_another_adapter_without_its_start_says_so(run, set_columns) -> None:
+    set_columns(run, initial_chosen=None, initial_rejected=None)
+    recipe = (run / "recipe.yaml").read_text()
+    changed = re.sub(r"adapter:\n(  .*\n)*", "adapter: {start: sft, reference: base}\n", recipe)
+    (run / "recipe.yaml").write_text(changed)
+    sections = _sections(run)
+    assert "start were not kept" in sections["preferences"].missing[0]
+    assert [plot.name for plot in sections["preferences"].plots] == ["preferences-end"]
+
+
+def test_a_run_without_texts_says_how_to_get_them(run, set_columns) -> None:
+    set_columns(run, prompt=None, chosen=None, rejected=None)
+    section = _sections(run)["texts"]
+    assert section.exhibits == ()
+    assert "pe-dpo eval" in section.missing[0]
+
+
+def test_ties_are_counted_apart(run, set_columns) -> None:
+    set_columns(run, policy_chosen=lambda old: [-5.0, *old[1:]], policy_rejected=lambda old: [-5.0, *old[1:]])
+    section = _sections(run)["preferences"]
+    assert "1 more pairs are tied" in next(plot for plot in section.plots if plot.name == "transitions-sum").caption
+
+
+def test_a_single_pair_is_enough(run, set_columns, parse) -> None:
+    columns = parquet.read_table(run / "eval_pairs.parquet").column_names
+    set_columns(run, **{name: lambda old: old[:1] for name in columns})
+    page = parse(write_report(run).page.read_text(encoding="utf-8"))
+    assert not re.search(r"\bnan\b", page.text)
+
+
+def test_texts_of_any_kind_stay_text(run, set_columns, parse) -> None:
+    nasty = "</script><script>alert(1)</script>\"'\x00\u202eabc\n" + "long " * 300
+    set_columns(run, chosen=lambda old: [nasty] * len(old))
+    page = parse(to_html(report_run(run)._replace(sections=[_sections(run)["texts"]]), {}))
+    assert "script" not in page.by_tag
+    assert any(nasty.replace("\x00", "␀").replace("\u202e", "⟨U+202E⟩") in text for text in page.by_tag["details"])
+
+
+@pytest.mark.parametrize("gamma", ["0x", "1x"])
+def test_runs_without_a_reference_in_the_loss_and_plain_dpo_have_their_line(tmp_path, gamma: str) -> None:
+    import fake_runs
+
+    setting = {"loss.gamma": gamma, "loss.beta": 0.1, "loss.margin": 0.5}
+    run = fake_runs.write_run(tmp_path / "run", setting, fake_runs.make_world())
+    plots = {plot.name: plot for section in report_run(run).sections for plot in section.plots}
+    labels = [text.get_text() for text in plots["preferences-end"].figure.legends[0].get_texts()]
+    assert labels[-1] == {"0x": "z = 0: Δπ = 5", "1x": "z = 0: Δπ = 1·Δ0 + 5"}[gamma]
+
+
+def test_the_line_runs_where_the_score_is_zero(run) -> None:
+    """Of each pair, above the line ⇔ z > 0."""
+    pairs = {key: np.asarray(value) for key, value in parquet.read_table(run / "eval_pairs.parquet").to_pydict().items()}
+    plot = next(plot for plot in _sections(run)["preferences"].plots if plot.name == "preferences-end")
+    above = int((pairs["score"] >= 0).sum())
+    assert f"{above} lie on or above the line" in plot.caption
+    line = plot.figure.axes[0].lines[-1]
+    reference = (pairs["reference_chosen"] - pairs["reference_rejected"])[0]
+    policy = (pairs["policy_chosen"] - pairs["policy_rejected"])[0]
+    at = np.interp(reference, line.get_xdata(), line.get_ydata())
+    assert pairs["score"][0] == pytest.approx(0.01 * (policy - at), abs=1e-6)
+
+
+@pytest.mark.parametrize("status", ["starting", "training", "interrupted"])
+def test_an_unfinished_run_is_reported_as_such(tmp_path, status: str, set_record) -> None:
+    import fake_runs
+
+    run = fake_runs.write_run(tmp_path / "run", {"loss.beta": 0.1}, fake_runs.make_world(), finished=False)
+    set_record(run, status=status)
+    content = report_run(run)
+    assert content.verdict.startswith(f"This run is not finished (status: {status}")
+    assert "--resume" in next(section for section in content.sections if section.name == "outcome").missing[0]
+
+
+def test_a_run_that_has_only_begun_gives_a_page(run, set_record) -> None:
+    for path in (*run.glob("*.parquet"), run / "metrics.jsonl", run / "evaluation.json"):
+        path.unlink()
+    (run / "run.json").write_text('{"status": "failed", "why": "out of memory"}')
+    written = write_report(run)
+    assert "status: failed: out of memory" in written.verdict
+
+
+def test_remarks_come_first(run, set_record) -> None:
+    set_record(run, remarks=["both answers became less likely <i>"])
+    content = report_run(run)
+    assert "Look: both answers became less likely <i>" in content.remarks
+    assert "Nothing looked off" not in " ".join(content.remarks)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("run.json", "{"), ("run.json", "[1]"), ("evaluation.json", "nonsense"), ("eval_pairs.parquet", "PAR1 torn"),
+    ("generations.parquet", ""), ("metrics.jsonl", "{broken}\n{}\n"),
+])  # fmt: skip
+def test_a_torn_file_is_named(run, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    with pytest.raises(UsageError, match=re.escape(str(run / name))):
+        report_run(run)
+
+
+def test_a_last_line_that_a_kill_cut_off_is_left_out(run) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "loss": 1')
+    assert report_run(run).verdict
+
+
+def test_a_folder_that_is_no_run_is_refused_with_a_hint(tmp_path) -> None:
+    with pytest.raises(UsageError, match="neither a run"):
+        report_run(tmp_path)
+
+
+def test_a_dense_scatter_is_drawn_as_an_image(tmp_path) -> None:
+    import fake_runs
+
+    run = fake_runs.write_run(tmp_path / "run", {"loss.beta": 0.1}, fake_runs.make_world(3000, 3000), samples=0, snapshots=0)
+    plot = next(plot for plot in _sections(run)["preferences"].plots if plot.name == "preferences-end")
+    svg = to_svg(plot.figure)
+    assert "<image " in svg
+    assert len(svg) < 300_000

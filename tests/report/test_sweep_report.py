@@ -1,0 +1,241 @@
+"""The report of a sweep: every run is on it, its numbers are those of the runs, and whatever is missing is said."""
+
+import json
+import math
+import re
+import shutil
+import statistics
+
+import fake_runs
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from pe_dpo.errors import UsageError
+from pe_dpo.report.page import to_html
+from pe_dpo.report.sweep_report import report_sweep
+from pe_dpo.report.write import write_report
+
+GRID = (
+    {},
+    {"loss.beta": 0.025},
+    {"loss.beta": 0.4},
+    {"loss.gamma": "0x"},
+    {"loss.gamma": "2x"},
+    {"mixout.p": 0.3},
+    {"mixout.p": 0.3, "loss.gamma": "2x"},
+)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return fake_runs.write_sweep(tmp_path_factory.mktemp("sweeps") / "sweep", GRID, steps=6)
+
+
+@pytest.fixture(scope="module")
+def written(sweep, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(sweep, page=folder / "page.html", figures=folder / "figures", metric="accuracy/shift")
+
+
+@pytest.fixture(scope="module")
+def page(written, parse):
+    return parse(written.page.read_text(encoding="utf-8"))
+
+
+def _rows(page, name: str) -> list[dict[str, str]]:
+    header, *rows = page.tables[name]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def _float(text: str) -> float:
+    return float(text.replace("−", "-"))
+
+
+def _sections(content):
+    return {section.name: section for section in content.sections}
+
+
+def test_a_whole_sweep_misses_nothing_and_begins_with_the_verdict_of_compare(sweep, written) -> None:
+    from pe_dpo.experiments.compare import compare
+
+    assert written.missing == []
+    assert written.verdict == compare([sweep], metric="accuracy/shift").verdict
+
+
+def test_every_plot_a_paper_would_show_is_there(written, page) -> None:
+    names = {attrs["id"] for tag, attrs in page.tags if tag == "figure"}
+    assert names == {"frontier", "matched", "kl-kappa", "entropy-kappa", "seeds", "length", "displacement"}
+    for ending in ("png", "svg"):
+        assert {path.stem for path in written.figures.glob(f"*.{ending}")} == names
+    assert all(attrs.get("aria-label") for tag, attrs in page.tags if tag == "svg")
+
+
+def test_every_run_is_in_the_table_with_its_own_numbers(sweep, page) -> None:
+    rows = _rows(page, "runs")
+    assert len(rows) == 21
+    plan = json.loads((sweep / "sweep.json").read_text())["points"]
+    for row, point in zip(rows, plan, strict=True):
+        run = sweep / point["folder"]
+        record = json.loads((run / "run.json").read_text())
+        pairs = {key: np.asarray(values) for key, values in parquet.read_table(run / "eval_pairs.parquet").to_pydict().items()}
+        now = pairs["policy_chosen"] - pairs["policy_rejected"]
+        moved = now - (pairs["reference_chosen"] - pairs["reference_rejected"])
+        assert (int(row["seed"]), row["status"], int(row["steps"])) == (point["seed"], "finished", 6)
+        assert _float(row["accuracy/shift"]) == pytest.approx((moved > 0).mean(), abs=6e-5)
+        assert _float(row["acc. π"]) == pytest.approx((now > 0).mean(), abs=6e-4)
+        assert _float(row["loss"]) == pytest.approx(record["after"]["loss"], abs=6e-5)
+        assert _float(row["KL, nats"]) == pytest.approx(_kl_by_prompt(run), abs=6e-5)
+        assert _float(row["seconds"]) == round(record["seconds"])
+
+
+def _kl_by_prompt(run) -> float:
+    answers = parquet.read_table(run / "generations.parquet").to_pydict()
+    by_prompt: dict[str, list[float]] = {}
+    for key, kl in zip(answers["prompt_key"], answers["kl"], strict=True):
+        by_prompt.setdefault(key, []).append(kl)
+    return statistics.fmean(statistics.fmean(values) for values in by_prompt.values())
+
+
+def test_an_arm_is_the_mean_of_its_runs(page) -> None:
+    runs = [row for row in _rows(page, "runs") if row["run"] == "β = 0.4"]
+    arm = next(row for row in _rows(page, "arms") if row["arm"] == "β = 0.4")
+    mean, spread = map(_float, arm["accuracy/shift"].split(" ± "))
+    values = [_float(row["accuracy/shift"]) for row in runs]
+    assert mean == pytest.approx(statistics.fmean(values), abs=6e-4)
+    assert spread == pytest.approx(statistics.stdev(values), abs=6e-4)
+    assert _float(arm["KL, nats"]) == pytest.approx(statistics.fmean(_float(row["KL, nats"]) for row in runs), abs=1e-4)
+    assert _float(arm["tokens"]) == pytest.approx(statistics.fmean(_float(row["tokens"]) for row in runs), abs=1e-2)
+    assert arm["Δ at equal KL, points"] == "baseline"
+
+
+def test_effects_at_equal_kl_are_those_of_compare(sweep, page) -> None:
+    from pe_dpo.experiments.compare import compare
+
+    arms = compare([sweep], metric="accuracy/shift").arms
+    for row, arm in zip(_rows(page, "arms"), arms, strict=True):
+        found = re.fullmatch(r"([−+]?[\d.]+) \[([−+]?[\d.]+), ([−+]?[\d.]+)\]", row["Δ at equal KL, points"])
+        assert (found is None) == (arm.matched is None)
+        if found and arm.matched:
+            expected = [100 * value for value in (arm.matched.estimate, arm.matched.low, arm.matched.high)]
+            assert [_float(text) for text in found.groups()] == pytest.approx(expected, abs=0.06)
+            assert row["in range"] == f"{arm.seeds_in_range} of 3"
+
+
+def test_earlier_states_have_their_own_numbers(sweep, page) -> None:
+    arms = {row["arm"]: row for row in _rows(page, "arms")}
+    stopped = [name for name in arms if "stop" in name]
+    assert len(stopped) == 2
+    values = []
+    for seed in range(3):
+        folder = next(path for path in sorted(sweep.glob(f"runs/*/seed-{seed}")) if path.parent.name in ("base", ""))
+        answers = parquet.read_table(next(iter(sorted(folder.glob("snapshots/*")))) / "generations.parquet")
+        values.append(statistics.fmean(answers["tokens"].to_pylist()))
+    assert _float(arms[stopped[0]]["tokens"]) == pytest.approx(statistics.fmean(values), abs=1e-2)
+    assert len(_rows(page, "snapshots")) == 42
+
+
+def test_results_are_one_object_per_run(sweep, written) -> None:
+    lines = [json.loads(line) for line in (written.figures / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    plan = json.loads((sweep / "sweep.json").read_text())["points"]
+    assert [line["folder"] for line in lines] == [point["folder"] for point in plan]
+    assert all(line["status"] == "finished" and math.isfinite(line["metrics"]["kl"]) for line in lines)
+    assert {line["kappa"] for line in lines} == {0.0, 1.0, 2.0}
+
+
+def test_kl_is_drawn_over_kappa(sweep, written) -> None:
+    """γ = 0, β, 2β of the base recipe, and γ = β, 2β with mixout; means over three seeds, by hand from the answers."""
+    content = report_sweep(sweep)
+    axes = _sections(content)["kappa"].plots[0].figure.axes[0]
+    curves = {line.get_label(): line for line in axes.lines}
+    assert list(curves["the base recipe"].get_xdata()) == [0, 1, 2]
+    names = [path.parent for path in sorted(sweep.glob("runs/*/seed-0")) if path.parent.name in ("gamma=0x",)]
+    expected = statistics.fmean(_kl_by_prompt(names[0] / f"seed-{seed}") for seed in range(3))
+    assert curves["the base recipe"].get_ydata()[0] == pytest.approx(expected)
+    assert list(curves["mixout 0.3"].get_xdata()) == [1, 2]
+
+
+def test_unfinished_runs_are_named_and_not_hidden(sweep, tmp_path, parse, set_record) -> None:
+    copy = shutil.copytree(sweep, tmp_path / "sweep")
+    points = json.loads((copy / "sweep.json").read_text())["points"]
+    gone, failed, killed = (copy / points[index]["folder"] for index in (20, 17, 14))
+    shutil.rmtree(gone)
+    set_record(failed, status="failed", why="the loss <b>is</b> not finite")
+    set_record(killed, status="training")
+    (killed / "metrics.jsonl").write_text("")
+    content = report_sweep(copy)
+    sections = [section._replace(plots=[]) for section in content.sections]
+    page = parse(to_html(content._replace(sections=sections), {}))
+    assert "Of 21 planned runs 18 are finished; 1 training, 1 failed, 1 not started. All are named below." in page.text
+    rows = _rows(page, "runs")
+    assert [row["status"] for row in rows].count("finished") == 18
+    assert len(rows) == 21
+    for run, words in ((gone, "not started"), (failed, "failed (the loss <b>is</b> not finite)"), (killed, "training")):
+        assert f"{run.relative_to(copy)}: {words}; start the same pe-dpo sweep again" in page.text
+
+
+def test_a_sweep_of_which_nothing_is_finished_has_a_page(tmp_path) -> None:
+    names = [fake_runs.point_name(setting) for setting in GRID[:2]]
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:2], seeds=(0,), unfinished=names)
+    written = write_report(sweep)
+    assert written.verdict.startswith("Nothing can be compared yet: no run of this sweep is finished")
+    assert written.plots == 0
+    assert len(written.missing) == 3
+
+
+def test_without_sampled_answers_differences_are_at_each_runs_own_kl(tmp_path) -> None:
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:5], samples=0, steps=4)
+    sections = _sections(report_sweep(sweep))
+    for name in ("frontier", "equal-kl", "kappa", "measures"):
+        assert any("pe-dpo eval" in line for line in sections[name].missing), name
+    assert [plot.name for plot in sections["equal-kl"].plots] == ["direct"]
+    assert "each at its own KL" in sections["equal-kl"].plots[0].caption
+    assert [plot.name for plot in sections["measures"].plots] == ["displacement"]
+
+
+def test_one_seed_is_said_to_be_one_seed(tmp_path) -> None:
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:4], seeds=(0,), steps=4)
+    sections = _sections(report_sweep(sweep))
+    assert "--seeds 3" in sections["seeds"].missing[0]
+    assert "every point has one seed" in sections["limits"].missing[0]
+    assert not re.search(r"\bnan\b", " ".join(cell for row in sections["arms-table"].tables[0].rows for cell in row))
+
+
+def test_a_sweep_that_does_not_turn_gamma_has_no_kappa_plot(tmp_path) -> None:
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:3], seeds=(0,), steps=4)
+    section = _sections(report_sweep(sweep))["kappa"]
+    assert section.plots == []
+    assert "--grid gamma" in section.missing[0]
+
+
+def test_runs_that_cannot_be_compared_are_still_shown(sweep, tmp_path, set_record) -> None:
+    copy = shutil.copytree(sweep, tmp_path / "sweep")
+    run = copy / json.loads((copy / "sweep.json").read_text())["points"][3]["folder"]
+    set_record(run, hashes={"held_out": "0" * 64})
+    content = report_sweep(copy)
+    assert content.verdict.startswith("Nothing can be compared yet: ")
+    assert "other held-out pairs" in content.verdict
+    assert len(_sections(content)["runs-table"].tables[0].rows) == 21
+    assert _sections(content)["runs-table"].tables[0].rows[3][4] != "–"
+
+
+def test_more_arms_than_fit_are_drawn_in_parts(tmp_path) -> None:
+    settings = [{}, *({"loss.beta": 0.1 + 0.01 * number} for number in range(1, 36))]
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", settings, seeds=(0,), steps=2, snapshots=0)
+    plots = {plot.name: plot for plot in _sections(report_sweep(sweep))["seeds"].plots}
+    assert set(plots) == {"seeds", "seeds-2"}
+    parts = [plot.figure.axes[0] for plot in plots.values()]
+    assert [len(axes.get_yticks()) for axes in parts] == [30, 6]
+    assert parts[0].get_xlim() == parts[1].get_xlim()
+
+
+def test_a_torn_plan_is_named(tmp_path) -> None:
+    (tmp_path / "sweep.json").write_text('{"points": [{"folder"')
+    with pytest.raises(UsageError, match=r"sweep\.json"):
+        report_sweep(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["metric", "baseline"])
+def test_what_is_for_sweeps_is_refused_for_a_run(run, option) -> None:
+    with pytest.raises(UsageError, match="is no sweep"):
+        write_report(run, **{option: "beta"})
