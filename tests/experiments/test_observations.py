@@ -104,6 +104,62 @@ def test_a_calibrated_gamma_keeps_its_name(write_run: Callable[..., Path], tmp_p
     assert found.kappa == pytest.approx(0.37)
 
 
+def test_a_sweep_whose_recipe_calibrates_gamma_has_its_base_point_and_its_line_of_betas(tmp_path: Path) -> None:
+    """γ is found anew for each β, so that κ is another; what was asked for is the same."""
+    settings: list[dict[str, Any]] = [{"loss.gamma": "0.5x"}, {"loss.beta": 0.4, "loss.gamma": "0.125x"}, {"loss.gamma": "1x"}]
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", settings, pairs=30, prompts=20, seeds=(0,), snapshots=0, steps=2)
+    recipe = (sweep / "recipe.yaml").read_text(encoding="utf-8")
+    (sweep / "recipe.yaml").write_text(recipe.replace("gamma: 1x", "gamma: auto"), encoding="utf-8")
+    for run in (sweep / "runs" / "gamma=0.5x" / "seed-0", sweep / "runs" / "beta=0.4,gamma=0.125x" / "seed-0"):
+        change(run / "run.json", gamma_calibration={"asked": "auto", "gamma": 0.05})
+    plan = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))
+    plan["points"] = [point | {"settings": asked} for point, asked in
+                      zip(plan["points"], ({}, {"loss.beta": 0.4}, {"loss.gamma": "1x"}), strict=True)]  # fmt: skip
+    (sweep / "sweep.json").write_text(json.dumps(plan), encoding="utf-8")
+    found = [one.settings for one in read_observations([sweep]).observations]
+    assert found == [{}, {"loss.beta": 0.4}, {"loss.gamma": "1x"}]
+    alone = [one.settings for one in read_observations(sorted((sweep / "runs").glob("*gamma=0*/seed-0"))).observations]
+    assert alone == [{}, {"loss.beta": 0.1}]
+
+
+def test_points_that_came_to_the_same_keep_their_seeds_together(tmp_path: Path) -> None:
+    """γ = 0.05 and γ = 0.5x are one policy at β = 0.1."""
+    settings: list[dict[str, Any]] = [{"loss.gamma": 0.05}, {"loss.gamma": "0.5x"}]
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", settings, pairs=30, prompts=20, seeds=(0, 1), snapshots=0, steps=2)
+    found = [one.settings for one in read_observations([sweep]).observations]
+    second = {"loss.gamma": "0.5x", "run": str(sweep / "runs" / "gamma=0.5x")}
+    assert found == [{"loss.gamma": "0.5x"}, {"loss.gamma": "0.5x"}, second, second]
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", [{}], pairs=30, prompts=20, seeds=(0,), snapshots=0, steps=2)
+    (sweep / "here").mkdir()
+    twice = [sweep, sweep / "here" / ".." / "runs" / "base" / "seed-0"]
+    assert [one.settings for one in read_observations(twice).observations] == [{}]
+
+
+def test_snapshots_measured_otherwise_than_the_end_of_their_run_are_left_out_and_said(write_run: Callable[..., Path]) -> None:
+    """The end was measured again: on other pairs, or with answers of another length."""
+    run = write_run("a", snapshots=2)
+    assert len(read_observations([run]).observations) == 3
+    change(run / "evaluation.json", generation={"max_new_tokens": 256})
+    table = read_observations([run])
+    assert [one.step for one in table.observations] == [4]
+    assert any("2 snapshots" in remark and "are left out" in remark for remark in table.remarks)
+    other = write_run("b", world=fake_runs.make_world(25, 20), snapshots=2)
+    run = write_run("c", snapshots=2)
+    (run / "eval_pairs.parquet").write_bytes((other / "eval_pairs.parquet").read_bytes())
+    assert [one.step for one in read_observations([run]).observations] == [4]
+
+
+def test_runs_trained_on_other_pairs_are_told_from_each_other(write_run: Callable[..., Path]) -> None:
+    first, second = write_run("a"), write_run("b", seed=1)
+    assert read_observations([first, second]).remarks == []
+    hashes = json.loads((second / "run.json").read_text(encoding="utf-8"))["hashes"]
+    change(second / "run.json", hashes=hashes | {"data": "another"})
+    assert any("trained on other pairs" in remark for remark in read_observations([first, second]).remarks)
+
+
 def test_runs_of_equal_settings_and_seed_stay_apart(write_run: Callable[..., Path]) -> None:
     found = read_observations([write_run("a"), write_run("b"), write_run("c", seed=1)]).observations
     assert [one.settings.get("run", "").rsplit("/", 1)[-1] for one in found] == ["", "b", ""]

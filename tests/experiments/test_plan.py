@@ -50,6 +50,23 @@ def test_the_dropout_control_is_a_twin_without_mixout(source):
     assert (plan.recipes[2].mixout.p, plan.recipes[2].adapter.dropout) == (0, 0.3)
 
 
+def test_mixout_of_the_recipe_itself_has_its_dropout_twin_too(source):
+    plan = make_plan(source, [["gamma=0,1x"], ["mixout=0.3"]], overrides=["mixout.p=0.5"], dropout_control=True)
+    assert [(recipe.loss.gamma, recipe.mixout.p, recipe.adapter.dropout) for recipe in plan.recipes] == [
+        (0, 0.5, 0), ("1x", 0.5, 0), ("1x", 0.3, 0), (0, 0, 0.5), ("1x", 0, 0.5), ("1x", 0, 0.3),
+    ]  # fmt: skip
+
+
+def test_a_mixout_that_is_no_number_is_listed_with_a_dropout_control_too(source):
+    with pytest.raises(RecipeError, match=r"mixout.p=much"):
+        make_plan(source, [["mixout=much"]], dropout_control=True)
+
+
+def test_two_points_never_share_a_folder(source):
+    with pytest.raises(RecipeError, match=r"its folder would be"):
+        make_plan(source, [["adapter.targets=[q_proj],['q_proj ']"]])
+
+
 def test_no_grid_is_the_recipe_itself(source):
     assert names(make_plan(source, [], seeds=[0, 1])) == ["base", "base"]
 

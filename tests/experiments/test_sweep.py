@@ -1,5 +1,7 @@
 """Many runs from one base: each is the run of `train`, and a kill costs no more than the run it cut off."""
 
+import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,10 +16,10 @@ from safetensors.torch import load_file
 from pe_dpo.errors import RunFolderError, UsageError
 from pe_dpo.evaluation.reference import Reference
 from pe_dpo.experiments import sweep as sweep_module
-from pe_dpo.experiments.plan import make_plan
-from pe_dpo.experiments.sweep import sweep
+from pe_dpo.experiments.plan import Point, make_plan, save_plan
+from pe_dpo.experiments.sweep import PointState, sweep
 from pe_dpo.training.run import train
-from pe_dpo.training.run_folder import read_run, update_run
+from pe_dpo.training.run_folder import locked, read_run, update_run
 
 
 @pytest.fixture
@@ -46,13 +48,17 @@ def assert_same_adapter(one, other):
 
 def test_every_point_is_the_run_that_train_makes(source, tmp_path):
     """To the bit, whatever ran on the same base before: another loss, mixout, recomputed activations, padded rows."""
-    turns = [["gamma=0,1x"], ["mixout=0.5"], ["train.gradient_checkpointing=true"], ["train.packing=false"], ["lr=1e-2"]]
+    turns = [["gamma=0,1x"], ["mixout=0.5"], ["train.gradient_checkpointing=true"], ["train.packing=false"], ["dropout=0.3"]]
     plan = make_plan(source, turns, folder=tmp_path / "sweep")
     states = sweep(plan)
     assert [state.status for state in states] == ["finished"] * 5
     for recipe in plan.recipes:
         alone = recipe.model_copy(update={"output": str(tmp_path / "alone" / Path(recipe.output).parent.name)})
         assert_same_adapter(recipe.output, train(alone).folder)
+        ours, its = (read_run(Path(folder)) for folder in (recipe.output, alone.output))
+        assert [ours[key] for key in ("before", "after", "start", "loss", "pairs", "hashes", "remarks", "step")] == [
+            its[key] for key in ("before", "after", "start", "loss", "pairs", "hashes", "remarks", "step")
+        ]
     before = [read_run(Path(recipe.output))["hashes"]["base"] for recipe in plan.recipes]
     assert len(set(before)) == 1
 
@@ -180,3 +186,53 @@ def test_the_written_plan_says_what_runs(source, tmp_path):
     sweep(plan)
     written = yaml.safe_load((Path(plan.recipes[0].output) / "recipe.yaml").read_text())
     assert written["loss"]["gamma"] == 0
+
+
+def test_a_sweep_with_a_calibrated_gamma_goes_on_where_it_was(source, tmp_path, monkeypatch):
+    """The run wrote the number that was found into its recipe."""
+    plan = make_plan(source, [["gamma=balance:0.6"]], folder=tmp_path / "sweep")
+    assert [(state.status, state.why) for state in sweep(plan)] == [("finished", "")]
+    monkeypatch.setattr(sweep_module, "train", lambda *a, **k: pytest.fail("ran again"))
+    assert [state.status for state in sweep(plan)] == ["finished"]
+
+
+def test_other_rows_in_the_same_file_stop_the_sweep(source, tiny_pairs, tmp_path):
+    """Half of the points would be trained on one set of pairs, half on another."""
+    rows = (tiny_pairs / "train.jsonl").read_text().splitlines(keepends=True)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "test.jsonl").write_text((tiny_pairs / "test.jsonl").read_text())
+    (mine / "train.jsonl").write_text("".join(rows))
+    sweep(make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep", overrides=[f"data.train={mine}"]))
+    (mine / "train.jsonl").write_text("".join(rows[:-1]))
+    plan = make_plan(source, [["gamma=0,1x"]], folder=tmp_path / "sweep", overrides=[f"data.train={mine}"])
+    with pytest.raises(RunFolderError, match="started with other inputs"):
+        sweep(plan)
+    assert not Path(plan.recipes[1].output).exists()
+
+
+def test_a_run_that_another_process_writes_is_left_alone(source, tmp_path):
+    plan = save_plan(make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep"))
+    folder = Path(plan.recipes[0].output)
+    with locked(folder):
+        update_run(folder, status="training")
+        states = sweep(plan)
+        assert [state.status for state in states] == ["failed"]
+        assert "another run is writing there" in states[0].why
+        assert read_run(folder) == {"status": "training"}
+
+
+def test_the_outcome_of_a_point_has_its_kl_where_answers_were_sampled(source, tmp_path):
+    measured = ["generation.prompts=4", "generation.max_new_tokens=4"]
+    plan = make_plan(source, [["gamma=1x"]], folder=tmp_path / "sweep", overrides=measured)
+    first, again = sweep(plan), sweep(plan)
+    written = json.loads((Path(plan.recipes[0].output) / "evaluation.json").read_text())
+    assert first[0].metrics["kl"] == again[0].metrics["kl"] == written["generation"]["kl"]["mean"] > 0
+    assert written["pairs"] == read_run(Path(plan.recipes[0].output))["after"]
+
+
+def test_states_go_between_processes():
+    point = Point("base", {}, 0, "runs/base/seed-0")
+    state = PointState(point, "interrupted", 1.0)
+    assert pickle.loads(pickle.dumps(state)) == state
+    assert json.loads(json.dumps(state._asdict()))["metrics"] == {}

@@ -235,9 +235,19 @@ def facts_of(model):
     """All of a model that a run could leave changed: modules, hooks, what is trained, attention, flags of every module."""
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     hooks = {name: [len(module._forward_hooks), len(module._forward_pre_hooks)] for name, module in model.named_modules()}
-    flags = {name: [module.training, getattr(module, "gradient_checkpointing", False)] for name, module in model.named_modules()}
+    flags = {
+        name: [module.training, getattr(module, "gradient_checkpointing", False)] for name, module in model.named_modules()
+    }
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad or parameter.grad is not None]
-    return kinds, hooks, flags, trained, model.config.to_dict(), model.config._attn_implementation, hasattr(model, "peft_config")
+    return (
+        kinds,
+        hooks,
+        flags,
+        trained,
+        model.config.to_dict(),
+        model.config._attn_implementation,
+        hasattr(model, "peft_config"),
+    )
 
 
 def test_a_lent_base_comes_back_as_it_was(base):

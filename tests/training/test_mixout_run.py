@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from pe_dpo.data.batches import row_length
-from pe_dpo.errors import ModelError
 from pe_dpo.evaluation.pairs import score_pairs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.mixout import Mixout
@@ -168,8 +167,3 @@ def test_policy_and_reference_are_equal_to_the_bit_before_the_first_step(make_tr
 def test_a_run_on_a_4_bit_base_moves(make_recipe):
     result = train(make_recipe(ON, "model.quantize=nf4", "train.max_steps=2"))
     assert any(tensor.any() for name, tensor in weights(result.folder).items() if "lora_B" in name)
-
-
-def test_dropout_beside_mixout_is_refused_before_training(make_trainer):
-    with pytest.raises(ModelError, match=r"set adapter\.dropout: 0, or set mixout\.p: 0"):
-        make_trainer(ON, "adapter.dropout=0.1")

@@ -21,7 +21,10 @@ def sweep(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each point, with seeds counted up.")] = 1,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the sweep.")] = None,
-    prompts: Annotated[int, typer.Option("--prompts", min=0, help="Held-out prompts to sample answers to, for KL.")] = 64,
+    prompts: Annotated[
+        int | None,
+        typer.Option("--prompts", min=0, help="Held-out prompts to sample answers to, for KL; default: the recipe's, else 64."),
+    ] = None,
     snapshots: Annotated[
         int | None, typer.Option("--snapshots", min=0, help="Measure so often along each run: the early-stopping arm.")
     ] = None,
@@ -39,7 +42,8 @@ def sweep(
     from pe_dpo.recipe import load_recipe
 
     base = load_recipe(recipe, set_ or [])
-    measure = [f"generation.prompts={prompts}"] if not base.generation.prompts else []
+    asked = (base.generation.prompts or 64) if prompts is None else prompts
+    measure = [f"generation.prompts={asked}"]
     measure += [f"generation.snapshots={snapshots}"] if snapshots is not None else []
     grids = [([grid] if grid else []) + list(axes or []), *(words.split() for words in also or [])]
     plan = make_plan(
