@@ -47,11 +47,11 @@ def assert_same_adapter(one, other):
 
 
 def test_every_point_is_the_run_that_train_makes(source, tmp_path):
-    """To the bit, whatever ran on the same base before: another loss, mixout, recomputed activations, padded rows."""
+    """To the bit, whatever ran on the same base before: another loss, mixout, recomputed activations, padded rows, dropout."""
     turns = [["gamma=0,1x"], ["mixout=0.5"], ["train.gradient_checkpointing=true"], ["train.packing=false"], ["dropout=0.3"]]
     plan = make_plan(source, turns, folder=tmp_path / "sweep")
     states = sweep(plan)
-    assert [state.status for state in states] == ["finished"] * 5
+    assert [state.status for state in states] == ["finished"] * 6
     for recipe in plan.recipes:
         alone = recipe.model_copy(update={"output": str(tmp_path / "alone" / Path(recipe.output).parent.name)})
         assert_same_adapter(recipe.output, train(alone).folder)
@@ -190,7 +190,7 @@ def test_the_written_plan_says_what_runs(source, tmp_path):
 
 def test_a_sweep_with_a_calibrated_gamma_goes_on_where_it_was(source, tmp_path, monkeypatch):
     """The run wrote the number that was found into its recipe."""
-    plan = make_plan(source, [["gamma=balance:0.6"]], folder=tmp_path / "sweep")
+    plan = make_plan(source, [["gamma=scale:1"]], folder=tmp_path / "sweep")
     assert [(state.status, state.why) for state in sweep(plan)] == [("finished", "")]
     monkeypatch.setattr(sweep_module, "train", lambda *a, **k: pytest.fail("ran again"))
     assert [state.status for state in sweep(plan)] == ["finished"]

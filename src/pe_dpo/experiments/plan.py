@@ -142,7 +142,7 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
             points=[*(point for point, _ in kept), *plan.points],
             recipes=[*(recipe for _, recipe in kept), *plan.recipes],
         )
-    elif plan.folder.is_dir() and any(path.name != ".lock" for path in plan.folder.iterdir()):
+    elif plan.folder.is_dir() and {path.name for path in plan.folder.iterdir()} - {".lock", "recipe.yaml"}:
         raise RunFolderError(f"{plan.folder}: is not empty and not a sweep of pe-dpo; choose another --output")
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(plan.folder / "recipe.yaml", recipe_to_yaml(plan.recipe))

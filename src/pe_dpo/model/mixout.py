@@ -23,6 +23,7 @@ from pe_dpo.model.adapter import POLICY, REFERENCE
 from pe_dpo.model.lora import InBaseDtype, add_update, compute_in_base_dtype
 from pe_dpo.model.random_bits import random_bits
 
+
 class MixedLayer(NamedTuple):
     """One adapter of one LoRA layer under mixout."""
 

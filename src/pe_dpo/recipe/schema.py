@@ -339,8 +339,8 @@ class Recipe(Section):
     def _one_mask_for_an_input(self) -> "Recipe":
         if self.mixout.p and self.adapter.dropout:
             raise ValueError(
-                f"adapter.dropout: {self.adapter.dropout:g} would mask the input that mixout.p {self.mixout.p:g} masks already, "
-                "with another mask for every token; set one of them to 0"
+                f"adapter.dropout: {self.adapter.dropout:g} would mask the input that mixout.p {self.mixout.p:g} masks "
+                "already, with another mask for every token; set one of them to 0"
             )
         return self
 

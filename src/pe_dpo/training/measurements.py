@@ -84,16 +84,20 @@ def sample_drift(
 ) -> Drift:
     """Return answers of the policy to held-out prompts, with what they say of its distance from the reference."""
     pairs: list[EncodedPair] = list(trainer.held_out)
-    return measure_drift(
-        trainer.model,
-        trainer.processing_class,
-        pairs,
-        prompts=settings.prompts,
-        samples=settings.samples,
-        max_new_tokens=settings.max_new_tokens,
-        end_token_ids=end_tokens,
-        seed=GENERATION_SEED,
-        device=trainer.args.device,
-        token_budget=trainer.token_budget,
-        progress=partial(progress, "sampling") if progress else None,
-    )
+
+    def measured() -> Drift:
+        return measure_drift(
+            trainer.model,
+            trainer.processing_class,
+            pairs,
+            prompts=settings.prompts,
+            samples=settings.samples,
+            max_new_tokens=settings.max_new_tokens,
+            end_token_ids=end_tokens,
+            seed=GENERATION_SEED,
+            device=trainer.args.device,
+            token_budget=trainer.token_budget,
+            progress=partial(progress, "sampling") if progress else None,
+        )
+
+    return trainer.with_smaller_rows(pairs, measured)

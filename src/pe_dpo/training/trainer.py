@@ -135,7 +135,7 @@ class PairTrainer(Trainer):
         if self.mixout:
             self.mixout.draw = self.state.global_step
         mine = inputs[self.args.process_index :: self.args.world_size]
-        total, scored = self._with_smaller_rows(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
+        total, scored = self.with_smaller_rows(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
         if self.mixout:
             self.mixout.check_reached()
         # What no pair reaches is zero, not missing: Adam's averages move on all the same.
@@ -184,7 +184,7 @@ class PairTrainer(Trainer):
             )
         return scored_pairs(policy, reference, out), out
 
-    def _with_smaller_rows(self, pairs: Sequence[EncodedPair], work: Callable[[], _Result]) -> _Result:
+    def with_smaller_rows(self, pairs: Sequence[EncodedPair], work: Callable[[], _Result]) -> _Result:
         """Return what the work on these pairs returns; out of memory, begin it again with half the tokens per forward.
 
         Raises:
@@ -295,7 +295,7 @@ class PairTrainer(Trainer):
         if len(self.watched) < world:
             world, rank = 1, 0
         share = self.watched[rank::world]
-        mine = self._with_smaller_rows(share, lambda: score(share))
+        mine = self.with_smaller_rows(share, lambda: score(share))
         if world == 1:
             return mine
         order = torch.cat([torch.arange(start, len(self.watched), world) for start in range(world)]).argsort()
