@@ -27,6 +27,7 @@ worse than twice the best rule (ski rental); a GPU reads faster."""
 CHECK = 8
 """Tokens after which it is looked again how many rows have ended."""
 
+
 class SampledAnswer(NamedTuple):
     """What a model said."""
 

@@ -1,0 +1,198 @@
+"""`pe-dpo audit`."""
+
+import json as json_module
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pe_dpo.cli import dials
+
+if TYPE_CHECKING:
+    from pe_dpo.evaluation.audit import Audit, Way
+    from pe_dpo.evaluation.noise import QuantizationNoise
+    from pe_dpo.evaluation.outlook import Outlook
+    from pe_dpo.evaluation.ranking import Ranking
+
+
+def audit(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    loss: dials.Loss = None,
+    beta: dials.Beta = None,
+    gamma: dials.Gamma = None,
+    margin: dials.Margin = None,
+    link: dials.Link = None,
+    set_: dials.Settings = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    plots: Annotated[Path | None, typer.Option(help="Draw it as PNG and SVG into this folder.")] = None,
+    four_bit_noise: Annotated[
+        bool, typer.Option("--four-bit-noise", help="Also measure what quantizing the base does, in two more passes.")
+    ] = False,
+) -> None:
+    """Tell, before training, what the reference does to these pairs under this loss, and which γ the data suggest."""
+    from pe_dpo.errors import UsageError
+    from pe_dpo.recipe import describe, load_recipe, warnings
+
+    plan = load_recipe(recipe, dials.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link))
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise UsageError(f"--plots {plots}: is a file; name a folder")
+
+    from pe_dpo.cli import console
+
+    console.quiet_libraries()
+    from pe_dpo.evaluation.audit import audit as run
+
+    def quiet(line: str) -> None:
+        return None
+
+    say = quiet if json else console.say
+    for line in [*describe(plan.loss).lines(), *(f"look: {line}" for line in warnings(plan))]:
+        say(line)
+    found = run(plan, with_noise=four_bit_noise, say=say, progress=console.counter())
+    if plots is not None:
+        from pe_dpo.report.audit_plots import save_audit_plots
+
+        files = save_audit_plots(found, plots)
+        say(f"{len(files)} plots as PNG and SVG in {plots}")
+    if json:
+        typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        return
+    _show(found)
+
+
+def _show(found: "Audit") -> None:
+    from pe_dpo.cli import console
+
+    reference = found.reference
+    source = "run just now" if reference["was_run"] else "all from the store, the model was not run"
+    console.say(f"π0: {reference['is']}, quantize {reference['quantize']}, {reference['dtype']}; log-probs {source}")
+    _show_ranking(found)
+    _show_evidence(found)
+    _show_outlooks(found)
+    _show_ways(found)
+    if found.noise is not None:
+        _show_noise(found.noise)
+    for line in found.warnings:
+        console.say(f"look: {line}")
+
+
+def _show_ranking(found: "Audit") -> None:
+    from pe_dpo.cli import console
+
+    def row(words: str, value: Callable[["Ranking"], str]) -> list[str]:
+        return [words, value(found.by_sum), value(found.per_token)]
+
+    rows = [
+        row("ranked right [95 %]", lambda one: f"{one.right:.3f} {_interval(one.right_interval, '.3f')}"),
+        row("ranked wrong", lambda one: f"{one.wrong:.3f}"),
+        row("tied pairs", lambda one: f"{one.ties}"),
+        row("right at equal length", lambda one: f"{one.right_at_equal_length:.3f}"),
+        row("sd(Δ0), nats", lambda one: f"{one.spread:.4g}"),
+        row("… by the median deviation", lambda one: f"{one.robust_spread:.4g}"),
+        row("correlation with |chosen| − |rejected|", lambda one: f"{one.length_correlation:.3f}"),
+    ]
+    title = f"What the reference prefers: {found.pairs:,} pairs to train on, {found.prompts:,} prompts"
+    console.show_table(title, ["", "summed", "per token"], rows)
+    console.say(f"{found.disagreement:.1%} of the pairs are right by one of the two and not by the other\n")
+
+
+def _show_outlooks(found: "Audit") -> None:
+    from pe_dpo.cli import console
+    from pe_dpo.evaluation.outlook import AGREEMENTS, FLIP_QUANTILES
+
+    columns = [found.recipe, *found.kappas]
+
+    def row(words: str, value: Callable[["Outlook"], str]) -> list[str]:
+        return [words, *(value(one) for one in columns)]
+
+    rows = [
+        row("γ", lambda one: f"{one.gamma:.4g}"),
+        row("δ = (γ−β)·sd(Δ0)", lambda one: f"{one.delta:.3g}"),
+        row("gradient on pairs ranked right", lambda one: _share(one.weight_right)),
+        row("gradient on pairs ranked wrong", lambda one: _share(one.weight_wrong)),
+        row("effective share of pairs", lambda one: _share(one.effective)),
+    ]
+    if found.recipe.saturated is not None:
+        rows.append(row("saturated weights (< .05, > .95)", lambda one: _share(one.saturated)))
+    rows.append(row("right where a hinge ends", lambda one: _share(one.hinge_accuracy)))
+    for index, quantile in enumerate(FLIP_QUANTILES):
+        words = f"{quantile:.0%} of the wrong pairs have flipped by"
+        rows.append(row(words, lambda one, index=index: _time(one.flip_times[index])))  # type: ignore[misc]
+    for index, agreement in enumerate(AGREEMENTS):
+        words = f"idealized accuracy, {agreement:.0%} agreement"
+        rows.append(row(words, lambda one, index=index: _share(one.ideal_accuracy[index])))  # type: ignore[misc]
+    asked = found.asked_gamma if isinstance(found.asked_gamma, str) else f"{found.asked_gamma:g}"
+    header = ["", f"recipe: {asked}", *(f"κ = {one.kappa:g}" for one in found.kappas)]
+    how = "summed" if found.reduce == "sum" else "per token"
+    console.show_table(f"What the loss makes of it: β {found.beta:g}, Δ0 {how}, times in 1/(2β²)", header, rows)
+    console.say()
+
+
+def _show_ways(found: "Audit") -> None:
+    from pe_dpo.cli import console
+
+    rows = [[way.asked, *_way_cells(way)] for way in found.ways]
+    header = ["gamma: …", "γ", "κ", "δ", "on ranked right", "effective", "saturated", "median flip"]
+    console.show_table("γ from these data", header, rows)
+    for way in found.ways:
+        if way.why_not:
+            console.say(f"{way.asked}: {way.why_not}")
+
+
+def _show_evidence(found: "Audit") -> None:
+    from pe_dpo.cli import console
+
+    seen = found.evidence
+    rows = [
+        ["τ̂ [95 %]: σ(τ̂·Δ0) is right as often as it says", f"{seen.scale:.4g} {_interval(seen.interval)}"],
+        ["… standard error, independent pairs", f"{seen.standard_error:.2g}"],
+        ["… at equal length", f"{_number(seen.scale_without_length)} ± {_number(seen.standard_error_without_length)}"],
+        ["likelihood ratio against τ = 0, χ²(1)", f"{seen.likelihood_ratio:.1f}, p = {seen.p_value:.2g}"],
+        ["information on held-back folds, bits a pair", f"{seen.bits_per_pair:.4f}"],
+        ["accuracy [95 %], ties ½", f"{seen.accuracy:.3f} {_interval(seen.accuracy_interval, '.3f')}"],
+    ]
+    how = "summed" if found.reduce == "sum" else "per token"
+    console.show_table(f"What Δ0 ({how}) tells of the labels", ["", ""], rows)
+
+
+def _way_cells(way: "Way") -> Iterable[str]:
+    if way.calibration is None or way.outlook is None:
+        return ["–"] * 7
+    interval, at = way.calibration.interval, way.outlook
+    number = f"{way.calibration.gamma:.4g}" + (f" {_interval(interval)}" if interval else "")
+    return [number, f"{at.kappa:.3g}", f"{at.delta:.3g}", _share(at.weight_right), _share(at.effective), _share(at.saturated),
+            _time(at.flip_times[1])]  # fmt: skip
+
+
+def _show_noise(noise: "QuantizationNoise") -> None:
+    from pe_dpo.cli import console
+
+    rows = [
+        ["log p of a token moves by, nats", f"{noise.shift_per_token:+.5f}"],
+        ["slope of Δ0 on the plain Δ0", f"{noise.slope:.4f}"],
+        ["rms of η, nats", f"{noise.rms:.4g}"],
+        ["reliability 1 − Var(η)/Var(Δ0)", f"{noise.reliability:.5f}"],
+        ["pairs that change side, summed", f"{noise.flips:.2%}"],
+        ["pairs that change side, per token", f"{noise.flips_per_token:.2%}"],
+        ["correlation of η with |chosen| − |rejected|", f"{noise.length_correlation:.3f}"],
+        ["mean |Δw| at step 0", f"{noise.weight_change:.2g}"],
+    ]
+    title = f"η = Δ0 with {noise.quantize} − Δ0 in {noise.against}, on {noise.pairs} pairs"
+    console.show_table(title, ["", ""], rows)
+
+
+def _interval(ends: tuple[float, float], form: str = ".3g") -> str:
+    return f"[{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.3f}"
+
+
+def _time(value: float) -> str:
+    return "–" if value != value else "never" if value == float("inf") else f"{value:.3g}"

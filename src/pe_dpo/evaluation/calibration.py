@@ -1,0 +1,187 @@
+"""γ from the reference's own log-probs, in one of three ways.
+
+    auto       γ = max(0, τ̂),  τ̂ = argmax_τ Σ log σ(τ·Δ0)    the scale at which Δ0 is right as often as σ(τ·Δ0) claims
+    balance:S  Σ w over pairs with Δ0 > 0, as a share of Σ w, is S at step 0
+    scale:G    γ = G / (1.4826 · median |Δ0 − median Δ0|)      γ·Δ0 has spread G
+
+Δ0 is summed or per token, as in the loss. When π0 becomes π0^α, γ of auto and scale becomes γ/α. That of balance does so where
+β is divided by α too: its weights are those of step 0, where the policy is π0^α as well.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+from torch import Tensor
+
+from pe_dpo.errors import UsageError
+from pe_dpo.evaluation.evidence import Evidence, evidence
+from pe_dpo.evaluation.ranking import preferences, robust_spread
+from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.recipe.schema import CALIBRATED, LossSection
+
+LARGEST_MISS = 0.01
+"""By which the share of a hinge, whose weights are 0 or 1, may miss the one that balance asks for."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A γ that was found, and what it rests on."""
+
+    asked: str
+    """As in the recipe: auto, balance:S or scale:G."""
+    gamma: float
+    pairs: int
+    prompts: int
+    interval: tuple[float, float] | None = None
+    """95 % of γ, of auto alone."""
+    evidence: Evidence | None = None
+    """Of auto alone."""
+    share: float | None = None
+    """Of balance: the share of gradient weight that this γ gives."""
+    spread: float | None = None
+    """Of scale: 1.4826 · median |Δ0 − median Δ0|, nats."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; numbers that are not finite are null."""
+        return plain(asdict(self))
+
+
+def calibrate_loss(loss: LossSection, reference: PairLogprobs, margins: Tensor, prompt_keys: Sequence[str]) -> Calibration:
+    """Return the γ that a loss asks for, from the reference's log-probs of its training pairs.
+
+    Args:
+        loss: with `gamma` auto, balance:S or scale:G.
+        reference: log-probs of the training pairs.
+        margins: the data's margin column, (B,); zeros without one.
+        prompt_keys: (B,); pairs of one prompt are resampled together.
+
+    Raises:
+        UsageError: no γ does what is asked; the message says what is reachable.
+    """
+    lengths = (reference.chosen_lengths - reference.rejected_lengths).double().numpy()
+    return calibrate_gamma(
+        str(loss.gamma),
+        preferences(reference, loss.reduce),
+        beta=loss.beta,
+        margin=loss.margin + loss.margin_scale * margins.double().numpy() - loss.length_penalty * lengths,
+        prompt_keys=prompt_keys,
+        length_difference=lengths,
+        link=loss.link,
+        reference_floor=loss.reference_floor,
+    )
+
+
+def calibrate_gamma(
+    asked: str,
+    preference: np.ndarray | Tensor,
+    *,
+    beta: float,
+    prompt_keys: Sequence[str],
+    margin: float | np.ndarray = 0.0,
+    length_difference: np.ndarray | None = None,
+    link: str = "logistic",
+    reference_floor: float | None = None,
+) -> Calibration:
+    """Return γ found in one of the three ways.
+
+    Args:
+        asked: "auto", "balance:S" with S in (0, 1), or "scale:G" with G > 0.
+        preference: Δ0 of each pair, (B,) nats, finite; summed or per token as in the loss.
+        beta: coefficient of the policy, > 0 (for balance).
+        prompt_keys: (B,); pairs of one prompt are resampled together.
+        margin: of all pairs or each, (B,) (for balance).
+        length_difference: |chosen| − |rejected| in tokens, (B,) (for auto: what is left without length).
+        link: of the loss (for balance): logistic or hinge. Label smoothing is left out.
+        reference_floor: of the loss (for balance).
+
+    Raises:
+        UsageError: no γ does what is asked; the message says what is reachable.
+        ValueError: `asked` is none of the three.
+    """
+    match = CALIBRATED.match(asked)
+    if match is None:
+        raise ValueError(f"asked is {asked!r}: expected auto, balance:S or scale:G")
+    values = np.asarray(preference, dtype=np.float64)
+    found = partial(Calibration, asked, pairs=len(values), prompts=len(set(prompt_keys)))
+    if match.group(1) == "balance":
+        if link not in ("logistic", "hinge"):
+            raise UsageError(
+                f"loss.gamma: {asked}: the shares of link {link} do not grow with gamma; use auto, scale:1 or another link"
+            )
+        weights = _StepZero(values, beta, np.broadcast_to(margin, values.shape), link, reference_floor)
+        gamma, share = _balance(weights, float(match.group(2)), asked)
+        return found(gamma=gamma, share=share)
+    if match.group(1) == "scale":
+        spread = robust_spread(values)
+        if spread == 0:
+            raise UsageError(f"loss.gamma: {asked}: more than half of the pairs have one and the same Δ0, so it has no spread")
+        return found(gamma=float(match.group(2)) / spread, spread=spread)
+    seen = evidence(values, prompt_keys=prompt_keys, length_difference=length_difference)
+    if not seen.scale < math.inf:
+        words = "every Δ0 is 0" if math.isnan(seen.scale) else "the reference ranks no pair wrong"
+        raise UsageError(f"loss.gamma: auto: {words}, so that no finite scale fits best; write a number")
+    low, high = np.maximum(seen.interval, 0.0).tolist()  # NaN stays NaN
+    return found(gamma=max(0.0, seen.scale), interval=(low, high), evidence=seen)
+
+
+def plain(value: Any) -> Any:
+    """Return a tree of dicts, lists and numbers as JSON can hold it: tuples as lists, what is not finite as None."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _StepZero:
+    """Weights of pairs at step 0 as a function of γ, where the policy is the reference: z = β·Δ0 − γ·max(Δ0, floor) − m."""
+
+    def __init__(self, preference: np.ndarray, beta: float, margin: np.ndarray, link: str, floor: float | None) -> None:
+        self.right = preference > 0
+        self.rest = beta * preference - margin
+        self.floored = preference if floor is None else np.maximum(preference, floor)
+        self.is_hinge = link == "hinge"
+
+    def share(self, gamma: float) -> float:
+        """Share of the weight that lies on pairs with Δ0 > 0; NaN where there is no weight."""
+        with np.errstate(invalid="ignore"):
+            score = self.rest - np.where(self.floored == 0, 0.0, gamma * self.floored)
+        weight = (score < 0).astype(float) if self.is_hinge else expit(-score)
+        total = weight.sum()
+        return float(weight[self.right].sum() / total) if total else math.nan
+
+
+def _balance(weights: _StepZero, wanted: float, asked: str) -> tuple[float, float]:
+    """Return γ >= 0 at which the share is the wanted one, and the share that it gives; the share grows with γ.
+
+    Raises:
+        UsageError: no γ gives it.
+    """
+    from scipy.optimize import bisect  # dear to import
+
+    low, high = np.nan_to_num([weights.share(0.0), weights.share(math.inf)]).tolist()
+    if not low <= wanted < high:
+        raise UsageError(
+            f"loss.gamma: {asked}: no gamma gives this share: it is {low:.3g} with gamma 0 and goes to {high:.3g} as gamma "
+            "grows; ask for one between, or change beta or margin"
+        )
+    upper = 1.0
+    while weights.share(upper) < wanted:
+        upper *= 2
+    gamma = float(
+        bisect(lambda gamma: np.nan_to_num(weights.share(gamma) - wanted, nan=1.0), 0.0, upper, xtol=1e-15, rtol=1e-14)
+    )
+    share = weights.share(gamma)
+    if not abs(share - wanted) <= LARGEST_MISS:
+        step = 1e-9 * (1 + gamma)
+        below, above = weights.share(max(0.0, gamma - step)), weights.share(gamma + step)
+        raise UsageError(
+            f"loss.gamma: {asked}: the weights of a hinge are 0 or 1, and at gamma {gamma:.4g} the share jumps from "
+            f"{below:.3g} to {above:.3g}; ask for one of these, set a margin, or use link logistic"
+        )
+    return gamma, share
