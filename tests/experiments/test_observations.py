@@ -217,6 +217,13 @@ def test_a_torn_file_is_named(write_run: Callable[..., Path]) -> None:
         read_observations([run])
 
 
+def test_a_torn_record_is_named_with_what_to_do(write_run: Callable[..., Path]) -> None:
+    run = write_run("a")
+    (run / "run.json").write_text("")
+    with pytest.raises(UsageError, match=r"run.json: cannot be read.*restore the file"):
+        read_observations([run])
+
+
 LOG = [
     {"epoch": 0.5, "loss": 0.69, "rewards/accuracies": 0.5, "step": 5},
     {"epoch": 0.5, "eval_loss": 0.68, "eval_rewards/accuracies": 0.6, "step": 5},
@@ -239,6 +246,13 @@ def test_the_last_evaluation_in_a_log_of_trl_is_read(tmp_path: Path) -> None:
         assert found.logged["rewards/accuracies"] == 0.7
         assert found.logged["pairs"] == 30
         assert found.pairs is None
+
+
+@pytest.mark.parametrize("history", [3, [3, None], [{"eval_loss": None, "step": 1}], [{"eval_loss": 0.5, "step": None}]])
+def test_a_log_of_trl_that_is_not_as_trl_writes_it_is_named(tmp_path: Path, history: Any) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"trainer_state.json: (is no log as TRL writes it|logs no evaluation)"):
+        read_observations([tmp_path])
 
 
 def test_a_log_of_trl_without_an_evaluation_is_refused(tmp_path: Path) -> None:

@@ -88,6 +88,12 @@ def test_an_axis_that_cannot_be_is_refused(source, axis, words):
         make_plan(source, [[axis]])
 
 
+def test_a_key_is_an_axis_once(source):
+    """Else the later axis would silently take the place of the earlier one."""
+    with pytest.raises(UsageError, match=r"--grid beta=0.1 loss.beta=0.2: loss.beta is there twice"):
+        make_plan(source, [["beta=0.1", "loss.beta=0.2"]])
+
+
 def test_all_points_that_cannot_be_trained_are_listed(source):
     with pytest.raises(RecipeError, match=r"beta=-1[\s\S]*beta=0") as error:
         make_plan(source, [["beta=0.1,-1,0"]])
@@ -124,8 +130,21 @@ def test_a_folder_with_something_else_is_left_alone(source, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"points": [{"name": "x"}]}', json.dumps({"points": []})])
-def test_a_broken_sweep_file_is_named(tmp_path, content):
+NO_POINT = {"name": "x", "settings": 3, "seed": 0, "folder": "runs/x"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"points": [{"name": "x"}]}',
+        json.dumps({"points": []}),
+        json.dumps({"points": [NO_POINT], "grids": [], "seeds": []}),
+    ],
+)
+def test_a_broken_sweep_file_is_named(source, tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
+    (tmp_path / "recipe.yaml").write_text(source.read_text())
     with pytest.raises(UsageError, match=r"sweep\.json"):
         read_plan(tmp_path)

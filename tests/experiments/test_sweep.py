@@ -104,6 +104,14 @@ def test_a_run_of_other_settings_in_a_points_folder_stops_the_sweep(source, tmp_
         sweep(plan)
 
 
+def test_a_finished_run_without_its_recipe_is_named(source, tmp_path):
+    plan = make_plan(source, [], folder=tmp_path / "sweep")
+    sweep(plan)
+    (tmp_path / "sweep" / "runs" / "base" / "seed-0" / "recipe.yaml").unlink()
+    with pytest.raises(RunFolderError, match=r"seed-0.recipe.yaml: cannot be read.*move the run away"):
+        sweep(plan)
+
+
 def test_finished_runs_keep_their_adapter_and_not_their_checkpoints(source, tmp_path):
     plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
     sweep(plan)

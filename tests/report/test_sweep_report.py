@@ -236,6 +236,15 @@ def test_a_torn_plan_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("option", ["metric", "baseline"])
+def test_a_misspelt_name_is_refused_and_the_page_stays(sweep, tmp_path, option) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("the last one")
+    with pytest.raises(UsageError, match=f"--{option} acuracy: is n"):
+        write_report(sweep, page=page, figures=tmp_path, **{option: "acuracy"})
+    assert page.read_text() == "the last one"
+
+
+@pytest.mark.parametrize("option", ["metric", "baseline"])
 def test_what_is_for_sweeps_is_refused_for_a_run(run, option) -> None:
     with pytest.raises(UsageError, match="is no sweep"):
         write_report(run, **{option: "beta"})

@@ -183,8 +183,8 @@ def _finish(pair: Pair, sides: tuple[np.ndarray, np.ndarray, np.ndarray], tokeni
 
 def _end(answer: np.ndarray, tokenizer: Any, ends: _Ends) -> np.ndarray:
     """The answer up to its end token (ChatML writes a line break after it), or with one appended."""
-    found = np.flatnonzero(np.isin(answer, list(ends.may_end)))
-    if len(found):
+    found = [index for index, token in enumerate(answer.tolist()) if token in ends.may_end]
+    if found:
         tail = answer[found[-1] + 1 :]
         if not len(tail) or not tokenizer.decode(tail.tolist()).strip():
             return answer[: found[-1] + 1]

@@ -1,0 +1,26 @@
+"""`pe-dpo sweep`: what it prints for people and for programs."""
+
+import json
+
+import pytest
+
+
+def test_json_is_all_that_is_printed(pe_dpo, recipe_file, tmp_path):
+    """Also when nothing is left to do, and for a plan."""
+    command = ("sweep", recipe_file, "--grid", "beta=0.1,0.2", "-o", tmp_path / "sweep", "--prompts", 0, "--json")
+    planned = json.loads(pe_dpo(*command, "--plan").out)
+    assert [point["folder"] for point in planned] == ["runs/base/seed-0", "runs/beta=0.2/seed-0"]
+    assert not (tmp_path / "sweep").exists()
+    for _ in range(2):
+        done = pe_dpo(*command)
+        states = json.loads(done.out)
+        assert (done.code, [state["point"] for state in states]) == (0, planned)
+        assert [state["status"] for state in states] == ["finished"] * 2
+
+
+def test_json_says_why_a_run_failed(pe_dpo, recipe_file, tmp_path):
+    command = ("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, "--json", "--set", "train.learning_rate=1.0e+30")
+    done = pe_dpo(*command)
+    (state,) = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (done.code, state["status"]) == (1, "failed")
+    assert state["why"]
