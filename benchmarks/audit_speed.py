@@ -1,4 +1,7 @@
-"""Seconds of `pe-dpo audit` on 10,000 pairs whose reference log-probs are in the store: a fresh process each round."""
+"""Seconds of `pe-dpo audit` on 10,000 pairs whose reference log-probs are in the store: a fresh process each round.
+
+With the tokenizer's own threads, as from a shell; torch has one thread.
+"""
 
 import json
 import os
@@ -65,7 +68,7 @@ def write_world(folder: Path, pairs: int) -> Path:
     def text(low: int, high: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(low, high)))
 
-    rows = ({"prompt": text(20, 90), "chosen": text(5, 60), "rejected": text(5, 60)} for _ in range(pairs))
+    rows = ({"prompt": text(20, 90), "chosen": text(3, 40), "rejected": text(3, 40)} for _ in range(pairs))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = folder / "audit.yaml"
     recipe.write_text(
@@ -82,7 +85,8 @@ def _timed(folder: Path, recipe: Path, options: list[str]) -> dict[str, float]:
     """Wall and CPU seconds of one audit in a fresh process, imports and all."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     command = [sys.executable, "-m", "pe_dpo", "audit", str(recipe), *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    shell = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run(command, cwd=folder, env=shell, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the audit failed:\n{done.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

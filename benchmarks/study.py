@@ -54,7 +54,7 @@ def pack(sweep: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plan_text = json.loads((sweep / SWEEP_FILE).read_text())
     recipe = recipe_to_yaml(_without_places(plan.recipe))
-    content = {"sweep": plan_text, "recipe": recipe, "runs": _relative(runs, sweep)}
+    content = {"sweep": plan_text, "recipe": recipe, "runs": _rounded(_relative(runs, sweep))}
     (folder / "plan.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
     for name, tables in (("pairs", pairs), ("answers", answers)):
         pq.write_table(pa.concat_tables(tables), folder / f"{name}.parquet", compression="zstd", use_dictionary=True)
@@ -149,6 +149,15 @@ def _without_places(recipe: Any) -> Any:
     data = recipe.data.model_copy(update={"train": "/".join(Path(recipe.data.train).parts[-2:])})
     store = recipe.reference.model_copy(update={"store": None})
     return recipe.model_copy(update={"model": model, "data": data, "reference": store, "output": "sweep"})
+
+
+def _rounded(content: Any) -> Any:
+    """The same with seven digits of every number."""
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_rounded(value) for value in content]
+    return float(f"{content:.7g}") if isinstance(content, float) else content
 
 
 def _relative(content: Any, sweep: Path) -> Any:

@@ -253,6 +253,9 @@ def test_scores_that_spread_too_wide_are_warned_of():
     assert "δ = (γ−β)·sd(Δ0) = " in warned(LossSection(gamma="3x"), reference, keys)
     assert "bring gamma closer to beta" in warned(LossSection(gamma="3x"), reference, keys)
     assert "δ = " not in warned(LossSection(gamma="1x"), reference, keys)
+    assert "lower both, or use reduce: mean" in warned(LossSection(gamma="3x"), reference, keys)
+    assert "δ = " in warned(LossSection(gamma="9x", beta=2.0, reduce="mean"), reference, keys)
+    assert "use reduce: mean" not in warned(LossSection(gamma="9x", beta=2.0, reduce="mean"), reference, keys)
 
 
 def test_an_uneven_gradient_is_warned_of():

@@ -169,6 +169,15 @@ def test_without_sampled_answers_the_page_says_how_to_get_them(run) -> None:
     assert sum("generation.prompts" in line and "pe-dpo eval" in line for line in missing) == 3
 
 
+def test_a_command_that_the_page_names_works_without_held_out_pairs_too(run, set_record) -> None:
+    for path in (*run.glob("*.parquet"), *run.glob("snapshots/*/*"), run / "evaluation.json"):
+        path.unlink()
+    set_record(run, pairs={"train": 8, "held_out": 0})
+    lines = [line for section in report_run(run).sections for line in section.missing if "--prompts 64" in line]
+    assert len(lines) == 3
+    assert all(f"`pe-dpo eval {run} --prompts 64 --data FILE`" in line for line in lines)
+
+
 def test_without_snapshots_the_way_is_missed(run) -> None:
     for path in run.glob("snapshots/*/evaluation.json"):
         path.unlink()

@@ -83,8 +83,9 @@ def show_result(result: Any) -> None:
         raise typer.Exit(128 + result.interrupted_by)
     if result.after:
         show_outcome(result.before, result.after)
-        show_regimes(result.before, "Before: what the reference already ranks right")
-        show_regimes(result.after, "After: who flipped, and where the loss still pulls")
+        prefix, how = ("regimes_per_token", ", per token") if result.reduce == "mean" else ("regimes", "")
+        show_regimes(result.before, f"Before: what the reference already ranks right{how}", prefix)
+        show_regimes(result.after, f"After: who flipped, and where the loss still pulls{how}", prefix)
     for remark in result.remarks:
         say(f"look: {remark}")
 

@@ -1,6 +1,7 @@
 """`pe-dpo sweep`."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -35,7 +36,7 @@ def sweep(
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="With ray: runs at once.")] = None,
     set_: dials.Settings = None,
     plan_only: Annotated[bool, typer.Option("--plan", help="List the runs and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with the outcome as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome, or the plan, as JSON.")] = False,
 ) -> None:
     """Train every point of a grid from one base with one reference pass; started again, it goes on where it was."""
     from pe_dpo.experiments.plan import make_plan
@@ -57,6 +58,9 @@ def sweep(
 
     from pe_dpo.cli import console
 
+    if plan_only and as_json:
+        console.say(json.dumps([point._asdict() for point in plan.points]))
+        return
     if plan_only:
         rows = [[point.name, str(point.seed)] for point in plan.points]
         console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
@@ -64,9 +68,15 @@ def sweep(
     console.quiet_libraries()
     from pe_dpo.experiments.sweep import sweep as run
 
-    with _Progress() as progress:
-        states = run(plan, engine=engine, workers=workers, say=console.say, tell=progress)
-    _finish(states, str(plan.folder), as_json)
+    if as_json:
+        states = run(plan, engine=engine, workers=workers)
+        console.say(json.dumps([_as_json(state) for state in states]))
+    else:
+        with _Progress() as progress:
+            states = run(plan, engine=engine, workers=workers, say=console.say, tell=progress)
+        _say_what_is_next(states, str(plan.folder))
+    if any(state.status != "finished" for state in states):
+        raise typer.Exit(1)
 
 
 class _Progress:
@@ -137,18 +147,20 @@ def _table(states: Sequence[Any], caption: str) -> Any:
     return table
 
 
-def _finish(states: list[Any], folder: str, as_json: bool) -> None:
+def _as_json(state: Any) -> dict[str, Any]:
+    """A state as JSON can hold it: numbers that are not finite are null."""
+    metrics = {key: value if math.isfinite(value) else None for key, value in state.metrics.items()}
+    return {**state._asdict(), "point": state.point._asdict(), "metrics": metrics}
+
+
+def _say_what_is_next(states: Sequence[Any], folder: str) -> None:
     from pe_dpo.cli import console
 
-    failed = [state for state in states if state.status == "failed"]
+    for state in states:
+        if state.status == "failed":
+            console.say(f"failed: {state.point.folder}: {state.why}")
     waiting = [state for state in states if state.status in ("waiting", "interrupted")]
-    if as_json:
-        console.say(json.dumps([{**state._asdict(), "point": state.point._asdict()} for state in states]))
-    for state in failed:
-        console.say(f"failed: {state.point.folder}: {state.why}")
     if waiting:
         console.say(f"{len(waiting)} runs are still to do; start the same command again to go on")
-    else:
+    elif any(state.status == "finished" for state in states):
         console.say(f"next: pe-dpo compare {folder}; pe-dpo report {folder}")
-    if failed or waiting:
-        raise typer.Exit(1)

@@ -206,7 +206,7 @@ def audit_pairs(
     return _warn(
         found,
         [
-            *start_warnings(found.recipe),
+            *start_warnings(found.recipe, loss),
             *ranking_warnings(found.ranking, found.evidence, loss, **counts),
             *later_warnings(found.recipe, found.kappas[0], loss),
         ],

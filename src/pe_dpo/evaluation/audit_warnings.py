@@ -19,16 +19,22 @@ SLOWEST_FLIP = 1000
 """Times the flip time without a reference: from there on it is out of reach of any number of epochs."""
 
 
-def start_warnings(plan: Outlook) -> list[str]:
-    """Return what looks off in the gradient of step 0."""
+def start_warnings(plan: Outlook, loss: LossSection) -> list[str]:
+    """Return what looks off in the gradient of step 0.
+
+    Args:
+        plan: of the recipe.
+        loss: of the recipe.
+    """
     if math.isnan(plan.effective):
         return ["no pair has a gradient at step 0, so nothing would be learned; set margin > 0, or gamma different from beta"]
     lines = []
     if abs(plan.delta) > LARGEST_DELTA:
+        per_token = ", or use reduce: mean" if loss.reduce == "sum" else ""
         lines.append(
             f"δ = (γ−β)·sd(Δ0) = {plan.delta:.3g}: at step 0 scores spread so wide that pairs which the reference ranks right "
             f"have {plan.weight_right:.0%} of the gradient and those it ranks wrong {plan.weight_wrong:.0%}; bring gamma "
-            "closer to beta, lower both, or use reduce: mean"
+            f"closer to beta, lower both{per_token}"
         )
     if plan.effective < SMALLEST_EFFECTIVE:
         lines.append(

@@ -242,5 +242,5 @@ def _held_out_pairs(
         say(line)
     pairs = prepared.train if data else prepared.held_out
     if not pairs:
-        raise UsageError("the run held no pairs out (data.eval: 0); name some with --data")
+        raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some with --data")
     return pairs

@@ -62,11 +62,11 @@ def compare(
         raise UsageError(f"--repeats {repeats}: a bootstrap needs at least 100 replicates, better 10,000")
     if not 0.5 <= confidence < 1:
         raise UsageError(f"--confidence {confidence:g}: must be at least 0.5 and less than 1, as 0.95")
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: must be 0 or more")
     if not targets:
         raise UsageError("nothing to compare: name run folders, or the folder of a sweep")
-    dial = DIALS.get(baseline, baseline)
-    if dial != STEP and dial not in known_keys():
-        raise UsageError(f"--baseline {baseline}: is neither {STEP}, nor a dial ({', '.join(DIALS)}), nor a key of a recipe")
+    dial = check_names(metric, baseline)
     table = read_observations(targets)
     name = choose_metric(metric, table.observations)
     chosen = METRICS[name]
@@ -92,6 +92,19 @@ def compare(
     if usable:
         found = _with_arms(found, measure(usable, chosen, repeats=repeats, seed=seed), chosen, dial, seed)
     return replace(found, verdict=wording.verdict(found))
+
+
+def check_names(metric: str | None, baseline: str) -> str:
+    """Return the key of the baseline dial, or "step".
+
+    Raises:
+        UsageError: there is no such metric or dial.
+    """
+    choose_metric(metric, [])
+    dial = DIALS.get(baseline, baseline)
+    if dial != STEP and dial not in known_keys():
+        raise UsageError(f"--baseline {baseline}: is neither {STEP}, nor a dial ({', '.join(DIALS)}), nor a key of a recipe")
+    return dial
 
 
 def _run_row(one: Observation, name: str) -> RunRow:

@@ -323,15 +323,18 @@ def _read_trl(target: Path) -> Observation:
     """The last evaluation in TRL's log; settings and seed are not written there."""
     path = _trl_file(target)
     state = _read_object(path)
-    evaluations = [line for line in state.get("log_history", []) if any(str(key).startswith("eval_") for key in line)]
+    try:
+        evaluations = [dict(line) for line in state.get("log_history", []) if any(key.startswith("eval_") for key in line)]
+        last = evaluations[-1] if evaluations else {}
+        logged = {key.removeprefix("eval_"): float(value) for key, value in last.items() if key.startswith("eval_")}
+        step = int(last.get("step", state.get("global_step", 0)))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: is no log as TRL writes it ({error}); restore the file") from error
     if not evaluations:
         raise UsageError(f"{path}: logs no evaluation; give TRL's trainer an eval_dataset and an eval_strategy")
-    last = evaluations[-1]
-    logged = {key.removeprefix("eval_"): float(value) for key, value in last.items() if str(key).startswith("eval_")}
     if {"runtime", "samples_per_second"} <= set(logged):
         logged["pairs"] = round(logged["runtime"] * logged["samples_per_second"])
     name = path.parent.parent.name if path.parent.name.startswith("checkpoint-") else path.parent.name
-    step = int(last.get("step", state.get("global_step", 0)))
     return Observation({"run": f"TRL {name}"}, 0, step, True, str(target), None, None, logged, None, source="trl")
 
 
@@ -356,7 +359,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
+        raise UsageError(f"{path}: cannot be read: {error}; restore the file, or move its folder away") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: is not a JSON object; restore the file")
     return content

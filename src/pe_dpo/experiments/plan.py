@@ -163,22 +163,24 @@ def read_plan(folder: str | Path) -> SweepPlan:
         text = (folder / "recipe.yaml").read_text(encoding="utf-8")
         points = [Point(**entry) for entry in content["points"]]
         grids, seeds = content["grids"], content["seeds"]
+        turns = [{**point.settings, "train.seed": point.seed, "output": str(folder / point.folder)} for point in points]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder}: is not the folder of a sweep ({SWEEP_FILE}: {error})") from error
+        raise UsageError(
+            f"{folder}: is not the folder of a sweep ({SWEEP_FILE}: {error}); restore the file, or move the folder away"
+        ) from error
     recipe = recipe_from_yaml(text, str(folder / "recipe.yaml"))
-    recipes = [_recipe_of(text, folder, point) for point in points]
+    recipes = [_recipe_of(text, folder, one) for one in turns]
     return SweepPlan(folder, recipe, grids, seeds, points, recipes)
 
 
-def _recipe_of(text: str, folder: Path, point: Point) -> Recipe:
-    turns = {**point.settings, "train.seed": point.seed, "output": str(folder / point.folder)}
+def _recipe_of(text: str, folder: Path, turns: dict[str, Any]) -> Recipe:
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in turns.items()]
     return recipe_from_yaml(text, str(folder / "recipe.yaml"), overrides)
 
 
 def _product(grid: Sequence[str]) -> list[list[str]]:
     """["gamma=0,1x", "beta=0.1"] → [["loss.gamma=0", "loss.beta=0.1"], ["loss.gamma=1x", "loss.beta=0.1"]]."""
-    axes = []
+    axes: dict[str, list[str]] = {}
     for entry in grid:
         name, equals, values = entry.partition("=")
         key = DIALS.get(name.strip(), name.strip())
@@ -190,8 +192,10 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
             raise UsageError(f"--grid {entry}: {name} is set by the sweep itself; seeds are named with --seeds")
         if key.split(".")[0] in _SHARED:
             raise UsageError(f"--grid {entry}: a sweep has one base and one set of pairs; make a sweep for each {key}")
-        axes.append([f"{key}={value.strip()}" for value in values.split(",")])
-    return [list(turns) for turns in itertools.product(*axes)]
+        if key in axes:
+            raise UsageError(f"--grid {' '.join(grid)}: {key} is there twice; name all of its values once, as {name}=A,B")
+        axes[key] = [f"{key}={value.strip()}" for value in values.split(",")]
+    return [list(turns) for turns in itertools.product(*axes.values())]
 
 
 def _with_dropout(turns: Sequence[str], point: Recipe) -> list[str]:

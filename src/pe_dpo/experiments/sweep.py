@@ -165,7 +165,11 @@ def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
     record = read_run(folder)
     if record.get("status") != "finished":
         return PointState(point, "waiting")
-    old = recipe_from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"), str(folder / RECIPE_FILE))
+    try:
+        text = (folder / RECIPE_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{folder / RECIPE_FILE}: cannot be read: {error}; move the run away to train it again") from error
+    old = recipe_from_yaml(text, str(folder / RECIPE_FILE))
     asked = with_recorded_gamma(folder, with_absolute_paths(recipe))
     difference = recipe_difference(old, asked, ignore=FREE_TO_CHANGE)
     if difference:

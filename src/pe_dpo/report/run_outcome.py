@@ -119,7 +119,7 @@ def outcome_section(run: RunRecord) -> Section:
     else:
         missing.append(
             "no answers were sampled, so KL(π‖π0), entropy and the length of answers are not known; set generation.prompts "
-            f"(say 64) in the recipe before training, or now `pe-dpo eval {run.folder} --prompts 64`"
+            f"(say 64) in the recipe before training, or now `{run.sampling_command}`"
         )
     sentences = []
     if after:

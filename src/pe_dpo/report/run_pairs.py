@@ -106,7 +106,7 @@ def length_section(run: RunRecord) -> Section:
     else:
         missing.append(
             "how long the policy's own answers are; set generation.prompts (say 64) and train again, or measure the end: "
-            f"`pe-dpo eval {run.folder} --prompts 64`"
+            f"`{run.sampling_command}`"
         )
     if groups:
         means = ", ".join(f"{label} {np.mean(values):.1f}" for label, values in groups.items())

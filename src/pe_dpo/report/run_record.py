@@ -85,6 +85,12 @@ class RunRecord(NamedTuple):
         return self.facts.get("status") == "finished"
 
     @property
+    def sampling_command(self) -> str:
+        """What samples answers of the run as it is: without pairs of its own it has to be told whose prompts to take."""
+        has_prompts = (self.facts.get("pairs") or {}).get("held_out") != 0
+        return f"pe-dpo eval {self.folder} --prompts 64" + ("" if has_prompts else " --data FILE")
+
+    @property
     def kappa(self) -> float:
         """γ/β, as it was trained with."""
         recorded = (self.facts.get("loss") or {}).get("kappa")

@@ -176,7 +176,7 @@ def drift_section(run: RunRecord) -> Section:
     if not kl:
         missing.append(
             "KL(π‖π0) and entropy need answers of the policy; set generation.prompts (say 64) and train again, or measure the "
-            f"end alone: `pe-dpo eval {run.folder} --prompts 64`"
+            f"end alone: `{run.sampling_command}`"
         )
     elif len(kl) == 1:
         missing.append("the way between start and end was not measured; set generation.snapshots (say 4) and train again.")

@@ -191,7 +191,7 @@ def _rows_figure(
         axes.spines["left"].set_visible(False)
         for at in range(len(rows)):
             axes.axhline(at, color=FAINT, linewidth=0.5, zorder=0)
-        axes.set_xlabel(xlabel)
+        axes.set_xlabel(xlabel, loc="right")  # a long one has room below the names
         legend_below(figure, axes, columns=3)
     return figure
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.compare import compare
+from pe_dpo.experiments.compare import check_names, compare
 from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
 from pe_dpo.experiments.matching import points_of
 from pe_dpo.experiments.measured import measure
@@ -98,9 +98,10 @@ def read_sweep_record(folder: Path, *, metric: str | None = None, baseline: str 
         baseline: the dial that others are held against at equal KL.
 
     Raises:
-        UsageError: sweep.json is torn.
+        UsageError: sweep.json is torn, or there is no such metric or dial.
         RecipeError: its recipe.yaml is none.
     """
+    check_names(metric, baseline)
     points = _read_points(folder / SWEEP_FILE)
     recipe = recipe_from_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
     comparison, why_not, observed = None, "", {}

@@ -27,8 +27,8 @@ def scale_remarks(recipe: Recipe, held_out: ScoredPairs | None) -> list[str]:
     if abs(delta) <= 1:
         return []
     return [
-        f"δ = (γ−β)·sd(Δ0) = {delta:.2f}: with sd(Δ0) = {spread:.3g} nats a few pairs take nearly all of the gradient at the "
-        "start; bring gamma closer to beta, or use reduce: mean"
+        f"δ = (γ−β)·sd(Δ0) = {delta:.2f}: with sd(Δ0) = {spread:.3g} nats over the held-out pairs a few of them take "
+        "nearly all of the gradient at the start; bring gamma closer to beta, or use reduce: mean"
     ]
 
 

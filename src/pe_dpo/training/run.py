@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -49,6 +49,8 @@ class TrainResult(NamedTuple):
     """The signal that stopped the run after a checkpoint, or None."""
     remarks: list[str]
     """What looks off, in words, each with what to turn."""
+    reduce: Literal["sum", "mean"] = "sum"
+    """Of the loss: which log-probs its 2×2 table is about."""
 
 
 def train(
@@ -216,7 +218,8 @@ def _train(
     last = trainer.score_held_out() if data.held_out else None
     after = trainer.watched_metrics(last) if last else {}
     remarks = [*scale_remarks(recipe, first), *watch.conclude(after, has_moved=not adapter_is_zero(model))]
-    result = TrainResult(Path(recipe.output), before, after, start, trainer.state.global_step, stop.received, remarks)
+    step, reduce = trainer.state.global_step, recipe.loss.reduce
+    result = TrainResult(Path(recipe.output), before, after, start, step, stop.received, remarks, reduce)
     if folder:
         update_run(folder, scoring=_scoring_facts(trainer))
     if folder and stop.received is not None:

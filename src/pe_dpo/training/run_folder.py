@@ -185,7 +185,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunFolderError(f"{folder / RUN_FILE}: cannot be read: {error}") from error
+        raise RunFolderError(
+            f"{folder / RUN_FILE}: cannot be read: {error}; restore the file, or move its folder away"
+        ) from error
     if not isinstance(content, dict):
         raise RunFolderError(f"{folder / RUN_FILE}: is not a run record")
     return content
