@@ -77,5 +77,6 @@ def test_copy_to_an_impossible_place_is_one_message(pe_dpo, tmp_path):
 
 def test_schema_is_json_that_names_the_sections(pe_dpo):
     schema = json.loads(pe_dpo("recipes", "schema").out)
-    assert set(schema["properties"]) == {"model", "adapter", "data", "loss", "mixout", "reference", "train", "output"}
+    sections = {"model", "adapter", "data", "loss", "mixout", "generation", "reference", "train", "output"}
+    assert set(schema["properties"]) == sections
     assert schema["additionalProperties"] is False

@@ -140,7 +140,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(source, tmp_path):
             time.sleep(0.005)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     process = start(source, folder)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
