@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from pe_dpo.errors import StoreUnavailable, TrainingError
 from pe_dpo.evaluation import reference as reference_module
 from pe_dpo.evaluation.reference import Reference, open_reference
+from pe_dpo.evaluation.run import evaluate
 from pe_dpo.evaluation.scorer import choose_scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.reference_store import ReferenceStore
@@ -227,6 +228,17 @@ def test_a_store_that_is_off_by_little_is_found_before_training(make_recipe, gam
     assert any("the stored reference was not this one" in line for line in lines)
     assert again.before == clean.before
     assert again.after == clean.after
+
+
+def test_eval_throws_a_store_away_that_is_not_of_this_reference(make_recipe, tmp_path):
+    store = tmp_path / "store.sqlite"
+    run = train(make_recipe(f"reference.store={store}", "train.max_steps=1")).folder
+    clean = evaluate(run)
+    poison(store, 0.5)
+    lines = []
+    again = evaluate(run, say=lines.append)
+    assert any("the stored reference was not this one" in line for line in lines)
+    assert torch.equal(again.scored.reference_chosen, clean.scored.reference_chosen)
 
 
 def test_one_wrong_held_out_pair_among_right_ones_is_found(make_recipe, tmp_path):

@@ -224,6 +224,14 @@ def test_a_torn_record_is_named_with_what_to_do(write_run: Callable[..., Path]) 
         read_observations([run])
 
 
+@pytest.mark.parametrize("content", ['{"generation": 3}', '{"pairs": [1]}'])
+def test_an_evaluation_of_another_shape_is_named(write_run: Callable[..., Path], content: str) -> None:
+    run = write_run("a")
+    (run / "evaluation.json").write_text(content)
+    with pytest.raises(UsageError, match=r"evaluation.json: \w+ is .*not an object; write it again"):
+        read_observations([run])
+
+
 LOG = [
     {"epoch": 0.5, "loss": 0.69, "rewards/accuracies": 0.5, "step": 5},
     {"epoch": 0.5, "eval_loss": 0.68, "eval_rewards/accuracies": 0.6, "step": 5},

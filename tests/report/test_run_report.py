@@ -303,6 +303,12 @@ def test_a_run_that_has_only_begun_gives_a_page(run, set_record) -> None:
     assert "status: failed: out of memory" in written.verdict
 
 
+def test_a_gamma_from_the_data_is_said_with_its_interval(run, set_record) -> None:
+    set_record(run, gamma_calibration={"asked": "auto", "gamma": 0.0374, "interval": [0.0, 0.2012], "evidence": {"bits": 0.01}})
+    (trained,) = (section for section in report_run(run).sections if section.name == "trained")
+    assert ("γ from data", "auto: γ = 0.0374 [0, 0.2012]") in trained.facts
+
+
 def test_remarks_come_first(run, set_record) -> None:
     set_record(run, remarks=["both answers became less likely <i>"])
     content = report_run(run)
@@ -311,7 +317,8 @@ def test_remarks_come_first(run, set_record) -> None:
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("run.json", "{"), ("run.json", "[1]"), ("evaluation.json", "nonsense"), ("eval_pairs.parquet", "PAR1 torn"),
+    ("run.json", "{"), ("run.json", "[1]"), ("evaluation.json", "nonsense"),
+    ("evaluation.json", '{"generation": 3}'), ("evaluation.json", '{"pairs": [1]}'), ("eval_pairs.parquet", "PAR1 torn"),
     ("generations.parquet", ""), ("metrics.jsonl", "{broken}\n{}\n"),
 ])  # fmt: skip
 def test_a_torn_file_is_named(run, name: str, content: str) -> None:

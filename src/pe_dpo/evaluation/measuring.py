@@ -98,7 +98,7 @@ def measure_adapter(work: Work, adapter: Path, facts: BaseFacts, run: Path | Non
         check_same_base(run, facts, stored.base_fingerprint, work.say)
     report = partial(work.progress, "scoring, policy")
     scored = score_pairs(model, work.pairs, scorer, token_budget=work.budget, progress=report)
-    stored.recheck(work.pairs)
+    stored.forget_if_wrong(work.pairs)
     reference = stored.logprobs(work.pairs, partial(work.progress, "scoring, reference"))
     stored.flush()
     if not work.asked:

@@ -118,6 +118,12 @@ class Reference:
                     return f"{pair.where} has {float(logprob[index]):.8g} now and {then.logprob:.8g} in the store"
         return None
 
+    def forget_if_wrong(self, pairs: Sequence[EncodedPair]) -> None:
+        """Score a few stored pairs again and throw all away if one is off; for one process (see `recheck` for several)."""
+        why = self.recheck(pairs)
+        if why:
+            self.forget(why)
+
     def forget(self, why: str) -> None:
         """Throw away all that is known of this reference, here and in the store, and say so."""
         rows, self._known, self._unwritten = len(self._known), {}, {}

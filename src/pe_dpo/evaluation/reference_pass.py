@@ -50,9 +50,7 @@ def reference_logprobs(
     scorer = choose_scorer(model, pairs, device=device, packing=recipe.train.packing, say=say)
     budget = TOKENS if wish == "auto" else wish
     reference = open_reference(model, facts, scorer, policy=policy, token_budget=budget, path=settings.store, say=say)
-    stale = reference.recheck(pairs)
-    if stale:
-        reference.forget(stale)
+    reference.forget_if_wrong(pairs)
     found = reference.logprobs(pairs, partial(progress, "scoring, reference"))
     reference.flush()
     del model, reference

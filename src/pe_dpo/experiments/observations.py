@@ -101,7 +101,7 @@ def read_observations(targets: Sequence[str | Path]) -> Table:
     observations, records = [], []
     for run in runs:
         assert base is not None
-        record = _read_object(run / RUN_FILE)
+        record = read_object(run / RUN_FILE)
         if record.get("status") != "finished":
             raise UsageError(
                 f"{run}: is not finished (status {record.get('status')}); finish it with "
@@ -116,7 +116,7 @@ def read_observations(targets: Sequence[str | Path]) -> Table:
 
 
 def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Path]:
-    plan = _read_object(folder / SWEEP_FILE)
+    plan = read_object(folder / SWEEP_FILE)
     try:
         points = [folder / point["folder"] for point in plan["points"]]
     except (KeyError, TypeError) as error:
@@ -130,13 +130,13 @@ def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Path]:
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / RUN_FILE).is_file() and _read_object(run / RUN_FILE).get("status") == "finished"
+    return (run / RUN_FILE).is_file() and read_object(run / RUN_FILE).get("status") == "finished"
 
 
 def _base_recipe(first: Path, runs: Sequence[Path]) -> Recipe:
     folder = first if (first / SWEEP_FILE).is_file() else runs[0]
     recipe = _read_recipe(folder / RECIPE_FILE)
-    loss = recipe.loss.model_copy(update={"gamma": _asked_gamma(recipe, _read_object(folder / RUN_FILE))})
+    loss = recipe.loss.model_copy(update={"gamma": _asked_gamma(recipe, read_object(folder / RUN_FILE))})
     return recipe.model_copy(update={"loss": loss})
 
 
@@ -160,7 +160,7 @@ def _observations_of_run(run: Path, record: Mapping[str, Any], base: Recipe, rem
     end, limit, left_out = None, _limit(run), 0
     for step, place in places.items():
         is_final = place == run
-        logged = record.get("after") or {} if is_final else _read_object(place / EVALUATION_FILE).get("pairs", {})
+        logged = record.get("after") or {} if is_final else read_evaluation(place)["pairs"]
         one = Observation(
             settings=settings,
             seed=recipe.train.seed,
@@ -190,7 +190,7 @@ def _names(one: Observation) -> object:
 
 def _limit(place: Path) -> int | None:
     """After how many tokens the answers there were cut."""
-    limit: int | None = (_read_object(place / EVALUATION_FILE).get("generation") or {}).get("max_new_tokens")
+    limit: int | None = read_evaluation(place)["generation"].get("max_new_tokens")
     return limit
 
 
@@ -322,7 +322,7 @@ def _numbered(sorted_rows: Sequence[tuple[str, str]]) -> list[str]:
 def _read_trl(target: Path) -> Observation:
     """The last evaluation in TRL's log; settings and seed are not written there."""
     path = _trl_file(target)
-    state = _read_object(path)
+    state = read_object(path)
     try:
         evaluations = [dict(line) for line in state.get("log_history", []) if any(key.startswith("eval_") for key in line)]
         last = evaluations[-1] if evaluations else {}
@@ -352,8 +352,28 @@ def _trl_file(target: Path) -> Path:
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
+def read_evaluation(place: Path) -> dict[str, dict[str, Any]]:
+    """Return what evaluation.json in a folder says of its pairs and of sampled answers; each may be empty.
+
+    Raises:
+        UsageError: it cannot be read, or has another shape.
+    """
+    content = read_object(place / EVALUATION_FILE)
+    parts = {name: content.get(name) or {} for name in ("pairs", "generation")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise UsageError(
+                f"{place / EVALUATION_FILE}: {name} is {part!r}, not an object; write it again with: pe-dpo eval, or restore it"
+            )
+    return {**content, **parts}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one where there is no file.
+
+    Raises:
+        UsageError: it cannot be read, or is no object.
+    """
     if not path.is_file():
         return {}
     try:

@@ -224,11 +224,9 @@ def _calibration(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = facts.get("gamma_calibration")
     if not isinstance(found, Mapping):
         return []
-    return [("γ from data", ", ".join(f"{key} {_plain_value(value)}" for key, value in found.items()))]
-
-
-def _plain_value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    interval = found.get("interval")
+    within = "" if not interval else f" [{interval[0]:.4g}, {interval[1]:.4g}]"
+    return [("γ from data", f"{found.get('asked')}: γ = {found['gamma']:.4g}{within}")]
 
 
 def _lines(values: Mapping[str, Any], indent: str = "") -> str:

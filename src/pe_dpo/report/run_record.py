@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pe_dpo.errors import UsageError
+from pe_dpo.experiments.observations import read_evaluation, read_object
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 
 Floats = NDArray[np.float64]
@@ -139,10 +140,10 @@ def read_run_record(folder: Path) -> RunRecord:
     return RunRecord(
         folder=folder,
         recipe=recipe,
-        facts=_read_object(folder / "run.json"),
+        facts=read_object(folder / "run.json"),
         lines=_read_lines(folder / "metrics.jsonl"),
         held_out=_read_held_out(folder / "eval_pairs.parquet", recipe),
-        evaluation=_read_object(folder / "evaluation.json"),
+        evaluation=read_evaluation(folder),
         answers=_read_columns(folder / "generations.parquet", _ANSWER_COLUMNS),
         snapshots=_read_snapshots(folder / "snapshots"),
     )
@@ -184,7 +185,7 @@ def _read_snapshots(folder: Path) -> dict[int, dict[str, Any]]:
     for path in sorted(folder.glob("step-*/evaluation.json")):
         step = path.parent.name.removeprefix("step-")
         if step.isdigit():
-            found[int(step)] = _read_object(path)
+            found[int(step)] = read_evaluation(path.parent)
     return dict(sorted(found.items()))
 
 
@@ -202,19 +203,6 @@ def _read_columns(path: Path, needed: tuple[str, ...]) -> dict[str, list[Any]]:
     if missing:
         raise UsageError(f"{path}: has no column {', '.join(missing)}; write it again with: pe-dpo eval {path.parent}")
     return columns
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: is not a JSON object; pe-dpo wrote one there, restore it")
-    return content
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
