@@ -115,8 +115,8 @@ def _parts(path: Path) -> dict[str, float]:
     """CPU seconds of what an audit does, one after the other in this process."""
     import torch
 
+    from pe_dpo.audit.run import audit_pairs
     from pe_dpo.data.settings import prepare_from_settings
-    from pe_dpo.evaluation.audit import audit_pairs
     from pe_dpo.evaluation.reference import stored_logprobs
     from pe_dpo.model.base import end_token_ids, inspect_base, load_tokenizer
     from pe_dpo.recipe import load_recipe

@@ -28,16 +28,17 @@ MAY_IMPORT = {
     "data": {"recipe", "hub", "errors"},
     "model": {"objective", "recipe", "hub", "errors"},
     "evaluation": {"data", "model", "objective", "recipe", "disk", "errors"},
-    "training": {"evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
+    "audit": {"evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
+    "training": {"audit", "evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
     "experiments": {"training", "evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
-    "report": {"experiments", "evaluation", "objective", "recipe", "disk", "errors"},
+    "report": {"experiments", "audit", "evaluation", "objective", "recipe", "disk", "errors"},
     "deploy": {"training", "evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
     "export": {"data", "model", "hub", "disk", "errors"},
     "chat": {"evaluation", "data", "model", "objective", "recipe", "disk", "errors"},
     "quickstart": {"training", "evaluation", "data", "model", "recipe", "errors"},
     "cli": {
-        *("quickstart", "deploy", "export", "chat", "report", "experiments", "training", "evaluation", "data", "model"),
-        *("objective", "recipe", "errors"),
+        *("quickstart", "deploy", "export", "chat", "report", "experiments", "training", "audit", "evaluation", "data"),
+        *("model", "objective", "recipe", "errors"),
     },
 }
 ONLY_IN = {

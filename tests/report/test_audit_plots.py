@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pe_dpo.evaluation.audit import audit_pairs
+from pe_dpo.audit.run import audit_pairs
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe.schema import LossSection
 from pe_dpo.report.audit_plots import flip_times, length_scatter, preference_histogram, save_audit_plots, weight_shares

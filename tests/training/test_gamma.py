@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pe_dpo.audit.run import audit
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
-from pe_dpo.evaluation.audit import audit
 from pe_dpo.evaluation.run import evaluate
 from pe_dpo.recipe import recipe_from_yaml, recipe_to_yaml
 from pe_dpo.training.run import train
@@ -151,7 +151,7 @@ def test_a_share_that_cannot_be_stops_the_run_before_its_first_step(make_recipe,
 
 def test_a_gamma_that_contradicts_the_recipe_stops_the_run(make_recipe, store, monkeypatch):
     """A reference that prefers the rejected answers has γ = 0, and a floor means nothing then."""
-    from pe_dpo.evaluation import calibration
+    from pe_dpo.audit import calibration
 
     monkeypatch.setattr(calibration, "preferences", lambda reference, reduce: -1.0 - torch.arange(24).double().numpy())
     with pytest.raises(RecipeError, match=r"loss\.gamma: auto came to 0, which cannot be used: .*reference_floor"):

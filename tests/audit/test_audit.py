@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from pe_dpo.audit.noise import quantization_noise
+from pe_dpo.audit.outlook import AGREEMENTS, FLIP_QUANTILES, outlook
+from pe_dpo.audit.ranking import independent_pairs, rank
+from pe_dpo.audit.reference_pass import check_finite
+from pe_dpo.audit.run import KAPPAS, audit, audit_pairs
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.evaluation.audit import KAPPAS, audit, audit_pairs
-from pe_dpo.evaluation.noise import quantization_noise
-from pe_dpo.evaluation.outlook import AGREEMENTS, FLIP_QUANTILES, outlook
-from pe_dpo.evaluation.ranking import independent_pairs, rank
-from pe_dpo.evaluation.reference_pass import check_finite
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.recipe.schema import LossSection
@@ -426,7 +426,7 @@ def test_the_audited_log_probs_are_those_that_training_uses(make_recipe, tmp_pat
     """Step 0 of training on the same pairs, held out as well: the same loss and the same share of right pairs."""
     recipe = make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.gamma=0.5x", "data.limit=9")
     found = audit(recipe)
-    from pe_dpo.evaluation.reference_pass import reference_logprobs
+    from pe_dpo.audit.reference_pass import reference_logprobs
     from pe_dpo.training.run import build_trainer, prepare_run
 
     trainer = build_trainer(recipe, prepare_run(recipe))

@@ -12,11 +12,11 @@ from hypothesis.extra import numpy as arrays
 from scipy.optimize import minimize_scalar
 from scipy.stats import median_abs_deviation, norm
 
+from pe_dpo.audit import evidence as evidence_module
+from pe_dpo.audit.calibration import LARGEST_MISS, calibrate_gamma, calibrate_loss
+from pe_dpo.audit.evidence import evidence
+from pe_dpo.audit.ranking import preferences, robust_spread, without_length
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation import evidence as evidence_module
-from pe_dpo.evaluation.calibration import LARGEST_MISS, calibrate_gamma, calibrate_loss
-from pe_dpo.evaluation.evidence import evidence
-from pe_dpo.evaluation.ranking import preferences, robust_spread, without_length
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe.schema import LossSection
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pe_dpo.audit.ranking import preferences
 from pe_dpo.evaluation.pairs import score_loss
-from pe_dpo.evaluation.ranking import preferences
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.objective import PreferenceLoss, is_dead, regime_table, saturation, share_right
 from pe_dpo.objective.dynamics import hinge_accuracy, ideal_preference, label_optimum, time_to_pass

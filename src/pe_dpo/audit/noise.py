@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pe_dpo.evaluation.calibration import plain
-from pe_dpo.evaluation.outlook import scores
-from pe_dpo.evaluation.ranking import preferences
+from pe_dpo.audit.calibration import plain
+from pe_dpo.audit.outlook import scores
+from pe_dpo.audit.ranking import preferences
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.objective import correlation
 from pe_dpo.recipe.schema import LossSection

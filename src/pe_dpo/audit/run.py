@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pe_dpo.audit.calibration import Calibration, calibrate_loss, plain
+from pe_dpo.audit.evidence import Evidence, evidence
+from pe_dpo.audit.noise import QuantizationNoise, quantization_noise
+from pe_dpo.audit.outlook import AGREEMENTS, FLIP_QUANTILES, Outlook, outlook
+from pe_dpo.audit.ranking import Ranking, preferences, rank
+from pe_dpo.audit.reference_pass import reference_logprobs
+from pe_dpo.audit.warnings import later_warnings, noise_warnings, ranking_warnings, start_warnings
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation.audit_warnings import later_warnings, noise_warnings, ranking_warnings, start_warnings
-from pe_dpo.evaluation.calibration import Calibration, calibrate_loss, plain
-from pe_dpo.evaluation.evidence import Evidence, evidence
-from pe_dpo.evaluation.noise import QuantizationNoise, quantization_noise
-from pe_dpo.evaluation.outlook import AGREEMENTS, FLIP_QUANTILES, Outlook, outlook
-from pe_dpo.evaluation.ranking import Ranking, preferences, rank
-from pe_dpo.evaluation.reference_pass import reference_logprobs
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_tokenizer
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe

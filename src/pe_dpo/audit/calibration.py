@@ -18,9 +18,9 @@ import numpy as np
 from scipy.special import expit
 from torch import Tensor
 
+from pe_dpo.audit.evidence import Evidence, evidence
+from pe_dpo.audit.ranking import preferences, robust_spread
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation.evidence import Evidence, evidence
-from pe_dpo.evaluation.ranking import preferences, robust_spread
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe.schema import CALIBRATED, LossSection
 

@@ -2,10 +2,10 @@
 
 import math
 
-from pe_dpo.evaluation.evidence import Evidence
-from pe_dpo.evaluation.noise import QuantizationNoise
-from pe_dpo.evaluation.outlook import Outlook
-from pe_dpo.evaluation.ranking import Ranking
+from pe_dpo.audit.evidence import Evidence
+from pe_dpo.audit.noise import QuantizationNoise
+from pe_dpo.audit.outlook import Outlook
+from pe_dpo.audit.ranking import Ranking
 from pe_dpo.recipe.schema import LossSection
 
 LARGEST_DELTA = 1.0
