@@ -94,7 +94,27 @@ def test_onto_the_original_says_what_that_changes(pe_dpo, quantized, tmp_path):
     done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--onto", "original", "--pairs", 6)
     assert done.code == 0
     assert "look: onto the original weights: their quantization error was part of training" in done.out
-    assert "look: against what was trained on the quantized base: relative KL" in done.out
+    assert "look: against the trained adapter on the quantized base: relative KL" in done.out
+
+
+def test_a_scaled_merge_says_so_from_the_first_line_to_the_verdict(pe_dpo, quantized, tmp_path):
+    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--scale", 0.5, "--pairs", 6)
+    assert (done.code, done.err) == (0, "")
+    lines, words = done.out.splitlines(), "scaled toward the reference by a = 0.5"
+    assert lines[1] == f"{words}: what is served is not what was trained, but a = 0.5 times as far from the reference"
+    assert "KL(scaled ‖ it), nats a position" in done.out and "… of what the scaled update changed" in done.out
+    assert f"serves the update, {words}: on purpose not what was trained: {tmp_path / 'out'}" in lines
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["scale"] == 0.5
+
+
+def test_a_scaled_adapter_is_compared_and_packaged_with_proof(pe_dpo, quantized, tmp_path):
+    arguments = ("merge", quantized, "-o", tmp_path / "out", "--onto", "adapter", "--scale", 0.5, "--compare", "--pairs", 6)
+    found = json.loads(pe_dpo(*arguments, "--json").out)
+    assert found["scale"] == 0.5 and [row["relative_kl"] for row in found["compared"][:2]] == [1, 0]
+    assert found["held_out"]["shift_kept"] == pytest.approx(1, abs=1e-3)
+    table = pe_dpo("merge", quantized, "--scale", 1.5, "--compare", "--pairs", 6).out
+    assert "6 held-out pairs, scaled away from the reference by a = 1.5 (95 % Wilson" in table
+    assert "look: a = 1.5 goes beyond what was trained (extrapolation)" in table
 
 
 def test_onto_adapter_writes_no_model_and_says_how_to_serve_it(pe_dpo, quantized, tmp_path):
@@ -128,6 +148,10 @@ def test_a_licence_of_the_base_travels_along(pe_dpo, quantized, tiny_base, tmp_p
         (["RUN", "-o", "RUN"], 2, "is not empty; choose another -o"),
         (["BASE", "-o", "OUT"], 2, "is a whole model; name the run or the adapter to merge"),
         (["RUN", "-o", "OUT/deeper/still"], 2, "make it first"),
+        (["RUN", "-o", "OUT", "--scale", "0"], 2, "--scale 0: is the reference itself, with nothing of what was trained"),
+        (["RUN", "-o", "OUT", "--scale", "-1"], 2, "--scale -1.0: write a number above 0; 1 is what was trained"),
+        (["RUN", "-o", "OUT", "--scale", "nan"], 2, "--scale nan: write a number above 0"),
+        (["RUN", "-o", "OUT", "--onto", "adapter", "--dtype", "bf16"], 2, "--onto adapter merges nothing; leave --dtype out"),
     ],
 )
 def test_what_cannot_be_merged_is_one_message(pe_dpo, quantized, tiny_base, tmp_path, arguments, code, words):

@@ -132,6 +132,20 @@ def test_a_small_change_of_a_whole_module_is_kept_too(tiny_base: Path, tmp_path:
     assert head.rounding == "stochastic on the grid"
 
 
+def test_an_update_of_zeros_has_no_relative_size_and_a_report(tiny_base: Path, tmp_path: Path) -> None:
+    """JSON has no infinity; the report of such a merge once could not be written."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    config = AutoConfig.from_pretrained(base)
+    config.attention_bias = True
+    LlamaForCausalLM(config).save_pretrained(base)  # whose biases are zeros
+    save_adapter(base, tmp_path / "adapter", bias="lora_only")
+    merge(tmp_path / "adapter", tmp_path / "out", base=str(base), quantize="none", pairs=0)
+    tensors = json.loads((tmp_path / "out" / "merge_report.json").read_text(encoding="utf-8"))["tensors"]
+    assert {tensor["name"].split(".")[-1] for tensor in tensors if tensor["relative_size"] is None} == {"bias"}
+
+
 def test_a_head_of_its_own_stays_one_whatever_the_configuration_says_of_tying(tiny_base: Path, tmp_path: Path) -> None:
     """transformers does not tie two tensors that differ; a merge that took the embedding for both would lose the head."""
     from transformers import AutoModelForCausalLM

@@ -78,6 +78,14 @@ def test_a_merge_is_doubted_only_where_arithmetic_does_not_explain_it(
     assert all(word in line for word, line in zip(words, found, strict=True))
 
 
+def test_doubts_about_a_scaled_adapter_do_not_call_it_trained() -> None:
+    wrong = BASE._replace(kl=0.5, shift_kept=0.1, shift_kept_error=0.01)
+    trained, scaled = doubts(wrong, None), doubts(wrong, None, scale=0.5)
+    assert trained[0].startswith("KL(trained ‖ merged)") and "of what training changed" in trained[0]
+    assert scaled[0].startswith("KL(scaled ‖ merged)") and "of what the scaled update changed" in scaled[0]
+    assert trained[1:] == scaled[1:] and not any("trained" in line or "training" in line for line in scaled)
+
+
 def test_in_sixteen_bits_both_sides_have_noise() -> None:
     merged, floor = BASE._replace(kl=0.25), BASE._replace(kl=0.1)
     assert len(doubts(merged, floor)) == 1

@@ -16,6 +16,7 @@ def merge(
     rounding: Annotated[str, typer.Option(help="auto, nearest or stochastic.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
     sft: Annotated[Path | None, typer.Option(help="An adapter that was active under this one in training.")] = None,
+    scale: Annotated[float, typer.Option(help="Scale it toward the reference: W0 + a·ΔW, 0 < a ≤ 1.")] = 1.0,
     data: Annotated[str | None, typer.Option(help="Pairs to verify on; default: those the run held out.")] = None,
     pairs: Annotated[int | None, typer.Option(min=0, help="How many: default 32, and 200 to compare; 0: tensors only.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if it moved.")] = None,
@@ -27,7 +28,7 @@ def merge(
     """Merge adapter and base into one model, and prove that it does what was trained; write nothing where it does not."""
     _check_words(onto, dtype, rounding, quantize)
     ignored = {"--dtype": dtype != "auto", "--rounding": rounding != "auto", "--force": force}
-    if sft is None:
+    if sft is None and scale == 1:
         ignored |= {"--pairs": pairs is not None, "--data": data is not None}
     _check_request(target, output, onto, compare=compare, ignored_by_adapter=[name for name, given in ignored.items() if given])
 
@@ -44,6 +45,7 @@ def merge(
         "base": base,
         "quantize": quantize,
         "sft": sft,
+        "scale": scale,
         "allow_base_mismatch": allow_base_mismatch,
         "say": say,
         "progress": console.counter(),
@@ -51,7 +53,7 @@ def merge(
     written: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed}
     found: dict[str, Any] = {}
     if compare:
-        found["compared"] = _compare(target, output, 200 if pairs is None else pairs, {**common, **written}, show=not json)
+        found |= _compare(target, output, 200 if pairs is None else pairs, {**common, **written}, show=not json)
     if output is not None:
         common["pairs"] = 32 if pairs is None else pairs
         if onto == "adapter":
@@ -79,7 +81,7 @@ def _check_request(target: Path, output: Path | None, onto: str, *, compare: boo
     from pe_dpo.errors import UsageError
 
     if onto == "adapter" and not compare and ignored_by_adapter:
-        raise UsageError(f"--onto adapter copies the adapter as it is; leave {', '.join(ignored_by_adapter)} out")
+        raise UsageError(f"--onto adapter merges nothing; leave {', '.join(ignored_by_adapter)} out")
     if not target.is_dir():
         raise UsageError(f"{target}: no such folder; name a run or an adapter on disk")
     if output is None and not compare:
@@ -112,25 +114,27 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
 
 def _show_held_out(report: dict[str, Any]) -> None:
     from pe_dpo.cli import console
+    from pe_dpo.deploy.verify import unmerged_words
 
+    name, cause = unmerged_words(report["scale"])
     rows = []
     for title, key, shape in (
-        ("KL(trained ‖ it), nats a position", "kl", "{:.2e}"),
-        ("… of what training changed", "relative_kl", "{:.2e}"),
+        (f"KL({name} ‖ it), nats a position", "kl", "{:.2e}"),
+        (f"… of what {cause} changed", "relative_kl", "{:.2e}"),
         ("preference shift, nats a pair", "shift", "{:+.4f}"),
-        ("… share of the trained one kept", "shift_kept", "{:.4f}"),
+        (f"… share of the {name} one kept", "shift_kept", "{:.4f}"),
         ("same most likely token", "top1", "{:.2%}"),
     ):
         columns = [report["held_out"], *([report["noise_floor"]] if report["noise_floor"] else [])]
         rows.append([title, *("–" if one is None or one[key] is None else shape.format(one[key]) for one in columns)])
-    title = f"{report['held_out_pairs']} held-out pairs; trained shift {report['held_out']['shift_trained']:+.4f}"
-    header = ["", "merged", *([f"trained, {report['noise_floor_is']}"] if report["noise_floor"] else [])]
+    title = f"{report['held_out_pairs']} held-out pairs; {name} shift {report['held_out']['shift_trained']:+.4f}"
+    header = ["", "merged", *([f"{name}, {report['noise_floor_is']}"] if report["noise_floor"] else [])]
     console.show_table(title, header, rows)
     change = report["against_the_quantized_base"]
     if change and change["relative_kl"] is not None:
         console.say(
-            f"look: against what was trained on the quantized base: relative KL {change['relative_kl']:.2e}, "
-            f"shift {change['shift']:+.4f} (trained {change['shift_trained']:+.4f})"
+            f"look: against the {name} adapter on the quantized base: relative KL {change['relative_kl']:.2e}, "
+            f"shift {change['shift']:+.4f} ({name} {change['shift_trained']:+.4f})"
         )
 
 
@@ -144,14 +148,13 @@ def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool
         for line in done.commands:
             console.say(line)
     held_out = done.held_out.to_dict() if done.held_out else None
-    return {"folder": str(done.folder), "held_out": held_out, "commands": done.commands}
+    return {"folder": str(done.folder), "scale": done.scale, "held_out": held_out, "commands": done.commands}
 
 
-def _compare(
-    target: Path, output: Path | None, pairs: int, settings: dict[str, Any], *, show: bool
-) -> list[dict[str, Any]]:
+def _compare(target: Path, output: Path | None, pairs: int, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.cli import console
     from pe_dpo.deploy.compare import compare_merges
+    from pe_dpo.deploy.served import scale_words
     from pe_dpo.evaluation.pairs import wilson_interval
 
     done = compare_merges(target, pairs=pairs, work=output.absolute().parent if output else None, **settings)
@@ -164,5 +167,7 @@ def _compare(
         rows.append([name, accuracy, f"{found.shift:+.4f}", relative, f"{found.nll:.4f}", share])
     if show:
         header = ["", "accuracy", "shift", "rel. KL", "NLL", "ΔW kept"]
-        console.show_table(f"{done.pairs} held-out pairs (95 % Wilson intervals; nats)", header, rows)
-    return [{"name": name, **found.to_dict(), "kept": kept} for name, found, kept in done.candidates]
+        scaled = f", {scale_words(done.scale)}" if done.scale != 1 else ""
+        console.show_table(f"{done.pairs} held-out pairs{scaled} (95 % Wilson intervals; nats)", header, rows)
+    compared = [{"name": name, **found.to_dict(), "kept": kept} for name, found, kept in done.candidates]
+    return {"scale": done.scale, "compared": compared}

@@ -1,4 +1,7 @@
-"""`merge --onto adapter`: nothing merged; the adapter as servers load it, with the recipe of the base that it belongs to."""
+"""`merge --onto adapter`: nothing merged; the adapter as servers load it, with the recipe of the base that it belongs to.
+
+As it was trained it is copied, bit for bit. Two adapters in one, or a scaled one, are held against those of training.
+"""
 
 import json
 import shutil
@@ -9,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from pe_dpo.data.encoding import Progress
-from pe_dpo.deploy.card import card_metadata
+from pe_dpo.deploy.card import card_metadata, scale_lines
 from pe_dpo.deploy.carry import base_licence, carry_tokenizer
+from pe_dpo.deploy.served import as_served, check_scale
 from pe_dpo.deploy.serving import adapter_commands, adapter_in_python
-from pe_dpo.deploy.source import Source, open_source, with_sft
+from pe_dpo.deploy.source import Source, open_source
 from pe_dpo.deploy.staging import check_free, staged
 from pe_dpo.deploy.trained import measure_adapter, measure_trained
 from pe_dpo.deploy.verify import Agreement, agreement, doubts
@@ -27,8 +31,10 @@ class PackagedAdapter(NamedTuple):
 
     folder: Path
     held_out: Agreement | None
-    """Of two adapters in one: against the two. None where the adapter was copied, bit for bit."""
+    """Of two adapters in one, or a scaled one: against those of training. None where the adapter was copied, bit for bit."""
     commands: list[str]
+    scale: float = 1.0
+    """Toward the reference; 1 is what was trained."""
 
 
 def package_adapter(
@@ -36,6 +42,7 @@ def package_adapter(
     output: str | Path,
     *,
     sft: str | Path | None = None,
+    scale: float = 1.0,
     data: str | None = None,
     pairs: int = 32,
     base: str | None = None,
@@ -44,16 +51,17 @@ def package_adapter(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
 ) -> PackagedAdapter:
-    """Write an adapter, its tokenizer and the recipe of its base; with `sft`, two adapters as one.
+    """Write an adapter, its tokenizer and the recipe of its base; with `sft`, two adapters as one; with `scale`, a scaled one.
 
     Args and errors as `merge.merge`.
     """
     output = Path(output)
     check_free(output)
-    wanted = pairs if sft else 0
+    check_scale(scale)
+    wanted = pairs if sft or scale != 1 else 0
     source = open_source(Path(target), data=data, pairs=wanted, base=base, quantize=quantize, say=say, progress=progress)
     _check_base(source, base, allow_base_mismatch)
-    with with_sft(source, sft) as source, staged(output) as folder:
+    with as_served(source, sft=sft, scale=scale, say=say) as source, staged(output) as folder:
         for name in FILES:
             shutil.copyfile(source.adapter.folder / name, folder / name)
         held_out = _verify(source, output, allow_base_mismatch, say) if source.pairs else None
@@ -63,7 +71,7 @@ def package_adapter(
         rank = max(source.adapter.ranks(), default=1)
         commands = adapter_commands(str(output), facts, rank)
         (folder / "README.md").write_text(_card(source, facts, commands), encoding="utf-8")
-    return PackagedAdapter(output, held_out, commands)
+    return PackagedAdapter(output, held_out, commands, source.scale)
 
 
 def _check_base(source: Source, base: str | None, allow_mismatch: bool) -> None:
@@ -79,26 +87,29 @@ def _check_base(source: Source, base: str | None, allow_mismatch: bool) -> None:
 
 
 def _verify(source: Source, output: Path, allow_base_mismatch: bool, say: Callable[[str], None]) -> Agreement:
-    """Two adapters in one against the two, on the pairs."""
+    """The adapter that was made against those it was made of, on the pairs."""
     dtype = source.facts.dtype
     found = measure_trained(source, source.facts, dtype=dtype, allow_base_mismatch=allow_base_mismatch, say=say)
     held_out = agreement(measure_adapter(source, found.computed_in), found.trained, found.reference)
     floor = agreement(found.floor, found.trained, found.reference) if found.floor else None
-    wrong = doubts(held_out, floor, in_float32=found.computed_in == torch.float32)
+    wrong = doubts(held_out, floor, in_float32=found.computed_in == torch.float32, scale=source.scale)
     if wrong:
-        raise MergeRefused("\n  ".join([f"{output}: was not written: the one adapter does not do what the two did:", *wrong]))
+        what = "the one adapter does not do what the two did" if source.weights[0] else "the adapter does not do what it should"
+        raise MergeRefused("\n  ".join([f"{output}: was not written: {what}:", *wrong]))
     return held_out
 
 
 def _base(source: Source) -> dict[str, Any]:
-    if source.record is not None:
-        return {**source.record, "id": source.facts.base, "revision": source.facts.revision}
     facts = source.facts
+    scaled = {} if source.scale == 1 else {"scale": source.scale}
+    if source.record is not None:
+        return {**source.record, "id": facts.base, "revision": facts.revision, **scaled}
     return {
         "id": facts.base,
         "revision": facts.revision,
         "quantize": facts.quantize,
         "dtype": str(facts.dtype).removeprefix("torch."),
+        **scaled,
     }
 
 
@@ -111,6 +122,7 @@ def _card(source: Source, base: dict[str, Any], commands: list[str]) -> str:
             f"Belongs to `{source.facts.base}`, loaded as in training: {base['quantize']}, {base['dtype']}. On another",
             "quantization, or the original weights, it is another model.",
             "",
+            *scale_lines(source.scale),
             "```",
             *commands,
             "```",

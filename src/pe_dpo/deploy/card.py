@@ -6,8 +6,10 @@ from typing import Any
 
 import yaml
 
+from pe_dpo.deploy.served import scale_words
 from pe_dpo.deploy.serving import model_commands
 from pe_dpo.deploy.source import Source
+from pe_dpo.deploy.verify import unmerged_words
 from pe_dpo.recipe import describe, recipe_to_yaml
 from pe_dpo.training.model_card import held_out_table
 
@@ -27,6 +29,7 @@ def merged_card(source: Source, report: Mapping[str, Any], *, licence: str | Non
             "",
             f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. A LoRA adapter, merged in {report['dtype']}.",
             "",
+            *scale_lines(source.scale),
             *_training(source),
             "## The merge",
             "",
@@ -59,6 +62,18 @@ def card_metadata(base: str, *, library: str, relation: str, licence: str | None
         **({"license": licence} if licence else {}),
     }
     return ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+
+
+def scale_lines(scale: float) -> list[str]:
+    """Return what a card says of an adapter that is not served as it was trained; nothing for one that is."""
+    if scale == 1:
+        return []
+    return [
+        f"After training it was {scale_words(scale)}: W_ref + {scale}·(W − W_ref), where W was trained and W_ref is its",
+        "reference (WiSE-FT, arXiv 2109.01903). On purpose this is not the model that was trained; what is said of training is",
+        "of a = 1.",
+        "",
+    ]
 
 
 def _training(source: Source) -> list[str]:
@@ -94,19 +109,19 @@ def _merge(report: Mapping[str, Any]) -> list[str]:
         f"Onto the {report['onto']} weights of the base (in training: {base['quantize_in_training']}), rounding "
         f"{report['rounding']}. The base was {checked}."
     )
-    kept = report["mean_kept"]
+    kept, (name, cause) = report["mean_kept"], unmerged_words(report["scale"])
     lines = [how, "", f"- share of the update in the files: {'nothing to keep' if kept is None else f'{kept:.4f}'}"]
     found, floor = report["held_out"], report["noise_floor"]
     if found is None:
         return [*lines, "- not verified on pairs"]
     relative = found["relative_kl"]
     lines += [
-        f"- on {report['held_out_pairs']} held-out pairs, KL(trained ‖ merged) {found['kl']:.2e} nats a position"
-        + ("" if relative is None else f", {relative:.4f} of what training changed"),
-        f"- preference shift {found['shift']:+.4f} nats a pair, trained {found['shift_trained']:+.4f}",
+        f"- on {report['held_out_pairs']} held-out pairs, KL({name} ‖ merged) {found['kl']:.2e} nats a position"
+        + ("" if relative is None else f", {relative:.4f} of what {cause} changed"),
+        f"- preference shift {found['shift']:+.4f} nats a pair, {name} {found['shift_trained']:+.4f}",
         f"- same most likely token at {found['top1']:.2%} of positions",
     ]
     if floor is not None:
         other = report["noise_floor_is"]
-        lines.append(f"- the trained model itself, {other}: KL {floor['kl']:.2e}, shift {floor['shift']:+.4f}")
+        lines.append(f"- the {name} model itself, {other}: KL {floor['kl']:.2e}, shift {floor['shift']:+.4f}")
     return [*lines, *(f"- **{fault}**" for fault in report["faults"])]

@@ -13,7 +13,8 @@ from pe_dpo.data.encoding import Progress
 from pe_dpo.deploy.checks import Onto, check_base_files, check_space
 from pe_dpo.deploy.merge import Dtype, served_dtype, write_model
 from pe_dpo.deploy.plan import plan_merge
-from pe_dpo.deploy.source import Source, open_source, with_sft
+from pe_dpo.deploy.served import as_served, check_scale
+from pe_dpo.deploy.source import Source, open_source
 from pe_dpo.deploy.staging import scratch
 from pe_dpo.deploy.stream import Rounding, mean_kept
 from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained
@@ -27,7 +28,7 @@ class Candidate(NamedTuple):
 
     name: str
     found: Agreement
-    """Against base and adapter as in training."""
+    """Against base and adapter as in training, or scaled."""
     kept: float | None
     """Share of ΔW in the files; None where nothing is merged."""
 
@@ -37,6 +38,8 @@ class Comparison(NamedTuple):
 
     candidates: list[Candidate]
     pairs: int
+    scale: float = 1.0
+    """Of all but the reference, toward it; 1 is what was trained."""
 
 
 def compare_merges(
@@ -51,6 +54,7 @@ def compare_merges(
     base: str | None = None,
     quantize: str | None = None,
     sft: str | Path | None = None,
+    scale: float = 1.0,
     allow_base_mismatch: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
@@ -66,8 +70,9 @@ def compare_merges(
     """
     if not pairs:
         raise UsageError("--compare needs pairs to compare on; leave --pairs out, or name a number")
+    check_scale(scale)
     opened = open_source(Path(target), data=data, pairs=pairs, base=base, quantize=quantize, say=say, progress=progress)
-    with with_sft(opened, sft) as source:
+    with as_served(opened, sft=sft, scale=scale, say=say) as source:
         served = served_dtype(source.facts, dtype)
         ways: list[Onto] = ["original"] if source.facts.quantize == "int8" else ["dequantized", "original"]
         if source.facts.quantize == "none":
@@ -84,7 +89,7 @@ def compare_merges(
             candidates.append(_candidate(name, truth.floor, truth))
         for onto in ways:
             candidates.append(_merge(source, truth, onto, served, rounding, seed, work, allow_base_mismatch, progress))
-    return Comparison(candidates, len(source.pairs))
+    return Comparison(candidates, len(source.pairs), source.scale)
 
 
 def _merge(

@@ -1,6 +1,7 @@
 """`merge`: adapter and base become one model on disk, and nothing appears there that was not shown to be what was trained.
 
     source     adapter whole? its tokenizer, its base's files; pairs to verify on        no weights read
+    served     the adapter as it was trained, or on top of another one, or scaled toward the reference
     plan       every tensor of the adapter has its place
     trained    base loaded as in training, tensor by tensor the one of training; reference and trained model measured
     stream     files → files, tensor by tensor; share of ΔW kept
@@ -21,7 +22,8 @@ from pe_dpo.deploy.card import merged_card
 from pe_dpo.deploy.carry import base_licence, carry
 from pe_dpo.deploy.checks import Onto, check_base_files, check_every_tensor, check_place, check_space
 from pe_dpo.deploy.plan import Plan, own_dtype, plan_merge
-from pe_dpo.deploy.source import Source, open_source, with_sft
+from pe_dpo.deploy.served import as_served, check_scale, scale_words
+from pe_dpo.deploy.source import Source, open_source
 from pe_dpo.deploy.staging import check_free, staged
 from pe_dpo.deploy.stream import BaseAsTrained, MergedTensor, Rounding, write_merged
 from pe_dpo.deploy.verdict import Verdict, base_as_trained, judge, merge_report, truth
@@ -57,6 +59,7 @@ def merge(
     base: str | None = None,
     quantize: str | None = None,
     sft: str | Path | None = None,
+    scale: float = 1.0,
     allow_base_mismatch: bool = False,
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -77,21 +80,23 @@ def merge(
         base: where the base lies now, if not where it was.
         quantize: of an adapter that was not trained here, how its base was loaded in training.
         sft: an adapter that was active under this one in training; both are merged.
+        scale: a; serves W_ref + a·(W − W_ref) instead of the trained W, and verifies that; 1 is what was trained.
         allow_base_mismatch: go on where the base is not bit for bit the one of training.
         force: write a merge that failed verification, with the report that says so.
         say: gets lines of facts.
         progress: called with what is done, how much, and of how much.
 
     Raises:
-        UsageError: `output` is taken, or something only the user knows is missing.
+        UsageError: `output` is taken, the scale is not above 0, or something only the user knows is missing.
         ModelError: base or adapter are not those of training or not whole, or cannot be merged; or the disk is full.
         MergeRefused: the merged model is not what was trained; nothing was written.
     """
     output = Path(output)
     check_free(output)
     check_place(output, Path(target))
+    check_scale(scale)
     source = open_source(Path(target), data=data, pairs=pairs, base=base, quantize=quantize, say=say, progress=progress)
-    with with_sft(source, sft) as source:
+    with as_served(source, sft=sft, scale=scale, say=say) as source:
         served = served_dtype(source.facts, dtype)
         plan = plan_merge(source.files, source.adapter, source.facts, dtype=served)
         check_base_files(source, onto, allow_base_mismatch, say)
@@ -105,7 +110,8 @@ def merge(
             )  # fmt: skip
             verdict = judge(source, folder, tensors, trained)
             if verdict.faults and not force:
-                head = f"{output}: was not written: the merge is not what was trained:"
+                wanted = "what was trained" + (f", {scale_words(source.scale)}" if source.scale != 1 else "")
+                head = f"{output}: was not written: the merge is not {wanted}:"
                 raise MergeRefused("\n  ".join([head, *verdict.faults]))
             report = merge_report(source, verdict, onto=onto, dtype=served, rounding=rounding, seed=seed, files=hashes)
             text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)

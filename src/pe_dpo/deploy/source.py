@@ -1,14 +1,11 @@
 """What is to be merged: the adapter, the base it belongs to, how that was loaded in training, and pairs to measure on."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from pe_dpo.data import EncodedPair, data_hash
 from pe_dpo.data.encoding import Progress
@@ -16,11 +13,11 @@ from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.evaluation.target import Target, find_target, load_target_tokenizer, read_record
 from pe_dpo.model.adapter import REFERENCE
-from pe_dpo.model.adapter_config import expected_tensors, write_adapter_config
+from pe_dpo.model.adapter_config import expected_tensors
 from pe_dpo.model.base import BaseFacts, empty_model, end_token_ids, inspect_base
 from pe_dpo.model.provenance import adapter_fingerprints, base_folder, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.tensor_files import TensorFiles
-from pe_dpo.model.updates import AdapterFiles, fused_adapter
+from pe_dpo.model.updates import AdapterFiles
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import DataSection
 
@@ -33,6 +30,9 @@ class Source(NamedTuple):
 
     folder: Path
     adapter: AdapterFiles
+    """The one that is served."""
+    trained: Path
+    """The adapter that was trained; `adapter` may be made of it (`served.as_served`)."""
     reference: Path | None
     """The adapter that π0 has; None where π0 is the bare base."""
     facts: BaseFacts
@@ -46,8 +46,10 @@ class Source(NamedTuple):
     tokenizer: Any
     pairs: list[EncodedPair]
     """To verify on; empty if none were asked for."""
-    on_top: Path | None = None
-    """Where `adapter` is two in one: the one that was trained on top of `reference`."""
+    weights: tuple[float, float] = (0.0, 1.0)
+    """Of the adapters in `reference` and `trained`: what their sum is, `adapter` is."""
+    scale: float = 1.0
+    """How far what is served is from the reference; 1 is what was trained."""
 
 
 def open_source(
@@ -100,6 +102,7 @@ def open_source(
     return Source(
         folder=target,
         adapter=adapter,
+        trained=found.adapter,
         reference=frozen if (frozen / "adapter_config.json").is_file() else None,
         facts=facts,
         record=record,
@@ -109,38 +112,8 @@ def open_source(
         files=TensorFiles(folder),
         tokenizer=tokenizer,
         pairs=chosen,
+        scale=record.get("scale", 1.0) if record else 1.0,
     )
-
-
-@contextmanager
-def with_sft(source: Source, sft: str | Path | None) -> Iterator[Source]:
-    """Yield a source whose adapter is its own and another one in one; π0 then has the other one.
-
-    Args:
-        source: whose adapter was trained on top of the other.
-        sft: the other adapter; None for the source as it is.
-
-    Raises:
-        ModelError: one of them is not plain LoRA.
-    """
-    if sft is None:
-        yield source
-        return
-    if source.recipe is not None:
-        raise UsageError(
-            f"{source.folder}: a run goes on with the adapter that it starts from, so that is in it already; leave --sft out"
-        )
-    below = AdapterFiles(sft)
-    with TemporaryDirectory() as folder:
-        save_fused(below, source.adapter, Path(folder))
-        yield source._replace(adapter=AdapterFiles(folder), reference=Path(sft), on_top=source.adapter.folder)
-
-
-def save_fused(first: AdapterFiles, second: AdapterFiles, folder: Path) -> None:
-    """Write two adapters as one, as PEFT saves it; see `fused_adapter`."""
-    tensors, settings = fused_adapter(first, second)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_adapter_config(folder, base=second.config.base_model_name_or_path, **settings)
 
 
 def _read_base_record(target: Path) -> dict[str, Any] | None:
@@ -150,6 +123,8 @@ def _read_base_record(target: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         missing = {name for name, kind in _RECORD.items() if not isinstance(record.get(name), kind)}
+        if not isinstance(record.get("scale", 1.0), float):  # of an adapter that was packaged scaled
+            missing.add("scale")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: cannot be read: {error}; without it the base cannot be checked") from error
     if missing:

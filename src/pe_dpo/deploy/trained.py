@@ -1,4 +1,4 @@
-"""The trained model as it was in training, unmerged: what a merge is held against."""
+"""The trained model as it was in training (or scaled toward the reference), unmerged: what a merge is held against."""
 
 import gc
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from pe_dpo.deploy.stream import BaseAsTrained
 from pe_dpo.deploy.verify import Behaviour, behaviour
 from pe_dpo.errors import ModelError
 from pe_dpo.evaluation.scorer import Scorer, choose_scorer
-from pe_dpo.model.adapter import REFERENCE, add_finished_adapter, switch_on_both
+from pe_dpo.model.adapter import POLICY, REFERENCE, add_finished_adapter, switch_on_both
 from pe_dpo.model.base import BaseFacts, add_rounding_noise, compute_in, inspect_base, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprints
 from pe_dpo.model.provenance import changed_tensors
@@ -45,7 +45,7 @@ def measure_trained(
     """Return what reference and trained model do on the pairs, one base loaded once and freed again.
 
     Args:
-        source: to merge, with pairs.
+        source: to merge, with pairs; where it is scaled, "the trained model" is the one with its weights.
         facts: of the base, quantized as in training (or not, to measure the adapter on the original).
         dtype: that will be served.
         allow_base_mismatch: go on where the base is not the one of training.
@@ -68,9 +68,8 @@ def measure_trained(
         model = add_finished_adapter(model, source.reference, REFERENCE)
     scorer = choose_scorer(model, source.pairs, device=device)
     reference = measure(model, source, scorer)
-    model = add_finished_adapter(model, source.on_top or source.adapter.folder)
-    if source.on_top:
-        switch_on_both(model)
+    model = add_finished_adapter(model, source.trained)
+    _weigh(model, source.weights)
     trained = measure(model, source, scorer)
     check_weights_unpacked(model)
     floor = _measure_noise(model, computed_in, dtype, source, scorer, say)
@@ -78,6 +77,17 @@ def measure_trained(
     free()
     base = BaseAsTrained(facts.quantize, facts.dtype, layers, tensors, device)
     return Trained(base, reference, trained, floor, computed_in)
+
+
+def _weigh(model: Any, weights: tuple[float, float]) -> None:
+    """Let the adapters act as much as they do in what is served, by PEFT's own scalings."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            for name, weight in zip((REFERENCE, POLICY), weights, strict=True):
+                if name in module.scaling:
+                    module.scaling[name] *= weight
+    if weights[0]:
+        switch_on_both(model)
 
 
 def _computed_in(facts: BaseFacts) -> torch.dtype:

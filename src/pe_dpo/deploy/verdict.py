@@ -1,5 +1,6 @@
 """The verdict on a merge: what it is held against, and what was found."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pe_dpo.deploy.checks import Onto
+from pe_dpo.deploy.served import scale_words
 from pe_dpo.deploy.source import Source
 from pe_dpo.deploy.stream import BaseAsTrained, MergedTensor, Rounding, faults, mean_kept, mean_noise
 from pe_dpo.deploy.trained import Trained, measure_merged, measure_trained, noise_words
@@ -41,6 +43,8 @@ class Verdict(NamedTuple):
     """Of what was measured on pairs."""
     is_vague: bool
     """The update is within the noise of rounding, so that the pairs could not have told that it was lost."""
+    scale: float = 1.0
+    """Of what is served, toward the reference; 1 is what was trained."""
 
     @property
     def mean_kept(self) -> float | None:
@@ -53,15 +57,16 @@ class Verdict(NamedTuple):
         Args:
             onto: what was merged onto.
         """
+        scaled = f", {scale_words(self.scale)}" if self.scale != 1 else ""
         if self.faults:
-            return "written by force"
+            return f"written by force{scaled}"
         if self.change is not None or (onto == "original" and self.held_out is None):
-            return "keeps the update, on the original weights: not the model that was trained"
+            return f"keeps the update{scaled}, on the original weights: not the model that was trained"
         if self.held_out is None:
-            return "has the update in its files; not verified on pairs"
+            return f"has the update in its files{scaled}; not verified on pairs"
         if self.is_vague:
-            return "has the update in its files; it is within the noise of rounding, and the pairs cannot tell it"
-        return "serves what was trained"
+            return f"has the update in its files{scaled}; it is within the noise of rounding, and the pairs cannot tell it"
+        return f"serves the update{scaled}: on purpose not what was trained" if scaled else "serves what was trained"
 
 
 def truth(
@@ -107,17 +112,18 @@ def judge(source: Source, folder: Path, tensors: list[MergedTensor], found: Trut
     """Return the verdict on a merged model on disk: by tensor, and by what it does on the pairs."""
     wrong = faults(tensors)
     if found is None:
-        return Verdict(tensors, None, None, None, wrong, torch.float32, is_vague=False)
+        return Verdict(tensors, None, None, None, wrong, torch.float32, is_vague=False, scale=source.scale)
     measured = found.measured
     merged = measure_merged(folder, source, measured.computed_in)
     held_out = agreement(merged, measured.trained, measured.reference)
     floor = agreement(measured.floor, measured.trained, measured.reference) if measured.floor else None
     served = found.as_trained
     change = agreement(merged, served.trained, served.reference) if served else None
-    wrong += doubts(held_out, floor, in_float32=measured.computed_in == torch.float32)
+    wrong += doubts(held_out, floor, in_float32=measured.computed_in == torch.float32, scale=source.scale)
     if mean_kept(tensors) is None and held_out.shift_kept is not None:
-        wrong.append("no tensor of the adapter changes anything, but the trained model does")
-    return Verdict(tensors, held_out, floor, change, wrong, measured.computed_in, is_too_vague(held_out, floor))
+        wrong.append("no tensor of the adapter changes anything, but the unmerged model does")
+    is_vague = is_too_vague(held_out, floor)
+    return Verdict(tensors, held_out, floor, change, wrong, measured.computed_in, is_vague, source.scale)
 
 
 def merge_report(
@@ -135,6 +141,9 @@ def merge_report(
         files: sha256 of the weights' files.
     """
     adapter_file = "adapter_model.safetensors"
+    served, given = (
+        file_fingerprints(folder, [adapter_file])[adapter_file] for folder in (source.adapter.folder, source.trained)
+    )
     return {
         "verdict": verdict.words(onto),
         "faults": verdict.faults,
@@ -148,7 +157,9 @@ def merge_report(
             "quantize_in_training": source.facts.quantize,
             "was_checked": source.record is not None,
         },
-        "adapter_sha256": file_fingerprints(source.adapter.folder, [adapter_file])[adapter_file],
+        "scale": source.scale,
+        "adapter_sha256": served,
+        "from_adapter_sha256": given,
         "mean_kept": verdict.mean_kept,
         "held_out_pairs": len(source.pairs),
         "held_out": verdict.held_out.to_dict() if verdict.held_out else None,
@@ -157,7 +168,12 @@ def merge_report(
         "mean_noise": mean_noise(verdict.tensors),
         "against_the_quantized_base": verdict.change.to_dict() if verdict.change else None,
         "computed_in": str(verdict.computed_in).removeprefix("torch."),
-        "tensors": [tensor._asdict() for tensor in verdict.tensors],
+        "tensors": [_ready_for_json(tensor) for tensor in verdict.tensors],
         "files": files,
         "versions": versions(),
     }
+
+
+def _ready_for_json(tensor: MergedTensor) -> dict[str, Any]:
+    """JSON knows no infinity, which is the relative size of an update of a tensor of zeros."""
+    return {**tensor._asdict(), "relative_size": tensor.relative_size if math.isfinite(tensor.relative_size) else None}

@@ -134,7 +134,16 @@ def agreement(this: Behaviour, trained: Behaviour, reference: Behaviour) -> Agre
     )
 
 
-def doubts(merged: Agreement, floor: Agreement | None, *, in_float32: bool = True) -> list[str]:
+def unmerged_words(scale: float) -> tuple[str, str]:
+    """Return what the model that a merge is held against is called, and what made it of the reference.
+
+    Args:
+        scale: of what is served, toward the reference; 1 is what was trained.
+    """
+    return ("trained", "training") if scale == 1 else ("scaled", "the scaled update")
+
+
+def doubts(merged: Agreement, floor: Agreement | None, *, in_float32: bool = True, scale: float = 1.0) -> list[str]:
     """Return in words what is out of the band, of what rounding alone cannot explain; empty if the merge is right.
 
     Args:
@@ -142,14 +151,16 @@ def doubts(merged: Agreement, floor: Agreement | None, *, in_float32: bool = Tru
         floor: of the trained model with the noise of rounding, or of 16-bit arithmetic; None where there is none to speak of.
         in_float32: whether the models were computed in it; in 16 bits each side has noise of its own, which no floor covers
             exactly, and a KL is only doubted at twice it.
+        scale: of what is served; for the words.
     """
     found = []
+    name, cause = unmerged_words(scale)
     if not all(math.isfinite(value) for value in (merged.kl, merged.kl_reference, merged.shift_error)):
-        return ["the merged model, or the trained one, gives values that are not finite"]
+        return [f"the merged model, or the {name} one, gives values that are not finite"]
     noise = NOISE_FACTOR * (1 if in_float32 else 2) * floor.kl if floor and math.isfinite(floor.kl) else 0.0
     if merged.kl > max(KL_BAND * merged.kl_reference, noise) and merged.kl > SMALLEST:
         found.append(
-            f"KL(trained ‖ merged) {merged.kl:.2e} nats is {_times(merged.relative_kl)} of what training changed "
+            f"KL({name} ‖ merged) {merged.kl:.2e} nats is {_times(merged.relative_kl)} of what {cause} changed "
             f"({merged.kl_reference:.2e}; at most {KL_BAND:g} wanted), and more than the noise of rounding ({noise:.2e})"
         )
     kept, error = merged.shift_kept, merged.shift_kept_error

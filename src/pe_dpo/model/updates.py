@@ -155,14 +155,44 @@ class AdapterFiles:
         return float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
 
 
-def fused_adapter(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def scaled_updates(adapter: AdapterFiles, scale: float) -> dict[str, Tensor]:
+    """Return the tensors of an adapter whose every update is times a factor; its configuration stays as it is.
+
+        W + scale·s·B·A,  b + scale·s·b_B
+
+    B and b_B are scaled, in float32; the others stay as they are stored.
+
+    Args:
+        adapter: LoRA that only adds.
+        scale: any number.
+
+    Raises:
+        ModelError: it has DoRA, or whole tensors (modules_to_save, trained biases).
+    """
+    for name, change in adapter.changes.items():
+        if change.magnitude is not None:
+            raise ModelError(f"{adapter.folder}: {name} has DoRA, which sets W's norms and adds no ΔW that could be scaled")
+        if change.replacement is not None:
+            raise ModelError(
+                f"{adapter.folder}: {name} is saved whole (modules_to_save, trained biases, embeddings); only LoRA updates can "
+                "be scaled"
+            )
+    scaled = {key for change in adapter.changes.values() for key in (change.b, change.addition)}
+    stored = {facts.name: adapter.tensors.read(facts.name) for facts in adapter.tensors}
+    return {name: tensor.float() * scale if name in scaled else tensor for name, tensor in stored.items()}
+
+
+def fused_adapter(
+    first: AdapterFiles, second: AdapterFiles, *, weights: tuple[float, float] = (1.0, 1.0)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return one adapter that does what two do together, for servers that load only one.
 
-        s₁·B₁·A₁ + s₂·B₂·A₂ = [s₁·B₁ | s₂·B₂] · [A₁; A₂]
+        w₁·s₁·B₁·A₁ + w₂·s₂·B₂·A₂ = [w₁·s₁·B₁ | w₂·s₂·B₂] · [A₁; A₂]
 
     Args:
         first: plain LoRA.
         second: plain LoRA, on the same base; it may have other targets, ranks and scalings.
+        weights: w₁ and w₂.
 
     Returns:
         Its tensors (float32) as PEFT names them, and the fields of PEFT's LoraConfig that they need; all scalings are 1.
@@ -178,12 +208,12 @@ def fused_adapter(first: AdapterFiles, second: AdapterFiles) -> tuple[dict[str, 
             raise ModelError(f"{adapter.folder}: {(odd or ['the whole'])[0]} is not plain LoRA; only that can be fused")
     for name in sorted({*first.changes, *second.changes}):
         rows, columns = [], []
-        for adapter in (first, second):
+        for adapter, weight in zip((first, second), weights, strict=True):
             if name in adapter.changes:
                 change = adapter.changes[name]
                 assert change.a is not None and change.b is not None, "checked above"
                 rows.append(adapter.tensors.read(change.a).float())
-                columns.append(adapter.tensors.read(change.b).float() * change.scaling)
+                columns.append(adapter.tensors.read(change.b).float() * (weight * change.scaling))
                 keys = change.a, change.b
         tensors[keys[0]], tensors[keys[1]] = torch.cat(rows), torch.cat(columns, dim=1)
         ranks[name.removesuffix(".weight")] = sum(len(part) for part in rows)
