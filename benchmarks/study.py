@@ -1,6 +1,6 @@
 """The raw results of a sweep in three files without any text, and back: what `docs/study-gamma-vs-mixout.md` was made from.
 
-    python -m benchmarks.study pack SWEEP FOLDER       numbers of every run, point, seed and snapshot; no prompts, no answers
+    python -m benchmarks.study pack SWEEP FOLDER       numbers of every run, snapshot and scaled adapter; no prompts, no answers
     python -m benchmarks.study unpack FOLDER SWEEP     a folder that `pe-dpo compare` and `pe-dpo report` read
     python -m benchmarks.study table SWEEP METRIC …    each point: KL, and each metric with its difference at equal KL
 
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pe_dpo.evaluation.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE
+from pe_dpo.evaluation.scaled import scaled_folders
 from pe_dpo.experiments.plan import SWEEP_FILE, read_plan
 from pe_dpo.objective import preference_loss
 from pe_dpo.recipe import recipe_to_yaml
@@ -113,6 +114,7 @@ def _at_equal_kl(arm: Any) -> str:
 def _states(run: Path) -> Iterator[Path]:
     yield run
     yield from sorted(run.glob("snapshots/*"))
+    yield from scaled_folders(run).values()
 
 
 def _without_intervals(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """pe-dpo: parameter-efficient preference fine-tuning on one GPU.
 
 What the commands do is here as functions (`load_recipe`, `train`, `evaluate`, `compare`, `merge`), and so are the parts for
-anyone's own loop (`preference_loss`, `answer_logprobs`). Names are loaded when they are first used: importing the package
-imports no torch.
+anyone's own loop (`preference_loss`, `answer_logprobs`, `attach_mixout`, `mixout`, `MixLinear`). Names are loaded when they are
+first used: importing the package imports no torch.
 """
 
 from importlib import import_module
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pe_dpo.deploy.merge import merge
     from pe_dpo.evaluation.run import evaluate
     from pe_dpo.experiments.compare import compare
+    from pe_dpo.model.mixout import MixLinear, attach_mixout, mixout
     from pe_dpo.objective import answer_logprobs, preference_loss
     from pe_dpo.recipe import describe, load_recipe
     from pe_dpo.training.run import train
@@ -19,17 +20,32 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "MixLinear": "pe_dpo.model.mixout",
     "answer_logprobs": "pe_dpo.objective",
+    "attach_mixout": "pe_dpo.model.mixout",
     "compare": "pe_dpo.experiments.compare",
     "describe": "pe_dpo.recipe",
     "evaluate": "pe_dpo.evaluation.run",
     "load_recipe": "pe_dpo.recipe",
     "merge": "pe_dpo.deploy.merge",
+    "mixout": "pe_dpo.model.mixout",
     "preference_loss": "pe_dpo.objective",
     "train": "pe_dpo.training.run",
 }
 
-__all__ = ["answer_logprobs", "compare", "describe", "evaluate", "load_recipe", "merge", "preference_loss", "train"]
+__all__ = [
+    "MixLinear",
+    "answer_logprobs",
+    "attach_mixout",
+    "compare",
+    "describe",
+    "evaluate",
+    "load_recipe",
+    "merge",
+    "mixout",
+    "preference_loss",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

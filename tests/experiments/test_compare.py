@@ -242,7 +242,7 @@ def test_a_lonely_run_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"metric": "accuracy"}, "--metric accuracy: is not one of accuracy/shift, "),
-        ({"baseline": "temperature"}, "--baseline temperature: is neither step, nor a dial"),
+        ({"baseline": "temperature"}, "--baseline temperature: is neither step nor scale, nor a dial"),
         ({"repeats": 10}, "--repeats 10: a bootstrap needs at least 100"),
         ({"seed": -1}, "--seed -1: must be 0 or more"),
         ({"confidence": 1.0}, "--confidence 1: must be at least 0.5 and less than 1"),

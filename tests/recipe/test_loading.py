@@ -44,7 +44,7 @@ def test_a_recipe_that_says_only_what_it_must_gets_the_documented_defaults() -> 
     assert (recipe["adapter"]["rank"], recipe["adapter"]["alpha"], recipe["adapter"]["targets"]) == (16, 32.0, "all-linear")
     assert (recipe["loss"]["preset"], recipe["loss"]["beta"], recipe["loss"]["gamma"]) == ("dpo", 0.1, "1x")
     assert (recipe["train"]["pairs_per_step"], recipe["train"]["learning_rate"], recipe["train"]["epochs"]) == (64, 2e-5, 1.0)
-    assert recipe["mixout"] == {"p": 0.0}
+    assert recipe["mixout"] == {"p": 0.0, "form": "column", "draws": "step", "warmup": 0.0}
 
 
 def test_a_section_with_nothing_under_it_is_its_defaults() -> None:

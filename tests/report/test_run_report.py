@@ -119,7 +119,8 @@ def test_what_was_trained_is_said(page) -> None:
     assert facts["κ = γ/β"] == "0.5"
     assert facts["Loss"].startswith("−log σ(z),  z = 0.01·Δπ − 0.005·Δ0")
     assert "generalized DPO" in facts["Equals"]
-    assert (facts["Mixout"], facts["Seed"], facts["Steps"]) == ("p = 0.3", "0", "12, in 12 s")
+    assert facts["Mixout"] == "p = 0.3, column, a mask for each optimizer step"
+    assert (facts["Seed"], facts["Steps"]) == ("0", "12, in 12 s")
     recipe = next(text for text in page.by_tag["pre"] if "gamma" in text)
     assert "gamma: 0.5x" in recipe
     assert any("d" * 64 in text for text in page.by_tag["pre"])
@@ -307,6 +308,12 @@ def test_a_gamma_from_the_data_is_said_with_its_interval(run, set_record) -> Non
     set_record(run, gamma_calibration={"asked": "auto", "gamma": 0.0374, "interval": [0.0, 0.2012], "evidence": {"bits": 0.01}})
     (trained,) = (section for section in report_run(run).sections if section.name == "trained")
     assert ("γ from data", "auto: γ = 0.0374 [0, 0.2012]") in trained.facts
+
+
+def test_the_strength_that_mixout_had_is_shown(run, set_record) -> None:
+    set_record(run, mixout={"margin_noise": 0.3149, "pairs": 16, "masks": 16})
+    (trained,) = (section for section in report_run(run).sections if section.name == "trained")
+    assert "; a mask moves a score by 0.31 of what training moved it" in dict(trained.facts)["Mixout"]
 
 
 def test_remarks_come_first(run, set_record) -> None:

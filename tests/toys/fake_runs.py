@@ -17,6 +17,7 @@ import torch
 
 from pe_dpo.disk import write_atomically
 from pe_dpo.evaluation.pairs import score_loss, scored_pairs, set_metrics, wilson_interval
+from pe_dpo.evaluation.scaled import scaled_folder
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.recipe.dials import DIALS
@@ -58,6 +59,7 @@ def write_sweep(
     pairs: int = 60,
     prompts: int = 40,
     snapshots: int = 2,
+    scales: Sequence[float] = (),
     samples: int = 2,
     steps: int = 12,
     scored: bool = True,
@@ -74,6 +76,7 @@ def write_sweep(
         pairs: held-out pairs.
         prompts: of them and of sampled answers; pairs share prompts where there are fewer.
         snapshots: measured earlier states of each run, evenly spaced over its steps.
+        scales: at which the end of each run is measured too; its √KL is that share of the run's.
         samples: answers to each prompt; 0 leaves generations.parquet out.
         steps: optimizer steps, a line of metrics.jsonl each.
         scored: whether answers have scores, and those of the reference.
@@ -96,6 +99,7 @@ def write_sweep(
                 world,
                 seed=run_seed,
                 snapshots=snapshots,
+                scales=scales,
                 samples=samples,
                 steps=steps,
                 scored=scored,
@@ -115,6 +119,7 @@ def write_run(
     *,
     seed: int = 0,
     snapshots: int = 2,
+    scales: Sequence[float] = (),
     samples: int = 2,
     steps: int = 12,
     scored: bool = True,
@@ -150,6 +155,10 @@ def write_run(
         earlier = [round(steps * number / (snapshots + 1)) for number in range(1, snapshots + 1)]
         for step, where in {**{step: f"snapshots/step-{step:06d}" for step in earlier}, steps: "."}.items():
             write_state(folder / where, recipe, world, states[step], drifts[step], seed, samples=samples, scored=scored)
+        for scale in scales:
+            way, where = scale * drifts[steps], scaled_folder(folder, scale)
+            state = policy_pairs(world, way, seed, quality)
+            write_state(where, recipe, world, state, way, seed, samples=samples, scored=scored)
     write_atomically(folder / "run.json", json.dumps(record, indent=1))
     return folder
 

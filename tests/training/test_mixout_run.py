@@ -9,6 +9,7 @@ from pe_dpo.data.batches import row_length
 from pe_dpo.evaluation.pairs import score_pairs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.mixout import Mixout
+from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.run import train
 from pe_dpo.training.run_folder import read_metrics
 from pe_dpo.training.start import check_start
@@ -16,9 +17,14 @@ from pe_dpo.training.start import check_start
 ON = "mixout.p=0.5"
 
 
+def mixout_of(trainer):
+    return next(one for one in trainer.callback_handler.callbacks if isinstance(one, Mixing)).mixout
+
+
 def loss_and_gradient(trainer, pairs):
     """The step's loss and the flattened gradient of the adapter."""
     trainer.model.zero_grad()
+    trainer.callback_handler.on_step_begin(trainer.args, trainer.state, trainer.control)
     loss = trainer.training_step(trainer.model, pairs)
     return float(loss), torch.cat([p.grad.flatten() for p in adapter_parameters(trainer.model)])
 
@@ -65,7 +71,7 @@ def test_a_mask_per_micro_batch_would_give_another_gradient(make_trainer, monkey
     forward = trainer.forward_pairs
 
     def with_a_new_mask(model, pairs):
-        trainer.mixout.draw += 1
+        mixout_of(trainer).draw += 1
         return forward(model, pairs)
 
     monkeypatch.setattr(trainer, "forward_pairs", with_a_new_mask)
@@ -82,7 +88,7 @@ def test_chosen_and_rejected_go_through_one_sampled_model(make_trainer):
     trainer.model.train()
     with torch.no_grad():
         scored = trainer.scorer.logprobs(trainer.model, pairs)
-        trainer.mixout.draw = 1
+        mixout_of(trainer).draw = 1
         other = trainer.scorer.logprobs(trainer.model, pairs)
     assert torch.allclose(scored.chosen, scored.rejected, rtol=0, atol=1e-5)
     assert (scored.chosen - other.rejected).abs().min() > 1e-3
@@ -92,7 +98,7 @@ def test_packed_and_padded_rows_agree_under_one_draw(make_trainer):
     trainer = make_trainer(ON)
     assert trainer.scorer.path == "segments"
     trainer.model.train()
-    trainer.mixout.draw = 5
+    mixout_of(trainer).draw = 5
     with torch.no_grad():
         packed = trainer.scorer.logprobs(trainer.model, trainer.train_dataset[:4])
         padded = trainer.scorer._replace(path="padded").logprobs(trainer.model, trainer.train_dataset[:4])

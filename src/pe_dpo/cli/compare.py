@@ -16,7 +16,7 @@ METRIC = (
 )
 _BESIDE = ("accuracy/shift", "accuracy/policy", "rewards/accuracies", "win_rate")
 """Metrics in the table of all runs, whichever is compared."""
-BASELINE = "The dial that others are held against: beta, mixout, lr, a dotted key, or step (early stopping)."
+BASELINE = "The dial that others are held against: beta, mixout, lr, a dotted key, step (early stopping), scale (of adapters)."
 
 
 def compare(
@@ -122,7 +122,7 @@ def _direct_row(found: "Comparison", arm: "Arm", direct: "Difference") -> list[s
 
 
 def _show_runs(found: "Comparison") -> None:
-    """All runs and all snapshots, one by one."""
+    """All runs and all their snapshots and scaled adapters, one by one."""
     from pe_dpo.cli import console
 
     beside = [key for key in _BESIDE if key != found.metric]
@@ -132,7 +132,7 @@ def _show_runs(found: "Comparison") -> None:
 
 
 def _run_cells(run: "RunRow", known: list[str]) -> list[str]:
-    step = f"{run.step}" if run.is_final else f"{run.step}, early"
+    step = f"{run.step}" if run.is_final or run.scale is not None else f"{run.step}, early"
     numbers = [run.value, *(run.metrics.get(key, math.nan) for key in known)]
     seed = "" if run.seed is None else str(run.seed)
     return [run.name, seed, step, _number(run.kl, ".3f"), *(_number(value, ".4f") for value in numbers)]

@@ -20,6 +20,28 @@ Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of th
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key: --set section.key=value. Repeatable.")]
 
 
+def scales(option: str, text: str | None) -> list[float] | None:
+    """Return the fractions of "0.5,0.75"; no fraction for "none", and None where the option was not given.
+
+    Raises:
+        UsageError: they are no fractions.
+    """
+    from pe_dpo.errors import UsageError
+    from pe_dpo.recipe.schema import check_scales
+
+    if text is None or text.strip() == "none":
+        return None if text is None else []
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: write fractions of the adapter with commas between them, as 0.5,0.75") from error
+    try:
+        check_scales(found)
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: {error}") from error
+    return found
+
+
 def overrides(settings: list[str] | None, **dials: str | float | int | None) -> list[str]:
     """Return "section.key=value" for every dial that was turned, after the plain settings."""
     from pe_dpo.recipe.dials import DIALS

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pe_dpo.cli import dials
+
 if TYPE_CHECKING:
     from pe_dpo.evaluation.run import Evaluation
 
@@ -21,6 +23,10 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=1, help="Answers to each prompt.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Where an answer that does not end is cut.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled answers; keep it to compare runs.")] = 0,
+    scale: Annotated[
+        str | None,
+        typer.Option(help="Measure a run's adapter scaled toward the reference too: 0.5,0.75 or none; default: its recipe's."),
+    ] = None,
     scorer: Annotated[
         str | None,
         typer.Option(help="Judges answers against the base's: module:function, file.py:function, or a reward model."),
@@ -32,16 +38,8 @@ def evaluate(
     pairs: Annotated[Path | None, typer.Option(help="Write every pair into this parquet file.")] = None,
 ) -> None:
     """Measure a run, an adapter or a merged model on held-out pairs, and on answers that it gives to held-out prompts."""
-    from pe_dpo.errors import UsageError
-
-    if not target.is_dir():
-        raise UsageError(f"{target}: no such folder; name a run, an adapter or a model on disk")
-    if quantize not in (None, "nf4", "nf4-single", "int8", "none"):
-        raise UsageError(f"--quantize {quantize}: write nf4, nf4-single, int8 or none")
-    if pairs is not None and not pairs.parent.is_dir():
-        raise UsageError(f"--pairs {pairs}: there is no folder {pairs.parent}; make it first")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"-o {output}: there is no folder {output.absolute().parent}; make it first")
+    _check_request(target, quantize, pairs, output)
+    scales = dials.scales("--scale", scale)
 
     from pe_dpo.cli import console
 
@@ -60,6 +58,7 @@ def evaluate(
         base=base,
         quantize=quantize,  # type: ignore[arg-type]  # checked above
         sampling=Sampling(prompts, samples, max_new_tokens, seed),
+        scales=scales,
         scorer=scorer,
         say=say,
         progress=console.counter(),
@@ -69,7 +68,6 @@ def evaluate(
     is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
     folder = output or (target if is_the_run else None)
     if folder is not None:
-        folder.mkdir(exist_ok=True)
         found.save(folder)
     if json:
         typer.echo(json_module.dumps(_report(found), indent=1))
@@ -81,9 +79,23 @@ def evaluate(
         console.say("to measure KL(π‖π0) on sampled answers: --prompts 100")
 
 
+def _check_request(target: Path, quantize: str | None, pairs: Path | None, output: Path | None) -> None:
+    from pe_dpo.errors import UsageError
+
+    if not target.is_dir():
+        raise UsageError(f"{target}: no such folder; name a run, an adapter or a model on disk")
+    if quantize not in (None, "nf4", "nf4-single", "int8", "none"):
+        raise UsageError(f"--quantize {quantize}: write nf4, nf4-single, int8 or none")
+    if pairs is not None and not pairs.parent.is_dir():
+        raise UsageError(f"--pairs {pairs}: there is no folder {pairs.parent}; make it first")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UsageError(f"-o {output}: there is no folder {output.absolute().parent}; make it first")
+
+
 def _report(found: "Evaluation") -> dict[str, Any]:
     generation = {} if found.generation is None else {"generation": found.generation}
-    return {"kind": found.kind, "metrics": found.metrics, "intervals": found.intervals, **generation}
+    scaled = {"scaled": {f"{scale:g}": _report(one) for scale, one in found.scaled.items()}} if found.scaled else {}
+    return {"kind": found.kind, "metrics": found.metrics, "intervals": found.intervals, **generation, **scaled}
 
 
 def _show(found: "Evaluation") -> None:
@@ -99,6 +111,21 @@ def _show(found: "Evaluation") -> None:
     console.show_regimes(found.metrics, "By log-probs per token", "regimes_per_token")
     if found.generation is not None:
         _show_generation(found.generation)
+    if found.scaled:
+        _show_scaled(found)
+
+
+def _show_scaled(found: "Evaluation") -> None:
+    """The adapter at each scale, as it is last."""
+    from pe_dpo.cli import console
+
+    shown = [key for key in ("accuracy/policy", "accuracy/policy_per_token", "accuracy/shift", "loss") if key in found.metrics]
+    rows = []
+    for scale, one in [*sorted(found.scaled.items()), (1.0, found)]:
+        kl = ["", ""] if one.generation is None else [*_with_error(one.generation["kl"])]
+        rows.append([f"{scale:g}", *kl, *(f"{one.metrics[key]:.4f}" for key in shown)])
+    header = ["scale a", "KL(π‖π0)", "standard error", *shown]
+    console.show_table("The adapter scaled toward the reference, W0 + a·ΔW", header, rows)
 
 
 def _show_generation(generation: dict[str, Any]) -> None:

@@ -4,11 +4,14 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pe_dpo.cli import dials
+
+if TYPE_CHECKING:
+    from pe_dpo.experiments.plan import SweepPlan
 
 
 def sweep(
@@ -32,6 +35,10 @@ def sweep(
     dropout_control: Annotated[
         bool, typer.Option("--dropout-control", help="For each mixout p a run with dropout p on the adapter's input instead.")
     ] = False,
+    scale_control: Annotated[
+        str | None,
+        typer.Option("--scale-control", help="Measure every adapter scaled toward the reference too: 0.5,0.75. No training."),
+    ] = None,
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="ray: on several GPUs or machines.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="With ray: runs at once.")] = None,
     set_: dials.Settings = None,
@@ -43,9 +50,12 @@ def sweep(
     from pe_dpo.recipe import load_recipe
 
     base = load_recipe(recipe, set_ or [])
-    asked = (base.generation.prompts or 64) if prompts is None else prompts
-    measure = [f"generation.prompts={asked}"]
-    measure += [f"generation.snapshots={snapshots}"] if snapshots is not None else []
+    measured = {
+        "prompts": (base.generation.prompts or 64) if prompts is None else prompts,
+        "snapshots": snapshots,
+        "scales": dials.scales("--scale-control", scale_control),
+    }
+    measure = [f"generation.{key}={value}" for key, value in measured.items() if value is not None]
     grids = [([grid] if grid else []) + list(axes or []), *(words.split() for words in also or [])]
     plan = make_plan(
         recipe,
@@ -56,15 +66,11 @@ def sweep(
         dropout_control=dropout_control,
     )
 
+    if plan_only:
+        _show_plan(plan, as_json=as_json)
+        return
     from pe_dpo.cli import console
 
-    if plan_only and as_json:
-        console.say(json.dumps([point._asdict() for point in plan.points]))
-        return
-    if plan_only:
-        rows = [[point.name, str(point.seed)] for point in plan.points]
-        console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
-        return
     console.quiet_libraries()
     from pe_dpo.experiments.sweep import sweep as run
 
@@ -77,6 +83,16 @@ def sweep(
         _say_what_is_next(states, str(plan.folder))
     if any(state.status != "finished" for state in states):
         raise typer.Exit(1)
+
+
+def _show_plan(plan: "SweepPlan", *, as_json: bool) -> None:
+    from pe_dpo.cli import console
+
+    if as_json:
+        console.say(json.dumps([point._asdict() for point in plan.points]))
+        return
+    rows = [[point.name, str(point.seed)] for point in plan.points]
+    console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
 
 
 class _Progress:

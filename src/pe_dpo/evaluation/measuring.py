@@ -1,12 +1,12 @@
 """The models' part of an evaluation: log-probs of pairs, sampled answers, and how far policy and reference are apart on them.
 
-adapter      π is the model, π0 the model with adapters off
+adapter      π is the model, π0 the model with adapters off; π scaled toward π0, if asked for
 two models   π, then π0 when π is gone; what π predicts along the answers waits on the disk meanwhile
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from pe_dpo.evaluation.drift import Drift, Question, answer_questions, collect, 
 from pe_dpo.evaluation.generation import answer_text
 from pe_dpo.evaluation.pairs import score_pairs
 from pe_dpo.evaluation.reference import Policy, open_reference
-from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.evaluation.target import check_same_base
-from pe_dpo.model.adapter import as_reference, load_adapter_for_evaluation
+from pe_dpo.evaluation.scorer import Scorer, choose_scorer
+from pe_dpo.evaluation.target import check_same_base, read_record
+from pe_dpo.model.adapter import as_reference, load_adapter_for_evaluation, scaled
 from pe_dpo.model.base import BaseFacts, load_base
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe
@@ -45,12 +45,16 @@ class Work:
     say: Callable[[str], None]
     progress: Progress
     ends: set[int]
+    scales: tuple[float, ...] = ()
+    """Of an adapter, at which it is measured besides; see `model.adapter.scaled`."""
+    tokens: int | None = None
+    """Most tokens of one forward, if not what the recipe says."""
 
     @property
     def budget(self) -> int:
         """Most tokens of one forward."""
         wish = self.settings.train.tokens_per_microbatch
-        return TOKENS if wish == "auto" else wish
+        return self.tokens or (TOKENS if wish == "auto" else wish)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -84,6 +88,8 @@ class Measured(NamedTuple):
     data_prefix: dict[str, Any] | None = None
     reference_said: list[tuple[str, int]] | None = None
     """Text and tokens of the reference's answers."""
+    scaled: Mapping[float, "Measured"] = {}
+    """Log-probs and answers of the adapter scaled toward the reference."""
 
 
 def measure_adapter(work: Work, adapter: Path, facts: BaseFacts, run: Path | None) -> Measured:
@@ -101,24 +107,44 @@ def measure_adapter(work: Work, adapter: Path, facts: BaseFacts, run: Path | Non
     stored.forget_if_wrong(work.pairs)
     reference = stored.logprobs(work.pairs, partial(work.progress, "scoring, reference"))
     stored.flush()
-    if not work.asked:
-        return Measured(scored, reference)
-    drift = measure_drift(
+    found = Measured(scored, reference)
+    if work.asked:
+        drift, report = _drift(work, model, "policy"), partial(work.progress, "KL along chosen answers")
+        along_data = data_prefix_kl(model, work.asked_pairs, progress=report, **work.options)
+        found = found._replace(drift=drift, data_prefix=along_data)
+    if work.is_judged:
+        with as_reference(model):
+            found = found._replace(reference_said=_reference_said(work, model))
+    as_run = replace(work, tokens=_tokens_of(run, work))
+    return found._replace(scaled={scale: _measure_scaled(as_run, model, scorer, found, scale) for scale in work.scales})
+
+
+def _measure_scaled(work: Work, model: Any, scorer: Scorer, found: Measured, scale: float) -> Measured:
+    """Pairs and answers of an adapter scaled toward the reference; the reference's part is that of the adapter as it is."""
+    what = f"policy scaled to {scale:g}"
+    with scaled(model, scale):
+        report = partial(work.progress, f"scoring, {what}")
+        policy = score_pairs(model, work.pairs, scorer, token_budget=work.budget, progress=report)
+        drift = _drift(work, model, what) if work.asked else None
+    return Measured(policy, found.reference, drift, reference_said=found.reference_said)
+
+
+def _tokens_of(run: Path | None, work: Work) -> int:
+    """Tokens per forward with which a run measured, for the same rounding errors, unless they are many; else as asked."""
+    tokens = read_record(run).get("scoring", {}).get("tokens_per_forward") if run else None
+    return min(int(tokens), max(TOKENS, work.budget)) if tokens else work.budget
+
+
+def _drift(work: Work, model: Any, what: str) -> Drift:
+    return measure_drift(
         model,
         work.tokenizer,
         work.pairs,
         prompts=len(work.asked) // work.samples,
         samples=work.samples,
-        progress=partial(work.progress, "sampling, policy"),
+        progress=partial(work.progress, f"sampling, {what}"),
         **work.drawing,
     )
-    report = partial(work.progress, "KL along chosen answers")
-    along_data = data_prefix_kl(model, work.asked_pairs, progress=report, **work.options)
-    said = None
-    if work.is_judged:
-        with as_reference(model):
-            said = _reference_said(work, model)
-    return Measured(scored, reference, drift, along_data, said)
 
 
 def measure_models(work: Work, facts: BaseFacts, other: BaseFacts | None) -> Measured:

@@ -3,10 +3,12 @@
 pairs       log π and log π0 of held-out answers: accuracies, rewards, NLL
 answers     sampled from π to held-out prompts, if asked for: KL(π‖π0), entropy, length
 win rate    those against answers of π0, by a scorer, if there is one
+scaled      all of it for a run's adapter scaled toward π0, if asked for
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,11 +31,13 @@ from pe_dpo.evaluation.held_out import (
 from pe_dpo.evaluation.judge import Judgement, judge, open_scorer, prompts_as_written, win_rate
 from pe_dpo.evaluation.measuring import Measured, Work, measure_adapter, measure_models
 from pe_dpo.evaluation.pairs import ScoredPairs, at_reference, score_loss, scored_pairs, set_metrics, wilson_interval
+from pe_dpo.evaluation.scaled import scaled_folder
 from pe_dpo.evaluation.scorer import TOLERANCE
 from pe_dpo.evaluation.target import Kind, Target, find_target, load_target_tokenizer, read_record
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import answer_end_tokens, end_token_ids, inspect_base
 from pe_dpo.recipe import Recipe
+from pe_dpo.recipe.schema import GenerationSection, check_scales
 
 INTERVALS = (
     *("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token"),
@@ -73,15 +77,23 @@ class Evaluation:
     generation: dict[str, Any] | None
     """See `Drift.summary`; `data_prefix_kl` and, with a scorer, `win_rate` (see `judge.win_rate`) beside it."""
     judgement: Judgement | None
+    scaled: Mapping[float, "Evaluation"] = field(default_factory=dict)
+    """The same of the adapter scaled toward the reference, by its scale."""
 
     def save(self, folder: Path) -> None:
-        """Write eval_pairs.parquet, evaluation.json and, if answers were sampled, generations.parquet; else old ones stay."""
+        """Write eval_pairs.parquet, evaluation.json and, if answers were sampled, generations.parquet; else old ones stay.
+
+        What was measured of the scaled adapter goes into folders of its own below, see `scaled_folder`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
         save_pairs(self.scored, self.pairs, folder / PAIRS_FILE, initial=self.initial, tokenizer=self.tokenizer)
         if self.drift is not None:
             columns = {} if self.judgement is None else self.judgement.columns()
             save_generations(self.drift, folder / GENERATIONS_FILE, **columns)
         generation = self.generation or read_generation(folder)
         save_evaluation(folder / EVALUATION_FILE, self.metrics, self.intervals, generation)
+        for scale, found in self.scaled.items():
+            found.save(scaled_folder(folder, scale))
 
 
 def evaluate(
@@ -91,6 +103,7 @@ def evaluate(
     base: str | None = None,
     quantize: Literal["nf4", "int8", "none"] | None = None,
     sampling: Sampling = AS_IN_RECIPE,
+    scales: Sequence[float] | None = None,
     scorer: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
@@ -104,23 +117,29 @@ def evaluate(
             (loaded after the model has been measured and freed), without which only the policy is measured.
         quantize: how the base is loaded; by default as in the run, or by its size.
         sampling: how many answers to sample, and how.
+        scales: of a run, where between reference and policy to measure its adapter besides, each 0 < a < 1; None: as its recipe
+            says (generation.scales).
         scorer: judges sampled answers against the reference's; see `judge.open_scorer`.
         say: gets lines of facts.
         progress: called with what is done, how much of it, and how much in all.
 
     Raises:
-        UsageError: the target is nothing that can be evaluated, `data` is missing, answers cannot be sampled as asked, or the
-            scorer does not work.
+        UsageError: the target is nothing that can be evaluated, `data` is missing, answers cannot be sampled or adapters scaled
+            as asked, or the scorer does not work.
         DataError, ModelError: as in training.
     """
     found = find_target(Path(target), base=base, quantize=quantize)
     if found.adapter is not None:
         check_adapter(found.adapter)
     settings = _settings(Path(target), found, data)
-    wishes = {name: value for name, value in sampling._asdict().items() if name != "seed" and value is not None}
-    generation = settings.generation.model_copy(update=wishes)
+    generation = _asked(settings.generation, sampling, scales)
     if generation.prompts and found.adapter is None and base is None:
         raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it with --base")
+    if generation.scales and found.kind != "run":
+        raise UsageError(
+            f"{target}: is {'a bare adapter' if found.adapter else 'a whole model'}, and what --scale measures is kept in the "
+            "folder of a run; name that folder, or leave --scale out"
+        )
     if scorer and not generation.prompts:
         raise UsageError(f"--scorer {scorer}: judges sampled answers; say how many prompts to ask: --prompts 100")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,6 +162,7 @@ def evaluate(
         say=say,
         progress=progress,
         ends=answer_end_tokens(tokenizer, settings.model.base, revision=settings.model.revision),
+        scales=tuple(generation.scales),
     )
     if found.adapter is None:
         other = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype) if base else None
@@ -150,25 +170,55 @@ def evaluate(
     else:
         trained = Path(target) if found.kind == "run" and base is None and quantize is None else None
         measured = measure_adapter(work, found.adapter, facts, trained)
+    judged = None
+    if scorer and score_answers and measured.reference_said:
+        prompts = prompts_as_written(settings.data, data)
+        judged = partial(judge, scorer, score_answers, reference=measured.reference_said, prompts=prompts)
+    initial = partial(_initial, Path(target), found, data, pairs=pairs)
+    return _evaluation(found.kind, work, measured, initial, judged)
+
+
+def _evaluation(
+    kind: Kind,
+    work: Work,
+    measured: Measured,
+    initial: Callable[[ScoredPairs], ScoredPairs | None],
+    judged: Callable[[Drift], Judgement] | None,
+) -> Evaluation:
+    """What was measured, with all that follows from it; `initial` has the pairs at step 0, `judged` the scores of answers."""
     scored, coefficients = _scored(work, measured)
-    initial = _initial(Path(target), found, data, scored, pairs)
-    metrics = set_metrics(scored, coefficients, initial=initial)
-    judgement = None
-    if scorer and score_answers and measured.drift and measured.reference_said:
-        texts = prompts_as_written(settings.data, data)
-        judgement = judge(scorer, score_answers, measured.drift, measured.reference_said, texts)
+    at_start = initial(scored)
+    metrics = set_metrics(scored, coefficients, initial=at_start)
+    judgement = judged(measured.drift) if judged and measured.drift else None
     return Evaluation(
-        kind=found.kind,
+        kind=kind,
         scored=scored,
-        pairs=pairs,
+        pairs=work.pairs,
         metrics=metrics,
-        intervals={key: wilson_interval(metrics[key], len(pairs)) for key in INTERVALS if key in metrics},
-        tokenizer=tokenizer,
-        initial=initial,
+        intervals={key: wilson_interval(metrics[key], len(work.pairs)) for key in INTERVALS if key in metrics},
+        tokenizer=work.tokenizer,
+        initial=at_start,
         drift=measured.drift,
         generation=_generation(measured, judgement),
         judgement=judgement,
+        scaled={scale: _evaluation(kind, work, part, initial, judged) for scale, part in measured.scaled.items()},
     )
+
+
+def _asked(settings: GenerationSection, sampling: Sampling, scales: Sequence[float] | None) -> GenerationSection:
+    """What to sample and where to scale: as in the settings, but for what is asked otherwise.
+
+    Raises:
+        UsageError: the scales are no fractions.
+    """
+    wishes = {name: value for name, value in sampling._asdict().items() if name != "seed" and value is not None}
+    if scales is None:
+        return settings.model_copy(update=wishes)
+    try:
+        check_scales(scales)
+    except ValueError as error:
+        raise UsageError(f"--scale {','.join(f'{scale:g}' for scale in scales)}: {error}") from error
+    return settings.model_copy(update={**wishes, "scales": list(scales)})
 
 
 def _scored(work: Work, measured: Measured) -> tuple[ScoredPairs, dict[str, Any]]:
@@ -200,8 +250,9 @@ def _initial(
 def _generation(measured: Measured, judgement: Judgement | None) -> dict[str, Any] | None:
     if measured.drift is None:
         return None
+    along_data = {} if measured.data_prefix is None else {"data_prefix_kl": measured.data_prefix}
     won = {} if judgement is None else {"win_rate": win_rate(measured.drift, judgement)}
-    return {**measured.drift.summary(), "data_prefix_kl": measured.data_prefix, **won}
+    return {**measured.drift.summary(), **along_data, **won}
 
 
 def _settings(target: Path, found: Target, data: str | None) -> Recipe:

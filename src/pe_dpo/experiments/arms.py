@@ -12,7 +12,6 @@ from pe_dpo.experiments.matching import Paired, Point, against_line, against_poi
 from pe_dpo.experiments.measured import Measured
 from pe_dpo.experiments.metrics import Metric
 from pe_dpo.experiments.statistics import Effect, Floats
-from pe_dpo.experiments.wording import STEP
 
 POINTS = 0.02
 """The difference of a share for which the needed pairs are told."""
@@ -213,8 +212,8 @@ def _flips(differences: Floats, prompts: Sequence[str]) -> tuple[float, float]:
 
 
 def _best(measured: Measured, points: Sequence[Point], values: Floats, direction: int) -> Best | None:
-    """The best of all ends of runs; snapshots are no candidates of their own."""
-    ends = [index for index, point in enumerate(points) if STEP not in point.settings]
+    """The best of all ends of runs; snapshots and scaled adapters are no candidates of their own."""
+    ends = [index for index, point in enumerate(points) if wording.is_end(point.settings)]
     if not direction or len(ends) < 2:
         return None
     means = direction * np.array([measured.values[points[index].columns].mean() for index in ends])

@@ -27,7 +27,7 @@ from pe_dpo.experiments.matching import Point, points_of, values_at
 from pe_dpo.experiments.measured import Measured, measure
 from pe_dpo.experiments.metrics import KL, METRICS, Metric, choose_metric, mean_of, missing_words
 from pe_dpo.experiments.observations import Observation, read_observations
-from pe_dpo.experiments.wording import STEP
+from pe_dpo.experiments.wording import FREE_CONTROLS, SCALE, STEP, is_end
 from pe_dpo.recipe import known_keys
 from pe_dpo.recipe.dials import DIALS
 
@@ -49,8 +49,9 @@ def compare(
     Args:
         targets: run folders, sweep folders, TRL's trainer_state.json; see `observations.read_observations`.
         metric: one of `metrics.METRICS`; by default `win_rate` where all answers were scored, else `accuracy/shift`.
-        baseline: the dial whose runs make the line of equal KL: a short name ("beta"), a dotted recipe key, or "step" for
-            the snapshots of the base point, which also serve where only one value of the dial was run.
+        baseline: the dial whose runs make the line of equal KL: a short name ("beta"), a dotted recipe key, "step" for the
+            snapshots of the base point, or "scale" for its adapter scaled toward the reference. Snapshots, else scales, also
+            serve where only one value of the dial was run.
         repeats: replicates of the bootstrap.
         seed: of the bootstrap.
         confidence: of intervals; 1 − it is the level at which Holm-adjusted p speak in the verdict.
@@ -95,15 +96,16 @@ def compare(
 
 
 def check_names(metric: str | None, baseline: str) -> str:
-    """Return the key of the baseline dial, or "step".
+    """Return the key of the baseline dial, or "step", or "scale".
 
     Raises:
         UsageError: there is no such metric or dial.
     """
     choose_metric(metric, [])
     dial = DIALS.get(baseline, baseline)
-    if dial != STEP and dial not in known_keys():
-        raise UsageError(f"--baseline {baseline}: is neither {STEP}, nor a dial ({', '.join(DIALS)}), nor a key of a recipe")
+    if dial not in (*FREE_CONTROLS, *known_keys()):
+        names = ", ".join(DIALS)
+        raise UsageError(f"--baseline {baseline}: is neither {STEP} nor {SCALE}, nor a dial ({names}), nor a key of a recipe")
     return dial
 
 
@@ -111,7 +113,7 @@ def _run_row(one: Observation, name: str) -> RunRow:
     is_ours = one.source == "pe-dpo"
     metrics = {key: mean_of(metric, one) if is_ours else one.logged.get(key, math.nan) for key, metric in METRICS.items()}
     return RunRow(
-        name=wording.point_name(one.settings),
+        name=wording.point_name(one.settings if one.scale is None else {**one.settings, SCALE: one.scale}),
         run=one.run,
         seed=one.seed if is_ours else None,
         step=one.step,
@@ -121,6 +123,7 @@ def _run_row(one: Observation, name: str) -> RunRow:
         kl=mean_of(KL, one),
         value=metrics[name],
         metrics={key: value for key, value in metrics.items() if not math.isnan(value)},
+        scale=one.scale,
     )
 
 
@@ -129,6 +132,7 @@ def _with_arms(found: Comparison, measured: Measured, metric: Metric, dial: str,
     points = points_of(measured.observations)
     dial, remarks = _line_dial(dial, points, found)
     points = [point for point in points if STEP not in point.settings or set(point.settings) == {STEP}]
+    points = sorted(points, key=lambda point: SCALE in point.settings)
     line = [point for point in points if set(point.settings) <= {dial}]
     arms, power, best = find_arms(measured, points, line, metric, seed=seed, confidence=found.confidence)
     found = replace(
@@ -145,13 +149,15 @@ def _with_arms(found: Comparison, measured: Measured, metric: Metric, dial: str,
 
 
 def _line_dial(dial: str, points: Sequence[Point], found: Comparison) -> tuple[str, list[str]]:
-    """The dial that makes the line: the one asked for, or early stopping where only one value of it was run."""
-    ends = [point for point in points if STEP not in point.settings]
-    if dial == STEP or len(values_at(ends, dial)) > 1 or len(values_at(points, STEP)) < 2:
+    """The dial that makes the line: the one asked for, or where only one value of it was run what takes no run of its own."""
+    ends = [point for point in points if is_end(point.settings)]
+    others = {STEP: "the base point's snapshots (early stopping)", SCALE: "the base point's adapter at other scales"}
+    there = [key for key in others if len(values_at(points, key)) > 1]
+    if dial in FREE_CONTROLS or len(values_at(ends, dial)) > 1 or not there:
         return dial, []
-    return STEP, [
-        f"only one value of {found.baseline} was run with the rest of the base recipe: the line of equal KL is made of the "
-        "base point's snapshots (early stopping) instead"
+    return there[0], [
+        f"only one value of {found.baseline} was run with the rest of the base recipe: the line of equal KL is made of "
+        f"{others[there[0]]} instead"
     ]
 
 
@@ -191,17 +197,21 @@ def _remarks_on_arms(found: Comparison) -> list[str]:
             f"{wording.listed(unknown)}: no sampled answers for some or all seeds, and without a KL nothing is matched; ask "
             "for them with generation.prompts, or with pe-dpo eval"
         )
+    outside: dict[tuple[int, int], list[str]] = {}
+    for arm in found.arms:
+        if arm.seeds_in_range < arm.seeds_compared:
+            seeds = arm.seeds_compared - arm.seeds_in_range, arm.seeds_compared
+            outside.setdefault(seeds, []).append(arm.name)
     remarks += [
-        f"{arm.name}: out of range of the {found.baseline} dial for {arm.seeds_compared - arm.seeds_in_range} of "
-        f"{wording.counted(arm.seeds_compared, 'seed')}; nothing is extrapolated"
-        for arm in found.arms
-        if arm.seeds_in_range < arm.seeds_compared
+        f"{wording.listed(names)}: out of range of the {found.baseline} dial for {missed} of "
+        f"{wording.counted(compared, 'seed')}; nothing is extrapolated"
+        for (missed, compared), names in outside.items()
     ]
-    compared = [(arm.name, arm.matched) for arm in found.arms if arm.matched]
-    lone = [name for name, one in compared if one.p < 1 - found.confidence <= one.p_adjusted]
+    matched = [(arm.name, arm.matched) for arm in found.arms if arm.matched]
+    lone = [name for name, one in matched if one.p < 1 - found.confidence <= one.p_adjusted]
     if lone:
         remarks.append(
-            f"{wording.listed(lone)}: the interval by itself leaves 0 out, but among {len(compared)} comparisons that happens "
+            f"{wording.listed(lone)}: the interval by itself leaves 0 out, but among {len(matched)} comparisons that happens "
             "too easily by chance (Holm)"
         )
     wide = [arm.name for arm in found.arms if _is_coarse(arm)]

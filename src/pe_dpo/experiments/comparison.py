@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunRow:
-    """One observation in the table of all runs: the end of a run, or a snapshot of it."""
+    """One observation in the table of all runs: the end of a run, a snapshot of it, or its end scaled toward the reference."""
 
     name: str
     """Of its point, in words."""
@@ -16,6 +16,7 @@ class RunRow:
     seed: int | None
     step: int
     is_final: bool
+    """Whether it is the end of a run, as it is."""
     source: str
     """pe-dpo or trl."""
     settings: dict[str, Any]
@@ -26,6 +27,8 @@ class RunRow:
     """The metric, in TRL's logs as TRL has it; NaN where unknown."""
     metrics: dict[str, float]
     """Other metrics that are known, by their names."""
+    scale: float | None = None
+    """Of a scaled end."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,9 @@ class Comparison:
     repeats: int
     confidence: float
     runs: list[RunRow]
-    """All of them, snapshots too."""
+    """All of them, snapshots and scaled ends too."""
     arms: list[Arm] = field(default_factory=list)
-    """Ends of runs, and the snapshots of the base point."""
+    """Ends of runs, the snapshots of the base point, and last the ends at other scales."""
     reference: float = math.nan
     """The metric of π0, where lines of equal KL begin with it; NaN where they do not."""
     prompts: int = 0

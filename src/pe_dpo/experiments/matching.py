@@ -11,7 +11,7 @@ import numpy as np
 from pe_dpo.experiments.measured import Measured
 from pe_dpo.experiments.observations import Observation
 from pe_dpo.experiments.statistics import Floats, interpolate
-from pe_dpo.experiments.wording import STEP
+from pe_dpo.experiments.wording import with_state
 
 
 class Point(NamedTuple):
@@ -51,10 +51,10 @@ class _Knots(NamedTuple):
 
 
 def points_of(observations: Sequence[Observation]) -> list[Point]:
-    """Return the points in the order of their first observation; a snapshot's settings have its step among them."""
+    """Return the points in the order of their first observation; see `wording.with_state` for snapshots and scales."""
     found: dict[str, Point] = {}
     for column, one in enumerate(observations):
-        settings = one.settings if one.is_final else {**one.settings, STEP: one.step}
+        settings = with_state(one.settings, step=one.step, is_final=one.is_final, scale=one.scale)
         found.setdefault(repr(settings), Point(settings, {})).by_seed[one.seed] = column
     return list(found.values())
 

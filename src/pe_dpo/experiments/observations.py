@@ -1,8 +1,9 @@
 """Run folders, sweep folders and TRL's logs as one table of observations.
 
-An observation is a policy that was measured: of one point (the settings turned away from a base recipe), one seed, one step.
-Finished runs give one at their end and one for each snapshot, with held-out pairs one by one and, where answers were
-sampled, KL and whatever was measured on them. TRL's trainer_state.json gives means of the last evaluation alone.
+An observation is a policy that was measured: of one point (the settings turned away from a base recipe), one seed, one step,
+one scale. Finished runs give one at their end, one for each snapshot, and one for each scale at which the end was measured,
+with held-out pairs one by one and, where answers were sampled, KL and whatever was measured on them. TRL's
+trainer_state.json gives means of the last evaluation alone.
 """
 
 import json
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pe_dpo.errors import UsageError
+from pe_dpo.evaluation.scaled import FOLDER as SCALED
+from pe_dpo.evaluation.scaled import scaled_folders
 from pe_dpo.recipe import Recipe, recipe_from_yaml, turned_settings
 from pe_dpo.recipe.schema import CALIBRATED
 from pe_dpo.training.run_folder import FREE_TO_CHANGE, RECIPE_FILE, RUN_FILE
@@ -51,6 +54,7 @@ class Observation(NamedTuple):
     seed: int
     step: int
     is_final: bool
+    """Whether it is the end of a run, as it is."""
     run: str
     """Where it lies, for people."""
     pairs: Rows | None
@@ -60,6 +64,8 @@ class Observation(NamedTuple):
     kappa: float | None
     """γ/β as trained; None where that is not known."""
     source: Literal["pe-dpo", "trl"] = "pe-dpo"
+    scale: float | None = None
+    """Of the end of a run scaled toward the reference; None for what was trained."""
 
     def rows(self, kind: Literal["pairs", "answers"]) -> Rows | None:
         """Return its held-out pairs or its sampled answers, if there are any."""
@@ -147,41 +153,73 @@ def _read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: cannot be read: {error}; it is part of every run") from error
 
 
+class _State(NamedTuple):
+    """A state of a run that was measured, and the folder in which it lies."""
+
+    step: int
+    scale: float | None
+    place: Path
+
+
 def _observations_of_run(run: Path, record: Mapping[str, Any], base: Recipe, remarks: list[str]) -> Iterator[Observation]:
-    """The end of a run, then its snapshots; those that were not measured as the end was are left out."""
+    """The end of a run, its snapshots, its end at other scales; those that were not measured as the end was are left out."""
     recipe = _read_recipe(run / RECIPE_FILE)
     kappa = (record.get("loss") or {}).get("kappa")
     settings = _dials(base, recipe, _asked_gamma(recipe, record), kappa)
-    places = {int(record.get("step", 0)): run}
-    for path in sorted(run.glob("snapshots/step-*")):
-        number = path.name.removeprefix("step-")
-        if number.isdigit() and int(number) not in places:
-            places[int(number)] = path
-    end, limit, left_out = None, _limit(run), 0
-    for step, place in places.items():
-        is_final = place == run
-        logged = record.get("after") or {} if is_final else read_evaluation(place)["pairs"]
+    end, limit, left_out = None, _limit(run), []
+    for state in _states(run, int(record.get("step", 0))):
+        step, scale, place = state
+        logged = record.get("after") or {} if place == run else read_evaluation(place)["pairs"]
         one = Observation(
             settings=settings,
             seed=recipe.train.seed,
             step=step,
-            is_final=is_final,
+            is_final=place == run,
             run=str(run),
             pairs=_read_rows(place / PAIRS_FILE, "where", _PAIR_NUMBERS),
             answers=_read_rows(place / ANSWERS_FILE, "sample", _ANSWER_NUMBERS),
             logged={key: float(value) for key, value in logged.items()},
             kappa=kappa,
+            scale=scale,
         )
         end = end or one
         if _names(one) == _names(end) and (limit is None or _limit(place) in (None, limit)):
             yield one
         else:
-            left_out += 1
-    if left_out:
-        remarks.append(
-            f"{run}: {left_out} snapshots were measured on other pairs than its end is now, or with answers cut at another "
-            "length, and are left out"
-        )
+            left_out.append(state)
+    remarks += _left_out_words(run, left_out)
+
+
+def _states(run: Path, last: int) -> Iterator[_State]:
+    """The end of a run first."""
+    yield _State(last, None, run)
+    seen = {last}
+    for path in sorted(run.glob("snapshots/step-*")):
+        number = path.name.removeprefix("step-")
+        if number.isdigit() and int(number) not in seen:
+            seen.add(int(number))
+            yield _State(int(number), None, path)
+    yield from (_State(last, scale, path) for scale, path in scaled_folders(run).items())
+
+
+def _left_out_words(run: Path, states: Sequence[_State]) -> list[str]:
+    """How many states of a run were measured otherwise than its end, and what to do where that helps."""
+    why = "measured on other pairs than its end is now, or with answers cut at another length, and"
+    snapshots = [state for state in states if state.scale is None]
+    scales = [f"{state.scale:g}" for state in states if state.scale is not None]
+    found = [f"{run}: {len(snapshots)} snapshots were {why} are left out"] if snapshots else []
+    if scales:
+        found.append(f"{run}: its adapter scaled to {', '.join(scales)} was {why} is left out; {_remedy(run, scales)}")
+    return found
+
+
+def _remedy(place: Path, scales: Sequence[str] = ()) -> str:
+    """How what was measured of a run, or lies in a folder below it, is measured again."""
+    if place.parent.name == "snapshots":
+        return f"a snapshot cannot be measured again: move {place} away"
+    if place.parent.name == SCALED:
+        return _remedy(place.parents[1], [place.name.removeprefix("a-")])
+    return f"measure it again with: pe-dpo eval {place}" + (f" --scale {','.join(scales)}" if scales else "")
 
 
 def _names(one: Observation) -> object:
@@ -301,7 +339,7 @@ def _read_rows(path: Path, name: str, numbers: Iterable[str]) -> Rows | None:
         keys, names = table["prompt_key"].to_pylist(), [str(value) for value in table[name].to_pylist()]
         columns = {key: np.asarray(table[key].to_numpy(), dtype=np.float64) for key in table.column_names[2:]}
     except (OSError, ArrowException, KeyError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}; write it again with: pe-dpo eval {path.parent}") from error
+        raise UsageError(f"{path}: cannot be read: {error}; {_remedy(path.parent)}") from error
     if not keys:
         return None
     order = sorted(range(len(keys)), key=lambda row: (keys[row], names[row]))

@@ -8,8 +8,11 @@ from typing import Any
 from pe_dpo.experiments.comparison import Arm, Comparison, Difference
 from pe_dpo.recipe.dials import DIALS
 
-STEP, RUN = "step", "run"
-"""Settings that are no recipe keys: where a run was stopped early, and the folder of one that repeats another."""
+STEP, SCALE, RUN = "step", "scale", "run"
+"""Settings that are no recipe keys: where a run was stopped early, what its adapter was scaled by, and the folder of a run that
+repeats another."""
+FREE_CONTROLS = (STEP, SCALE)
+"""Settings that take no training of their own: what they make of a run is no candidate for the best."""
 
 _DIAL_WORDS = {
     "loss.beta": "β",
@@ -18,14 +21,28 @@ _DIAL_WORDS = {
     "adapter.dropout": "dropout",
     "train.learning_rate": "learning rate",
     STEP: "early stopping",
+    SCALE: "scaling",
 }
 _MOST_NAMES = 6
 """In one sentence; the rest is counted."""
 
 
 def point_name(settings: Mapping[str, Any]) -> str:
-    """Return what a point turns away from the base recipe, in words: "γ = 0.5β with mixout 0.3"."""
-    return " with ".join(_setting(key, value) for key, value in settings.items()) or "the base recipe"
+    """Return what a point turns away from the base recipe, in words: "γ = 0.5β with mixout 0.3", "γ = 0 (scaled to 0.5)"."""
+    trained = " with ".join(_setting(key, value) for key, value in settings.items() if key != SCALE) or "the base recipe"
+    return f"{trained} (scaled to {settings[SCALE]:g})" if SCALE in settings else trained
+
+
+def is_end(settings: Mapping[str, Any]) -> bool:
+    """Return whether a point is what runs came to, not an earlier or a scaled state of them."""
+    return not any(key in settings for key in FREE_CONTROLS)
+
+
+def with_state(settings: Mapping[str, Any], *, step: int, is_final: bool, scale: float | None) -> dict[str, Any]:
+    """Return the settings of a point to which a measured state of a run belongs: its step or scale is one of them."""
+    if is_final:
+        return dict(settings)
+    return {**settings, STEP: step} if scale is None else {**settings, SCALE: scale}
 
 
 def dial_name(key: str) -> str:
@@ -78,7 +95,7 @@ def verdict(found: Comparison) -> str:
                 f"{_capital(listed(outside))} {verb} outside the {found.baseline} dial's KLs and cannot be matched"
             )
     else:
-        direct = [(arm, arm.direct) for arm in found.arms if arm.direct is not None and STEP not in arm.settings]
+        direct = [(arm, arm.direct) for arm in found.arms if arm.direct is not None and is_end(arm.settings)]
         if not direct:
             return _nothing(found)
         base = next((arm.name for arm in found.arms if arm.direct is None), "")
@@ -99,7 +116,7 @@ def _why_unmatched(found: Comparison) -> str:
 def _nothing(found: Comparison) -> str:
     if not found.arms:
         return "Nothing can be paired: TRL's logs have means alone. All runs are in the table."
-    names = listed([arm.name for arm in found.arms])
+    names = listed([arm.name for arm in found.arms if is_end(arm.settings)])
     return f"There is nothing to compare: {names} is all that was run."
 
 

@@ -1,6 +1,6 @@
 """Policy and reference from one base: adapters on is π, adapters off (or their frozen copy) is π0."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -174,21 +174,78 @@ def lent(base: Any) -> Iterator[None]:
 def as_reference(model: Any) -> Iterator[Any]:
     """Within the block, without gradients, `model` is the reference π0; afterwards it is the policy again, trainable as before.
 
-    π0 is the base with the frozen copy where there is one, else the base alone.
+    π0 is the base with the frozen copy where there is one, else the base alone, also within `scaled`.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.no_grad():
-        try:
-            if REFERENCE in model.peft_config:
-                model.set_adapter(REFERENCE, inference_mode=True)
+        if REFERENCE in model.peft_config:
+            with _acting(model, {REFERENCE: 1.0}):
                 yield model
-            else:
-                with model.disable_adapter():
-                    yield model
+        else:
+            with _trainable_as_before(model), model.disable_adapter():
+                yield model
+
+
+@contextmanager
+def scaled(model: Any, scale: float) -> Iterator[Any]:
+    """Within the block the policy is scaled toward the reference, W0 + (1−a)·ΔW0 + a·ΔW; afterwards it is as it was.
+
+    ΔW0 is the frozen copy's update where that is the reference, else 0. With a = 1 nothing is touched. The reference, what is
+    trainable and training or eval mode stay as they are; what is saved has no scale.
+
+    Args:
+        model: a PEFT model of this module with the policy active.
+        scale: a, from 0 (the reference) to 1 (the policy).
+
+    Raises:
+        ModelError: a is not in [0, 1].
+
+    Source:
+        Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT, arXiv 2109.01903).
+    """
+    if not 0 <= scale <= 1:
+        raise ModelError(f"scale is {scale:g}: it must lie between 0, which is the reference, and 1, which is the policy")
+    if scale == 1:
+        yield model
+        return
+    frozen = {REFERENCE: 1 - scale} if REFERENCE in model.peft_config else {}
+    with _acting(model, {**frozen, POLICY: scale}):
+        yield model
+
+
+@contextmanager
+def _acting(model: Any, shares: Mapping[str, float]) -> Iterator[None]:
+    """Within the block the named adapters act, each with a share of its scaling, and no others; afterwards all is as before."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before, active = [dict(layer.scaling) for layer in layers], model.base_model.active_adapter
+    with _trainable_as_before(model) as restore:
+        try:
+            model.base_model.set_adapter(list(shares), inference_mode=True)
+            restore()
+            for layer in layers:
+                for name, share in shares.items():
+                    layer.set_scale(name, share)
+            yield
         finally:
-            model.set_adapter(POLICY, inference_mode=True)
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for layer, scaling in zip(layers, before, strict=True):
+                layer.scaling.update(scaling)
+            model.base_model.set_adapter(active, inference_mode=True)
+
+
+@contextmanager
+def _trainable_as_before(model: Any) -> Iterator[Callable[[], None]]:
+    """After the block, and whenever what it gives is called, the same parameters are trainable; PEFT's switches change that."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:

@@ -75,21 +75,24 @@ def compute_in_base_dtype(model: nn.Module) -> None:
         layer.lora_variant.update({name: InBaseDtype() for name in layer.lora_A if name not in layer.lora_variant})
 
 
-def add_update(module: Any, adapter: str, x: Tensor, result: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Return a layer's output with the update s · B · A · diag(columns) of an adapter added.
+def add_update(module: Any, adapter: str, x: Tensor, result: Tensor, a: Tensor | None = None) -> Tensor:
+    """Return a layer's output with the update s · B · A of an adapter added.
 
     Args:
         module: the LoRA layer.
         adapter: the name of one of its adapters.
         x: (…, d_in), the layer's input.
         result: (…, d_out), its output so far, in x's dtype; may be written over.
-        columns: (d_in,), factors of A's columns; ones if left out.
+        a: (r, d_in), instead of the adapter's own A.
     """
-    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    own = result.clone() if result._base is not None else result.contiguous()  # int8 layers return a view
-    scaled = a if columns is None else a * columns
-    updated: Tensor = _AddUpdate.apply(own, x, scaled, b, module.scaling[adapter])
+    a = module.lora_A[adapter].weight if a is None else a
+    updated: Tensor = _AddUpdate.apply(adds_to(result), x, a, module.lora_B[adapter].weight, module.scaling[adapter])
     return updated
+
+
+def adds_to(result: Tensor) -> Tensor:
+    """Return a layer's output as something that may be added to in place."""
+    return result.clone() if result._base is not None else result.contiguous()  # int8 layers return a view
 
 
 def _is_plain(module: Any) -> bool:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 GOLDEN = -0x61C8864680B583EB
 """By which the generator's state grows, as a signed number."""
+_INVERSE = -0xE217C1E66C88CC3
+"""Of GOLDEN, modulo 2⁶⁴."""
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
@@ -20,7 +22,9 @@ def random_bits(keys: Tensor, index: Tensor) -> Tensor:
     Returns:
         int64 in [0, 2⁵³); integer arithmetic alone, so the same on every device.
     """
-    return _shifted(mixed(keys + (index + 1) * GOLDEN), 11)
+    # keys + (index + 1) · GOLDEN; as it stands, the C++ that torch.compile writes (2.13) multiplies its loop's counter by GOLDEN,
+    # which overflows: undefined, and gcc then writes past the end of the result
+    return _shifted(mixed((keys * _INVERSE + (index + 1)) * GOLDEN), 11)
 
 
 def mixed(bits: Tensor) -> Tensor:

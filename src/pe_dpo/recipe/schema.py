@@ -7,10 +7,20 @@ what to do; `load` adds the file and the line.
 import difflib
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from pe_dpo.errors import RecipeError
 from pe_dpo.recipe.presets import PRESETS
@@ -19,6 +29,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})]
+"""Checked by `check_scales`, which says more than a bound would."""
 
 MULTIPLE = re.compile(r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)x$")
 """gamma as a multiple of beta: "0.5x"."""
@@ -242,7 +254,18 @@ class LossSection(Section):
 class MixoutSection(Section):
     """Mixout: the explicit pull toward the reference. Training runs on W0 + mask·ΔW/(1−p), evaluation on W0 + ΔW."""
 
-    p: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the input units taken from π0; 0: off.")
+    p: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the units taken from π0; 0: off.")
+    form: Literal["column", "element"] = Field(
+        "column",
+        description="column: a unit is an input unit of a layer (the original); element: a single weight, at two to four times "
+        "the work of each layer.",
+    )
+    draws: Literal["step", "microbatch"] = Field(
+        "step",
+        description="step: one sampled model per optimizer step, so that no gradient depends on how the step is split; "
+        "microbatch: one for each forward, which averages over models and depends on tokens_per_microbatch.",
+    )
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the steps in which p rises from 0 to p.")
 
 
 class GenerationSection(Section):
@@ -254,6 +277,18 @@ class GenerationSection(Section):
     snapshots: Annotated[int, Field(ge=0)] = Field(
         0, description="How often along the run held-out pairs and answers are measured and kept: early stopping."
     )
+    scales: list[Fraction] = Field(
+        default_factory=list,
+        json_schema_extra={"uniqueItems": True},
+        description="Fractions a of the finished adapter, as [0.5, 0.75]: at the end of the run W0 + a·ΔW is measured and kept "
+        "too, scaled toward the reference without training.",
+    )
+
+    @field_validator("scales")
+    @classmethod
+    def _scales_are_fractions(cls, scales: list[float]) -> list[float]:
+        check_scales(scales)
+        return scales
 
 
 class TrainSection(Section):
@@ -386,6 +421,23 @@ def warnings(recipe: Recipe) -> list[str]:
     if loss.gamma_value == 0 and loss.reduce == "sum" and loss.margin == 0 and loss.sft_weight == 0:
         found.append("loss: with gamma 0 and summed log-probs shorter answers win; consider reduce: mean with a margin (simpo)")
     return found
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Check that fractions of an adapter lie between reference and adapter, each named once.
+
+    Raises:
+        ValueError: they do not.
+    """
+    outside = [scale for scale in scales if not 0 < scale < 1]
+    if outside:
+        raise ValueError(
+            f"{outside[0]:g} does not lie between 0, which is the reference, and 1, which is the adapter as it is; write "
+            "fractions such as 0.5 and 0.75"
+        )
+    twice = [scale for at, scale in enumerate(scales) if scale in scales[:at]]
+    if twice:
+        raise ValueError(f"{twice[0]:g} is there twice; name each fraction once")
 
 
 def _check_calibration(gamma: str) -> None:

@@ -1,13 +1,14 @@
 """What was trained, and what it came to: the facts of a run, and its held-out metrics before and after."""
 
 from collections.abc import Callable, Mapping
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 
 from pe_dpo.evaluation.pairs import wilson_interval
 from pe_dpo.recipe import describe, recipe_to_yaml
-from pe_dpo.recipe.schema import AdapterSection
+from pe_dpo.recipe.schema import AdapterSection, MixoutSection
 from pe_dpo.report.content import Folded, Section, Table
 from pe_dpo.report.flips import Change, mean_change
 from pe_dpo.report.run_record import HeldOut, RunRecord, measured
@@ -89,7 +90,7 @@ def trained_section(run: RunRecord) -> Section:
         ("Equals", str(loss["equals"])),
         ("κ = γ/β", f"{float(loss['kappa']):g}"),
         *(("Note", str(note)) for note in loss.get("notes", [])),
-        ("Mixout", f"p = {recipe.mixout.p:g}" if recipe.mixout.p else "off"),
+        ("Mixout", _mixout_words(recipe.mixout, facts.get("mixout") or {})),
         ("Optimizer", f"{settings.optimizer}, learning rate {settings.learning_rate:g}"),
         ("Pairs per step", str(settings.pairs_per_step)),
         ("Steps", _steps_words(run)),
@@ -121,6 +122,8 @@ def outcome_section(run: RunRecord) -> Section:
             "no answers were sampled, so KL(π‖π0), entropy and the length of answers are not known; set generation.prompts "
             f"(say 64) in the recipe before training, or now `{run.sampling_command}`"
         )
+    if run.scaled:
+        tables.append(_scaled_table(run))
     sentences = []
     if after:
         sentences.append(
@@ -196,11 +199,38 @@ def _sampled_table(run: RunRecord, generation: Mapping[str, Any]) -> Table:
     )
 
 
+def _scaled_table(run: RunRecord) -> Table:
+    """The adapter from scale to scale, last as it was trained."""
+    rows = []
+    for scale, found in [*run.scaled.items(), (1.0, run.evaluation)]:
+        kl, error = measured(found, "kl") or (nan, nan)
+        distance = "–" if isnan(kl) else four(kl) if isnan(error) else f"{four(kl)} ± {four(error)}"
+        rows.append([f"{scale:g}", distance, *(three(found["pairs"].get(key, nan)) for key, _ in SHARES)])
+    return Table(
+        "scaled",
+        "The adapter scaled toward the reference, W0 + a·ΔW",
+        ["a", "KL(π‖π0), nats per answer", *(title for _, title in SHARES)],
+        rows,
+        "a = 1 is the adapter as it was trained, a = 0 would be the reference. Scaling takes no training, so that whatever "
+        "trains for a smaller KL has to be better at equal KL: pe-dpo compare SWEEP --baseline scale.",
+    )
+
+
 def _adapter_words(adapter: AdapterSection) -> str:
     if adapter.start is not None:
         reference = "the raw base" if adapter.reference == "base" else "a frozen copy of it"
         return f"starts from {adapter.start}; π0 is {reference}"
     return f"LoRA, rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}"
+
+
+def _mixout_words(mixout: MixoutSection, measured: Mapping[str, Any]) -> str:
+    if not mixout.p:
+        return "off"
+    noise = measured.get("margin_noise")
+    strength = "" if noise is None else f"; a mask moves a score by {noise:.2f} of what training moved it (margin_noise)"
+    each = "optimizer step" if mixout.draws == "step" else "micro-batch"
+    rise = f", rising over the first {mixout.warmup:.0%} of the steps" if mixout.warmup else ""
+    return f"p = {mixout.p:g}{rise}, {mixout.form}, a mask for each {each}{strength}"
 
 
 def _base_words(base: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pe_dpo.errors import UsageError
+from pe_dpo.evaluation.scaled import scaled_folders
 from pe_dpo.experiments.observations import read_evaluation, read_object
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 
@@ -79,6 +80,8 @@ class RunRecord(NamedTuple):
     """generations.parquet, by column; empty without one."""
     snapshots: dict[int, dict[str, Any]]
     """evaluation.json of earlier steps, by step."""
+    scaled: dict[float, dict[str, Any]]
+    """evaluation.json of the end scaled toward the reference, by its scale."""
 
     @property
     def is_finished(self) -> bool:
@@ -146,6 +149,7 @@ def read_run_record(folder: Path) -> RunRecord:
         evaluation=read_evaluation(folder),
         answers=_read_columns(folder / "generations.parquet", _ANSWER_COLUMNS),
         snapshots=_read_snapshots(folder / "snapshots"),
+        scaled={scale: read_evaluation(place) for scale, place in scaled_folders(folder).items()},
     )
 
 

@@ -31,13 +31,17 @@ Source:
     Okabe and Ito 2008, "Color universal design"; purple darkened, black and yellow left out, so that all show on white and in
     the dark.
 """
+BROWN = "#7a4b21"
+"""Beside SERIES, for what is the same in every sweep: adapters scaled toward the reference."""
 PAGE_COLOURS = {
     **{INK: "--ink", QUIET: "--quiet", FAINT: "--faint", BLUE: "--blue", VERMILLION: "--vermillion", GREEN: "--green"},
-    **{PURPLE: "--purple", ORANGE: "--orange", SKY: "--sky", PAPER: "--paper"},
+    **{PURPLE: "--purple", ORANGE: "--orange", SKY: "--sky", BROWN: "--brown", PAPER: "--paper"},
 }
 """What a page says instead, so that it can have lighter ones in the dark."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 """Beside each colour of SERIES, for prints in grey."""
+CROSS = "X"
+"""Beside BROWN."""
 
 DENSE = 1000
 """From this many points on, they are drawn as an image inside the SVG: 10,000 circles as paths take 2 MB."""

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 
 from pe_dpo.experiments.comparison import Arm, Comparison, Difference
-from pe_dpo.experiments.wording import STEP, dial_name, point_name
+from pe_dpo.experiments.wording import SCALE, dial_name, is_end, point_name
 from pe_dpo.report.content import Plot, Section
 from pe_dpo.report.run_outcome import signed_text
-from pe_dpo.report.style import BLUE, MARKERS, SERIES, VERMILLION
+from pe_dpo.report.style import BLUE, BROWN, CROSS, MARKERS, SERIES, VERMILLION
 from pe_dpo.report.sweep_plots import (
     MOST_CURVES,
-    MOST_NUMBERS,
     Group,
     KappaCurve,
     Look,
@@ -19,12 +18,15 @@ from pe_dpo.report.sweep_plots import (
     Row,
     against_kappa,
     frontier,
+    numbered,
     rows_figures,
 )
 from pe_dpo.report.sweep_record import RunState, SweepRecord
 
 ANSWERS = "`pe-dpo eval RUN --prompts 64` for each run, or generation.prompts in the recipe of the sweep."
 NO_KL = f"KL(π‖π0) was not measured, so arms cannot be held against each other at equal KL; sample answers: {ANSWERS}"
+SCALED = "scaled adapter"
+"""Arms that are others, scaled toward the reference."""
 
 
 def frontier_section(sweep: SweepRecord, comparison: Comparison) -> Section:
@@ -33,22 +35,26 @@ def frontier_section(sweep: SweepRecord, comparison: Comparison) -> Section:
     arms = [arm for arm in comparison.arms if not math.isnan(arm.root_kl)]
     if not arms:
         return Section("frontier", title, missing=[NO_KL])
+    groups = _groups(sweep, comparison)
     figure = frontier(
-        _groups(sweep, comparison),
+        groups,
         _baseline_line(comparison),
         comparison.metric,
         snapshots=[
-            (_root(row.kl), row.value) for row in comparison.runs if not row.is_final and not math.isnan(row.kl + row.value)
+            (_root(row.kl), row.value)
+            for row in comparison.runs
+            if not row.is_final and row.scale is None and not math.isnan(row.kl + row.value)
         ],
     )
-    numbers = "; numbers as in the table of arms" if len(arms) <= MOST_NUMBERS else ""
+    numbers = "; numbers as in the table of arms" if numbered(groups) else ""
+    scaled = " ×: adapters scaled toward the reference, which takes no training." if SCALED in _looks(comparison) else ""
     ends = f"√KL from {min(arm.root_kl for arm in arms):.2g} to {max(arm.root_kl for arm in arms):.2g}"
     values = f"{comparison.metric} from {min(arm.value for arm in arms):.3g} to {max(arm.value for arm in arms):.3g}"
     plot = Plot(
         "frontier",
         figure,
         f"{_capital(comparison.title)}. Large: arms, mean over seeds, with 95 % intervals both ways{numbers}. Small: every "
-        f"run. Dark line: the {comparison.baseline} dial, against which others are held. An arm above "
+        f"run.{scaled} Dark line: the {comparison.baseline} dial, against which others are held. An arm above "
         "it gets more for its KL, if the intervals allow to say so; bars may leave the panel.",
         f"Scatter of {len(arms)} arms, {ends}, {values}.",
         is_wide=True,
@@ -192,7 +198,7 @@ def _groups(sweep: SweepRecord, comparison: Comparison) -> list[Group]:
             )
             runs += [(_root(row.kl), row.value) for row in sweep.rows_of(arm)]
         if points:
-            groups.append(Group(name, looks[name], points, runs))
+            groups.append(Group(name, looks[name], points, runs, is_control=name == SCALED))
     return groups
 
 
@@ -203,9 +209,10 @@ def _baseline_line(comparison: Comparison) -> list[tuple[float, float]]:
 
 
 def _looks(comparison: Comparison) -> dict[str, Look]:
-    """Colour and marker of each kind of arm, in the order of their first arm."""
+    """Colour and marker of each kind of arm, in the order of their first arm; that of scaled adapters is always the same."""
     names = list(dict.fromkeys(_dials(comparison, arm) for arm in comparison.arms))
-    return {name: _look(index) for index, name in enumerate(names)}
+    trained = {name: _look(index) for index, name in enumerate(name for name in names if name != SCALED)}
+    return {**trained, SCALED: Look(BROWN, CROSS)} if SCALED in names else trained
 
 
 def _look(index: int) -> Look:
@@ -215,14 +222,16 @@ def _look(index: int) -> Look:
 
 
 def _dials(comparison: Comparison, arm: Arm) -> str:
-    """What an arm turns besides the baseline's dial."""
+    """What an arm turns besides the baseline's dial; scaled adapters are a kind of their own, unless they are the baseline."""
+    if SCALE in arm.settings and not arm.is_baseline:
+        return SCALED
     keys = [name for key in arm.settings if (name := dial_name(key)) != comparison.baseline]
     return " and ".join(keys) if keys else comparison.baseline
 
 
 def _ends(comparison: Comparison) -> list[Arm]:
-    """Arms that are ends of runs."""
-    return [arm for arm in comparison.arms if STEP not in arm.settings]
+    """Arms that are ends of runs as they are."""
+    return [arm for arm in comparison.arms if is_end(arm.settings)]
 
 
 def _row(comparison: Comparison, arm: Arm, found: Difference | None, looks: dict[str, Look]) -> Row:
@@ -266,7 +275,8 @@ def _why_unmatched(comparison: Comparison) -> str:
         return f"only the {comparison.baseline} dial was turned, and it is the line that others are held against."
     return (
         f"no arm's √KL lies within what the {comparison.baseline} dial reached; run more of its values, on both sides, or hold "
-        "arms against early stopping: `pe-dpo sweep … --snapshots 4`, then `--baseline step`."
+        "arms against what takes no runs: early stopping (`pe-dpo sweep … --snapshots 4`, then `--baseline step`) or "
+        "scaled adapters (`--scale-control 0.5,0.75`, then `--baseline scale`)."
     )
 
 

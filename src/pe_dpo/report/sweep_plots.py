@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -45,6 +45,8 @@ class Group(NamedTuple):
     points: Sequence[Point]
     runs: Sequence[tuple[float, float]]
     """Every run by itself, x and y."""
+    is_control: bool = False
+    """Drawn smaller and behind the others."""
 
 
 def frontier(
@@ -78,9 +80,16 @@ def frontier(
         upwards = [y for _, y in others], [(point.y, point.y_low, point.y_high) for point in points]
         axes.set_xlim(0, _span(*across)[1])
         axes.set_ylim(_span(*upwards))
-        _numbers(axes, points)
+        _numbers(axes, points, numbered(groups))
         legend_below(figure, axes, columns=3)
     return figure
+
+
+def numbered(groups: Sequence[Group]) -> list[Point]:
+    """Return the arms that have a number beside them: all, or all but the controls, or none where there are too many."""
+    points = [point for group in groups for point in group.points]
+    trained = [point for group in groups for point in group.points if not group.is_control]
+    return next((those for those in (points, trained) if len(those) <= MOST_NUMBERS), [])
 
 
 def _span(values: Sequence[float], bars: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
@@ -98,14 +107,12 @@ def _span(values: Sequence[float], bars: Sequence[tuple[float, float, float]]) -
     return max(low - room, min([low, *ends]) - edge), min(high + room, max([high, *ends]) + edge)
 
 
-def _numbers(axes: Axes, points: Sequence[Point]) -> None:
-    """Write each point's number beside it, where neither another point nor another number is near, if there is such a place."""
-    if len(points) > MOST_NUMBERS:
-        return
+def _numbers(axes: Axes, points: Sequence[Point], named: Sequence[Point]) -> None:
+    """Write some points' numbers beside them, where neither another point nor another number is near, if there is a place."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    place = [((p.x - left) / (right - left) * _PANEL[0], (p.y - bottom) / (top - bottom) * _PANEL[1]) for p in points]
-    taken = list(place)
-    for point, (x, y) in zip(points, place, strict=True):
+    place = {p: ((p.x - left) / (right - left) * _PANEL[0], (p.y - bottom) / (top - bottom) * _PANEL[1]) for p in points}
+    taken = list(place.values())
+    for point, (x, y) in ((point, place[point]) for point in named):
         others = [other for other in taken if other != (x, y)] or [(x + 99, y)]
         room = [min(math.dist((x + dx, y + dy), other) for other in others) for dx, dy in _BESIDE]
         dx, dy = _BESIDE[max(range(len(room)), key=lambda at: min(room[at], _ENOUGH))]
@@ -123,11 +130,13 @@ _ENOUGH = 9.0
 
 def _crosses(axes: Axes, group: Group) -> None:
     colour, marker = group.look
+    alpha, size, height = (0.3, 5, 2.5) if group.is_control else (0.8, 6, 4.0)
     x, y = ([getattr(point, name) for point in group.points] for name in ("x", "y"))
     for point in group.points:
-        axes.plot([point.x_low, point.x_high], [point.y, point.y], color=colour, linewidth=1.1, alpha=0.8)
-        axes.plot([point.x, point.x], [point.y_low, point.y_high], color=colour, linewidth=1.1, alpha=0.8)
-    axes.plot(x, y, color=colour, marker=marker, linestyle="none", markersize=6, label=plain(group.label, 28), zorder=4)
+        bar: dict[str, Any] = {"color": colour, "linewidth": 1.1, "alpha": alpha, "zorder": height / 2}
+        axes.plot([point.x_low, point.x_high], [point.y, point.y], **bar)
+        axes.plot([point.x, point.x], [point.y_low, point.y_high], **bar)
+    axes.plot(x, y, color=colour, marker=marker, linestyle="none", markersize=size, label=plain(group.label, 28), zorder=height)
 
 
 class Mark(NamedTuple):

@@ -16,7 +16,7 @@ from pe_dpo.experiments.measured import measure
 from pe_dpo.experiments.metrics import METRICS, missing_words
 from pe_dpo.experiments.observations import SWEEP_FILE, Observation, read_observations
 from pe_dpo.experiments.statistics import effect
-from pe_dpo.experiments.wording import STEP, point_name
+from pe_dpo.experiments.wording import point_name, with_state
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 
 REPEATS = 2000
@@ -80,13 +80,17 @@ class SweepRecord(NamedTuple):
         return [state for state in self.states if state.status != "finished"]
 
     def runs_of(self, arm: Arm) -> list[RunState]:
-        """Return the finished runs of an arm; none for an arm of earlier states of runs."""
+        """Return the finished runs of an arm; none for an arm of earlier or scaled states of runs."""
         return [state for state in self.finished if state.row is not None and state.row.settings == arm.settings]
 
     def rows_of(self, arm: Arm) -> list[RunRow]:
-        """Return what was measured of an arm, seed by seed, at the ends of runs or at earlier states."""
+        """Return what was measured of an arm, seed by seed, at the ends of runs or at other states of them."""
         rows = self.comparison.runs if self.comparison else []
-        return [row for row in rows if (row.settings if row.is_final else {**row.settings, STEP: row.step}) == arm.settings]
+        return [row for row in rows if _settings(row) == arm.settings]
+
+
+def _settings(row: RunRow) -> dict[str, Any]:
+    return with_state(row.settings, step=row.step, is_final=row.is_final, scale=row.scale)
 
 
 def read_sweep_record(folder: Path, *, metric: str | None = None, baseline: str = "beta") -> SweepRecord:

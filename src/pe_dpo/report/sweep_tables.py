@@ -41,7 +41,7 @@ def arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
 
 
 def runs_section(sweep: SweepRecord) -> Section:
-    """Return the table of all runs, and of their earlier states, and the names of those that are not finished."""
+    """Return the table of all runs, of their earlier and scaled states, and the names of those that are not finished."""
     metric = sweep.comparison.metric if sweep.comparison else "accuracy/policy"
     header = [
         "run",
@@ -59,23 +59,21 @@ def runs_section(sweep: SweepRecord) -> Section:
     ]
     rows = [_run_row(state, metric) for state in sweep.states]
     tables = [Table("runs", f"All {len(rows)} planned runs", header, rows, "– stands for what was not measured.")]
-    earlier = [row for row in (sweep.comparison.runs if sweep.comparison else []) if not row.is_final]
-    if earlier:
-        cells = [
-            [
-                row.name,
-                str(row.seed),
-                str(row.step),
-                _known(row.value, four),
-                _known(row.kl, four),
-                _metric(row.metrics, "tokens", two),
-            ]
-            for row in earlier
-        ]
-        caption = f"{len(earlier)} earlier states of these runs (snapshots)"
-        tables.append(Table("snapshots", caption, ["run", "seed", "step", metric, "KL, nats", "tokens"], cells, is_folded=True))
+    others = [row for row in (sweep.comparison.runs if sweep.comparison else []) if not row.is_final]
+    for name, rest, words in (
+        ("snapshots", [row for row in others if row.scale is None], "earlier states of these runs (snapshots)"),
+        ("scaled", [row for row in others if row.scale is not None], "adapters of these runs, scaled toward the reference"),
+    ):
+        if rest:
+            header = ["run", "seed", "step", metric, "KL, nats", "tokens"]
+            tables.append(Table(name, f"{len(rest)} {words}", header, [_other_row(row) for row in rest], is_folded=True))
     missing = [_unfinished(sweep, state) for state in sweep.unfinished]
     return Section("runs-table", "All runs", tables=tables, missing=missing)
+
+
+def _other_row(row: RunRow) -> list[str]:
+    numbers = [_known(row.value, four), _known(row.kl, four), _metric(row.metrics, "tokens", two)]
+    return [row.name, str(row.seed), str(row.step), *numbers]
 
 
 def records(sweep: SweepRecord) -> list[dict[str, Any]]:

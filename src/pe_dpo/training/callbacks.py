@@ -50,15 +50,20 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for a checkpoint and the end when a signal came."""
-        if args.world_size > 1:  # a signal may reach one process only, or each in another step
-            signals = torch.tensor(self.received or 0, device=args.device)
-            torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)
-            self.received = int(signals) or None
+        self._agree(args)
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop listening."""
+        """Stop listening; what came after the last step counts in every process."""
         self.restore()
+        self._agree(args)
+
+    def _agree(self, args: Any) -> None:
+        """Take over another process's signal: one may reach one process only, or each in another step."""
+        if args.world_size > 1:
+            signals = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(signals) or None

@@ -1,11 +1,12 @@
-"""What is measured of a policy and kept: at the end of a run in its folder, along the way under snapshots/.
+"""What is measured of a policy and kept: at the end of a run in its folder, along the way under snapshots/, and of the finished
+adapter scaled toward the reference under scaled/ (recipe: generation.scales).
 
 eval_pairs.parquet     held-out pairs one by one
 generations.parquet    answers sampled from the policy, with KL(π‖π0), entropy and length (recipe: generation.prompts)
 evaluation.json        the metrics of both
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from pe_dpo.evaluation.drift import Drift, measure_drift, save_generations
 from pe_dpo.evaluation.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE, save_evaluation, save_pairs
 from pe_dpo.evaluation.pairs import ScoredPairs, set_metrics, wilson_interval
 from pe_dpo.evaluation.run import INTERVALS
+from pe_dpo.evaluation.scaled import scaled_folder
+from pe_dpo.model.adapter import scaled
 from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.training.trainer import PairTrainer
 
@@ -77,6 +80,29 @@ def keep_measurements(
     metrics = set_metrics(scored, trainer.coefficients, initial=first)
     intervals = {key: wilson_interval(metrics[key], len(trainer.held_out)) for key in INTERVALS if key in metrics}
     save_evaluation(folder / EVALUATION_FILE, metrics, intervals, drift.summary() if drift else None)
+
+
+def keep_scaled(
+    keep: Callable[..., None],
+    trainer: PairTrainer,
+    folder: Path | None,
+    scales: Sequence[float],
+    progress: Progress | None = None,
+) -> None:
+    """Measure the policy scaled toward the reference, once for each scale; to be called in every process, which share the work.
+
+    Without held-out pairs there is nothing to measure it on.
+
+    Args:
+        keep: `keep_measurements` of this run.
+        trainer: with the policy.
+        folder: of the run; None in every process but the one that writes.
+        scales: see `model.adapter.scaled`.
+        progress: as for `keep_measurements`.
+    """
+    for scale in scales if trainer.held_out else ():
+        with scaled(trainer.model, scale):
+            keep(folder and scaled_folder(folder, scale), scored=trainer.score_held_out(), progress=progress)
 
 
 def sample_drift(

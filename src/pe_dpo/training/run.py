@@ -26,8 +26,9 @@ from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths
 from pe_dpo.training.arguments import check_trackers, total_steps, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
 from pe_dpo.training.gamma import find_gamma, repair_recipe, with_recorded_gamma
-from pe_dpo.training.measurements import Snapshots, keep_measurements, snapshot_folder, snapshot_steps
+from pe_dpo.training.measurements import Snapshots, keep_measurements, keep_scaled, snapshot_folder, snapshot_steps
 from pe_dpo.training.memory import plan_memory
+from pe_dpo.training.mixing import Mixing, mixout_warnings
 from pe_dpo.training.records import finish_records, start_records
 from pe_dpo.training.remarks import scale_remarks
 from pe_dpo.training.run_folder import append_metrics, check_run_folder, locked, open_run_folder, update_run
@@ -146,6 +147,10 @@ def prepare_run(
         )
     for line in prepared.data.report.lines():
         say(line)
+    for line in mixout_warnings(recipe, prepared.facts, total_steps(recipe, prepared.data)):
+        say(f"look: {line}")
+    if recipe.generation.scales and not prepared.data.held_out:
+        say("look: generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
     return prepared
 
 
@@ -230,6 +235,9 @@ def _train(
         if last is not None:
             keep(folder, scored=last, progress=progress)
         update_run(folder, seconds=time.perf_counter() - began)
+    if stop.received is None:
+        keep_scaled(keep, trainer, folder, recipe.generation.scales, progress)
+    if folder and stop.received is None:
         finish_records(folder, recipe, before=before, after=after, step=result.steps, remarks=remarks)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -262,7 +270,7 @@ def build_trainer(
             f"look: the adapter is also on {', '.join(bare)}, experts or routers that PEFT trains as bare parameters; `pe-dpo "
             "merge` cannot merge those. Name adapter.targets (q_proj, v_proj, …) to leave them out"
         )
-    mixout = attach_mixout(model, recipe.mixout.p, seed=settings.seed) if recipe.mixout.p else None
+    mixout = attach_mixout(model, recipe.mixout.p, seed=settings.seed, form=recipe.mixout.form)
     scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing, say=say)
     plan = plan_memory(
         model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
@@ -270,7 +278,7 @@ def build_trainer(
     say(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
     # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
     policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
-    return PairTrainer(
+    trainer = PairTrainer(
         model=model,
         args=args,
         train_dataset=data.train,
@@ -286,10 +294,12 @@ def build_trainer(
         tokenizer=tokenizer,
         prompts_together=settings.prompts_together,
         starts_at_reference=recipe.policy_starts_as_reference,
-        mixout=mixout,
         callbacks=callbacks,
         say=say,
     )
+    if mixout.layers:
+        trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, say))
+    return trainer
 
 
 def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str, *, base: Any = None) -> Any:

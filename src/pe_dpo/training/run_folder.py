@@ -9,6 +9,7 @@ metrics.jsonl        one line per logged step and per evaluation
 data_report.json     what became of every row
 eval_pairs.parquet   held-out pairs one by one; generations.parquet sampled answers; evaluation.json what they come to
 snapshots/step-N/    the same along the way
+scaled/a-X/          the same of the adapter scaled toward the reference
 checkpoint-N/        to resume from
 """
 
@@ -50,7 +51,7 @@ _OURS = {
     *("README.md", "data_report.json", "eval_pairs.parquet", "generations.parquet", "evaluation.json", ".staging", "reference"),
     *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
-    *("snapshots", "report", "report.html", "log.txt"),
+    *("snapshots", "scaled", "report", "report.html", "log.txt"),
     "runs",  # what the tensorboard tracker writes
 }
 

@@ -34,7 +34,6 @@ from pe_dpo.evaluation.pairs import (
 from pe_dpo.evaluation.reference import Reference
 from pe_dpo.evaluation.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
-from pe_dpo.model.mixout import Mixout
 from pe_dpo.model.scoring import PairLogprobs, concatenate
 from pe_dpo.objective import PreferenceLoss
 from pe_dpo.training.checkpoints import checkpoint_step, commit_checkpoint, keep_newest, staging_folder
@@ -61,7 +60,6 @@ class PairTrainer(Trainer):
         callbacks: further Trainer callbacks.
         tokenizer: saved beside each adapter.
         prompts_together: whether pairs of one prompt share an optimizer step, so that its answers are scored once.
-        mixout: of the model, if it has one; every optimizer step is a draw of its own.
         starts_at_reference: whether π = π0 at step 0, so that the training pairs' log-probs of then are known.
         say: gets a line when something is not as planned.
     """
@@ -81,7 +79,6 @@ class PairTrainer(Trainer):
         keep_checkpoints: int,
         tokenizer: Any,
         prompts_together: bool = False,
-        mixout: Mixout | None = None,
         starts_at_reference: bool = True,
         callbacks: Sequence[Any] = (),
         say: Callable[[str], None] = lambda line: None,
@@ -108,7 +105,6 @@ class PairTrainer(Trainer):
         self.coefficients = coefficients
         self.margin_scale = margin_scale
         self.prompts_together = prompts_together
-        self.mixout = mixout
         self.scorer = scorer
         self.reference = reference
         self.say = say
@@ -132,12 +128,8 @@ class PairTrainer(Trainer):
         """Run forward and backward over one optimizer step's pairs; return the step's loss, detached."""
         model = self.accelerator.unwrap_model(model)
         model.train()
-        if self.mixout:
-            self.mixout.draw = self.state.global_step
         mine = inputs[self.args.process_index :: self.args.world_size]
         total, scored = self.with_smaller_rows(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
-        if self.mixout:
-            self.mixout.check_reached()
         # What no pair reaches is zero, not missing: Adam's averages move on all the same.
         for parameter in adapter_parameters(model):
             if parameter.grad is None:
@@ -160,6 +152,7 @@ class PairTrainer(Trainer):
                 loss.backward()
             total += loss.detach()
             parts.append(scored)
+            self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total, parts
 
     def forward_pairs(self, model: Any, pairs: list[EncodedPair]) -> tuple[ScoredPairs, PreferenceLoss]:

@@ -1,0 +1,203 @@
+"""The finished adapter scaled toward the reference: measured by the run, and by `evaluate` afterwards, to the same bits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pyarrow import parquet
+
+from pe_dpo.errors import UsageError
+from pe_dpo.evaluation.run import evaluate
+from pe_dpo.evaluation.scaled import scaled_folder, scaled_folders
+from pe_dpo.recipe import recipe_to_yaml
+from pe_dpo.training import trainer as trainer_module
+from pe_dpo.training.callbacks import StopOnSignal
+from pe_dpo.training.run import train
+from pe_dpo.training.run_folder import read_run, update_run
+
+SCALES = (0.5, 0.75)
+FILES = ("eval_pairs.parquet", "generations.parquet", "evaluation.json")
+SETTINGS = ("train.learning_rate=1.0e-2", "generation.prompts=5", "generation.samples=2", "generation.max_new_tokens=6")
+MEASURED = (*SETTINGS, "generation.scales=[0.5, 0.75]")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_recipe, tmp_path_factory):
+    """A run that measures its adapter at two scales; not to be changed."""
+    return train(tiny_recipe(tmp_path_factory.mktemp("runs") / "run", *MEASURED)).folder
+
+
+def contents(run):
+    return {(path.parent.name, path.name): path.read_bytes() for path in run.glob("scaled/*/*")}
+
+
+def kl_of(folder):
+    return json.loads((folder / "evaluation.json").read_text())["generation"]["kl"]["mean"]
+
+
+def test_a_run_measures_its_adapter_at_each_scale(run):
+    assert scaled_folders(run) == {scale: run / "scaled" / f"a-{scale}" for scale in SCALES}
+    assert set(contents(run)) == {(f"a-{scale}", name) for scale in SCALES for name in FILES}
+    whole = parquet.read_table(run / "eval_pairs.parquet").to_pydict()
+    for scale in SCALES:
+        pairs = parquet.read_table(scaled_folder(run, scale) / "eval_pairs.parquet").to_pydict()
+        assert pairs.keys() == whole.keys()
+        for name in ("where", "prompt_key", "reference_chosen", "reference_rejected", "initial_chosen", "chosen_lengths"):
+            assert pairs[name] == whole[name]
+        assert pairs["policy_chosen"] != whole["policy_chosen"]
+
+
+def test_kl_falls_with_the_scale(run):
+    half, more = (kl_of(scaled_folder(run, scale)) for scale in SCALES)
+    assert 0 < half < more < kl_of(run)
+
+
+def test_what_else_the_run_leaves_is_that_of_a_run_without_scales(run, make_recipe):
+    plain = train(make_recipe(*SETTINGS)).folder
+    assert not (plain / "scaled").exists()
+    for name in ("adapter_model.safetensors", *FILES):
+        assert (plain / name).read_bytes() == (run / name).read_bytes()
+    kept = ("before", "after", "remarks", "step", "loss", "pairs")
+    assert {key: read_run(plain)[key] for key in kept} == {key: read_run(run)[key] for key in kept}
+
+
+def test_evaluating_a_finished_run_gives_the_files_that_it_would_have_written(run, make_recipe):
+    plain = train(make_recipe(*SETTINGS)).folder
+    evaluate(plain, scales=SCALES).save(plain)
+    assert contents(plain) == contents(run)
+
+
+def test_without_a_word_a_run_is_evaluated_at_its_own_scales(run, tmp_path):
+    found = evaluate(run)
+    assert list(found.scaled) == list(SCALES)
+    found.save(tmp_path)
+    assert contents(tmp_path) == contents(run)
+    assert evaluate(run, scales=()).scaled == {}
+
+
+@pytest.mark.parametrize("reference", ["adapter", "base"])
+def test_a_run_that_started_from_an_adapter_is_evaluated_as_it_was_measured(run, make_recipe, reference):
+    """Half way to the frozen copy, or to the base."""
+    start = (f"adapter.start={run}", f"adapter.reference={reference}", "adapter.rank=16", "adapter.alpha=32")
+    again = train(make_recipe(*MEASURED, *start, "train.max_steps=2")).folder
+    measured = contents(again)
+    shutil.rmtree(again / "scaled")
+    evaluate(again).save(again)
+    assert contents(again) == measured
+    assert 0 < kl_of(scaled_folder(again, 0.5)) < kl_of(again)
+
+
+def test_a_run_that_was_killed_before_it_measured_goes_on(run, make_recipe):
+    folder = Path(shutil.copytree(run, make_recipe().output))
+    recipe = make_recipe(*MEASURED)
+    (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    shutil.rmtree(folder / "scaled" / "a-0.75")
+    (folder / "scaled" / "a-0.5" / "evaluation.json").unlink()
+    update_run(folder, status="training")
+    train(recipe, resume=True)
+    assert read_run(folder)["status"] == "finished"
+    assert contents(folder) == contents(run)
+
+
+def test_a_run_started_anew_leaves_no_old_measurements(run, make_recipe):
+    shutil.copytree(run, make_recipe().output)
+    folder = train(make_recipe("train.max_steps=1"), overwrite=True).folder
+    assert scaled_folders(folder) == {}
+
+
+def test_out_of_memory_at_a_scale_begins_it_again_with_smaller_rows(run, make_recipe, monkeypatch):
+    failed = []
+    score = trainer_module.score_pairs
+
+    def fails_once(model, *arguments, **options):
+        scalings = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
+        if scalings == {0.5 * 8 / 4} and not failed:
+            failed.append(options["token_budget"])
+            raise torch.OutOfMemoryError
+        return score(model, *arguments, **options)
+
+    monkeypatch.setattr(trainer_module, "score_pairs", fails_once)
+    lines = []
+    folder = train(make_recipe(*MEASURED, "generation.prompts=0"), say=lines.append).folder
+    assert len(failed) == 1
+    assert f"look: out of memory; going on with {failed[0] // 2} tokens per forward (nothing is lost)" in lines
+    for scale in SCALES:
+        ours, theirs = (parquet.read_table(scaled_folder(one, scale) / FILES[0]) for one in (folder, run))
+        assert ours.equals(theirs)
+
+
+def test_without_held_out_pairs_nothing_is_measured_and_the_run_says_so(make_recipe):
+    lines = []
+    folder = train(make_recipe(*MEASURED, "data.eval=0", "train.max_steps=1"), say=lines.append).folder
+    assert not (folder / "scaled").exists()
+    assert [line for line in lines if "generation.scales" in line] == [
+        "look: generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval"
+    ]
+
+
+def test_what_is_no_run_has_nowhere_to_keep_it(run, tiny_pairs, tiny_base, tmp_path):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(run / name, tmp_path)
+    data = str(tiny_pairs / "test.jsonl")
+    with pytest.raises(UsageError, match=r"is a bare adapter, and what --scale measures is kept in the folder of a run"):
+        evaluate(tmp_path, data=data, scales=SCALES)
+    with pytest.raises(UsageError, match=r"is a whole model, and what --scale measures"):
+        evaluate(tiny_base, data=data, scales=SCALES)
+
+
+@pytest.mark.parametrize(
+    ("scales", "words"), [((0.5, 1.0), "--scale 0.5,1: 1 does not lie between 0"), ((0.5, 0.5), "0.5 is there twice")]
+)
+def test_scales_that_are_no_fractions_are_refused(run, scales, words):
+    with pytest.raises(UsageError, match=words):
+        evaluate(run, scales=scales)
+
+
+def test_folders_of_others_are_no_scales(tmp_path):
+    for name in ("a-0.5", "a-0.50", "a-half", "b-0.5"):
+        (tmp_path / "scaled" / name).mkdir(parents=True)
+    assert scaled_folders(tmp_path) == {0.5: tmp_path / "scaled" / "a-0.5"}
+
+
+def test_a_signal_that_another_process_got_after_the_last_step_counts_here_too(monkeypatch):
+    """Else one process would measure at other scales, and wait for the others for ever."""
+
+    def take_over(signals, op):
+        signals.fill_(15)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", take_over)
+    stop = StopOnSignal()
+    stop.on_train_end(SimpleNamespace(world_size=2, device="cpu"), None, None)
+    assert stop.received == 15
+
+
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+from pe_dpo.recipe import load_recipe
+from pe_dpo.training.run import train
+train(load_recipe(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(make_recipe, tmp_path):
+    settings = (*MEASURED, "train.pairs_per_step=7", "train.max_steps=2")
+    alone = train(make_recipe(*settings, output="alone")).folder
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe(*settings, output="together")))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    done = subprocess.run([*launch, "program.py", "recipe.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = tmp_path / "together"
+    for scale in SCALES:
+        one, two = (parquet.read_table(scaled_folder(run, scale) / FILES[0]).to_pydict() for run in (alone, together))
+        assert two["where"] == one["where"]
+        for name in ("policy_chosen", "policy_rejected", "reference_chosen", "score"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4)
+        assert kl_of(scaled_folder(together, scale)) == pytest.approx(kl_of(scaled_folder(alone, scale)), rel=1e-2)
