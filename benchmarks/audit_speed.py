@@ -82,11 +82,12 @@ def write_world(folder: Path, pairs: int) -> Path:
 
 def fill_store(path: Path) -> None:
     """Write a log-prob for every answer of a recipe's training pairs: drawn, not computed, which takes seconds not minutes."""
+    from pe_dpo.evaluation.inputs import build_model
     from pe_dpo.evaluation.reference import open_reference
     from pe_dpo.evaluation.scorer import choose_scorer
     from pe_dpo.model.reference_store import StoredLogprob, answer_key
     from pe_dpo.recipe import load_recipe
-    from pe_dpo.training.run import build_model, prepare_run
+    from pe_dpo.training.run import prepare_run
 
     recipe, draw = load_recipe(path), random.Random(1)
     facts, _, data = prepare_run(recipe)

@@ -22,7 +22,8 @@ def test_the_plain_loop_fits_on_a_page():
 
 @pytest.mark.parametrize("gamma", [0.1, 0.05])
 def test_the_plain_loop_has_the_losses_of_the_trainer(plain_loop, make_recipe, gamma):
-    from pe_dpo.training.run import build_model, prepare_run, train
+    from pe_dpo.evaluation.inputs import build_model
+    from pe_dpo.training.run import prepare_run, train
     from pe_dpo.training.run_folder import read_metrics
 
     recipe = make_recipe(f"loss.gamma={gamma}")

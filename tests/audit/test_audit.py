@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -16,7 +17,7 @@ from pe_dpo.audit.run import KAPPAS, audit, audit_pairs
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import recipe_from_yaml
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.run import train
 
 
@@ -485,3 +486,12 @@ def test_on_real_pairs_summed_log_probs_mostly_measure_length(shared, tmp_path):
     assert without.weight_right < 0.2 < equal.weight_right < 0.8 < double.weight_right
     assert equal.weight_right == found.by_sum.right
     assert without.flip_times[1] < equal.flip_times[1] < double.flip_times[1]
+
+
+def test_a_tokenizer_of_another_model_is_named_before_the_base_is_read(make_recipe, tiny_base, tmp_path, monkeypatch):
+    other = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 40, "pad_token_id": None, "eos_token_id": 2}))
+    monkeypatch.setattr("pe_dpo.evaluation.inputs.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    with pytest.raises(ModelError, match=r"train\.jsonl:1: has token \d+, but the model knows 40 tokens"):
+        audit(make_recipe(f"model.base={other}"))

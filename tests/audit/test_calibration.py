@@ -18,7 +18,7 @@ from pe_dpo.audit.evidence import evidence
 from pe_dpo.audit.ranking import preferences, robust_spread, without_length
 from pe_dpo.errors import UsageError
 from pe_dpo.model.scoring import PairLogprobs
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 
 def own_prompts(values):

@@ -34,7 +34,7 @@ from pe_dpo.data.pairs import RowFlaw
 from pe_dpo.errors import DataError, UsageError
 from pe_dpo.evaluation.generation import greedy_answers
 from pe_dpo.model.adapter import as_reference
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.run import train
 
 QUESTIONS = ["Number 3, square or round?", "Number 8, warm?", "Is it sweet or bitter today?"]

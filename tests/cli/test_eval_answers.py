@@ -57,6 +57,15 @@ def by_length(tmp_path):
     return f"{path}:score"
 
 
+def test_answers_outlive_a_scorer_that_fails(pe_dpo, run, tmp_path):
+    (tmp_path / "fails.py").write_text("def score(prompts, answers):\n    raise RuntimeError('out of credits')\n")
+    with pytest.raises(RuntimeError, match="out of credits"):
+        pe_dpo("eval", run, *SAMPLING, "--scorer", f"{tmp_path / 'fails.py'}:score")
+    answers = table_of(run / "generations.parquet")
+    assert (answers.num_rows, set(answers.column_names)) == (10, ANSWERS_COLUMNS)
+    assert json.loads((run / "evaluation.json").read_text())["generation"]["kl"]["mean"] > 0
+
+
 def test_eval_of_a_run_writes_what_it_measured_into_the_run(pe_dpo, run, by_length):
     done = pe_dpo("eval", run, *SAMPLING, "--scorer", by_length)
     assert (done.code, done.err) == (0, "")

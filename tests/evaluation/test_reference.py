@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import StoreUnavailable, TrainingError
 from pe_dpo.evaluation import reference as reference_module
+from pe_dpo.evaluation.inputs import build_model
 from pe_dpo.evaluation.reference import Reference, open_reference
 from pe_dpo.evaluation.run import evaluate
 from pe_dpo.evaluation.scorer import choose_scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.reference_store import ReferenceStore
 from pe_dpo.recipe import recipe_to_yaml
-from pe_dpo.training.run import build_model, prepare_run, train
+from pe_dpo.training.run import prepare_run, train
 from pe_dpo.training.run_folder import read_metrics, read_run
 
 
@@ -381,7 +382,8 @@ from pe_dpo.evaluation import reference as module
 from pe_dpo.evaluation.reference import open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
 from pe_dpo.recipe import load_recipe
-from pe_dpo.training.run import build_model, prepare_run
+from pe_dpo.evaluation.inputs import build_model
+from pe_dpo.training.run import prepare_run
 module.SECONDS_BETWEEN_WRITES = 0.0
 recipe = load_recipe(sys.argv[1])
 facts, _, data = prepare_run(recipe)

@@ -156,7 +156,7 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
 
     from pe_dpo.evaluation.reference import Reference
     from pe_dpo.evaluation.scorer import choose_scorer
-    from pe_dpo.recipe.schema import LossSection
+    from pe_dpo.recipe.loss_section import LossSection
     from pe_dpo.training.trainer import PairTrainer
 
     def make(model: Any, pairs: Sequence[Any], loss: dict[str, Any], *, token_budget: int = 4096, **options: Any) -> Any:

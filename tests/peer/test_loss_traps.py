@@ -10,7 +10,7 @@ import torch
 from pe_dpo.errors import RecipeError, TrainingError
 from pe_dpo.evaluation.pairs import pair_metrics
 from pe_dpo.recipe import describe, recipe_from_yaml
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.start import check_start
 
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")

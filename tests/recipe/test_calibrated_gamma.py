@@ -6,7 +6,7 @@ import pytest
 
 from pe_dpo.errors import RecipeError
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml, warnings, with_gamma
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 WAYS = ["auto", "balance:0.5", "balance:.25", "scale:1", "scale:2e-1"]
 

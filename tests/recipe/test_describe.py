@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pe_dpo.objective import preference_loss
 from pe_dpo.recipe import describe
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 SUMMED = "log p(chosen) − log p(rejected), summed over tokens"
 PER_TOKEN = "log p(chosen)/|chosen| − log p(rejected)/|rejected|, per token"

@@ -7,7 +7,7 @@ import pytest
 
 from pe_dpo.objective import preference_loss
 from pe_dpo.recipe import PRESETS
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 PLAIN = {
     "beta": 0.1, "gamma": 0.1, "margin": 0.0, "link": "logistic", "reduce": "sum", "reference_floor": None,

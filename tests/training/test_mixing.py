@@ -115,7 +115,7 @@ def test_a_layer_that_cannot_be_mixed_is_found_without_the_weights(make_recipe, 
     def no_weights(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("pe_dpo.training.run.load_base", no_weights)
+    monkeypatch.setattr("pe_dpo.evaluation.inputs.load_base", no_weights)
     recipe = make_recipe(ON, 'adapter.targets=["embed_tokens", "q_proj"]')
     with pytest.raises(ModelError, match=r"lora_embedding_A.* is trained, and mixout covers LoRA on linear layers"):
         prepare_run(recipe)

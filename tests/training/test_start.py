@@ -9,6 +9,7 @@ from pe_dpo.errors import DataError, ModelError, TrainingError
 from pe_dpo.evaluation.pairs import score_loss, scored_pairs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.training.run import train
 from pe_dpo.training.start import check_diagonal, check_start
 
 
@@ -68,11 +69,9 @@ def test_a_start_at_which_no_pair_pulls_is_refused(make_trainer):
 
 
 def test_margins_that_the_loss_asks_for_and_the_data_lack_are_missed_before_the_base_is_loaded(make_recipe, monkeypatch):
-    from pe_dpo.training import run
-
-    monkeypatch.setattr(run, "load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("pe_dpo.evaluation.inputs.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     with pytest.raises(DataError, match=r"margin_scale is 1, but no pair has a margin; name its column in data\.columns"):
-        run.train(make_recipe("loss.margin_scale=1"))
+        train(make_recipe("loss.margin_scale=1"))
 
 
 def test_a_loss_that_is_not_finite_at_the_start_names_the_rows(make_trainer):

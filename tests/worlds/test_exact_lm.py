@@ -32,10 +32,11 @@ from pe_dpo.data import PreparedData
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.report import DataReport
 from pe_dpo.deploy.merge import merge
+from pe_dpo.evaluation.inputs import Inputs
 from pe_dpo.model.adapter import load_adapter_for_evaluation
 from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 from pe_dpo.recipe import recipe_from_yaml
-from pe_dpo.training.run import PreparedRun, SharedRun, train
+from pe_dpo.training.run import SharedRun, train
 
 # ---------------------------------------------------------------------------------------------------- H-DPO
 
@@ -136,7 +137,7 @@ def trained(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest
         "test",
     )
     facts = inspect_base(**recipe.model.model_dump())
-    handed_over = PreparedRun(facts, load_tokenizer(str(base)), PreparedData(pairs, [], DataReport()))
+    handed_over = Inputs(facts, load_tokenizer(str(base)), PreparedData(pairs, [], DataReport()))
     train(recipe, shared=SharedRun(handed_over, load_base(facts)))
     model = load_base(facts).eval()
     with torch.no_grad():

@@ -22,7 +22,7 @@ from pe_dpo.audit.evidence import Evidence, evidence
 from pe_dpo.audit.ranking import preferences, robust_spread
 from pe_dpo.errors import UsageError
 from pe_dpo.model.scoring import PairLogprobs
-from pe_dpo.recipe.schema import CALIBRATED, LossSection
+from pe_dpo.recipe.loss_section import CALIBRATED, LossSection
 
 LARGEST_MISS = 0.01
 """By which the share of a hinge, whose weights are 0 or 1, may miss the one that balance asks for."""

@@ -16,7 +16,7 @@ from pe_dpo.audit.outlook import scores
 from pe_dpo.audit.ranking import preferences
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.objective import correlation
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pe_dpo.evaluation.pairs import score_loss
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.objective import PreferenceLoss, is_dead, regime_table, saturation, share_right
 from pe_dpo.objective.dynamics import hinge_accuracy, ideal_preference, label_optimum, time_to_pass
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 FLIP_QUANTILES = (0.1, 0.5, 0.9)
 """Of the times after which pairs that are ranked wrong flip."""

@@ -3,18 +3,17 @@
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError
+from pe_dpo.evaluation.inputs import build_model
 from pe_dpo.evaluation.measuring import TOKENS
 from pe_dpo.evaluation.reference import Policy, open_reference, stored_logprobs
 from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.model.adapter import attach_adapter, start_from_adapter
-from pe_dpo.model.base import BaseFacts, load_base
+from pe_dpo.model.base import BaseFacts
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe
 
@@ -46,7 +45,7 @@ def reference_logprobs(
         stored = stored_logprobs(facts, pairs, device=device, packing=recipe.train.packing, path=settings.store)
         if stored is not None:
             return stored, False
-    model = _load(recipe, facts, device)
+    model = build_model(recipe, facts, device)  # with the adapter, since the way through the model is chosen with both
     scorer = choose_scorer(model, pairs, device=device, packing=recipe.train.packing, say=say)
     budget = TOKENS if wish == "auto" else wish
     reference = open_reference(model, facts, scorer, policy=policy, token_budget=budget, path=settings.store, say=say)
@@ -74,11 +73,3 @@ def check_finite(logprobs: PairLogprobs, pairs: Sequence[EncodedPair]) -> None:
             f"{names[0]}: its log-probs under the reference are not finite ({len(names)} such pairs); look at the row, or "
             "compute in another model.dtype"
         )
-
-
-def _load(recipe: Recipe, facts: BaseFacts, device: str) -> Any:
-    """Base and adapter as in training, since the way through the model is chosen with both."""
-    base, adapter = load_base(facts, device=device), recipe.adapter
-    if adapter.start:
-        return start_from_adapter(base, adapter.start, reference=adapter.reference or "base")
-    return attach_adapter(base, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)

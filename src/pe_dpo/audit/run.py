@@ -27,12 +27,12 @@ from pe_dpo.audit.reference_pass import reference_logprobs
 from pe_dpo.audit.warnings import later_warnings, noise_warnings, ranking_warnings, start_warnings
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
-from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_tokenizer
+from pe_dpo.evaluation.inputs import read_inputs
+from pe_dpo.model.base import BaseFacts
 from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 KAPPAS = (0.0, 0.5, 1.0, 2.0)
 """For which every audit tells what would happen."""
@@ -123,14 +123,7 @@ def audit(
         DataError, ModelError: as in training.
         UsageError: the recipe asks for a γ that the data do not allow.
     """
-    facts = inspect_base(**recipe.model.model_dump())
-    data = prepare_from_settings(
-        recipe.data,
-        tokenizer=load_tokenizer(recipe.model.base, revision=recipe.model.revision),
-        context_length=facts.context_length,
-        end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
-        progress=progress,
-    )
+    facts, _, data = read_inputs(recipe, progress)
     for line in data.report.lines():
         say(line)
     pairs = data.train

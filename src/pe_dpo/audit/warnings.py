@@ -6,7 +6,7 @@ from pe_dpo.audit.evidence import Evidence
 from pe_dpo.audit.noise import QuantizationNoise
 from pe_dpo.audit.outlook import Outlook
 from pe_dpo.audit.ranking import Ranking
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 LARGEST_DELTA = 1.0
 """Of |δ|: beyond it, pairs one sd apart differ in score by more than a logistic weight can follow."""

@@ -27,7 +27,7 @@ from pe_dpo.data.files import SUFFIXES, Row, read_rows
 from pe_dpo.data.pairs import RowFlaw, Text, kind_words
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import DataError
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 
 class Prompt(NamedTuple):

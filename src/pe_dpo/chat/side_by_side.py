@@ -27,7 +27,7 @@ from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
 from pe_dpo.model.fingerprint import base_fingerprint, remembered_fingerprint
 from pe_dpo.model.reference_store import ReferenceStore, default_store_path
 from pe_dpo.objective import answer_logprobs
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")

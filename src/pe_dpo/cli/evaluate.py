@@ -52,6 +52,15 @@ def evaluate(
         return None
 
     say = quiet if json else console.say
+    def folder(found: "Evaluation") -> Path | None:
+        is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
+        return output or (target if is_the_run else None)
+
+    def keep(found: "Evaluation") -> None:
+        place = folder(found)
+        if place is not None:
+            found.save(place)
+
     found = run(
         target,
         data=data,
@@ -60,21 +69,19 @@ def evaluate(
         sampling=Sampling(prompts, samples, max_new_tokens, seed),
         scales=scales,
         scorer=scorer,
+        keep=keep,
         say=say,
         progress=console.counter(),
     )
     if pairs is not None:
         save_pairs(found.scored, found.pairs, pairs, initial=found.initial, tokenizer=found.tokenizer)
-    is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
-    folder = output or (target if is_the_run else None)
-    if folder is not None:
-        found.save(folder)
+    keep(found)
     if json:
         typer.echo(json_module.dumps(_report(found), indent=1))
         return
     _show(found)
-    if folder is not None:
-        console.say(f"written to {folder}")
+    if folder(found) is not None:
+        console.say(f"written to {folder(found)}")
     if found.generation is None and found.metrics.get("accuracy/reference") is not None:
         console.say("to measure KL(π‖π0) on sampled answers: --prompts 100")
 

@@ -22,7 +22,7 @@ def list_recipes() -> None:
 def show(name: Annotated[str, typer.Argument(help="A recipe, shipped or your own, or a named loss.")]) -> None:
     """Show a recipe, or a named loss: the effective formula, κ = γ/β, and the published name that it equals."""
     from pe_dpo.recipe import PRESETS, describe, find_recipe, load_recipe
-    from pe_dpo.recipe.schema import LossSection
+    from pe_dpo.recipe.loss_section import LossSection
 
     if name in PRESETS:
         typer.echo("\n".join(describe(LossSection(preset=name)).lines()))

@@ -7,7 +7,7 @@ scaled      all of it for a run's adapter scaled toward π0, if asked for
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -105,6 +105,7 @@ def evaluate(
     sampling: Sampling = AS_IN_RECIPE,
     scales: Sequence[float] | None = None,
     scorer: str | None = None,
+    keep: Callable[[Evaluation], None] = lambda found: None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
@@ -120,6 +121,7 @@ def evaluate(
         scales: of a run, where between reference and policy to measure its adapter besides, each 0 < a < 1; None: as its recipe
             says (generation.scales).
         scorer: judges sampled answers against the reference's; see `judge.open_scorer`.
+        keep: called with what was measured before the scorer is asked: it may fail, and answers are dear.
         say: gets lines of facts.
         progress: called with what is done, how much of it, and how much in all.
 
@@ -170,26 +172,21 @@ def evaluate(
     else:
         trained = Path(target) if found.kind == "run" and base is None and quantize is None else None
         measured = measure_adapter(work, found.adapter, facts, trained)
-    judged = None
-    if scorer and score_answers and measured.reference_said:
-        prompts = prompts_as_written(settings.data, data)
-        judged = partial(judge, scorer, score_answers, reference=measured.reference_said, prompts=prompts)
-    initial = partial(_initial, Path(target), found, data, pairs=pairs)
-    return _evaluation(found.kind, work, measured, initial, judged)
+    result = _evaluation(found.kind, work, measured, partial(_initial, Path(target), found, data, pairs=pairs))
+    if not (scorer and score_answers and measured.reference_said):
+        return result
+    keep(result)
+    prompts = prompts_as_written(settings.data, data)
+    return _judged(result, partial(judge, scorer, score_answers, reference=measured.reference_said, prompts=prompts))
 
 
 def _evaluation(
-    kind: Kind,
-    work: Work,
-    measured: Measured,
-    initial: Callable[[ScoredPairs], ScoredPairs | None],
-    judged: Callable[[Drift], Judgement] | None,
+    kind: Kind, work: Work, measured: Measured, initial: Callable[[ScoredPairs], ScoredPairs | None]
 ) -> Evaluation:
-    """What was measured, with all that follows from it; `initial` has the pairs at step 0, `judged` the scores of answers."""
+    """What was measured, with all that follows from it; `initial` has the pairs at step 0."""
     scored, coefficients = _scored(work, measured)
     at_start = initial(scored)
     metrics = set_metrics(scored, coefficients, initial=at_start)
-    judgement = judged(measured.drift) if judged and measured.drift else None
     return Evaluation(
         kind=kind,
         scored=scored,
@@ -199,9 +196,22 @@ def _evaluation(
         tokenizer=work.tokenizer,
         initial=at_start,
         drift=measured.drift,
-        generation=_generation(measured, judgement),
+        generation=_generation(measured),
+        judgement=None,
+        scaled={scale: _evaluation(kind, work, part, initial) for scale, part in measured.scaled.items()},
+    )
+
+
+def _judged(found: Evaluation, judged: Callable[[Drift], Judgement]) -> Evaluation:
+    """The same with the scorer's judgement of its answers."""
+    if found.drift is None:
+        return found
+    judgement = judged(found.drift)
+    return replace(
+        found,
         judgement=judgement,
-        scaled={scale: _evaluation(kind, work, part, initial, judged) for scale, part in measured.scaled.items()},
+        generation={**(found.generation or {}), "win_rate": win_rate(found.drift, judgement)},
+        scaled={scale: _judged(one, judged) for scale, one in found.scaled.items()},
     )
 
 
@@ -247,12 +257,11 @@ def _initial(
     return at_reference(scored) if kept is None and found.recipe.policy_starts_as_reference else kept
 
 
-def _generation(measured: Measured, judgement: Judgement | None) -> dict[str, Any] | None:
+def _generation(measured: Measured) -> dict[str, Any] | None:
     if measured.drift is None:
         return None
     along_data = {} if measured.data_prefix is None else {"data_prefix_kl": measured.data_prefix}
-    won = {} if judgement is None else {"win_rate": win_rate(measured.drift, judgement)}
-    return {**measured.drift.summary(), **along_data, **won}
+    return {**measured.drift.summary(), **along_data}
 
 
 def _settings(target: Path, found: Target, data: str | None) -> Recipe:

@@ -19,7 +19,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.scaled import FOLDER as SCALED
 from pe_dpo.evaluation.scaled import scaled_folders
 from pe_dpo.recipe import Recipe, recipe_from_yaml, turned_settings
-from pe_dpo.recipe.schema import CALIBRATED
+from pe_dpo.recipe.loss_section import CALIBRATED
 from pe_dpo.training.run_folder import FREE_TO_CHANGE, RECIPE_FILE, RUN_FILE
 
 Floats = NDArray[np.float64]

@@ -22,8 +22,8 @@ def random_bits(keys: Tensor, index: Tensor) -> Tensor:
     Returns:
         int64 in [0, 2⁵³); integer arithmetic alone, so the same on every device.
     """
-    # keys + (index + 1) · GOLDEN; as it stands, the C++ that torch.compile writes (2.13) multiplies its loop's counter by GOLDEN,
-    # which overflows: undefined, and gcc then writes past the end of the result
+    # This is keys + (index + 1) · GOLDEN. Written so, the C++ of torch.compile (2.13) multiplies its loop's counter by GOLDEN:
+    # that overflows, which C++ leaves undefined, and gcc then writes past the end of the result.
     return _shifted(mixed((keys * _INVERSE + (index + 1)) * GOLDEN), 11)
 
 

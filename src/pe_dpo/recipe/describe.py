@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.recipe.presets import PRESETS
-from pe_dpo.recipe.schema import LossSection
 
 _LINKS = {"logistic": "−log σ(z)", "hinge": "max(0, −z)", "squared": "z²"}
 

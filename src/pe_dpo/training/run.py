@@ -9,16 +9,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pe_dpo.data import PreparedData, data_hash
+from pe_dpo.data import data_hash
 from pe_dpo.data.encoding import Progress
-from pe_dpo.data.settings import prepare_from_settings
-from pe_dpo.errors import DataError, ModelError
+from pe_dpo.errors import DataError
+from pe_dpo.evaluation.inputs import Inputs, build_model, read_inputs
 from pe_dpo.evaluation.pairs import ScoredPairs
 from pe_dpo.evaluation.reference import open_reference
 from pe_dpo.evaluation.scorer import choose_scorer
-from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, lent, parameter_targets, save_adapter, start_from_adapter
+from pe_dpo.model.adapter import adapter_is_zero, lent, parameter_targets, save_adapter
 from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import BaseFacts, answer_end_tokens, end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.base import answer_end_tokens
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import base_record
 from pe_dpo.model.quantization import check_weights_unpacked
@@ -105,18 +105,10 @@ def train(
         return _train(recipe, prepared, folder, base, say=say, progress=progress, callbacks=callbacks)
 
 
-class PreparedRun(NamedTuple):
-    """What a run needs before the base is loaded."""
-
-    facts: BaseFacts
-    tokenizer: Any
-    data: PreparedData
-
-
 class SharedRun(NamedTuple):
     """What several runs with the same sections `model` and `data` have in common."""
 
-    prepared: PreparedRun
+    prepared: Inputs
     base: Any
     """Loaded, without adapters."""
 
@@ -127,7 +119,7 @@ def prepare_run(
     progress: Progress | None = None,
     *,
     shared: SharedRun | None = None,
-) -> PreparedRun:
+) -> Inputs:
     """Return the facts of the base, the tokenizer and the pairs, or those that are `shared`; no weights are read.
 
     Raises:
@@ -139,7 +131,7 @@ def prepare_run(
         say(line)
     if recipe.adapter.start:
         check_adapter(recipe.adapter.start)
-    prepared = shared.prepared if shared else _prepare(recipe, progress)
+    prepared = shared.prepared if shared else read_inputs(recipe, progress)
     if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
         raise DataError(
             f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
@@ -154,23 +146,9 @@ def prepare_run(
     return prepared
 
 
-def _prepare(recipe: Recipe, progress: Progress | None) -> PreparedRun:
-    facts = inspect_base(**recipe.model.model_dump())
-    tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
-    data = prepare_from_settings(
-        recipe.data,
-        tokenizer=tokenizer,
-        context_length=facts.context_length,
-        end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
-        progress=progress,
-    )
-    _check_vocabulary(facts, data)
-    return PreparedRun(facts, tokenizer, data)
-
-
 def _train(
     recipe: Recipe,
-    prepared: PreparedRun,
+    prepared: Inputs,
     folder: Path | None,
     base: Any,
     *,
@@ -245,7 +223,7 @@ def _train(
 
 def build_trainer(
     recipe: Recipe,
-    prepared: PreparedRun,
+    prepared: Inputs,
     *,
     base: Any = None,
     say: Callable[[str], None] = lambda line: None,
@@ -300,34 +278,6 @@ def build_trainer(
     if mixout.layers:
         trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, say))
     return trainer
-
-
-def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str, *, base: Any = None) -> Any:
-    """Return base (loaded if it is not given) and adapter on the device, ready to train."""
-    base = load_base(facts, device=device) if base is None else base
-    adapter = recipe.adapter
-    if adapter.start:
-        return start_from_adapter(base, adapter.start, reference=adapter.reference or "base", dropout=adapter.dropout)
-    return attach_adapter(
-        base,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=adapter.targets,
-        init="gaussian" if adapter.init == "gaussian" else "default",
-        seed=recipe.train.seed,
-    )
-
-
-def _check_vocabulary(facts: BaseFacts, data: PreparedData) -> None:
-    size = facts.config.get_text_config().vocab_size
-    for pair in [*data.train, *data.held_out]:
-        largest = max(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        if largest >= size:
-            raise ModelError(
-                f"{pair.where}: has token {largest}, but the model knows {size} tokens: the tokenizer is not the model's; put "
-                "the right one beside the base"
-            )
 
 
 def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.recipe.schema import LossSection
+from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.remarks import batch_remarks, set_remarks, stillness_remark
 from pe_dpo.training.run_folder import append_metrics, read_metrics
 

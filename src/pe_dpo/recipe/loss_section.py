@@ -1,0 +1,143 @@
+"""The loss of a recipe: presets, coefficients, and a γ that may be a multiple of β or found from data."""
+
+import difflib
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pe_dpo.errors import RecipeError
+from pe_dpo.recipe.presets import PRESETS
+from pe_dpo.recipe.section import Finite, NonNegative, Positive, Section
+
+MULTIPLE = re.compile(r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)x$")
+"""gamma as a multiple of beta: "0.5x"."""
+
+CALIBRATED = re.compile(r"^(?:auto|(balance|scale):([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?))$")
+"""gamma found from the reference's log-probs: "auto", "balance:0.5", "scale:1"."""
+
+
+class LossSection(Section):
+    """z = β·Δπ − γ·max(Δ0, floor) − m, link(z); see `pe-dpo recipes show`."""
+
+    preset: str = Field("dpo", description=f"One of {', '.join(PRESETS)}; every other key overrides it.")
+    beta: Positive = 0.1
+    gamma: float | str = Field(
+        "1x",
+        description='Weight of the reference: a number, a multiple of beta such as "0.5x", or found from the reference\'s '
+        "log-probs before training: auto (a Platt scale), balance:S (share S of the gradient on pairs that the reference ranks "
+        "right), scale:G (γ·Δ0 has spread G).",
+    )
+    margin: Finite = 0.0
+    link: Literal["logistic", "hinge", "squared"] = "logistic"
+    reduce: Literal["sum", "mean"] = Field("sum", description="Log-probs of an answer: summed, or per token.")
+    reference_floor: Finite | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing_mode: Literal["conservative", "unbiased"] = "conservative"
+    sft_weight: NonNegative = 0.0
+    length_penalty: Finite = 0.0
+    margin_scale: Finite = Field(0.0, description="Times the data's margin column, added to the margin of each pair.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_the_gaps(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("preset", "dpo")
+        return {**PRESETS[name].values, **values} if isinstance(name, str) and name in PRESETS else values
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_is_published(cls, preset: str) -> str:
+        if preset not in PRESETS:
+            close = difflib.get_close_matches(preset, PRESETS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(PRESETS)}"
+            raise ValueError(f"{preset!r} is not known; {hint}")
+        return preset
+
+    @field_validator("gamma")
+    @classmethod
+    def _gamma_is_a_number_or_a_multiple(cls, gamma: float | str) -> float | str:
+        if isinstance(gamma, str):
+            if gamma.startswith(("auto", "balance", "scale")):
+                _check_calibration(gamma)
+            elif not MULTIPLE.match(gamma):
+                raise ValueError(
+                    f"gamma is {gamma!r}: write a number >= 0, or a multiple of beta such as '0.5x', or how to find it: auto, "
+                    "balance:0.5, scale:1"
+                )
+        elif not (gamma >= 0 and math.isfinite(gamma)):
+            raise ValueError(f"gamma is {gamma}: it must be finite and >= 0")
+        return gamma
+
+    @model_validator(mode="after")
+    def _floor_needs_the_reference(self) -> "LossSection":
+        if self.is_calibrated:
+            return self
+        if not math.isfinite(self.gamma_value):
+            raise ValueError(f"gamma: {self.gamma} times beta {self.beta:g} is not finite; write a smaller one")
+        if self.reference_floor is not None and self.gamma_value == 0:
+            raise ValueError("reference_floor: has no effect with gamma = 0; drop it, or set gamma > 0")
+        return self
+
+    @model_validator(mode="after")
+    def _balance_needs_weights_that_grow(self) -> "LossSection":
+        if self.link == "squared" and str(self.gamma).startswith("balance"):
+            raise ValueError(
+                f"gamma: {self.gamma} asks for shares of gradient weight, which do not grow with gamma under link squared; use "
+                "auto or scale:1, or another link"
+            )
+        return self
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether γ is to be found from the reference's log-probs, and so is no number yet."""
+        return isinstance(self.gamma, str) and CALIBRATED.match(self.gamma) is not None
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the reference is run on training pairs: always, but for γ = 0."""
+        return self.is_calibrated or self.gamma_value != 0
+
+    @property
+    def gamma_value(self) -> float:
+        """γ as a number.
+
+        Raises:
+            RecipeError: it is still to be calibrated (`is_calibrated`).
+        """
+        if self.is_calibrated:
+            raise RecipeError(
+                f"loss.gamma: {self.gamma} becomes a number only with the reference's log-probs, before the first step of "
+                "`pe-dpo train`; `pe-dpo audit` tells which"
+            )
+        if isinstance(self.gamma, str):
+            multiple = MULTIPLE.match(self.gamma)
+            assert multiple, "validated above"
+            return self.beta * float(multiple.group(1))
+        return self.gamma
+
+    def coefficients(self) -> dict[str, Any]:
+        """Return the keyword arguments of `objective.preference_loss` (all but the tensors)."""
+        keep = self.model_dump(exclude={"preset", "gamma", "margin_scale"})
+        return {**keep, "gamma": self.gamma_value}
+
+
+def _check_calibration(gamma: str) -> None:
+    """Check that a γ to be calibrated names a way, and a size where the way needs one.
+
+    Raises:
+        ValueError: it does not.
+    """
+    match = CALIBRATED.match(gamma)
+    if match is None:
+        raise ValueError(
+            f"gamma is {gamma!r}: write auto, balance:S with S the share of gradient weight on pairs that the reference ranks "
+            "right (balance:0.5), or scale:G with G the spread of γ·Δ0 (scale:1)"
+        )
+    size = float(match.group(2) or 0.5)
+    if match.group(1) == "balance" and not 0 < size < 1:
+        raise ValueError(f"gamma is {gamma!r}: the share must lie between 0 and 1, as in balance:0.5")
+    if not (size > 0 and math.isfinite(size)):
+        raise ValueError(f"gamma is {gamma!r}: the spread must be finite and > 0, as in scale:1")

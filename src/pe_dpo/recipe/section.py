@@ -1,0 +1,27 @@
+"""What every part of a recipe is made of: strict sections, and numbers and places in their bounds."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})]
+"""Checked by `check_scales`, which says more than a bound would."""
+
+
+def _expand_home(value: Any) -> Any:
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+
+
+Location = Annotated[str, StringConstraints(min_length=1), BeforeValidator(_expand_home)]
+"""A path (~/ is the home folder) or a hub id."""
+
+
+class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no silent conversion of one type into another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
