@@ -41,6 +41,75 @@ def test_every_result_was_checked_for_agreement_before_it_was_timed():
                 assert difference["gradient"] <= limit
 
 
+def test_the_benchmarks_readme_has_what_mixout_costs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.table import mixout_table
+
+    assert mixout_table() in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_arm_of_mixouts_cost_was_checked_before_it_was_timed():
+    """Value and gradients against the written-out weight, within the limits that the README states."""
+    import json
+
+    limits = {"fp32": 1e-5, "bf16": 2e-2}
+    found = json.loads((ROOT / "benchmarks" / "results" / "mixout.json").read_text(encoding="utf-8"))
+    assert len(found["layers"]) == 13
+    for row in found["layers"]:
+        assert row["round_seconds"].keys() == row["agreement"].keys()
+        assert all(found <= limits[row["dtype"]] for arm in row["agreement"].values() for found in arm.values())
+    for row in found["steps"]:
+        assert row["round_seconds"].keys() == row["agreement"].keys()
+        for arm in row["agreement"].values():
+            assert max(arm["loss"], arm["gradient"]) <= {"fp32": 1e-4, "nf4": 2e-2}[row["dtype"]]
+
+
+@pytest.mark.parametrize("name", ["column", "element"])
+def test_an_arm_with_other_masks_than_mixout_says_is_not_timed(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import mixout_cost
+    from benchmarks.agreement import Disagreement
+
+    case = mixout_cost.Case(48, 4, 80)
+    arm = mixout_cost.make_arms(case)[name]
+    assert max(mixout_cost.check(name, arm, case).values()) < 1e-5
+    own, weights = arm.mixout, arm.module.lora_variant["default"]
+    weights.mixout = mixout_cost.attach(name, _like(arm.module))
+    weights.mixout.draw = 7
+    weights.layer = next(iter(weights.mixout.layers))
+    assert arm.mixout is own
+    with pytest.raises(Disagreement, match=name):
+        mixout_cost.check(name, arm, case)
+
+
+def test_the_element_form_keeps_no_matrix_for_the_backward(monkeypatch):
+    """Plain LoRA keeps x Aᵀ, 80 × 4 numbers; the column form r × d and d besides; dropout its mask and what it left of x."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import mixout_cost
+
+    arms = mixout_cost.make_arms(mixout_cost.Case(48, 4, 80))
+    kept = {name: round(mixout_cost.kept_mib(arm) * 2**20) for name, arm in arms.items()}
+    narrow = 80 * 4 * 4
+    assert kept["plain"] == kept["plain, again"] == narrow
+    assert kept["column"] == narrow + (4 + 1) * 48 * 4
+    assert kept["lora_dropout"] == narrow + 2 * 80 * 48 * 4
+    assert kept["element"] < 0.01 * 48 * 48 * 4
+
+
+def _like(module):
+    """Another model with a LoRA layer of the same shape."""
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    from pe_dpo.model.lora import compute_in_base_dtype
+
+    out_features, in_features = module.base_layer.weight.shape
+    base = nn.Sequential(nn.Linear(in_features, out_features, bias=False))
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["0"])).train()
+    compute_in_base_dtype(model)
+    return model
+
+
 @pytest.fixture(autouse=True)
 def _forget_benchmarks():
     yield

@@ -24,6 +24,7 @@ def test_eval_writes_what_it_measured_at_each_scale_and_shows_it(pe_dpo, run):
     _, rest = done.out.split("The adapter scaled toward the reference, W0 + a·ΔW")
     rows = [line.split("│")[1].strip() for line in rest.splitlines() if line.startswith("│")]
     assert rows == ["0.5", "0.75", "1"]
+    assert "…" not in rest  # in the 80 columns of a test, no title is cut, so that each column can be told
 
 
 def test_as_json_the_scales_stand_beside_the_rest(pe_dpo, run, tmp_path):

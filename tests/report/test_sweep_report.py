@@ -155,6 +155,16 @@ def test_kl_is_drawn_over_kappa(sweep, written) -> None:
     assert list(curves["mixout 0.3"].get_xdata()) == [1, 2]
 
 
+def test_how_strong_mixout_was_stands_beside_its_runs(tmp_path, parse, set_record) -> None:
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", [{}, {"mixout.p": 0.5}], seeds=(0,))
+    folder = json.loads((sweep / "sweep.json").read_text())["points"][1]["folder"]
+    set_record(sweep / folder, mixout={"p": 0.5, "margin_noise": 0.3149})
+    content = report_sweep(sweep)
+    page = parse(to_html(content._replace(sections=[section._replace(plots=[]) for section in content.sections]), {}))
+    rows = _rows(page, "runs")
+    assert [row["mask noise"] for row in rows] == ["–", "0.315"]
+
+
 def test_unfinished_runs_are_named_and_not_hidden(sweep, tmp_path, parse, set_record) -> None:
     copy = shutil.copytree(sweep, tmp_path / "sweep")
     points = json.loads((copy / "sweep.json").read_text())["points"]

@@ -8,9 +8,11 @@ import torch
 from transformers import TrainerCallback
 
 from pe_dpo.errors import ModelError
+from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.mixout import Mixout, attach
 from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.run import prepare_run, train
+from pe_dpo.training.start import check_start
 
 ON = "mixout.p=0.5"
 
@@ -30,10 +32,25 @@ def drawn(monkeypatch):
     return seen
 
 
+def mixing_of(trainer):
+    return next(one for one in trainer.callback_handler.callbacks if isinstance(one, Mixing))
+
+
 def test_p_rises_over_the_first_steps_and_stays(make_recipe, drawn):
     train(make_recipe(ON, "mixout.warmup=0.5", "train.max_steps=6"))
     assert [draw for draw, _ in drawn] == [0, 1, 2, 3, 4, 5]
     assert [p for _, p in drawn] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(("warmup", "steps", "first"), [(0.96, 5, 0.1), (0.9, 1, 0.5)])
+def test_the_last_step_has_all_of_p_however_long_the_rise(make_trainer, warmup, steps, first):
+    """It is the p that run.json names, and that the noise of the masks is measured at."""
+    trainer = make_trainer(ON, f"mixout.warmup={warmup}", f"train.max_steps={steps}")
+    mixing, rise = mixing_of(trainer), []
+    for trainer.state.global_step in range(steps):
+        mixing.on_step_begin(trainer.args, trainer.state, trainer.control)
+        rise.append(mixing.mixout.p)
+    assert (rise[0], rise[-1]) == (pytest.approx(first), 0.5)
 
 
 def test_every_microbatch_may_have_a_draw_of_its_own(make_recipe, drawn):
@@ -85,6 +102,30 @@ def test_a_layer_that_learns_past_its_mask_ends_the_run(make_recipe, monkeypatch
     monkeypatch.setattr(attach, "_attach", lambda mixout, updates, whole: None)
     with pytest.raises(ModelError, match="14 layers were trained without mixout"):
         train(make_recipe(ON))
+
+
+def test_a_check_before_the_first_step_does_not_stand_for_training(make_trainer):
+    """check_start scores a batch in training mode; a layer that training then computes in another way must still be found."""
+    trainer = make_trainer(ON, fresh=True)
+    check_start(
+        trainer.model, trainer.train_dataset[:4], trainer.scorer, token_budget=1000, coefficients=trainer.coefficients,
+        margin_scale=0.0, policy_is_reference=True,
+    )  # fmt: skip
+    assert not any(layer.is_reached for layer in mixing_of(trainer).mixout.layers.values())
+
+
+def test_a_process_without_pairs_in_a_step_has_nothing_to_check(make_trainer):
+    """More processes than pairs: its gradients are those of the others, and it computed none of its layers."""
+    trainer = make_trainer(ON)
+    mixing = mixing_of(trainer)
+    event = trainer.args, trainer.state, trainer.control
+    mixing.on_step_begin(*event)
+    for parameter in adapter_parameters(trainer.model):
+        parameter.grad = torch.ones_like(parameter)
+    mixing.on_pre_optimizer_step(*event)
+    mixing.on_substep_end(*event)
+    with pytest.raises(ModelError, match="14 layers were trained without mixout"):
+        mixing.on_pre_optimizer_step(*event)
 
 
 # ---------------------------------------------------------------- before the base is loaded

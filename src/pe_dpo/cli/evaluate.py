@@ -126,12 +126,13 @@ def _show_scaled(found: "Evaluation") -> None:
     """The adapter at each scale, as it is last."""
     from pe_dpo.cli import console
 
+    titles = {**dict(console.SHARES), "loss": "loss"}  # of several words, so that a narrow terminal breaks them and cuts none
     shown = [key for key in ("accuracy/policy", "accuracy/policy_per_token", "accuracy/shift", "loss") if key in found.metrics]
     rows = []
     for scale, one in [*sorted(found.scaled.items()), (1.0, found)]:
         kl = ["", ""] if one.generation is None else [*_with_error(one.generation["kl"])]
         rows.append([f"{scale:g}", *kl, *(f"{one.metrics[key]:.4f}" for key in shown)])
-    header = ["scale a", "KL(π‖π0)", "standard error", *shown]
+    header = ["scale a", "KL(π‖π0)", "standard error", *(titles[key] for key in shown)]
     console.show_table("The adapter scaled toward the reference, W0 + a·ΔW", header, rows)
 
 

@@ -46,6 +46,12 @@ class RunState(NamedTuple):
         value = (self.facts.get("after") or {}).get(key)
         return float("nan") if value is None else float(value)
 
+    @property
+    def margin_noise(self) -> float:
+        """How far a mask of mixout moves scores, in units of what training moved them; NaN without mixout."""
+        value = (self.facts.get("mixout") or {}).get("margin_noise")
+        return float("nan") if value is None else float(value)
+
 
 class Cross(NamedTuple):
     """95 % intervals of an arm's √KL and metric, over prompts and seeds; NaN where unknown."""

@@ -58,7 +58,12 @@ def runs_section(sweep: SweepRecord) -> Section:
         "seconds",
     ]
     rows = [_run_row(state, metric) for state in sweep.states]
-    tables = [Table("runs", f"All {len(rows)} planned runs", header, rows, "– stands for what was not measured.")]
+    note = "– stands for what was not measured."
+    if any(math.isfinite(state.margin_noise) for state in sweep.states):
+        header.append("mask noise")
+        rows = [[*row, _known(state.margin_noise, three)] for row, state in zip(rows, sweep.states, strict=True)]
+        note += " Mask noise: how far a mask of mixout moves a pair's score, in units of what training moved it (margin_noise)."
+    tables = [Table("runs", f"All {len(rows)} planned runs", header, rows, note)]
     others = [row for row in (sweep.comparison.runs if sweep.comparison else []) if not row.is_final]
     for name, rest, words in (
         ("snapshots", [row for row in others if row.scale is None], "earlier states of these runs (snapshots)"),

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pe_dpo.errors import ModelError
-from pe_dpo.evaluation.mixout_noise import MixoutNoise, measure_noise
+from pe_dpo.evaluation.mixout_noise import PAIRS, MixoutNoise, measure_noise
 from pe_dpo.model.adapter import attach_adapter
 from pe_dpo.model.base import BaseFacts, empty_model
 from pe_dpo.model.mixout import Mixout, attach_mixout
@@ -36,7 +35,7 @@ class Mixing(TrainerCallback):
         self, mixout: Mixout, settings: MixoutSection, steps: int, trainer: PairTrainer, say: Callable[[str], None]
     ) -> None:
         self.mixout, self.settings, self.trainer, self.say = mixout, settings, trainer, say
-        self._rise = round(settings.warmup * steps)
+        self._rise = min(round(settings.warmup * steps), steps - 1)  # the last step has all of p
         self._microbatch = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,8 +50,9 @@ class Mixing(TrainerCallback):
         self._draw(args, state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that no layer learned past its mask."""
-        self.mixout.check_reached()
+        """Check that no layer learned past its mask; a process without pairs in this step has the others' gradients alone."""
+        if self._microbatch:
+            self.mixout.check_reached()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, and write into run.json, how strong p was; not of a run that was interrupted."""
@@ -65,7 +65,7 @@ class Mixing(TrainerCallback):
     def measure(self) -> MixoutNoise:
         """Return how far masks move the scores of a few watched pairs."""
         trainer = self.trainer
-        pairs, reference, reduce = trainer.watched, trainer.held_out_reference, trainer.coefficients["reduce"]
+        pairs, reference, reduce = trainer.watched[:PAIRS], trainer.held_out_reference, trainer.coefficients["reduce"]
         assert reference is not None, "scored before the first step"
         work = partial(measure_noise, trainer.model, self.mixout, pairs, trainer.scorer, reference, reduce=reduce)
         return trainer.with_smaller_rows(pairs, lambda: work(token_budget=trainer.token_budget))
@@ -118,7 +118,4 @@ def _narrowest(recipe: Recipe, facts: BaseFacts) -> int:
         empty_model(facts.base, facts.config), rank=adapter.rank, alpha=adapter.alpha, dropout=0.0, targets=adapter.targets
     )
     mixout = attach_mixout(model, recipe.mixout.p, seed=0)
-    widths = [layer.units for layer in mixout.layers.values() if layer.units]
-    if not widths:
-        raise ModelError("mixout.p: no layer would be mixed; name linear layers in adapter.targets, or set mixout.p: 0")
-    return min(widths)
+    return min(layer.units for layer in mixout.layers.values() if layer.units)

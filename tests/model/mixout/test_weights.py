@@ -11,6 +11,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+import pe_dpo
 from pe_dpo.errors import ModelError
 from pe_dpo.model.mixout import MixLinear, mixout, weights
 
@@ -31,6 +32,10 @@ def written_out(weight, target, p, form, seed, draw, name):
 
 
 # ---------------------------------------------------------------- the function
+
+
+def test_the_package_offers_both():
+    assert pe_dpo.mixout is mixout and pe_dpo.MixLinear is MixLinear
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -188,6 +188,26 @@ def test_evaluation_the_reference_and_p_0_are_those_without_mixout(form):
         assert torch.equal(model(IDS), training)
 
 
+def test_a_merged_model_is_mixed_no_more_in_training_mode_either():
+    plain, model = make(), make()
+    attach_mixout(model, P, seed=0)
+    merged, wanted = (one.merge_and_unload().train() for one in (model, plain))
+    assert torch.equal(merged(IDS), wanted(IDS))
+
+
+def test_another_adapters_modules_are_not_mixed():
+    model = make()
+    attach_mixout(model, P, seed=0)
+    mixed = model(IDS)
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    other = make()
+    with torch.no_grad(), other.disable_adapter():
+        assert torch.allclose(model(IDS), other(IDS))  # B = 0, and modules as they were
+    model.set_adapter("default")
+    assert torch.equal(model(IDS), mixed)
+
+
 def test_attached_with_p_0_modules_are_left_as_they_are():
     plain, model = make(), make()
     assert not attach_mixout(model, 0.0, seed=0).layers

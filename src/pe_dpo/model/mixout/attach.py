@@ -60,7 +60,7 @@ def _attach(mixout: Mixout, updates: list[_Update], whole: list[WholeModule]) ->
         anchor = REFERENCE if adapter == POLICY and REFERENCE in module.lora_A else None
         module.lora_variant[adapter] = MixedUpdate(mixout, name, anchor)
     for one in whole:
-        one.module.register_forward_hook(MixedModule(mixout, one), with_kwargs=True)
+        one.wrapper.register_forward_hook(MixedModule(mixout, one), with_kwargs=True)
 
 
 def _check_all(model: nn.Module, updates: list[_Update], layers: dict[str, Layer]) -> None:

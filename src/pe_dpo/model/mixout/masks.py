@@ -50,7 +50,7 @@ class Layer:
     Args:
         units: how many variables; None for a matrix in the form "element", whose mask is never held.
         parameters: that are trained in it.
-        is_reached: whether it was ever computed with its mask.
+        is_reached: whether it was ever computed with its mask and with gradients.
     """
 
     units: int | None
@@ -128,11 +128,12 @@ class Mixout:
     @contextmanager
     def sampled(self, draw: Draw) -> Iterator[None]:
         """Within the block the model is the sampled one in eval mode too; afterwards all is as before."""
-        before, self.is_sampling, self.draw = self._draw, True, draw
+        before = self.is_sampling, self._draw
+        self.is_sampling, self.draw = True, draw
         try:
             yield
         finally:
-            self.is_sampling, self.draw = False, before
+            self.is_sampling, self.draw = before
 
     def check_reached(self) -> None:
         """Check after a step's backward that no layer learned without mixout.
@@ -175,7 +176,8 @@ class Mixout:
             )
 
     def _note(self, layer: str) -> None:
-        self.layers[layer].is_reached = True
+        if torch.is_grad_enabled():  # what is only measured is no training
+            self.layers[layer].is_reached = True
         if torch.compiler.is_compiling():
             return
         if torch._C._current_graph_task_id() == -1:  # no backward is running: this is the forward itself

@@ -23,11 +23,20 @@ class WholeModule(NamedTuple):
         name: in the model, with its adapter.
         module: that is trained.
         original: its pretrained copy, frozen; the reference's where the reference is an adapter.
+        wrapper: PEFT's, which has both; merging takes it away.
+        adapter: the name that the module has there.
     """
 
     name: str
     module: nn.Module
     original: nn.Module
+    wrapper: Any
+    adapter: str
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the wrapper's output is the trained module's, not the original's or another adapter's."""
+        return not self.wrapper.disable_adapters and self.wrapper.active_adapters[:1] == [self.adapter]
 
     def units(self, form: Form) -> dict[str, int | None]:
         """Return how many variables each of its parameters has, None for a matrix in the form "element".
@@ -59,11 +68,11 @@ def whole_modules(model: nn.Module) -> Iterator[WholeModule]:
             if any(parameter.requires_grad for parameter in module.parameters()):
                 is_anchored = adapter == POLICY and REFERENCE in wrapper.modules_to_save
                 original = wrapper.modules_to_save[REFERENCE] if is_anchored else wrapper.original_module
-                yield WholeModule(f"{name}.{adapter}", module, original)
+                yield WholeModule(f"{name}.{adapter}", module, original, wrapper, adapter)
 
 
 class MixedModule:
-    """A forward hook: in training mode the module's output is that of its mixed parameters.
+    """A forward hook of the wrapper: in training mode the module's output is that of its mixed parameters.
 
     Args:
         mixout: has the masks, under the module's name and the parameter's.
@@ -73,9 +82,10 @@ class MixedModule:
     def __init__(self, mixout: Mixout, whole: WholeModule) -> None:
         self.mixout, self.whole = mixout, whole
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output of the mixed module; None, so that `output` stays, in eval mode."""
-        if not module.training and not self.mixout.is_sampling:
+    def __call__(self, wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output of the mixed module; None, so that `output` stays, in eval mode and with adapters off."""
+        module = self.whole.module
+        if not self.whole.is_active or not (module.training or self.mixout.is_sampling):
             return None
         targets = dict(self.whole.original.named_parameters())
         mixed = {key: self._mixed(key, parameter, targets[key]) for key, parameter in module.named_parameters()}
