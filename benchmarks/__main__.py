@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks step | run | sweep | merge | worlds | audit | plot | table`."""
+"""The commands: `python -m benchmarks step | run | sweep | merge | worlds | audit | mixout | plot | table`."""
 
 import argparse
 import json
@@ -46,6 +46,12 @@ def main() -> None:
         rounds = 1 if options.quick else options.rounds or AUDIT_ROUNDS
         run_audit(Settings("audit", rounds=rounds, is_quick=options.quick, out=options.out))
         return
+    if options.command == "mixout":
+        from benchmarks.mixout_cost import run_mixout
+
+        keep_heap()
+        run_mixout(Settings("mixout", rounds=1 if options.quick else options.rounds, is_quick=options.quick, out=options.out))
+        return
     settings = Settings(options.command, options.shape, options.dtype, options.model)
     if options.command == "memory-one":
         print(json.dumps({"mib": memory.measure_one(options.variant, settings)}))
@@ -76,7 +82,7 @@ def _command(name: str) -> Callable[[Settings], None]:
 
 
 def _plot(path: Path) -> Path:
-    """Draw the results of `merge`, `worlds` or `step`."""
+    """Draw the results of `merge`, `worlds`, `mixout` or `step`."""
     if path.stem.startswith("merge"):
         from benchmarks.merge_plot import plot_merge
 
@@ -85,6 +91,10 @@ def _plot(path: Path) -> Path:
         from benchmarks.worlds_plot import plot_worlds
 
         return plot_worlds(path)
+    if path.stem.startswith("mixout"):
+        from benchmarks.mixout_plot import plot_mixout
+
+        return plot_mixout(path)
     return plot.plot_step(path)
 
 
@@ -111,8 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     worlds.add_argument("--quick", action="store_true", help="every third value, results of their own")
     worlds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     _add_common(commands.add_parser("audit", help="seconds of an audit of 10,000 pairs from a filled store"))
+    _add_common(commands.add_parser("mixout", help="what mixout costs over plain LoRA: a layer, its memory, a step"))
     commands.add_parser("table", help="print the README's table from the results")
-    commands.add_parser("plot", help="draw the results of `step`, `merge` or `worlds` again").add_argument("file", type=Path)
+    drawn = commands.add_parser("plot", help="draw the results of `step`, `merge`, `worlds` or `mixout` again")
+    drawn.add_argument("file", type=Path)
     return parser
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,16 @@ def make_step(name: str, settings: Settings, pairs: Any) -> Any:
 def measure_one(name: str, settings: Settings) -> float:
     """Return the peak of one step in this process, MiB above what was resident before it. Linux only."""
     pairs = draw(population(settings.shape), settings.shape)
-    step = make_step(name, settings, pairs)
+    return peak_mib(make_step(name, settings, pairs))
+
+
+def peak_mib(work: Callable[[], Any]) -> float:
+    """Return the peak while some work runs, MiB above what was resident before it. Linux only."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left in the heap must not hide what the step takes
+    ctypes.CDLL(None).malloc_trim(0)  # what loading left in the heap must not hide what the work takes
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status_mib("VmRSS")
-    step()
+    work()
     return _status_mib("VmHWM") - before
 
 

@@ -52,13 +52,14 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def run_rounds(steps: Mapping[str, Step], rounds: int, *, seed: int = 0) -> dict[str, list[float]]:
+def run_rounds(steps: Mapping[str, Step], rounds: int, *, seed: int = 0, is_quiet: bool = False) -> dict[str, list[float]]:
     """Return the CPU seconds of each step in each round; Ctrl-C ends after the rounds that are complete.
 
     Args:
         steps: by name, warmed up.
         rounds: how many.
         seed: of the orders.
+        is_quiet: say nothing of rounds that went well.
     """
     order = random.Random(seed)
     complete: list[dict[str, float]] = []
@@ -66,7 +67,8 @@ def run_rounds(steps: Mapping[str, Step], rounds: int, *, seed: int = 0) -> dict
         for number in range(1, rounds + 1):
             names = order.sample(list(steps), len(steps))
             complete.append({name: timed(steps[name])[0] for name in names})
-            print(f"  round {number} of {rounds}: {sum(complete[-1].values()):.0f} CPU seconds", flush=True)
+            if not is_quiet:
+                print(f"  round {number} of {rounds}: {sum(complete[-1].values()):.0f} CPU seconds", flush=True)
     except KeyboardInterrupt:
         print(f"  interrupted: {len(complete)} complete rounds are kept", flush=True)
         if not complete:

@@ -1,4 +1,4 @@
-"""The README's tables of speed and of merging, from the results that lie in `results/`; a test holds the README to it."""
+"""The READMEs' tables of speed, of merging and of mixout, from the results that lie in `results/`; a test holds them to it."""
 
 import json
 from pathlib import Path
@@ -67,3 +67,11 @@ def merge_table() -> str:
         rows = [next(row for row in found[size]["rows"] if row["way"] == way) for size in sizes]
         lines.append(f"| {words} | " + " | ".join(f"{row['kept']:.2f} / {row['own_shift_kept']:.2f}" for row in rows) + " |")
     return "\n".join(lines)
+
+
+def mixout_table() -> str:
+    """Return the tables of what mixout costs in time and memory, as markdown."""
+    from benchmarks.mixout_cost import cost_lines, memory_lines
+
+    found = _load("mixout")
+    return cost_lines(found["layers"] + found["steps"]) + "\n\n" + memory_lines(found["memory"])

@@ -16,7 +16,7 @@ def merge(
     rounding: Annotated[str, typer.Option(help="auto, nearest or stochastic.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
     sft: Annotated[Path | None, typer.Option(help="An adapter that was active under this one in training.")] = None,
-    scale: Annotated[float, typer.Option(help="Scale it toward the reference: W0 + a·ΔW, 0 < a < 1; beyond 1 away from it.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Serve W0 + a·ΔW: a < 1 is toward the reference, a > 1 beyond.")] = 1.0,
     data: Annotated[str | None, typer.Option(help="Pairs to verify on; default: those the run held out.")] = None,
     pairs: Annotated[int | None, typer.Option(min=0, help="How many: default 32, and 200 to compare; 0: tensors only.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if it moved.")] = None,
