@@ -74,6 +74,7 @@ def plot(folders: list[Path], target: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, rows = plt.subplots(len(folders), 3, figsize=(12, 3.4 * len(folders)), squeeze=False, layout="constrained")
     for folder, (drift, accuracy, noise) in zip(folders, rows, strict=True):
@@ -83,13 +84,18 @@ def plot(folders: list[Path], target: Path) -> None:
             _dots(drift, mine, "kl", colour, words)
             _dots(accuracy, mine, "accuracy", colour, words)
         drift.set(yscale="log", ylabel="KL(π‖π0), nats an answer", title=f"{folder.name}: drift")
-        accuracy.set(ylabel="held-out pairs moved towards chosen", title=f"{folder.name}: accuracy/shift_per_token")
+        accuracy.set(ylabel="held-out pairs moved towards chosen", title=f"{folder.name}: accuracy (shift, per token)")
         accuracy.axhline(0.5, color="grey", linewidth=0.8)
         _noise(noise, json.loads((folder / "noise.json").read_text()))
         noise.set(yscale="log", ylabel="margin_noise", title=f"{folder.name}: what a mask moves")
+        for axis in (drift, noise):
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda value, at: f"{value:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        accuracy.margins(y=0.3)
         for axis in (drift, accuracy, noise):
             axis.set_xlabel("p")
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(frameon=False, fontsize=7)
     figure.savefig(target, dpi=150)
 
 
