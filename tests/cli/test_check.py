@@ -63,6 +63,14 @@ def test_what_is_probably_not_meant_is_pointed_at(pe_dpo, recipe_file):
     assert "look: loss: with gamma 0 and summed log-probs shorter answers win" in done.out
 
 
+def test_a_hopeless_mixout_is_pointed_at_as_json_too(pe_dpo, recipe_file):
+    done = pe_dpo("check", recipe_file, "--mixout", 0.9, "--json")
+    assert (done.code, done.err) == (0, "")
+    few_steps, few_units = json.loads(done.out)["warnings"]
+    assert few_steps.startswith("mixout.p 0.9 trains each unit in 0.2 of 2 steps on average")
+    assert few_units.startswith("mixout.p 0.9 keeps 6.4 of the 64 input units of the narrowest layer on average")
+
+
 def test_an_adapter_to_start_from_is_named_as_the_reference(pe_dpo, recipe_file, trained):
     start = ["--set", f"adapter.start={trained[0]}", "--set", "adapter.reference=adapter"]
     assert "reference: a frozen copy of the adapter it starts from" in pe_dpo("check", recipe_file, *start).out.splitlines()
