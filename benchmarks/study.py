@@ -21,7 +21,8 @@ import torch
 
 from pe_dpo.evaluation.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE
 from pe_dpo.evaluation.scaled import scaled_folders
-from pe_dpo.experiments.plan import SWEEP_FILE, read_plan
+from pe_dpo.experiments.plan import read_plan
+from pe_dpo.experiments.run_files import SWEEP_FILE
 from pe_dpo.objective import preference_loss
 from pe_dpo.recipe import recipe_to_yaml
 

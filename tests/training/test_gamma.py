@@ -1,8 +1,6 @@
 """A run whose γ is found from the data: the number of the audit, written down, and the same after a kill."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -164,24 +162,11 @@ def test_without_a_store_it_is_found_as_well(make_recipe, store):
     assert written(step).loss.gamma == pytest.approx(written(stored).loss.gamma, rel=1e-9)
 
 
-PROGRAM = """
-import sys, torch
-torch.set_num_threads(1)
-from pe_dpo.recipe import load_recipe
-from pe_dpo.training.run import train
-train(load_recipe(sys.argv[1]))
-"""
-
-
 @pytest.mark.slow
-def test_two_processes_agree_on_one_gamma(make_recipe, tmp_path):
+def test_two_processes_agree_on_one_gamma(make_recipe, tmp_path, train_on_two):
     settings = ("loss.gamma=scale:1", "train.max_steps=2", f"reference.store={tmp_path / 'two.sqlite'}")
     alone = train(make_recipe(*settings, output="alone")).folder
-    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe(*settings, output="together")))
-    (tmp_path / "program.py").write_text(PROGRAM)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    done = subprocess.run([*launch, "program.py", "recipe.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert written(tmp_path / "together").loss.gamma == pytest.approx(written(alone).loss.gamma, rel=1e-6)
-    left, right = (load_file(folder / "adapter_model.safetensors") for folder in (alone, tmp_path / "together"))
+    together = train_on_two(make_recipe(*settings, output="together"))
+    assert written(together).loss.gamma == pytest.approx(written(alone).loss.gamma, rel=1e-6)
+    left, right = (load_file(folder / "adapter_model.safetensors") for folder in (alone, together))
     assert all(torch.allclose(left[name], right[name], rtol=1e-3, atol=1e-6) for name in left)

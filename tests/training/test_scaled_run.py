@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,25 +174,11 @@ def test_a_signal_that_another_process_got_after_the_last_step_counts_here_too(m
     assert stop.received == 15
 
 
-PROGRAM = """
-import sys, torch
-torch.set_num_threads(1)
-from pe_dpo.recipe import load_recipe
-from pe_dpo.training.run import train
-train(load_recipe(sys.argv[1]))
-"""
-
-
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(make_recipe, tmp_path):
+def test_two_processes_measure_what_one_does(make_recipe, tmp_path, train_on_two):
     settings = (*MEASURED, "train.pairs_per_step=7", "train.max_steps=2")
     alone = train(make_recipe(*settings, output="alone")).folder
-    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe(*settings, output="together")))
-    (tmp_path / "program.py").write_text(PROGRAM)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    done = subprocess.run([*launch, "program.py", "recipe.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    together = tmp_path / "together"
+    together = train_on_two(make_recipe(*settings, output="together"))
     for scale in SCALES:
         one, two = (parquet.read_table(scaled_folder(run, scale) / FILES[0]).to_pydict() for run in (alone, together))
         assert two["where"] == one["where"]

@@ -135,15 +135,7 @@ def evaluate(
         check_adapter(found.adapter)
     settings = _settings(Path(target), found, data)
     generation = _asked(settings.generation, sampling, scales)
-    if generation.prompts and found.adapter is None and base is None:
-        raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it with --base")
-    if generation.scales and found.kind != "run":
-        raise UsageError(
-            f"{target}: is {'a bare adapter' if found.adapter else 'a whole model'}, and what --scale measures is kept in the "
-            "folder of a run; name that folder, or leave --scale out"
-        )
-    if scorer and not generation.prompts:
-        raise UsageError(f"--scorer {scorer}: judges sampled answers; say how many prompts to ask: --prompts 100")
+    _check_asked(found, Path(target), generation, base, scorer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     score_answers = open_scorer(scorer, device=device) if scorer else None
     tokenizer = load_target_tokenizer(found)
@@ -213,6 +205,23 @@ def _judged(found: Evaluation, judged: Callable[[Drift], Judgement]) -> Evaluati
         generation={**(found.generation or {}), "win_rate": win_rate(found.drift, judgement)},
         scaled={scale: _judged(one, judged) for scale, one in found.scaled.items()},
     )
+
+
+def _check_asked(found: Target, target: Path, generation: GenerationSection, base: str | None, scorer: str | None) -> None:
+    """Check that a target can be asked for answers, scaled, and judged as wished.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if generation.prompts and found.adapter is None and base is None:
+        raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it with --base")
+    if generation.scales and found.kind != "run":
+        raise UsageError(
+            f"{target}: is {'a bare adapter' if found.adapter else 'a whole model'}, and what --scale measures is kept in the "
+            "folder of a run; name that folder, or leave --scale out"
+        )
+    if scorer and not generation.prompts:
+        raise UsageError(f"--scorer {scorer}: judges sampled answers; say how many prompts to ask: --prompts 100")
 
 
 def _asked(settings: GenerationSection, sampling: Sampling, scales: Sequence[float] | None) -> GenerationSection:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.observations import Observation, Rows
+from pe_dpo.experiments.observations import Observation
+from pe_dpo.experiments.run_files import Rows
 
 Floats = NDArray[np.float64]
 Columns = Mapping[str, Floats]

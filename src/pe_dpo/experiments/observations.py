@@ -6,26 +6,20 @@ with held-out pairs one by one and, where answers were sampled, KL and whatever 
 trainer_state.json gives means of the last evaluation alone.
 """
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation.scaled import FOLDER as SCALED
 from pe_dpo.evaluation.scaled import scaled_folders
+from pe_dpo.experiments.run_files import SWEEP_FILE, Rows, read_evaluation, read_object, read_rows, remedy
+from pe_dpo.experiments.trl_log import read_trl_log
 from pe_dpo.recipe import Recipe, recipe_from_yaml, turned_settings
 from pe_dpo.recipe.loss_section import CALIBRATED
 from pe_dpo.training.run_folder import FREE_TO_CHANGE, RECIPE_FILE, RUN_FILE
 
-Floats = NDArray[np.float64]
-
-SWEEP_FILE, TRL_FILE = "sweep.json", "trainer_state.json"
-PAIRS_FILE, ANSWERS_FILE, EVALUATION_FILE = "eval_pairs.parquet", "generations.parquet", "evaluation.json"
+PAIRS_FILE, ANSWERS_FILE = "eval_pairs.parquet", "generations.parquet"
 
 _PAIR_NUMBERS = (
     *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
@@ -34,16 +28,6 @@ _PAIR_NUMBERS = (
 _ANSWER_NUMBERS = ("tokens", "kl", "entropy", "ended", "score", "reference_score")
 _NO_DIALS = ("train.seed", "loss.preset", *FREE_TO_CHANGE)
 """Settings that do not make another point: what a preset says is in the other keys."""
-
-
-class Rows(NamedTuple):
-    """Pairs or answers, each of a prompt."""
-
-    prompts: tuple[str, ...]
-    """Key of each row's prompt."""
-    names: tuple[str, ...]
-    """Which pair or answer of its prompt a row is."""
-    columns: dict[str, Floats]
 
 
 class Observation(NamedTuple):
@@ -101,7 +85,7 @@ def read_observations(targets: Sequence[str | Path]) -> Table:
         elif (target / RUN_FILE).is_file():
             runs.append(target)
         else:
-            peers.append(_read_trl(target))
+            peers.append(_of_trl(target))
     runs = list({run.resolve(): run for run in reversed(runs)}.values())[::-1]  # each once
     base = _base_recipe(Path(targets[0]), runs) if runs else None
     observations, records = [], []
@@ -119,6 +103,11 @@ def read_observations(targets: Sequence[str | Path]) -> Table:
     _check_comparable(records)
     remarks += _remarks_on_training(records)
     return Table(_with_own_names(observations) + peers, base, remarks)
+
+
+def _of_trl(target: Path) -> Observation:
+    name, step, logged = read_trl_log(target)
+    return Observation({"run": f"TRL {name}"}, 0, step, True, str(target), None, None, logged, None, source="trl")
 
 
 def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Path]:
@@ -176,8 +165,8 @@ def _observations_of_run(run: Path, record: Mapping[str, Any], base: Recipe, rem
             step=step,
             is_final=place == run,
             run=str(run),
-            pairs=_read_rows(place / PAIRS_FILE, "where", _PAIR_NUMBERS),
-            answers=_read_rows(place / ANSWERS_FILE, "sample", _ANSWER_NUMBERS),
+            pairs=read_rows(place / PAIRS_FILE, "where", _PAIR_NUMBERS),
+            answers=read_rows(place / ANSWERS_FILE, "sample", _ANSWER_NUMBERS),
             logged={key: float(value) for key, value in logged.items()},
             kappa=kappa,
             scale=scale,
@@ -209,17 +198,8 @@ def _left_out_words(run: Path, states: Sequence[_State]) -> list[str]:
     scales = [f"{state.scale:g}" for state in states if state.scale is not None]
     found = [f"{run}: {len(snapshots)} snapshots were {why} are left out"] if snapshots else []
     if scales:
-        found.append(f"{run}: its adapter scaled to {', '.join(scales)} was {why} is left out; {_remedy(run, scales)}")
+        found.append(f"{run}: its adapter scaled to {', '.join(scales)} was {why} is left out; {remedy(run, scales)}")
     return found
-
-
-def _remedy(place: Path, scales: Sequence[str] = ()) -> str:
-    """How what was measured of a run, or lies in a folder below it, is measured again."""
-    if place.parent.name == "snapshots":
-        return f"a snapshot cannot be measured again: move {place} away"
-    if place.parent.name == SCALED:
-        return _remedy(place.parents[1], [place.name.removeprefix("a-")])
-    return f"measure it again with: pe-dpo eval {place}" + (f" --scale {','.join(scales)}" if scales else "")
 
 
 def _names(one: Observation) -> object:
@@ -283,13 +263,13 @@ def _check_comparable(records: Sequence[tuple[Path, Mapping[str, Any], Observati
         return
     first, record, observation = records[0]
     for folder, other, observed in records[1:]:
-        for key, words, remedy in (
+        for key, words, advice in (
             ("base", "another base", "compare runs from one base"),
             ("held_out", "other held-out pairs", "name them once with data.eval, or measure both on the same with pe-dpo eval"),
         ):
             hashes = [(one.get("hashes") or {}).get(key) for one in (record, other)]
             if hashes[0] != hashes[1] and None not in hashes:
-                raise UsageError(f"{folder}: has {words} than {first}, so that differences are not paired; {remedy}")
+                raise UsageError(f"{folder}: has {words} than {first}, so that differences are not paired; {advice}")
         if observation.pairs and observed.pairs:
             _check_same_rows(first, observation.pairs, folder, observed.pairs)
     limits: dict[Any, Path] = {}
@@ -324,100 +304,3 @@ def _check_same_rows(first: Path, rows: Rows, folder: Path, others: Rows) -> Non
             f"{folder}: {len(two - one)} of its {len(two)} held-out pairs are not among the {len(one)} of {first}, and "
             f"{len(one - two)} of those are missing; runs are compared on the same pairs: name them once with data.eval"
         )
-
-
-def _read_rows(path: Path, name: str, numbers: Iterable[str]) -> Rows | None:
-    """A parquet file, its rows in the order of their prompts' keys and names; None where there is none."""
-    from pyarrow import ArrowException, parquet
-
-    if not path.is_file():
-        return None
-    try:
-        with parquet.ParquetFile(path) as file:
-            there = set(file.schema_arrow.names)
-            table = file.read(columns=["prompt_key", name, *(key for key in numbers if key in there)])
-        keys, names = table["prompt_key"].to_pylist(), [str(value) for value in table[name].to_pylist()]
-        columns = {key: np.asarray(table[key].to_numpy(), dtype=np.float64) for key in table.column_names[2:]}
-    except (OSError, ArrowException, KeyError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}; {_remedy(path.parent)}") from error
-    if not keys:
-        return None
-    order = sorted(range(len(keys)), key=lambda row: (keys[row], names[row]))
-    names = _numbered([(keys[row], names[row]) for row in order])
-    return Rows(tuple(keys[row] for row in order), tuple(names), {key: values[order] for key, values in columns.items()})
-
-
-def _numbered(sorted_rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Names made different where a row of the data gave several pairs to one prompt."""
-    seen: dict[tuple[str, str], int] = {}
-    names = []
-    for row in sorted_rows:
-        seen[row] = seen.get(row, -1) + 1
-        names.append(row[1] if not seen[row] else f"{row[1]}#{seen[row]}")
-    return names
-
-
-def _read_trl(target: Path) -> Observation:
-    """The last evaluation in TRL's log; settings and seed are not written there."""
-    path = _trl_file(target)
-    state = read_object(path)
-    try:
-        evaluations = [dict(line) for line in state.get("log_history", []) if any(key.startswith("eval_") for key in line)]
-        last = evaluations[-1] if evaluations else {}
-        logged = {key.removeprefix("eval_"): float(value) for key, value in last.items() if key.startswith("eval_")}
-        step = int(last.get("step", state.get("global_step", 0)))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: is no log as TRL writes it ({error}); restore the file") from error
-    if not evaluations:
-        raise UsageError(f"{path}: logs no evaluation; give TRL's trainer an eval_dataset and an eval_strategy")
-    if {"runtime", "samples_per_second"} <= set(logged):
-        logged["pairs"] = round(logged["runtime"] * logged["samples_per_second"])
-    name = path.parent.parent.name if path.parent.name.startswith("checkpoint-") else path.parent.name
-    return Observation({"run": f"TRL {name}"}, 0, step, True, str(target), None, None, logged, None, source="trl")
-
-
-def _trl_file(target: Path) -> Path:
-    if target.is_file() and target.name == TRL_FILE:
-        return target
-    checkpoints = [path for path in target.glob(f"checkpoint-*/{TRL_FILE}") if path.parent.name.split("-")[-1].isdigit()]
-    latest = sorted(checkpoints, key=lambda path: int(path.parent.name.split("-")[-1]))
-    for path in (target / TRL_FILE, *reversed(latest)):
-        if path.is_file():
-            return path
-    raise UsageError(
-        f"{target}: is neither a run ({RUN_FILE}), nor a sweep ({SWEEP_FILE}), nor a log of TRL ({TRL_FILE}); name a folder "
-        "that `pe-dpo train`, `pe-dpo sweep` or TRL wrote"
-    )
-
-
-def read_evaluation(place: Path) -> dict[str, dict[str, Any]]:
-    """Return what evaluation.json in a folder says of its pairs and of sampled answers; each may be empty.
-
-    Raises:
-        UsageError: it cannot be read, or has another shape.
-    """
-    content = read_object(place / EVALUATION_FILE)
-    parts = {name: content.get(name) or {} for name in ("pairs", "generation")}
-    for name, part in parts.items():
-        if not isinstance(part, dict):
-            raise UsageError(
-                f"{place / EVALUATION_FILE}: {name} is {part!r}, not an object; write it again with: pe-dpo eval, or restore it"
-            )
-    return {**content, **parts}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one where there is no file.
-
-    Raises:
-        UsageError: it cannot be read, or is no object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}; restore the file, or move its folder away") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: is not a JSON object; restore the file")
-    return content

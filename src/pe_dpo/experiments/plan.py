@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
+from pe_dpo.experiments.run_files import SWEEP_FILE
 from pe_dpo.recipe import (
     Recipe,
     known_keys,
@@ -26,7 +27,6 @@ from pe_dpo.recipe import (
 )
 from pe_dpo.recipe.dials import DIALS
 
-SWEEP_FILE = "sweep.json"
 _OF_THE_RUN = ("output", "train.seed")
 """Keys by which the runs of a point differ from each other."""
 _SHARED = ("model", "data")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.scaled import scaled_folders
-from pe_dpo.experiments.observations import read_evaluation, read_object
+from pe_dpo.experiments.run_files import read_evaluation, read_object
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 
 Floats = NDArray[np.float64]

@@ -14,7 +14,8 @@ from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
 from pe_dpo.experiments.matching import points_of
 from pe_dpo.experiments.measured import measure
 from pe_dpo.experiments.metrics import METRICS, missing_words
-from pe_dpo.experiments.observations import SWEEP_FILE, Observation, read_observations
+from pe_dpo.experiments.observations import Observation, read_observations
+from pe_dpo.experiments.run_files import SWEEP_FILE
 from pe_dpo.experiments.statistics import effect
 from pe_dpo.experiments.wording import point_name, with_state
 from pe_dpo.recipe import Recipe, recipe_from_yaml

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.observations import SWEEP_FILE
+from pe_dpo.experiments.run_files import SWEEP_FILE
 from pe_dpo.report.content import Page
 from pe_dpo.report.page import to_html
 from pe_dpo.report.run_report import report_run

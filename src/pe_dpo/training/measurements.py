@@ -87,7 +87,6 @@ def keep_scaled(
     trainer: PairTrainer,
     folder: Path | None,
     scales: Sequence[float],
-    progress: Progress | None = None,
 ) -> None:
     """Measure the policy scaled toward the reference, once for each scale; to be called in every process, which share the work.
 
@@ -98,11 +97,10 @@ def keep_scaled(
         trainer: with the policy.
         folder: of the run; None in every process but the one that writes.
         scales: see `model.adapter.scaled`.
-        progress: as for `keep_measurements`.
     """
     for scale in scales if trainer.held_out else ():
         with scaled(trainer.model, scale):
-            keep(folder and scaled_folder(folder, scale), scored=trainer.score_held_out(), progress=progress)
+            keep(folder and scaled_folder(folder, scale), scored=trainer.score_held_out())
 
 
 def sample_drift(

@@ -207,18 +207,33 @@ def _train(
         update_run(folder, scoring=_scoring_facts(trainer))
     if folder and stop.received is not None:
         update_run(folder, status="interrupted", step=result.steps)
-    elif folder:
-        save_adapter(model, folder)
-        tokenizer.save_pretrained(folder)
-        if last is not None:
-            keep(folder, scored=last, progress=progress)
-        update_run(folder, seconds=time.perf_counter() - began)
     if stop.received is None:
-        keep_scaled(keep, trainer, folder, recipe.generation.scales, progress)
-    if folder and stop.received is None:
-        finish_records(folder, recipe, before=before, after=after, step=result.steps, remarks=remarks)
+        _keep_outcome(trainer, recipe, folder, result, last, partial(keep, progress=progress), began)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _keep_outcome(
+    trainer: PairTrainer,
+    recipe: Recipe,
+    folder: Path | None,
+    result: TrainResult,
+    scored: ScoredPairs | None,
+    keep: Callable[..., None],
+    began: float,
+) -> None:
+    """Write the adapter and what a complete run came to; its scaled states are measured in every process."""
+    if folder:
+        save_adapter(trainer.model, folder)
+        trainer.processing_class.save_pretrained(folder)
+        if scored is not None:
+            keep(folder, scored=scored)
+        update_run(folder, seconds=time.perf_counter() - began)
+    keep_scaled(keep, trainer, folder, recipe.generation.scales)
+    if folder:
+        finish_records(
+            folder, recipe, before=result.before, after=result.after, step=result.steps, remarks=result.remarks
+        )
 
 
 def build_trainer(

@@ -50,22 +50,12 @@ def inputs():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_draw_set_between_forward_and_backward_is_an_error(model, kind, form, whole):
+@pytest.mark.parametrize(("name", "value", "now"), [("draw", (1, 2), (r"\(1, 2\)", r"0\.5")), ("p", 0.25, ("0", r"0\.25"))])
+def test_a_draw_or_p_set_between_forward_and_backward_is_an_error(model, kind, form, whole, name, value, now):
     peft, mixout = model(form, whole)
     out = forward(peft, inputs(), kind)
-    mixout.draw = (1, 2)
-    with pytest.raises(ModelError, match=WORDS.format(r"\(1, 2\)", r"0\.5")):
-        backward(peft, out)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("whole", [True, False])
-def test_so_is_p(model, kind, form, whole):
-    peft, mixout = model(form, whole)
-    out = forward(peft, inputs(), kind)
-    mixout.p = 0.25
-    with pytest.raises(ModelError, match=WORDS.format("0", r"0\.25")):
+    setattr(mixout, name, value)
+    with pytest.raises(ModelError, match=WORDS.format(*now)):
         backward(peft, out)
 
 

@@ -117,7 +117,7 @@ def _wanted(ctx: Any, *parts: Tensor) -> Iterator[tuple[Tensor, bool]]:
 def _mixed_rows(
     own: _Pair, frozen: _Pair | None, mask: MaskKey, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yield first and last-but-one row of each block, its factors, and the mixed update's rows, in a dtype."""
+    """Yield first row of each block, the row after its last, its factors, and the mixed update's rows, in a dtype."""
     width = own.a.shape[1]
     for start, end in blocks(own.b.shape[0], width, own.a.device):
         factors = mask.factors(start * width, (end - start, width))

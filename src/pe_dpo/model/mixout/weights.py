@@ -128,7 +128,7 @@ class MixLinear(nn.Linear):
 
 
 def blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Yield first and last-but-one rows of blocks that divide a matrix, small enough to make their masks at once."""
+    """Yield the first row, and the row after the last, of blocks that are small enough to make their masks at once."""
     step = max(1, _BLOCK.get(device.type, _BLOCK_ON_GPU) // max(1, columns))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
