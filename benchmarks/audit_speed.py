@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.results import Settings, save, temporary_folder
 from benchmarks.rounds import spread
-from pe_dpo.quickstart.run import BASE
+from pe_dpo.quickstart.demo import BASE
 
 PAIRS, QUICK_PAIRS = 10_000, 500
 WORDS = "the a an old new small large red blue of in on with river house dog cat tea bread runs sits says was is not very"
@@ -82,12 +82,12 @@ def write_world(folder: Path, pairs: int) -> Path:
 
 def fill_store(path: Path) -> None:
     """Write a log-prob for every answer of a recipe's training pairs: drawn, not computed, which takes seconds not minutes."""
-    from pe_dpo.evaluation.inputs import build_model
-    from pe_dpo.evaluation.reference import open_reference
-    from pe_dpo.evaluation.scorer import choose_scorer
-    from pe_dpo.model.reference_store import StoredLogprob, answer_key
+    from pe_dpo.inference.inputs import build_model
+    from pe_dpo.inference.reference import open_reference
+    from pe_dpo.inference.reference_store import StoredLogprob, answer_key
+    from pe_dpo.inference.scorer import choose_scorer
     from pe_dpo.recipe import load_recipe
-    from pe_dpo.training.run import prepare_run
+    from pe_dpo.training.train import prepare_run
 
     recipe, draw = load_recipe(path), random.Random(1)
     facts, _, data = prepare_run(recipe)
@@ -116,9 +116,9 @@ def _parts(path: Path) -> dict[str, float]:
     """CPU seconds of what an audit does, one after the other in this process."""
     import torch
 
-    from pe_dpo.audit.run import audit_pairs
+    from pe_dpo.audit.audit import audit_pairs
     from pe_dpo.data.settings import prepare_from_settings
-    from pe_dpo.evaluation.reference import stored_logprobs
+    from pe_dpo.inference.reference import stored_logprobs
     from pe_dpo.model.base import end_token_ids, inspect_base, load_tokenizer
     from pe_dpo.recipe import load_recipe
 

@@ -17,8 +17,8 @@ from benchmarks.results import Settings, load, save, temporary_folder
 from benchmarks.rounds import Spread, ratio, spread, timed
 from benchmarks.trl_side import GridPoint, default_point, make_trainer, parse_point, smallest_point
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.evaluation.reference import open_reference
-from pe_dpo.evaluation.scorer import choose_scorer
+from pe_dpo.inference.reference import open_reference
+from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.training.memory import CPU_TOKENS
 
 STEPS = 4

@@ -4,7 +4,7 @@
     curve    one trained ΔW, scaled: share of it in the weights, and of the preference shift it makes
     cost     time and peak memory of merging a model of 200 M parameters, against PEFT in 16 bit
 
-`others` is written down from what the others' sources do, and shares no code with `pe_dpo.deploy`.
+`others` is written down from what the others' sources do, and shares no code with `pe_dpo.merging`.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from torch import Tensor
 
 from benchmarks.merge_cost import cost, markdown_cost
 from benchmarks.results import Settings, load, machine, save, temporary_folder
-from pe_dpo.deploy.carry import carry
-from pe_dpo.deploy.merge import DTYPES, write_model
-from pe_dpo.deploy.plan import plan_merge
-from pe_dpo.deploy.source import Source, open_source
-from pe_dpo.deploy.stream import MergedTensor, faults, mean_kept
-from pe_dpo.deploy.trained import Trained, free, measure, measure_merged, measure_trained
-from pe_dpo.deploy.verify import Behaviour, agreement, doubts
-from pe_dpo.evaluation.scorer import choose_scorer
+from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.merging.carry import carry
+from pe_dpo.merging.merge import DTYPES, write_model
+from pe_dpo.merging.plan import plan_merge
+from pe_dpo.merging.source import Source, open_source
+from pe_dpo.merging.stream import MergedTensor, faults, mean_kept
+from pe_dpo.merging.trained import Trained, free, measure, measure_merged, measure_trained
+from pe_dpo.merging.verify import Behaviour, agreement, doubts
 from pe_dpo.model.base import load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers
-from pe_dpo.quickstart.run import BASE
+from pe_dpo.quickstart.demo import BASE
 from pe_dpo.quickstart.world import write_pairs
 from pe_dpo.recipe import recipe_from_yaml
-from pe_dpo.training.run import train
+from pe_dpo.training.train import train
 
 PAIRS = 96
 SCALES = (1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.rounds import spread
 from pe_dpo.model.base import inspect_base, load_base
-from pe_dpo.quickstart.run import BASE
+from pe_dpo.quickstart.demo import BASE
 
 COSTS = {
     "ours-16bit": "ours, 16-bit base",
@@ -84,7 +84,7 @@ def merge_large(what: str, folder: Path) -> dict[str, float]:
     import peft
     import transformers
 
-    from pe_dpo.deploy.merge import merge
+    from pe_dpo.merging.merge import merge
 
     output = folder / f"merged-{what}"
     transformers.AutoModelForCausalLM, peft.PeftModel, peft.tuners.lora  # noqa: B018 -- imports happen here

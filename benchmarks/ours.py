@@ -17,10 +17,10 @@ from benchmarks.models import BETA, Dtype, ModelName, load_policy
 from pe_dpo.data.batches import PaddedBatch, pad
 from pe_dpo.data.packing import pack
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.evaluation.scorer import Scorer
+from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs
+from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.attention import switch_on
-from pe_dpo.model.scoring import PairLogprobs, packed_pair_logprobs
 from pe_dpo.objective import preference_loss, token_logprobs
 from pe_dpo.objective.head import head_logprobs
 from pe_dpo.training.memory import CPU_TOKENS

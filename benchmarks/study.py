@@ -19,12 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pe_dpo.evaluation.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE
-from pe_dpo.evaluation.scaled import scaled_folders
 from pe_dpo.experiments.plan import read_plan
-from pe_dpo.experiments.run_files import SWEEP_FILE
 from pe_dpo.objective import preference_loss
 from pe_dpo.recipe import recipe_to_yaml
+from pe_dpo.runs.files import SWEEP_FILE
+from pe_dpo.runs.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE
+from pe_dpo.runs.scaled import scaled_folders
 
 PAIR_NUMBERS = (
     *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_lengths", "rejected_lengths"),

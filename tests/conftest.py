@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+SHARED = Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -34,10 +35,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and models beside the checkout, or a skip."""
-    folder = Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
-    if not folder.is_dir():
+    if not SHARED.is_dir():
         pytest.skip("needs the shared folder with real data and models beside the checkout (or PE_DPO_SHARED)")
-    return folder
+    return SHARED
 
 
 @pytest.fixture(scope="session")
@@ -114,3 +114,22 @@ def make_recipe(tiny_recipe: Callable, tmp_path: Path) -> Callable:
         return tiny_recipe(tmp_path / output, *overrides)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def loss_vectors() -> dict[str, Any]:
+    """33 in-family configurations × 20 pairs, computed with 60 digits."""
+    return _shared_json("vectors/loss_vectors.json")
+
+
+@pytest.fixture(scope="session")
+def testbed() -> dict[str, Any]:
+    """Closed forms: two-arm optima, gradient flows, flip times, mixout expectations, diagnostics."""
+    return _shared_json("vectors/testbed_expected.json")
+
+
+def _shared_json(name: str) -> dict[str, Any]:
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not beside the checkout: set PE_DPO_SHARED to the folder that holds it")
+    return json.loads(path.read_text())

@@ -21,7 +21,7 @@ from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.model.base import end_token_ids, load_tokenizer
 from pe_dpo.recipe import Recipe, find_recipe, load_recipe, recipe_header, recipe_names
 from pe_dpo.recipe.strict_yaml import parse_document
-from pe_dpo.training.run import train
+from pe_dpo.training.train import train
 
 CHATML = """\
 {% if messages[0]['role'] != 'system' %}<|im_start|>system

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pe_dpo.deploy.merge import merge
-    from pe_dpo.evaluation.run import evaluate
+    from pe_dpo.evaluation.evaluate import evaluate
     from pe_dpo.experiments.compare import compare
+    from pe_dpo.merging.merge import merge
     from pe_dpo.model.mixout import MixLinear, attach_mixout, mixout
     from pe_dpo.objective import answer_logprobs, preference_loss
     from pe_dpo.recipe import describe, load_recipe
-    from pe_dpo.training.run import train
+    from pe_dpo.training.train import train
 
 __version__ = "0.1.0"
 
@@ -25,12 +25,12 @@ _HOMES = {
     "attach_mixout": "pe_dpo.model.mixout",
     "compare": "pe_dpo.experiments.compare",
     "describe": "pe_dpo.recipe",
-    "evaluate": "pe_dpo.evaluation.run",
+    "evaluate": "pe_dpo.evaluation.evaluate",
     "load_recipe": "pe_dpo.recipe",
-    "merge": "pe_dpo.deploy.merge",
+    "merge": "pe_dpo.merging.merge",
     "mixout": "pe_dpo.model.mixout",
     "preference_loss": "pe_dpo.objective",
-    "train": "pe_dpo.training.run",
+    "train": "pe_dpo.training.train",
 }
 
 __all__ = [

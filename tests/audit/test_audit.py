@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from pe_dpo.audit.noise import quantization_noise
-from pe_dpo.audit.outlook import AGREEMENTS, FLIP_QUANTILES, outlook
-from pe_dpo.audit.ranking import independent_pairs, rank
-from pe_dpo.audit.reference_pass import check_finite
-from pe_dpo.audit.run import KAPPAS, audit, audit_pairs
+from pe_dpo.audit.audit import KAPPAS, audit, audit_pairs
+from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, outlook
+from pe_dpo.audit.quantization_error import quantization_noise
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.inference.reference_pass import check_finite
+from pe_dpo.metrics.reference_accuracy import independent_pairs, rank
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.recipe.loss_section import LossSection
-from pe_dpo.training.run import train
+from pe_dpo.training.train import train
 
 
 def doubles(values):
@@ -404,7 +404,7 @@ def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path):
     """Half of the pairs are stored, and wrong; the other half has to be run, and a look at the stored ones finds them out."""
     import sqlite3
 
-    from pe_dpo.model import reference_store as stored
+    from pe_dpo.inference import reference_store as stored
 
     path = tmp_path / "store.sqlite"
     clean = audit(make_recipe(f"reference.store={tmp_path / 'clean.sqlite'}"))
@@ -427,8 +427,8 @@ def test_the_audited_log_probs_are_those_that_training_uses(make_recipe, tmp_pat
     """Step 0 of training on the same pairs, held out as well: the same loss and the same share of right pairs."""
     recipe = make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.gamma=0.5x", "data.limit=9")
     found = audit(recipe)
-    from pe_dpo.audit.reference_pass import reference_logprobs
-    from pe_dpo.training.run import build_trainer, prepare_run
+    from pe_dpo.inference.reference_pass import reference_logprobs
+    from pe_dpo.training.train import build_trainer, prepare_run
 
     trainer = build_trainer(recipe, prepare_run(recipe))
     ours = trainer.reference.logprobs(trainer.train_dataset)
@@ -452,7 +452,7 @@ def test_an_adapter_as_the_reference_is_run_as_such(make_recipe, tmp_path):
 
 
 def test_log_probs_that_are_no_numbers_are_named(make_recipe):
-    from pe_dpo.training.run import prepare_run
+    from pe_dpo.training.train import prepare_run
 
     pairs = prepare_run(make_recipe()).data.train
     chosen = torch.zeros(len(pairs), dtype=torch.float64)
@@ -492,6 +492,6 @@ def test_a_tokenizer_of_another_model_is_named_before_the_base_is_read(make_reci
     other = shutil.copytree(tiny_base, tmp_path / "base")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 40, "pad_token_id": None, "eos_token_id": 2}))
-    monkeypatch.setattr("pe_dpo.evaluation.inputs.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("pe_dpo.inference.inputs.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     with pytest.raises(ModelError, match=r"train\.jsonl:1: has token \d+, but the model knows 40 tokens"):
         audit(make_recipe(f"model.base={other}"))

@@ -12,12 +12,12 @@ from hypothesis.extra import numpy as arrays
 from scipy.optimize import minimize_scalar
 from scipy.stats import median_abs_deviation, norm
 
-from pe_dpo.audit import evidence as evidence_module
+from pe_dpo.audit import label_fit as evidence_module
 from pe_dpo.audit.calibration import LARGEST_MISS, calibrate_gamma, calibrate_loss
-from pe_dpo.audit.evidence import evidence
-from pe_dpo.audit.ranking import preferences, robust_spread, without_length
+from pe_dpo.audit.label_fit import evidence
 from pe_dpo.errors import UsageError
-from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.metrics.reference_accuracy import preferences, robust_spread, without_length
 from pe_dpo.recipe.loss_section import LossSection
 
 

@@ -14,7 +14,6 @@ from markdown_it import MarkdownIt
 from toy_tokenizers import CHATML, build_tokenizer
 from typer.testing import CliRunner
 
-from pe_dpo.chat.decoding import GREEDY, Answer, Sampling, next_token, stream_answer
 from pe_dpo.chat.prompts import Compared, Prompt, answer_prompts, as_markdown, read_prompts, save_answers
 from pe_dpo.chat.side_by_side import (
     SIDES,
@@ -32,10 +31,11 @@ from pe_dpo.cli.chat import chat
 from pe_dpo.data import DataReport, Pair, encode_pairs
 from pe_dpo.data.pairs import RowFlaw
 from pe_dpo.errors import DataError, UsageError
-from pe_dpo.evaluation.generation import greedy_answers
+from pe_dpo.inference.decoding import GREEDY, Answer, Sampling, next_token, stream_answer
+from pe_dpo.inference.generation import greedy_answers
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.recipe.loss_section import LossSection
-from pe_dpo.training.run import train
+from pe_dpo.training.train import train
 
 QUESTIONS = ["Number 3, square or round?", "Number 8, warm?", "Is it sweet or bitter today?"]
 

@@ -162,7 +162,7 @@ def test_any_name_can_be_given_to_the_output_flag(pe_dpo, recipe_file, monkeypat
         asked.append(recipe.output)
         raise UsageError("enough")
 
-    monkeypatch.setattr("pe_dpo.training.run.train", stop)
+    monkeypatch.setattr("pe_dpo.training.train.train", stop)
     assert_refused(pe_dpo("train", recipe_file, "-o", output), 2, "enough")
     assert asked == [output]
 

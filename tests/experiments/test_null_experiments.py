@@ -17,9 +17,9 @@ from pe_dpo.experiments.arms import Findings, find_arms
 from pe_dpo.experiments.comparison import Difference
 from pe_dpo.experiments.matching import points_of
 from pe_dpo.experiments.measured import measure
-from pe_dpo.experiments.metrics import METRICS
-from pe_dpo.experiments.observations import Observation
-from pe_dpo.experiments.run_files import Rows
+from pe_dpo.metrics.catalogue import METRICS
+from pe_dpo.runs.files import Rows
+from pe_dpo.runs.observations import Observation
 
 POINTS: dict[str, tuple[dict[str, Any], float]] = {
     "the base recipe": ({}, 0.8),

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation.scaled import scaled_folder
 from pe_dpo.experiments.compare import compare
 from pe_dpo.experiments.comparison import Comparison
-from pe_dpo.experiments.observations import read_observations
 from pe_dpo.experiments.wording import point_name
+from pe_dpo.runs.observations import read_observations
+from pe_dpo.runs.scaled import scaled_folder
 
 SCALES = (0.5, 0.75)
 FILES = ("eval_pairs.parquet", "generations.parquet", "evaluation.json")

@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 
 from pe_dpo.errors import RunFolderError, UsageError
-from pe_dpo.evaluation.reference import Reference
 from pe_dpo.experiments import sweep as sweep_module
 from pe_dpo.experiments.plan import Point, make_plan, save_plan
 from pe_dpo.experiments.sweep import PointState, sweep
-from pe_dpo.training.run import train
-from pe_dpo.training.run_folder import locked, read_run, update_run
+from pe_dpo.inference.reference import Reference
+from pe_dpo.runs.folder import locked, read_run, update_run
+from pe_dpo.training.train import train
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_the_base_is_loaded_once_and_each_answer_goes_through_the_reference_once
     loads, computed = [], []
     load = sweep_module.load_base
     monkeypatch.setattr(sweep_module, "load_base", lambda *a, **k: loads.append(1) or load(*a, **k))
-    monkeypatch.setattr("pe_dpo.evaluation.inputs.load_base", lambda *a, **k: pytest.fail("a run loaded a base of its own"))
+    monkeypatch.setattr("pe_dpo.inference.inputs.load_base", lambda *a, **k: pytest.fail("a run loaded a base of its own"))
     compute = Reference._compute
     monkeypatch.setattr(Reference, "_compute", lambda self, pairs, *a: computed.extend(pairs) or compute(self, pairs, *a))
     sweep(make_plan(source, [["beta=0.1,0.2,0.3"]], folder=tmp_path / "sweep"))

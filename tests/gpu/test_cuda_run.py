@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pe_dpo.evaluation.run import evaluate
-from pe_dpo.training.run import train
+from pe_dpo.evaluation.evaluate import evaluate
+from pe_dpo.training.train import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

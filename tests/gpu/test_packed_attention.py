@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pe_dpo.evaluation.scorer import Scorer
+from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.training.memory import free_bytes, peak_bytes
-from pe_dpo.training.run import build_trainer, prepare_run
+from pe_dpo.training.train import build_trainer, prepare_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from pe_dpo.inference.reference_store import ReferenceStore
 from pe_dpo.model import fingerprint
 from pe_dpo.model.adapter import REFERENCE, adapter_parameters, as_reference, attach_adapter, save_adapter, start_from_adapter
 from pe_dpo.model.base import inspect_base, load_base
@@ -21,7 +22,6 @@ from pe_dpo.model.fingerprint import (
     tensor_fingerprints,
 )
 from pe_dpo.model.quantization import four_bit_layers
-from pe_dpo.model.reference_store import ReferenceStore
 
 TOKENS = torch.arange(1, 41).reshape(2, 20)
 QUANTIZATIONS = ["none", "nf4", "int8"]

@@ -16,13 +16,13 @@ from pe_dpo.data import EncodedPair, prepare_pairs
 from pe_dpo.data.batches import row_length
 from pe_dpo.data.packing import PackedRow, pack
 from pe_dpo.errors import ModelError
-from pe_dpo.evaluation.pairs import score_pairs
-from pe_dpo.evaluation.scorer import Scorer, choose_scorer
+from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs
+from pe_dpo.inference.scorer import Scorer, choose_scorer
+from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model import attention
 from pe_dpo.model.adapter import adapter_parameters, attach_adapter
 from pe_dpo.model.attention import NAME, Packing
 from pe_dpo.model.base import checkpoint_activations, inspect_base, load_base, load_tokenizer
-from pe_dpo.model.scoring import PairLogprobs, packed_pair_logprobs
 
 # PEFT says so of GPT-2's transposed layers, and does it.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")

@@ -15,7 +15,8 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor
 
-from pe_dpo.objective import QUADRANTS, PreferenceLoss, preference_loss, regime_table
+from pe_dpo.metrics.regimes import QUADRANTS, regime_table
+from pe_dpo.objective import PreferenceLoss, preference_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = torch.tensor([2, 5]), torch.tensor([4, 3])

@@ -154,8 +154,8 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     """Build pe-dpo's trainer over encoded pairs; `loss` are keys of a recipe's loss section."""
     from transformers import TrainingArguments
 
-    from pe_dpo.evaluation.reference import Reference
-    from pe_dpo.evaluation.scorer import choose_scorer
+    from pe_dpo.inference.reference import Reference
+    from pe_dpo.inference.scorer import choose_scorer
     from pe_dpo.recipe.loss_section import LossSection
     from pe_dpo.training.trainer import PairTrainer
 

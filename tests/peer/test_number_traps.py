@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pe_dpo.data.batches import split_by_tokens
-from pe_dpo.evaluation.pairs import pair_metrics, score_loss, score_pairs, scored_pairs
-from pe_dpo.evaluation.scorer import Scorer
+from pe_dpo.inference.scorer import Scorer
+from pe_dpo.metrics.table import pair_metrics, score_loss, score_pairs, scored_pairs
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.base import inspect_base, load_base
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from pe_dpo.experiments.compare import compare
-from pe_dpo.experiments.observations import read_observations
+from pe_dpo.runs.observations import read_observations
 
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")
 pytestmark = pytest.mark.peer

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pe_dpo.quickstart.run import compare_answers, quickstart_recipe
+from pe_dpo.quickstart.demo import compare_answers, quickstart_recipe
 from pe_dpo.quickstart.world import is_right, manners
-from pe_dpo.training.run import train
+from pe_dpo.training.train import train
 
 
 def test_the_recipe_stands_on_nothing_but_the_package_and_finds_a_free_folder(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pe_dpo.audit.run import audit_pairs
-from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.audit.audit import audit_pairs
+from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.report.audit_plots import flip_times, length_scatter, preference_histogram, save_audit_plots, weight_shares
 

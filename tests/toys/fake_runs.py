@@ -16,11 +16,11 @@ import pyarrow.parquet
 import torch
 
 from pe_dpo.disk import write_atomically
-from pe_dpo.evaluation.pairs import score_loss, scored_pairs, set_metrics, wilson_interval
-from pe_dpo.evaluation.scaled import scaled_folder
-from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.metrics.table import score_loss, scored_pairs, set_metrics, wilson_interval
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.recipe.dials import DIALS
+from pe_dpo.runs.scaled import scaled_folder
 
 GRID: tuple[dict[str, Any], ...] = (
     {},

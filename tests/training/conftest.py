@@ -16,7 +16,7 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
     def make(*overrides: str, fresh: bool = False) -> Any:
         import torch
 
-        from pe_dpo.training.run import build_trainer, prepare_run
+        from pe_dpo.training.train import build_trainer, prepare_run
 
         recipe = make_recipe(*overrides)
         trainer = build_trainer(recipe, prepare_run(recipe))
@@ -35,7 +35,7 @@ ON_ONE_THREAD = """
 import sys, torch
 torch.set_num_threads(1)
 from pe_dpo.recipe import load_recipe
-from pe_dpo.training.run import train
+from pe_dpo.training.train import train
 train(load_recipe(sys.argv[1]))
 """
 

@@ -1,12 +1,11 @@
 """Two processes train what one process trains."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pe_dpo.training.run import train
-from pe_dpo.training.run_folder import read_metrics, read_run
+from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.training.train import train
 
 
 @pytest.mark.slow

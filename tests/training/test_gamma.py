@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pe_dpo.audit.run import audit
+from pe_dpo.audit.audit import audit
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
-from pe_dpo.evaluation.run import evaluate
+from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import recipe_from_yaml, recipe_to_yaml
-from pe_dpo.training.run import train
-from pe_dpo.training.run_folder import read_run, update_run
+from pe_dpo.runs.folder import read_run, update_run
+from pe_dpo.training.train import train
 
 WAYS = ["auto", "balance:0.8", "scale:1"]
 

@@ -11,8 +11,8 @@ from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.mixout import Mixout, attach
 from pe_dpo.training.mixing import Mixing
-from pe_dpo.training.run import prepare_run, train
 from pe_dpo.training.start import check_start
+from pe_dpo.training.train import prepare_run, train
 
 ON = "mixout.p=0.5"
 
@@ -156,7 +156,7 @@ def test_a_layer_that_cannot_be_mixed_is_found_without_the_weights(make_recipe, 
     def no_weights(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("pe_dpo.evaluation.inputs.load_base", no_weights)
+    monkeypatch.setattr("pe_dpo.inference.inputs.load_base", no_weights)
     recipe = make_recipe(ON, 'adapter.targets=["embed_tokens", "q_proj"]')
     with pytest.raises(ModelError, match=r"lora_embedding_A.* is trained, and mixout covers LoRA on linear layers"):
         prepare_run(recipe)

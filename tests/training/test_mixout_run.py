@@ -6,13 +6,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from pe_dpo.data.batches import row_length
-from pe_dpo.evaluation.pairs import score_pairs
+from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.mixout import Mixout
+from pe_dpo.runs.folder import read_metrics
 from pe_dpo.training.mixing import Mixing
-from pe_dpo.training.run import train
-from pe_dpo.training.run_folder import read_metrics
 from pe_dpo.training.start import check_start
+from pe_dpo.training.train import train
 
 ON = "mixout.p=0.5"
 

@@ -107,8 +107,8 @@ def test_the_policy_step_runs_the_reference_in_every_step(make_trainer):
 
 
 def test_a_whole_run_at_gamma_zero_asks_for_the_reference_of_the_held_out_pairs_alone(make_recipe, monkeypatch):
-    from pe_dpo.evaluation.reference import Reference
-    from pe_dpo.training.run import train
+    from pe_dpo.inference.reference import Reference
+    from pe_dpo.training.train import train
 
     asked = []
     logprobs = Reference.logprobs

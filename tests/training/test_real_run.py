@@ -4,7 +4,7 @@ import pyarrow.parquet
 import pytest
 
 from pe_dpo.recipe import recipe_from_yaml
-from pe_dpo.training.run import train
+from pe_dpo.training.train import train
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import recipe_to_yaml
-from pe_dpo.training.checkpoints import checkpoints, faults, newest_whole_checkpoint
-from pe_dpo.training.run import train
-from pe_dpo.training.run_folder import read_metrics, read_run
+from pe_dpo.runs.checkpoints import checkpoints, faults, newest_whole_checkpoint
+from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.training.train import train
 
 TIMES = ("tokens_per_second",)
 SETTINGS = ("adapter.dropout=0.1", "train.save_every=1", "train.eval_every=2", "train.tokens_per_microbatch=400")
@@ -203,7 +203,7 @@ PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)
 from pe_dpo.recipe import load_recipe
-from pe_dpo.training.run import train
+from pe_dpo.training.train import train
 result = train(load_recipe(sys.argv[1]), resume="resume" in sys.argv)
 sys.exit(128 + result.interrupted_by if result.interrupted_by else 0)
 """

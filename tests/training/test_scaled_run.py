@@ -10,13 +10,13 @@ import torch
 from pyarrow import parquet
 
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation.run import evaluate
-from pe_dpo.evaluation.scaled import scaled_folder, scaled_folders
+from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import recipe_to_yaml
+from pe_dpo.runs.folder import read_run, update_run
+from pe_dpo.runs.scaled import scaled_folder, scaled_folders
 from pe_dpo.training import trainer as trainer_module
 from pe_dpo.training.callbacks import StopOnSignal
-from pe_dpo.training.run import train
-from pe_dpo.training.run_folder import read_run, update_run
+from pe_dpo.training.train import train
 
 SCALES = (0.5, 0.75)
 FILES = ("eval_pairs.parquet", "generations.parquet", "evaluation.json")

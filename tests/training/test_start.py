@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pe_dpo.errors import DataError, ModelError, TrainingError
-from pe_dpo.evaluation.pairs import score_loss, scored_pairs
+from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.metrics.table import score_loss, scored_pairs
 from pe_dpo.model.adapter import adapter_parameters
-from pe_dpo.model.scoring import PairLogprobs
-from pe_dpo.training.run import train
 from pe_dpo.training.start import check_diagonal, check_start
+from pe_dpo.training.train import train
 
 
 def start(trainer, *, policy_is_reference=True, **coefficients):
@@ -37,7 +37,7 @@ def test_dpo_starts_at_log_two_with_policy_and_reference_equal_to_the_bit(make_t
 def test_with_gamma_half_of_beta_the_loss_is_the_link_of_the_references_own_preference(make_trainer):
     trainer = make_trainer(fresh=True)
     check = start(trainer, gamma=0.05)
-    from pe_dpo.evaluation.pairs import score_pairs
+    from pe_dpo.metrics.table import score_pairs
 
     scored = score_pairs(trainer.model, trainer.train_dataset[:8], trainer.scorer, token_budget=10_000)
     expected = torch.log1p(torch.exp(-0.05 * (scored.chosen - scored.rejected))).mean()
@@ -69,7 +69,7 @@ def test_a_start_at_which_no_pair_pulls_is_refused(make_trainer):
 
 
 def test_margins_that_the_loss_asks_for_and_the_data_lack_are_missed_before_the_base_is_loaded(make_recipe, monkeypatch):
-    monkeypatch.setattr("pe_dpo.evaluation.inputs.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("pe_dpo.inference.inputs.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     with pytest.raises(DataError, match=r"margin_scale is 1, but no pair has a margin; name its column in data\.columns"):
         train(make_recipe("loss.margin_scale=1"))
 

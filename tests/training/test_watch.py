@@ -10,12 +10,12 @@ import torch
 from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.evaluation.pairs import score_loss, scored_pairs, set_metrics
-from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.metrics.table import score_loss, scored_pairs, set_metrics
 from pe_dpo.recipe.loss_section import LossSection
+from pe_dpo.runs.folder import read_metrics, read_run
 from pe_dpo.training.remarks import set_remarks
-from pe_dpo.training.run import train
-from pe_dpo.training.run_folder import read_metrics, read_run
+from pe_dpo.training.train import train
 from pe_dpo.training.watch import PATIENCE, Watch, probe_pairs
 
 COUNT = 40

@@ -18,7 +18,8 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from pe_dpo.objective import RegimeTable, preference_loss, regime_table
+from pe_dpo.metrics.regimes import RegimeTable, regime_table
+from pe_dpo.objective import preference_loss
 
 PROMPTS, ANSWERS, FEATURES, PAIRS_PER_PROMPT = 200, 16, 32, 4
 SEEDS = range(6)

@@ -31,12 +31,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from pe_dpo.data import PreparedData
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.report import DataReport
-from pe_dpo.deploy.merge import merge
-from pe_dpo.evaluation.inputs import Inputs
+from pe_dpo.inference.inputs import Inputs
+from pe_dpo.merging.merge import merge
 from pe_dpo.model.adapter import load_adapter_for_evaluation
 from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 from pe_dpo.recipe import recipe_from_yaml
-from pe_dpo.training.run import SharedRun, train
+from pe_dpo.training.train import SharedRun, train
 
 # ---------------------------------------------------------------------------------------------------- H-DPO
 

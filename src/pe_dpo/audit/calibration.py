@@ -18,10 +18,10 @@ import numpy as np
 from scipy.special import expit
 from torch import Tensor
 
-from pe_dpo.audit.evidence import Evidence, evidence
-from pe_dpo.audit.ranking import preferences, robust_spread
+from pe_dpo.audit.label_fit import Evidence, evidence
 from pe_dpo.errors import UsageError
-from pe_dpo.model.scoring import PairLogprobs
+from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.metrics.reference_accuracy import preferences, robust_spread
 from pe_dpo.recipe.loss_section import CALIBRATED, LossSection
 
 LARGEST_MISS = 0.01

@@ -2,10 +2,10 @@
 
 import math
 
-from pe_dpo.audit.evidence import Evidence
-from pe_dpo.audit.noise import QuantizationNoise
-from pe_dpo.audit.outlook import Outlook
-from pe_dpo.audit.ranking import Ranking
+from pe_dpo.audit.forecast import Outlook
+from pe_dpo.audit.label_fit import Evidence
+from pe_dpo.audit.quantization_error import QuantizationNoise
+from pe_dpo.metrics.reference_accuracy import Ranking
 from pe_dpo.recipe.loss_section import LossSection
 
 LARGEST_DELTA = 1.0

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pe_dpo.chat.decoding import GREEDY, Answer, Sampling
 from pe_dpo.chat.side_by_side import (
     SIDES,
     AnswerScores,
@@ -27,6 +26,7 @@ from pe_dpo.data.files import SUFFIXES, Row, read_rows
 from pe_dpo.data.pairs import RowFlaw, Text, kind_words
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import DataError
+from pe_dpo.inference.decoding import GREEDY, Answer, Sampling
 from pe_dpo.recipe.loss_section import LossSection
 
 

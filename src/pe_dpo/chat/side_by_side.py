@@ -15,17 +15,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pe_dpo.chat.decoding import GREEDY, Answer, Sampling, stream_answer
 from pe_dpo.data.encoding import begin_token
 from pe_dpo.data.pairs import RowFlaw, Text, Turns
 from pe_dpo.data.rendering import as_messages, control_tokens, uses_chat_template
 from pe_dpo.errors import StoreUnavailable, UsageError
-from pe_dpo.evaluation.target import Target, check_same_base, find_target, load_target_tokenizer
+from pe_dpo.inference.decoding import GREEDY, Answer, Sampling, stream_answer
+from pe_dpo.inference.reference_store import ReferenceStore, default_store_path
+from pe_dpo.inference.target import Target, check_same_base, find_target, load_target_tokenizer
 from pe_dpo.model.adapter import REFERENCE, as_reference, load_adapter_for_evaluation
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
 from pe_dpo.model.fingerprint import base_fingerprint, remembered_fingerprint
-from pe_dpo.model.reference_store import ReferenceStore, default_store_path
 from pe_dpo.objective import answer_logprobs
 from pe_dpo.recipe.loss_section import LossSection
 

@@ -10,10 +10,10 @@ import typer
 from pe_dpo.cli import dials
 
 if TYPE_CHECKING:
-    from pe_dpo.audit.noise import QuantizationNoise
-    from pe_dpo.audit.outlook import Outlook
-    from pe_dpo.audit.ranking import Ranking
-    from pe_dpo.audit.run import Audit, Way
+    from pe_dpo.audit.audit import Audit, Way
+    from pe_dpo.audit.forecast import Outlook
+    from pe_dpo.audit.quantization_error import QuantizationNoise
+    from pe_dpo.metrics.reference_accuracy import Ranking
 
 
 def audit(
@@ -41,7 +41,7 @@ def audit(
     from pe_dpo.cli import console
 
     console.quiet_libraries()
-    from pe_dpo.audit.run import audit as run
+    from pe_dpo.audit.audit import audit as run
 
     def quiet(line: str) -> None:
         return None
@@ -98,7 +98,7 @@ def _show_ranking(found: "Audit") -> None:
 
 
 def _show_outlooks(found: "Audit") -> None:
-    from pe_dpo.audit.outlook import AGREEMENTS, FLIP_QUANTILES
+    from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES
     from pe_dpo.cli import console
 
     columns = [found.recipe, *found.kappas]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pe_dpo.chat.decoding import Answer, Sampling
     from pe_dpo.chat.side_by_side import Conversation, Side, SideBySide
+    from pe_dpo.inference.decoding import Answer, Sampling
 
 COMMANDS = (
     "/new forgets what was said, /system TEXT also sets the system turn, /quit (or Ctrl-D) leaves; Ctrl-C stops an answer"
@@ -52,9 +52,9 @@ def chat(
     from pe_dpo.cli import console
 
     console.quiet_libraries()
-    from pe_dpo.chat.decoding import Sampling
     from pe_dpo.chat.prompts import read_prompts
     from pe_dpo.chat.side_by_side import open_side_by_side
+    from pe_dpo.inference.decoding import Sampling
 
     sampling = Sampling(temperature, top_p, seed)
     asked = None if prompts is None else read_prompts(prompts)

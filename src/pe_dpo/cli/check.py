@@ -28,7 +28,7 @@ def check(
     from pe_dpo.cli import console
 
     console.quiet_libraries()
-    from pe_dpo.training.run import prepare_run
+    from pe_dpo.training.train import prepare_run
 
     lines: list[str] = []
     base, _, data = prepare_run(plan, lines.append)

@@ -56,7 +56,7 @@ def show_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]])
 
 def show_outcome(before: Mapping[str, float], after: Mapping[str, float]) -> None:
     """Print held-out accuracy with Wilson intervals and the other measures, before and after."""
-    from pe_dpo.evaluation.pairs import wilson_interval
+    from pe_dpo.metrics.table import wilson_interval
 
     pairs = int(after["pairs"])
 
@@ -92,7 +92,7 @@ def show_result(result: Any) -> None:
 
 def show_regimes(metrics: Mapping[str, float], title: str, prefix: str = "regimes") -> None:
     """Print the 2×2 table of policy right/wrong × reference right/wrong: pairs, and share of the gradient weight."""
-    from pe_dpo.objective import QUADRANT_TITLES
+    from pe_dpo.metrics.regimes import QUADRANT_TITLES
 
     if f"{prefix}/ties" not in metrics:
         return

@@ -9,7 +9,7 @@ import typer
 from pe_dpo.cli import dials
 
 if TYPE_CHECKING:
-    from pe_dpo.evaluation.run import Evaluation
+    from pe_dpo.evaluation.evaluate import Evaluation
 
 
 def evaluate(
@@ -44,14 +44,15 @@ def evaluate(
     from pe_dpo.cli import console
 
     console.quiet_libraries()
-    from pe_dpo.evaluation.held_out import save_pairs
-    from pe_dpo.evaluation.run import Sampling
-    from pe_dpo.evaluation.run import evaluate as run
+    from pe_dpo.evaluation.evaluate import Sampling
+    from pe_dpo.evaluation.evaluate import evaluate as run
+    from pe_dpo.runs.held_out import save_pairs
 
     def quiet(line: str) -> None:
         return None
 
     say = quiet if json else console.say
+
     def folder(found: "Evaluation") -> Path | None:
         is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
         return output or (target if is_the_run else None)

@@ -69,8 +69,8 @@ def _export(model: Path, output: Path, kind: str, prompts: Path | None, *, is_ch
     import shutil
 
     from pe_dpo.cli import console
-    from pe_dpo.deploy.staging import staged
     from pe_dpo.export.gguf_file import write_gguf
+    from pe_dpo.runs.staging import staged
 
     with staged(output) as folder:
         gguf_file = folder / f"{output.absolute().name}.gguf"

@@ -90,8 +90,8 @@ def _check_request(target: Path, output: Path | None, onto: str, *, compare: boo
 
 def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.cli import console
-    from pe_dpo.deploy.merge import merge as run
-    from pe_dpo.deploy.serving import model_commands
+    from pe_dpo.merging.merge import merge as run
+    from pe_dpo.merging.serving import model_commands
 
     report = run(target, output, **settings).report
     if not show:
@@ -114,7 +114,7 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
 
 def _show_held_out(report: dict[str, Any]) -> None:
     from pe_dpo.cli import console
-    from pe_dpo.deploy.verify import unmerged_words
+    from pe_dpo.merging.verify import unmerged_words
 
     name, cause = unmerged_words(report["scale"])
     rows = []
@@ -140,7 +140,7 @@ def _show_held_out(report: dict[str, Any]) -> None:
 
 def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.cli import console
-    from pe_dpo.deploy.adapter_package import package_adapter
+    from pe_dpo.merging.adapter_package import package_adapter
 
     done = package_adapter(target, output, **settings)
     if show:
@@ -153,9 +153,9 @@ def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool
 
 def _compare(target: Path, output: Path | None, pairs: int, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.cli import console
-    from pe_dpo.deploy.compare import compare_merges
-    from pe_dpo.deploy.served import scale_words
-    from pe_dpo.evaluation.pairs import wilson_interval
+    from pe_dpo.merging.compare import compare_merges
+    from pe_dpo.merging.served import scale_words
+    from pe_dpo.metrics.table import wilson_interval
 
     done = compare_merges(target, pairs=pairs, work=output.absolute().parent if output else None, **settings)
     rows = []

@@ -20,7 +20,7 @@ def quickstart(
 ) -> None:
     """Train, evaluate and explain a run on an embedded model and data: offline, about a minute on a CPU."""
     from pe_dpo.cli import console
-    from pe_dpo.quickstart.run import compare_answers, quickstart_recipe
+    from pe_dpo.quickstart.demo import compare_answers, quickstart_recipe
 
     started = time.perf_counter()
     turned = dials.overrides(
@@ -31,7 +31,7 @@ def quickstart(
     console.quiet_libraries()
     import torch
 
-    from pe_dpo.training.run import train
+    from pe_dpo.training.train import train
 
     # Matrices this small gain nothing from a second thread; on a busy machine one was several times faster (research log).
     torch.set_num_threads(1)

@@ -36,7 +36,7 @@ def train(
     from pe_dpo.cli import console
 
     console.quiet_libraries()
-    from pe_dpo.training.run import train as run
+    from pe_dpo.training.train import train as run
 
     result = run(
         plan,

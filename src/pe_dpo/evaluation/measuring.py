@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 from pe_dpo.data import EncodedPair
 from pe_dpo.data.encoding import Progress
-from pe_dpo.evaluation.divergence import data_prefix_kl, divergences, store_logits
-from pe_dpo.evaluation.drift import Drift, Question, answer_questions, collect, measure_drift
-from pe_dpo.evaluation.generation import answer_text
-from pe_dpo.evaluation.pairs import score_pairs
-from pe_dpo.evaluation.reference import Policy, open_reference
-from pe_dpo.evaluation.scorer import Scorer, choose_scorer
-from pe_dpo.evaluation.target import check_same_base, read_record
+from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logits
+from pe_dpo.inference.drift import Drift, Question, answer_questions, collect, measure_drift
+from pe_dpo.inference.generation import answer_text
+from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.inference.reference import Policy, open_reference
+from pe_dpo.inference.scorer import Scorer, choose_scorer
+from pe_dpo.inference.target import check_same_base, read_record
+from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.adapter import as_reference, load_adapter_for_evaluation, scaled
 from pe_dpo.model.base import BaseFacts, load_base
-from pe_dpo.model.scoring import PairLogprobs
 from pe_dpo.recipe import Recipe
 
 TOKENS = 4096

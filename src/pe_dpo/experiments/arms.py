@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pe_dpo.experiments import statistics, wording
+from pe_dpo.experiments import wording
 from pe_dpo.experiments.comparison import Arm, Best, Difference, Power
 from pe_dpo.experiments.matching import Paired, Point, against_line, against_point, paired_seeds
 from pe_dpo.experiments.measured import Measured
-from pe_dpo.experiments.metrics import Metric
-from pe_dpo.experiments.statistics import Effect, Floats
+from pe_dpo.metrics import statistics
+from pe_dpo.metrics.catalogue import Metric
+from pe_dpo.metrics.statistics import Effect, Floats
 
 POINTS = 0.02
 """The difference of a share for which the needed pairs are told."""

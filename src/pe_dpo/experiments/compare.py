@@ -25,11 +25,11 @@ from pe_dpo.experiments.arms import find_arms
 from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
 from pe_dpo.experiments.matching import Point, points_of, values_at
 from pe_dpo.experiments.measured import Measured, measure
-from pe_dpo.experiments.metrics import KL, METRICS, Metric, choose_metric, mean_of, missing_words
-from pe_dpo.experiments.observations import Observation, read_observations
 from pe_dpo.experiments.wording import FREE_CONTROLS, SCALE, STEP, is_end
+from pe_dpo.metrics.catalogue import KL, METRICS, Metric, choose_metric, mean_of, missing_words
 from pe_dpo.recipe import known_keys
 from pe_dpo.recipe.dials import DIALS
+from pe_dpo.runs.observations import Observation, read_observations
 
 FEW_PROMPTS = 20
 """Sampled prompts below which the error of the KL is not well known."""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.experiments.measured import Measured
-from pe_dpo.experiments.observations import Observation
-from pe_dpo.experiments.statistics import Floats, interpolate
 from pe_dpo.experiments.wording import with_state
+from pe_dpo.metrics.statistics import Floats, interpolate
+from pe_dpo.runs.observations import Observation
 
 
 class Point(NamedTuple):

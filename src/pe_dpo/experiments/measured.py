@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.metrics import KL, Metric, prompt_sums, reference_sums
-from pe_dpo.experiments.observations import Observation
-from pe_dpo.experiments.statistics import Floats, resampled_ratios
+from pe_dpo.metrics.catalogue import KL, Metric, prompt_sums, reference_sums
+from pe_dpo.metrics.statistics import Floats, resampled_ratios
+from pe_dpo.runs.observations import Observation
 
 FEWEST_PROMPTS = 5
 """To resample: below that an interval would be a guess."""

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
-from pe_dpo.experiments.run_files import SWEEP_FILE
 from pe_dpo.recipe import (
     Recipe,
     known_keys,
@@ -26,6 +25,7 @@ from pe_dpo.recipe import (
     with_absolute_paths,
 )
 from pe_dpo.recipe.dials import DIALS
+from pe_dpo.runs.files import SWEEP_FILE
 
 _OF_THE_RUN = ("output", "train.seed")
 """Keys by which the runs of a point differ from each other."""

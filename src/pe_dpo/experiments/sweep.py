@@ -18,14 +18,11 @@ import torch
 
 from pe_dpo.data import data_hash
 from pe_dpo.errors import PeDpoError, RunFolderError
-from pe_dpo.evaluation.held_out import read_generation
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.model.base import load_base
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, with_absolute_paths
-from pe_dpo.training.checkpoints import checkpoints
-from pe_dpo.training.gamma import with_recorded_gamma
-from pe_dpo.training.run import SharedRun, prepare_run, train
-from pe_dpo.training.run_folder import (
+from pe_dpo.runs.checkpoints import checkpoints
+from pe_dpo.runs.folder import (
     FREE_TO_CHANGE,
     RECIPE_FILE,
     RUN_FILE,
@@ -34,6 +31,9 @@ from pe_dpo.training.run_folder import (
     read_run,
     update_run,
 )
+from pe_dpo.runs.held_out import read_generation
+from pe_dpo.training.gamma import with_recorded_gamma
+from pe_dpo.training.train import SharedRun, prepare_run, train
 
 Engine = Literal["local", "ray"]
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pe_dpo.inference.reference_store import ARITHMETIC, ReferenceStore
 from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.base import BaseFacts
-from pe_dpo.model.reference_store import ARITHMETIC, ReferenceStore
 
 _PART_BYTES = 64 * 1024 * 1024
 """Of a tensor on a GPU, each thread brings this much to the CPU at a time."""

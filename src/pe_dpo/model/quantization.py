@@ -1,8 +1,8 @@
 """The 4-bit and 8-bit weights of a base: made, kept from changing behind our back, and read back in float32.
 
-    nf4          codes of 4 bits in blocks of 64, the blocks' scales in 8 bits (double quantization)
-    nf4-single   the same with the scales in float32
-    int8         codes of 8 bits with a scale per row
+nf4          codes of 4 bits in blocks of 64, the blocks' scales in 8 bits (double quantization)
+nf4-single   the same with the scales in float32
+int8         codes of 8 bits with a scale per row
 """
 
 from collections.abc import Iterator

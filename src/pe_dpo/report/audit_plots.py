@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from pe_dpo.audit.outlook import FLIP_QUANTILES, Outlook
-from pe_dpo.audit.run import Audit
+from pe_dpo.audit.audit import Audit
+from pe_dpo.audit.forecast import FLIP_QUANTILES, Outlook
 from pe_dpo.report.plots import legend_below
 from pe_dpo.report.style import BLUE, DENSE, INK, ORANGE, QUIET, SKY, VERMILLION, new_figure, save, style
 

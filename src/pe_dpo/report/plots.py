@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pe_dpo.objective import QUADRANTS
-from pe_dpo.report.run_record import Curve, Floats
+from pe_dpo.metrics.regimes import QUADRANTS
 from pe_dpo.report.style import BLUE, DENSE, INK, MARKERS, ORANGE, PAPER, QUIET, SKY, VERMILLION, new_figure, plain, style
+from pe_dpo.runs.run_record import Curve, Floats
 
 QUADRANT_WORDS = dict(zip(QUADRANTS, ("both right", "gained: only π right", "lost: only π0 right", "both wrong"), strict=True))
 QUADRANT_COLOURS = dict(zip(QUADRANTS, (BLUE, SKY, ORANGE, VERMILLION), strict=True))

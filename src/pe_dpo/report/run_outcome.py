@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from pe_dpo.evaluation.pairs import wilson_interval
+from pe_dpo.metrics.table import wilson_interval
+from pe_dpo.metrics.transitions import Change, mean_change
 from pe_dpo.recipe import describe, recipe_to_yaml
 from pe_dpo.recipe.schema import AdapterSection, MixoutSection
 from pe_dpo.report.content import Folded, Section, Table
-from pe_dpo.report.flips import Change, mean_change
-from pe_dpo.report.run_record import HeldOut, RunRecord, measured
+from pe_dpo.runs.run_record import HeldOut, RunRecord, measured
 
 Format = Callable[[float], str]
 

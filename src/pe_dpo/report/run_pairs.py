@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from pe_dpo.metrics.transitions import Flips
 from pe_dpo.report.content import Answer, Exhibit, Plot, Section
-from pe_dpo.report.flips import Flips
 from pe_dpo.report.plots import (
     Target,
     length_histogram,
@@ -12,7 +12,7 @@ from pe_dpo.report.plots import (
     scatter_limits,
     transition_table,
 )
-from pe_dpo.report.run_record import Floats, HeldOut, RunRecord
+from pe_dpo.runs.run_record import Floats, HeldOut, RunRecord
 
 SHOWN_PAIRS = 5
 """Best and worst pairs shown, each."""

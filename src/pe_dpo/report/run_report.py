@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from pe_dpo.metrics.transitions import Flips, count_flips
 from pe_dpo.report.content import Page, Section
-from pe_dpo.report.flips import Flips, count_flips
 from pe_dpo.report.run_outcome import outcome_section, trained_section
 from pe_dpo.report.run_pairs import length_section, preference_section, texts_section
-from pe_dpo.report.run_record import RunRecord, measured, read_run_record
 from pe_dpo.report.run_steps import drift_section, learning_section, movement_section, regime_section
+from pe_dpo.runs.run_record import RunRecord, measured, read_run_record
 
 NO_HELD_OUT = (
     "no pairs were held out, or they were not measured yet, so nothing is known of pairs that the run was not trained on; set "

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 
-from pe_dpo.evaluation.pairs import wilson_interval
-from pe_dpo.objective import QUADRANTS
+from pe_dpo.metrics.regimes import QUADRANTS
+from pe_dpo.metrics.table import wilson_interval
 from pe_dpo.report.content import Plot, Section
 from pe_dpo.report.plots import Line, over_steps, regime_shares
 from pe_dpo.report.run_outcome import signed_text
-from pe_dpo.report.run_record import Curve, RunRecord, measured
 from pe_dpo.report.style import BLUE, GREEN, MARKERS, PURPLE, VERMILLION
+from pe_dpo.runs.run_record import Curve, RunRecord, measured
 
 _WAYS = (
     ("regimes", "sum", "summed log-probs"),

@@ -13,12 +13,12 @@ from pe_dpo.experiments.compare import check_names, compare
 from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
 from pe_dpo.experiments.matching import points_of
 from pe_dpo.experiments.measured import measure
-from pe_dpo.experiments.metrics import METRICS, missing_words
-from pe_dpo.experiments.observations import Observation, read_observations
-from pe_dpo.experiments.run_files import SWEEP_FILE
-from pe_dpo.experiments.statistics import effect
 from pe_dpo.experiments.wording import point_name, with_state
+from pe_dpo.metrics.catalogue import METRICS, missing_words
+from pe_dpo.metrics.statistics import effect
 from pe_dpo.recipe import Recipe, recipe_from_yaml
+from pe_dpo.runs.files import SWEEP_FILE
+from pe_dpo.runs.observations import Observation, read_observations
 
 REPEATS = 2000
 """Replicates of the intervals that are drawn as crosses."""

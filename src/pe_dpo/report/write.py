@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.run_files import SWEEP_FILE
 from pe_dpo.report.content import Page
 from pe_dpo.report.page import to_html
 from pe_dpo.report.run_report import report_run
 from pe_dpo.report.style import save
 from pe_dpo.report.sweep_report import report_sweep
 from pe_dpo.report.tables import to_latex, to_markdown
+from pe_dpo.runs.files import SWEEP_FILE
 
 
 class Written(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from pe_dpo.training.run_folder import append_metrics
+from pe_dpo.runs.folder import append_metrics
 
 
 class MetricsFile(TrainerCallback):

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from pe_dpo.audit.calibration import Calibration, calibrate_loss
-from pe_dpo.audit.reference_pass import check_finite
 from pe_dpo.data.encoding import Progress
 from pe_dpo.disk import write_atomically
+from pe_dpo.inference.reference_pass import check_finite
 from pe_dpo.recipe import Recipe, recipe_from_yaml, recipe_to_yaml, warnings, with_gamma
-from pe_dpo.training.run_folder import RECIPE_FILE, RUN_FILE, read_run, update_run
+from pe_dpo.runs.folder import RECIPE_FILE, RUN_FILE, read_run, update_run
 from pe_dpo.training.trainer import PairTrainer
 
 

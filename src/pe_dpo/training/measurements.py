@@ -15,13 +15,13 @@ from transformers import TrainerCallback
 
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.evaluation.drift import Drift, measure_drift, save_generations
-from pe_dpo.evaluation.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE, save_evaluation, save_pairs
-from pe_dpo.evaluation.pairs import ScoredPairs, set_metrics, wilson_interval
-from pe_dpo.evaluation.run import INTERVALS
-from pe_dpo.evaluation.scaled import scaled_folder
+from pe_dpo.evaluation.evaluate import INTERVALS
+from pe_dpo.inference.drift import Drift, measure_drift, save_generations
+from pe_dpo.metrics.table import ScoredPairs, set_metrics, wilson_interval
 from pe_dpo.model.adapter import scaled
 from pe_dpo.recipe.schema import GenerationSection
+from pe_dpo.runs.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE, save_evaluation, save_pairs
+from pe_dpo.runs.scaled import scaled_folder
 from pe_dpo.training.trainer import PairTrainer
 
 GENERATION_SEED = 0

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.evaluation.scorer import Scorer
+from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.base import checkpoint_activations
 

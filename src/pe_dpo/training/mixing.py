@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pe_dpo.evaluation.mixout_noise import PAIRS, MixoutNoise, measure_noise
+from pe_dpo.inference.mixout_noise import PAIRS, MixoutNoise, measure_noise
 from pe_dpo.model.adapter import attach_adapter
 from pe_dpo.model.base import BaseFacts, empty_model
 from pe_dpo.model.mixout import Mixout, attach_mixout
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import MixoutSection
-from pe_dpo.training.run_folder import update_run
+from pe_dpo.runs.folder import update_run
 from pe_dpo.training.trainer import PairTrainer
 
 FEWEST_UNITS, FEWEST_STEPS = 8, 10

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pe_dpo.evaluation.pairs import wilson_interval
+from pe_dpo.metrics.table import wilson_interval
 from pe_dpo.recipe import Recipe, describe, recipe_to_yaml
 
 

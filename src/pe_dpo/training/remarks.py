@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from pe_dpo.evaluation.pairs import ScoredPairs, wilson_interval
+from pe_dpo.metrics.table import ScoredPairs, wilson_interval
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.loss_section import LossSection
 

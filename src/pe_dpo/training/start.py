@@ -7,10 +7,10 @@ import torch
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, TrainingError
-from pe_dpo.evaluation.pairs import ScoredPairs, score_loss
-from pe_dpo.evaluation.scorer import Scorer
+from pe_dpo.inference.scorer import Scorer
+from pe_dpo.metrics.regimes import is_dead
+from pe_dpo.metrics.table import ScoredPairs, score_loss
 from pe_dpo.model.adapter import as_reference
-from pe_dpo.objective import is_dead
 
 TOLERANCE = 1e-6
 """Largest |log π − log π0| at step 0, per nat: on a CPU it is exactly 0, and every known fault is above 1e-5."""

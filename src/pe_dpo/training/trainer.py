@@ -21,7 +21,10 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import TrainingError, UsageError
-from pe_dpo.evaluation.pairs import (
+from pe_dpo.inference.logprobs import PairLogprobs, concatenate
+from pe_dpo.inference.reference import Reference
+from pe_dpo.inference.scorer import Scorer
+from pe_dpo.metrics.table import (
     ScoredPairs,
     at_reference,
     join,
@@ -31,12 +34,9 @@ from pe_dpo.evaluation.pairs import (
     scored_pairs,
     set_metrics,
 )
-from pe_dpo.evaluation.reference import Reference
-from pe_dpo.evaluation.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
-from pe_dpo.model.scoring import PairLogprobs, concatenate
 from pe_dpo.objective import PreferenceLoss
-from pe_dpo.training.checkpoints import checkpoint_step, commit_checkpoint, keep_newest, staging_folder
+from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, keep_newest, staging_folder
 from pe_dpo.training.order import EpochLoader, OptimizerBatches
 from pe_dpo.training.watch import probe_pairs
 

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.recipe.loss_section import LossSection
+from pe_dpo.runs.folder import append_metrics, read_metrics
 from pe_dpo.training.remarks import batch_remarks, set_remarks, stillness_remark
-from pe_dpo.training.run_folder import append_metrics, read_metrics
 
 PATIENCE = {"windows": 10, "evaluations": 2}
 """How many lines in a row have to show something before it is said."""

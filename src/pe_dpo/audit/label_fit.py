@@ -1,0 +1,185 @@
+"""What the reference's preferences say about the labels: a Platt scale, its errors, and what it tells in bits.
+
+    τ̂ = argmax_τ Σ log σ(τ·Δ0)      a logistic regression without intercept: at τ̂, Δ0 is right as often as σ(τ̂·Δ0) claims
+
+When π0 becomes π0^α, τ̂ becomes τ̂/α, and nothing else here changes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import chdtrc, expit
+
+from pe_dpo.metrics.reference_accuracy import without_length
+
+REPLICATES = 1000
+"""Of the bootstrap over prompts: percentiles of a 95 % interval then move by 2 % of its width from seed to seed."""
+FOLDS = 10
+"""Of the cross-fitted likelihood; fewer where there are fewer prompts."""
+_CELLS = 2_000_000
+"""Numbers per block of replicates × pairs: 16 MB."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the reference's preferences say about the labels."""
+
+    scale: float
+    """τ̂ per nat (or per nat a token); infinite where the reference ranks every pair right (−) wrong."""
+    standard_error: float
+    """Of τ̂ from the Fisher information, for independent pairs."""
+    interval: tuple[float, float]
+    """95 % of τ̂, percentiles of a bootstrap over prompts; NaN where there is only one prompt."""
+    likelihood_ratio: float
+    """2·(log-likelihood at τ̂ − at 0): χ² with one degree of freedom if the reference says nothing and pairs are independent."""
+    p_value: float
+    bits_per_pair: float
+    """1 − NLL/log 2, each pair with the τ̂ of the other folds of prompts: what the reference tells of a label, or below 0."""
+    accuracy: float
+    """Share of pairs that the reference ranks right, ties ½."""
+    accuracy_interval: tuple[float, float]
+    """95 %, from the same bootstrap."""
+    scale_without_length: float | None
+    """τ̂ of Δ0 as it would be between answers of equal length; see `without_length`."""
+    standard_error_without_length: float | None
+
+    @property
+    def is_length_alone(self) -> bool:
+        """Whether the reference says something, but at equal length nothing in the direction of the labels (z below 1.96)."""
+        alone, error = self.scale_without_length, self.standard_error_without_length
+        return self.interval[0] > 0 and alone is not None and error is not None and not alone > 1.96 * error
+
+
+def evidence(preference: np.ndarray, *, prompt_keys: Sequence[str], length_difference: np.ndarray | None = None) -> Evidence:
+    """Return what the reference's preferences say about the labels: a logistic regression without intercept, and its errors.
+
+    Args:
+        preference: Δ0 of each pair, (B,) nats.
+        prompt_keys: (B,).
+        length_difference: |chosen| − |rejected| in tokens, (B,).
+
+    Source:
+        Platt 1999 for the scale; Efron & Tibshirani 1993, ch. 13, for percentile intervals.
+    """
+    scale, error = _fit(preference)
+    alone = None if length_difference is None else _fit(without_length(preference, length_difference))
+    ratio = max(0.0, 2 * (len(preference) * math.log(2) - float(_nll(scale, preference).sum())))  # up to rounding
+    low, high, accuracy_low, accuracy_high = _bootstrap(preference, prompt_keys, scale)
+    return Evidence(
+        scale=scale,
+        standard_error=error,
+        interval=(low, high),
+        likelihood_ratio=ratio,
+        p_value=float(chdtrc(1, ratio)),
+        bits_per_pair=_bits_per_pair(preference, prompt_keys),
+        accuracy=float(_right(preference).mean()),
+        accuracy_interval=(accuracy_low, accuracy_high),
+        scale_without_length=alone and alone[0],
+        standard_error_without_length=alone and alone[1],
+    )
+
+
+def _fit(preference: np.ndarray) -> tuple[float, float]:
+    """τ̂ and its standard error from the Fisher information."""
+    scale = float(_platt_scales(preference, np.ones((1, len(preference))))[0])
+    claims = expit(scale * preference) if math.isfinite(scale) else np.zeros(len(preference))
+    information = float(np.sum(preference**2 * claims * (1 - claims)))
+    return scale, information**-0.5 if information > 0 else math.inf
+
+
+def _platt_scales(preference: np.ndarray, weights: np.ndarray, start: float = 0.0) -> np.ndarray:
+    """Return argmax_τ Σ w·log σ(τ·Δ0) for every row of weights, by Newton's method on all rows at once.
+
+    Args:
+        preference: (B,).
+        weights: (R, B), >= 0.
+        start: where to begin.
+
+    Returns:
+        (R,); ±inf where all pairs of a row are ranked alike, NaN where all are ties.
+    """
+    unit = math.sqrt(float(np.mean(preference**2))) or 1.0
+    values = preference / unit
+    scales = np.full(len(weights), start * unit if math.isfinite(start) else 0.0)
+    step = np.full(len(weights), math.inf)
+    with np.errstate(all="ignore"):
+        for _ in range(30):
+            miss = expit(-scales[:, None] * values)
+            step = ((weights * miss) @ values) / ((weights * miss * (1 - miss)) @ values**2)
+            scales = scales + step
+            if np.all(np.abs(step) <= 1e-6 * (1 + np.abs(scales))):  # what is left is of the order of its square
+                break
+    some_right, some_wrong = weights @ (values > 0) > 0, weights @ (values < 0) > 0
+    for row in np.flatnonzero(some_right & some_wrong & ~(np.abs(step) <= 1e-6 * (1 + np.abs(scales)))):
+        scales[row] = _bracketed_scale(values, weights[row])
+    scales[some_right & ~some_wrong], scales[some_wrong & ~some_right] = math.inf, -math.inf
+    scales[~some_right & ~some_wrong] = math.nan
+    return scales / unit
+
+
+def _bracketed_scale(values: np.ndarray, weights: np.ndarray) -> float:
+    """The same for one row where Newton's steps run away: the slope falls, so a bracket of both signs holds the root."""
+
+    from scipy.optimize import brentq  # dear to import, and rarely needed
+
+    def slope(scale: float) -> float:
+        return float((weights * expit(-scale * values)) @ values)
+
+    reach = 1.0
+    while slope(reach) > 0 or slope(-reach) < 0:
+        reach *= 2
+    return float(brentq(slope, -reach, reach, xtol=1e-14))
+
+
+def _bootstrap(preference: np.ndarray, prompt_keys: Sequence[str], scale: float) -> tuple[float, float, float, float]:
+    """Percentiles 2.5 and 97.5 of τ̂ and of the accuracy over resampled prompts; NaN with one prompt."""
+    _, owner = np.unique(np.asarray(prompt_keys), return_inverse=True)
+    if owner.max(initial=0) == 0:
+        return (math.nan,) * 4
+    scales, accuracies = [], []
+    right = _right(preference)
+    for weights in _resampled(owner):
+        scales.append(_platt_scales(preference, weights, start=scale))
+        accuracies.append((weights @ right) / weights.sum(axis=1))
+    return *_percentiles(np.concatenate(scales)), *_percentiles(np.concatenate(accuracies))
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Order statistics: between two infinite ones there is nothing to interpolate."""
+    return float(np.quantile(values, 0.025, method="lower")), float(np.quantile(values, 0.975, method="higher"))
+
+
+def _resampled(owner: np.ndarray) -> Iterator[np.ndarray]:
+    """Blocks of bootstrap weights, (R, B): how often the prompt of each pair was drawn; REPLICATES rows in all."""
+    generator = np.random.default_rng(0)
+    prompts = int(owner.max()) + 1
+    rows = max(1, min(REPLICATES, _CELLS // len(owner)))
+    for start in range(0, REPLICATES, rows):
+        count = min(rows, REPLICATES - start)
+        drawn = generator.integers(prompts, size=(count, prompts)) + np.arange(count)[:, None] * prompts
+        times = np.bincount(drawn.ravel(), minlength=count * prompts).reshape(count, prompts)
+        yield times[:, owner].astype(float)
+
+
+def _bits_per_pair(preference: np.ndarray, prompt_keys: Sequence[str]) -> float:
+    """1 − NLL/log 2, where each pair's τ̂ comes from the prompts of the other folds; NaN with one prompt."""
+    _, owner = np.unique(np.asarray(prompt_keys), return_inverse=True)
+    prompts = int(owner.max(initial=0)) + 1
+    if prompts == 1:
+        return math.nan
+    folds = min(FOLDS, prompts)
+    fold = (np.random.default_rng(0).permutation(prompts) % folds)[owner]
+    scales = _platt_scales(preference, (fold != np.arange(folds)[:, None]).astype(float))
+    return 1 - float(_nll(scales[fold], preference).mean()) / math.log(2)
+
+
+def _nll(scale: float | np.ndarray, preference: np.ndarray) -> np.ndarray:
+    """−log σ(τ·Δ0) of each pair; a tie costs log 2 at any τ."""
+    with np.errstate(invalid="ignore"):
+        return np.logaddexp(0.0, -np.where(preference == 0, 0.0, scale * preference))
+
+
+def _right(preference: np.ndarray) -> np.ndarray:
+    return (preference > 0) + 0.5 * (preference == 0)

@@ -1,0 +1,313 @@
+"""Evaluation of a run, an adapter or a merged model on preference pairs; one base in memory at a time.
+
+pairs       log π and log π0 of held-out answers: accuracies, rewards, NLL
+answers     sampled from π to held-out prompts, if asked for: KL(π‖π0), entropy, length
+win rate    those against answers of π0, by a scorer, if there is one
+scaled      all of it for a run's adapter scaled toward π0, if asked for
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from pe_dpo.data import EncodedPair, data_hash
+from pe_dpo.data.encoding import Progress
+from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.errors import UsageError
+from pe_dpo.evaluation.judge import Judgement, judge, open_scorer, prompts_as_written, win_rate
+from pe_dpo.evaluation.measuring import Measured, Work, measure_adapter, measure_models
+from pe_dpo.inference.drift import Drift, questions, save_generations
+from pe_dpo.inference.scorer import TOLERANCE
+from pe_dpo.inference.target import Kind, Target, find_target, load_target_tokenizer, read_record
+from pe_dpo.metrics.table import ScoredPairs, at_reference, score_loss, scored_pairs, set_metrics, wilson_interval
+from pe_dpo.model.adapter_config import check_adapter
+from pe_dpo.model.base import answer_end_tokens, end_token_ids, inspect_base
+from pe_dpo.recipe import Recipe
+from pe_dpo.recipe.schema import GenerationSection, check_scales
+from pe_dpo.runs.held_out import (
+    EVALUATION_FILE,
+    GENERATIONS_FILE,
+    PAIRS_FILE,
+    read_generation,
+    read_initial,
+    save_evaluation,
+    save_pairs,
+)
+from pe_dpo.runs.scaled import scaled_folder
+
+INTERVALS = (
+    *("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token"),
+    *("accuracy/implicit", "accuracy/shift", "accuracy/shift_per_token", "rewards/accuracies"),
+)
+"""Metrics that are shares of pairs and get a Wilson interval."""
+
+
+class Sampling(NamedTuple):
+    """What to sample; None: as the recipe of a run says, else the default of a recipe's section `generation`."""
+
+    prompts: int | None = None
+    samples: int | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+
+AS_IN_RECIPE = Sampling()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    kind: Kind
+    scored: ScoredPairs
+    pairs: list[EncodedPair]
+    metrics: dict[str, float]
+    """See `set_metrics`."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % Wilson intervals of the metrics in INTERVALS that were measured."""
+    tokenizer: Any
+    initial: ScoredPairs | None
+    """The pairs at step 0, where that is known."""
+    drift: Drift | None
+    """The sampled answers."""
+    generation: dict[str, Any] | None
+    """See `Drift.summary`; `data_prefix_kl` and, with a scorer, `win_rate` (see `judge.win_rate`) beside it."""
+    judgement: Judgement | None
+    scaled: Mapping[float, "Evaluation"] = field(default_factory=dict)
+    """The same of the adapter scaled toward the reference, by its scale."""
+
+    def save(self, folder: Path) -> None:
+        """Write eval_pairs.parquet, evaluation.json and, if answers were sampled, generations.parquet; else old ones stay.
+
+        What was measured of the scaled adapter goes into folders of its own below, see `scaled_folder`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        save_pairs(self.scored, self.pairs, folder / PAIRS_FILE, initial=self.initial, tokenizer=self.tokenizer)
+        if self.drift is not None:
+            columns = {} if self.judgement is None else self.judgement.columns()
+            save_generations(self.drift, folder / GENERATIONS_FILE, **columns)
+        generation = self.generation or read_generation(folder)
+        save_evaluation(folder / EVALUATION_FILE, self.metrics, self.intervals, generation)
+        for scale, found in self.scaled.items():
+            found.save(scaled_folder(folder, scale))
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    data: str | None = None,
+    base: str | None = None,
+    quantize: Literal["nf4", "int8", "none"] | None = None,
+    sampling: Sampling = AS_IN_RECIPE,
+    scales: Sequence[float] | None = None,
+    scorer: str | None = None,
+    keep: Callable[[Evaluation], None] = lambda found: None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda what, done, total: None,
+) -> Evaluation:
+    """Return what a target makes of held-out pairs and, if asked, of held-out prompts.
+
+    Args:
+        target: a run folder, any LoRA adapter, or a whole (merged) model.
+        data: pairs to evaluate on; by default those that the run held out, otherwise needed.
+        base: for an adapter, its base if not the one named in it; for a whole model, the reference to compare with
+            (loaded after the model has been measured and freed), without which only the policy is measured.
+        quantize: how the base is loaded; by default as in the run, or by its size.
+        sampling: how many answers to sample, and how.
+        scales: of a run, where between reference and policy to measure its adapter besides, each 0 < a < 1; None: as its recipe
+            says (generation.scales).
+        scorer: judges sampled answers against the reference's; see `judge.open_scorer`.
+        keep: called with what was measured before the scorer is asked: it may fail, and answers are dear.
+        say: gets lines of facts.
+        progress: called with what is done, how much of it, and how much in all.
+
+    Raises:
+        UsageError: the target is nothing that can be evaluated, `data` is missing, answers cannot be sampled or adapters scaled
+            as asked, or the scorer does not work.
+        DataError, ModelError: as in training.
+    """
+    found = find_target(Path(target), base=base, quantize=quantize)
+    if found.adapter is not None:
+        check_adapter(found.adapter)
+    settings = _settings(Path(target), found, data)
+    generation = _asked(settings.generation, sampling, scales)
+    _check_asked(found, Path(target), generation, base, scorer)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    score_answers = open_scorer(scorer, device=device) if scorer else None
+    tokenizer = load_target_tokenizer(found)
+    facts = inspect_base(**settings.model.model_dump())
+    pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say, progress)
+    if found.kind == "run" and data is None:
+        _check_same_pairs(Path(target), pairs)
+    work = Work(
+        settings=settings,
+        tokenizer=tokenizer,
+        pairs=pairs,
+        asked=questions(pairs, generation.prompts, generation.samples),
+        samples=generation.samples,
+        max_new_tokens=generation.max_new_tokens,
+        seed=sampling.seed,
+        is_judged=scorer is not None,
+        device=device,
+        say=say,
+        progress=progress,
+        ends=answer_end_tokens(tokenizer, settings.model.base, revision=settings.model.revision),
+        scales=tuple(generation.scales),
+    )
+    if found.adapter is None:
+        other = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype) if base else None
+        measured = measure_models(work, facts, other)
+    else:
+        trained = Path(target) if found.kind == "run" and base is None and quantize is None else None
+        measured = measure_adapter(work, found.adapter, facts, trained)
+    result = _evaluation(found.kind, work, measured, partial(_initial, Path(target), found, data, pairs=pairs))
+    if not (scorer and score_answers and measured.reference_said):
+        return result
+    keep(result)
+    prompts = prompts_as_written(settings.data, data)
+    return _judged(result, partial(judge, scorer, score_answers, reference=measured.reference_said, prompts=prompts))
+
+
+def _evaluation(kind: Kind, work: Work, measured: Measured, initial: Callable[[ScoredPairs], ScoredPairs | None]) -> Evaluation:
+    """What was measured, with all that follows from it; `initial` has the pairs at step 0."""
+    scored, coefficients = _scored(work, measured)
+    at_start = initial(scored)
+    metrics = set_metrics(scored, coefficients, initial=at_start)
+    return Evaluation(
+        kind=kind,
+        scored=scored,
+        pairs=work.pairs,
+        metrics=metrics,
+        intervals={key: wilson_interval(metrics[key], len(work.pairs)) for key in INTERVALS if key in metrics},
+        tokenizer=work.tokenizer,
+        initial=at_start,
+        drift=measured.drift,
+        generation=_generation(measured),
+        judgement=None,
+        scaled={scale: _evaluation(kind, work, part, initial) for scale, part in measured.scaled.items()},
+    )
+
+
+def _judged(found: Evaluation, judged: Callable[[Drift], Judgement]) -> Evaluation:
+    """The same with the scorer's judgement of its answers."""
+    if found.drift is None:
+        return found
+    judgement = judged(found.drift)
+    return replace(
+        found,
+        judgement=judgement,
+        generation={**(found.generation or {}), "win_rate": win_rate(found.drift, judgement)},
+        scaled={scale: _judged(one, judged) for scale, one in found.scaled.items()},
+    )
+
+
+def _check_asked(found: Target, target: Path, generation: GenerationSection, base: str | None, scorer: str | None) -> None:
+    """Check that a target can be asked for answers, scaled, and judged as wished.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if generation.prompts and found.adapter is None and base is None:
+        raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it with --base")
+    if generation.scales and found.kind != "run":
+        raise UsageError(
+            f"{target}: is {'a bare adapter' if found.adapter else 'a whole model'}, and what --scale measures is kept in the "
+            "folder of a run; name that folder, or leave --scale out"
+        )
+    if scorer and not generation.prompts:
+        raise UsageError(f"--scorer {scorer}: judges sampled answers; say how many prompts to ask: --prompts 100")
+
+
+def _asked(settings: GenerationSection, sampling: Sampling, scales: Sequence[float] | None) -> GenerationSection:
+    """What to sample and where to scale: as in the settings, but for what is asked otherwise.
+
+    Raises:
+        UsageError: the scales are no fractions.
+    """
+    wishes = {name: value for name, value in sampling._asdict().items() if name != "seed" and value is not None}
+    if scales is None:
+        return settings.model_copy(update=wishes)
+    try:
+        check_scales(scales)
+    except ValueError as error:
+        raise UsageError(f"--scale {','.join(f'{scale:g}' for scale in scales)}: {error}") from error
+    return settings.model_copy(update={**wishes, "scales": list(scales)})
+
+
+def _scored(work: Work, measured: Measured) -> tuple[ScoredPairs, dict[str, Any]]:
+    """The pairs with loss and rewards, and the coefficients of the loss."""
+    coefficients = work.settings.loss.coefficients()
+    if measured.reference is None:
+        coefficients |= {"gamma": 0.0, "reference_floor": None}
+        work.say("no reference given (--base): rewards and loss are those of gamma = 0")
+    margins = torch.tensor([pair.margin for pair in work.pairs], dtype=torch.float64)
+    out = score_loss(measured.policy, measured.reference, margins, coefficients, work.settings.loss.margin_scale)
+    if measured.drift is not None and measured.drift.sampler_error > TOLERANCE[torch.bfloat16]:
+        work.say(
+            f"look: what this model predicts with its cache is {measured.drift.sampler_error:.2g} nats per √token off what it "
+            "predicts at once; the sampled answers are not quite its own"
+        )
+    return scored_pairs(measured.policy, measured.reference, out), coefficients
+
+
+def _initial(
+    target: Path, found: Target, data: str | None, scored: ScoredPairs, pairs: list[EncodedPair]
+) -> ScoredPairs | None:
+    """The pairs at step 0 of a run: as it wrote them down, or the reference where the run started from it."""
+    if found.kind != "run" or data is not None or found.recipe is None:
+        return None
+    kept = read_initial(target / PAIRS_FILE, scored, pairs)
+    return at_reference(scored) if kept is None and found.recipe.policy_starts_as_reference else kept
+
+
+def _generation(measured: Measured) -> dict[str, Any] | None:
+    if measured.drift is None:
+        return None
+    along_data = {} if measured.data_prefix is None else {"data_prefix_kl": measured.data_prefix}
+    return {**measured.drift.summary(), **along_data}
+
+
+def _settings(target: Path, found: Target, data: str | None) -> Recipe:
+    """The recipe of a run; for anything else the one that would train it on the data to evaluate on."""
+    if found.recipe is not None:
+        return found.recipe
+    if data is None:
+        raise UsageError(f"{target}: is not a run folder, so there are no held-out pairs of its own; name them with --data")
+    return Recipe.model_validate({"model": found.model.model_dump(), "data": {"train": data}, "output": str(target)})
+
+
+def _check_same_pairs(run: Path, pairs: list[EncodedPair]) -> None:
+    recorded = read_record(run).get("hashes", {}).get("held_out")
+    if recorded is not None and recorded != data_hash(pairs):
+        raise UsageError(
+            f"{run}: the data are not those of the run any more, so its held-out pairs cannot be told from those it "
+            "trained on; restore them, or name other pairs with --data"
+        )
+
+
+def _held_out_pairs(
+    recipe: Recipe,
+    tokenizer: Any,
+    context_length: int | None,
+    data: str | None,
+    say: Callable[[str], None],
+    progress: Progress,
+) -> list[EncodedPair]:
+    prepared = prepare_from_settings(
+        recipe.data,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
+        only=data,
+        progress=progress,
+    )
+    for line in prepared.report.lines():
+        say(line)
+    pairs = prepared.train if data else prepared.held_out
+    if not pairs:
+        raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some with --data")
+    return pairs

@@ -1,0 +1,1 @@
+"""How pairs and prompts go through a model: policy, reference, log-probs, samples, KL."""

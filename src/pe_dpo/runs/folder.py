@@ -1,0 +1,231 @@
+"""The folder of one run: who may write into it, what stands in run.json, and how its metrics are kept.
+
+adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEFT loads
+README.md            model card
+recipe.yaml          resolved; training it again repeats the run
+run.json             status, versions, hashes, reference card, held-out metrics before and after
+base.json            what the base was, file by file and tensor by tensor
+metrics.jsonl        one line per logged step and per evaluation
+data_report.json     what became of every row
+eval_pairs.parquet   held-out pairs one by one; generations.parquet sampled answers; evaluation.json what they come to
+snapshots/step-N/    the same along the way
+scaled/a-X/          the same of the adapter scaled toward the reference
+checkpoint-N/        to resume from
+"""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pe_dpo.disk import write_atomically
+from pe_dpo.errors import RunFolderError
+from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml
+from pe_dpo.runs.checkpoints import checkpoints
+
+RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "base.json"
+
+FREE_TO_CHANGE = (
+    "output",
+    "reference.policy",
+    "reference.store",
+    "train.packing",
+    "train.tokens_per_microbatch",
+    "train.gradient_checkpointing",
+    "train.keep_checkpoints",
+    "train.save_every",
+    "train.eval_every",
+    "train.log_every",
+    "train.report_to",
+)
+"""Settings that a resumed run may have otherwise: none of them changes what is learned."""
+
+
+_OURS = {
+    *(RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE),
+    *("README.md", "data_report.json", "eval_pairs.parquet", "generations.parquet", "evaluation.json", ".staging", "reference"),
+    *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
+    *("snapshots", "scaled", "report", "report.html", "log.txt"),
+    "runs",  # what the tensorboard tracker writes
+}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """Hold the run folder for this process; it is made if need be.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from error
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunFolderError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Check, without touching anything, that a run may be written into a folder.
+
+    Args:
+        folder: of the run; need not exist.
+        recipe: of the run.
+        resume: go on with the run that lies there.
+        overwrite: remove the run that lies there.
+
+    Raises:
+        RunFolderError: it is a file; something lies there and neither was asked for; it is not a run, or it is one of another
+            recipe; or it holds what the run itself needs.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder}: is a file; --output is a folder")
+    if resume and overwrite:
+        raise RunFolderError("--resume goes on with a run and --overwrite removes it; use one of them")
+    if resume:
+        _check_same_recipe(folder, recipe)
+        return
+    _check_inputs_outside(folder, recipe)
+    if not folder.is_dir() or not _content(folder):
+        return
+    if not _is_run(folder):
+        raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
+    if not overwrite and (checkpoints(folder) or (folder / "adapter_model.safetensors").is_file()):
+        raise RunFolderError(f"{folder}: holds a run; --resume goes on with it, --overwrite removes it, --output moves")
+
+
+def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Make a locked and checked folder ready: as it is for a resumed run; else without the last run, and with this recipe.
+
+    Only what a run writes is removed; other files stay.
+    """
+    if resume and (folder / RUN_FILE).is_file():
+        return
+    for path in filter(_is_ours, _content(folder)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    update_run(folder, status="starting")
+    write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
+
+
+def _content(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != ".lock"]
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether run.json is one of ours; anything else of that name is somebody's."""
+    try:
+        return "status" in read_run(folder)
+    except RunFolderError:
+        return False
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file or folder is one that a run writes; only such are ever removed."""
+    is_checkpoint = path.name.removeprefix("checkpoint-").isdigit()
+    return path.name in _OURS or is_checkpoint or path.name.endswith(".partial")
+
+
+def _check_inputs_outside(folder: Path, recipe: Recipe) -> None:
+    inputs = {"adapter.start": recipe.adapter.start, "model.base": recipe.model.base, "data.train": recipe.data.train}
+    for name, value in {**inputs, "data.eval": recipe.data.eval}.items():
+        if isinstance(value, str) and Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
+            raise RunFolderError(
+                f"{folder}: {name} lies in the output folder, which a fresh run empties; choose another --output"
+            )
+
+
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    if not (folder / RECIPE_FILE).is_file():
+        raise RunFolderError(f"{folder}: there is no run to resume; leave --resume out")
+    old = recipe_from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"), str(folder / RECIPE_FILE))
+    difference = recipe_difference(old, recipe, ignore=FREE_TO_CHANGE)
+    if difference:
+        raise RunFolderError(
+            f"{folder}: was trained with other settings, so going on would be neither run:\n  "
+            + "\n  ".join(difference)
+            + "\nuse the old settings, or another --output"
+        )
+
+
+def check_same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Check that a resumed run sees the data and the base that it started with.
+
+    Raises:
+        RunFolderError: naming what differs.
+    """
+    recorded = read_run(folder).get("hashes", {})
+    changed = [name for name, value in hashes.items() if name in recorded and recorded[name] != value]
+    if changed:
+        lines = "\n".join(f"  {name}: {recorded[name][:12]} → {hashes[name][:12]}" for name in changed)
+        raise RunFolderError(
+            f"{folder}: the run started with other inputs (sha256):\n{lines}\nrestore them, or start anew with another --output"
+        )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what run.json says.
+
+    Raises:
+        RunFolderError: there is none, or it is not readable.
+    """
+    try:
+        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{folder / RUN_FILE}: cannot be read: {error}; restore the file, or move its folder away"
+        ) from error
+    if not isinstance(content, dict):
+        raise RunFolderError(f"{folder / RUN_FILE}: is not a run record")
+    return content
+
+
+def update_run(folder: Path, **entries: Any) -> None:
+    """Set entries of run.json, atomically."""
+    current = read_run(folder) if (folder / RUN_FILE).is_file() else {}
+    write_atomically(folder / RUN_FILE, json.dumps({**current, **entries}, indent=1, ensure_ascii=False))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    packages = "pe-dpo torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors"
+    found = {name: importlib.metadata.version(name) for name in packages.split()}
+    return {"python": sys.version.split()[0], "platform": platform.platform(), **found}
+
+
+def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise RunFolderError(f"{path}: has a line that is not JSON ({error}); remove that line") from error
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Drop the lines after a step, which the resumed run will write again."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
+    write_atomically(folder / METRICS_FILE, "".join(kept))

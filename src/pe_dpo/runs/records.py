@@ -1,0 +1,71 @@
+"""What a run writes down of itself: what it started from, and what it came to."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pe_dpo.data import PreparedData
+from pe_dpo.disk import write_atomically
+from pe_dpo.model.provenance import adapter_fingerprints
+from pe_dpo.recipe import Recipe, describe
+from pe_dpo.runs.checkpoints import checkpoint_step, newest_whole_checkpoint
+from pe_dpo.runs.folder import BASE_FILE, check_same_inputs, read_run, rewind_metrics, update_run, versions
+from pe_dpo.training.model_card import model_card
+
+
+def start_records(
+    folder: Path,
+    recipe: Recipe,
+    describe_base: Callable[[], Mapping[str, Any]],
+    data: PreparedData,
+    hashes: Mapping[str, str],
+    say: Callable[[str], None],
+) -> Path | None:
+    """Write what a fresh run starts from; for a run to resume, check it and return the checkpoint to go on from.
+
+    Raises:
+        RunFolderError: the run started with other data or another base, or no checkpoint is whole.
+    """
+    if "hashes" in read_run(folder):
+        check_same_inputs(folder, hashes)
+        checkpoint, passed_over = newest_whole_checkpoint(folder)
+        for line in passed_over:
+            say(line)
+        say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
+        rewind_metrics(folder, checkpoint_step(checkpoint) if checkpoint else -1)
+        return checkpoint
+    is_base = recipe.adapter.reference != "adapter"
+    base = describe_base()
+    write_atomically(folder / BASE_FILE, json.dumps(base, indent=1))
+    update_run(
+        folder,
+        versions=versions(),
+        hashes=dict(hashes),
+        base={key: base[key] for key in ("id", "revision", "quantize", "dtype", "parameters", "quantized_layers")},
+        reference_card={
+            "is": "the base with adapters off" if is_base else f"a frozen copy of {recipe.adapter.start}",
+            "base_sha256": hashes["base"],
+            "run_in_training": recipe.loss.gamma_value != 0,
+        },
+        loss=describe(recipe.loss)._asdict(),
+        pairs={"train": len(data.train), "held_out": len(data.held_out)},
+    )
+    write_atomically(folder / "data_report.json", json.dumps(data.report.to_dict(), indent=1, ensure_ascii=False))
+    return None
+
+
+def finish_records(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    step: int,
+    remarks: Sequence[str],
+) -> None:
+    """Write what a finished run came to: the model card, run.json."""
+    write_atomically(folder / "README.md", model_card(recipe, before, after))
+    hashes = {**read_run(folder)["hashes"], "adapter": adapter_fingerprints(folder)}
+    measured = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
+    update_run(folder, status="finished", step=step, **measured, hashes=hashes)

@@ -1,0 +1,440 @@
+"""The reference's log-probs: equal to what π0 gives, never stale, never computed without need."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pe_dpo.errors import StoreUnavailable, TrainingError
+from pe_dpo.evaluation.evaluate import evaluate
+from pe_dpo.inference import reference as reference_module
+from pe_dpo.inference.inputs import build_model
+from pe_dpo.inference.reference import Reference, open_reference
+from pe_dpo.inference.reference_store import ReferenceStore
+from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.model.adapter import as_reference
+from pe_dpo.recipe import recipe_to_yaml
+from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.training.train import prepare_run, train
+
+
+@pytest.fixture
+def make_reference(make_recipe, tmp_path):
+    """Build the reference of a recipe over one store; returns it with the training pairs."""
+
+    def make(*overrides, recipe=None, say=lambda line: None, policy="auto", path=None):
+        recipe = recipe or make_recipe(*overrides)
+        facts, _, data = prepare_run(recipe)
+        model = build_model(recipe, facts, "cpu")
+        scorer = choose_scorer(model, data.train, device="cpu")
+        store = str(path or tmp_path / "store.sqlite")
+        reference = open_reference(model, facts, scorer, policy=policy, token_budget=500, path=store, say=say)
+        return reference, data.train
+
+    return make
+
+
+def filled(make_reference, *overrides):
+    """Run all training pairs through a reference and write them down."""
+    reference, pairs = make_reference(*overrides)
+    logprobs = reference.logprobs(pairs)
+    reference.flush()
+    return logprobs, pairs
+
+
+def computed_again(make_reference, *overrides, **options):
+    """How many of the training pairs another run has to compute."""
+    reference, pairs = make_reference(*overrides, **options)
+    reference.logprobs(pairs)
+    return reference.computed
+
+
+@pytest.mark.parametrize("settings", [(), ("model.quantize=nf4",), ("model.dtype=bfloat16",)])
+def test_stored_log_probs_are_those_of_the_base_to_the_bit(make_reference, settings):
+    computed, pairs = filled(make_reference, *settings)
+    reference, _ = make_reference(*settings)
+    stored = reference.logprobs(pairs[::-1])
+    assert reference.computed == 0
+    with as_reference(reference.model) as frozen:
+        now = [reference.scorer.logprobs(frozen, [pair]) for pair in pairs]
+    for side in ("chosen", "rejected", "chosen_lengths", "rejected_lengths"):
+        assert getattr(stored, side).flip(0).tolist() == getattr(computed, side).tolist()
+        assert getattr(computed, side).tolist() == [getattr(one, side).item() for one in now]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "loss.beta=0.3",
+        "loss.gamma=0.5x",
+        "loss.preset=rso",
+        "loss.preset=simpo",
+        "train.learning_rate=1",
+        "train.seed=7",
+        "adapter.rank=2",
+        "adapter.init=gaussian",
+        "adapter.dropout=0.2",
+        "adapter.targets=[q_proj]",
+        "train.pairs_per_step=3",
+        "train.tokens_per_microbatch=100",
+        "train.epochs=3",
+    ],
+)
+def test_what_does_not_move_the_reference_never_misses(make_reference, change):
+    filled(make_reference)
+    assert computed_again(make_reference, change) == 0
+
+
+@pytest.mark.parametrize("change", ["model.quantize=nf4", "model.dtype=bfloat16"])
+def test_another_arithmetic_is_another_reference(make_reference, change):
+    _, pairs = filled(make_reference)
+    assert computed_again(make_reference, change) == len(pairs)
+
+
+def with_another_base(make_recipe, tiny_base, folder, change):
+    copy = shutil.copytree(tiny_base, folder / "base")
+    change(copy)
+    return make_recipe(f"model.base={copy}", output="other")
+
+
+def test_one_changed_weight_is_another_reference(make_reference, make_recipe, tiny_base, tmp_path):
+    _, pairs = filled(make_reference)
+
+    def nudge(base):
+        weights = load_file(base / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+    recipe = with_another_base(make_recipe, tiny_base, tmp_path, nudge)
+    assert computed_again(make_reference, recipe=recipe) == len(pairs)
+
+
+def test_a_base_that_was_only_copied_is_the_same_reference(make_reference, make_recipe, tiny_base, tmp_path):
+    filled(make_reference)
+    recipe = with_another_base(make_recipe, tiny_base, tmp_path, lambda base: None)
+    assert computed_again(make_reference, recipe=recipe) == 0
+
+
+def test_a_rotary_base_that_was_edited_in_the_configuration_is_another_reference(
+    make_reference, make_recipe, tiny_base, tmp_path
+):
+    _, pairs = filled(make_reference)
+
+    def edit(base):
+        config = json.loads((base / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] = 500.0
+        (base / "config.json").write_text(json.dumps(config))
+
+    recipe = with_another_base(make_recipe, tiny_base, tmp_path, edit)
+    assert computed_again(make_reference, recipe=recipe) == len(pairs)
+
+
+def test_a_changed_template_misses_and_a_changed_row_misses_alone(make_reference, make_recipe, tiny_base, tiny_pairs, tmp_path):
+    _, pairs = filled(make_reference)
+    assert computed_again(make_reference, "data.template=plain") == len(pairs)
+    lines = (tiny_pairs / "train.jsonl").read_text().splitlines()
+    row = json.loads(lines[3])
+    lines[3] = json.dumps({**row, "rejected": row["rejected"] + " indeed"})
+    (tmp_path / "changed.jsonl").write_text("\n".join(lines) + "\n")
+    assert computed_again(make_reference, f"data.train={tmp_path / 'changed.jsonl'}", "data.eval=0.0") == 1
+
+
+def test_a_truncation_that_cuts_a_prompt_misses_what_it_cut(make_reference):
+    _, pairs = filled(make_reference)
+    length = sorted(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)[-3]
+    cut = computed_again(make_reference, f"data.max_length={length}", "data.overlong=truncate_prompt")
+    longer = [p for p in pairs if len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) > length]
+    assert cut == len(longer) > 0
+
+
+def test_pairs_with_their_labels_swapped_are_not_scored_again(make_reference):
+    """The store holds answers, not pairs."""
+    from dataclasses import replace
+
+    logprobs, pairs = filled(make_reference)
+    reference, _ = make_reference()
+    swapped = reference.logprobs([replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in pairs])
+    assert reference.computed == 0
+    assert swapped.chosen.tolist() == logprobs.rejected.tolist()
+
+
+def test_a_frozen_adapter_is_part_of_the_reference(make_reference, make_recipe, tmp_path):
+    _, pairs = filled(make_reference)
+    start = train(make_recipe("train.max_steps=2", output="sft")).folder
+    settings = (f"adapter.start={start}", "adapter.rank=16", "adapter.alpha=32")
+    assert computed_again(make_reference, *settings, "adapter.reference=adapter") == len(pairs)
+    assert computed_again(make_reference, *settings, "adapter.reference=base") == 0
+
+
+def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(make_reference, monkeypatch):
+    """The worst case: other weights behind a file of the same name, size and times."""
+    filled(make_reference)
+    lines = []
+    reference, pairs = make_reference(say=lines.append)
+    with torch.no_grad():
+        reference.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(1.5)
+    why = reference.recheck(pairs)
+    assert why.startswith("train.jsonl:")
+    reference.forget(why)
+    assert len(lines) == 1
+    assert lines[0].startswith("look: the stored reference was not this one (train.jsonl:")
+    before = reference.computed
+    fresh = reference.logprobs(pairs)
+    assert reference.computed - before == len(pairs)
+    with as_reference(reference.model) as frozen:
+        assert fresh.chosen.tolist() == reference.scorer.logprobs(frozen, pairs).chosen.tolist()
+
+
+def test_a_sound_store_is_not_thrown_away(make_reference):
+    filled(make_reference)
+    lines = []
+    reference, pairs = make_reference(say=lines.append)
+    assert reference.recheck(pairs) is None
+    assert (lines, reference.computed) == ([], 4)
+
+
+def poison(path, nats, *, share=1.0):
+    """Move stored log-probs by so many nats, with right checksums, as another library version might have left them."""
+    import sqlite3
+
+    from pe_dpo.inference import reference_store as store
+
+    with sqlite3.connect(path) as connection:
+        connection.text_factory = bytes
+        ids = dict(connection.execute("SELECT id, name FROM reference").fetchall())
+        rows = connection.execute("SELECT reference, key, value FROM answer").fetchall()
+        for number, (reference, key, value) in enumerate(rows):
+            if number < share * len(rows):
+                name = ids[reference] if isinstance(ids[reference], str) else ids[reference].decode()
+                then = store._unpack(name, key, value)
+                moved = store._pack(name, key, store.StoredLogprob(then.logprob + nats, then.tokens))
+                connection.execute("UPDATE answer SET value = ? WHERE reference = ? AND key = ?", (moved, reference, key))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gamma", ["1x", "0"])
+def test_a_store_that_is_off_by_little_is_found_before_training(make_recipe, gamma, dtype, tmp_path):
+    """At γ = 0 nothing but the held-out pairs is stored, and they are looked at all the same."""
+    store = tmp_path / "store.sqlite"
+    settings = (f"reference.store={store}", f"loss.gamma={gamma}", "loss.margin=1", f"model.dtype={dtype}", "train.max_steps=2")
+    clean = train(make_recipe(*settings, output="clean"))
+    poison(store, 0.01)
+    lines = []
+    again = train(make_recipe(*settings, output="again"), say=lines.append)
+    assert any("the stored reference was not this one" in line for line in lines)
+    assert again.before == clean.before
+    assert again.after == clean.after
+
+
+def test_eval_throws_a_store_away_that_is_not_of_this_reference(make_recipe, tmp_path):
+    store = tmp_path / "store.sqlite"
+    run = train(make_recipe(f"reference.store={store}", "train.max_steps=1")).folder
+    clean = evaluate(run)
+    poison(store, 0.5)
+    lines = []
+    again = evaluate(run, say=lines.append)
+    assert any("the stored reference was not this one" in line for line in lines)
+    assert torch.equal(again.scored.reference_chosen, clean.scored.reference_chosen)
+
+
+def test_one_wrong_held_out_pair_among_right_ones_is_found(make_recipe, tmp_path):
+    store = tmp_path / "store.sqlite"
+    settings = (f"reference.store={store}", "loss.gamma=0", "loss.margin=1", "train.max_steps=1")
+    clean = train(make_recipe(*settings, output="clean"))
+    poison(store, 0.5, share=0.05)
+    again = train(make_recipe(*settings, output="again"))
+    assert again.before == clean.before
+
+
+def test_at_gamma_zero_no_training_pair_is_run_through_the_reference_for_a_check_either(make_recipe, monkeypatch, tmp_path):
+    store = f"reference.store={tmp_path / 'store.sqlite'}"
+    train(make_recipe(store, "train.max_steps=1", output="filled"))
+    asked = []
+    compute = Reference._compute
+    monkeypatch.setattr(
+        Reference, "_compute", lambda self, pairs, progress: asked.extend(pairs) or compute(self, pairs, progress)
+    )
+    train(make_recipe(store, "loss.gamma=0", "loss.margin=1", "train.max_steps=1", "reference.policy=skip", output="skip"))
+    assert {pair.where.split(":")[0] for pair in asked} == {"test.jsonl"}
+
+
+def test_a_store_that_cannot_forget_is_given_up_and_the_run_goes_on(make_reference, monkeypatch):
+    filled(make_reference)
+    lines = []
+    reference, pairs = make_reference(say=lines.append)
+
+    def full(self, *rest):
+        raise StoreUnavailable("disk is full")
+
+    monkeypatch.setattr(ReferenceStore, "forget", full)
+    reference.forget("for a test")
+    reference.logprobs(pairs)
+    assert reference.computed == len(pairs)
+    assert lines[0] == "look: going on without the reference store: disk is full"
+
+
+def test_a_log_prob_that_is_not_finite_is_not_stored_and_its_row_is_named_by_the_loss(make_recipe, monkeypatch, tmp_path):
+    compute = Reference._compute
+
+    def broken(self, pairs, progress):
+        scored = compute(self, pairs, progress)
+        scored.chosen[[pair.where == "train.jsonl:5" for pair in pairs]] = float("nan")
+        return scored
+
+    monkeypatch.setattr(Reference, "_compute", broken)
+    with pytest.raises(TrainingError, match=r"loss is not finite for train\.jsonl:5"):
+        train(make_recipe(f"reference.store={tmp_path / 'store.sqlite'}"))
+
+
+def test_where_log_probs_depend_on_company_the_reference_is_scored_in_the_policys(make_reference):
+    """int8: outliers are those of the batch."""
+    reference, pairs = make_reference("model.quantize=int8")
+    reference.logprobs(pairs[:4])
+    reference.logprobs(pairs[:4])
+    assert reference.computed == 8
+
+
+def test_a_run_goes_on_without_a_store_that_cannot_be_and_says_so(make_reference, tmp_path):
+    (tmp_path / "file").write_text("")
+    lines = []
+    reference, pairs = make_reference(path=tmp_path / "file" / "store.sqlite", say=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["look"]
+    assert "going on without the reference store" in lines[0]
+    reference.logprobs(pairs)
+    reference.logprobs(pairs)
+    assert reference.computed == len(pairs)
+    with pytest.raises(StoreUnavailable):
+        make_reference(path=tmp_path / "file" / "store.sqlite", policy="store")
+
+
+def test_a_store_that_fails_under_way_costs_nothing_but_itself(make_reference, monkeypatch):
+    lines = []
+    reference, pairs = make_reference(say=lines.append)
+
+    def full(self, *rest):
+        raise StoreUnavailable("disk is full")
+
+    monkeypatch.setattr(ReferenceStore, "put", full)
+    wanted = reference.logprobs(pairs)
+    reference.flush()
+    assert lines == ["look: going on without the reference store: disk is full"]
+    assert reference.logprobs(pairs).chosen.tolist() == wanted.chosen.tolist()
+
+
+def test_a_damaged_store_is_rebuilt_and_the_numbers_are_the_same(make_reference, tmp_path):
+    wanted, pairs = filled(make_reference)
+    path = tmp_path / "store.sqlite"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = b"x" * (len(content) - len(content) // 2)
+    path.write_bytes(content)
+    lines = []
+    reference, _ = make_reference(say=lines.append)
+    assert reference.logprobs(pairs).chosen.tolist() == wanted.chosen.tolist()
+    assert reference.computed > 0
+    assert any("damaged" in line for line in lines)
+
+
+def test_a_run_of_two_epochs_scores_each_training_pair_once(make_recipe, monkeypatch):
+    asked = []
+    compute = Reference._compute
+    monkeypatch.setattr(
+        Reference, "_compute", lambda self, pairs, progress: asked.extend(pairs) or compute(self, pairs, progress)
+    )
+    train(make_recipe(f"reference.store={make_recipe().output}.sqlite"))
+    assert len(asked) == 24 + 9
+    assert len({pair.where for pair in asked}) == 33
+
+
+def test_a_second_run_takes_all_from_the_store_and_is_the_first_to_the_bit(make_recipe, monkeypatch):
+    store = f"reference.store={make_recipe().output}.sqlite"
+    first = train(make_recipe(store, output="one"))
+    calls = []
+    compute = Reference._compute
+    monkeypatch.setattr(
+        Reference, "_compute", lambda self, pairs, progress: calls.append(len(pairs)) or compute(self, pairs, progress)
+    )
+    second = train(make_recipe(store, output="two"))
+    assert calls == [reference_module.RECHECKED]
+    left, right = (load_file(run.folder / "adapter_model.safetensors") for run in (first, second))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_every_policy_trains_the_same_adapter(make_recipe):
+    runs = [
+        train(make_recipe(f"reference.policy={policy}", f"reference.store={make_recipe().output}-{policy}", output=policy))
+        for policy in ("auto", "store", "step")
+    ]
+    adapters = [load_file(run.folder / "adapter_model.safetensors") for run in runs]
+    for other in adapters[1:]:
+        assert all(torch.equal(other[name], adapters[0][name]) for name in other)
+
+
+PASS = """
+import sys, time, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from pe_dpo.inference import reference as module
+from pe_dpo.inference.reference import open_reference
+from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.recipe import load_recipe
+from pe_dpo.inference.inputs import build_model
+from pe_dpo.training.train import prepare_run
+module.SECONDS_BETWEEN_WRITES = 0.0
+recipe = load_recipe(sys.argv[1])
+facts, _, data = prepare_run(recipe)
+model = build_model(recipe, facts, "cpu")
+scorer = choose_scorer(model, data.train, device="cpu")
+reference = open_reference(model, facts, scorer, policy="store", token_budget=1, path=sys.argv[2])
+def slowly(done, total):
+    print(done, flush=True)
+    time.sleep(0.05)
+reference.logprobs(data.train, slowly)
+reference.flush()
+print("computed", reference.computed, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_pass_that_was_killed_goes_on_where_it_stopped(make_recipe, make_reference, tmp_path):
+    """SIGKILL once some pairs are written: the next pass computes the others alone, and all numbers are right."""
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe()))
+    (tmp_path / "program.py").write_text(PASS)
+    store = tmp_path / "store.sqlite"
+    command = [sys.executable, "program.py", "recipe.yaml", str(store)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip() == "7":
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate(timeout=60)
+    reference, pairs = make_reference(path=store)
+    logprobs = reference.logprobs(pairs)
+    assert 0 < reference.computed <= 24 - 6
+    with as_reference(reference.model) as frozen:
+        assert logprobs.chosen.tolist() == reference.scorer.logprobs(frozen, pairs).chosen.tolist()
+
+
+@pytest.mark.slow
+def test_two_runs_fill_one_store_at_once(make_recipe, make_reference, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe()))
+    (tmp_path / "program.py").write_text(PASS)
+    store = tmp_path / "store.sqlite"
+    command = [sys.executable, "program.py", "recipe.yaml", str(store)]
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    ends = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert computed_again(make_reference, path=store) == 0
+
+
+def test_the_run_writes_down_which_way_its_pairs_went_and_what_the_reference_cost(make_recipe):
+    result = train(make_recipe(f"reference.store={make_recipe().output}.sqlite", "train.max_steps=1"))
+    record = read_run(result.folder)
+    assert record["scoring"] == {"path": "segments", "tokens_per_forward": 1024, "reference_pairs_computed": 8 + 9}
+    assert len(read_metrics(result.folder)) >= 2

@@ -1,0 +1,390 @@
+"""What is left of a trained adapter in a merged model: ours, with the arithmetic of others as the control that fails.
+
+Every adapter is trained here, on the quickstart's base in 4 bit. The others' arithmetic is written down from what their sources
+do, without `pe_dpo.merging`: ΔW is read from the adapter's file, 4-bit values come from bitsandbytes.
+
+Rounding a model of 1.4 M weights to bfloat16 moves its preferences by itself: the mean over these 96 pairs by about 2.5e-4
+nats, with or without an adapter. A shift of 0.004, of an update of 3e-4, is served within 6 %, one of 0.015 within 2 %.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pe_dpo.errors import MergeRefused
+from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.merging.merge import base_as_trained, merge, write_model
+from pe_dpo.merging.plan import plan_merge
+from pe_dpo.merging.source import Source, open_source
+from pe_dpo.merging.stream import MergedTensor, faults, mean_kept
+from pe_dpo.merging.verify import Agreement, Behaviour, agreement, behaviour, doubts
+from pe_dpo.metrics.table import score_pairs
+from pe_dpo.model.adapter import add_finished_adapter
+from pe_dpo.model.base import compute_in, inspect_base, load_base
+from pe_dpo.model.quantization import dequantized, four_bit_layers
+from pe_dpo.quickstart.demo import BASE
+from pe_dpo.quickstart.world import write_pairs
+from pe_dpo.recipe import recipe_from_yaml
+from pe_dpo.training.train import train
+
+pytestmark = pytest.mark.slow
+
+SIZES = {"small": (9e-6, 12, 24), "slight": (3.6e-5, 12, 24), "middle": (1.4e-4, 24, 4), "large": (1e-3, 48, 4)}
+"""Learning rate, steps, pairs per step: |ΔW|/|W| of 3e-4, 1.5e-3, 7e-3 and 0.15."""
+NOISE = 2.5e-4
+"""Of the mean shift, nats, one standard deviation: eight roundings by chance of one model to bfloat16."""
+CASES = [(kind, quantize) for quantize in ("nf4", "nf4-single") for kind in ("tied", "untied")]
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class Trained(NamedTuple):
+    """An adapter, and what it does unmerged."""
+
+    source: Source
+    reference: Behaviour
+    trained: Behaviour
+    floor: Agreement
+    """Computed in bfloat16."""
+    quantized: dict[str, Tensor]
+    """By name of the tensor, float32: the values of the 4-bit codes that were trained on."""
+    updates: dict[str, Tensor]
+    """ΔW, float32."""
+
+    def judge(self, model: Any) -> Agreement:
+        """How near a model comes to the trained one."""
+        return agreement(look(model, self.source), self.trained, self.reference)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Trained]:
+    """Trains on first use: kind of base, quantization, size."""
+    folder = tmp_path_factory.mktemp("table")
+    write_pairs(folder / "pairs", train=400, test=96)
+    known: dict[tuple[str, str, str], Trained] = {}
+
+    def make(kind: str, quantize: str, size: str) -> Trained:
+        if (kind, quantize, size) not in known:
+            base = BASE if kind == "tied" else _untied(folder / "untied")
+            output = folder / f"{kind}-{quantize}-{size}"
+            rate, steps, pairs = SIZES[size]
+            train(
+                recipe_from_yaml(
+                    f"model: {{base: '{base}', quantize: {quantize}, dtype: float32}}\n"
+                    f"data: {{train: '{folder / 'pairs'}'}}\n"
+                    f"train: {{learning_rate: {rate}, max_steps: {steps}, pairs_per_step: {pairs}, warmup: 0, "
+                    f"schedule: constant, eval_every: {steps}, save_every: {steps}}}\n"
+                    f"output: '{output}'\n",
+                    "test",
+                )
+            )
+            known[kind, quantize, size] = _measured(open_source(output, pairs=96))
+        return known[kind, quantize, size]
+
+    return make
+
+
+def _untied(folder: Path) -> Path:
+    if not folder.is_dir():
+        shutil.copytree(BASE, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def _measured(source: Source) -> Trained:
+    model: Any = load_base(source.facts).eval()
+    quantized = {f"{name}.weight": dequantized(layer.weight) for name, layer in four_bit_layers(model)}
+    reference = look(model, source)
+    model = add_finished_adapter(model, source.adapter.folder)
+    trained = look(model, source)
+    compute_in(model, torch.bfloat16)
+    floor = agreement(look(model, source), trained, reference)
+    return Trained(source, reference, trained, floor, quantized, _updates(source.adapter.folder))
+
+
+def look(model: Any, source: Source) -> Behaviour:
+    """Log-probs of all 96 pairs, distributions of six."""
+    scorer = choose_scorer(model, source.pairs, device="cpu", packing=False)
+    few = behaviour(model, source.pairs[::16], scorer, token_budget=2048)
+    return Behaviour(score_pairs(model, source.pairs, scorer, token_budget=2048), few.distributions)
+
+
+def _updates(adapter: Path) -> dict[str, Tensor]:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    parts = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    return {
+        f"{part.removeprefix('base_model.model.')}.weight": config["lora_alpha"]
+        / config["r"]
+        * (tensors[f"{part}.lora_B.weight"] @ tensors[f"{part}.lora_A.weight"])
+        for part in parts
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- ways of merging
+
+
+class Merged(NamedTuple):
+    """A merged model."""
+
+    model: Any
+    tensors: list[MergedTensor]
+
+    @property
+    def kept(self) -> float:
+        """Share of ΔW in the weights."""
+        share = mean_kept(self.tensors)
+        assert share is not None
+        return share
+
+
+def ours(of: Trained, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Merged:
+    """The default merge, from files to files, loaded from there."""
+    plan = plan_merge(of.source.files, of.source.adapter, of.source.facts, dtype=dtype)
+    base = base_as_trained(of.source, "dequantized", None, False)
+    tensors, _ = write_model(
+        of.source, plan, folder, base, onto="dequantized", dtype=dtype, rounding="auto", seed=0, progress=lambda *_: None
+    )  # fmt: skip
+    return Merged(load_base(inspect_base(str(folder), quantize="none", dtype="float32")).eval(), tensors)
+
+
+def sixteen_bit(of: Trained, *, keep_float32: bool = False) -> Merged:
+    """4-bit values dequantized to bfloat16, ΔW added, rounded to bfloat16 (or, for comparison, not rounded)."""
+    start = {name: weight.bfloat16().float() for name, weight in of.quantized.items()}
+    return _with_updates(of, start, torch.float32 if keep_float32 else torch.bfloat16)
+
+
+def onto_original(of: Trained) -> Merged:
+    """The base's own weights, ΔW added, rounded to bfloat16."""
+    return _with_updates(of, {}, torch.bfloat16)
+
+
+def round_trip_of_everything(of: Trained) -> Merged:
+    """As `sixteen_bit`, and the embeddings through 4 bits too."""
+    merged = sixteen_bit(of)
+    _round_trip_embeddings(merged.model, of.source.facts.quantize)
+    return merged
+
+
+def requantized(of: Trained) -> Merged:
+    """PEFT's own merge of the 4-bit model."""
+    from peft import PeftModel
+
+    model: Any = PeftModel.from_pretrained(load_base(of.source.facts), str(of.source.adapter.folder))
+    with pytest.warns(UserWarning, match="may get different generations due to rounding errors"):
+        model = model.merge_and_unload().eval()
+    after = {f"{name}.weight": dequantized(layer.weight) for name, layer in four_bit_layers(model)}
+    return Merged(model, [_share(name, of.quantized[name], delta, after[name]) for name, delta in of.updates.items()])
+
+
+def _with_updates(of: Trained, start: dict[str, Tensor], dtype: torch.dtype) -> Merged:
+    model: Any = load_base(of.source.facts._replace(quantize="none")).eval()
+    tensors = []
+    with torch.no_grad():
+        for name, delta in of.updates.items():
+            parameter = model.get_parameter(name)
+            weight = start.get(name, parameter.clone())
+            parameter.copy_((weight + delta).to(dtype))
+            tensors.append(_share(name, weight, delta, parameter))
+    return Merged(model, tensors)
+
+
+def _round_trip_embeddings(model: Any, quantize: str) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    with torch.no_grad():
+        for parameter in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            codes = quantize_4bit(parameter.data.bfloat16(), quant_type="nf4", compress_statistics=quantize == "nf4")
+            parameter.copy_(dequantize_4bit(*codes))
+
+
+def _share(name: str, start: Tensor, delta: Tensor, merged: Tensor) -> MergedTensor:
+    energy = float((delta.double() ** 2).sum())
+    kept = float(((merged - start).double() * delta.double()).sum()) / energy
+    return MergedTensor(name, kept, float(delta.norm() / start.norm()), energy, 0.0, "nearest")
+
+
+def relative_size(of: Trained) -> float:
+    """|ΔW|/|W| over all adapted layers together."""
+    sizes = [(float(delta.norm()) ** 2, float(of.quantized[name].norm()) ** 2) for name, delta in of.updates.items()]
+    return float((sum(delta for delta, _ in sizes) / sum(weight for _, weight in sizes)) ** 0.5)
+
+
+# ------------------------------------------------------------------------------------------------------------ small adapters
+
+
+@pytest.mark.parametrize(("kind", "quantize"), CASES)
+def test_the_default_merge_keeps_a_small_shift_that_others_lose(
+    kind: str, quantize: str, trained: Callable[[str, str, str], Trained], tmp_path: Path
+) -> None:
+    of = trained(kind, quantize, "small")
+    assert 2e-4 < relative_size(of) < 4.5e-4
+    merged = ours(of, tmp_path)
+    found = of.judge(merged.model)
+    assert found.shift_trained > 10 * NOISE
+    assert found.shift == pytest.approx(found.shift_trained, abs=3 * NOISE)
+    assert 0.93 < merged.kept < 1.05
+    assert faults(merged.tensors) == doubts(found, of.floor) == []
+    for other in (sixteen_bit(of), requantized(of)):
+        lost = of.judge(other.model)
+        assert other.kept < 0.5
+        assert faults(other.tensors)
+        assert lost.shift < 0.5 * lost.shift_trained
+        assert lost.shift_trained - lost.shift > 5 * NOISE
+    for other in (round_trip_of_everything(of), onto_original(of)):  # quantization errors of other places or none
+        lost = of.judge(other.model)
+        assert other.kept < 0.5
+        assert faults(other.tensors)
+        assert lost.shift_error > 10 * found.shift_error
+        assert (lost.relative_kl or 0) > 100
+
+
+def test_float16_keeps_a_small_shift_within_five_percent(trained: Callable[[str, str, str], Trained], tmp_path: Path) -> None:
+    """Its steps are an eighth of bfloat16's, and so is the noise of rounding to them."""
+    of = trained("tied", "nf4", "small")
+    merged = ours(of, tmp_path, torch.float16)
+    found = of.judge(merged.model)
+    assert found.shift == pytest.approx(found.shift_trained, rel=0.05)
+    assert merged.kept == pytest.approx(1, abs=0.02)
+
+
+def test_the_default_merge_keeps_a_slight_shift_within_five_percent_where_others_lose_a_fifth(
+    trained: Callable[[str, str, str], Trained], tmp_path: Path
+) -> None:
+    of = trained("tied", "nf4", "slight")
+    assert 1e-3 < relative_size(of) < 2e-3
+    merged, other = ours(of, tmp_path), sixteen_bit(of)
+    found, lost = of.judge(merged.model), of.judge(other.model)
+    assert found.shift_trained > 40 * NOISE
+    assert found.shift == pytest.approx(found.shift_trained, rel=0.05)
+    assert merged.kept == pytest.approx(1, abs=0.05)
+    assert faults(merged.tensors) == doubts(found, of.floor) == []
+    assert other.kept < 0.8 and lost.shift < 0.85 * lost.shift_trained
+    assert faults(other.tensors)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_only_what_was_quantized_in_training_makes_the_round_trip(
+    kind: str, trained: Callable[[str, str, str], Trained], tmp_path: Path
+) -> None:
+    of = trained(kind, "nf4", "small")
+    merged = ours(of, tmp_path)
+    stored, written = load_file(of.source.base_folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    untouched = stored.keys() - of.updates.keys()
+    assert {name for name in EMBEDDINGS if name in stored} <= untouched
+    assert stored.keys() == written.keys() and all(torch.equal(stored[name], written[name]) for name in untouched)
+    # The control: the same weights, only the embeddings through 4 bits.
+    _round_trip_embeddings(merged.model, "nf4")
+    assert not torch.equal(merged.model.get_input_embeddings().weight, stored["model.embed_tokens.weight"].float())
+    assert faults(merged.tensors) == []
+    assert any(line.startswith("KL(trained ‖ merged)") for line in doubts(of.judge(merged.model), of.floor))
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_float32_merge_computes_what_was_trained(
+    size: str, trained: Callable[[str, str, str], Trained], tmp_path: Path
+) -> None:
+    of = trained("tied", "nf4", size)
+    merged = ours(of, tmp_path, torch.float32)
+    for wanted, logprobs in zip(of.trained.distributions, look(merged.model, of.source).distributions, strict=True):
+        torch.testing.assert_close(logprobs, wanted, rtol=1e-4, atol=1e-4)
+    found, control = of.judge(merged.model), of.judge(sixteen_bit(of, keep_float32=True).model)
+    assert found.shift == pytest.approx(found.shift_trained, rel=1e-3)
+    assert abs(found.kl) < 0.01 * control.kl  # values rounded to bfloat16 before ΔW is added are other values
+    assert merged.kept == pytest.approx(1, abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------- larger adapters
+
+
+def test_a_middle_adapter_survives_every_16_bit_merge_and_not_the_4_bit_one(
+    trained: Callable[[str, str, str], Trained], tmp_path: Path
+) -> None:
+    of = trained("tied", "nf4", "middle")
+    assert 5e-3 < relative_size(of) < 1e-2
+    merged, lost = ours(of, tmp_path), requantized(of)
+    found = of.judge(merged.model)
+    assert found.shift_kept == pytest.approx(1, abs=0.01) and merged.kept == pytest.approx(1, abs=0.01)
+    assert faults(merged.tensors) == doubts(found, of.floor) == []
+    assert sixteen_bit(of).kept > 0.95  # where peers are right, they are
+    assert lost.kept < 0.2 and (of.judge(lost.model).shift_kept or 0) < 0.5
+    assert faults(lost.tensors) and doubts(of.judge(lost.model), of.floor)
+
+
+def test_a_large_adapter_survives_any_merge(trained: Callable[[str, str, str], Trained], tmp_path: Path) -> None:
+    of = trained("tied", "nf4", "large")
+    assert 0.1 < relative_size(of) < 0.3
+    found = of.judge(ours(of, tmp_path).model)
+    assert found.shift_kept == pytest.approx(1, abs=0.01)
+    lost = requantized(of)
+    assert 0.7 < lost.kept < 0.98
+    assert (of.judge(lost.model).shift_kept or 0) > 0.8
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole merge
+
+
+def test_the_merged_model_is_one_that_plain_transformers_serves(
+    trained: Callable[[str, str, str], Trained], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    of = trained("tied", "nf4", "small")
+    result = merge(of.source.folder, tmp_path / "out", pairs=8)
+    assert result.verdict.faults == [] and result.report["dtype"] == "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16 and model.config.dtype == torch.bfloat16
+    assert getattr(model.config, "quantization_config", None) is None
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    now, then = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", of.source.folder))
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who keeps the mill?"}]
+    assert now.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == then.apply_chat_template(
+        talk, tokenize=False, add_generation_prompt=True
+    )
+    ids = now.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    answer = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert answer.shape[1] > ids.shape[1]
+
+
+def test_rounding_to_nearest_onto_the_original_is_refused_and_auto_rounds_by_chance_instead(
+    trained: Callable[[str, str, str], Trained], tmp_path: Path
+) -> None:
+    of = trained("tied", "nf4", "small")
+    lines: list[str] = []
+    with pytest.raises(MergeRefused, match="of its update kept"):
+        merge(of.source.folder, tmp_path / "near", onto="original", rounding="nearest", pairs=0)
+    assert list(tmp_path.iterdir()) == []
+    verdict = merge(of.source.folder, tmp_path / "out", onto="original", pairs=16, say=lines.append).verdict
+    assert {tensor.rounding for tensor in verdict.tensors} == {"stochastic on the grid"}
+    assert verdict.mean_kept == pytest.approx(1, abs=0.03) and verdict.faults == []
+    # What is served is the adapter on the base's own weights, and that is not what was trained: both are said.
+    assert any("quantization error was part of training" in line for line in lines)
+    assert verdict.held_out is not None and verdict.change is not None
+    assert (verdict.change.relative_kl or 0) > 100 > 10 > (verdict.held_out.relative_kl or 0)
+
+
+def test_stochastic_rounding_is_right_on_average_where_nearest_never_is(
+    trained: Callable[[str, str, str], Trained],
+) -> None:
+    """Mean over 64 seeds against the exact sum, by the share of ΔW in it; noise of a mean falls with its root."""
+    from pe_dpo.merging.stream import stochastically_rounded
+
+    of = trained("tied", "nf4", "small")
+    name = max(of.updates, key=lambda name: of.updates[name].numel())
+    weight, delta = load_file(BASE / "model.safetensors")[name].float(), of.updates[name]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [stochastically_rounded(weight + delta, torch.bfloat16, generator).float() for _ in range(64)]
+    assert _share(name, weight, delta, torch.stack(drawn).mean(0)).kept == pytest.approx(1, abs=0.02)
+    assert (_share(name, weight, delta, (weight + delta).bfloat16().float()).kept or 0) < 0.5
+    for one in drawn[:4]:
+        assert bool(((one - weight - delta).abs() <= (weight + delta).abs() * 2**-7).all())  # one of the two neighbours

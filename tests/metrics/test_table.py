@@ -1,0 +1,240 @@
+"""Metrics over pairs, worked by hand."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.metrics.table import (
+    ScoredPairs,
+    at_reference,
+    join,
+    pair_metrics,
+    score_loss,
+    scored_pairs,
+    set_metrics,
+    wilson_interval,
+)
+
+
+def logprobs(chosen, rejected, chosen_lengths=None, rejected_lengths=None):
+    count = len(chosen)
+    lengths = (chosen_lengths or [1] * count, rejected_lengths or [1] * count)
+    return PairLogprobs(
+        *(torch.tensor(values, dtype=torch.float64) for values in (chosen, rejected)), *(torch.tensor(n) for n in lengths)
+    )
+
+
+@pytest.fixture
+def four():
+    """One pair per quadrant; Δπ = 2, 2, −2, −2 and Δ0 = 4, −4, 4, −4; β = γ = ½, so z = −1, 3, −3, 1."""
+    policy = logprobs([-4, -4, -6, -6], [-6, -6, -4, -4], [2, 2, 2, 2], [8, 2, 2, 2])
+    reference = logprobs([-2, -6, -2, -6], [-6, -2, -6, -2], [2, 2, 2, 2], [8, 2, 2, 2])
+    out = score_loss(policy, reference, torch.zeros(4), {"beta": 0.5, "gamma": 0.5}, 0.0)
+    return scored_pairs(policy, reference, out)
+
+
+def test_each_quadrant_has_its_pair_and_its_share_of_the_weight(four):
+    metrics = pair_metrics(four)
+    weights = [1 / (1 + math.exp(z)) for z in (-1, 3, -3, 1)]
+    names = ("right_reference_right", "right_reference_wrong", "wrong_reference_right", "wrong_reference_wrong")
+    for name, weight in zip(names, weights, strict=True):
+        assert metrics[f"regimes/policy_{name}/pairs"] == 1
+        assert metrics[f"regimes/policy_{name}/weight_share"] == pytest.approx(weight / sum(weights))
+    assert metrics["regimes/satisfied_early"] == 1
+    assert metrics["regimes/effective_pairs"] == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights))
+
+
+def test_rewards_and_displacement_are_differences_from_the_reference(four):
+    """½·(log π − log π0): chosen −1, 1, −2, 0; rejected 0, −2, 1, −1."""
+    metrics = pair_metrics(four)
+    assert metrics["rewards/chosen"] == pytest.approx(-0.5)
+    assert metrics["rewards/rejected"] == pytest.approx(-0.5)
+    assert metrics["rewards/accuracies"] == 0.5
+    assert metrics["displacement/chosen"] == pytest.approx(-1.0)
+    assert metrics["displacement/chosen_fell"] == 0.5
+    assert metrics["nll/chosen_per_token"] == pytest.approx(20 / 8)
+
+
+def test_sum_and_per_token_can_disagree_on_a_pair(four):
+    """The first pair: −4 over 2 tokens against −6 over 8 is right by sum and wrong per token."""
+    metrics = pair_metrics(four)
+    assert metrics["accuracy/policy"] == 0.5
+    assert metrics["accuracy/policy_per_token"] == 0.25
+
+
+def test_ties_count_one_half():
+    policy = logprobs([-3, -3, -1], [-3, -3, -2])
+    out = score_loss(policy, policy, torch.zeros(3), {"beta": 0.1}, 0.0)
+    metrics = pair_metrics(scored_pairs(policy, policy, out))
+    assert metrics["accuracy/policy"] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert metrics["rewards/accuracies"] == 0.5
+    assert metrics["regimes/ties"] == 2
+
+
+def test_without_a_reference_there_is_no_table_and_nothing_made_up():
+    policy = logprobs([-3.0], [-4.0])
+    out = score_loss(policy, None, torch.zeros(1), {"beta": 1.0, "gamma": 0.0, "margin": 1.0}, 0.0)
+    metrics = pair_metrics(scored_pairs(policy, None, out))
+    assert not [key for key in metrics if key.startswith(("regimes", "displacement", "accuracy/reference"))]
+    assert metrics["score/mean"] == 0.0
+
+
+def test_the_margin_column_enters_with_its_scale():
+    policy = logprobs([-1, -1], [-3, -3])
+    out = score_loss(policy, None, torch.tensor([1.0, 4.0]), {"beta": 1.0, "gamma": 0.0}, 0.5)
+    assert out.score.tolist() == [1.5, 0.0]
+
+
+def test_joined_sets_are_weighted_by_their_pairs(four):
+    first, rest = (ScoredPairs(*(field[part] for field in four)) for part in (slice(0, 1), slice(1, 4)))
+    assert pair_metrics(join([first, rest])) == pair_metrics(four)
+
+
+# ---------------------------------------------------------------- what the loss asks, and how it pulls
+
+HALF = {"beta": 0.5, "gamma": 0.5, "link": "logistic", "reduce": "sum", "reference_floor": None}
+
+
+def test_the_margin_is_what_the_preference_has_to_reach(four):
+    """γ = β and m = 0: M = Δ0, which is 4, −4, 4, −4; the 5 % quantile lies at the lower end, the median halfway."""
+    metrics = pair_metrics(four, HALF)
+    assert [metrics[f"margin/{quantile}"] for quantile in ("q05", "q50", "q95")] == pytest.approx([-4, 0, 4])
+
+
+def test_the_margin_is_in_the_unit_of_the_loss():
+    """Per token: Δ̄0 = −2/2 + 6/8 = −¼; β = 2, γ = 1, m = 3: M = (−¼ + 3)/2."""
+    policy, reference = logprobs([-4], [-6], [2], [8]), logprobs([-2], [-6], [2], [8])
+    options = {"beta": 2.0, "gamma": 1.0, "margin": 3.0, "link": "logistic", "reduce": "mean", "reference_floor": None}
+    scored = scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(1), options, 0.0))
+    assert pair_metrics(scored, options)["margin/q50"] == pytest.approx(2.75 / 2)
+
+
+def test_the_weights_are_summed_up_as_size_evenness_and_saturation(four):
+    """z = −1, 3, −3, 1: only |z| = 3 is beyond log 19, once on each side."""
+    weights = [1 / (1 + math.exp(z)) for z in (-1, 3, -3, 1)]
+    metrics = pair_metrics(four, HALF)
+    assert metrics["weight/mean"] == pytest.approx(sum(weights) / 4)
+    assert metrics["weight/effective_share"] == pytest.approx(sum(weights) ** 2 / (4 * sum(w * w for w in weights)))
+    assert (metrics["weight/saturated"], metrics["weight/saturated_low"]) == (0.5, 0.25)
+
+
+def test_a_hinge_does_not_report_saturation(four):
+    assert not [key for key in pair_metrics(four, HALF | {"link": "hinge"}) if "saturated" in key]
+
+
+def test_implicit_accuracy_counts_the_score_before_the_margin_and_so_knows_a_floor(four):
+    """½·(Δπ − max(Δ0, 0)) = −1, 1, −3, −1; the rewards, without the floor, say −1, 3, −3, 1."""
+    floor = HALF | {"reference_floor": 0.0, "margin": 9.0}
+    assert pair_metrics(four, floor)["accuracy/implicit"] == 0.25
+    assert pair_metrics(four, floor)["rewards/accuracies"] == 0.5
+    assert pair_metrics(four, HALF)["accuracy/implicit"] == 0.5
+
+
+def test_active_and_mean_score_are_those_of_the_quadrant(four):
+    metrics = pair_metrics(four, HALF)
+    names = ("right_reference_right", "right_reference_wrong", "wrong_reference_right", "wrong_reference_wrong")
+    assert [metrics[f"regimes/policy_{name}/active"] for name in names] == [1, 0, 1, 0]
+    assert [metrics[f"regimes/policy_{name}/mean_score"] for name in names] == pytest.approx([-1, 3, -3, 1])
+
+
+def test_what_is_not_defined_is_left_out():
+    """One pair, kept: three quadrants are empty, lengths have no spread, and JSON knows no NaN."""
+    policy = logprobs([-1.0], [-2.0])
+    scored = scored_pairs(policy, policy, score_loss(policy, policy, torch.zeros(1), HALF, 0.0))
+    metrics = set_metrics(scored, HALF)
+    assert not [key for key, value in metrics.items() if math.isnan(value)]
+    assert "regimes/policy_wrong_reference_wrong/mean_score" not in metrics
+    assert "length/shift_correlation" not in metrics
+    assert metrics["regimes/policy_wrong_reference_wrong/weight_share"] == 0.0
+
+
+# ---------------------------------------------------------------- movement since step 0
+
+
+def test_displacement_per_token_is_over_all_tokens(four):
+    """Chosen −2 + 2 − 4 + 0 = −4 over 8 tokens; rejected 0 − 4 + 2 − 2 = −4 over 14."""
+    metrics = pair_metrics(four)
+    assert metrics["displacement/chosen_per_token"] == pytest.approx(-4 / 8)
+    assert metrics["displacement/rejected_per_token"] == pytest.approx(-4 / 14)
+
+
+def test_shift_accuracy_asks_whether_the_preference_grew_whatever_gamma(four):
+    """Δπ − Δ0 = −2, 6, −6, 2."""
+    assert pair_metrics(four)["accuracy/shift"] == 0.5
+    assert pair_metrics(at_reference(four))["accuracy/shift"] == 0.5  # all tied
+    assert pair_metrics(ScoredPairs(*(field[[1, 2, 3]] for field in four)))["accuracy/shift"] == pytest.approx(2 / 3)
+
+
+def test_changes_and_transitions_are_since_the_reference_where_the_policy_started_there(four):
+    metrics = set_metrics(four, HALF)
+    names = ("right_reference_right", "right_reference_wrong", "wrong_reference_right", "wrong_reference_wrong")
+    assert [metrics[f"regimes/policy_{name}/mean_change"] for name in names] == [-2, 6, -6, 2]
+    found = [metrics[f"regimes/transitions/{key}"] for key in ("kept", "gained", "lost", "not_yet", "p_value")]
+    assert found == [1, 1, 1, 1, 1.0]
+
+
+def test_changes_and_transitions_are_since_step_0_where_the_policy_started_elsewhere(four):
+    """Δπ at step 0 was −1 for all four: the two that are right now were gained since, whatever the reference says."""
+    first = four._replace(policy_chosen=four.policy_rejected - 1, policy_rejected=four.policy_rejected)
+    metrics = set_metrics(four, HALF, initial=first)
+    assert [metrics[f"regimes/transitions/{key}"] for key in ("kept", "gained", "lost", "not_yet")] == [0, 2, 0, 2]
+    assert metrics["regimes/policy_right_reference_right/mean_change"] == 3
+
+
+def test_a_window_of_training_pairs_has_no_changes_where_step_0_is_not_known(four):
+    assert not [key for key in pair_metrics(four, HALF) if "mean_change" in key or "transitions" in key]
+
+
+# ---------------------------------------------------------------- length
+
+LONGER, SHORTER = [30, 20, 10, 10], [10, 10, 20, 30]
+
+
+def length_world(shift_per_token):
+    """Δ0 = −2·(length difference) + 1: wrong where chosen is longer, though right at equal length. Δπ = Δ0 + a shift."""
+    difference = torch.tensor(LONGER, dtype=torch.float64) - torch.tensor(SHORTER)
+    rejected = torch.full((4,), -100.0, dtype=torch.float64)
+    reference = PairLogprobs(rejected + 1 - 2 * difference, rejected, torch.tensor(LONGER), torch.tensor(SHORTER))
+    policy = reference._replace(chosen=reference.chosen + shift_per_token * difference + torch.tensor([0.1, -0.1, -0.1, 0.1]))
+    return scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(4), HALF, 0.0))
+
+
+def test_matched_on_length_the_reference_is_judged_by_what_length_does_not_explain():
+    metrics = set_metrics(length_world(0.0), HALF)
+    assert (metrics["accuracy/reference"], metrics["accuracy/reference_length_matched"]) == (0.5, 1.0)
+    assert metrics["regimes_length_matched/policy_right_reference_right/pairs"] == 4
+    assert metrics["length/reference_correlation"] == pytest.approx(-1)
+
+
+def test_a_policy_that_learns_length_alone_changes_sides_when_matched_on_length():
+    """A shift of −0.5 nats per token of difference (20, 10, −10, −20) beats the intercept of 1 where chosen is longer."""
+    metrics = set_metrics(length_world(-0.5), HALF)
+    assert metrics["length/shift_slope"] == pytest.approx(-0.5, abs=0.02)
+    assert metrics["length/shift_correlation"] < -0.99
+    assert metrics["regimes_length_matched/policy_wrong_reference_right/pairs"] == 2
+    assert metrics["regimes_length_matched/transitions/lost"] == 2
+    assert metrics["regimes/policy_wrong_reference_right/pairs"] == 0
+
+
+def test_at_step_0_no_pair_is_off_the_diagonal_by_sums_per_token_or_matched_on_length():
+    metrics = set_metrics(at_reference(length_world(-0.5)), HALF)
+    for table in ("regimes", "regimes_per_token", "regimes_length_matched"):
+        for name in ("policy_right_reference_wrong", "policy_wrong_reference_right"):
+            assert metrics[f"{table}/{name}/pairs"] == 0
+
+
+# ---------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize(
+    ("share", "pairs", "low", "high"),
+    [(0.65, 500, 0.6072, 0.6905), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0), (0.5, 0, 0.0, 1.0)],
+)
+def test_wilson_intervals_are_those_of_scipy_and_of_the_tables(share, pairs, low, high):
+    assert wilson_interval(share, pairs) == pytest.approx((low, high), abs=1e-4)
+    if pairs:
+        expected = scipy.stats.binomtest(round(share * pairs), pairs).proportion_ci(method="wilson")
+        assert wilson_interval(share, pairs) == pytest.approx((expected.low, expected.high), abs=1e-9)
