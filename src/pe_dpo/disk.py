@@ -1,7 +1,10 @@
-"""Writing so that a kill leaves the old or the new, never a part."""
+"""Writing so that a kill leaves the old or the new, never a part; and JSON as other programs read it."""
 
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -12,6 +15,20 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file as `write_atomically` does, indented for people, with letters as they are."""
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def json_without_nan(value: Any) -> Any:
+    """Return the same tree with None for every number that is not finite, for which JSON has no word; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: json_without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync(path: Path) -> None:

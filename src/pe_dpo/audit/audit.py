@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pe_dpo.audit.calibration import Calibration, calibrate_loss, plain
+from pe_dpo.audit.calibration import Calibration, calibrate_loss
 from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, Outlook, outlook
 from pe_dpo.audit.label_fit import Evidence, evidence
 from pe_dpo.audit.quantization_error import QuantizationNoise, quantization_noise
 from pe_dpo.audit.warnings import later_warnings, noise_warnings, ranking_warnings, start_warnings
 from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
 from pe_dpo.inference.inputs import read_inputs
 from pe_dpo.inference.logprobs import PairLogprobs
@@ -96,7 +97,7 @@ class Audit:
         found = asdict(self)
         del found["preference"], found["length_difference"]
         found["curve"] = {key: [getattr(point, key) for point in self.curve] for key in _CURVES}
-        return plain({**found, "flip_quantiles": FLIP_QUANTILES, "agreements": AGREEMENTS})
+        return json_without_nan({**found, "flip_quantiles": FLIP_QUANTILES, "agreements": AGREEMENTS})
 
 
 _CURVES = ("kappa", "weight_right", "weight_wrong", "effective", "saturated", "hinge_accuracy", "flip_times")

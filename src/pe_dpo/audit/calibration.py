@@ -19,6 +19,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from pe_dpo.audit.label_fit import Evidence, evidence
+from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
 from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.metrics.reference_accuracy import preferences, robust_spread
@@ -48,7 +49,7 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; numbers that are not finite are null."""
-        return plain(asdict(self))
+        return json_without_nan(asdict(self))
 
 
 def calibrate_loss(loss: LossSection, reference: PairLogprobs, margins: Tensor, prompt_keys: Sequence[str]) -> Calibration:
@@ -127,15 +128,6 @@ def calibrate_gamma(
         raise UsageError(f"loss.gamma: auto: {words}, so that no finite scale fits best; write a number")
     low, high = np.maximum(seen.interval, 0.0).tolist()  # NaN stays NaN
     return found(gamma=max(0.0, seen.scale), interval=(low, high), evidence=seen)
-
-
-def plain(value: Any) -> Any:
-    """Return a tree of dicts, lists and numbers as JSON can hold it: tuples as lists, what is not finite as None."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _StepZero:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pe_dpo.audit.calibration import plain
 from pe_dpo.audit.forecast import scores
+from pe_dpo.disk import json_without_nan
 from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.metrics.reference_accuracy import preferences
 from pe_dpo.metrics.regimes import correlation
@@ -47,7 +47,7 @@ class QuantizationNoise:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return plain(asdict(self))
+        return json_without_nan(asdict(self))
 
 
 def quantization_noise(

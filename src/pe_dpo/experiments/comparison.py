@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pe_dpo.disk import json_without_nan
+
 
 @dataclass(frozen=True)
 class RunRow:
@@ -158,13 +160,4 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it: numbers that are not finite become null."""
-        found: dict[str, Any] = _finite(asdict(self))
-        return found
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json_without_nan(asdict(self))

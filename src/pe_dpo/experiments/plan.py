@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pe_dpo.disk import write_atomically
+from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
 from pe_dpo.recipe import (
     Recipe,
@@ -147,7 +147,7 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(plan.folder / "recipe.yaml", recipe_to_yaml(plan.recipe))
     content = {"grids": plan.grids, "seeds": plan.seeds, "points": [point._asdict() for point in plan.points]}
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False))
+    write_json(path, content)
     return plan
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pe_dpo.disk import sync, write_atomically
+from pe_dpo.disk import sync, write_json
 from pe_dpo.errors import RunFolderError
 
 MANIFEST = "MANIFEST.json"
@@ -33,7 +33,7 @@ def commit_checkpoint(run: Path, step: int) -> Path:
     }
     for path in files:
         sync(path)
-    write_atomically(staged / MANIFEST, json.dumps(manifest, indent=1))
+    write_json(staged / MANIFEST, manifest)
     sync(staged)
     if final.exists():
         shutil.rmtree(final)

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.disk import write_atomically
+from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.runs.checkpoints import checkpoints
@@ -197,7 +197,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def update_run(folder: Path, **entries: Any) -> None:
     """Set entries of run.json, atomically."""
     current = read_run(folder) if (folder / RUN_FILE).is_file() else {}
-    write_atomically(folder / RUN_FILE, json.dumps({**current, **entries}, indent=1, ensure_ascii=False))
+    write_json(folder / RUN_FILE, {**current, **entries})
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.disk import write_atomically
+from pe_dpo.disk import write_json
 from pe_dpo.inference.generation import answer_text, prompt_text
 from pe_dpo.metrics.table import ScoredPairs
 
@@ -93,7 +93,7 @@ def save_evaluation(
     parts = {"pairs": dict(metrics), "intervals": {key: list(ends) for key, ends in intervals.items()}}
     if generation is not None:
         parts["generation"] = dict(generation)
-    write_atomically(path, json.dumps({**parts, **more}, indent=1))
+    write_json(path, {**parts, **more})
 
 
 def read_generation(folder: Path) -> dict[str, Any] | None:

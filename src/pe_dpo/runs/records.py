@@ -1,12 +1,11 @@
 """What a run writes down of itself: what it started from, and what it came to."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pe_dpo.data import PreparedData
-from pe_dpo.disk import write_atomically
+from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.model.provenance import adapter_fingerprints
 from pe_dpo.recipe import Recipe, describe
 from pe_dpo.runs.checkpoints import checkpoint_step, newest_whole_checkpoint
@@ -37,7 +36,7 @@ def start_records(
         return checkpoint
     is_base = recipe.adapter.reference != "adapter"
     base = describe_base()
-    write_atomically(folder / BASE_FILE, json.dumps(base, indent=1))
+    write_json(folder / BASE_FILE, base)
     update_run(
         folder,
         versions=versions(),
@@ -51,7 +50,7 @@ def start_records(
         loss=describe(recipe.loss)._asdict(),
         pairs={"train": len(data.train), "held_out": len(data.held_out)},
     )
-    write_atomically(folder / "data_report.json", json.dumps(data.report.to_dict(), indent=1, ensure_ascii=False))
+    write_json(folder / "data_report.json", data.report.to_dict())
     return None
 
 
