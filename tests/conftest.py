@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that run the tests share the cores, and so do those they start
 
 SHARED = Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 CHATML = (
@@ -33,6 +36,26 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder of a name, filled on first use by the function given, once for all processes that run the tests; read-only."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "made-once"
+    root.mkdir(exist_ok=True)
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and models beside the checkout, or a skip."""
     if not SHARED.is_dir():
@@ -41,13 +64,16 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_base(made_once: Callable[..., Path]) -> Path:
     """A saved random Llama (2 layers, 64 wide) with a byte-level tokenizer and a ChatML template."""
+    return made_once("tiny-base", _save_tiny_base)
+
+
+def _save_tiny_base(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny") / "base"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,13 +97,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_pairs(made_once: Callable[..., Path]) -> Path:
     """A folder with train.jsonl (24 pairs) and test.jsonl (9 pairs) of differing lengths."""
-    folder = tmp_path_factory.mktemp("pairs")
+    return made_once("tiny-pairs", _write_tiny_pairs)
+
+
+def _write_tiny_pairs(folder: Path) -> None:
     for name, rows in (("train", range(24)), ("test", range(24, 33))):
         lines = []
         for row in rows:
@@ -85,7 +113,6 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             chosen, rejected = f"It is {word}" + "!" * (row % 4), f"Who cares, {other}" + "?" * (row % 3)
             lines.append(json.dumps({"prompt": f"Number {row}, {word} or {other}?", "chosen": chosen, "rejected": rejected}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="session")
