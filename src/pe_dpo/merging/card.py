@@ -11,7 +11,7 @@ from pe_dpo.merging.serving import model_commands
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.verify import unmerged_words
 from pe_dpo.recipe import describe, recipe_to_yaml
-from pe_dpo.training.model_card import held_out_table
+from pe_dpo.runs.model_card import held_out_table
 
 
 def merged_card(source: Source, report: Mapping[str, Any], *, licence: str | None) -> str:

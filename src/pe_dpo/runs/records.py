@@ -10,7 +10,7 @@ from pe_dpo.model.provenance import adapter_fingerprints
 from pe_dpo.recipe import Recipe, describe
 from pe_dpo.runs.checkpoints import checkpoint_step, newest_whole_checkpoint
 from pe_dpo.runs.folder import BASE_FILE, check_same_inputs, read_run, rewind_metrics, update_run, versions
-from pe_dpo.training.model_card import model_card
+from pe_dpo.runs.model_card import model_card
 
 
 def start_records(
