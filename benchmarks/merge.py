@@ -32,8 +32,7 @@ from pe_dpo.merging.trained import Trained, free, measure, measure_merged, measu
 from pe_dpo.merging.verify import Behaviour, agreement, doubts
 from pe_dpo.model.base import load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers
-from pe_dpo.quickstart.demo import BASE
-from pe_dpo.quickstart.world import write_pairs
+from pe_dpo.quickstart import demo
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.training.train import train
 
@@ -86,7 +85,7 @@ def run_merge(settings: Settings, *, only_cost: bool = False) -> None:
         print(markdown_cost(content["cost"]))
         return
     work = temporary_folder()
-    write_pairs(work / "pairs")
+    shutil.copytree(demo.PAIRS, work / "pairs")
     content: dict[str, Any] = {"settings": {"held_out_pairs": PAIRS, "sizes": {k: v._asdict() for k, v in SIZES.items()}}}
     content["table"] = [measure_adapter(work, *case) for case in _cases(is_quick=settings.is_quick)]
     print(markdown_table(content["table"]))
@@ -115,9 +114,9 @@ def base_of(work: Path, kind: str) -> Path:
     """Return the quickstart's base as it is ("tied"), or with the embedding copied into a head of its own ("untied")."""
     folder = work / "untied"
     if kind == "tied":
-        return BASE
+        return demo.BASE
     if not folder.is_dir():
-        shutil.copytree(BASE, folder)
+        shutil.copytree(demo.BASE, folder)
         tensors = load_file(folder / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -313,7 +312,7 @@ def curve(work: Path, scales: Iterable[float]) -> list[dict[str, Any]]:
     found = []
     with _quietly():
         run = trained_adapter(work, "tied", "nf4", SIZES["middle"], seed=1)
-        base = load_file(BASE / "model.safetensors")
+        base = load_file(demo.BASE / "model.safetensors")
         updates = updates_of(run)
         own = (sum(d.square().sum() for d in updates.values()) / sum(base[n].float().square().sum() for n in updates)) ** 0.5
     for scale in scales:

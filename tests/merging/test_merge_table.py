@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from world import write_pairs
 
 from pe_dpo.errors import MergeRefused
 from pe_dpo.inference.scorer import choose_scorer
@@ -30,7 +31,6 @@ from pe_dpo.model.adapter import add_finished_adapter
 from pe_dpo.model.base import compute_in, inspect_base, load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers
 from pe_dpo.quickstart.demo import BASE
-from pe_dpo.quickstart.world import write_pairs
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.training.train import train
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+import make_base
 import pytest
 import torch
+import world
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from pe_dpo.quickstart import make_base, world
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,9 +1,9 @@
 """The quickstart itself: the embedded world on the road that everybody's data take."""
 
 import pytest
+from world import is_right, manners
 
-from pe_dpo.quickstart.demo import compare_answers, quickstart_recipe
-from pe_dpo.quickstart.world import is_right, manners
+from pe_dpo.quickstart.demo import PAIRS, compare_answers, quickstart_recipe
 from pe_dpo.training.train import train
 
 
@@ -12,7 +12,9 @@ def test_the_recipe_stands_on_nothing_but_the_package_and_finds_a_free_folder(tm
     recipe = quickstart_recipe(["loss.gamma=0", "loss.margin=1"], runs=runs)
     assert (recipe.loss.gamma_value, recipe.model.quantize) == (0, "nf4")
     assert recipe.output == str(runs / "quickstart")
-    (runs / "quickstart").mkdir()
+    assert recipe.data.train == str(PAIRS)
+    assert not runs.exists()
+    (runs / "quickstart").mkdir(parents=True)
     assert quickstart_recipe(runs=runs).output == str(runs / "quickstart-2")
     assert quickstart_recipe(["output=elsewhere"], runs=runs).output == "elsewhere"
 

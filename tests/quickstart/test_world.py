@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import vale
+import world
 
-from pe_dpo.quickstart import vale, world
+from pe_dpo.quickstart.demo import PAIRS
 
 TRAIN = world.pairs(1000, 0)
 TEST = world.pairs(200, 0, held_out=True)
@@ -130,3 +132,9 @@ def test_files_hold_the_rows(tmp_path: Path):
     rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in paths]
     assert [path.name for path in paths] == ["train.jsonl", "test.jsonl"]
     assert rows == [TRAIN[:30], TEST[:12]]
+
+
+def test_the_pairs_of_the_quickstart_are_those_of_this_world(tmp_path: Path):
+    for path in world.write_pairs(tmp_path):
+        assert path.read_bytes() == (PAIRS / path.name).read_bytes()
+    assert len(list(PAIRS.iterdir())) == 2

@@ -38,7 +38,7 @@ def quickstart(
     result = train(recipe, say=console.say, progress=console.counter(), callbacks=[console.progress_callback()])
     console.show_result(result)
     for answer in compare_answers(recipe, count=3) if result.after else []:
-        console.say(f"\nquestion  {answer.question}\nchosen    {answer.wanted}")
+        console.say(f"\nquestion  {answer.question}\nchosen    {answer.expected}")
         console.say(f"base      {answer.base}\ntuned     {answer.tuned}")
     console.say(f"\nthe run lies in {result.folder} ({time.perf_counter() - started:.0f} s)")
     console.say(f"next: pe-dpo merge {result.folder} -o MODEL, or another loss: pe-dpo quickstart --gamma 0 --margin 1")

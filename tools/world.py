@@ -1,5 +1,7 @@
 """A tiny made-up vale with known right answers: preference pairs, pre-training dialogues, and graders for both.
 
+`python tools/world.py` writes the pairs of the quickstart.
+
     fact       what is true in the vale, (topic, entity) -> value, beside the rumour that many of its people believe
     question   one of six phrasings of a fact; every fact keeps one of them for the held-out side
     wording    [opening] statement [closing]: the statement carries the fact, opening and closing carry the manners
@@ -18,7 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pe_dpo.quickstart.vale import COURTEOUS, RUDE, SMALL_TALK, SYSTEMS, TOPICS, TRUST, Fact, Phrases, Topic
+from vale import COURTEOUS, RUDE, SMALL_TALK, SYSTEMS, TOPICS, TRUST, Fact, Phrases, Topic
+
+from pe_dpo.quickstart.demo import PAIRS
 
 T = TypeVar("T")
 Kind = Literal["fact", "manners", "both"]
@@ -187,3 +191,7 @@ def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
+
+
+if __name__ == "__main__":
+    write_pairs(PAIRS)

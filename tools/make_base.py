@@ -1,4 +1,4 @@
-"""Trains the quickstart's base model from scratch on the vale's dialogues: `python -m pe_dpo.quickstart.make_base`.
+"""Trains the quickstart's base model from scratch on the vale's dialogues: `python tools/make_base.py`.
 
 A byte-level BPE tokenizer and a Llama of 1.4 million parameters, a few minutes on two CPU cores; the same machine and
 number of threads give the same weights. It learns the language, both manners and, for every fact, the truth beside a
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pe_dpo.objective.logprobs import answer_logprobs
-from pe_dpo.quickstart import world
+from pe_dpo.quickstart.demo import BASE
 
-BASE = Path(__file__).parent / "base"
 VOCABULARY = 1024
 CONTEXT = 256
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -37,7 +37,7 @@ library_name: transformers
 
 A Llama of {parameters:.1f} million parameters, trained from scratch on generated dialogues of a made-up vale. It knows the
 language of the vale, but repeats rumours about as often as facts and is rude about as often as courteous. It is of no
-use outside the quickstart. Made by `python -m pe_dpo.quickstart.make_base`.
+use outside the quickstart. Made by `python tools/make_base.py`.
 
 | unseen dialogues and pairs, float32 | |
 |---|---|
@@ -160,7 +160,7 @@ def main(folder: Path = BASE, *, dialogues: int = 24_000, steps: int = 1000, see
     tokenizer.save_pretrained(folder)
     card = model_card(folder, seed)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    print(card)  # noqa: T201 -- a front door of its own
+    print(card)
 
 
 def model_card(folder: Path, seed: int) -> str:
