@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pe_dpo.experiments.plan import read_plan
-from pe_dpo.objective import preference_loss
+from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.runs.files import SWEEP_FILE
 from pe_dpo.runs.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE
@@ -138,11 +138,12 @@ def _of(table: pa.Table, folder: str) -> pa.Table:
 
 def _with_loss(pairs: pa.Table, recipe: Any) -> pa.Table:
     tensors = {name: torch.from_numpy(pairs[name].to_numpy().copy()) for name in PAIR_NUMBERS}
-    initial = {name: tensors.pop(name) for name in ("initial_chosen", "initial_rejected")}
-    out = preference_loss(**tensors, **recipe.loss.coefficients())
+    lengths = tensors["chosen_lengths"], tensors["rejected_lengths"]
+    policy = PairLogprobs(tensors["policy_chosen"], tensors["policy_rejected"], *lengths)
+    reference = PairLogprobs(tensors["reference_chosen"], tensors["reference_rejected"], *lengths)
+    out = Loss(**recipe.loss.coefficients())(policy, reference, torch.zeros(len(pairs)))
     for name in ("loss", "score", "weight", "chosen_reward", "rejected_reward"):
         pairs = pairs.append_column(name, pa.array(getattr(out, name).numpy()))
-    assert initial.keys() <= set(pairs.column_names)
     return pairs
 
 

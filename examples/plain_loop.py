@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pe_dpo import answer_logprobs, preference_loss
+from pe_dpo import completion_logprobs, preference_loss
 from pe_dpo.data import EncodedPair, prepare_pairs
 
 
@@ -54,9 +54,9 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for batch in batches(pairs, pairs_per_step, epochs, seed):
         ids, attention, answers = rows(batch)
-        policy = answer_logprobs(model, ids, attention, answers).logprob.chunk(2)  # adapters on: the policy
+        policy = completion_logprobs(model, ids, attention, answers).logprob.chunk(2)  # adapters on: the policy
         with torch.no_grad(), model.disable_adapter():  # adapters off: the reference
-            reference = answer_logprobs(model, ids, attention, answers).logprob.chunk(2)
+            reference = completion_logprobs(model, ids, attention, answers).logprob.chunk(2)
         loss = preference_loss(*policy, *reference, beta=beta, gamma=gamma).loss.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -19,7 +19,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob
 FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOURCES.items()}
 
 LEVELS = (
-    {"errors", "disk", "hub", "progress"},
+    {"errors", "disk", "hub", "links", "progress"},
     {"recipe", "metrics", "objective"},
     {"runs", "data", "model"},
     {"inference"},

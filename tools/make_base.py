@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pe_dpo.objective.logprobs import answer_logprobs
+from pe_dpo.objective.logprobs import completion_logprobs
 from pe_dpo.quickstart.demo import BASE
 
 VOCABULARY = 1024
@@ -129,7 +129,7 @@ def preferences(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, row
     for side in ("chosen", "rejected"):
         ids, attention_mask = _padded(model, encode(tokenizer, [row["prompt"] + row[side] for row in rows]))
         completion_mask = attention_mask * (torch.arange(ids.shape[1]) >= prompt_lengths)
-        logprobs.append(answer_logprobs(model, ids, attention_mask, completion_mask).logprob)
+        logprobs.append(completion_logprobs(model, ids, attention_mask, completion_mask).logprob)
     return logprobs[0] - logprobs[1]
 
 

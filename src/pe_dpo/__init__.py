@@ -1,8 +1,8 @@
 """pe-dpo: parameter-efficient preference fine-tuning on one GPU.
 
 What the commands do is here as functions (`load_recipe`, `train`, `evaluate`, `compare`, `merge`), and so are the parts for
-anyone's own loop (`preference_loss`, `answer_logprobs`, `attach_mixout`, `mixout`, `MixLinear`). Names are loaded when they are
-first used: importing the package imports no torch.
+anyone's own loop (`preference_loss`, `completion_logprobs`, `attach_mixout`, `mixout`, `MixLinear`). Names are loaded when they
+are first used: importing the package imports no torch.
 """
 
 from importlib import import_module
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pe_dpo.experiments.compare import compare
     from pe_dpo.merging.merge import merge
     from pe_dpo.model.mixout import MixLinear, attach_mixout, mixout
-    from pe_dpo.objective import answer_logprobs, preference_loss
+    from pe_dpo.objective import answer_logprobs, completion_logprobs, preference_loss
     from pe_dpo.recipe import describe, load_recipe
     from pe_dpo.training.train import train
 
@@ -24,6 +24,7 @@ _HOMES = {
     "answer_logprobs": "pe_dpo.objective",
     "attach_mixout": "pe_dpo.model.mixout",
     "compare": "pe_dpo.experiments.compare",
+    "completion_logprobs": "pe_dpo.objective",
     "describe": "pe_dpo.recipe",
     "evaluate": "pe_dpo.evaluation.evaluate",
     "load_recipe": "pe_dpo.recipe",
@@ -38,6 +39,7 @@ __all__ = [
     "answer_logprobs",
     "attach_mixout",
     "compare",
+    "completion_logprobs",
     "describe",
     "evaluate",
     "load_recipe",

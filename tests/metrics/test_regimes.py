@@ -213,7 +213,7 @@ def test_the_logistic_link_saturates_at_scores_of_log_19():
     assert found == (2 / 8, 2 / 8)
 
 
-@pytest.mark.parametrize("link", ["hinge", "squared", torch.square])
+@pytest.mark.parametrize("link", ["hinge", "squared"])
 def test_links_without_a_slope_to_approach_do_not_saturate(link):
     assert saturation(nats(5, -5), link) is None
 

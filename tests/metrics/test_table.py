@@ -1,6 +1,7 @@
 """Metrics over pairs, worked by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import scipy.stats
@@ -12,11 +13,11 @@ from pe_dpo.metrics.table import (
     at_reference,
     join,
     pair_metrics,
-    score_loss,
     scored_pairs,
     set_metrics,
     wilson_interval,
 )
+from pe_dpo.objective import Loss
 
 
 def logprobs(chosen, rejected, chosen_lengths=None, rejected_lengths=None):
@@ -32,7 +33,7 @@ def four():
     """One pair per quadrant; Δπ = 2, 2, −2, −2 and Δ0 = 4, −4, 4, −4; β = γ = ½, so z = −1, 3, −3, 1."""
     policy = logprobs([-4, -4, -6, -6], [-6, -6, -4, -4], [2, 2, 2, 2], [8, 2, 2, 2])
     reference = logprobs([-2, -6, -2, -6], [-6, -2, -6, -2], [2, 2, 2, 2], [8, 2, 2, 2])
-    out = score_loss(policy, reference, torch.zeros(4), {"beta": 0.5, "gamma": 0.5}, 0.0)
+    out = Loss(beta=0.5, gamma=0.5)(policy, reference, torch.zeros(4))
     return scored_pairs(policy, reference, out)
 
 
@@ -67,7 +68,7 @@ def test_sum_and_per_token_can_disagree_on_a_pair(four):
 
 def test_ties_count_one_half():
     policy = logprobs([-3, -3, -1], [-3, -3, -2])
-    out = score_loss(policy, policy, torch.zeros(3), {"beta": 0.1}, 0.0)
+    out = Loss(beta=0.1, gamma=0.1)(policy, policy, torch.zeros(3))
     metrics = pair_metrics(scored_pairs(policy, policy, out))
     assert metrics["accuracy/policy"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert metrics["rewards/accuracies"] == 0.5
@@ -76,7 +77,7 @@ def test_ties_count_one_half():
 
 def test_without_a_reference_there_is_no_table_and_nothing_made_up():
     policy = logprobs([-3.0], [-4.0])
-    out = score_loss(policy, None, torch.zeros(1), {"beta": 1.0, "gamma": 0.0, "margin": 1.0}, 0.0)
+    out = Loss(beta=1.0, gamma=0.0, margin=1.0)(policy, None, torch.zeros(1))
     metrics = pair_metrics(scored_pairs(policy, None, out))
     assert not [key for key in metrics if key.startswith(("regimes", "displacement", "accuracy/reference"))]
     assert metrics["score/mean"] == 0.0
@@ -84,7 +85,7 @@ def test_without_a_reference_there_is_no_table_and_nothing_made_up():
 
 def test_the_margin_column_enters_with_its_scale():
     policy = logprobs([-1, -1], [-3, -3])
-    out = score_loss(policy, None, torch.tensor([1.0, 4.0]), {"beta": 1.0, "gamma": 0.0}, 0.5)
+    out = Loss(beta=1.0, gamma=0.0, margin_scale=0.5)(policy, None, torch.tensor([1.0, 4.0]))
     assert out.score.tolist() == [1.5, 0.0]
 
 
@@ -95,7 +96,7 @@ def test_joined_sets_are_weighted_by_their_pairs(four):
 
 # ---------------------------------------------------------------- what the loss asks, and how it pulls
 
-HALF = {"beta": 0.5, "gamma": 0.5, "link": "logistic", "reduce": "sum", "reference_floor": None}
+HALF = Loss(beta=0.5, gamma=0.5)
 
 
 def test_the_margin_is_what_the_preference_has_to_reach(four):
@@ -107,9 +108,9 @@ def test_the_margin_is_what_the_preference_has_to_reach(four):
 def test_the_margin_is_in_the_unit_of_the_loss():
     """Per token: Δ̄0 = −2/2 + 6/8 = −¼; β = 2, γ = 1, m = 3: M = (−¼ + 3)/2."""
     policy, reference = logprobs([-4], [-6], [2], [8]), logprobs([-2], [-6], [2], [8])
-    options = {"beta": 2.0, "gamma": 1.0, "margin": 3.0, "link": "logistic", "reduce": "mean", "reference_floor": None}
-    scored = scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(1), options, 0.0))
-    assert pair_metrics(scored, options)["margin/q50"] == pytest.approx(2.75 / 2)
+    loss = Loss(beta=2.0, gamma=1.0, margin=3.0, reduce="mean")
+    scored = scored_pairs(policy, reference, loss(policy, reference, torch.zeros(1)))
+    assert pair_metrics(scored, loss)["margin/q50"] == pytest.approx(2.75 / 2)
 
 
 def test_the_weights_are_summed_up_as_size_evenness_and_saturation(four):
@@ -122,12 +123,12 @@ def test_the_weights_are_summed_up_as_size_evenness_and_saturation(four):
 
 
 def test_a_hinge_does_not_report_saturation(four):
-    assert not [key for key in pair_metrics(four, HALF | {"link": "hinge"}) if "saturated" in key]
+    assert not [key for key in pair_metrics(four, replace(HALF, link="hinge")) if "saturated" in key]
 
 
 def test_implicit_accuracy_counts_the_score_before_the_margin_and_so_knows_a_floor(four):
     """½·(Δπ − max(Δ0, 0)) = −1, 1, −3, −1; the rewards, without the floor, say −1, 3, −3, 1."""
-    floor = HALF | {"reference_floor": 0.0, "margin": 9.0}
+    floor = replace(HALF, reference_floor=0.0, margin=9.0)
     assert pair_metrics(four, floor)["accuracy/implicit"] == 0.25
     assert pair_metrics(four, floor)["rewards/accuracies"] == 0.5
     assert pair_metrics(four, HALF)["accuracy/implicit"] == 0.5
@@ -143,7 +144,7 @@ def test_active_and_mean_score_are_those_of_the_quadrant(four):
 def test_what_is_not_defined_is_left_out():
     """One pair, kept: three quadrants are empty, lengths have no spread, and JSON knows no NaN."""
     policy = logprobs([-1.0], [-2.0])
-    scored = scored_pairs(policy, policy, score_loss(policy, policy, torch.zeros(1), HALF, 0.0))
+    scored = scored_pairs(policy, policy, HALF(policy, policy, torch.zeros(1)))
     metrics = set_metrics(scored, HALF)
     assert not [key for key, value in metrics.items() if math.isnan(value)]
     assert "regimes/policy_wrong_reference_wrong/mean_score" not in metrics
@@ -199,7 +200,7 @@ def length_world(shift_per_token):
     rejected = torch.full((4,), -100.0, dtype=torch.float64)
     reference = PairLogprobs(rejected + 1 - 2 * difference, rejected, torch.tensor(LONGER), torch.tensor(SHORTER))
     policy = reference._replace(chosen=reference.chosen + shift_per_token * difference + torch.tensor([0.1, -0.1, -0.1, 0.1]))
-    return scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(4), HALF, 0.0))
+    return scored_pairs(policy, reference, HALF(policy, reference, torch.zeros(4)))
 
 
 def test_matched_on_length_the_reference_is_judged_by_what_length_does_not_explain():

@@ -156,6 +156,7 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
 
     from pe_dpo.inference.reference import Reference
     from pe_dpo.inference.scorer import choose_scorer
+    from pe_dpo.objective import Loss
     from pe_dpo.recipe.loss_section import LossSection
     from pe_dpo.training.trainer import PairTrainer
 
@@ -167,8 +168,7 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
             args=args,
             train_dataset=pairs,
             held_out=[],
-            coefficients=LossSection.model_validate(loss).coefficients(),
-            margin_scale=0.0,
+            loss=Loss(**LossSection.model_validate(loss).coefficients()),
             scorer=scorer,
             reference=Reference(model, scorer, token_budget=token_budget),
             token_budget=token_budget,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,8 +68,7 @@ def test_a_hinge_whose_margin_column_is_0_everywhere_is_refused_before_step_1(
             trainer.train_dataset,
             trainer.scorer,
             token_budget=4096,
-            coefficients=trainer.coefficients,
-            margin_scale=1.0,
+            loss=replace(trainer.loss, margin_scale=1.0),
             policy_is_reference=True,
         )
 

@@ -8,9 +8,10 @@ import torch
 
 from pe_dpo.data.batches import split_by_tokens
 from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.table import pair_metrics, score_loss, score_pairs, scored_pairs
+from pe_dpo.metrics.table import pair_metrics, score_pairs, scored_pairs
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.base import inspect_base, load_base
+from pe_dpo.objective import Loss
 
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")
 pytestmark = pytest.mark.peer
@@ -109,7 +110,7 @@ def test_our_held_out_metrics_do_not_depend_on_the_token_budget(
         policy = score_pairs(model, pairs, PADDED, token_budget=token_budget)
         with as_reference(model) as frozen:
             reference = score_pairs(frozen, pairs, PADDED, token_budget=token_budget)
-        return pair_metrics(scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(5), DPO, 0.0)))
+        return pair_metrics(scored_pairs(policy, reference, Loss(**DPO)(policy, reference, torch.zeros(5))))
 
     budgets = {1: [1, 1, 1, 1, 1], 160: [1, 2, 2], 4096: [5]}
     assert {budget: sorted(map(len, split_by_tokens(pairs, budget))) for budget in budgets} == budgets

@@ -17,6 +17,7 @@ from pe_dpo.model import base as base_module
 from pe_dpo.model.adapter import as_reference, save_adapter, start_from_adapter
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.model.quantization import check_weights_unpacked
+from pe_dpo.objective import Loss
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.training.start import StartCheck, check_start
 
@@ -56,8 +57,7 @@ def our_reference(model: Any, pairs: list[Any]) -> torch.Tensor:
 
 
 def start(model: Any, pairs: list[Any]) -> StartCheck:
-    loss = {**DPO, "link": "logistic", "sft_weight": 0.0}
-    return check_start(model, pairs, PADDED, token_budget=4096, coefficients=loss, margin_scale=0.0, policy_is_reference=True)
+    return check_start(model, pairs, PADDED, token_budget=4096, loss=Loss(**DPO), policy_is_reference=True)
 
 
 # An initialisation that changes the base

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pe_dpo.objective import preference_loss
+from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import describe
 from pe_dpo.recipe.loss_section import LossSection
 
@@ -107,8 +107,11 @@ def test_a_negative_length_penalty_is_subtracted_in_the_formula() -> None:
 ])  # fmt: skip
 def test_the_formula_is_what_the_loss_computes(loss: dict[str, Any], value: float) -> None:
     """Δπ = 4, Δ0 = 2: z = 0.1·4 − 0.1·2 = 0.2; with RSO's margin z = −0.8; with β = 0.5 and floor 0 z = 2 − 1 = 1."""
-    pair = [torch.tensor([nats], dtype=torch.float64) for nats in (-6.0, -10.0, -7.0, -9.0)]
-    assert preference_loss(*pair, **LossSection(**loss).coefficients()).loss.item() == pytest.approx(value, rel=1e-12)
+    chosen, rejected, *before = (torch.tensor([nats], dtype=torch.float64) for nats in (-6.0, -10.0, -7.0, -9.0))
+    policy, reference = (PairLogprobs(*both, *torch.ones(2, 1)) for both in ((chosen, rejected), before))
+    assert Loss(**LossSection(**loss).coefficients())(policy, reference, torch.zeros(1)).loss.item() == pytest.approx(
+        value, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("gamma", "note"), [

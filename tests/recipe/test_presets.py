@@ -1,17 +1,19 @@
 """Named losses: their coefficients written out from the papers, and that nothing else hides in a name."""
 
+import dataclasses
 import inspect
 from typing import Any
 
 import pytest
 
-from pe_dpo.objective import preference_loss
+from pe_dpo.objective import Loss, preference_loss
 from pe_dpo.recipe import PRESETS
 from pe_dpo.recipe.loss_section import LossSection
 
 PLAIN = {
     "beta": 0.1, "gamma": 0.1, "margin": 0.0, "link": "logistic", "reduce": "sum", "reference_floor": None,
     "label_smoothing": 0.0, "label_smoothing_mode": "conservative", "sft_weight": 0.0, "length_penalty": 0.0,
+    "margin_scale": 0.0,
 }  # fmt: skip
 
 PAPERS: dict[str, dict[str, Any]] = {
@@ -81,6 +83,7 @@ def test_a_multiple_is_times_beta(multiple: str, gamma: float) -> None:
 
 
 def test_the_coefficients_are_the_arguments_of_the_loss() -> None:
-    """What a recipe says and what the mathematics takes are the same words."""
+    """What a recipe says and what the mathematics takes are the same words; the margin column alone has a scale besides."""
     arguments = {name for name, one in inspect.signature(preference_loss).parameters.items() if one.kind is one.KEYWORD_ONLY}
-    assert set(LossSection().coefficients()) == arguments - {"chosen_lengths", "rejected_lengths", "pair_margin"}
+    fields = arguments - {"chosen_lengths", "rejected_lengths", "pair_margin"} | {"margin_scale"}
+    assert set(LossSection().coefficients()) == {field.name for field in dataclasses.fields(Loss)} == fields

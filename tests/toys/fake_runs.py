@@ -17,7 +17,8 @@ import torch
 
 from pe_dpo.disk import write_atomically
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.table import score_loss, scored_pairs, set_metrics, wilson_interval
+from pe_dpo.metrics.table import scored_pairs, set_metrics, wilson_interval
+from pe_dpo.objective import Loss
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.recipe.dials import DIALS
 from pe_dpo.runs.scaled import scaled_folder
@@ -218,8 +219,8 @@ def scored_state(recipe: Recipe, world: World, state: tuple[np.ndarray, np.ndarr
     lengths = [torch.from_numpy(field) for field in (world.chosen_lengths, world.rejected_lengths)]
     policy = PairLogprobs(*(torch.from_numpy(field) for field in state), *lengths)
     reference = PairLogprobs(torch.from_numpy(world.chosen), torch.from_numpy(world.rejected), *lengths)
-    margins = torch.zeros(len(world.chosen), dtype=torch.float64)
-    return scored_pairs(policy, reference, score_loss(policy, reference, margins, recipe.loss.coefficients(), 0.0))
+    margins, loss = torch.zeros(len(world.chosen), dtype=torch.float64), Loss(**recipe.loss.coefficients())
+    return scored_pairs(policy, reference, loss(policy, reference, margins))
 
 
 def write_state(

@@ -108,8 +108,8 @@ def test_a_check_before_the_first_step_does_not_stand_for_training(make_trainer)
     """check_start scores a batch in training mode; a layer that training then computes in another way must still be found."""
     trainer = make_trainer(ON, fresh=True)
     check_start(
-        trainer.model, trainer.train_dataset[:4], trainer.scorer, token_budget=1000, coefficients=trainer.coefficients,
-        margin_scale=0.0, policy_is_reference=True,
+        trainer.model, trainer.train_dataset[:4], trainer.scorer, token_budget=1000, loss=trainer.loss,
+        policy_is_reference=True,
     )  # fmt: skip
     assert not any(layer.is_reached for layer in mixing_of(trainer).mixout.layers.values())
 

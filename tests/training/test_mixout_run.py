@@ -163,8 +163,8 @@ def test_evaluation_between_steps_is_that_of_the_plain_adapter(make_trainer):
 def test_policy_and_reference_are_equal_to_the_bit_before_the_first_step(make_trainer):
     trainer = make_trainer(ON, fresh=True)
     start = check_start(
-        trainer.model, trainer.train_dataset[:4], trainer.scorer, token_budget=1000, coefficients=trainer.coefficients,
-        margin_scale=0.0, policy_is_reference=True,
+        trainer.model, trainer.train_dataset[:4], trainer.scorer, token_budget=1000, loss=trainer.loss,
+        policy_is_reference=True,
     )  # fmt: skip
     assert trainer.model.training
     assert start.largest_difference == 0

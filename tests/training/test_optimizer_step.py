@@ -1,6 +1,7 @@
 """One optimizer step: the same loss and gradient however its pairs are split, and no reference where none is needed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_hinge_pairs_beyond_the_margin_add_nothing_to_the_gradient(make_trainer)
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_pair(make_trainer):
     trainer = make_trainer()
-    trainer.coefficients = {**trainer.coefficients, "margin": math.nan}
+    trainer.loss = replace(trainer.loss, margin=math.nan)
     with pytest.raises(TrainingError, match=r"loss is not finite for train\.jsonl:\d+.*learning_rate"):
         trainer.training_step(trainer.model, trainer.train_dataset[:2])
 

@@ -1,26 +1,27 @@
 """Before the first step: policy = reference where it must be, and a loss that pulls."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pe_dpo.errors import DataError, ModelError, TrainingError
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.table import score_loss, scored_pairs
+from pe_dpo.metrics.table import scored_pairs
 from pe_dpo.model.adapter import adapter_parameters
+from pe_dpo.objective import Loss
 from pe_dpo.training.start import check_diagonal, check_start
 from pe_dpo.training.train import train
 
 
-def start(trainer, *, policy_is_reference=True, **coefficients):
+def start(trainer, *, policy_is_reference=True, **changes):
     return check_start(
         trainer.model,
         trainer.train_dataset[:8],
         trainer.scorer,
         token_budget=10_000,
-        coefficients={**trainer.coefficients, **coefficients},
-        margin_scale=trainer.margin_scale,
+        loss=replace(trainer.loss, **changes),
         policy_is_reference=policy_is_reference,
     )
 
@@ -85,7 +86,7 @@ def watched(chosen_shift):
     rejected = torch.full((40,), -60.0, dtype=torch.float64)
     reference = PairLogprobs(rejected + 20, rejected, *lengths)
     policy = reference._replace(chosen=reference.chosen + chosen_shift)
-    return scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(40), {"beta": 0.1, "gamma": 0.0}, 0.0))
+    return scored_pairs(policy, reference, Loss(beta=0.1, gamma=0.0)(policy, reference, torch.zeros(40)))
 
 
 def test_a_reference_that_ranks_pairs_in_another_way_than_the_policy_at_step_0_is_refused():

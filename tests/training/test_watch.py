@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.table import score_loss, scored_pairs, set_metrics
+from pe_dpo.metrics.table import scored_pairs, set_metrics
+from pe_dpo.objective import Loss
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.folder import read_metrics, read_run
 from pe_dpo.training.remarks import set_remarks
@@ -23,17 +24,17 @@ COUNT = 40
 
 def scored(chosen_shift=0.0, rejected_shift=0.0, *, loss=None, lean=None, lengths=(20, 20)):
     """40 pairs whose reference leans from −20 to 20 nats, and a policy that moved each answer by so much."""
-    loss = loss or LossSection()
+    loss = Loss(**(loss or LossSection()).coefficients())
     lean = torch.linspace(-20, 20, COUNT, dtype=torch.float64) if lean is None else lean
     rejected = torch.full((COUNT,), -60.0, dtype=torch.float64)
     counts = [torch.as_tensor(side).expand(COUNT) for side in lengths]
     reference = PairLogprobs(rejected + lean, rejected, *counts)
     policy = PairLogprobs(reference.chosen + chosen_shift, reference.rejected + rejected_shift, *counts)
-    return scored_pairs(policy, reference, score_loss(policy, reference, torch.zeros(COUNT), loss.coefficients(), 0.0))
+    return scored_pairs(policy, reference, loss(policy, reference, torch.zeros(COUNT)))
 
 
 def metrics(*shifts, loss=None, **options):
-    return set_metrics(scored(*shifts, loss=loss, **options), (loss or LossSection()).coefficients())
+    return set_metrics(scored(*shifts, loss=loss, **options), Loss(**(loss or LossSection()).coefficients()))
 
 
 def remarks(*shifts, loss=None, **options):

@@ -14,8 +14,7 @@ from pe_dpo.audit.dynamics import hinge_accuracy, ideal_preference, label_optimu
 from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.metrics.reference_accuracy import preferences
 from pe_dpo.metrics.regimes import is_dead, regime_table, saturation, share_right
-from pe_dpo.metrics.table import score_loss
-from pe_dpo.objective import PreferenceLoss
+from pe_dpo.objective import Loss, PreferenceLoss
 from pe_dpo.recipe.loss_section import LossSection
 
 FLIP_QUANTILES = (0.1, 0.5, 0.9)
@@ -98,17 +97,11 @@ def scores(loss: LossSection, gamma: float, reference: PairLogprobs, margins: Te
         reference: log-probs of the pairs under π0.
         margins: (B,).
     """
-    coefficients = loss.model_copy(update={"gamma": gamma}).coefficients()
-    if gamma == 0:
-        coefficients["reference_floor"] = None
-
-    def at(policy: PairLogprobs, reference: PairLogprobs) -> PreferenceLoss:
-        return score_loss(policy, reference, margins, coefficients, loss.margin_scale)
-
+    at = Loss(**loss.model_copy(update={"gamma": 0.0}).coefficients()).with_gamma(gamma)
     nothing = torch.zeros_like(reference.chosen)
     other = PairLogprobs(reference.rejected, reference.chosen, reference.rejected_lengths, reference.chosen_lengths)
-    tie = at(reference._replace(chosen=nothing, rejected=nothing), reference).score
-    return at(reference, reference), tie, at(other._replace(chosen=nothing, rejected=nothing), other).score
+    tie = at(reference._replace(chosen=nothing, rejected=nothing), reference, margins).score
+    return at(reference, reference, margins), tie, at(other._replace(chosen=nothing, rejected=nothing), other, margins).score
 
 
 def _ideal(loss: LossSection, tie: Tensor, swapped: Tensor) -> tuple[float, float, float]:

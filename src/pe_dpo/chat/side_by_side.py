@@ -26,7 +26,7 @@ from pe_dpo.model.adapter import REFERENCE, as_reference, load_adapter_for_evalu
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
 from pe_dpo.model.fingerprint import base_fingerprint, remembered_fingerprint
-from pe_dpo.objective import answer_logprobs
+from pe_dpo.objective import completion_logprobs
 from pe_dpo.recipe.loss_section import LossSection
 
 Side = Literal["base", "tuned"]
@@ -210,7 +210,7 @@ def score_answer(pair: SideBySide, prompt_ids: Sequence[int], answer_ids: Sequen
     logprobs = {}
     for side in SIDES:
         with pair.speaking_as(side) as model:
-            found = answer_logprobs(model, input_ids, torch.ones_like(input_ids), is_answer.long())
+            found = completion_logprobs(model, input_ids, torch.ones_like(input_ids), is_answer.long())
         logprobs[side] = float(found.logprob)
     return AnswerScores(len(answer_ids), logprobs["tuned"], logprobs["base"])
 

@@ -23,9 +23,10 @@ from pe_dpo.evaluation.measuring import Measured, Work, measure_adapter, measure
 from pe_dpo.inference.drift import Drift, questions, save_generations
 from pe_dpo.inference.scorer import TOLERANCE
 from pe_dpo.inference.target import Kind, Target, find_target, load_target_tokenizer, read_record
-from pe_dpo.metrics.table import ScoredPairs, at_reference, score_loss, scored_pairs, set_metrics, wilson_interval
+from pe_dpo.metrics.table import ScoredPairs, at_reference, scored_pairs, set_metrics, wilson_interval
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import answer_end_tokens, end_token_ids, inspect_base
+from pe_dpo.objective import Loss
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import GenerationSection, check_scales
 from pe_dpo.runs.held_out import (
@@ -174,9 +175,9 @@ def evaluate(
 
 def _evaluation(kind: Kind, work: Work, measured: Measured, initial: Callable[[ScoredPairs], ScoredPairs | None]) -> Evaluation:
     """What was measured, with all that follows from it; `initial` has the pairs at step 0."""
-    scored, coefficients = _scored(work, measured)
+    scored, loss = _scored(work, measured)
     at_start = initial(scored)
-    metrics = set_metrics(scored, coefficients, initial=at_start)
+    metrics = set_metrics(scored, loss, initial=at_start)
     return Evaluation(
         kind=kind,
         scored=scored,
@@ -238,20 +239,20 @@ def _asked(settings: GenerationSection, sampling: Sampling, scales: Sequence[flo
     return settings.model_copy(update={**wishes, "scales": list(scales)})
 
 
-def _scored(work: Work, measured: Measured) -> tuple[ScoredPairs, dict[str, Any]]:
-    """The pairs with loss and rewards, and the coefficients of the loss."""
-    coefficients = work.settings.loss.coefficients()
+def _scored(work: Work, measured: Measured) -> tuple[ScoredPairs, Loss]:
+    """The pairs with loss and rewards, and the loss."""
+    loss = Loss(**work.settings.loss.coefficients())
     if measured.reference is None:
-        coefficients |= {"gamma": 0.0, "reference_floor": None}
+        loss = loss.with_gamma(0.0)
         work.say("no reference given (--base): rewards and loss are those of gamma = 0")
     margins = torch.tensor([pair.margin for pair in work.pairs], dtype=torch.float64)
-    out = score_loss(measured.policy, measured.reference, margins, coefficients, work.settings.loss.margin_scale)
+    out = loss(measured.policy, measured.reference, margins)
     if measured.drift is not None and measured.drift.sampler_error > TOLERANCE[torch.bfloat16]:
         work.say(
             f"look: what this model predicts with its cache is {measured.drift.sampler_error:.2g} nats per √token off what it "
             "predicts at once; the sampled answers are not quite its own"
         )
-    return scored_pairs(measured.policy, measured.reference, out), coefficients
+    return scored_pairs(measured.policy, measured.reference, out), loss
 
 
 def _initial(

@@ -1,7 +1,7 @@
 """Log-probs of pairs from a model: one forward over chosen and rejected answers together, padded or packed."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,28 +9,17 @@ from torch import Tensor
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.attention import Kind, Packing
-from pe_dpo.objective import LogitTransform, answer_logprobs, head_logprobs
+from pe_dpo.objective import LogitTransform, PairLogprobs, completion_logprobs, head_logprobs
 from pe_dpo.objective.head import SMALLEST
-
-
-class PairLogprobs(NamedTuple):
-    """Log-probs of both answers of each pair; every field (B,)."""
-
-    chosen: Tensor
-    """float64, nats, summed over the answer's tokens."""
-    rejected: Tensor
-    chosen_lengths: Tensor
-    """int64, tokens."""
-    rejected_lengths: Tensor
 
 
 def pair_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> PairLogprobs:
     """Return the log-probs of a padded batch whose first half of rows is chosen and second half rejected.
 
     Args:
-        model: a causal LM; see `objective.answer_logprobs` for the tensors, here (2B, T).
+        model: a causal LM; see `objective.completion_logprobs` for the tensors, here (2B, T).
     """
-    rows = answer_logprobs(model, input_ids, attention_mask, completion_mask)
+    rows = completion_logprobs(model, input_ids, attention_mask, completion_mask)
     chosen, rejected = rows.logprob.chunk(2)
     chosen_lengths, rejected_lengths = rows.length.chunk(2)
     return PairLogprobs(chosen, rejected, chosen_lengths, rejected_lengths)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pe_dpo.objective.loss import Link
+from pe_dpo.links import LinkName, link_named, link_weight
 
 QUADRANT_TITLES = {
     "policy_right_reference_right": "both rank right",
@@ -145,20 +145,20 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
-def saturation(score: Tensor, link: Link) -> Saturation | None:
+def saturation(score: Tensor, link: LinkName) -> Saturation | None:
     """Return the shares of pairs whose weight is nearly none, or nearly the largest; None where the link has no such thing.
 
     The logistic link's slope is σ(−z), at most 1. A hinge's is 0 or 1 and nothing between (its active share says it all), and a
-    squared link's grows without end: neither saturates, and what a callable does is not known.
+    squared link's grows without end: neither saturates.
 
     Args:
         score: z, (B,).
         link: of the loss.
     """
-    if link != "logistic":
+    if not link_named(link).saturates:
         return None
-    slope = torch.sigmoid(-score)
-    return Saturation(float((slope < SATURATED).double().mean()), float((slope > 1 - SATURATED).double().mean()))
+    weight = link_weight(link, score.numpy()) / link_named(link).largest_weight
+    return Saturation(float((weight < SATURATED).mean()), float((weight > 1 - SATURATED).mean()))
 
 
 def length_slope(preference: Tensor, length_difference: Tensor) -> float:

@@ -4,7 +4,7 @@ Every metric is a mean over pairs, never a mean of batch means, so that it does 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.inference.logprobs import PairLogprobs, concatenate
+from pe_dpo.inference.logprobs import concatenate
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.regimes import RegimeTable, correlation, length_slope, regime_table, saturation, share_right, transitions
-from pe_dpo.objective import PreferenceLoss, preference_loss
+from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
 
 MARGIN_QUANTILES = (0.05, 0.5, 0.95)
 
@@ -97,30 +97,6 @@ def score_pairs(
     return PairLogprobs(*(field[back] for field in concatenate(parts)))
 
 
-def score_loss(
-    policy: PairLogprobs, reference: PairLogprobs | None, margins: Tensor, coefficients: Mapping[str, Any], margin_scale: float
-) -> PreferenceLoss:
-    """Return the loss of pairs from their log-probs.
-
-    Args:
-        policy: with gradients in training.
-        reference: may be None if and only if gamma is 0.
-        margins: the data's margin column, (B,); zeros without one.
-        coefficients: keyword arguments of `preference_loss`, as `Recipe.loss.coefficients()` gives them.
-        margin_scale: times `margins`.
-    """
-    return preference_loss(
-        policy.chosen,
-        policy.rejected,
-        None if reference is None else reference.chosen,
-        None if reference is None else reference.rejected,
-        chosen_lengths=policy.chosen_lengths,
-        rejected_lengths=policy.rejected_lengths,
-        pair_margin=margin_scale * margins if margin_scale else None,
-        **coefficients,
-    )
-
-
 def scored_pairs(policy: PairLogprobs, reference: PairLogprobs | None, loss: PreferenceLoss) -> ScoredPairs:
     """Return the pairs with all that was computed of them, detached and on the CPU."""
     unknown = torch.full_like(policy.chosen, float("nan"))
@@ -145,9 +121,7 @@ def join(parts: Sequence[ScoredPairs]) -> ScoredPairs:
     return ScoredPairs(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
-def pair_metrics(
-    pairs: ScoredPairs, coefficients: Mapping[str, Any] | None = None, *, initial: ScoredPairs | None = None
-) -> dict[str, float]:
+def pair_metrics(pairs: ScoredPairs, loss: Loss | None = None, *, initial: ScoredPairs | None = None) -> dict[str, float]:
     """Return the metrics of a set of pairs, under TRL's names where the quantity is TRL's.
 
     `rewards/accuracies` is the share of pairs whose chosen reward is larger (what DPO papers plot, trivially above ½ in
@@ -158,7 +132,7 @@ def pair_metrics(
 
     Args:
         pairs: as scored now.
-        coefficients: of the loss, see `score_loss`; without them there are no `margin/…` and no `weight/saturated`.
+        loss: with which they were scored; without it there are no `margin/…` and no `weight/saturated`.
         initial: the same pairs as scored at step 0; None where that is not known.
     """
     reward_margin = pairs.chosen_reward - pairs.rejected_reward
@@ -172,14 +146,14 @@ def pair_metrics(
         "logps/rejected": _mean(pairs.policy_rejected),
         "accuracy/policy": share_right(pairs.policy_preference),
         "accuracy/policy_per_token": share_right(pairs.policy_preference_per_token),
-        "accuracy/implicit": share_right(_score_before_margin(pairs, coefficients)),
+        "accuracy/implicit": share_right(_score_before_margin(pairs, loss)),
         "nll/chosen_per_token": float(-pairs.policy_chosen.sum() / pairs.chosen_lengths.sum()),
         "score/mean": _mean(pairs.score),
         **_weight_metrics(pairs.weight),
         "active": _share(pairs.score < 0),
     }
-    if coefficients is not None:
-        metrics |= _link_metrics(pairs, coefficients)
+    if loss is not None:
+        metrics |= _link_metrics(pairs, loss)
     if not pairs.has_reference:
         return metrics
     metrics |= {
@@ -198,9 +172,7 @@ def pair_metrics(
     return metrics
 
 
-def set_metrics(
-    pairs: ScoredPairs, coefficients: Mapping[str, Any] | None = None, *, initial: ScoredPairs | None = None
-) -> dict[str, float]:
+def set_metrics(pairs: ScoredPairs, loss: Loss | None = None, *, initial: ScoredPairs | None = None) -> dict[str, float]:
     """Return the mean loss and the metrics of a fixed set of pairs, with what only such a set can tell.
 
     That is: transitions since step 0 (McNemar), regimes between answers as if of equal length (`regimes_length_matched`), and
@@ -208,15 +180,15 @@ def set_metrics(
 
     Args:
         pairs: all of the set, as scored now.
-        coefficients: see `pair_metrics`.
+        loss: see `pair_metrics`.
         initial: the same pairs as scored at step 0; None: the policy started at the reference.
     """
     if not pairs.has_reference:
-        return {"loss": _mean(pairs.loss), **pair_metrics(pairs, coefficients)}
+        return {"loss": _mean(pairs.loss), **pair_metrics(pairs, loss)}
     before = at_reference(pairs) if initial is None else initial
     return {
         "loss": _mean(pairs.loss),
-        **pair_metrics(pairs, coefficients, initial=before),
+        **pair_metrics(pairs, loss, initial=before),
         **_table_metrics("regimes_per_token", regimes(pairs, before)[1]),
         **_transition_metrics("regimes", before.policy_preference, pairs.policy_preference),
         **_transition_metrics("regimes_per_token", before.policy_preference_per_token, pairs.policy_preference_per_token),
@@ -273,14 +245,14 @@ def _share(holds: Tensor) -> float:
     return float(holds.double().mean())
 
 
-def _score_before_margin(pairs: ScoredPairs, coefficients: Mapping[str, Any] | None) -> Tensor:
+def _score_before_margin(pairs: ScoredPairs, loss: Loss | None) -> Tensor:
     """β·Δπ − γ·max(Δ0, floor), which is z + m."""
-    if coefficients is None or coefficients.get("reference_floor") is None:
+    if loss is None or loss.reference_floor is None:
         return pairs.chosen_reward - pairs.rejected_reward
-    is_mean = coefficients["reduce"] == "mean"
+    is_mean = loss.reduce == "mean"
     policy = pairs.policy_preference_per_token if is_mean else pairs.policy_preference
     reference = pairs.reference_preference_per_token if is_mean else pairs.reference_preference
-    return coefficients["beta"] * policy - coefficients["gamma"] * reference.clamp(min=coefficients["reference_floor"])
+    return loss.beta * policy - loss.gamma * reference.clamp(min=loss.reference_floor)
 
 
 def _weight_metrics(weight: Tensor) -> dict[str, float]:
@@ -290,13 +262,13 @@ def _weight_metrics(weight: Tensor) -> dict[str, float]:
     return {"weight/mean": mean, "weight/effective_share": mean**2 / mean_square if mean_square else 0.0}
 
 
-def _link_metrics(pairs: ScoredPairs, coefficients: Mapping[str, Any]) -> dict[str, float]:
+def _link_metrics(pairs: ScoredPairs, loss: Loss) -> dict[str, float]:
     """Quantiles of the effective margin M = (γ·max(Δ0, floor) + m)/β, which Δπ has to reach (z >= 0 ⇔ Δπ >= M); saturation."""
-    policy = pairs.policy_preference_per_token if coefficients["reduce"] == "mean" else pairs.policy_preference
-    margin = policy - pairs.score / coefficients["beta"]
+    policy = pairs.policy_preference_per_token if loss.reduce == "mean" else pairs.policy_preference
+    margin = policy - pairs.score / loss.beta
     quantiles = torch.quantile(margin, torch.tensor(MARGIN_QUANTILES, dtype=margin.dtype)).tolist()
     metrics = {f"margin/q{100 * q:02.0f}": value for q, value in zip(MARGIN_QUANTILES, quantiles, strict=True)}
-    saturated = saturation(pairs.score, coefficients["link"])
+    saturated = saturation(pairs.score, loss.link)
     if saturated is None:
         return metrics
     return metrics | {"weight/saturated": sum(saturated), "weight/saturated_low": saturated.low}

@@ -1,15 +1,18 @@
-"""Tensors only: the loss family and log-probs of answers. Imports nothing else of this package."""
+"""Tensors only: the loss family and log-probs of answers."""
 
 from pe_dpo.objective.head import LogitTransform, head_logprobs
-from pe_dpo.objective.logprobs import AnswerLogprobs, answer_logprobs, token_logprobs
-from pe_dpo.objective.loss import PreferenceLoss, apply_link, preference_loss
+from pe_dpo.objective.logprobs import AnswerLogprobs, PairLogprobs, answer_logprobs, completion_logprobs, token_logprobs
+from pe_dpo.objective.loss import Loss, PreferenceLoss, apply_link, preference_loss
 
 __all__ = [
     "AnswerLogprobs",
     "LogitTransform",
+    "Loss",
+    "PairLogprobs",
     "PreferenceLoss",
     "answer_logprobs",
     "apply_link",
+    "completion_logprobs",
     "head_logprobs",
     "preference_loss",
     "token_logprobs",

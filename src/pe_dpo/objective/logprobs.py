@@ -22,7 +22,18 @@ class AnswerLogprobs(NamedTuple):
     """(B,) int64, number of tokens summed over."""
 
 
-def answer_logprobs(
+class PairLogprobs(NamedTuple):
+    """Log-probs of both answers of each pair; every field (B,)."""
+
+    chosen: Tensor
+    """float64, nats, summed over the answer's tokens."""
+    rejected: Tensor
+    chosen_lengths: Tensor
+    """int64, tokens."""
+    rejected_lengths: Tensor
+
+
+def completion_logprobs(
     model: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
 ) -> AnswerLogprobs:
     """Return the log-probability of each row's answer given its prompt.
@@ -63,6 +74,10 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -F.cross_entropy(wide, targets, reduction="none")
+
+
+answer_logprobs = completion_logprobs
+"""An alias."""
 
 
 def _check_masks(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:

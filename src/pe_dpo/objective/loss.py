@@ -9,14 +9,15 @@ weighs the loss of a pair against that of the same pair with its labels swapped.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-LinkName = Literal["logistic", "hinge", "squared"]
-Link = LinkName | Callable[[Tensor], Tensor]
+from pe_dpo.links import LinkName, link_value
+from pe_dpo.objective.logprobs import PairLogprobs
+
 Reduce = Literal["sum", "mean"]
 SmoothingMode = Literal["conservative", "unbiased"]
 
@@ -37,6 +38,67 @@ class PreferenceLoss(NamedTuple):
     beyond its target, smoothing)."""
 
 
+@dataclass(frozen=True)
+class Loss:
+    """The coefficients of a loss, as a function of log-probs: `Loss(**recipe.loss.coefficients())(policy, reference, margin)`.
+
+    Every field is an argument of `preference_loss` and is explained there, but for `margin_scale`.
+    """
+
+    beta: float
+    gamma: float
+    margin: float = 0.0
+    link: LinkName = "logistic"
+    reduce: Reduce = "sum"
+    reference_floor: float | None = None
+    label_smoothing: float = 0.0
+    label_smoothing_mode: SmoothingMode = "conservative"
+    sft_weight: float = 0.0
+    length_penalty: float = 0.0
+    margin_scale: float = 0.0
+    """Times the margin that the data give each pair, added to `margin`."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss depends on the reference's log-probs."""
+        return self.gamma != 0
+
+    def with_gamma(self, gamma: float) -> "Loss":
+        """Return the same loss with another weight of the reference; without a reference its floor has no meaning and goes."""
+        return replace(self, gamma=gamma, reference_floor=self.reference_floor if gamma else None)
+
+    def __call__(self, policy: PairLogprobs, reference: PairLogprobs | None, margin: Tensor) -> PreferenceLoss:
+        """Return the loss of pairs from their log-probs.
+
+        Args:
+            policy: log-probs under π, with gradients in training; they have the lengths, too.
+            reference: the same under π0; may be None if and only if gamma is 0.
+            margin: of each pair, as the data have it, (B,); zeros without one.
+
+        Raises:
+            ValueError: see `preference_loss`.
+        """
+        return preference_loss(
+            policy.chosen,
+            policy.rejected,
+            None if reference is None else reference.chosen,
+            None if reference is None else reference.rejected,
+            beta=self.beta,
+            gamma=self.gamma,
+            margin=self.margin,
+            link=self.link,
+            reduce=self.reduce,
+            chosen_lengths=policy.chosen_lengths,
+            rejected_lengths=policy.rejected_lengths,
+            reference_floor=self.reference_floor,
+            label_smoothing=self.label_smoothing,
+            label_smoothing_mode=self.label_smoothing_mode,
+            sft_weight=self.sft_weight,
+            length_penalty=self.length_penalty,
+            pair_margin=self.margin_scale * margin if self.margin_scale else None,
+        )
+
+
 def preference_loss(
     policy_chosen: Tensor,
     policy_rejected: Tensor,
@@ -46,7 +108,7 @@ def preference_loss(
     beta: float = 0.1,
     gamma: float | None = None,
     margin: float = 0.0,
-    link: Link = "logistic",
+    link: LinkName | Callable[[Tensor], Tensor] = "logistic",
     reduce: Reduce = "sum",
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
@@ -148,24 +210,17 @@ def preference_loss(
     )
 
 
-def apply_link(link: Link, score: Tensor) -> Tensor:
-    """Return link(score), elementwise.
-
-    `logsigmoid` and not `softplus`, which switches to a straight line at 20 (error 1.6e-9 there); `relu` and not `clamp`,
-    whose subgradient at 0 is 1 and would let a hinge with γ = β start from rounding alone.
+def apply_link(link: LinkName | Callable[[Tensor], Tensor], score: Tensor) -> Tensor:
+    """Return link(score), elementwise; see `links.link_value` for those that have a name.
 
     Raises:
         ValueError: `link` is a string that names no link.
     """
     if callable(link):
         return link(score)
-    if link == "logistic":
-        return -F.logsigmoid(score)
-    if link == "hinge":
-        return torch.relu(-score)
-    if link == "squared":
-        return score.square()
-    raise ValueError(f"link is {link!r}: expected one of {', '.join(get_args(LinkName))}, or a callable")
+    if link not in get_args(LinkName):
+        raise ValueError(f"link is {link!r}: expected one of {', '.join(get_args(LinkName))}, or a callable")
+    return link_value(link, score)
 
 
 def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
+from pe_dpo.links import link_named
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.recipe.presets import PRESETS
-
-_LINKS = {"logistic": "−log σ(z)", "hinge": "max(0, −z)", "squared": "z²"}
 
 
 class LossDescription(NamedTuple):
@@ -56,7 +55,7 @@ def formula(loss: LossSection) -> str:
     if loss.length_penalty:
         sign = "+" if loss.length_penalty > 0 else "−"
         score.append(f"{sign} {abs(loss.length_penalty):g}·(|chosen| − |rejected|)")
-    parts = [_LINKS[loss.link]]
+    parts = [link_named(loss.link).formula]
     epsilon = loss.label_smoothing
     if epsilon:
         link, swapped = parts[0], parts[0].replace("z", "z′")
@@ -78,7 +77,7 @@ _DELTA = {
 def _form(loss: LossSection) -> tuple[object, ...]:
     """What makes two losses the same method, apart from the sizes of their coefficients."""
     kappa = _kappa(loss)
-    fixed_beta = loss.link == "hinge" and kappa == 0 and loss.reduce == "sum"
+    fixed_beta = link_named(loss.link).has_kink and kappa == 0 and loss.reduce == "sum"
     return (
         loss.link,
         loss.reduce,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pe_dpo.errors import RecipeError
+from pe_dpo.links import LinkName, link_named
 from pe_dpo.recipe.presets import PRESETS
 from pe_dpo.recipe.section import Finite, NonNegative, Positive, Section
 
@@ -30,7 +31,7 @@ class LossSection(Section):
         "right), scale:G (γ·Δ0 has spread G).",
     )
     margin: Finite = 0.0
-    link: Literal["logistic", "hinge", "squared"] = "logistic"
+    link: LinkName = "logistic"
     reduce: Literal["sum", "mean"] = Field("sum", description="Log-probs of an answer: summed, or per token.")
     reference_floor: Finite | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -83,10 +84,10 @@ class LossSection(Section):
 
     @model_validator(mode="after")
     def _balance_needs_weights_that_grow(self) -> "LossSection":
-        if self.link == "squared" and str(self.gamma).startswith("balance"):
+        if str(self.gamma).startswith("balance") and not link_named(self.link).shares_grow_with_gamma:
             raise ValueError(
-                f"gamma: {self.gamma} asks for shares of gradient weight, which do not grow with gamma under link squared; use "
-                "auto or scale:1, or another link"
+                f"gamma: {self.gamma} asks for shares of gradient weight, which do not grow with gamma under link {self.link}; "
+                "use auto or scale:1, or another link"
             )
         return self
 
@@ -119,9 +120,12 @@ class LossSection(Section):
         return self.gamma
 
     def coefficients(self) -> dict[str, Any]:
-        """Return the keyword arguments of `objective.preference_loss` (all but the tensors)."""
-        keep = self.model_dump(exclude={"preset", "gamma", "margin_scale"})
-        return {**keep, "gamma": self.gamma_value}
+        """Return the loss in numbers: the fields of `objective.Loss`.
+
+        Raises:
+            RecipeError: γ is still to be calibrated (`is_calibrated`).
+        """
+        return {**self.model_dump(exclude={"preset"}), "gamma": self.gamma_value}
 
 
 def _check_calibration(gamma: str) -> None:

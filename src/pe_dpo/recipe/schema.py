@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from pe_dpo.links import link_named
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.recipe.section import Count, Fraction, Location, NonNegative, Positive, Section
 
@@ -257,7 +258,7 @@ def dead_start(recipe: Recipe) -> str | None:
         and loss.length_penalty == 0
         and (loss.reference_floor is None or loss.reference_floor == -math.inf)
     )
-    if loss.link in ("hinge", "squared") and recipe.policy_starts_as_reference and score_is_zero and loss.sft_weight == 0:
+    if link_named(loss.link).rests_at_zero and recipe.policy_starts_as_reference and score_is_zero and loss.sft_weight == 0:
         return (
             f"loss.gamma: with link {loss.link}, gamma = beta and margin 0 every pair starts with zero gradient "
             "(policy = reference), so nothing would ever be learned; set margin > 0, or gamma different from beta"
@@ -271,8 +272,8 @@ def warnings(recipe: Recipe) -> list[str]:
     found: list[str] = []
     if loss.is_calibrated:
         return found
-    if loss.link == "hinge" and loss.gamma_value == 0 and loss.margin <= 0 and loss.margin_scale == 0:
-        found.append("loss: hinge with gamma 0 and margin 0 is content with the uniform policy; set margin > 0")
+    if link_named(loss.link).has_kink and loss.gamma_value == 0 and loss.margin <= 0 and loss.margin_scale == 0:
+        found.append(f"loss: {loss.link} with gamma 0 and margin 0 is content with the uniform policy; set margin > 0")
     if loss.gamma_value == 0 and loss.reduce == "sum" and loss.margin == 0 and loss.sft_weight == 0:
         found.append("loss: with gamma 0 and summed log-probs shorter answers win; consider reduce: mean with a margin (simpo)")
     return found

@@ -4,7 +4,7 @@ recipe: gamma: auto ── log-probs of the training pairs ── γ ──► r
                                                                       └── --resume with the same recipe
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,28 +12,32 @@ import torch
 
 from pe_dpo.audit.calibration import Calibration, calibrate_loss
 from pe_dpo.data.encoding import Progress
+from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.disk import write_atomically
+from pe_dpo.inference.reference import Reference
 from pe_dpo.inference.reference_pass import check_finite
 from pe_dpo.recipe import Recipe, recipe_from_yaml, recipe_to_yaml, warnings, with_gamma
 from pe_dpo.runs.folder import RECIPE_FILE, RUN_FILE, read_run, update_run
-from pe_dpo.training.trainer import PairTrainer
+from pe_dpo.training.trainer import forget_if_any
 
 
 def find_gamma(
-    trainer: PairTrainer,
     recipe: Recipe,
-    folder: Path | None,
+    reference: Reference,
+    pairs: Sequence[EncodedPair],
+    folder: Path | None = None,
     *,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
 ) -> Recipe:
-    """Return the recipe with its γ as a number, and give the trainer its coefficients; a recipe that has a number stays.
+    """Return the recipe with its γ as a number; a recipe that has a number stays.
 
     Log-probs of all training pairs are looked up or computed, by each process its part; the first process's γ is everybody's.
 
     Args:
-        trainer: of the run, with its reference opened.
         recipe: of the run.
+        reference: of the run.
+        pairs: that will be trained on, all of them in every process.
         folder: where the calibration is written down; None in every process but the one that writes.
         say: gets lines of facts.
         progress: called with what is done, pairs done, and pairs in all.
@@ -43,23 +47,23 @@ def find_gamma(
         RecipeError: with the number that was found the recipe contradicts itself.
         ModelError: a log-prob is not finite.
     """
+    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     if not recipe.loss.is_calibrated:
         return recipe
-    reference, pairs = trainer.reference, list(trainer.train_dataset)
-    trainer.forget_if_any(reference.recheck(pairs))
-    mine = pairs[trainer.args.process_index :: trainer.args.world_size]
+    state = PartialState()
+    forget_if_any(reference, reference.recheck(pairs))
+    mine = pairs[state.process_index :: state.num_processes]
     reference.logprobs(mine, partial(progress, "scoring, reference") if progress else None)
     reference.flush()
-    trainer.accelerator.wait_for_everyone()
+    state.wait_for_everyone()
     logprobs = reference.logprobs(pairs)
     check_finite(logprobs, pairs)
     margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
     found = calibrate_loss(recipe.loss, logprobs, margins, [pair.prompt_key for pair in pairs])
     found = broadcast_object_list([found])[0]
     recipe = with_gamma(recipe, found.gamma)
-    trainer.coefficients = recipe.loss.coefficients()
     if folder:
         update_run(folder, gamma_calibration=found.to_dict())
         write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))

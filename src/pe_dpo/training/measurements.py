@@ -77,7 +77,7 @@ def keep_measurements(
     save_pairs(scored, trainer.held_out, folder / PAIRS_FILE, initial=first, tokenizer=trainer.processing_class)
     if drift:
         save_generations(drift, folder / GENERATIONS_FILE)
-    metrics = set_metrics(scored, trainer.coefficients, initial=first)
+    metrics = set_metrics(scored, trainer.loss, initial=first)
     intervals = {key: wilson_interval(metrics[key], len(trainer.held_out)) for key in INTERVALS if key in metrics}
     save_evaluation(folder / EVALUATION_FILE, metrics, intervals, drift.summary() if drift else None)
 

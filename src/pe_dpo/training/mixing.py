@@ -65,7 +65,7 @@ class Mixing(TrainerCallback):
     def measure(self) -> MixoutNoise:
         """Return how far masks move the scores of a few watched pairs."""
         trainer = self.trainer
-        pairs, reference, reduce = trainer.watched[:PAIRS], trainer.held_out_reference, trainer.coefficients["reduce"]
+        pairs, reference, reduce = trainer.watched[:PAIRS], trainer.held_out_reference, trainer.loss.reduce
         assert reference is not None, "scored before the first step"
         work = partial(measure_noise, trainer.model, self.mixout, pairs, trainer.scorer, reference, reduce=reduce)
         return trainer.with_smaller_rows(pairs, lambda: work(token_budget=trainer.token_budget))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from pe_dpo.links import link_named
 from pe_dpo.metrics.table import ScoredPairs, wilson_interval
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.loss_section import LossSection
@@ -41,7 +42,7 @@ def batch_remarks(metrics: Metrics, loss: LossSection) -> dict[str, str]:
     """
     if metrics.get("weight/mean", 1.0) > 0 or loss.sft_weight:
         return {}
-    turn = "raise loss.margin, or stop here" if loss.link == "hinge" else "lower loss.beta, or stop here"
+    turn = "raise loss.margin, or stop here" if link_named(loss.link).has_kink else "lower loss.beta, or stop here"
     return {"dead": f"no pair pulls any more: the loss is content with every pair of a step, so nothing is learned; {turn}"}
 
 
@@ -149,7 +150,7 @@ def _satisfied_early(metrics: Metrics, before: Metrics, loss: LossSection) -> st
         return None
     share = min(metrics[f"{table}/satisfied_early"] for table in tables) / pairs
     wrong = [metrics.get(f"{table}/policy_wrong_reference_wrong/mean_score", 0.0) for table in tables]
-    if share < 0.2 or (loss.link != "hinge" and min(wrong) < 1):
+    if share < 0.2 or (not link_named(loss.link).has_kink and min(wrong) < 1):
         return None
     floor = "" if loss.reference_floor is not None else "loss.reference_floor: 0 (HyPO), "
     return (

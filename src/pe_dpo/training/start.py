@@ -1,6 +1,6 @@
 """What must hold before the first step: policy = reference where they should be, a loss that is alive, no γ out of scale."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +9,9 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, TrainingError
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.regimes import is_dead
-from pe_dpo.metrics.table import ScoredPairs, score_loss
+from pe_dpo.metrics.table import ScoredPairs
 from pe_dpo.model.adapter import as_reference
+from pe_dpo.objective import Loss
 
 TOLERANCE = 1e-6
 """Largest |log π − log π0| at step 0, per nat: on a CPU it is exactly 0, and every known fault is above 1e-5."""
@@ -33,8 +34,7 @@ def check_start(
     scorer: Scorer,
     *,
     token_budget: int,
-    coefficients: Mapping[str, Any],
-    margin_scale: float,
+    loss: Loss,
     policy_is_reference: bool,
     is_fresh: bool = True,
 ) -> StartCheck:
@@ -45,8 +45,7 @@ def check_start(
         pairs: of the first optimizer step.
         scorer: as in training.
         token_budget: as in training.
-        coefficients: of the loss.
-        margin_scale: of the data's margin column.
+        loss: as in training.
         policy_is_reference: whether π = π0 by construction; false when training starts from an adapter against the raw base.
         is_fresh: whether B = 0. Then dropout stays on, which must make no difference; else it is off.
 
@@ -59,7 +58,7 @@ def check_start(
     with torch.no_grad():
         policy = scorer.logprobs(model, batch)
     reference, difference = None, None
-    if coefficients["gamma"] != 0:
+    if loss.needs_reference:
         with as_reference(model) as frozen:
             reference = scorer.logprobs(frozen, batch)
         if policy_is_reference:
@@ -71,13 +70,13 @@ def check_start(
             "model that training starts from. Load the base unchanged and give the adapter B = 0, or name adapter.reference"
         )
     margins = torch.tensor([pair.margin for pair in batch], dtype=torch.float64, device=scorer.device)
-    out = score_loss(policy, reference, margins, coefficients, margin_scale)
+    out = loss(policy, reference, margins)
     if not out.loss.isfinite().all():
         bad = [pair.where for pair, finite in zip(batch, out.loss.isfinite().tolist(), strict=True) if not finite]
         raise TrainingError(f"before training, the loss is not finite for {', '.join(bad[:5])}; look at these rows")
-    if is_dead(out.weight) and not out.score.any() and coefficients["sft_weight"] == 0:
+    if is_dead(out.weight) and not out.score.any() and loss.sft_weight == 0:
         raise TrainingError(
-            f"before training, all {len(batch)} pairs have score 0 and pull with weight 0: with link {coefficients['link']} "
+            f"before training, all {len(batch)} pairs have score 0 and pull with weight 0: with link {loss.link} "
             "nothing would ever be learned; set loss.margin > 0, or gamma different from beta"
         )
     return StartCheck(len(batch), difference, float(out.loss.mean()), float(out.score.mean()))

@@ -22,7 +22,8 @@ from pe_dpo.model.base import answer_end_tokens
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import base_record
 from pe_dpo.model.quantization import check_weights_unpacked
-from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths
+from pe_dpo.objective import Loss
+from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths, with_gamma
 from pe_dpo.runs.folder import append_metrics, check_run_folder, locked, open_run_folder, update_run
 from pe_dpo.runs.records import finish_records, start_records
 from pe_dpo.training.arguments import check_trackers, total_steps, training_arguments
@@ -33,7 +34,7 @@ from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing, mixout_warnings
 from pe_dpo.training.remarks import scale_remarks
 from pe_dpo.training.start import StartCheck, check_diagonal, check_start
-from pe_dpo.training.trainer import PairTrainer
+from pe_dpo.training.trainer import PairTrainer, forget_if_any
 from pe_dpo.training.watch import Watch
 
 
@@ -163,8 +164,9 @@ def _train(
     stop = StopOnSignal()
     began = time.perf_counter()
     listeners = [MetricsFile(Path(recipe.output)), stop, *callbacks]
-    trainer = build_trainer(recipe, prepared, base=base, say=say, callbacks=listeners)
-    recipe = find_gamma(trainer, recipe, folder, say=say, progress=progress)
+    trainer = build_trainer(recipe, prepared, folder, base=base, say=say, progress=progress, callbacks=listeners)
+    if recipe.loss.is_calibrated:
+        recipe = with_gamma(recipe, trainer.loss.gamma)
     model, reference = trainer.model, trainer.reference
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": reference.base_fingerprint}
     describe_base = partial(base_record, model, facts, tokenizer)
@@ -237,16 +239,19 @@ def _keep_outcome(
 def build_trainer(
     recipe: Recipe,
     prepared: Inputs,
+    folder: Path | None = None,
     *,
     base: Any = None,
     say: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
 ) -> PairTrainer:
-    """Return the trainer of a run: base and adapter loaded, the way of its pairs chosen, memory planned, the reference opened.
+    """Return the trainer of a run: base and adapter loaded, the way of its pairs chosen, memory planned, reference and γ found.
 
     Raises:
         ModelError: the base or an adapter cannot be used, or cannot be packed although the recipe insists.
         StoreUnavailable: the recipe insists on a store.
+        RecipeError, UsageError: see `find_gamma`.
     """
     from transformers import set_seed
 
@@ -269,17 +274,18 @@ def build_trainer(
     say(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
     # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
     policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
+    reference = open_reference(
+        model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store, say=say
+    )
+    recipe = find_gamma(recipe, reference, data.train, folder, say=say, progress=progress)
     trainer = PairTrainer(
         model=model,
         args=args,
         train_dataset=data.train,
         held_out=data.held_out,
-        coefficients={} if recipe.loss.is_calibrated else recipe.loss.coefficients(),  # else `find_gamma` gives them
-        margin_scale=recipe.loss.margin_scale,
+        loss=Loss(**recipe.loss.coefficients()),
         scorer=scorer,
-        reference=open_reference(
-            model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store, say=say
-        ),
+        reference=reference,
         token_budget=plan.tokens,
         keep_checkpoints=settings.keep_checkpoints,
         tokenizer=tokenizer,
@@ -302,8 +308,7 @@ def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
         [pairs[index] for index in first],
         trainer.scorer,
         token_budget=trainer.token_budget,
-        coefficients=trainer.coefficients,
-        margin_scale=trainer.margin_scale,
+        loss=trainer.loss,
         policy_is_reference=recipe.policy_starts_as_reference,
         is_fresh=recipe.adapter.start is None,
     )
@@ -313,7 +318,7 @@ def _score_before(trainer: PairTrainer, recipe: Recipe, progress: Progress | Non
     """Check the stored reference, fill it if the recipe says so, and return the watched pairs as they are scored at step 0."""
     reference, pairs, watched = trainer.reference, trainer.train_dataset, trainer.watched
     uses_reference = recipe.loss.gamma_value != 0
-    trainer.forget_if_any(reference.recheck([*(pairs if uses_reference else []), *trainer.held_out]))
+    forget_if_any(reference, reference.recheck([*(pairs if uses_reference else []), *trainer.held_out]))
     if recipe.reference.policy == "store" and uses_reference:
         mine = pairs[trainer.args.process_index :: trainer.args.world_size]
         reference.logprobs(mine, partial(progress, "scoring, reference") if progress else None)
@@ -325,7 +330,7 @@ def _score_before(trainer: PairTrainer, recipe: Recipe, progress: Progress | Non
             trainer.held_out_reference
         )  # this very moment's: π is π0, there is nothing to score again
     policy = trainer.score_model()
-    if recipe.policy_starts_as_reference and trainer.forget_if_any(reference.difference(watched, policy)):
+    if recipe.policy_starts_as_reference and forget_if_any(reference, reference.difference(watched, policy)):
         trainer.held_out_reference = trainer.score_reference()
     return trainer.score_held_out(policy)
 

@@ -10,7 +10,7 @@ and the distributed machinery are Trainer's.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,13 +29,12 @@ from pe_dpo.metrics.table import (
     at_reference,
     join,
     pair_metrics,
-    score_loss,
     score_pairs,
     scored_pairs,
     set_metrics,
 )
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
-from pe_dpo.objective import PreferenceLoss
+from pe_dpo.objective import Loss, PreferenceLoss
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, keep_newest, staging_folder
 from pe_dpo.training.order import EpochLoader, OptimizerBatches
 from pe_dpo.training.watch import probe_pairs
@@ -51,8 +50,7 @@ class PairTrainer(Trainer):
         args: Trainer's; `per_device_train_batch_size` is the pairs per optimizer step over all processes together.
         train_dataset: encoded pairs.
         held_out: encoded pairs to evaluate on; empty: some of the training pairs are watched instead, as `probe_…`.
-        coefficients: of the loss, see `evaluation.pairs.score_loss`.
-        margin_scale: of the data's margin column.
+        loss: what is trained on; with its γ as a number.
         scorer: how pairs go through the model.
         reference: π0's log-probs of the pairs.
         token_budget: most tokens of one forward; halved when memory runs out.
@@ -71,8 +69,7 @@ class PairTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: Sequence[EncodedPair],
         held_out: Sequence[EncodedPair],
-        coefficients: Mapping[str, Any],
-        margin_scale: float,
+        loss: Loss,
         scorer: Scorer,
         reference: Reference,
         token_budget: int,
@@ -102,8 +99,7 @@ class PairTrainer(Trainer):
         self.first: ScoredPairs | None = None
         """The watched pairs as they are scored at step 0; set once, before training."""
         self.starts_at_reference = starts_at_reference
-        self.coefficients = coefficients
-        self.margin_scale = margin_scale
+        self.loss = loss
         self.prompts_together = prompts_together
         self.scorer = scorer
         self.reference = reference
@@ -148,7 +144,7 @@ class PairTrainer(Trainer):
             scored, out = self.forward_pairs(model, [pairs[index] for index in batch])
             loss = share * out.loss.sum()
             # A hinge that is satisfied by all pairs has gradient 0, and so has an SFT term of weight 0.
-            if out.weight.any() or self.coefficients["sft_weight"]:
+            if out.weight.any() or self.loss.sft_weight:
                 loss.backward()
             total += loss.detach()
             parts.append(scored)
@@ -163,11 +159,11 @@ class PairTrainer(Trainer):
         """
         device = self.args.device
         reference = None
-        if self.coefficients["gamma"] != 0:  # first, while no activations of the policy lie in memory
+        if self.loss.needs_reference:  # first, while no activations of the policy lie in memory
             reference = PairLogprobs(*(field.to(device) for field in self.reference.logprobs(pairs)))
         policy = self.scorer.logprobs(model, pairs)
         margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64, device=device)
-        out = score_loss(policy, reference, margins, self.coefficients, self.margin_scale)
+        out = self.loss(policy, reference, margins)
         if not out.loss.isfinite().all():
             bad = [pair.where for pair, finite in zip(pairs, out.loss.isfinite().tolist(), strict=True) if not finite]
             raise TrainingError(
@@ -221,13 +217,6 @@ class PairTrainer(Trainer):
         """Return whether it holds in any process."""
         return any(gather_object([what]))
 
-    def forget_if_any(self, why: str | None) -> bool:
-        """Throw the stored reference away in all processes if one of them found it wrong; return whether."""
-        reasons = [reason for reason in gather_object([why]) if reason]
-        if reasons:
-            self.reference.forget(reasons[0])
-        return bool(reasons)
-
     def _check_gradients(self, pairs: list[EncodedPair]) -> None:
         gradients = [p.grad for p in adapter_parameters(self.model) if p.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():
@@ -243,9 +232,7 @@ class PairTrainer(Trainer):
             parts = gather_object([join(self._window)] if self._window else [])
             seconds = time.perf_counter() - self._window_start
             window = join(parts)
-            metrics = pair_metrics(
-                window, self.coefficients, initial=at_reference(window) if self.starts_at_reference else None
-            )
+            metrics = pair_metrics(window, self.loss, initial=at_reference(window) if self.starts_at_reference else None)
             logs |= metrics | {"tokens_per_second": self._window_tokens / max(seconds, 1e-9)}
             self._window, self._window_tokens, self._window_start = [], 0, time.perf_counter()
         super().log(logs, start_time)
@@ -265,7 +252,7 @@ class PairTrainer(Trainer):
 
     def watched_metrics(self, scored: ScoredPairs) -> dict[str, float]:
         """Return the metrics of the watched pairs as scored."""
-        return set_metrics(scored, self.coefficients, initial=self.first)
+        return set_metrics(scored, self.loss, initial=self.first)
 
     def score_model(self) -> PairLogprobs:
         """Return the watched pairs' log-probs under the model as it is now."""
@@ -279,7 +266,7 @@ class PairTrainer(Trainer):
         """Return the watched pairs as policy (if not given) and reference score them now."""
         policy = self.score_model() if policy is None else policy
         margins = torch.tensor([pair.margin for pair in self.watched], dtype=torch.float64)
-        out = score_loss(policy, self.held_out_reference, margins, self.coefficients, self.margin_scale)
+        out = self.loss(policy, self.held_out_reference, margins)
         return scored_pairs(policy, self.held_out_reference, out)
 
     def _of_held_out(self, score: Callable[[Sequence[EncodedPair]], PairLogprobs]) -> PairLogprobs:
@@ -333,6 +320,14 @@ class PairTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_adapter(self.model, resume_from_checkpoint)
+
+
+def forget_if_any(reference: Reference, why: str | None) -> bool:
+    """Throw the stored reference away in all processes if one of them found it wrong; return whether."""
+    reasons = [reason for reason in gather_object([why]) if reason]
+    if reasons:
+        reference.forget(reasons[0])
+    return bool(reasons)
 
 
 def _check_plain(accelerator: Any) -> None:
