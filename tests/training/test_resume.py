@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import recipe_to_yaml
@@ -162,8 +162,6 @@ def test_resuming_with_other_data_is_refused(make_recipe, tiny_pairs, tmp_path):
 
 
 def test_resuming_on_another_base_is_refused(make_recipe, tiny_base, tmp_path):
-    from safetensors.torch import save_file
-
     copy = tmp_path / "base"
     shutil.copytree(tiny_base, copy)
     recipe = make_recipe(*SETTINGS, f"model.base={copy}")
@@ -174,6 +172,99 @@ def test_resuming_on_another_base_is_refused(make_recipe, tiny_base, tmp_path):
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunFolderError, match=r"other inputs.*\n  base:"):
         train(recipe, resume=True)
+
+
+@pytest.fixture
+def start(straight, tmp_path):
+    """A finished adapter to start from, with other weights than any run that starts from it."""
+    folder = tmp_path / "start"
+    folder.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(straight / name, folder)
+    return folder
+
+
+def from_start(folder, reference):
+    """Settings of a run from an adapter; rank and alpha are the adapter's."""
+    return (*SETTINGS, "adapter.rank=16", "adapter.alpha=32", f"adapter.start={folder}", f"adapter.reference={reference}")
+
+
+@pytest.mark.parametrize("reference", ["base", "adapter"])
+def test_resuming_from_another_start_adapter_is_refused(make_recipe, start, reference):
+    """The frozen copy that is the reference is read from there, too."""
+    recipe = make_recipe(*from_start(start, reference))
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[kill_at(1)])
+    weights = {name: tensor * 1.01 for name, tensor in adapter(start).items()}
+    save_file(weights, start / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFolderError, match=r"other inputs.*\n  start:"):
+        train(recipe, resume=True)
+
+
+def test_every_checkpoint_is_sealed_with_its_run_and_what_the_run_started_from(make_recipe, start):
+    folder = train(make_recipe(*from_start(start, "adapter"), "train.max_steps=2")).folder
+    record = read_run(folder)
+    sealed = [json.loads((checkpoint / "MANIFEST.json").read_text())["inputs"] for checkpoint in checkpoints(folder)]
+    inputs = {name: record["hashes"][name] for name in ("data", "held_out", "base", "start")}
+    assert sealed == [{"run": record["id"], **inputs}] * 2
+
+
+def test_every_run_has_an_id_of_its_own_which_resuming_keeps(make_recipe, finished):
+    first, recipe = read_run(finished)["id"], make_recipe(*SETTINGS, "train.max_steps=1")
+    assert read_run(train(recipe, overwrite=True).folder)["id"] != first
+    second = read_run(finished)["id"]
+    assert read_run(train(recipe, resume=True).folder)["id"] == second
+
+
+def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe, straight, finished):
+    """Of the same recipe, but another seed would do as well: what it holds is another model."""
+    other = train(make_recipe(*SETTINGS, "train.seed=1", output="other")).folder
+    foreign = finished / "checkpoint-6"
+    shutil.rmtree(foreign)
+    shutil.copytree(other / "checkpoint-6", foreign)
+    said = []
+    result = train(make_recipe(*SETTINGS), resume=True, say=said.append)
+    assert f"{foreign}: passed over: is a checkpoint of another run" in said
+    assert_same_run(result.folder, straight)
+
+
+def test_a_run_with_checkpoints_of_another_alone_says_so(make_recipe, finished):
+    other = train(make_recipe(*SETTINGS, "train.seed=1", output="other")).folder
+    for checkpoint in checkpoints(finished):
+        shutil.rmtree(checkpoint)
+    shutil.copytree(other / "checkpoint-5", finished / "checkpoint-5")
+    with pytest.raises(RunFolderError, match="of another run"):
+        train(make_recipe(*SETTINGS), resume=True)
+
+
+def without_id(folder):
+    """Make a run what runs were before they had an id."""
+    record = read_run(folder)
+    del record["id"]
+    (folder / "run.json").write_text(json.dumps(record))
+    for checkpoint in checkpoints(folder):
+        manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+        del manifest["inputs"]
+        (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_from_before_runs_had_an_id_is_resumed_and_its_new_checkpoints_too(make_recipe, straight):
+    recipe = make_recipe(*SETTINGS)
+    for step in (2, 4):
+        with pytest.raises(Killed):
+            train(recipe, resume=step > 2, callbacks=[kill_at(step)])
+        if step == 2:
+            without_id(Path(recipe.output))
+    assert_same_run(train(recipe, resume=True).folder, straight)
+
+
+def test_a_checkpoint_without_an_id_is_none_of_a_run_that_has_one(make_recipe, finished):
+    manifest = json.loads((finished / "checkpoint-6" / "MANIFEST.json").read_text())
+    del manifest["inputs"]
+    (finished / "checkpoint-6" / "MANIFEST.json").write_text(json.dumps(manifest))
+    said = []
+    train(make_recipe(*SETTINGS), resume=True, say=said.append)
+    assert any("checkpoint-6: passed over: is a checkpoint of another run" in line for line in said)
 
 
 def test_a_finished_run_is_not_overwritten_in_silence(make_recipe, finished):
@@ -209,7 +300,7 @@ sys.exit(128 + result.interrupted_by if result.interrupted_by else 0)
 """
 
 
-def start(recipe_file, *words):
+def launch(recipe_file, *words):
     """A run in a process of its own; what it prints goes beside the recipe."""
     with recipe_file.with_suffix(".log").open("w") as log:
         return subprocess.Popen([sys.executable, "-c", PROGRAM, str(recipe_file), *words], stdout=log, stderr=log)
@@ -231,14 +322,14 @@ def test_killed_at_random_moments_the_run_ends_as_the_straight_one(make_recipe, 
     moments = random.Random(0)
     kills, words = 0, []
     for steps in (1, 3, 4, 5):
-        process = start(file, *words)
+        process = launch(file, *words)
         wait_for_steps(folder, steps, process)
         time.sleep(moments.random() * 0.15)
         kills += process.poll() is None
         process.kill()
         process.wait()
         words = ["resume"]
-    process = start(file, "resume")
+    process = launch(file, "resume")
     assert process.wait(timeout=120) == 0, file.with_suffix(".log").read_text()
     assert kills >= 3
     assert_same_run(folder, straight)
@@ -250,7 +341,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves_a_run_to_resume(make_recipe
     recipe = make_recipe(*SETTINGS, "train.save_every=100")
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_to_yaml(recipe))
-    process = start(file)
+    process = launch(file)
     wait_for_steps(tmp_path / "run", 2, process)
     process.send_signal(number)
     assert process.wait(timeout=120) == 128 + number, file.with_suffix(".log").read_text()

@@ -20,6 +20,7 @@ from pe_dpo.data import data_hash
 from pe_dpo.errors import PeDpoError, RunFolderError
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.model.base import load_base
+from pe_dpo.model.provenance import adapter_fingerprint
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, with_absolute_paths
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.folder import (
@@ -174,6 +175,8 @@ def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
     difference = recipe_difference(old, asked, ignore=FREE_TO_CHANGE)
     if difference:
         raise RunFolderError(f"{folder}: was trained with other settings ({'; '.join(difference)}); move it away")
+    if asked.adapter.start:
+        check_same_inputs(folder, {"start": adapter_fingerprint(Path(asked.adapter.start))})
     return PointState(point, "finished", float(record.get("seconds", 0.0)), _metrics(folder, record.get("after", {})))
 
 

@@ -115,6 +115,12 @@ def template_fingerprint(tokenizer: Any) -> str | None:
     return None if template is None else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
+def adapter_fingerprint(folder: Path) -> str:
+    """Return sha256 (hex) over a saved adapter's weights and what its configuration says; what lies below does not count."""
+    own = {name: value for name, value in adapter_fingerprints(folder).items() if "/" not in name}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
 def adapter_fingerprints(folder: Path) -> dict[str, str]:
     """Return sha256 (hex) of a saved adapter's weights and of what its configuration says, and of the frozen copy beside it.
 

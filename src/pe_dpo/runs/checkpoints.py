@@ -2,13 +2,17 @@
 
     .staging/checkpoint-30/ … files, fsync … MANIFEST.json (size and sha256 of each) … fsync … rename → checkpoint-30/
 
+The manifest also names the run and what it started from (`inputs`), so that the checkpoint of another run is not gone on with.
+
 A kill at any moment leaves the last checkpoint intact and at most something in .staging, which the next save sweeps away.
 """
 
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pe_dpo.disk import sync, write_json
 from pe_dpo.errors import RunFolderError
@@ -22,13 +26,20 @@ def staging_folder(run: Path) -> Path:
     return run / ".staging"
 
 
-def commit_checkpoint(run: Path, step: int) -> Path:
-    """Seal the staged checkpoint of a step with a manifest and give it its final name, atomically."""
+def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any]) -> Path:
+    """Seal the staged checkpoint of a step with a manifest and give it its final name, atomically.
+
+    Args:
+        run: folder of the run.
+        step: of the checkpoint.
+        inputs: of the run, see `runs.folder.run_inputs`.
+    """
     final = run / f"{_PREFIX}{step}"
     staged = staging_folder(run) / final.name
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     manifest = {
         "step": step,
+        "inputs": dict(inputs),
         "files": {str(path.relative_to(staged)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
     }
     for path in files:
@@ -72,18 +83,35 @@ def faults(checkpoint: Path) -> list[str]:
     return found
 
 
-def newest_whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+def is_foreign(checkpoint: Path, inputs: Mapping[str, Any]) -> str | None:
+    """Return why a whole checkpoint is not one of a run with these inputs, or None.
+
+    Runs and checkpoints were made without an id once: a run without one takes checkpoints without one.
+    """
+    sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("inputs", {})
+    if sealed.get("run") != inputs.get("run"):
+        return "is a checkpoint of another run"
+    other = [name for name, value in inputs.items() if sealed.get(name, value) != value]
+    return f"was made with other inputs ({', '.join(other)})" if other else None
+
+
+def newest_whole_checkpoint(run: Path, inputs: Mapping[str, Any] | None = None) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that verifies (None if there is none), and a line for each newer one passed over.
 
+    Args:
+        run: folder of the run.
+        inputs: of the run, see `runs.folder.run_inputs`, of which the checkpoint must be; None: it need only be whole.
+
     Raises:
-        RunFolderError: there are checkpoints, but not one of them is whole.
+        RunFolderError: there are checkpoints, but not one of them is whole and of this run.
     """
     passed_over: list[str] = []
     for checkpoint in reversed(checkpoints(run)):
         problems = faults(checkpoint)
-        if not problems:
+        problem = problems[0] if problems else is_foreign(checkpoint, inputs) if inputs is not None else None
+        if problem is None:
             return checkpoint, passed_over
-        passed_over.append(f"{checkpoint}: passed over: {problems[0]}")
+        passed_over.append(f"{checkpoint}: passed over: {problem}")
     if passed_over:
         lines = "\n".join(passed_over)
         raise RunFolderError(f"no checkpoint of this run is whole; start anew with --overwrite, or another --output:\n{lines}")

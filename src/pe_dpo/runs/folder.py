@@ -3,7 +3,7 @@
 adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEFT loads
 README.md            model card
 recipe.yaml          resolved; training it again repeats the run
-run.json             status, versions, hashes, reference card, held-out metrics before and after
+run.json             id, status, versions, hashes, reference card, held-out metrics before and after
 base.json            what the base was, file by file and tensor by tensor
 metrics.jsonl        one line per logged step and per evaluation
 data_report.json     what became of every row
@@ -18,6 +18,7 @@ import json
 import platform
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,8 @@ FREE_TO_CHANGE = (
     "train.report_to",
 )
 """Settings that a resumed run may have otherwise: none of them changes what is learned."""
+_INPUTS = ("data", "held_out", "base", "start")
+"""Hashes of what a run started from."""
 
 
 _OURS = {
@@ -118,7 +121,7 @@ def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
         return
     for path in filter(_is_ours, _content(folder)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    update_run(folder, status="starting")
+    update_run(folder, id=uuid.uuid4().hex, status="starting")
     write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
 
 
@@ -162,8 +165,15 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
+def run_inputs(folder: Path) -> dict[str, str | None]:
+    """Return what tells a run from all others: its id (None for one from before runs had ids), and hashes of its inputs."""
+    record = read_run(folder)
+    hashes = record.get("hashes", {})
+    return {"run": record.get("id"), **{name: hashes[name] for name in _INPUTS if name in hashes}}
+
+
 def check_same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Check that a resumed run sees the data and the base that it started with.
+    """Check that a resumed run sees the data, the base and the start adapter that it started with.
 
     Raises:
         RunFolderError: naming what differs.

@@ -9,7 +9,7 @@ from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.model.provenance import adapter_fingerprints
 from pe_dpo.recipe import Recipe, describe
 from pe_dpo.runs.checkpoints import checkpoint_step, newest_whole_checkpoint
-from pe_dpo.runs.folder import BASE_FILE, check_same_inputs, read_run, rewind_metrics, update_run, versions
+from pe_dpo.runs.folder import BASE_FILE, check_same_inputs, read_run, rewind_metrics, run_inputs, update_run, versions
 from pe_dpo.runs.model_card import model_card
 
 
@@ -24,11 +24,11 @@ def start_records(
     """Write what a fresh run starts from; for a run to resume, check it and return the checkpoint to go on from.
 
     Raises:
-        RunFolderError: the run started with other data or another base, or no checkpoint is whole.
+        RunFolderError: the run started with other data, another base or start adapter, or no checkpoint is whole and its own.
     """
     if "hashes" in read_run(folder):
         check_same_inputs(folder, hashes)
-        checkpoint, passed_over = newest_whole_checkpoint(folder)
+        checkpoint, passed_over = newest_whole_checkpoint(folder, run_inputs(folder))
         for line in passed_over:
             say(line)
         say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")

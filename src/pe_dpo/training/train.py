@@ -20,7 +20,7 @@ from pe_dpo.model.adapter import adapter_is_zero, lent, parameter_targets, save_
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import answer_end_tokens
 from pe_dpo.model.mixout import attach_mixout
-from pe_dpo.model.provenance import base_record
+from pe_dpo.model.provenance import adapter_fingerprint, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths, with_gamma
@@ -169,6 +169,8 @@ def _train(
         recipe = with_gamma(recipe, trainer.loss.gamma)
     model, reference = trainer.model, trainer.reference
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": reference.base_fingerprint}
+    if recipe.adapter.start:
+        hashes["start"] = adapter_fingerprint(Path(recipe.adapter.start))
     describe_base = partial(base_record, model, facts, tokenizer)
     checkpoint = start_records(folder, recipe, describe_base, data, hashes, say) if folder else None
     checkpoint = broadcast_object_list([checkpoint])[0]

@@ -36,6 +36,7 @@ from pe_dpo.metrics.table import (
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
 from pe_dpo.objective import Loss, PreferenceLoss
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, keep_newest, staging_folder
+from pe_dpo.runs.folder import run_inputs
 from pe_dpo.training.order import EpochLoader, OptimizerBatches
 from pe_dpo.training.watch import probe_pairs
 
@@ -293,7 +294,7 @@ class PairTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                commit_checkpoint(run, self.state.global_step)
+                commit_checkpoint(run, self.state.global_step, run_inputs(run))
                 keep_newest(run, self.keep_checkpoints)
             self.accelerator.wait_for_everyone()
         finally:
