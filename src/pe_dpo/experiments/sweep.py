@@ -24,10 +24,10 @@ from pe_dpo.model.provenance import adapter_fingerprint
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, with_absolute_paths
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.folder import (
-    FREE_TO_CHANGE,
     RECIPE_FILE,
     RUN_FILE,
     check_same_inputs,
+    free_to_change,
     locked,
     read_run,
     update_run,
@@ -172,7 +172,7 @@ def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
         raise RunFolderError(f"{folder / RECIPE_FILE}: cannot be read: {error}; move the run away to train it again") from error
     old = recipe_from_yaml(text, str(folder / RECIPE_FILE))
     asked = with_recorded_gamma(folder, with_absolute_paths(recipe))
-    difference = recipe_difference(old, asked, ignore=FREE_TO_CHANGE)
+    difference = recipe_difference(old, asked, ignore=free_to_change(old))
     if difference:
         raise RunFolderError(f"{folder}: was trained with other settings ({'; '.join(difference)}); move it away")
     if asked.adapter.start:

@@ -44,9 +44,21 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.report_to",
 )
-"""Settings that a resumed run may have otherwise: none of them changes what is learned."""
+"""Settings that a resumed run may have otherwise: none of them changes what is learned; but see `free_to_change`."""
+_SPLIT = ("train.packing", "train.tokens_per_microbatch")
+"""Settings that decide how the pairs of a step are split into forwards."""
 _INPUTS = ("data", "held_out", "base", "start")
 """Hashes of what a run started from."""
+
+
+def free_to_change(recipe: Recipe) -> set[str]:
+    """Return the settings that a resumed run of this recipe may have otherwise, since none of them changes what is learned.
+
+    How a step is split is one of them unless masks are drawn anew for each forward: by dropout on the adapter's input, or by
+    mixout that draws a model per micro-batch. (Dropout of the base itself is always off.)
+    """
+    draws_by_forward = recipe.adapter.dropout > 0 or (recipe.mixout.p > 0 and recipe.mixout.draws == "microbatch")
+    return {*FREE_TO_CHANGE} - ({*_SPLIT} if draws_by_forward else set())
 
 
 _OURS = {
@@ -156,7 +168,7 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
     if not (folder / RECIPE_FILE).is_file():
         raise RunFolderError(f"{folder}: there is no run to resume; leave --resume out")
     old = recipe_from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"), str(folder / RECIPE_FILE))
-    difference = recipe_difference(old, recipe, ignore=FREE_TO_CHANGE)
+    difference = recipe_difference(old, recipe, ignore=free_to_change(old))
     if difference:
         raise RunFolderError(
             f"{folder}: was trained with other settings, so going on would be neither run:\n  "
