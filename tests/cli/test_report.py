@@ -18,8 +18,19 @@ def test_a_run_becomes_a_page_with_its_files(pe_dpo, run, tmp_path) -> None:
     assert all(line.startswith("not in it: ") for line in missing)
     assert last.startswith(f"{tmp_path / 'new' / 'page.html'}; ")
     assert (tmp_path / "new" / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert {"table.md", "table.tex", "loss.png", "loss.svg"} <= {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"table.md", "loss.png"} <= {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".md", ".png"}
     assert not (run / "report").exists()
+
+
+def test_by_default_a_report_lies_in_the_run(pe_dpo, tmp_path) -> None:
+    run = fake_runs.write_run(tmp_path / "run", {"loss.beta": 0.1}, fake_runs.make_world(), samples=0, finished=False)
+    (run / "metrics.jsonl").unlink()  # no plots, drawn sooner
+    done = pe_dpo("report", run)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("This run is not finished (status: training")
+    assert (run / "report.html").is_file()
+    assert (run / "report" / "table.md").is_file()
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -1,23 +1,23 @@
 """The page as a file: well-formed, self-contained, accessible, and nothing in it but text where a text was given."""
 
+import base64
 import re
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pe_dpo.report.content import Answer, Exhibit, Folded, Page, Plot, Section, Table
+from pe_dpo.report.content import Page, Plot, Section, Table
 from pe_dpo.report.page import to_html, visible
-from pe_dpo.report.style import PAGE_COLOURS, new_figure, plain, save, style, to_element, to_svg
+from pe_dpo.report.style import fmt, panel, plain, save, to_svg
 
 NASTY = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;{{ 7*7 }}{% raw %}\x00\x07\u202egnp.exe\u2066"
 SHOWN = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;{{ 7*7 }}{% raw %}␀␇⟨U+202E⟩gnp.exe⟨U+2066⟩"
 
 
 def _plot(name: str, alt: str = "a line") -> Plot:
-    with style():
-        figure, axes = new_figure()
+    with panel("step", "nats") as (figure, axes):
         axes.plot([1, 2], [3, 4], label="$a_1")
         axes.set_title("κ = γ/β, KL(π‖π0)")
-        axes.legend()
     return Plot(name, figure, "A line & more.", alt)
 
 
@@ -29,19 +29,23 @@ def _page(text: str = "", *, plots: tuple[Plot, ...] = ()) -> Page:
         facts=[(f"what {text}", f"value {text}")],
         plots=plots,
         tables=[Table("table", f"caption {text}", ["", text], [[text, "1"]], f"note {text}")],
-        exhibits=[Exhibit(f"pair {text}", [Answer("prompt", text)])],
-        folded=[Folded(f"more {text}", text)],
+        exhibits=[(f"pair {text}", [("prompt", text)])],
+        folded=[(f"more {text}", text)],
         missing=[f"missing {text}"],
     )
     return Page(f"Page {text}", f"Verdict {text}", [f"Remark {text}"], [section])
 
 
-def _render(page: Page) -> str:
-    return to_html(page, {plot.name: to_svg(plot.figure) for plot in page.plots})
+def _images(page) -> list[dict[str, str]]:
+    """What <img> says, with the document inside it."""
+    found = [attrs for tag, attrs in page.tags if tag == "img"]
+    kind = "data:image/svg+xml;base64,"
+    assert all(attrs["src"].startswith(kind) for attrs in found)
+    return [{**attrs, "svg": base64.b64decode(attrs["src"].removeprefix(kind)).decode()} for attrs in found]
 
 
 def test_a_page_is_well_formed_and_says_its_language(parse) -> None:
-    html = _render(_page("x", plots=(_plot("a"), _plot("b"))))
+    html = to_html(_page("x", plots=(_plot("a"), _plot("b"))))
     page = parse(html)
     assert html.startswith("<!DOCTYPE html>")
     assert page.tags[0] == ("html", {"lang": "en"})
@@ -52,43 +56,39 @@ def test_a_page_is_well_formed_and_says_its_language(parse) -> None:
 
 
 def test_the_first_words_on_a_page_are_the_verdict(parse) -> None:
-    page = parse(_render(_page("x")))
+    page = parse(to_html(_page("x")))
     body = page.by_tag["body"][0]
     assert body.strip().startswith("Verdict x")
 
 
 def test_nothing_comes_from_elsewhere(parse) -> None:
-    html = _render(_page("x", plots=(_plot("a"),)))
+    html = to_html(_page("x", plots=(_plot("a"),)))
     page = parse(html)
     for name in ("href", "src", "xlink:href", "srcset", "data", "action"):
-        assert [value for value in page.attributes(name) if not value.startswith(("#", "data:"))] == []
+        assert [value for value in page.attributes(name) if not value.startswith(("#", "data:image/svg+xml;"))] == []
     assert {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags} == set()
     assert not re.search(r"@import|url\((?!#)", html)
 
 
 def test_every_link_and_every_reference_inside_a_plot_leads_somewhere(parse) -> None:
-    html = _render(_page("x", plots=(_plot("a"), _plot("b"))))
-    page = parse(html)
-    targets = {value[1:] for value in page.attributes("href")} | set(re.findall(r"url\(#([^)]+)\)", html))
-    assert targets - set(page.attributes("id")) == set()
-    assert any(target.startswith("a-") for target in targets)
+    page = parse(to_html(_page("x", plots=(_plot("a"), _plot("b")))))
+    assert {value[1:] for value in page.attributes("href")} - set(page.attributes("id")) == set()
+    for image in _images(page):
+        targets = set(re.findall(r"url\(#([^)]+)\)", image["svg"])) | set(re.findall(r'href="#([^"]+)"', image["svg"]))
+        assert targets
+        assert targets - set(re.findall(r'\bid="([^"]+)"', image["svg"])) == set()
 
 
 def test_every_plot_says_what_it_shows(parse) -> None:
-    page = parse(_render(_page("x", plots=(_plot("a", 'KL from 0 to 3 <nats>, "up"'), _plot("b", "other")))))
-    drawings = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert [(attrs["role"], attrs["aria-label"]) for attrs in drawings] == [
-        ("img", 'KL from 0 to 3 <nats>, "up"'),
-        ("img", "other"),
-    ]
+    page = parse(to_html(_page("x", plots=(_plot("a", 'KL from 0 to 3 <nats>, "up"'), _plot("b", "other")))))
+    assert [image["alt"] for image in _images(page)] == ['KL from 0 to 3 <nats>, "up"', "other"]
 
 
 def test_malicious_text_stays_text_wherever_it_stands(parse) -> None:
-    html = _render(_page(NASTY, plots=(_plot("a", NASTY),)))
+    html = to_html(_page(NASTY, plots=(_plot("a", NASTY),)))
     page = parse(html)
     assert "script" not in page.by_tag
-    assert "img" not in {tag for tag, _ in page.tags}
-    assert [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"] == [SHOWN]
+    assert [image["alt"] for image in _images(page)] == [SHOWN]
     for tag in ("title", "h1", "h2", "h3", "p", "dt", "dd", "caption", "th", "summary", "pre"):
         assert any(SHOWN in text for text in page.by_tag[tag]), tag
     assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", html)
@@ -104,8 +104,8 @@ def test_what_cannot_be_seen_is_shown_and_what_can_stays(text: str, expected: st
 
 def test_a_long_text_is_folded_and_whole(parse) -> None:
     long = "word " * 400
-    pair = Exhibit("pair", [Answer("chosen", long), Answer("rejected", "short"), Answer("x", "")])
-    page = parse(_render(Page("t", "v", [], [Section("one", "One", exhibits=[pair])])))
+    pair = "pair", [("chosen", long), ("rejected", "short"), ("x", "")]
+    page = parse(to_html(Page("t", "v", [], [Section("one", "One", exhibits=[pair])])))
     assert page.by_tag["summary"] == ["all 2000 characters"]
     assert long in page.by_tag["details"][0]
     assert "(empty)" in page.text
@@ -113,32 +113,29 @@ def test_a_long_text_is_folded_and_whole(parse) -> None:
 
 def test_what_stands_between_backticks_is_a_command(parse) -> None:
     section = Section("one", "One", ["Do `pe-dpo eval <run>` now, or `not"], missing=["`x`"])
-    page = parse(_render(Page("t", "v", [], [section])))
+    page = parse(to_html(Page("t", "v", [], [section])))
     assert page.by_tag["code"] == ["pe-dpo eval <run>", "x"]
     assert "Do pe-dpo eval <run> now, or `not" in page.text
 
 
 def test_what_is_empty_is_not_shown(parse) -> None:
-    page = parse(_render(Page("t", "v", [], [Section("one", "One")])))
+    page = parse(to_html(Page("t", "v", [], [Section("one", "One")])))
     assert {"figure", "table", "details", "dl", "article"} & set(page.by_tag) == set()
     assert "Not here" not in page.text
 
 
-def test_a_plot_is_saved_as_png_and_svg_of_its_size(tmp_path) -> None:
+def test_a_plot_is_saved_as_png_of_its_size(tmp_path) -> None:
     from PIL import Image
 
-    svg = save(_plot("a").figure, tmp_path, "a")
-    assert (tmp_path / "a.svg").read_text(encoding="utf-8") == svg
+    save(_plot("a").figure, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         image.verify()
         assert (image.format, image.size) == ("PNG", (960, 700))
 
 
-def test_a_saved_svg_is_xml_that_needs_nothing_else(tmp_path) -> None:
-    import xml.etree.ElementTree as ElementTree
-
-    save(_plot("a").figure, tmp_path, "a")
-    root = ElementTree.parse(tmp_path / "a.svg").getroot()
+def test_a_picture_on_the_page_is_xml_that_needs_nothing_else(parse) -> None:
+    (image,) = _images(parse(to_html(_page("x", plots=(_plot("a"),)))))
+    root = ElementTree.fromstring(image["svg"])
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert not any("http" in value for element in root.iter() for value in element.attrib.values())
     assert not any(element.tag.endswith("}text") for element in root.iter())
@@ -148,11 +145,23 @@ def test_the_same_figure_gives_the_same_file() -> None:
     assert to_svg(_plot("a").figure) == to_svg(_plot("a").figure)
 
 
-def test_a_plot_takes_the_colours_of_its_page() -> None:
-    svg = to_svg(_plot("a").figure)
-    element = to_element(svg, "a")
-    assert PAGE_COLOURS.keys() & set(re.findall("#[0-9a-f]{6}", svg)) != set()
-    assert PAGE_COLOURS.keys() & set(re.findall("#[0-9a-f]{6}", element)) == set()
+def test_a_picture_is_dark_on_white_whatever_the_page_around_it() -> None:
+    assert b"fill: #ffffff" in to_svg(_plot("a").figure)
+
+
+def test_a_legend_stands_below_the_panel() -> None:
+    figure = _plot("a").figure
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().y1 <= figure.axes[0].get_window_extent().y0
+
+
+@pytest.mark.parametrize(("value", "form", "text"), [
+    (-0.5, ".3f", "−0.500"), (0.5, "+.1f", "+0.5"), (-0.001, ".2f", "0.00"), (0.0, "+.2f", "0.00"), (float("nan"), ".3f", "–"),
+    (112.4, ".0f", "112"), (-1.5e-5, ".2g", "−1.5e−05"), (float("inf"), ".3g", "inf"),
+])  # fmt: skip
+def test_a_number_has_one_way_to_be_written(value: float, form: str, text: str) -> None:
+    assert fmt(value, form) == text
 
 
 def test_labels_keep_to_what_the_font_has() -> None:

@@ -35,12 +35,12 @@ def sweep(tmp_path_factory):
 @pytest.fixture(scope="module")
 def written(sweep, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    return write_report(sweep, page=folder / "page.html", figures=folder / "figures", metric="accuracy/shift")
+    return write_report(sweep, folder / "page.html", folder / "figures", metric="accuracy/shift"), folder
 
 
 @pytest.fixture(scope="module")
 def page(written, parse):
-    return parse(written.page.read_text(encoding="utf-8"))
+    return parse((written[1] / "page.html").read_text(encoding="utf-8"))
 
 
 def _rows(page, name: str) -> list[dict[str, str]]:
@@ -59,16 +59,16 @@ def _sections(content):
 def test_a_whole_sweep_misses_nothing_and_begins_with_the_verdict_of_compare(sweep, written) -> None:
     from pe_dpo.experiments.compare import compare
 
-    assert written.missing == []
-    assert written.verdict == compare([sweep], metric="accuracy/shift").verdict
+    assert written[0].missing == []
+    assert written[0].verdict == compare([sweep], metric="accuracy/shift").verdict
 
 
 def test_every_plot_a_paper_would_show_is_there(written, page) -> None:
     names = {attrs["id"] for tag, attrs in page.tags if tag == "figure"}
     assert names == {"frontier", "matched", "kl-kappa", "entropy-kappa", "seeds", "length", "displacement"}
-    for ending in ("png", "svg"):
-        assert {path.stem for path in written.figures.glob(f"*.{ending}")} == names
-    assert all(attrs.get("aria-label") for tag, attrs in page.tags if tag == "svg")
+    files = {"table.md", "results.jsonl", *(f"{name}.png" for name in names)}
+    assert {path.name for path in (written[1] / "figures").iterdir()} == files
+    assert all(attrs["alt"] for tag, attrs in page.tags if tag == "img")
 
 
 def test_every_run_is_in_the_table_with_its_own_numbers(sweep, page) -> None:
@@ -136,7 +136,7 @@ def test_earlier_states_have_their_own_numbers(sweep, page) -> None:
 
 
 def test_results_are_one_object_per_run(sweep, written) -> None:
-    lines = [json.loads(line) for line in (written.figures / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (written[1] / "figures" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     plan = json.loads((sweep / "sweep.json").read_text())["points"]
     assert [line["folder"] for line in lines] == [point["folder"] for point in plan]
     assert all(line["status"] == "finished" and math.isfinite(line["metrics"]["kl"]) for line in lines)
@@ -160,7 +160,7 @@ def test_how_strong_mixout_was_stands_beside_its_runs(tmp_path, parse, set_recor
     folder = json.loads((sweep / "sweep.json").read_text())["points"][1]["folder"]
     set_record(sweep / folder, mixout={"p": 0.5, "margin_noise": 0.3149})
     content = report_sweep(sweep)
-    page = parse(to_html(content._replace(sections=[section._replace(plots=[]) for section in content.sections]), {}))
+    page = parse(to_html(content._replace(sections=[section._replace(plots=[]) for section in content.sections])))
     rows = _rows(page, "runs")
     assert [row["mask noise"] for row in rows] == ["–", "0.315"]
 
@@ -175,7 +175,7 @@ def test_unfinished_runs_are_named_and_not_hidden(sweep, tmp_path, parse, set_re
     (killed / "metrics.jsonl").write_text("")
     content = report_sweep(copy)
     sections = [section._replace(plots=[]) for section in content.sections]
-    page = parse(to_html(content._replace(sections=sections), {}))
+    page = parse(to_html(content._replace(sections=sections)))
     assert "Of 21 planned runs 18 are finished; 1 training, 1 failed, 1 not started. All are named below." in page.text
     rows = _rows(page, "runs")
     assert [row["status"] for row in rows].count("finished") == 18
@@ -187,9 +187,9 @@ def test_unfinished_runs_are_named_and_not_hidden(sweep, tmp_path, parse, set_re
 def test_a_sweep_of_which_nothing_is_finished_has_a_page(tmp_path) -> None:
     names = [fake_runs.point_name(setting) for setting in GRID[:2]]
     sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:2], seeds=(0,), unfinished=names)
-    written = write_report(sweep)
+    written = write_report(sweep, tmp_path / "page.html", tmp_path / "figures")
     assert written.verdict.startswith("Nothing can be compared yet: no run of this sweep is finished")
-    assert written.plots == 0
+    assert written.plots == []
     assert len(written.missing) == 3
 
 
@@ -250,11 +250,11 @@ def test_a_misspelt_name_is_refused_and_the_page_stays(sweep, tmp_path, option) 
     page = tmp_path / "page.html"
     page.write_text("the last one")
     with pytest.raises(UsageError, match=f"--{option} acuracy: is n"):
-        write_report(sweep, page=page, figures=tmp_path, **{option: "acuracy"})
+        write_report(sweep, page, tmp_path, **{option: "acuracy"})
     assert page.read_text() == "the last one"
 
 
 @pytest.mark.parametrize("option", ["metric", "baseline"])
 def test_what_is_for_sweeps_is_refused_for_a_run(run, option) -> None:
     with pytest.raises(UsageError, match="is no sweep"):
-        write_report(run, **{option: "beta"})
+        write_report(run, run / "page.html", run / "figures", **{option: "beta"})

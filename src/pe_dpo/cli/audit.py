@@ -25,7 +25,7 @@ def audit(
     link: dials.Link = None,
     set_: dials.Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
-    plots: Annotated[Path | None, typer.Option(help="Draw it as PNG and SVG into this folder.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw it as PNG into this folder.")] = None,
     four_bit_noise: Annotated[
         bool, typer.Option("--four-bit-noise", help="Also measure what quantizing the base does, in two more passes.")
     ] = False,
@@ -54,7 +54,7 @@ def audit(
         from pe_dpo.report.audit_plots import save_audit_plots
 
         files = save_audit_plots(found, plots)
-        say(f"{len(files)} plots as PNG and SVG in {plots}")
+        say(f"{len(files)} plots as PNG in {plots}")
     if json:
         typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False))
         return

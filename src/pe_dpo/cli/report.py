@@ -13,7 +13,7 @@ def report(
     metric: Annotated[str | None, typer.Option(help="Of a sweep: what to compare on; see pe-dpo compare.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Of a sweep: the dial that others are held against.")] = None,
 ) -> None:
-    """Show a run or a sweep on one page that opens anywhere; plots as PNG and SVG, tables as LaTeX and markdown beside it."""
+    """Show a run or a sweep on one page that opens anywhere; plots as PNG and tables as markdown beside it."""
     from pe_dpo.errors import UsageError
 
     if not target.is_dir():
@@ -26,8 +26,9 @@ def report(
     console.quiet_libraries()
     from pe_dpo.report.write import write_report
 
-    written = write_report(target, page=output, figures=figures, metric=metric, baseline=baseline)
+    page, folder = output or target / "report.html", figures or target / "report"
+    written = write_report(target, page, folder, metric=metric, baseline=baseline)
     console.say(written.verdict)
-    for line in dict.fromkeys(written.missing):
+    for line in written.missing:
         console.say(f"not in it: {line}")
-    console.say(f"{written.page}; {written.plots} plots as PNG and SVG, table.md and table.tex in {written.figures}")
+    console.say(f"{page}; {len(written.plots)} plots as PNG and table.md in {folder}")

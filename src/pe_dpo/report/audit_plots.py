@@ -6,118 +6,105 @@ audit-weights      who has the gradient at step 0, over κ
 audit-flips        how long pairs that π0 ranks wrong take to flip, over κ
 """
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from pe_dpo.audit.audit import Audit
-from pe_dpo.audit.forecast import FLIP_QUANTILES, Outlook
-from pe_dpo.report.plots import legend_below
-from pe_dpo.report.style import BLUE, DENSE, INK, ORANGE, QUIET, SKY, VERMILLION, new_figure, save, style
+from pe_dpo.report.run_plots import length_scatter
+from pe_dpo.report.style import BLUE, INK, ORANGE, QUIET, SKY, VERMILLION, fmt, panel, save
+
+if TYPE_CHECKING:
+    from pe_dpo.audit.audit import Audit
 
 BINS = 60
 SHOWN = 0.99
-"""Of the pairs, in the middle; a few far ones would leave no room for the others."""
+"""Share of the pairs, in the middle, that is shown; a few far ones would leave no room for the others."""
 SLOWEST = 1e6
 """Flip times above are off the panel: a flip in a million times the quickest happens in no run."""
 
 
-def save_audit_plots(found: Audit, folder: Path) -> list[Path]:
-    """Draw an audit as PNG and SVG into a folder, which is made, and return the PNG files."""
+def save_audit_plots(found: "Audit", folder: Path) -> list[Path]:
+    """Draw an audit as PNG into a folder, which is made, and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {
-        "audit-preference": preference_histogram(found),
-        "audit-length": length_scatter(found),
-        "audit-weights": weight_shares(found),
-        "audit-flips": flip_times(found),
+    files = {folder / f"audit-{name}.png": figure for name, figure in audit_figures(found).items()}
+    for path, figure in files.items():
+        save(figure, path)
+    return list(files)
+
+
+def audit_figures(found: "Audit") -> dict[str, Figure]:
+    """Return the figures of an audit by their names: preference, length, weights, flips."""
+    unit = "nats" if found.reduce == "sum" else "nats a token"
+    return {
+        "preference": _preference_histogram(found, f"Δ0, {unit}"),
+        "length": _length_figure(found, f"Δ0, {unit}"),
+        "weights": _weight_shares(found),
+        "flips": _flip_times(found),
     }
-    for name, figure in drawn.items():
-        save(figure, folder, name)
-    return [folder / f"{name}.png" for name in drawn]
 
 
-def preference_histogram(found: Audit) -> Figure:
-    """Return how Δ0 is distributed, with what π0 ranks wrong and right in two colours."""
+def _preference_histogram(found: "Audit", label: str) -> Figure:
+    """How Δ0 is distributed, with what π0 ranks wrong and right in two colours."""
     low, high = _middle(found.preference)
     width = (high - low) / BINS
-    edges = width * np.arange(np.floor(min(low, 0.0) / width), np.ceil(max(high, 0.0) / width) + 1)  # 0 is one of them
-    with style():
-        figure, axes = new_figure()
+    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)  # 0 is one of them
+    with panel(label, "pairs") as (figure, axes):
         for member, colour, words in (
             (found.preference < 0, VERMILLION, f"π0 ranks wrong ({found.ranking.wrong:.0%})"),
             (found.preference > 0, BLUE, f"π0 ranks right ({found.ranking.right:.0%})"),
         ):
             axes.hist(found.preference[member], edges.tolist(), color=colour, alpha=0.85, label=words)
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_xlabel(f"Δ0, {_unit(found)}")
-        axes.set_ylabel("pairs")
         hidden = int(((found.preference < edges[0]) | (found.preference > edges[-1])).sum())
         if hidden:
             axes.set_title(f"{hidden} of {found.pairs} pairs lie outside", color=QUIET, fontsize=9)
-        legend_below(figure, axes)
     return figure
 
 
-def length_scatter(found: Audit) -> Figure:
-    """Return Δ0 against the difference in length, with the line whose slope is taken off for the share at equal length."""
-    with style():
-        figure, axes = new_figure()
-        axes.axhline(0, color=QUIET, linewidth=0.8)
-        axes.axvline(0, color=QUIET, linewidth=0.8)
-        size = 18 if found.pairs < 300 else 9 if found.pairs < 3000 else 4
-        x, y = found.length_difference, found.preference
-        axes.scatter(x, y, s=size, color=BLUE, alpha=0.5, linewidths=0, rasterized=found.pairs >= DENSE)
-        if found.pairs > 2 and np.ptp(x) > 0:
-            slope, intercept = np.polyfit(x, y, 1)
-            ends = np.asarray([x.min(), x.max()])
-            axes.plot(
-                ends, intercept + slope * ends, color=VERMILLION, label=f"least squares: {slope:+.3g} nats for each token"
-            )
-            axes.set_title(f"correlation {found.ranking.length_correlation:+.2f}".replace("-", "−"))
-        axes.set_xlim(*_padded(x))
-        axes.set_ylim(*_padded(y))
-        axes.set_xlabel("tokens of chosen − tokens of rejected")
-        axes.set_ylabel(f"Δ0, {_unit(found)}")
-        legend_below(figure, axes)
+def _length_figure(found: "Audit", label: str) -> Figure:
+    """Δ0 against the difference in length, with the line whose slope is taken off for the share at equal length."""
+    figure = length_scatter(found.length_difference, found.preference, label, "")
+    (axes,) = figure.axes
+    if found.pairs > 2 and np.ptp(found.length_difference) > 0:
+        axes.set_title(f"correlation {fmt(found.ranking.length_correlation, '+.2f')}")
+    axes.set_xlim(*_middle(found.length_difference))
+    axes.set_ylim(*_middle(found.preference))
     return figure
 
 
-def weight_shares(found: Audit) -> Figure:
-    """Return the shares of gradient weight at step 0 over κ, and how many of the pairs it is as if pulled alike."""
-    with style():
-        figure, axes = new_figure()
-        lines: tuple[tuple[Callable[[Outlook], float], str, str, str], ...] = (
-            (lambda at: at.weight_right, BLUE, "-", "gradient where π0 is right"),
-            (lambda at: at.weight_wrong, VERMILLION, "--", "gradient where π0 is wrong"),
-            (lambda at: at.effective, QUIET, ":", "effective share of pairs"),
-        )
+def _weight_shares(found: "Audit") -> Figure:
+    """The shares of gradient weight at step 0 over κ, and how many of the pairs it is as if pulled alike."""
+    with panel("κ = γ/β", "share at step 0") as (figure, axes):
         kappas = [at.kappa for at in found.curve]
-        for value, colour, dashes, words in lines:
-            axes.plot(kappas, [value(at) for at in found.curve], dashes, color=colour, label=words)
+        for name, colour, dashes, words in (
+            ("weight_right", BLUE, "-", "gradient where π0 is right"),
+            ("weight_wrong", VERMILLION, "--", "gradient where π0 is wrong"),
+            ("effective", QUIET, ":", "effective share of pairs"),
+        ):
+            axes.plot(kappas, [getattr(at, name) for at in found.curve], dashes, color=colour, label=words)
         _mark_recipe(axes, found)
         axes.set_ylim(-0.02, 1.05)
-        axes.set_xlabel("κ = γ/β")
-        axes.set_ylabel("share at step 0")
-        legend_below(figure, axes)
     return figure
 
 
-def flip_times(found: Audit) -> Figure:
-    """Return quantiles of the time until pairs that π0 ranks wrong flip, over κ."""
+def _flip_times(found: "Audit") -> Figure:
+    """Quantiles of the time until pairs that π0 ranks wrong flip, over κ."""
+    from pe_dpo.audit.forecast import FLIP_QUANTILES
+
     kappas = np.asarray([at.kappa for at in found.curve])
     times = np.asarray([at.flip_times for at in found.curve])
     finite = times[np.isfinite(times) & (times > 0)]
     bottom = finite.min() / 2 if len(finite) else 1.0
     top = min(2 * finite.max(), SLOWEST * bottom) if len(finite) else SLOWEST
-    with style():
-        figure, axes = new_figure()
+    superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")  # TeX is off in `style`
+    with panel("κ = γ/β", "time until wrong pairs flip, in 1/(2β²)") as (figure, axes):
         axes.set_yscale("log")
         axes.set_ylim(bottom, top)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: _power(time)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: "10" + str(round(np.log10(time))).translate(superscript)))
         for column, (quantile, colour, dashes) in enumerate(
             zip(FLIP_QUANTILES, (SKY, BLUE, INK), ("--", "-", ":"), strict=True)
         ):
@@ -128,38 +115,18 @@ def flip_times(found: Audit) -> Figure:
             axes.text(0.5, 0.5, "no pair flips", transform=axes.transAxes, ha="center")
         if np.isinf(times).any():
             axes.set_title("where a line ends, pairs never flip", color=QUIET, fontsize=9)
-        axes.set_xlabel("κ = γ/β")
-        axes.set_ylabel("time until wrong pairs flip, in 1/(2β²)")
-        legend_below(figure, axes)
     return figure
 
 
-def _power(time: float) -> str:
-    """10⁶ without TeX, which the style leaves off."""
-    return "10" + str(round(np.log10(time))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _signed(text: str) -> str:
-    return text.replace("-", "−")
-
-
-def _mark_recipe(axes: Axes, found: Audit) -> None:
+def _mark_recipe(axes: Axes, found: "Audit") -> None:
     kappa = found.recipe.kappa
     if kappa <= found.curve[-1].kappa:
         axes.axvline(kappa, color=ORANGE, linewidth=4, alpha=0.5, zorder=0, label=f"this recipe, κ = {kappa:.3g}")
     axes.set_xlim(-0.03, found.curve[-1].kappa + 0.03)
 
 
-def _unit(found: Audit) -> str:
-    return "nats" if found.reduce == "sum" else "nats a token"
-
-
 def _middle(values: np.ndarray) -> tuple[float, float]:
+    """A range that holds 0 and the middle of the values, with some room."""
     low, high = np.quantile(values, ((1 - SHOWN) / 2, (1 + SHOWN) / 2))
     room = 0.02 * (high - low) or 1.0
-    return float(low - room), float(high + room)
-
-
-def _padded(values: np.ndarray) -> tuple[float, float]:
-    low, high = _middle(values)
-    return min(low, 0.0), max(high, 0.0)
+    return min(float(low - room), 0.0), max(float(high + room), 0.0)

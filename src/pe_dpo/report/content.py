@@ -10,7 +10,7 @@ class Plot(NamedTuple):
     """A figure with what is said about it."""
 
     name: str
-    """File name without ending: letters, digits and dashes; another for every plot of a page."""
+    """A file name without ending: letters, digits and dashes; another for every plot of a page."""
     figure: Figure
     caption: str
     """What is shown and how to read it, in sentences."""
@@ -24,52 +24,33 @@ class Table(NamedTuple):
     """A table of finished text."""
 
     name: str
-    """As `Plot.name`."""
+    """A name as `Plot.name`."""
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     """Each as long as the header; the first cell names the row."""
     note: str = ""
-    """A sentence below it."""
+    """A sentence below the table."""
     is_folded: bool = False
     """Whether it is shown on request only."""
-
-
-class Answer(NamedTuple):
-    """A text that a person or a model wrote."""
-
-    title: str
-    text: str
-
-
-class Exhibit(NamedTuple):
-    """Texts that belong together, as the two answers of a pair."""
-
-    title: str
-    answers: Sequence[Answer]
-
-
-class Folded(NamedTuple):
-    """Plain text that is shown on request, as a recipe."""
-
-    title: str
-    text: str
 
 
 class Section(NamedTuple):
     """A part of a page; whatever is empty is not shown."""
 
     name: str
-    """Its anchor: letters, digits and dashes."""
+    """The section's anchor: letters, digits and dashes."""
     title: str
     sentences: Sequence[str] = ()
     """Plain text; what stands between backticks is a command."""
     facts: Sequence[tuple[str, str]] = ()
-    """What and its value, a list."""
+    """A list of what and its value."""
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
-    exhibits: Sequence[Exhibit] = ()
-    folded: Sequence[Folded] = ()
+    exhibits: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()
+    """Texts that belong together, as prompt and answers of a pair: a title, and each text under its own title."""
+    folded: Sequence[tuple[str, str]] = ()
+    """Titles and plain texts that are shown on request, as a recipe."""
     missing: Sequence[str] = ()
     """What could be here, why it is not, and which command gives it."""
 
@@ -78,7 +59,7 @@ class Page(NamedTuple):
     """A whole report."""
 
     title: str
-    """Of the window."""
+    """The title of the window."""
     verdict: str
     """The finding, in one sentence of plain words; it comes first."""
     remarks: Sequence[str]
@@ -96,3 +77,8 @@ class Page(NamedTuple):
     def tables(self) -> list[Table]:
         """All tables in their order."""
         return [table for section in self.sections for table in section.tables]
+
+    @property
+    def missing(self) -> list[str]:
+        """What is not on the page, and which command gives it; each once."""
+        return list(dict.fromkeys(line for section in self.sections for line in section.missing))

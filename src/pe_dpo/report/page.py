@@ -1,15 +1,16 @@
-"""A page as one HTML file: styles, plots and texts inside it, no scripts, nothing from elsewhere."""
+"""A page as one HTML file: styles, plots and texts inside it, no scripts, nothing from elsewhere; its tables as markdown."""
 
+import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from pe_dpo.report.content import Page, Plot
-from pe_dpo.report.style import to_element
+from pe_dpo.report.content import Page, Table
+from pe_dpo.report.style import to_svg
 
 LONG, SHOWN = 500, 300
 """Texts of more characters than LONG are folded behind their first SHOWN."""
@@ -21,43 +22,46 @@ _CONTROLS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200
 """Signs that turn the direction of writing; they could make a text look like another one."""
 
 
-def to_html(page: Page, drawings: Mapping[str, str]) -> str:
+def to_html(page: Page) -> str:
     """Return the page as an HTML document.
 
     Everything that is not markup of ours is escaped; signs that cannot be seen or that turn the direction of what follows
-    are shown by their number.
-
-    Args:
-        page: what it holds.
-        drawings: the SVG document of each of its plots, by name.
+    are shown by their number. A plot is an image inside the document, so that nothing in it can act on the page.
     """
-    elements = {plot.name: _element(plot, drawings[plot.name]) for plot in page.plots}
-    return _environment().get_template("page.html.j2").render(page=page, drawings=elements, text=_text, prose=_prose)
+
+    def finalize(value: Any) -> Any:
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=FunctionLoader(
+            lambda name: resources.files("pe_dpo.report").joinpath("templates", name).read_text(encoding="utf-8")
+        ),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=finalize,
+    )
+    pictures = {plot.name: base64.b64encode(to_svg(plot.figure)).decode("ascii") for plot in page.plots}
+    return environment.get_template("page.html.j2").render(page=page, pictures=pictures, text=_text, prose=_prose)
 
 
 def visible(text: str) -> str:
     """Return text in which nothing hides: controls as their pictures (NUL is ␀), signs that turn directions as ⟨U+202E⟩."""
-    return "".join(_visible_sign(sign) for sign in text)
 
-
-def _visible_sign(sign: str) -> str:
-    code = ord(sign)
-    if sign in "\n\t":
+    def shown(sign: str) -> str:
+        code = ord(sign)
+        if sign in "\n\t":
+            return sign
+        if code < 0x20:
+            return chr(0x2400 + code)
+        if 0xD800 <= code < 0xE000:
+            return "\ufffd"
+        if 0x7F <= code < 0xA0 or code in _CONTROLS:
+            return f"⟨U+{code:04X}⟩"
         return sign
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if 0xD800 <= code < 0xE000:
-        return "\ufffd"
-    if 0x7F <= code < 0xA0 or code in _CONTROLS:
-        return f"⟨U+{code:04X}⟩"
-    return sign
 
-
-def _element(plot: Plot, drawing: str) -> Markup:
-    """The plot as an <svg> element that says what it shows."""
-    svg = to_element(drawing, plot.name)
-    alt = Markup.escape(visible(plot.alt))
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1))
+    return "".join(map(shown, text))
 
 
 def _prose(sentence: str) -> Markup:
@@ -82,19 +86,18 @@ def _text(text: str) -> Markup:
     ).format(shown[:SHOWN], len(text), shown)
 
 
-def _environment() -> Environment:
-    def finalize(value: Any) -> Any:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    return Environment(
-        loader=FunctionLoader(_template),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=finalize,
-    )
+def to_markdown(tables: Sequence[Table]) -> str:
+    """Return the tables as GitHub's markdown, one below the other, each under its caption."""
+    lines = []
+    for table in tables:
+        rule = "|" + "|".join([":--", *["--:"] * (len(table.header) - 1)]) + "|"
+        header, *rows = ("| " + " | ".join(map(escape_markdown, cells)) + " |" for cells in (table.header, *table.rows))
+        lines += [f"**{escape_markdown(table.caption)}**", "", header, rule, *rows]
+        lines += ["", escape_markdown(table.note), ""] if table.note else [""]
+    return "\n".join(lines)
 
 
-def _template(name: str) -> str:
-    return resources.files("pe_dpo.report").joinpath("templates", name).read_text(encoding="utf-8")
+def escape_markdown(text: str) -> str:
+    """Return text as markdown that shows it, on one line."""
+    line = "".join(sign if sign.isprintable() else "�" for sign in " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", line)

@@ -1,11 +1,10 @@
-"""How every figure looks: one panel each, sizes, fonts, a palette that colour-blind readers can tell apart, PNG and SVG.
+"""How every figure and every number looks: one panel each, sizes, fonts, a palette that colour-blind readers can tell apart.
 
 One panel per figure: on a page they stand side by side or below one another, whatever the width of the screen, and a paper
 arranges them as it likes. Figures are made of matplotlib's objects; nothing here touches pyplot's global state.
 """
 
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 4.8, 3.5
 """Inches of a usual figure: 10 point text in it is still 8 point on a phone."""
@@ -28,20 +28,14 @@ SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 """Colours in the order of use.
 
 Source:
-    Okabe and Ito 2008, "Color universal design"; purple darkened, black and yellow left out, so that all show on white and in
-    the dark.
+    Okabe and Ito 2008, "Color universal design"; purple darkened, black and yellow left out, so that all show on white.
 """
 BROWN = "#7a4b21"
-"""Beside SERIES, for what is the same in every sweep: adapters scaled toward the reference."""
-PAGE_COLOURS = {
-    **{INK: "--ink", QUIET: "--quiet", FAINT: "--faint", BLUE: "--blue", VERMILLION: "--vermillion", GREEN: "--green"},
-    **{PURPLE: "--purple", ORANGE: "--orange", SKY: "--sky", BROWN: "--brown", PAPER: "--paper"},
-}
-"""What a page says instead, so that it can have lighter ones in the dark."""
+"""The colour beside SERIES for what is the same in every sweep: adapters scaled toward the reference."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
-"""Beside each colour of SERIES, for prints in grey."""
+"""Markers beside the colours of SERIES, for prints in grey."""
 CROSS = "X"
-"""Beside BROWN."""
+"""The marker beside BROWN."""
 
 DENSE = 1000
 """From this many points on, they are drawn as an image inside the SVG: 10,000 circles as paths take 2 MB."""
@@ -72,8 +66,9 @@ _RC: Any = {
     "text.parse_math": False,  # names from data are not formulas: a lone $ is a dollar
     "text.usetex": False,
     "svg.fonttype": "path",
-    "svg.hashsalt": "pe-dpo",  # the same figure gives the same file
+    "svg.hashsalt": "pe-dpo",  # the same figure gives the same picture
     "savefig.dpi": 200,
+    "savefig.facecolor": "white",
 }
 
 
@@ -86,57 +81,65 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """Return a figure with one panel; call it inside `style()`.
+@contextmanager
+def panel(
+    xlabel: str, ylabel: str, *, width: float = WIDTH, height: float = HEIGHT, columns: int = 2, has_whole_x: bool = False
+) -> Iterator[tuple[Figure, Axes]]:
+    """Draw a figure of one panel inside the `with`; its legend, if it has one, comes under the panel, where it hides nothing.
 
     Args:
+        xlabel: what is on the x axis, with its unit.
+        ylabel: what is on the y axis, with its unit.
         width: inches.
         height: inches.
+        columns: of the legend, at most.
+        has_whole_x: whether x is counted in whole numbers, as steps and tokens are.
     """
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def save(figure: Figure, folder: Path, name: str) -> str:
-    """Write NAME.png (200 dpi, on white) and NAME.svg into a folder that exists; return the SVG document.
-
-    The figure keeps its layout and must not be changed afterwards.
-    """
-    svg = to_svg(figure)
-    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-    figure.set_layout_engine("none")  # it has been laid out just now, which takes half of the time
     with style():
-        figure.savefig(folder / f"{name}.png", format="png", facecolor="white", metadata={"Software": None})
-    return svg
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if has_whole_x:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        yield figure, axes
+        handles, _ = axes.get_legend_handles_labels()
+        if handles:
+            figure.legend(loc="outside lower center", ncols=min(columns, len(handles)), handlelength=1.8)
 
 
-def to_svg(figure: Figure) -> str:
-    """Return the figure as an SVG document: text as paths, transparent, without a date, so that the same is the same."""
-    buffer = io.StringIO()
+def scatter_points(axes: Axes, x: Any, y: Any, colour: str, label: str, *, total: int) -> None:
+    """Draw one point for each pair of a data set; the more pairs there are in all (total), the smaller they are."""
+    size = 18 if total < 300 else 9 if total < 3000 else 4
+    if len(x):
+        axes.scatter(x, y, s=size, color=colour, alpha=0.6, linewidths=0, label=label, rasterized=total >= DENSE)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG (200 dpi, on white); it keeps its layout and must not be changed afterwards."""
+    with style():
+        figure.savefig(path, format="png", metadata={"Software": None})
+    figure.set_layout_engine("none")  # it has been laid out just now, which takes half of the time of the next picture
+
+
+def to_svg(figure: Figure) -> bytes:
+    """Return a figure as an SVG document for a page: text as paths, without a date, so that the same is the same."""
+    buffer = io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=nothing)
     return buffer.getvalue()
 
 
-def to_element(svg: str, name: str) -> str:
-    """Return an SVG document of `to_svg` as an <svg> element for a page.
+def fmt(value: float, form: str) -> str:
+    """Return a number for people, formatted as ".3f" or "+.1f" says.
 
-    Its ids begin with the name, since a page holds several figures; its colours are the page's own (PAGE_COLOURS).
-
-    Args:
-        svg: the document.
-        name: letters, digits and dashes; another for every figure of a page.
+    Its minus is as wide as its plus, zero has no sign, and "–" stands for what is not known (NaN).
     """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for the whole page
-    svg = svg.replace("<svg ", '<svg stroke-linejoin="round" stroke-linecap="butt" ', 1)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-').replace("xlink:href=", "href=")
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    for colour, variable in PAGE_COLOURS.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg
+    if value != value:
+        return "–"
+    text = format(value, form)
+    return text.replace("-", "−") if text.strip("+-0.") else text.lstrip("+-")
 
 
 def plain(text: object, most: int = 60) -> str:

@@ -1,217 +1,229 @@
-"""Figures of a sweep; each takes numbers and returns a figure with one panel."""
+"""What the arms of a sweep came to, as figures: the frontier, differences at equal KL, κ, seeds, length, displacement."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pe_dpo.report.plots import legend_below
-from pe_dpo.report.style import FAINT, INK, PAPER, QUIET, WIDTH, new_figure, plain, style
+from pe_dpo.experiments.comparison import Arm, Comparison, Difference
+from pe_dpo.experiments.wording import SCALE, dial_name, is_end, point_name
+from pe_dpo.report.content import Plot, Section
+from pe_dpo.report.style import (
+    BLUE,
+    BROWN,
+    CROSS,
+    FAINT,
+    INK,
+    MARKERS,
+    PAPER,
+    QUIET,
+    SERIES,
+    VERMILLION,
+    WIDTH,
+    fmt,
+    panel,
+    plain,
+)
+from pe_dpo.report.sweep_record import PlannedRun, SweepRecord
 
+ANSWERS = "`pe-dpo eval RUN --prompts 64` for each run, or generation.prompts in the recipe of the sweep."
+NO_KL = f"KL(π‖π0) was not measured, so arms cannot be held against each other at equal KL; sample answers: {ANSWERS}"
+SCALED = "scaled adapter"
+"""Arms that are others, scaled toward the reference."""
 MOST_ROWS = 30
-"""Of one figure: more do not fit on a page."""
+"""Rows of one figure: more do not fit on a page."""
 MOST_NUMBERS = 24
 """Numbers beside points; of more nobody finds his own."""
-
-
-class Look(NamedTuple):
-    """How arms that turn the same dials are drawn."""
-
-    colour: str
-    marker: str
-
-
-class Point(NamedTuple):
-    """An arm on the frontier, mean over seeds, with its intervals; NaN where unknown."""
-
-    number: int
-    """In the table of arms."""
-    x: float
-    y: float
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-
-class Group(NamedTuple):
-    """Arms that turn the same dials."""
-
-    label: str
-    look: Look
-    points: Sequence[Point]
-    runs: Sequence[tuple[float, float]]
-    """Every run by itself, x and y."""
-    is_control: bool = False
-    """Drawn smaller and behind the others."""
-
-
-def frontier(
-    groups: Sequence[Group], line: Sequence[tuple[float, float]], ylabel: str, *, snapshots: Sequence[tuple[float, float]] = ()
-) -> Figure:
-    """Return a metric against √KL: arms with crosses of their intervals, all runs as dots, and the line of the baseline.
-
-    Args:
-        groups: at least one with a point.
-        line: of the baseline, rising in √KL; may be empty.
-        ylabel: the metric.
-        snapshots: earlier states of runs, small and grey.
-    """
-    with style():
-        figure, axes = new_figure(height=4.3)
-        if snapshots:
-            x, y = zip(*snapshots, strict=True)
-            axes.scatter(x, y, s=6, color=QUIET, alpha=0.35, linewidths=0, label="earlier states")
-        if len(line) > 1:
-            axes.plot(*zip(*line, strict=True), color=INK, linewidth=1.2, alpha=0.7, zorder=1, label="baseline")
-        for group in groups:
-            if group.runs:
-                x, y = zip(*group.runs, strict=True)
-                axes.scatter(x, y, s=9, color=group.look.colour, alpha=0.4, linewidths=0)
-            _crosses(axes, group)
-        axes.set_xlabel("√KL(π‖π0), √nats")
-        axes.set_ylabel(ylabel)
-        points, others = [point for group in groups for point in group.points], [*line, *snapshots]
-        others += [run for group in groups for run in group.runs]
-        across = [x for x, _ in others], [(point.x, point.x_low, point.x_high) for point in points]
-        upwards = [y for _, y in others], [(point.y, point.y_low, point.y_high) for point in points]
-        axes.set_xlim(0, _span(*across)[1])
-        axes.set_ylim(_span(*upwards))
-        _numbers(axes, points, numbered(groups))
-        legend_below(figure, axes, columns=3)
-    return figure
-
-
-def numbered(groups: Sequence[Group]) -> list[Point]:
-    """Return the arms that have a number beside them: all, or all but the controls, or none where there are too many."""
-    points = [point for group in groups for point in group.points]
-    trained = [point for group in groups for point in group.points if not group.is_control]
-    return next((those for those in (points, trained) if len(those) <= MOST_NUMBERS), [])
-
-
-def _span(values: Sequence[float], bars: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Ends of an axis with all points on it, and of their bars what does not flatten the rest.
-
-    Args:
-        values: of all runs.
-        bars: centre, low end and high end of each; ends may be NaN.
-    """
-    known = [*values, *(centre for centre, _, _ in bars)]
-    low, high = min(known), max(known)
-    room = 0.6 * (high - low) or 0.1 * abs(high) or 1.0
-    ends = [end for _, *both in bars for end in both if math.isfinite(end)]
-    edge = 0.05 * (high - low + room)
-    return max(low - room, min([low, *ends]) - edge), min(high + room, max([high, *ends]) + edge)
-
-
-def _numbers(axes: Axes, points: Sequence[Point], named: Sequence[Point]) -> None:
-    """Write some points' numbers beside them, where neither another point nor another number is near, if there is a place."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    place = {p: ((p.x - left) / (right - left) * _PANEL[0], (p.y - bottom) / (top - bottom) * _PANEL[1]) for p in points}
-    taken = list(place.values())
-    for point, (x, y) in ((point, place[point]) for point in named):
-        others = [other for other in taken if other != (x, y)] or [(x + 99, y)]
-        room = [min(math.dist((x + dx, y + dy), other) for other in others) for dx, dy in _BESIDE]
-        dx, dy = _BESIDE[max(range(len(room)), key=lambda at: min(room[at], _ENOUGH))]
-        taken.append((x + dx, y + dy))
-        number = axes.annotate(str(point.number), (point.x, point.y), (dx, dy), textcoords="offset points", zorder=5)
-        number.set(fontsize=7.5, ha="center", va="center")
-
+MOST_CURVES = 6
+"""Curves over κ in one figure."""
 
 _PANEL = (300.0, 210.0)
 """Width and height of the frontier's panel, roughly, in points."""
 _BESIDE = ((7, 6), (-7, 6), (7, -6), (-7, -6), (0, 9), (0, -9), (11, 0), (-11, 0), (10, 11), (-10, 11), (10, -11), (-10, -11))
+"""Places for a number beside its point, in points."""
 _ENOUGH = 9.0
 """Points between two numbers that do not touch."""
 
-
-def _crosses(axes: Axes, group: Group) -> None:
-    colour, marker = group.look
-    alpha, size, height = (0.3, 5, 2.5) if group.is_control else (0.8, 6, 4.0)
-    x, y = ([getattr(point, name) for point in group.points] for name in ("x", "y"))
-    for point in group.points:
-        bar: dict[str, Any] = {"color": colour, "linewidth": 1.1, "alpha": alpha, "zorder": height / 2}
-        axes.plot([point.x_low, point.x_high], [point.y, point.y], **bar)
-        axes.plot([point.x, point.x], [point.y_low, point.y_high], **bar)
-    axes.plot(x, y, color=colour, marker=marker, linestyle="none", markersize=size, label=plain(group.label, 28), zorder=height)
+Look = tuple[str, str]
+"""Colour and marker."""
 
 
-class Mark(NamedTuple):
-    """A quantity of one arm."""
+def frontier_section(sweep: SweepRecord, comparison: Comparison) -> Section:
+    """Return the metric against √KL."""
+    title = f"Frontier: {comparison.metric} against √KL"
+    arms = {number: arm for number, arm in enumerate(comparison.arms, start=1) if not math.isnan(arm.root_kl)}
+    if not arms:
+        return Section("frontier", title, missing=[NO_KL])
+    trained = [number for number, arm in arms.items() if _kind(comparison, arm) != SCALED]
+    numbered = next((numbers for numbers in (list(arms), trained) if len(numbers) <= MOST_NUMBERS), [])
+    numbers = "; numbers as in the table of arms" if numbered else ""
+    scaled = " ×: adapters scaled toward the reference, which takes no training." if SCALED in _looks(comparison) else ""
+    ends = f"√KL from {min(arm.root_kl for arm in arms.values()):.2g} to {max(arm.root_kl for arm in arms.values()):.2g}"
+    lowest, highest = min(arm.value for arm in arms.values()), max(arm.value for arm in arms.values())
+    plot = Plot(
+        "frontier",
+        frontier(sweep, comparison, arms, numbered),
+        f"{comparison.title[:1].upper()}{comparison.title[1:]}. Large: arms, mean over seeds, with 95 % intervals both "
+        f"ways{numbers}. Small: every run.{scaled} Dark line: the {comparison.baseline} dial, against which others are held. "
+        "An arm above it gets more for its KL, if the intervals allow to say so; bars may leave the panel.",
+        f"Scatter of {len(arms)} arms, {ends}, {comparison.metric} from {lowest:.3g} to {highest:.3g}.",
+        is_wide=True,
+    )
+    return Section("frontier", title, plots=[plot])
 
-    look: Look
-    centre: float
-    """NaN: there is none, only the seeds."""
-    low: float
-    high: float
-    """Of its interval; NaN without one."""
-    seeds: Sequence[float] = ()
-    """Of each seed."""
-    is_filled: bool = True
 
-
-class Row(NamedTuple):
-    """One arm in a figure with a row for each."""
-
-    label: str
-    marks: Sequence[Mark]
-    note: str = ""
-    """Stands in the place of marks."""
-
-
-def rows_figures(
-    rows: Sequence[Row], xlabel: str, *, level: float | None = None, legend: Mapping[str, Look] | None = None
-) -> list[Figure]:
-    """Return arms one below the other, in as many figures as it takes, all with the same axis.
+def frontier(sweep: SweepRecord, comparison: Comparison, arms: Mapping[int, Arm], numbered: Sequence[int]) -> Figure:
+    """Return the metric against √KL: arms with crosses of their intervals, all runs as dots, and the line of the baseline.
 
     Args:
-        rows: at least one.
-        xlabel: with the unit.
-        level: where a vertical line stands for "no difference", or for the reference.
-        legend: what the marks are, where there are several kinds.
+        sweep: of which they are.
+        comparison: of the sweep.
+        arms: those with a KL, by their numbers in the table of arms.
+        numbered: which of them have their number beside them.
     """
-    values = [value for row in rows for mark in row.marks for value in (mark.centre, mark.low, mark.high, *mark.seeds)]
-    known = [value for value in [*values, *([] if level is None else [level])] if np.isfinite(value)]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    parts = [rows[start : start + MOST_ROWS] for start in range(0, len(rows), MOST_ROWS)]
-    return [_rows_figure(part, xlabel, level, legend or {}, (low - room, high + room)) for part in parts]
-
-
-def _rows_figure(
-    rows: Sequence[Row], xlabel: str, level: float | None, legend: Mapping[str, Look], limits: tuple[float, float]
-) -> Figure:
-    with style():
-        figure, axes = new_figure(WIDTH, 0.95 + 0.26 * len(rows) + (0.25 if legend else 0.0))
-        if level is not None:
-            axes.axvline(level, color=QUIET, linewidth=1)
-        for at, row in enumerate(rows):
-            _row(axes, at, row)
-        for label, look in legend.items():
-            axes.plot([], [], color=look.colour, marker=look.marker, linestyle="none", label=plain(label, 28))
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlim(limits)
-        axes.set_yticks(range(len(rows)), [plain(row.label.replace(" with ", ", "), 40) for row in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
-        axes.spines["left"].set_visible(False)
-        for at in range(len(rows)):
-            axes.axhline(at, color=FAINT, linewidth=0.5, zorder=0)
-        axes.set_xlabel(xlabel, loc="right")  # a long one has room below the names
-        legend_below(figure, axes, columns=3)
+    known = [row for row in comparison.runs if not math.isnan(row.kl + row.value)]
+    snapshots = [(_root(row.kl), row.value) for row in known if not row.is_final and row.scale is None]
+    line = sorted((arm.root_kl, arm.value) for arm in arms.values() if arm.is_baseline)
+    line = line if math.isnan(comparison.reference) else [(0.0, comparison.reference), *line]
+    dots, bars = [*line, *snapshots], []
+    with panel("√KL(π‖π0), √nats", comparison.metric, height=4.3, columns=3) as (figure, axes):
+        if snapshots:
+            x, y = np.transpose(snapshots)
+            axes.scatter(x, y, s=6, color=QUIET, alpha=0.35, linewidths=0, label="earlier states")
+        if len(line) > 1:
+            axes.plot(*zip(*line, strict=True), color=INK, linewidth=1.2, alpha=0.7, zorder=1, label="baseline")
+        for kind, (colour, marker) in _looks(comparison).items():
+            members = {number: arm for number, arm in arms.items() if _kind(comparison, arm) == kind}
+            if not members:
+                continue
+            runs = [(_root(row.kl), row.value) for arm in members.values() for row in sweep.rows_of(arm)]
+            if runs:
+                x, y = np.transpose(runs)
+                axes.scatter(x, y, s=9, color=colour, alpha=0.4, linewidths=0)
+            dots += runs
+            alpha, size, height = (0.3, 5, 2.5) if kind == SCALED else (0.8, 6, 4.0)  # controls are behind the others
+            for number, arm in members.items():
+                root, value = sweep.crosses[number - 1]
+                cross = [[(end, arm.value) for end in (root.low, root.high)]] if root else []
+                cross += [[(arm.root_kl, end) for end in (value.low, value.high)]] if value else []
+                for bar in cross:
+                    x, y = np.transpose(bar)
+                    axes.plot(x, y, color=colour, linewidth=1.1, alpha=alpha, zorder=height / 2)
+                    bars += bar
+            x, y = np.transpose([(arm.root_kl, arm.value) for arm in members.values()])
+            axes.plot(x, y, marker, color=colour, markersize=size, zorder=height, label=plain(kind, 28))
+        centres = [(arm.root_kl, arm.value) for arm in arms.values()]
+        axes.set_xlim(0, _span(*([point[0] for point in points] for points in ([*dots, *centres], bars)))[1])
+        axes.set_ylim(_span(*([point[1] for point in points] for points in ([*dots, *centres], bars))))
+        _write_numbers(axes, arms, numbered)
     return figure
 
 
-def _row(axes: Axes, at: int, row: Row) -> None:
-    if row.note:
-        place = axes.get_yaxis_transform()
-        behind = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
-        axes.text(0.5, at, plain(row.note), transform=place, ha="center", va="center", fontsize=8, color=QUIET, bbox=behind)
+def _span(points: Sequence[float], bars: Sequence[float]) -> tuple[float, float]:
+    """Ends of an axis with all points on it, and of the ends of bars what does not flatten the rest."""
+    low, high = min(points), max(points)
+    room = 0.6 * (high - low) or 0.1 * abs(high) or 1.0
+    known = [end for end in bars if math.isfinite(end)]
+    edge = 0.05 * (high - low + room)
+    return max(low - room, min([low, *known]) - edge), min(high + room, max([high, *known]) + edge)
+
+
+def _write_numbers(axes: Axes, arms: Mapping[int, Arm], numbered: Sequence[int]) -> None:
+    """Write some arms' numbers beside them, where neither another arm nor another number is near, if there is a place."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    places = {
+        number: ((arm.root_kl - left) / (right - left) * _PANEL[0], (arm.value - bottom) / (top - bottom) * _PANEL[1])
+        for number, arm in arms.items()
+    }
+    taken = list(places.values())
+    for number in numbered:
+        x, y = places[number]
+        others = [other for other in taken if other != (x, y)] or [(x + 99, y)]
+        room = [min(math.dist((x + dx, y + dy), other) for other in others) for dx, dy in _BESIDE]
+        dx, dy = _BESIDE[max(range(len(room)), key=lambda at: min(room[at], _ENOUGH))]
+        taken.append((x + dx, y + dy))
+        place = (arms[number].root_kl, arms[number].value)
+        text = axes.annotate(str(number), place, (dx, dy), textcoords="offset points", zorder=5)
+        text.set(fontsize=7.5, ha="center", va="center")
+
+
+# ---------------------------------------------------------------- a row for each arm
+
+
+class Mark(NamedTuple):
+    """A quantity of one arm, as it is drawn in the arm's row."""
+
+    look: Look
+    centre: float
+    seeds: Sequence[float] = ()
+    """The quantity of each seed."""
+    low: float = math.nan
+    high: float = math.nan
+    """Ends of the interval; NaN without one."""
+    is_filled: bool = True
+
+
+Rows = Sequence[tuple[str, Sequence[Mark] | str]]
+"""For each arm its name and its marks, or what stands in their place."""
+
+
+def rows_plots(
+    name: str, rows: Rows, xlabel: str, caption: str, *, level: float | None = None, legend: Mapping[str, Look] | None = None
+) -> list[Plot]:
+    """Return arms one below the other, in as many plots as it takes, all with the same axis.
+
+    Args:
+        name: of the first plot; the others have a number behind it.
+        rows: at least one.
+        xlabel: what is on the x axis, with its unit.
+        caption: of every plot.
+        level: where a vertical line stands for "no difference", or for the reference.
+        legend: what the marks are, where there are several kinds.
+    """
+    marks = [mark for _, found in rows if not isinstance(found, str) for mark in found]
+    values = [value for mark in marks for value in (mark.centre, mark.low, mark.high, *mark.seeds)]
+    known = [value for value in [*values, *([] if level is None else [level])] if np.isfinite(value)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    words = [
+        f"{label}: {found if isinstance(found, str) else ', '.join(fmt(mark.centre, '.3g') for mark in found)}"
+        for label, found in rows
+    ]
+    alt = f"Dot plot, one row per arm. {'; '.join(words)}."
+    parts = [rows[start : start + MOST_ROWS] for start in range(0, len(rows), MOST_ROWS)]
+    plots = []
+    for number, part in enumerate(parts, start=1):
+        height = 0.95 + 0.26 * len(part) + (0.25 if legend else 0.0)
+        with panel("", "", width=WIDTH, height=height, columns=3) as (figure, axes):
+            axes.set_xlabel(xlabel, loc="right")  # a long one has room below the names
+            if level is not None:
+                axes.axvline(level, color=QUIET, linewidth=1)
+            for at, (_, found) in enumerate(part):
+                axes.axhline(at, color=FAINT, linewidth=0.5, zorder=0)
+                _draw_row(axes, at, found)
+            for label, (colour, marker) in (legend or {}).items():
+                axes.plot([], [], color=colour, marker=marker, linestyle="none", label=plain(label, 28))
+            axes.set_ylim(len(part) - 0.4, -0.6)
+            axes.set_xlim(low - room, high + room)
+            axes.set_yticks(range(len(part)), [plain(label.replace(" with ", ", "), 40) for label, _ in part])
+            axes.tick_params(axis="y", length=0)
+            axes.grid(axis="y", visible=False)
+            axes.spines["left"].set_visible(False)
+        which = f" (Part {number} of {len(parts)}.)" if len(parts) > 1 else ""
+        plots.append(Plot(f"{name}-{number}" if number > 1 else name, figure, caption + which, alt))
+    return plots
+
+
+def _draw_row(axes: Axes, at: int, marks: Sequence[Mark] | str) -> None:
+    if isinstance(marks, str):
+        place, behind = axes.get_yaxis_transform(), {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
+        text = axes.text(0.5, at, plain(marks), transform=place, ha="center", va="center", fontsize=8, color=QUIET)
+        text.set_bbox(behind)
         return
-    for mark in row.marks:
+    for mark in marks:
         colour, marker = mark.look
         axes.plot([mark.low, mark.high], [at, at], color=colour, linewidth=1.4, alpha=0.9)
         seeds = [value for value in mark.seeds if np.isfinite(value)]
@@ -220,39 +232,199 @@ def _row(axes: Axes, at: int, row: Row) -> None:
         axes.plot([mark.centre], [at], color=colour, marker=marker, markerfacecolor=face, linestyle="none", markersize=6)
 
 
-MOST_CURVES = 6
+def equal_kl_section(comparison: Comparison) -> Section:
+    """Return differences at equal KL; where there are none, differences to the base recipe."""
+    title = "Differences at equal KL"
+    unit = f"difference in {comparison.metric}" + (", points" if comparison.is_share else "")
+    interval = f"{100 * comparison.confidence:g} % interval"
+    matched = [arm.matched for arm in comparison.arms if arm.matched]
+    if matched:
+        rows = [(arm.name, _difference(comparison, arm, arm.matched)) for arm in comparison.arms if not arm.is_baseline]
+        apart = sum(found.p_adjusted < 1 - comparison.confidence for found in matched)
+        caption = (
+            f"{comparison.metric} minus the {comparison.baseline} dial at the same √KL, mean over seeds with {interval} over "
+            f"prompts and seeds; ticks are seeds. Filled: told apart after Holm's correction ({apart} of {len(matched)}). "
+            "Never extrapolated: arms whose √KL the dial did not reach have no difference."
+        )
+        return Section("equal-kl", title, plots=rows_plots("matched", rows, unit, caption, level=0.0))
+    if all(math.isnan(arm.root_kl) for arm in comparison.arms):
+        missing = NO_KL
+    elif all(arm.is_baseline for arm in comparison.arms):
+        missing = f"only the {comparison.baseline} dial was turned, and it is the line that others are held against."
+    else:
+        missing = (
+            f"no arm's √KL lies within what the {comparison.baseline} dial reached; run more of its values, on both sides, or "
+            "hold arms against what takes no runs: early stopping (`pe-dpo sweep … --snapshots 4`, then `--baseline step`) or "
+            "scaled adapters (`--scale-control 0.5,0.75`, then `--baseline scale`)."
+        )
+    rows = [(arm.name, _difference(comparison, arm, arm.direct)) for arm in comparison.arms if arm.direct]
+    caption = (
+        f"{comparison.metric} minus that of the base recipe, each at its own KL, with {interval}: an arm that went further "
+        "from the reference may be ahead for that alone."
+    )
+    plots = rows_plots("direct", rows, unit, caption, level=0.0) if rows else []
+    return Section("equal-kl", title, plots=plots, missing=[missing])
 
 
-class KappaCurve(NamedTuple):
-    """A quantity at several κ, all else equal."""
-
-    label: str
-    look: Look
-    kappas: Sequence[float]
-    """Rising."""
-    means: Sequence[float]
-    """Over seeds."""
-    seeds: Sequence[tuple[float, float]]
-    """Each run: κ and its value."""
+def _difference(comparison: Comparison, arm: Arm, found: Difference | None) -> list[Mark] | str:
+    """The mark of a difference, or why there is none."""
+    if found is None:
+        return "KL not measured" if math.isnan(arm.root_kl) else "outside the range of the dial"
+    factor = 100 if comparison.is_share else 1
+    centre, low, high, *seeds = (factor * value for value in (found.estimate, found.low, found.high, *found.per_seed))
+    look = _looks(comparison)[_kind(comparison, arm)]
+    return [Mark(look, centre, seeds, low, high, is_filled=found.p_adjusted < 1 - comparison.confidence)]
 
 
-def against_kappa(curves: Sequence[KappaCurve], ylabel: str) -> Figure:
+def seeds_section(sweep: SweepRecord, comparison: Comparison) -> Section:
+    """Return how much seeds matter, arm by arm."""
+    looks = _looks(comparison)
+    rows = [
+        (arm.name, [Mark(looks[_kind(comparison, arm)], arm.value, [row.value for row in sweep.rows_of(arm)])])
+        for arm in comparison.arms
+        if is_end(arm.settings)
+    ]
+    missing = []
+    if max((len(arm.seeds) for arm in comparison.arms), default=0) < 2:
+        missing.append("the spread between seeds: every arm has one; add some with `pe-dpo sweep … --seeds 3`.")
+    spreads = sorted(arm.value_sd for arm in comparison.arms if not math.isnan(arm.value_sd))
+    words = f" Standard deviation between seeds: median {spreads[len(spreads) // 2]:.3g}." if spreads else ""
+    caption = f"{comparison.metric} of every run (ticks) and the mean of each arm.{words}"
+    level = None if math.isnan(comparison.reference) else comparison.reference
+    plots = rows_plots("seeds", rows, comparison.metric, caption, level=level) if rows else []
+    return Section("seeds", "Spread between seeds", plots=plots, missing=missing)
+
+
+def measures_section(sweep: SweepRecord, comparison: Comparison) -> Section:
+    """Return length of answers and displacement, arm by arm."""
+    arms, looks = [arm for arm in comparison.arms if is_end(arm.settings)], _looks(comparison)
+    sides = {"chosen": (BLUE, MARKERS[0]), "rejected": (VERMILLION, MARKERS[1])}
+
+    def mark(arm: Arm, key: str, look: Look) -> list[Mark]:
+        values = [value for run in sweep.runs_of(arm) if not math.isnan(value := run.measured(key))]
+        return [Mark(look, sum(values) / len(values), values)] if values else []
+
+    lengths = {arm.name: mark(arm, "tokens", looks[_kind(comparison, arm)]) for arm in arms}
+    moved = {arm.name: [*(found for side, look in sides.items() for found in mark(arm, f"displacement/{side}", look))]
+             for arm in arms}  # fmt: skip
+    plots, missing = [], []
+    if any(lengths.values()):
+        rows = [(name, marks or "not measured") for name, marks in lengths.items()]
+        caption = "Length of sampled answers: runs (ticks) and mean of each arm."
+        plots += rows_plots("length", rows, "tokens of an answer", caption)
+    else:
+        missing.append(f"how long answers are: none were sampled; {ANSWERS}")
+    if any(moved.values()):
+        rows = [(name, marks or "not measured") for name, marks in moved.items()]
+        caption = (
+            "log π − log π0 of held-out chosen and rejected answers: runs (ticks) and mean of each arm. Left of 0 they became "
+            "less likely."
+        )
+        plots += rows_plots("displacement", rows, "nats per answer", caption, level=0.0, legend=sides)
+    else:
+        missing.append("displacement: no run has its reference on held-out pairs; measure it with `pe-dpo eval RUN`.")
+    return Section("measures", "Length and displacement", plots=plots, missing=missing)
+
+
+# ---------------------------------------------------------------- over κ
+
+
+def kappa_section(sweep: SweepRecord) -> Section:
+    """Return KL and entropy against κ, all else equal."""
+    title = "What γ does to the distance and to the entropy"
+    plots = []
+    for name, ylabel, words, theory, value in (
+        (
+            "kl-kappa",
+            "KL(π‖π0), nats per answer",
+            "KL from the reference",
+            "Theory has a U: below and above some κ the policy goes further.",
+            lambda run: run.row.kl if run.row else math.nan,
+        ),
+        (
+            "entropy-kappa",
+            "entropy, nats per token",
+            "Entropy of the policy",
+            "In theory κ > 1 sharpens the reference, and κ < 1 flattens it.",
+            lambda run: run.measured("entropy_per_token"),
+        ),
+    ):
+        curves = _kappa_curves(sweep, value)
+        if not curves:
+            continue
+        label, found = next(iter(curves.items()))
+        means = {kappa: sum(values) / len(values) for kappa, values in found.items()}
+        points = ", ".join(f"{mean:.3g} at {kappa:g}" for kappa, mean in means.items())
+        plots.append(
+            Plot(
+                name,
+                against_kappa(curves, ylabel),
+                f"{words} against κ = γ/β, all other dials equal; dots are runs, lines join means over seeds (least at κ = "
+                f"{min(means, key=means.__getitem__):g} for {label}). {theory}",
+                f"{len(curves)} lines of {words} over κ: {label} {points}.",
+            )
+        )
+    missing = []
+    if not plots:
+        kappas = {run.kappa for run in sweep.finished if not math.isnan(run.kappa)}
+        turned = "γ was not turned alone in this sweep, so there is nothing over κ; add --grid gamma=0,0.5x,1x,2x."
+        missing.append(NO_KL if len(kappas) > 1 else turned)
+    return Section("kappa", title, plots=plots, missing=missing)
+
+
+def _kappa_curves(sweep: SweepRecord, value: Callable[[PlannedRun], float]) -> dict[str, dict[float, list[float]]]:
+    """Values at each κ of runs that differ in γ alone, those of most κ first; curves of a single κ are left out."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in sorted(sweep.finished, key=lambda run: run.kappa):
+        if run.row is not None and not math.isnan(run.kappa + value(run)):
+            rest = {key: turned for key, turned in run.row.settings.items() if key != "loss.gamma"}
+            found.setdefault(point_name(rest), {}).setdefault(run.kappa, []).append(value(run))
+    curves = sorted((item for item in found.items() if len(item[1]) > 1), key=lambda item: -len(item[1]))
+    return dict(curves[:MOST_CURVES])
+
+
+def against_kappa(curves: Mapping[str, Mapping[float, Sequence[float]]], ylabel: str) -> Figure:
     """Return a quantity against κ = γ/β, a line of means over seeds for each curve, runs as dots.
 
     Args:
-        curves: at least one with two κ, at most MOST_CURVES.
-        ylabel: with the unit.
+        curves: by their labels, values at each κ, rising; at least one, at most MOST_CURVES.
+        ylabel: what is on the y axis, with its unit.
     """
-    with style():
-        figure, axes = new_figure()
+    with panel("κ = γ/β", ylabel) as (figure, axes):
         axes.axvline(1, color=QUIET, linewidth=1, linestyle=":")
-        for curve in curves:
-            colour, marker = curve.look
-            label = plain(curve.label.replace(" with ", ", "), 30)
-            axes.plot(curve.kappas, curve.means, color=colour, marker=marker, label=label)
-            x, y = zip(*curve.seeds, strict=True)
+        for index, (label, found) in enumerate(curves.items()):
+            colour, marker = _look(index)
+            means = [sum(values) / len(values) for values in found.values()]
+            words = plain(label.replace(" with ", ", "), 30)
+            axes.plot(list(found), means, color=colour, marker=marker, label=words)
+            x, y = zip(*((kappa, value) for kappa, values in found.items() for value in values), strict=True)
             axes.scatter(x, y, s=11, color=colour, alpha=0.4, linewidths=0)
-        axes.set_xlabel("κ = γ/β")
-        axes.set_ylabel(ylabel)
-        legend_below(figure, axes, columns=2)
     return figure
+
+
+# ---------------------------------------------------------------- kinds of arms
+
+
+def _kind(comparison: Comparison, arm: Arm) -> str:
+    """What an arm turns besides the baseline's dial; scaled adapters are a kind of their own, unless they are the baseline."""
+    if SCALE in arm.settings and not arm.is_baseline:
+        return SCALED
+    keys = [name for key in arm.settings if (name := dial_name(key)) != comparison.baseline]
+    return " and ".join(keys) if keys else comparison.baseline
+
+
+def _looks(comparison: Comparison) -> dict[str, Look]:
+    """Colour and marker of each kind of arm, in the order of their first arm; that of scaled adapters is always the same."""
+    names = list(dict.fromkeys(_kind(comparison, arm) for arm in comparison.arms))
+    trained = {name: _look(index) for index, name in enumerate(name for name in names if name != SCALED)}
+    return {**trained, SCALED: (BROWN, CROSS)} if SCALED in names else trained
+
+
+def _look(index: int) -> Look:
+    """Colours in their order with their markers; of more than six every further round has the markers moved on by one."""
+    count = len(SERIES)
+    return SERIES[index % count], MARKERS[(index + index // count) % count]
+
+
+def _root(kl: float) -> float:
+    return math.sqrt(max(kl, 0.0)) if not math.isnan(kl) else math.nan

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +14,8 @@ from pe_dpo.experiments.matching import points_of
 from pe_dpo.experiments.measured import measure
 from pe_dpo.experiments.wording import point_name, with_state
 from pe_dpo.metrics.catalogue import METRICS, missing_words
-from pe_dpo.metrics.statistics import effect
-from pe_dpo.recipe import Recipe, recipe_from_yaml
+from pe_dpo.metrics.statistics import Effect, effect
+from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.runs.files import SWEEP_FILE
 from pe_dpo.runs.observations import Observation, read_observations
 
@@ -24,112 +23,105 @@ REPEATS = 2000
 """Replicates of the intervals that are drawn as crosses."""
 
 
-class RunState(NamedTuple):
+class PlannedRun(NamedTuple):
     """One planned run and how it stands."""
 
     name: str
-    """Of its point, in words."""
+    """The name of its point, in words."""
     seed: int
     folder: Path
-    status: str
-    """finished, failed, interrupted, training, starting, or "not started"."""
-    why: str
-    """Of a failed one."""
     facts: dict[str, Any]
-    """run.json; empty before it is started."""
+    """run.json; empty before the run is started."""
     row: RunRow | None
     """What was measured at its end."""
     kappa: float
     """γ/β as trained; NaN where not known."""
 
-    def after(self, key: str) -> float:
-        """Return a held-out metric at the end; NaN where it was not measured."""
-        value = (self.facts.get("after") or {}).get(key)
-        return float("nan") if value is None else float(value)
+    @property
+    def status(self) -> str:
+        """One of finished, failed, interrupted, training, starting, and "not started"."""
+        return str(self.facts.get("status", "not started"))
+
+    def measured(self, key: str) -> float:
+        """Return a metric of its end, by the comparison or else as the run wrote it; NaN where it was not measured."""
+        known = self.row.metrics if self.row else {}
+        value = known.get(key, (self.facts.get("after") or {}).get(key))
+        return math.nan if value is None else float(value)
 
     @property
     def margin_noise(self) -> float:
         """How far a mask of mixout moves scores, in units of what training moved them; NaN without mixout."""
         value = (self.facts.get("mixout") or {}).get("margin_noise")
-        return float("nan") if value is None else float(value)
+        return math.nan if value is None else float(value)
 
 
-class Cross(NamedTuple):
-    """95 % intervals of an arm's √KL and metric, over prompts and seeds; NaN where unknown."""
+class SweepRecord:
+    """A sweep as its folder tells it.
 
-    root_kl_low: float
-    root_kl_high: float
-    low: float
-    high: float
+    Attributes:
+        folder: with sweep.json.
+        recipe: from which every point turns something away.
+        runs: every planned run.
+        comparison: what comparing them came to, or None.
+        why_not: why there is no comparison; empty where there is one.
+        crosses: of each arm of the comparison, 95 % intervals of √KL and of the metric over prompts and seeds; None where
+            unknown.
+    """
 
+    def __init__(self, folder: Path, *, metric: str | None = None, baseline: str = "beta") -> None:
+        """Read what lies in a sweep folder, and compare it as far as that goes.
 
-class SweepRecord(NamedTuple):
-    """A sweep as its folder tells it."""
+        Args:
+            folder: with sweep.json.
+            metric: what to compare on; see `compare`.
+            baseline: the hyperparameter that others are held against at equal KL.
 
-    folder: Path
-    recipe: Recipe
-    """From which every point turns something away."""
-    states: list[RunState]
-    comparison: Comparison | None
-    why_not: str
-    """Why there is no comparison; empty where there is one."""
-    crosses: list[Cross]
-    """Of the comparison's arms, in their order."""
+        Raises:
+            UsageError: sweep.json is torn, or there is no such metric or hyperparameter.
+            RecipeError: its recipe.yaml is none.
+        """
+        check_names(metric, baseline)
+        self.folder = folder
+        points = _read_points(folder / SWEEP_FILE)
+        self.recipe = recipe_from_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
+        facts = [_read_facts(folder / point["folder"]) for point in points]
+        self.comparison: Comparison | None = None
+        self.why_not = "no run of this sweep is finished; start the same `pe-dpo sweep` again to go on with it"
+        self.crosses: list[tuple[Effect | None, Effect | None]] = []
+        observations: list[Observation] = []
+        if any(found.get("status") == "finished" for found in facts):
+            try:
+                self.comparison, self.why_not = compare([folder], metric=metric, baseline=baseline), ""
+                observations = read_observations([folder]).observations
+                self.crosses = _crosses(self.comparison, observations)
+            except UsageError as error:
+                self.why_not = str(error)
+        kappas = {one.run: one.kappa for one in observations if one.is_final and one.kappa is not None}
+        rows = {row.run: row for row in (self.comparison.runs if self.comparison else []) if row.is_final}
+        self.runs = []
+        for point, found in zip(points, facts, strict=True):
+            run = folder / point["folder"]
+            row = rows.get(str(run))
+            name = row.name if row else point_name(point["settings"])
+            self.runs.append(PlannedRun(name, int(point["seed"]), run, found, row, kappas.get(str(run), math.nan)))
 
     @property
-    def finished(self) -> list[RunState]:
+    def finished(self) -> list[PlannedRun]:
         """Runs that came to their end."""
-        return [state for state in self.states if state.status == "finished"]
+        return [run for run in self.runs if run.status == "finished"]
 
-    @property
-    def unfinished(self) -> list[RunState]:
-        """Runs that did not."""
-        return [state for state in self.states if state.status != "finished"]
-
-    def runs_of(self, arm: Arm) -> list[RunState]:
+    def runs_of(self, arm: Arm) -> list[PlannedRun]:
         """Return the finished runs of an arm; none for an arm of earlier or scaled states of runs."""
-        return [state for state in self.finished if state.row is not None and state.row.settings == arm.settings]
+        return [run for run in self.finished if run.row is not None and run.row.settings == arm.settings]
 
     def rows_of(self, arm: Arm) -> list[RunRow]:
         """Return what was measured of an arm, seed by seed, at the ends of runs or at other states of them."""
         rows = self.comparison.runs if self.comparison else []
-        return [row for row in rows if _settings(row) == arm.settings]
-
-
-def _settings(row: RunRow) -> dict[str, Any]:
-    return with_state(row.settings, step=row.step, is_final=row.is_final, scale=row.scale)
-
-
-def read_sweep_record(folder: Path, *, metric: str | None = None, baseline: str = "beta") -> SweepRecord:
-    """Return what lies in a sweep folder, compared as far as that goes.
-
-    Args:
-        folder: with sweep.json.
-        metric: to compare on; see `compare`.
-        baseline: the dial that others are held against at equal KL.
-
-    Raises:
-        UsageError: sweep.json is torn, or there is no such metric or dial.
-        RecipeError: its recipe.yaml is none.
-    """
-    check_names(metric, baseline)
-    points = _read_points(folder / SWEEP_FILE)
-    recipe = recipe_from_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
-    comparison, why_not, observed = None, "", {}
-    crosses: list[Cross] = []
-    if any(_read_facts(folder / point["folder"]).get("status") == "finished" for point in points):
-        try:
-            comparison = compare([folder], metric=metric, baseline=baseline)
-            observations = read_observations([folder]).observations
-            observed = {one.run: one for one in observations if one.is_final}
-            crosses = _crosses(comparison, observations)
-        except UsageError as error:
-            why_not = str(error)
-    else:
-        why_not = "no run of this sweep is finished; start the same `pe-dpo sweep` again to go on with it"
-    rows = {row.run: row for row in comparison.runs if row.is_final} if comparison else {}
-    states = [_state(folder / point["folder"], point, rows, observed) for point in points]
-    return SweepRecord(folder, recipe, states, comparison, why_not, crosses)
+        return [
+            row
+            for row in rows
+            if with_state(row.settings, step=row.step, is_final=row.is_final, scale=row.scale) == arm.settings
+        ]
 
 
 def _read_points(path: Path) -> list[dict[str, Any]]:
@@ -151,22 +143,7 @@ def _read_facts(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _state(run: Path, point: dict[str, Any], rows: dict[str, RunRow], observed: dict[str, Observation]) -> RunState:
-    facts, row = _read_facts(run), rows.get(str(run))
-    kappa = observed[str(run)].kappa if str(run) in observed else None
-    return RunState(
-        name=row.name if row else point_name(point["settings"]),
-        seed=int(point["seed"]),
-        folder=run,
-        status=str(facts.get("status", "not started")),
-        why=str(facts.get("why", "")),
-        facts=facts,
-        row=row,
-        kappa=math.nan if kappa is None else float(kappa),
-    )
-
-
-def _crosses(comparison: Comparison, observations: Sequence[Observation]) -> list[Cross]:
+def _crosses(comparison: Comparison, observations: list[Observation]) -> list[tuple[Effect | None, Effect | None]]:
     """Intervals of every arm by itself, from resampled prompts and the spread of seeds."""
     metric = METRICS[comparison.metric]
     usable = [one for one in observations if one.source == "pe-dpo" and missing_words(metric, one) is None]
@@ -174,16 +151,15 @@ def _crosses(comparison: Comparison, observations: Sequence[Observation]) -> lis
         return []
     measured = measure(usable, metric, repeats=REPEATS, seed=0)
     points = {repr(point.settings): point.columns for point in points_of(measured.observations)}
-    nothing = Cross(*[math.nan] * 4)
-
-    def cross(arm: Arm) -> Cross:
+    found: list[tuple[Effect | None, Effect | None]] = []
+    for arm in comparison.arms:
         columns = points.get(repr(arm.settings))
         if columns is None:
-            return nothing
+            found.append((None, None))
+            continue
+        root, roots = None, measured.roots[columns]
+        if not np.isnan(roots).any():
+            root = effect(roots, measured.root_replicates[:, columns], clusters=measured.kl_prompts)
         value = effect(measured.values[columns], measured.value_replicates[:, columns], clusters=measured.prompts)
-        if np.isnan(measured.roots[columns]).any():
-            return nothing._replace(low=value.low, high=value.high)
-        root = effect(measured.roots[columns], measured.root_replicates[:, columns], clusters=measured.kl_prompts)
-        return Cross(root.low, root.high, value.low, value.high)
-
-    return [cross(arm) for arm in comparison.arms]
+        found.append((root, value))
+    return found

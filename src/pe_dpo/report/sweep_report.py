@@ -1,16 +1,23 @@
-"""The report of a sweep: what can and cannot be told apart, every run shown, finished or not."""
+"""The page of a sweep: what can and cannot be told apart, every run shown, finished or not."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pe_dpo.experiments.comparison import Comparison
+from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
 from pe_dpo.experiments.wording import counted, dial_name
 from pe_dpo.recipe import describe, recipe_to_yaml
-from pe_dpo.report.content import Folded, Page, Section
-from pe_dpo.report.sweep_arms import equal_kl_section, frontier_section, kappa_section, measures_section, seeds_section
-from pe_dpo.report.sweep_record import RunState, SweepRecord, read_sweep_record
-from pe_dpo.report.sweep_tables import arms_section, records, runs_section
+from pe_dpo.report.content import Page, Section, Table
+from pe_dpo.report.style import fmt
+from pe_dpo.report.sweep_plots import (
+    equal_kl_section,
+    frontier_section,
+    kappa_section,
+    measures_section,
+    seeds_section,
+)
+from pe_dpo.report.sweep_record import PlannedRun, SweepRecord
 
 
 def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "beta") -> Page:
@@ -19,71 +26,194 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
     Args:
         folder: with sweep.json.
         metric: to compare on; see `compare`.
-        baseline: the dial that others are held against at equal KL.
+        baseline: the hyperparameter that others are held against at equal KL.
 
     Raises:
         UsageError: sweep.json is torn.
     """
-    sweep = read_sweep_record(folder, metric=metric, baseline=baseline)
+    sweep = SweepRecord(folder, metric=metric, baseline=baseline)
+    comparison = sweep.comparison
+    rest = [run.status for run in sweep.runs if run.status != "finished"]
+    standing = f"All {len(sweep.runs)} planned runs are finished and shown below."
+    if rest:
+        counts = ", ".join(f"{rest.count(status)} {status}" for status in dict.fromkeys(rest))
+        finished = len(sweep.runs) - len(rest)
+        standing = f"Of {len(sweep.runs)} planned runs {finished} are finished; {counts}. All are named below."
+    remarks = [f"Look: {remark.removesuffix('.')}." for remark in (comparison.remarks if comparison else [])]
     sections = [_plan_section(sweep)]
-    if sweep.comparison is not None:
+    if comparison is not None:
         sections += [
-            frontier_section(sweep, sweep.comparison),
-            equal_kl_section(sweep.comparison),
+            frontier_section(sweep, comparison),
+            equal_kl_section(comparison),
             kappa_section(sweep),
-            seeds_section(sweep, sweep.comparison),
-            measures_section(sweep, sweep.comparison),
-            arms_section(sweep, sweep.comparison),
+            seeds_section(sweep, comparison),
+            measures_section(sweep, comparison),
+            _arms_section(sweep, comparison),
         ]
-    sections += [runs_section(sweep), _limits_section(sweep)]
-    verdict = sweep.comparison.verdict if sweep.comparison else f"Nothing can be compared yet: {sweep.why_not}."
-    return Page(f"Sweep {folder.resolve().name}", verdict, _remarks(sweep), sections, records(sweep))
-
-
-def _remarks(sweep: SweepRecord) -> list[str]:
-    found = [_standing(sweep.states)]
-    found += [f"Look: {_sentence(remark)}" for remark in (sweep.comparison.remarks if sweep.comparison else [])]
-    return found
-
-
-def _standing(states: Sequence[RunState]) -> str:
-    """How many runs there are, and in which state."""
-    finished = sum(state.status == "finished" for state in states)
-    rest = [state.status for state in states if state.status != "finished"]
-    if not rest:
-        return f"All {len(states)} planned runs are finished and shown below."
-    counts = ", ".join(f"{rest.count(status)} {status}" for status in dict.fromkeys(rest))
-    return f"Of {len(states)} planned runs {finished} are finished; {counts}. All are named below."
+    sections += [_runs_section(sweep), _limits_section(sweep)]
+    verdict = comparison.verdict if comparison else f"Nothing can be compared yet: {sweep.why_not}."
+    records = [_record(sweep, run) for run in sweep.runs]
+    return Page(f"Sweep {folder.resolve().name}", verdict, [standing, *remarks], sections, records)
 
 
 def _plan_section(sweep: SweepRecord) -> Section:
     recipe = sweep.recipe
     loss = describe(recipe.loss)
     facts = sweep.finished[0].facts if sweep.finished else {}
-    versions = facts.get("versions", {})
     pairs = facts.get("pairs", {})
+    turned: dict[str, list[str]] = {}
+    for run in sweep.runs:
+        for key, value in (run.row.settings if run.row else {}).items():
+            turned.setdefault(dial_name(key), []).append(f"{value:g}" if isinstance(value, float) else str(value))
     rows = [
         ("Base", recipe.model.base),
         ("Data", recipe.data.train),
         ("Pairs", f"{pairs['train']} to train on, {pairs['held_out']} held out" if pairs else ""),
         ("Base recipe's loss", loss.formula),
         ("Equals", loss.equals),
-        ("Dials turned", _dials(sweep)),
-        ("Seeds", ", ".join(map(str, sorted({state.seed for state in sweep.states})))),
-        ("Runs", str(len(sweep.states))),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if name != "platform")),
+        ("Dials turned", "; ".join(f"{name} {', '.join(dict.fromkeys(values))}" for name, values in turned.items())),
+        ("Seeds", ", ".join(map(str, sorted({run.seed for run in sweep.runs})))),
+        ("Runs", str(len(sweep.runs))),
+        ("Versions", ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items() if key != "platform")),
     ]
-    folded = [Folded("Base recipe", recipe_to_yaml(recipe).rstrip())]
+    folded = [("Base recipe", recipe_to_yaml(recipe).rstrip())]
     return Section("plan", "What was run", facts=[row for row in rows if row[1]], folded=folded)
 
 
-def _dials(sweep: SweepRecord) -> str:
-    """Each dial with the values it was turned to, "β 0.025, 0.4; γ 0x, 2x"."""
-    values: dict[str, list[str]] = {}
-    for state in sweep.states:
-        for key, value in (state.row.settings if state.row else {}).items():
-            values.setdefault(dial_name(key), []).append(f"{value:g}" if isinstance(value, float) else str(value))
-    return "; ".join(f"{name} {', '.join(dict.fromkeys(found))}" for name, found in values.items())
+def _arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
+    """The table of arms: effect at equal KL, KL, accuracy, length, entropy, cost."""
+    base = next((arm for arm in comparison.arms if not arm.settings), None)
+    base_tokens = _mean(sweep.rows_of(base), "tokens") if base else math.nan
+    has_wins = any(run.row is not None and "win_rate" in run.row.metrics for run in sweep.runs)
+    form = ".3f" if comparison.is_share else ".4f"
+    rows = []
+    for number, arm in enumerate(comparison.arms, start=1):
+        measured = sweep.rows_of(arm)
+        seconds = [float(run.facts.get("seconds") or math.nan) for run in sweep.runs_of(arm)]
+        tokens = _mean(measured, "tokens")
+        spread = "" if math.isnan(arm.value_sd) else f" ± {fmt(arm.value_sd, form)}"
+        rows.append([
+            arm.name,
+            str(number),
+            str(len(arm.seeds)),
+            f"{fmt(arm.value, form)}{spread}",
+            fmt(arm.kl, ".4f"),
+            _effect(comparison, arm),
+            f"{arm.seeds_in_range} of {arm.seeds_compared}" if arm.seeds_compared else "–",
+            fmt(arm.matched.p_adjusted, ".2g") if arm.matched else "–",
+            fmt(arm.pareto, ".2f"),
+            *(fmt(_mean(measured, key), ".3f") for key in ("accuracy/policy", "accuracy/policy_per_token")),
+            *([fmt(_mean(measured, "win_rate"), ".3f")] if has_wins else []),
+            fmt(tokens, ".2f"),
+            fmt(tokens - base_tokens, "+.2f"),
+            fmt(_mean(measured, "entropy_per_token"), ".3f"),
+            fmt(sum(seconds) / len(seconds) if seconds else math.nan, ".0f"),
+        ])  # fmt: skip
+    unit = ", points" if comparison.is_share else ""
+    header = ["arm", "no.", "seeds", comparison.metric, "KL, nats", f"Δ at equal KL{unit}", "in range", "p (Holm)", "Pareto"]
+    header += ["acc. π", "acc. π / token", *(["win rate"] if has_wins else [])]
+    table = Table(
+        "arms",
+        f"{len(rows)} arms, means over seeds",
+        [*header, "tokens", "Δ tokens", "entropy", "seconds"],
+        rows,
+        f"{comparison.metric}: {comparison.title}; ± is the standard deviation between seeds. Δ at equal KL: minus the "
+        f"{comparison.baseline} dial at the same √KL, with {100 * comparison.confidence:g} % interval, never extrapolated; in "
+        "range: for how many seeds. Pareto: share of replicates in which no other arm has as small a KL and as good a value. "
+        "acc. π: share of held-out pairs with Δπ > 0. Δ tokens: against the base recipe. Seconds: of training, mean. "
+        "– stands for what was not measured.",
+    )
+    return Section("arms-table", "Arms", tables=[table])
+
+
+def _mean(rows: Sequence[RunRow], key: str) -> float:
+    values = [row.metrics.get(key, math.nan) for row in rows]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _effect(comparison: Comparison, arm: Arm) -> str:
+    if arm.matched is None:
+        return "baseline" if arm.is_baseline else "–"
+    found = arm.matched
+    factor, form = (100, "+.1f") if comparison.is_share else (1, "+.3g")
+    estimate, low, high = (fmt(factor * value, form) for value in (found.estimate, found.low, found.high))
+    return f"{estimate} [{low}, {high}]"
+
+
+def _runs_section(sweep: SweepRecord) -> Section:
+    """The table of all runs, of their earlier and scaled states, and the names of those that are not finished."""
+    metric = sweep.comparison.metric if sweep.comparison else "accuracy/policy"
+    header = ["run", "seed", "status", "steps", metric, "KL, nats", "acc. π", "acc. π / token", "loss", "tokens", "entropy"]
+    header.append("seconds")
+    rows = []
+    for run in sweep.runs:
+        kl = run.row.kl if run.row else math.nan
+        value = run.row.value if run.row else run.measured(metric)
+        seconds = float(run.facts.get("seconds", math.nan))
+        rows.append([
+            run.name,
+            str(run.seed),
+            run.status,
+            str(run.facts.get("step", "–")),
+            fmt(value, ".4f"),
+            fmt(kl, ".4f"),
+            *(fmt(run.measured(key), ".3f") for key in ("accuracy/policy", "accuracy/policy_per_token")),
+            fmt(run.measured("loss"), ".4f"),
+            fmt(run.measured("tokens"), ".2f"),
+            fmt(run.measured("entropy_per_token"), ".3f"),
+            fmt(seconds, ".0f"),
+        ])  # fmt: skip
+    note = "– stands for what was not measured."
+    if any(math.isfinite(run.margin_noise) for run in sweep.runs):
+        header.append("mask noise")
+        rows = [[*row, fmt(run.margin_noise, ".3f")] for row, run in zip(rows, sweep.runs, strict=True)]
+        note += " Mask noise: how far a mask of mixout moves a pair's score, in units of what training moved it (margin_noise)."
+    tables = [Table("runs", f"All {len(rows)} planned runs", header, rows, note)]
+    others = [row for row in (sweep.comparison.runs if sweep.comparison else []) if not row.is_final]
+    for name, rest, words in (
+        ("snapshots", [row for row in others if row.scale is None], "earlier states of these runs (snapshots)"),
+        ("scaled", [row for row in others if row.scale is not None], "adapters of these runs, scaled toward the reference"),
+    ):
+        if rest:
+            cells = [
+                [
+                    row.name,
+                    str(row.seed),
+                    str(row.step),
+                    fmt(row.value, ".4f"),
+                    fmt(row.kl, ".4f"),
+                    fmt(_mean([row], "tokens"), ".2f"),
+                ]
+                for row in rest
+            ]
+            header = ["run", "seed", "step", metric, "KL, nats", "tokens"]
+            tables.append(Table(name, f"{len(rest)} {words}", header, cells, is_folded=True))
+    missing = []
+    for run in sweep.runs:
+        if run.status != "finished":
+            why = f" ({run.facts['why']})" if run.facts.get("why") else ""
+            place = run.folder.relative_to(sweep.folder)
+            missing.append(f"{place}: {run.status}{why}; start the same `pe-dpo sweep` again to go on with it.")
+    return Section("runs-table", "All runs", tables=tables, missing=missing)
+
+
+def _record(sweep: SweepRecord, run: PlannedRun) -> dict[str, Any]:
+    """A planned run with what was measured, a line of results.jsonl; what is not known is null."""
+    row, facts = run.row, run.facts
+    measured = {"kl": row.kl, **row.metrics} if row else {}
+    found: dict[str, Any] = {
+        "point": run.name,
+        "settings": row.settings if row else None,
+        "seed": run.seed,
+        "folder": str(run.folder.relative_to(sweep.folder)),
+        "status": run.status,
+        "why": facts.get("why") or None,
+        "steps": facts.get("step"),
+        "seconds": facts.get("seconds"),
+        "kappa": run.kappa,
+        "metrics": {key: value for key, value in measured.items() if math.isfinite(value)},
+    }
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()}
 
 
 def _limits_section(sweep: SweepRecord) -> Section:
@@ -92,38 +222,23 @@ def _limits_section(sweep: SweepRecord) -> Section:
         "policy writes by itself is in KL, length and, where a scorer was given, win rate."
     ]
     comparison = sweep.comparison
-    if comparison is not None:
-        sentences += [*_power_sentences(comparison), *_best_sentences(comparison)]
+    power = comparison.power if comparison else None
+    if comparison and power and not math.isnan(power.smallest_found):
+        size = f"{100 * power.smallest_found:.1f} points" if comparison.is_share else f"{power.smallest_found:.3g}"
+        sentences.append(
+            f"With {counted(power.pairs, power.unit)} and {counted(power.seeds, 'seed')} a true difference of {size} would be "
+            "found with 80 % power; smaller ones may be there unseen."
+        )
+    if comparison and comparison.best:
+        best = comparison.best
+        value, optimism, corrected = (
+            format(number, ".3f" if comparison.is_share else ".4g") for number in (best.value, best.optimism, best.corrected)
+        )
+        sentences.append(
+            f"The best of {best.points} points on {comparison.metric} is {best.name} with {value}; having been picked, it is "
+            f"expected to be {optimism} less good than it looks: {corrected}."
+        )
     missing = []
-    if len({state.seed for state in sweep.states}) == 1:
+    if len({run.seed for run in sweep.runs}) == 1:
         missing.append("how much seeds matter: every point has one seed; add some with `pe-dpo sweep … --seeds 3`.")
     return Section("limits", "What this cannot show", sentences, missing=missing)
-
-
-def _power_sentences(comparison: Comparison) -> list[str]:
-    power = comparison.power
-    if power is None or math.isnan(power.smallest_found):
-        return []
-    size = f"{100 * power.smallest_found:.1f} points" if comparison.is_share else f"{power.smallest_found:.3g}"
-    return [
-        f"With {counted(power.pairs, power.unit)} and {counted(power.seeds, 'seed')} a true difference of {size} would be "
-        "found with 80 % power; smaller ones may be there unseen."
-    ]
-
-
-def _best_sentences(comparison: Comparison) -> list[str]:
-    best = comparison.best
-    if best is None:
-        return []
-
-    def form(value: float) -> str:
-        return f"{value:.3f}" if comparison.is_share else f"{value:.4g}"
-
-    return [
-        f"The best of {best.points} points on {comparison.metric} is {best.name} with {form(best.value)}; having been picked, "
-        f"it is expected to be {form(best.optimism)} less good than it looks: {form(best.corrected)}."
-    ]
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."

@@ -1,0 +1,478 @@
+"""The plots of one run: which pairs drive the learning, policy against reference, likelihood, loss, drift and length."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pe_dpo.metrics.regimes import QUADRANTS
+from pe_dpo.metrics.table import wilson_interval
+from pe_dpo.metrics.transitions import Flips
+from pe_dpo.report.content import Plot, Section
+from pe_dpo.report.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MARKERS,
+    ORANGE,
+    PAPER,
+    PURPLE,
+    QUIET,
+    SKY,
+    VERMILLION,
+    fmt,
+    panel,
+    plain,
+    scatter_points,
+)
+from pe_dpo.runs.run_record import Curve, Floats, HeldOut, RunRecord, measured
+
+NO_PAIRS = "held-out pairs were not measured one by one (eval_pairs.parquet); set data.eval and train again."
+
+_QUADRANT_SHORT = dict(zip(QUADRANTS, ("both right", "gained", "lost", "both wrong"), strict=True))
+_QUADRANT_LABELS = dict(
+    zip(QUADRANTS, ("both right", "gained: only π right", "lost: only π0 right", "both wrong"), strict=True)
+)
+_QUADRANT_COLOURS = dict(zip(QUADRANTS, (BLUE, SKY, ORANGE, VERMILLION), strict=True))
+
+
+class Line(NamedTuple):
+    """A metric over steps, as it is drawn."""
+
+    label: str
+    curve: Curve
+    colour: str
+    marker: str = MARKERS[0]
+    is_training: bool = False
+    """Whether it is of training windows: thin and pale, since other pairs are seen in each; else a line with markers."""
+    errors: Sequence[float] | None = None
+    """Half-widths of intervals; NaN where unknown."""
+
+
+def over_steps(lines: Sequence[Line], ylabel: str, *, level: float | None = None) -> Figure:
+    """Return metrics over optimizer steps.
+
+    Args:
+        lines: at least one with at least one point.
+        ylabel: what is on the y axis, with its unit.
+        level: where to draw a thin line that means "nothing", as 0 or ½.
+    """
+    with panel("optimizer step", ylabel, has_whole_x=True) as (figure, axes):
+        if level is not None:
+            axes.axhline(level, color=QUIET, linewidth=1, linestyle=":")
+        for line in lines:
+            if line.is_training:
+                axes.plot(*line.curve, color=line.colour, linewidth=1.0, alpha=0.6, label=line.label)
+                continue
+            marker = line.marker if len(line.curve.steps) <= 40 else ""
+            axes.plot(*line.curve, color=line.colour, marker=marker, label=line.label)
+            if line.errors is not None:
+                errors = np.nan_to_num(np.asarray(line.errors))
+                axes.errorbar(*line.curve, yerr=errors, color=line.colour, fmt="none", capsize=2.5, linewidth=1)
+    return figure
+
+
+def length_scatter(difference: Floats, preference: Floats, ylabel: str, label: str) -> Figure:
+    """Return a preference against the difference in length, with the line of least squares if it has one.
+
+    Args:
+        difference: tokens of the chosen minus tokens of the rejected answer, (N,).
+        preference: Δ of a model, or how far it moved, (N,).
+        ylabel: what is on the y axis, with its unit.
+        label: what a point is.
+    """
+    with panel("tokens of chosen − tokens of rejected", ylabel, has_whole_x=True) as (figure, axes):
+        axes.axhline(0, color=QUIET, linewidth=0.8)
+        axes.axvline(0, color=QUIET, linewidth=0.8)
+        scatter_points(axes, difference, preference, BLUE, label, total=len(preference))
+        if len(preference) > 2 and np.ptp(difference) > 0:
+            slope, intercept = np.polyfit(difference, preference, 1)
+            ends = np.asarray([difference.min(), difference.max()])
+            words = f"least squares: {fmt(slope, '+.3g')} nats per token"
+            axes.plot(ends, intercept + slope * ends, color=VERMILLION, label=words)
+    return figure
+
+
+# ---------------------------------------------------------------- over steps
+
+
+def regime_section(run: RunRecord) -> Section:
+    """Return which of the four quadrants hold the pairs and the gradient weight, over steps."""
+    title = "Which pairs drive the learning"
+    plots = []
+    for prefix, name, words in (
+        ("regimes", "sum", "summed log-probs"),
+        ("regimes_per_token", "per-token", "log-probs per token"),
+        ("regimes_length_matched", "length-matched", "summed log-probs as if answers were of equal length"),
+    ):
+        for kind, ylabel in (("pairs", "share of pairs"), ("weight_share", "share of gradient weight")):
+            source, (steps, shares) = run.probed, _quadrant_shares(run.probe, prefix, kind)
+            if len(steps) < 2:
+                source, (steps, shares) = "pairs of each training window", _quadrant_shares(run.training, prefix, kind)
+            if len(steps) < 2:
+                continue
+            with panel("optimizer step", ylabel, has_whole_x=True) as (figure, axes):
+                labels, colours = list(_QUADRANT_LABELS.values()), list(_QUADRANT_COLOURS.values())
+                axes.stackplot(
+                    steps, *shares.values(), colors=colours, alpha=0.85, labels=labels, edgecolor=PAPER, linewidth=0.6
+                )
+                axes.set_xlim(steps[0], steps[-1])
+                axes.set_ylim(0, 1)
+                axes.grid(False)
+            ends = ", ".join(f"{_QUADRANT_SHORT[key]} {share[0]:.0%} → {share[-1]:.0%}" for key, share in shares.items())
+            plots.append(
+                Plot(
+                    f"regimes-{kind.removesuffix('_share')}-{name}",
+                    figure,
+                    f"{ylabel.capitalize()} by {words}, {source}. From the first to the last step: {ends}.",
+                    f"Stacked areas over steps {steps[0]} to {steps[-1]}, {ylabel} of four quadrants by {words}: {ends}.",
+                )
+            )
+    if not plots:
+        return Section("regimes", title, missing=[_no_regimes(run)])
+    sentences = [
+        "Every pair is in one of four quadrants: policy π right or wrong, reference π0 right or wrong (right: chosen is "
+        "likelier than rejected). The share of pairs says where they are, the share of gradient weight where the loss still "
+        "pulls. By summed log-probs the quadrants mostly measure length, so they are shown per token too, and with the "
+        "reference's slope on length taken off both preferences.",
+    ]
+    return Section("regimes", title, sentences, plots=plots)
+
+
+def _quadrant_shares(curve: Callable[[str], Curve], prefix: str, kind: str) -> tuple[list[int], dict[str, list[float]]]:
+    """The steps at which all quadrants were measured, and the share of each in pairs or in gradient weight, by QUADRANTS."""
+    found = {key: dict(zip(*curve(f"{prefix}/{key}/{kind}"), strict=True)) for key in QUADRANTS}
+    total = dict(zip(*curve("pairs"), strict=True))
+    steps = sorted(set.intersection(set(total), *(set(values) for values in found.values())))
+    divisor = total if kind == "pairs" else dict.fromkeys(steps, 1.0)
+    return steps, {key: [values[step] / divisor[step] for step in steps] for key, values in found.items()}
+
+
+def _no_regimes(run: RunRecord) -> str:
+    if not run.lines:
+        return "the run wrote no metrics yet (metrics.jsonl)."
+    if run.kappa == 0 and run.held_out is None:
+        return "with gamma 0 the reference is not run in training, and no pairs were held out; set data.eval and train again."
+    return "regimes were measured at fewer than two steps; set train.eval_every to measure held-out pairs more often."
+
+
+def movement_section(run: RunRecord) -> Section:
+    """Return how far the likelihood of chosen and rejected answers moved from the reference, over steps."""
+    title = "Where the likelihood went"
+    lines = [
+        *_lines(run, "displacement/chosen", "chosen", BLUE, MARKERS[0]),
+        *_lines(run, "displacement/rejected", "rejected", VERMILLION, MARKERS[1]),
+    ]
+    if not any(len(line.curve.steps) > 1 for line in lines):
+        return Section("movement", title, missing=[_no_regimes(run)])
+    ends = ", ".join(f"{line.label} {fmt(line.curve.values[-1], '+.2f')} nats" for line in lines)
+    fell = run.probe("displacement/chosen_fell").values
+    plot = Plot(
+        "displacement",
+        over_steps(lines, "log π − log π0, nats per answer", level=0),
+        "Mean change of the log-prob of chosen and rejected answers against the reference. If both fall, likelihood went to "
+        f"answers that are in no pair. At the end: {ends}"
+        + (f"; {fell[-1]:.0%} of the held-out chosen answers became less likely than under π0." if fell else "."),
+        f"Lines over steps of log π − log π0 of chosen and rejected answers; at the end {ends}.",
+    )
+    return Section("movement", title, plots=[plot])
+
+
+def learning_section(run: RunRecord) -> Section:
+    """Return loss and accuracies over steps, on training windows and on the fixed held-out pairs."""
+    loss = _lines(run, "loss", "loss", BLUE, MARKERS[0])
+    reward = _lines(run, "rewards/accuracies", "accuracy", GREEN, MARKERS[2])
+    policy = _lines(run, "accuracy/policy", "summed", PURPLE, MARKERS[2])
+    policy += _lines(run, "accuracy/policy_per_token", "per token", BLUE, MARKERS[3])
+    policy = [line for line in policy if not line.is_training] or policy
+    plots = []
+    for name, ylabel, lines, words in (
+        ("loss", "loss per pair", loss, "Loss. Thin: pairs of each step; marked: the same held-out pairs every time."),
+        (
+            "reward-accuracy",
+            "share of pairs",
+            reward,
+            "Reward accuracy: share of pairs whose chosen answer has the larger implicit reward.",
+        ),
+        (
+            "policy-accuracy",
+            "share of pairs",
+            policy,
+            "Accuracy of the policy itself: share of pairs with Δπ > 0, by summed log-probs and per token.",
+        ),
+    ):
+        if not lines:
+            continue
+        level, bars = (None, "") if name == "loss" else (0.5, "")
+        if name != "loss":
+            lines = [line if line.is_training else _with_errors(run, line) for line in lines]
+            bars = " Bars: 95 %, of each step by itself; between steps the pairs are the same." if lines[-1].errors else ""
+        ends = "; ".join(f"{line.label}: {line.curve.values[0]:.3f} → {line.curve.values[-1]:.3f}" for line in lines)
+        words = f"{words} First → last: {ends}."
+        plots.append(Plot(name, over_steps(lines, ylabel, level=level), f"{words}{bars}", f"Lines over steps. {words}"))
+    missing = [] if plots else ["the run wrote no metrics yet (metrics.jsonl)."]
+    return Section("learning", "Loss and accuracy", plots=plots, missing=missing)
+
+
+def _with_errors(run: RunRecord, line: Line) -> Line:
+    """A line of shares of the probed pairs with the half-widths of their Wilson intervals, each step by itself."""
+    pairs = dict(zip(*run.probe("pairs"), strict=True))
+    intervals = [wilson_interval(share, int(pairs.get(step, 0))) for step, share in zip(*line.curve, strict=True)]
+    return line._replace(errors=[(high - low) / 2 for low, high in intervals])
+
+
+def drift_section(run: RunRecord) -> Section:
+    """Return KL from the reference and entropy along the run, where answers were sampled."""
+    last = {int(run.facts["step"]): run.evaluation} if run.evaluation and "step" in run.facts else {}
+    kl, entropy = (
+        [(step, *found) for step, evaluation in {**run.snapshots, **last}.items() if (found := measured(evaluation, name))]
+        for name in ("kl", "entropy_per_token")
+    )
+    plots = []
+    if kl:
+        line = _measured_line("KL(π‖π0) ± 95 %", [(0, 0.0, 0.0), *kl], BLUE, MARKERS[0])
+        end = f"{line.curve.values[-1]:.3g} nats"
+        plots.append(
+            Plot(
+                "kl",
+                over_steps([line], "KL(π‖π0), nats per answer"),
+                f"KL(π‖π0) on sampled answers, 0 by definition at the start; at the end {end} each.",
+                f"Line of KL over steps, from 0 to {end} per answer.",
+            )
+        )
+    if len(entropy) >= 2:
+        line = _measured_line("entropy of π", entropy, PURPLE, MARKERS[3])
+        ends = f"from {line.curve.values[0]:.3g} to {line.curve.values[-1]:.3g} nats per token"
+        plots.append(
+            Plot(
+                "entropy",
+                over_steps([line], "entropy, nats per token"),
+                "Entropy of the policy on its own answers; falling entropy means that it says the same more often. "
+                f"{ends.capitalize()}.",
+                f"Line of the entropy over steps, {ends}.",
+            )
+        )
+    missing = []
+    if not kl:
+        missing.append(
+            "KL(π‖π0) and entropy need answers of the policy; set generation.prompts (say 64) and train again, or measure the "
+            f"end alone: `{run.sampling_command}`"
+        )
+    elif len(kl) == 1:
+        missing.append("the way between start and end was not measured; set generation.snapshots (say 4) and train again.")
+    return Section("drift", "Distance from the reference", plots=plots, missing=missing)
+
+
+def _measured_line(label: str, found: Sequence[tuple[int, float, float]], colour: str, marker: str) -> Line:
+    """The line through steps, means and their standard errors."""
+    steps, means, errors = (list(column) for column in zip(*found, strict=True))
+    return Line(label, Curve(steps, means), colour, marker, errors=[1.96 * error for error in errors])
+
+
+def _lines(run: RunRecord, key: str, label: str, colour: str, marker: str) -> list[Line]:
+    """A metric on training windows and on the pairs that were measured again and again, where measured."""
+    training, probe = run.training(key), run.probe(key)
+    lines = [Line(f"{label}, training", training, colour, is_training=True)] if training.steps else []
+    where = "held out" if run.probed == "held-out pairs" else "watched"
+    return lines + ([Line(f"{label}, {where}", probe, colour, marker)] if probe.steps else [])
+
+
+# ---------------------------------------------------------------- pair by pair
+
+
+def preference_section(run: RunRecord, flips: dict[bool, Flips]) -> Section:
+    """Return Δ0 against Δπ at start and end, and the 2×2 tables of pairs that changed sides."""
+    title = "Policy against reference, pair by pair"
+    pairs = run.held_out
+    if pairs is None:
+        return Section("preferences", title, missing=[NO_PAIRS])
+    plots, missing = [], []
+    if pairs.reference is None:
+        missing.append(f"the reference was not run on the held-out pairs; measure it with `pe-dpo eval {run.folder}`")
+    else:
+        plots += _preference_scatters(run, pairs)
+    if pairs.start is None:
+        missing.append("the policy's log-probs at the start were not kept, so who changed sides is not known; train again.")
+    for per_token, found in flips.items():
+        by = "log-probs per token" if per_token else "summed log-probs"
+        tied = f" {found.tied} more pairs are tied at the start or the end." if found.tied else ""
+        words = f"{found.kept} kept, {found.gained} gained, {found.lost} lost, {found.still_wrong} still wrong"
+        plots.append(
+            Plot(
+                "transitions-per-token" if per_token else "transitions-sum",
+                transition_table(found),
+                f"Pairs that changed sides, by {by}: {words}.{tied} If sides were changed by chance, a difference between "
+                f"gained and lost as large as this would have p = {found.p:.2g} (exact; McNemar's test with the pairs of a "
+                "prompt as one draw).",
+                f"2×2 table of held-out pairs by {by}, start against end: {words}.",
+            )
+        )
+    sentences = [
+        "A pair lies on the solid line when its score z is 0: above it the loss is (nearly) content, below it pulls. On the "
+        "dashed line the policy prefers what the reference prefers, to the nat.",
+    ]
+    return Section("preferences", title, sentences if plots else [], plots=plots, missing=missing)
+
+
+def _preference_scatters(run: RunRecord, pairs: HeldOut) -> list[Plot]:
+    """Δ0 against Δπ at the start, if it is known, and at the end, on the same axes, with the line on which z is 0."""
+    loss = run.recipe.loss
+    per_token = loss.reduce == "mean"
+    assert pairs.reference is not None, "checked by the caller"
+    reference, policy = (pairs.preference(model, per_token=per_token) for model in (pairs.reference, pairs.policy))
+    start = None if pairs.start is None else pairs.preference(pairs.start, per_token=per_token)
+
+    def line(values: Floats) -> Floats:
+        """Δπ at which a pair of this Δ0 has z = offset."""
+        return run.kappa * (values if loss.reference_floor is None else np.maximum(values, loss.reference_floor))
+
+    offset, note = loss.margin / loss.beta, ""
+    if loss.margin_scale or loss.length_penalty:
+        offset = float(np.median(policy - line(reference) - pairs.score / loss.beta))
+        note = " Margins differ between pairs; the line is that of the median margin."
+    floored = "Δ0" if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
+    plus = f" {'+' if offset >= 0 else '−'} {abs(offset):.3g}" if offset else ""
+    label = f"z = 0: Δπ = {f'{run.kappa:.3g}·{floored}{plus}' if run.kappa else f'{offset:.3g}'}"
+    xlim = padded(reference)
+    ylim = padded(policy if start is None else np.concatenate([start, policy]))
+    unit = "nats per token" if per_token else "nats"
+    plots = []
+    for when, preference in (("start", start), ("end", policy)):
+        if preference is None:
+            continue
+        xlabel, ylabel = f"Δ0, reference's preference ({unit})", f"Δπ, policy's preference ({unit})"
+        with panel(xlabel, ylabel, height=4.1) as (figure, axes):
+            axes.axhline(0, color=QUIET, linewidth=0.8)
+            axes.axvline(0, color=QUIET, linewidth=0.8)
+            for key, ours, theirs in zip(QUADRANTS, (1, 1, -1, -1), (1, -1, 1, -1), strict=True):
+                member = (np.sign(preference) == ours) & (np.sign(reference) == theirs)
+                x, y = reference[member], preference[member]
+                scatter_points(axes, x, y, _QUADRANT_COLOURS[key], _QUADRANT_LABELS[key], total=len(policy))
+            tied = (preference == 0) | (reference == 0)
+            scatter_points(axes, reference[tied], preference[tied], QUIET, "tied", total=len(policy))
+            ends = np.linspace(*xlim, 201)
+            axes.plot(ends, ends, color=QUIET, linewidth=1, linestyle="--", label="Δπ = Δ0 (no change)")
+            axes.plot(ends, line(ends) + offset, color=INK, linewidth=1.6, label=label)
+            axes.set_xlim(xlim)
+            axes.set_ylim(ylim)
+        right, above = int((preference > 0).sum()), int((preference >= line(reference) + offset).sum())
+        words = f"{right} of {len(preference)} pairs have Δπ > 0, {above} lie on or above the line"
+        plots.append(
+            Plot(
+                f"preferences-{when}",
+                figure,
+                f"Δ0 against Δπ at the {when}, one point per held-out pair: {words}.{note}",
+                f"Scatter of the reference's against the policy's preference at the {when}: {words}.",
+            )
+        )
+    return plots
+
+
+def padded(values: Floats) -> tuple[float, float]:
+    """Return a range that holds all values, and 0, with some room."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    room = 0.06 * (high - low) or 1.0
+    return low - room, high + room
+
+
+def transition_table(flips: Flips) -> Figure:
+    """Return the 2×2 table of pairs ranked right or wrong at the start (rows) and at the end (columns)."""
+    cells = (
+        (0, 0, flips.kept, "kept", BLUE),
+        (0, 1, flips.lost, "lost", ORANGE),
+        (1, 0, flips.gained, "gained", SKY),
+        (1, 1, flips.still_wrong, "still wrong", VERMILLION),
+    )
+    most = max(count for _, _, count, _, _ in cells) or 1
+    with panel("policy after training ranks the pair", "policy at the start", height=3.0) as (figure, axes):
+        for row, column, count, words, colour in cells:
+            strength = 0.08 + 0.42 * count / most
+            axes.fill_between([column, column + 1], row, row + 1, color=colour, alpha=strength, linewidth=0)
+            axes.text(column + 0.5, row + 0.46, f"{count}", ha="center", va="center", fontsize=19)
+            axes.text(column + 0.5, row + 0.78, words, ha="center", va="center", fontsize=10)
+        axes.set_xlim(0, 2)
+        axes.set_ylim(2, 0)
+        axes.set_xticks([0.5, 1.5], ["right", "wrong"])
+        axes.set_yticks([0.5, 1.5], ["right", "wrong"])
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.axhline(1, color=QUIET, linewidth=0.8)
+        axes.axvline(1, color=QUIET, linewidth=0.8)
+        for spine in axes.spines.values():
+            spine.set_visible(True)
+    return figure
+
+
+def length_section(run: RunRecord) -> Section:
+    """Return what length had to do with it: answers' tokens, and training's shift against the difference in length."""
+    pairs = run.held_out
+    plots, sentences, missing = [], [], []
+    groups: dict[str, list[float]] = {}
+    if pairs is not None:
+        groups |= {"chosen": pairs.chosen_lengths.tolist(), "rejected": pairs.rejected_lengths.tolist()}
+    if run.answers:
+        groups["sampled from π"] = [float(tokens) for tokens in run.answers["tokens"]]
+        if "reference_tokens" in run.answers:
+            groups["sampled from π0"] = [float(tokens) for tokens in run.answers["reference_tokens"]]
+    else:
+        missing.append(
+            "how long the policy's own answers are; set generation.prompts (say 64) and train again, or measure the end: "
+            f"`{run.sampling_command}`"
+        )
+    if groups:
+        means = ", ".join(f"{label} {np.mean(values):.1f}" for label, values in groups.items())
+        plots.append(
+            Plot(
+                "lengths",
+                length_histogram(groups),
+                f"Tokens of held-out and sampled answers. Means: {means}.",
+                f"Histogram of answer lengths in tokens. Means: {means}.",
+            )
+        )
+    if pairs is None:
+        missing.append(NO_PAIRS)
+    elif pairs.start is not None:
+        difference = pairs.chosen_lengths - pairs.rejected_lengths
+        shift = pairs.preference(pairs.policy) - pairs.preference(pairs.start)
+        words = correlation_words(difference, shift)
+        sentences.append(words)
+        plots.append(
+            Plot(
+                "length-shift",
+                length_scatter(difference, shift, "Δπ now − Δπ at the start, nats", "a held-out pair"),
+                f"How far training moved each held-out pair, against the difference in length. {words}",
+                f"Scatter of the shift of Δπ against the length difference of the answers. {words}",
+            )
+        )
+    return Section("length", "Length", sentences, plots=plots, missing=missing)
+
+
+def length_histogram(groups: dict[str, list[float]]) -> Figure:
+    """Return how long answers are, as shares; one outline per group.
+
+    Args:
+        groups: label → tokens of each answer; at most four, none empty.
+    """
+    longest = max(max(values) for values in groups.values())
+    bins = np.linspace(0, longest + 1, 25) if longest > 25 else np.arange(0, longest + 2)
+    looks = zip((BLUE, VERMILLION, ORANGE, QUIET), ("-", "--", "-.", ":"), strict=True)
+    with panel("tokens of an answer", "share of answers") as (figure, axes):
+        for (label, values), (colour, dashes) in zip(groups.items(), looks, strict=False):
+            shares = np.histogram(values, bins)[0] / len(values)
+            axes.stairs(shares, bins, color=colour, linewidth=1.8, linestyle=dashes, label=plain(label), fill=False)
+            axes.stairs(shares, bins, color=colour, alpha=0.12, fill=True)
+        axes.set_xlim(0, bins[-1])
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def correlation_words(difference: Floats, shift: Floats) -> str:
+    """Return what the correlation of training's shift with length says, with its 95 % interval (Fisher's z)."""
+    if len(shift) < 4 or np.ptp(difference) == 0 or np.ptp(shift) == 0:
+        return "Too few pairs, or no differences, for a correlation with length."
+    r = float(np.corrcoef(difference, shift)[0, 1])
+    centre, half = np.arctanh(np.clip(r, -0.999999, 0.999999)), 1.96 / np.sqrt(len(shift) - 3)
+    low, high = np.tanh([centre - half, centre + half])
+    interval = f"{fmt(r, '+.2f')} [{fmt(low, '+.2f')}, {fmt(high, '+.2f')}]"
+    return f"Correlation with tokens of chosen − rejected: {interval}; length explains {r * r:.0%} of what training moved."
