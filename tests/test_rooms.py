@@ -19,7 +19,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob
 FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOURCES.items()}
 
 LEVELS = (
-    {"errors", "disk", "hub", "links", "progress"},
+    {"errors", "disk", "hub", "links", "progress", "quantizations"},
     {"recipe", "metrics", "objective"},
     {"runs", "data", "model"},
     {"inference"},
@@ -99,7 +99,11 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
     now = [node for node in FILES[file].body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
     names = set(imports(ast.Module(now, [])))
     assert {name.split(".")[0] for name in names} & HEAVY == set()
-    assert {room(name.removeprefix("pe_dpo.")) for name in names if name.startswith("pe_dpo.")} <= {"cli", "errors"}
+    assert {room(name.removeprefix("pe_dpo.")) for name in names if name.startswith("pe_dpo.")} <= {
+        "cli",
+        "errors",
+        "quantizations",
+    }
 
 
 def test_only_the_command_line_prints() -> None:

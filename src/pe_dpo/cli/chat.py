@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
+
 if TYPE_CHECKING:
     from pe_dpo.chat.side_by_side import Conversation, Side, SideBySide
     from pe_dpo.inference.decoding import Answer, Sampling
@@ -20,7 +22,7 @@ ROWS_AROUND = 6
 def chat(
     target: Annotated[Path, typer.Argument(help="A run folder, or a LoRA adapter.")],
     base: Annotated[str | None, typer.Option(help="The adapter's base, if not the one named in it.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4, nf4-single, int8 or none; default: as in the run.")] = None,
+    quantize: Annotated[str | None, typer.Option(help=f"{QUANTIZATIONS_IN_WORDS}; default: as in the run.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Answer these instead: JSON lines with prompt or messages, or text, a prompt a line.")
     ] = None,
@@ -38,8 +40,8 @@ def chat(
 
     if not target.is_dir():
         raise UsageError(f"{target}: no such folder; name a run or an adapter on disk")
-    if quantize not in (None, "nf4", "nf4-single", "int8", "none"):
-        raise UsageError(f"--quantize {quantize}: write nf4, nf4-single, int8 or none")
+    if quantize not in (None, *QUANTIZATIONS):
+        raise UsageError(f"--quantize {quantize}: write {QUANTIZATIONS_IN_WORDS}")
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p {top_p:g}: write a number above 0 and at most 1")
     if prompts is None and output is not None:

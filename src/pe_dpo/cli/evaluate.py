@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pe_dpo.cli import dials
+from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
     from pe_dpo.evaluation.evaluate import Evaluation
@@ -16,7 +17,7 @@ def evaluate(
     target: Annotated[Path, typer.Argument(help="A run folder, a LoRA adapter, or a merged model.")],
     data: Annotated[str | None, typer.Option(help="Pairs to evaluate on; default: those the run held out.")] = None,
     base: Annotated[str | None, typer.Option(help="The adapter's base, or the reference of a merged model.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4, nf4-single, int8 or none; default: as in the run.")] = None,
+    quantize: Annotated[str | None, typer.Option(help=f"{QUANTIZATIONS_IN_WORDS}; default: as in the run.")] = None,
     prompts: Annotated[
         int | None, typer.Option(min=0, help="Sample answers to this many held-out prompts; default: as in the run's recipe.")
     ] = None,
@@ -92,8 +93,8 @@ def _check_request(target: Path, quantize: str | None, pairs: Path | None, outpu
 
     if not target.is_dir():
         raise UsageError(f"{target}: no such folder; name a run, an adapter or a model on disk")
-    if quantize not in (None, "nf4", "nf4-single", "int8", "none"):
-        raise UsageError(f"--quantize {quantize}: write nf4, nf4-single, int8 or none")
+    if quantize not in (None, *QUANTIZATIONS):
+        raise UsageError(f"--quantize {quantize}: write {QUANTIZATIONS_IN_WORDS}")
     if pairs is not None and not pairs.parent.is_dir():
         raise UsageError(f"--pairs {pairs}: there is no folder {pairs.parent}; make it first")
     if output is not None and not output.absolute().parent.is_dir():

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
+
 
 def merge(
     target: Annotated[Path, typer.Argument(help="A finished run, or any LoRA adapter.")],
@@ -20,7 +22,7 @@ def merge(
     data: Annotated[str | None, typer.Option(help="Pairs to verify on; default: those the run held out.")] = None,
     pairs: Annotated[int | None, typer.Option(min=0, help="How many: default 32, and 200 to compare; 0: tensors only.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if it moved.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="Of a foreign adapter: nf4, nf4-single, int8 or none.")] = None,
+    quantize: Annotated[str | None, typer.Option(help=f"Of a foreign adapter: {QUANTIZATIONS_IN_WORDS}.")] = None,
     allow_base_mismatch: Annotated[bool, typer.Option("--allow-base-mismatch", help="Merge onto another base.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write a merge that failed verification; its report says so.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
@@ -71,7 +73,7 @@ def _check_words(onto: str, dtype: str, rounding: str, quantize: str | None) -> 
         ("--onto", onto, ("dequantized", "original", "adapter")),
         ("--dtype", dtype, ("auto", "bf16", "fp16", "fp32")),
         ("--rounding", rounding, ("auto", "nearest", "stochastic")),
-        ("--quantize", quantize, (None, "nf4", "nf4-single", "int8", "none")),
+        ("--quantize", quantize, (None, *QUANTIZATIONS)),
     ):
         if value not in known:
             raise UsageError(f"{name} {value}: write {', '.join(word for word in known if word)}")

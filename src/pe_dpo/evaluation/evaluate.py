@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,7 @@ from pe_dpo.metrics.table import ScoredPairs, at_reference, scored_pairs, set_me
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import answer_end_tokens, end_token_ids, inspect_base
 from pe_dpo.objective import Loss
+from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import GenerationSection, check_scales
 from pe_dpo.runs.held_out import (
@@ -102,7 +103,7 @@ def evaluate(
     *,
     data: str | None = None,
     base: str | None = None,
-    quantize: Literal["nf4", "int8", "none"] | None = None,
+    quantize: Quantization | None = None,
     sampling: Sampling = AS_IN_RECIPE,
     scales: Sequence[float] | None = None,
     scorer: str | None = None,

@@ -18,6 +18,7 @@ from pe_dpo.model.adapter_config import expected_tensors
 from pe_dpo.model.base import BaseFacts, empty_model, end_token_ids, inspect_base
 from pe_dpo.model.provenance import adapter_fingerprints, base_folder, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.tensor_files import TensorFiles
+from pe_dpo.quantizations import QUANTIZATIONS, is_four_bit
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import DataSection
 
@@ -129,7 +130,7 @@ def _read_base_record(target: Path) -> dict[str, Any] | None:
         raise ModelError(f"{path}: cannot be read: {error}; without it the base cannot be checked") from error
     if missing:
         raise ModelError(f"{path}: says nothing that can be used of {', '.join(sorted(missing))}; take another copy of the run")
-    if record["dtype"] not in ("float32", "bfloat16") or record["quantize"] not in ("nf4", "nf4-single", "int8", "none"):
+    if record["dtype"] not in ("float32", "bfloat16") or record["quantize"] not in QUANTIZATIONS:
         raise ModelError(f"{path}: {record['quantize']} in {record['dtype']} is nothing that training does; take another copy")
     return dict(record)
 
@@ -226,6 +227,6 @@ def device_for(facts: BaseFacts, dtype: torch.dtype | None = None) -> torch.devi
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    size = facts.parameters * (dtype.itemsize if dtype else 0.6 if facts.quantize.startswith("nf4") else facts.dtype.itemsize)
+    size = facts.parameters * (dtype.itemsize if dtype else 0.6 if is_four_bit(facts.quantize) else facts.dtype.itemsize)
     free, _ = torch.cuda.mem_get_info()
     return torch.device("cuda" if 1.2 * size < free else "cpu")

@@ -22,8 +22,9 @@ from pe_dpo.errors import ModelError
 from pe_dpo.merging.plan import Output
 from pe_dpo.merging.updates import AdapterFiles, Change
 from pe_dpo.model.fingerprint import parameter_fingerprint
-from pe_dpo.model.quantization import FOUR_BIT, Quantization, dequantized, quantized_parameter
+from pe_dpo.model.quantization import dequantized, quantized_parameter
 from pe_dpo.model.tensor_files import TensorFiles, TensorWriter
+from pe_dpo.quantizations import Quantization, is_four_bit
 
 Rounding = Literal["auto", "nearest", "stochastic"]
 
@@ -149,9 +150,8 @@ def mean_noise(merged: Sequence[MergedTensor]) -> float:
 
 def _as_loaded(output: Output, stored: Tensor, base: BaseAsTrained) -> Any:
     """The 4-bit parameter that loading made of a tensor in training; None for one that was not quantized."""
-    if base.quantize not in FOUR_BIT or output.module_name.removesuffix(".weight") not in base.quantized_layers:
+    if not is_four_bit(base.quantize) or output.module_name.removesuffix(".weight") not in base.quantized_layers:
         return None
-    assert base.quantize == "nf4" or base.quantize == "nf4-single", "FOUR_BIT"
     return quantized_parameter(stored.to(base.dtype), base.quantize, device=base.device)
 
 

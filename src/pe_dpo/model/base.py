@@ -10,12 +10,12 @@ from torch import nn
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
 from pe_dpo.model.quantization import (
-    Quantization,
     four_bit_layers,
     keep_weights_unpacked,
     quantization_config,
     round_four_bit_layers,
 )
+from pe_dpo.quantizations import Quantization
 
 Quantize = Quantization | Literal["auto"]
 

@@ -1,22 +1,17 @@
 """The 4-bit and 8-bit weights of a base: made, kept from changing behind our back, and read back in float32.
 
-nf4          codes of 4 bits in blocks of 64, the blocks' scales in 8 bits (double quantization)
-nf4-single   the same with the scales in float32
-int8         codes of 8 bits with a scale per row
+Their names: `pe_dpo.quantizations`.
 """
 
 from collections.abc import Iterator
 from copy import copy
-from typing import Any, Literal
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from pe_dpo.errors import ModelError
-
-Quantization = Literal["nf4", "nf4-single", "int8", "none"]
-
-FOUR_BIT = ("nf4", "nf4-single")
+from pe_dpo.quantizations import FourBit, Quantization
 
 
 def quantization_config(quantize: Quantization, dtype: torch.dtype) -> Any:
@@ -28,19 +23,23 @@ def quantization_config(quantize: Quantization, dtype: torch.dtype) -> Any:
     """
     from transformers import BitsAndBytesConfig
 
-    if quantize == "none":
-        return None
-    if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=quantize == "nf4",
-        bnb_4bit_compute_dtype=dtype,
-    )
+    match quantize:
+        case "none":
+            return None
+        case "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        case "nf4" | "nf4-single":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=quantize == "nf4",
+                bnb_4bit_compute_dtype=dtype,
+            )
+        case _:
+            assert_never(quantize)
 
 
-def quantized_parameter(weight: Tensor, quantize: Literal["nf4", "nf4-single"], *, device: torch.device | str) -> Any:
+def quantized_parameter(weight: Tensor, quantize: FourBit, *, device: torch.device | str) -> Any:
     """Return the 4-bit parameter that loading makes of a weight.
 
     The same class as transformers calls, on the device given: another device may round otherwise.

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from pe_dpo.links import link_named
+from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.recipe.section import Count, Fraction, Location, NonNegative, Positive, Section
 
@@ -23,7 +24,7 @@ class ModelSection(Section):
 
     base: Location = Field(description="Path or hub id of a causal language model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    quantize: Literal["auto", "nf4", "nf4-single", "int8", "none"] = Field(
+    quantize: Literal["auto", Quantization] = Field(
         "auto",
         description="nf4 is double quantized, nf4-single is not. auto: nf4 from a billion parameters on, else none.",
     )

@@ -1,0 +1,28 @@
+"""The ways to hold a base's weights, named once: recipe, command line, loading and merging take the names from here.
+
+nf4          codes of 4 bits in blocks of 64, the blocks' scales in 8 bits (double quantization)
+nf4-single   the same with the scales in float32
+int8         codes of 8 bits with a scale per row
+none         as they are computed with
+
+A new way is a name here and what bitsandbytes is to do for it, in `model/quantization.py`; a type checker names both places.
+"""
+
+from typing import Literal, TypeGuard, assert_never, get_args
+
+FourBit = Literal["nf4", "nf4-single"]
+Quantization = Literal[FourBit, "int8", "none"]
+
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+QUANTIZATIONS_IN_WORDS = f"{', '.join(QUANTIZATIONS[:-1])} or {QUANTIZATIONS[-1]}"
+
+
+def is_four_bit(quantize: Quantization) -> TypeGuard[FourBit]:
+    """Return whether the weights are codes of 4 bits, whose values can be read back and merged into."""
+    match quantize:
+        case "nf4" | "nf4-single":
+            return True
+        case "int8" | "none":
+            return False
+        case _:
+            assert_never(quantize)
