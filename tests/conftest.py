@@ -1,8 +1,10 @@
 """A tiny world for tests: a random Llama of 2 layers with a tokenizer and a chat template, and pairs to train on."""
 
+import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,17 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = ("red", "green", "blue", "round", "square", "small", "large", "sweet", "sour", "bitter", "warm", "cold", "near", "far")
+
+
+def pytest_collection_finish() -> None:
+    """What the tests imported stays to the end: no garbage collection, of which each training has one, looks through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    if "warm_process" in sys.modules:
+        sys.modules["warm_process"].end()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,13 +3,13 @@
 import json
 import pickle
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 import yaml
 from safetensors.torch import load_file
 
@@ -120,14 +120,10 @@ def test_finished_runs_keep_their_adapter_and_not_their_checkpoints(source, tmp_
     assert not [name for name in left if name.startswith("checkpoint")]
 
 
-COMMAND = "import sys; from pe_dpo.cli import main; sys.argv = ['pe-dpo', *sys.argv[1:]]; main()"
-
-
 def start(source, folder):
-    words = ["sweep", str(source), "--grid", "gamma=0,0.5x,1x", "-o", str(folder), "--set", "train.max_steps=6"]
+    words = ["sweep", source, "--grid", "gamma=0,0.5x,1x", "-o", folder, "--set", "train.max_steps=6"]
     words += ["--set", "train.save_every=1", "--prompts", "0"]
-    command = [sys.executable, "-c", COMMAND, *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return warm_process.start("from pe_dpo.cli import main; main()", *words, folder=source.parent)
 
 
 @pytest.mark.slow
@@ -136,14 +132,14 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(source, tmp_path):
     kills = 0
     for wanted in ("runs/gamma=0/seed-0/checkpoint-2", "runs/gamma=0.5x/seed-0/run.json", "runs/base/seed-0/checkpoint-4"):
         process = start(source, folder)
-        while process.poll() is None and not (folder / wanted).exists():
+        while process.exitcode is None and not (folder / wanted).exists():
             time.sleep(0.005)
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     process = start(source, folder)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    process.join(timeout=200)
+    assert process.exitcode == 0, warm_process.log(process, tmp_path).read_text()
     assert kills == 3
     plan = make_plan(source, [["gamma=0,0.5x,1x"]], folder=tmp_path / "straight",
                      overrides=["train.max_steps=6", "train.save_every=1"])  # fmt: skip

@@ -3,11 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
+import warm_process
 from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import StoreUnavailable, TrainingError
@@ -375,8 +375,7 @@ def test_every_policy_trains_the_same_adapter(make_recipe):
 
 
 PASS = """
-import sys, time, torch
-torch.set_num_threads(1)
+import sys, time
 from pathlib import Path
 from pe_dpo.inference import reference as module
 from pe_dpo.inference.reference import open_reference
@@ -403,15 +402,14 @@ print("computed", reference.computed, flush=True)
 def test_a_pass_that_was_killed_goes_on_where_it_stopped(make_recipe, make_reference, tmp_path):
     """SIGKILL once some pairs are written: the next pass computes the others alone, and all numbers are right."""
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe()))
-    (tmp_path / "program.py").write_text(PASS)
     store = tmp_path / "store.sqlite"
-    command = [sys.executable, "program.py", "recipe.yaml", str(store)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.strip() == "7":
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=60)
+    process = warm_process.start(PASS, "recipe.yaml", store, folder=tmp_path)
+    log = warm_process.log(process, tmp_path)
+    while process.exitcode is None and not (log.exists() and "7" in log.read_text().splitlines()):
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     reference, pairs = make_reference(path=store)
     logprobs = reference.logprobs(pairs)
     assert 0 < reference.computed <= 24 - 6
@@ -422,14 +420,12 @@ def test_a_pass_that_was_killed_goes_on_where_it_stopped(make_recipe, make_refer
 @pytest.mark.slow
 def test_two_runs_fill_one_store_at_once(make_recipe, make_reference, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(make_recipe()))
-    (tmp_path / "program.py").write_text(PASS)
     store = tmp_path / "store.sqlite"
-    command = [sys.executable, "program.py", "recipe.yaml", str(store)]
-    both = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    ends = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ends
+    both = [warm_process.start(PASS, "recipe.yaml", store, folder=tmp_path) for _ in range(2)]
+    for process in both:
+        process.join(timeout=120)
+    said = [warm_process.log(process, tmp_path).read_text() for process in both]
+    assert [process.exitcode for process in both] == [0, 0], said
     assert computed_again(make_reference, path=store) == 0
 
 

@@ -1,12 +1,12 @@
 """A trainer over the tiny world, as `train` builds it."""
 
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_process
 
 
 @pytest.fixture
@@ -31,9 +31,8 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
     return make
 
 
-ON_ONE_THREAD = """
-import sys, torch
-torch.set_num_threads(1)
+TRAIN = """
+import sys
 from pe_dpo.recipe import load_recipe
 from pe_dpo.training.train import train
 train(load_recipe(sys.argv[1]))
@@ -42,16 +41,24 @@ train(load_recipe(sys.argv[1]))
 
 @pytest.fixture
 def train_on_two(tmp_path: Path) -> Callable[[Any], Path]:
-    """Trains a recipe in two processes, as torchrun starts them; the run's folder."""
+    """Trains a recipe in two processes, with the environment that torchrun gives them; the run's folder."""
 
     def run(recipe: Any) -> Path:
         from pe_dpo.recipe import recipe_to_yaml
 
         (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-        (tmp_path / "program.py").write_text(ON_ONE_THREAD)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-        done = subprocess.run([*launch, "program.py", "recipe.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        meeting |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        both = [
+            warm_process.start(TRAIN, "recipe.yaml", folder=tmp_path, environment=meeting | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank in ("0", "1")
+        ]
+        for process in both:
+            process.join(timeout=300)
+        said = [warm_process.log(process, tmp_path).read_text()[-3000:] for process in both]
+        assert [process.exitcode for process in both] == [0, 0], "\n".join(said)
         return Path(recipe.output)
 
     return run

@@ -1,16 +1,16 @@
 """Nothing is lost: a resumed run is the uninterrupted one, whatever interrupted it."""
 
 import json
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import RunFolderError
@@ -333,8 +333,7 @@ def test_two_runs_cannot_write_into_one_folder(make_recipe):
 
 
 PROGRAM = """
-import sys, torch
-torch.set_num_threads(1)
+import sys
 from pe_dpo.recipe import load_recipe
 from pe_dpo.training.train import train
 result = train(load_recipe(sys.argv[1]), resume="resume" in sys.argv)
@@ -342,16 +341,16 @@ sys.exit(128 + result.interrupted_by if result.interrupted_by else 0)
 """
 
 
-def launch(recipe_file, *words):
-    """A run in a process of its own; what it prints goes beside the recipe."""
-    with recipe_file.with_suffix(".log").open("w") as log:
-        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(recipe_file), *words], stdout=log, stderr=log)
-
-
 def wait_for_steps(folder, steps, process):
     """Wait until a step's metrics are there, or the process has ended."""
-    while process.poll() is None and sum("loss" in line for line in read_metrics(folder)) < steps:
+    while process.exitcode is None and sum("loss" in line for line in read_metrics(folder)) < steps:
         time.sleep(0.01)
+
+
+def ended(process, folder):
+    """Wait for a process; its exit code, and what it printed."""
+    process.join(timeout=120)
+    return process.exitcode, warm_process.log(process, folder).read_text()
 
 
 @pytest.mark.slow
@@ -364,15 +363,14 @@ def test_killed_at_random_moments_the_run_ends_as_the_straight_one(make_recipe, 
     moments = random.Random(0)
     kills, words = 0, []
     for steps in (1, 3, 4, 5):
-        process = launch(file, *words)
+        process = warm_process.start(PROGRAM, file, *words, folder=tmp_path)
         wait_for_steps(folder, steps, process)
         time.sleep(moments.random() * 0.15)
-        kills += process.poll() is None
         process.kill()
-        process.wait()
+        kills += ended(process, tmp_path)[0] == -signal.SIGKILL
         words = ["resume"]
-    process = launch(file, "resume")
-    assert process.wait(timeout=120) == 0, file.with_suffix(".log").read_text()
+    code, said = ended(warm_process.start(PROGRAM, file, "resume", folder=tmp_path), tmp_path)
+    assert code == 0, said
     assert kills >= 3
     assert_same_run(folder, straight)
 
@@ -383,10 +381,11 @@ def test_a_signal_finishes_the_step_saves_and_leaves_a_run_to_resume(make_recipe
     recipe = make_recipe(*SETTINGS, "train.save_every=100")
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_to_yaml(recipe))
-    process = launch(file)
+    process = warm_process.start(PROGRAM, file, folder=tmp_path)
     wait_for_steps(tmp_path / "run", 2, process)
-    process.send_signal(number)
-    assert process.wait(timeout=120) == 128 + number, file.with_suffix(".log").read_text()
+    os.kill(process.pid, number)
+    code, said = ended(process, tmp_path)
+    assert code == 128 + number, said
     logged = max(line["step"] for line in read_metrics(tmp_path / "run"))
     assert [path.name for path in checkpoints(tmp_path / "run")] == [f"checkpoint-{logged}"]
     assert read_run(tmp_path / "run")["status"] == "interrupted"
