@@ -208,7 +208,7 @@ def test_a_recipe_runs_into_a_folder_of_its_name(name: str) -> None:
 def test_a_recipe_names_only_keys_that_differ_from_the_defaults(name: str, tmp_path: Path) -> None:
     """Leaving out a key changes the resolved recipe; the named loss and the output stand in every recipe, for the reader."""
     path, whole = find_recipe(name), load_recipe(name)
-    sections = parse_document(path.read_text(encoding="utf-8"), name).values
+    sections = parse_document(path.read_text(encoding="utf-8"), name)[0]
     redundant = []
     for section, keys in sections.items():
         for key in keys if isinstance(keys, dict) else ():

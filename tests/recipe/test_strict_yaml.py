@@ -10,7 +10,7 @@ from pe_dpo.recipe.strict_yaml import parse_document, parse_scalar
 
 
 def value_of(text: str) -> Any:
-    return parse_document(f"key: {text}", "x.yaml").values["key"]
+    return parse_document(f"key: {text}", "x.yaml")[0]["key"]
 
 
 @pytest.mark.parametrize(("text", "value"), [
@@ -48,11 +48,11 @@ def test_null_and_nothing_are_none(text: str) -> None:
 
 
 def test_lists_and_sections_keep_their_order_and_types() -> None:
-    assert parse_document("b: [1, x]\na: {c: 2.5}\n", "x.yaml").values == {"b": [1, "x"], "a": {"c": 2.5}}
+    assert parse_document("b: [1, x]\na: {c: 2.5}\n", "x.yaml")[0] == {"b": [1, "x"], "a": {"c": 2.5}}
 
 
 def test_every_value_knows_its_line() -> None:
-    lines = parse_document("# header\nloss:\n  beta: 1\n\n  link: hinge\ntrain: {seed: 3}\n", "x.yaml").lines
+    lines = parse_document("# header\nloss:\n  beta: 1\n\n  link: hinge\ntrain: {seed: 3}\n", "x.yaml")[1]
     assert {path: lines[path] for path in [("loss",), ("loss", "beta"), ("loss", "link"), ("train", "seed")]} == {
         ("loss",): 2, ("loss", "beta"): 3, ("loss", "link"): 5, ("train", "seed"): 6,
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_tag_is_refused_wherever_it_stands(text: str) -> None:
 
 
 def test_a_byte_order_mark_is_passed_over() -> None:
-    assert parse_document("\ufeffa: 1\n", "x.yaml").values == {"a": 1}
+    assert parse_document("\ufeffa: 1\n", "x.yaml")[0] == {"a": 1}
 
 
 def test_a_setting_is_read_by_the_same_rules() -> None:

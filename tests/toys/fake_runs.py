@@ -20,7 +20,7 @@ from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.metrics.table import scored_pairs, set_metrics, wilson_interval
 from pe_dpo.objective import Loss
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml
-from pe_dpo.recipe.dials import DIALS
+from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.scaled import scaled_folder
 
 GRID: tuple[dict[str, Any], ...] = (
@@ -188,7 +188,7 @@ def make_recipe(setting: Mapping[str, Any], *, seed: int = 0, output: Path = Pat
 
 def point_name(setting: Mapping[str, Any]) -> str:
     """Return a name as sweeps give it: "beta=0.1,gamma=0.5x", or "base" for nothing turned."""
-    short = {key: name for name, key in reversed(DIALS.items())}
+    short = {key: name for name, key in reversed(SHORT_NAMES.items())}
     text = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in sorted(setting.items())}
     return ",".join(f"{short.get(key, key)}={value}" for key, value in text.items()) or "base"
 

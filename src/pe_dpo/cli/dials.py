@@ -44,9 +44,9 @@ def scales(option: str, text: str | None) -> list[float] | None:
 
 def overrides(settings: list[str] | None, **dials: str | float | int | None) -> list[str]:
     """Return "section.key=value" for every dial that was turned, after the plain settings."""
-    from pe_dpo.recipe.dials import DIALS
+    from pe_dpo.recipe.names import SHORT_NAMES
 
     turned = {name: value for name, value in dials.items() if value is not None}
     if "output" in turned:  # a path is taken as it is, not read as YAML
         turned["output"] = json.dumps(turned["output"], ensure_ascii=False)
-    return [*(settings or []), *(f"{DIALS[name]}={value}" for name, value in turned.items())]
+    return [*(settings or []), *(f"{SHORT_NAMES[name]}={value}" for name, value in turned.items())]

@@ -28,7 +28,7 @@ from pe_dpo.experiments.measured import Measured, measure
 from pe_dpo.experiments.wording import FREE_CONTROLS, SCALE, STEP, is_end
 from pe_dpo.metrics.catalogue import KL, METRICS, Metric, choose_metric, mean_of, missing_words
 from pe_dpo.recipe import known_keys
-from pe_dpo.recipe.dials import DIALS
+from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.observations import Observation, read_observations
 
 FEW_PROMPTS = 20
@@ -102,9 +102,9 @@ def check_names(metric: str | None, baseline: str) -> str:
         UsageError: there is no such metric or dial.
     """
     choose_metric(metric, [])
-    dial = DIALS.get(baseline, baseline)
+    dial = SHORT_NAMES.get(baseline, baseline)
     if dial not in (*FREE_CONTROLS, *known_keys()):
-        names = ", ".join(DIALS)
+        names = ", ".join(SHORT_NAMES)
         raise UsageError(f"--baseline {baseline}: is neither {STEP} nor {SCALE}, nor a dial ({names}), nor a key of a recipe")
     return dial
 

@@ -16,15 +16,15 @@ from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
 from pe_dpo.recipe import (
     Recipe,
+    changed_settings,
     known_keys,
     load_recipe,
     recipe_difference,
     recipe_from_yaml,
     recipe_to_yaml,
-    turned_settings,
     with_absolute_paths,
 )
-from pe_dpo.recipe.dials import DIALS
+from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.files import SWEEP_FILE
 
 _OF_THE_RUN = ("output", "train.seed")
@@ -103,7 +103,7 @@ def make_plan(
     for turns, point in [*wanted, *((turns, read(turns)) for turns in twins)]:
         if point is None:
             continue
-        settings = turned_settings(base, point, ignore=_OF_THE_RUN)
+        settings = {key: now for key, (_, now) in changed_settings(base, point, ignore=_OF_THE_RUN).items()}
         name = _name(settings)
         if any(known.name == name for known in found.values()):
             if all(known.settings != settings for known in found.values()):
@@ -183,11 +183,13 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
     axes: dict[str, list[str]] = {}
     for entry in grid:
         name, equals, values = entry.partition("=")
-        key = DIALS.get(name.strip(), name.strip())
+        key = SHORT_NAMES.get(name.strip(), name.strip())
         if not equals or not values.strip():
             raise UsageError(f"--grid {entry}: write it as key=value,value, for example gamma=0,0.5x,1x")
         if key not in known_keys():
-            raise UsageError(f"--grid {entry}: {name} is neither a dial ({', '.join(DIALS)}) nor a dotted key of a recipe")
+            raise UsageError(
+                f"--grid {entry}: {name} is neither a dial ({', '.join(SHORT_NAMES)}) nor a dotted key of a recipe"
+            )
         if key in _OF_THE_RUN:
             raise UsageError(f"--grid {entry}: {name} is set by the sweep itself; seeds are named with --seeds")
         if key.split(".")[0] in _SHARED:
@@ -205,7 +207,7 @@ def _with_dropout(turns: Sequence[str], point: Recipe) -> list[str]:
 
 def _name(settings: dict[str, Any]) -> str:
     """A name that no other settings have and that is good for a folder: "beta=0.05,gamma=0.5x"."""
-    short = {key: name for name, key in reversed(DIALS.items())}
+    short = {key: name for name, key in reversed(SHORT_NAMES.items())}
     parts = [f"{short.get(key, key)}={_short(value)}" for key, value in sorted(settings.items())]
     return re.sub(r"[^\w=.,:+-]+", "_", ",".join(parts)) or "base"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.experiments.comparison import Arm, Comparison, Difference
-from pe_dpo.recipe.dials import DIALS
+from pe_dpo.recipe.names import SHORT_NAMES
 
 STEP, SCALE, RUN = "step", "scale", "run"
 """Settings that are no recipe keys: where a run was stopped early, what its adapter was scaled by, and the folder of a run that
@@ -47,7 +47,7 @@ def with_state(settings: Mapping[str, Any], *, step: int, is_final: bool, scale:
 
 def dial_name(key: str) -> str:
     """Return the name of a dial, given its dotted key: "β" for loss.beta."""
-    short = {known: name for name, known in reversed(DIALS.items())}
+    short = {known: name for name, known in reversed(SHORT_NAMES.items())}
     return _DIAL_WORDS.get(key, short.get(key, key))
 
 

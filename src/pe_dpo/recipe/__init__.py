@@ -2,23 +2,25 @@
 
 from pe_dpo.recipe.describe import LossDescription, describe
 from pe_dpo.recipe.load import (
-    known_keys,
+    changed_settings,
     load_recipe,
     recipe_difference,
     recipe_from_yaml,
     recipe_to_yaml,
-    turned_settings,
     with_absolute_paths,
     with_gamma,
 )
+from pe_dpo.recipe.names import SHORT_NAMES, known_keys
 from pe_dpo.recipe.presets import PRESETS
 from pe_dpo.recipe.schema import Recipe, warnings
 from pe_dpo.recipe.shipped import copy_recipe, find_recipe, recipe_header, recipe_names
 
 __all__ = [
     "PRESETS",
+    "SHORT_NAMES",
     "LossDescription",
     "Recipe",
+    "changed_settings",
     "copy_recipe",
     "describe",
     "find_recipe",
@@ -29,7 +31,6 @@ __all__ = [
     "recipe_header",
     "recipe_names",
     "recipe_to_yaml",
-    "turned_settings",
     "warnings",
     "with_absolute_paths",
     "with_gamma",

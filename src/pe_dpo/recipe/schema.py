@@ -238,33 +238,26 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _training_can_start(self) -> "Recipe":
-        reason = dead_start(self)
-        if reason:
-            raise ValueError(reason)
-        return self
+        """Some pair must be able to move the run from its first step.
 
-
-def dead_start(recipe: Recipe) -> str | None:
-    """Return why no pair can move this run from its first step, or None.
-
-    With π = π0 the score is (β−γ)·Δ0 − margin; with γ = β and margin 0 it is exactly 0 for every pair, the kink of the hinge,
-    where the subgradient is 0.
-    """
-    loss = recipe.loss
-    score_is_zero = (
-        not loss.is_calibrated
-        and loss.gamma_value == loss.beta
-        and loss.margin == 0
-        and loss.margin_scale == 0
-        and loss.length_penalty == 0
-        and (loss.reference_floor is None or loss.reference_floor == -math.inf)
-    )
-    if link_named(loss.link).rests_at_zero and recipe.policy_starts_as_reference and score_is_zero and loss.sft_weight == 0:
-        return (
-            f"loss.gamma: with link {loss.link}, gamma = beta and margin 0 every pair starts with zero gradient "
-            "(policy = reference), so nothing would ever be learned; set margin > 0, or gamma different from beta"
+        With π = π0 the score is (β−γ)·Δ0 − margin; with γ = β and margin 0 it is exactly 0 for every pair, the kink of the
+        hinge, where the subgradient is 0.
+        """
+        loss = self.loss
+        score_is_zero = (
+            not loss.is_calibrated
+            and loss.gamma_value == loss.beta
+            and loss.margin == 0
+            and loss.margin_scale == 0
+            and loss.length_penalty == 0
+            and (loss.reference_floor is None or loss.reference_floor == -math.inf)
         )
-    return None
+        if link_named(loss.link).rests_at_zero and self.policy_starts_as_reference and score_is_zero and loss.sft_weight == 0:
+            raise ValueError(
+                f"loss.gamma: with link {loss.link}, gamma = beta and margin 0 every pair starts with zero gradient "
+                "(policy = reference), so nothing would ever be learned; set margin > 0, or gamma different from beta"
+            )
+        return self
 
 
 def warnings(recipe: Recipe) -> list[str]:

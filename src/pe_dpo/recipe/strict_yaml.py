@@ -5,20 +5,14 @@ wins over the first. Here numbers and booleans follow YAML 1.2, and repeated key
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from pe_dpo.errors import RecipeError
 
-Path = tuple[str | int, ...]
-
-
-class Document(NamedTuple):
-    """A parsed YAML mapping and the line on which each of its values stands."""
-
-    values: dict[str, Any]
-    lines: dict[Path, int]
+KeyPath = tuple[str | int, ...]
+"""The keys, and places in lists, that lead to a value."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,18 +41,24 @@ Dumper.yaml_implicit_resolvers = {
 }
 
 
-def parse_document(text: str, where: str) -> Document:
-    """Return the mapping in `text` with the line of every value.
+def parse_document(text: str, where: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """Return the mapping in a text, and the line on which each of its values stands.
 
     Args:
-        text: the YAML.
-        where: name of the file, for messages.
+        text: The YAML.
+        where: The name of the file, for messages.
 
     Raises:
-        RecipeError: not YAML, not a mapping, or a repeated key, tag, anchor or alias.
+        RecipeError: It is not YAML, not a mapping, or has a repeated key, a tag, an anchor or an alias.
     """
     try:
-        _refuse_anchors_and_tags(text, where)
+        for event in yaml.parse(text, Loader=_Loader):
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+                raise RecipeError(f"{where}:{line}: anchors and aliases (&, *) are not used in recipes; write the value out")
+            tag = getattr(event, "tag", None)
+            if tag is not None:
+                raise RecipeError(f"{where}:{line}: the YAML tag {tag} is not used in recipes; write a plain value")
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -68,41 +68,40 @@ def parse_document(text: str, where: str) -> Document:
         raise RecipeError(f"{where}: not readable as YAML: {error}") from error
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{where}: a recipe is a mapping of sections (model, data, loss, …); found {_kind(node)}")
-    lines: dict[Path, int] = {}
-    return Document(values=_construct(node, (), lines, where), lines=lines)
+    lines: dict[KeyPath, int] = {}
+    return _value(node, (), lines, where), lines
 
 
 def parse_scalar(text: str, where: str) -> Any:
     """Return the value of one `--set key=VALUE`, read by the same rules as a recipe.
 
     Raises:
-        RecipeError: not YAML, or more than one value.
+        RecipeError: It is not YAML, or more than one value.
     """
-    values = parse_document(f"value: {text}", where).values
+    values, _ = parse_document(f"value: {text}", where)
     if len(values) > 1:
-        raise RecipeError(f"{where}: one value is due, on one line")
+        raise RecipeError(f"{where}: one value is expected, on one line")
     return values["value"]
 
 
-def _refuse_anchors_and_tags(text: str, where: str) -> None:
-    for event in yaml.parse(text, Loader=_Loader):
-        line = event.start_mark.line + 1 if event.start_mark else 1
-        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-            raise RecipeError(f"{where}:{line}: anchors and aliases (&, *) are not used in recipes; write the value out")
-        tag = getattr(event, "tag", None)
-        if tag is not None:
-            raise RecipeError(f"{where}:{line}: the YAML tag {tag} is not used in recipes; write a plain value")
-
-
-def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], where: str) -> Any:
-    line = node.start_mark.line + 1
-    lines.setdefault(path, line)
+def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str) -> Any:
+    """Return what a node holds, and enter the line of everything in it."""
+    lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
-        return _construct_mapping(node, path, lines, where)
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{where}:{line}: a key must be a plain word; found {_kind(key_node)}")
+            key = str(key_node.value)
+            if key in values:
+                raise RecipeError(f"{where}:{line}: {key} is set twice (first on line {lines[(*path, key)]}); keep one")
+            lines[(*path, key)] = line
+            values[key] = _value(value_node, (*path, key), lines, where)
+        return values
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, (*path, index), lines, where) for index, item in enumerate(node.value)]
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    text = str(node.value)
+        return [_value(item, (*path, index), lines, where) for index, item in enumerate(node.value)]
+    kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), str(node.value)
     if kind == "str":
         return text
     if kind == "null":
@@ -113,20 +112,6 @@ def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], where: str) 
         return int(text)
     assert kind == "float", "tags are refused before, and these are all that the resolvers give"
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-
-
-def _construct_mapping(node: yaml.MappingNode, path: Path, lines: dict[Path, int], where: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise RecipeError(f"{where}:{line}: a key must be a plain word; found {_kind(key_node)}")
-        key = str(key_node.value)
-        if key in values:
-            raise RecipeError(f"{where}:{line}: {key} is set twice (first on line {lines[(*path, key)]}); keep one")
-        lines[(*path, key)] = line
-        values[key] = _construct(value_node, (*path, key), lines, where)
-    return values
 
 
 def _kind(node: yaml.Node | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pe_dpo.errors import UsageError
-from pe_dpo.recipe import Recipe, recipe_from_yaml, turned_settings
+from pe_dpo.recipe import Recipe, changed_settings, recipe_from_yaml
 from pe_dpo.recipe.loss_section import CALIBRATED
 from pe_dpo.runs.files import SWEEP_FILE, Rows, read_evaluation, read_object, read_rows, remedy
 from pe_dpo.runs.folder import FREE_TO_CHANGE, RECIPE_FILE, RUN_FILE
@@ -220,7 +220,7 @@ def _asked_gamma(recipe: Recipe, record: Mapping[str, Any]) -> float | str:
 
 def _dials(base: Recipe, recipe: Recipe, gamma: float | str, kappa: float | None) -> dict[str, Any]:
     """What a run turns away from the base; γ counts as a multiple of β, so that turning β alone leaves it where it is."""
-    settings = {key: value for key, value in turned_settings(base, recipe).items() if not _is_no_dial(key)}
+    settings = {key: now for key, (_, now) in changed_settings(base, recipe).items() if not _is_no_dial(key)}
     settings.pop("loss.gamma", None)
     if isinstance(gamma, str) and CALIBRATED.match(gamma):
         settings |= {"loss.gamma": gamma} if gamma != base.loss.gamma else {}
