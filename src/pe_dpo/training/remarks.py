@@ -13,22 +13,23 @@ FEWEST_PAIRS = 30
 """Correlations and shares of pairs say nothing of fewer."""
 
 
-def scale_remarks(recipe: Recipe, held_out: ScoredPairs | None) -> list[str]:
+def scale_remarks(recipe: Recipe, first: ScoredPairs, *, of: str) -> list[str]:
     """Return a warning when γ ≠ β is out of scale with the reference: |δ| = |γ − β|·sd(Δ0) above 1.
 
     Args:
-        recipe: of the run.
-        held_out: the held-out pairs as scored before training; None without any.
+        recipe: of the run, its γ a number.
+        first: the watched pairs as scored before training.
+        of: which pairs these are, in words.
     """
-    if held_out is None or not held_out.has_reference or len(held_out.loss) < 2 or recipe.loss.gamma_value == 0:
+    if not first.has_reference or len(first.loss) < 2 or recipe.loss.gamma_value == 0:
         return []
     per_token = recipe.loss.reduce == "mean"
-    spread = float((held_out.reference_preference_per_token if per_token else held_out.reference_preference).std())
+    spread = float((first.reference_preference_per_token if per_token else first.reference_preference).std())
     delta = (recipe.loss.gamma_value - recipe.loss.beta) * spread
     if abs(delta) <= 1:
         return []
     return [
-        f"δ = (γ−β)·sd(Δ0) = {delta:.2f}: with sd(Δ0) = {spread:.3g} nats over the held-out pairs a few of them take "
+        f"δ = (γ−β)·sd(Δ0) = {delta:.2f}: with sd(Δ0) = {spread:.3g} nats over the {of} pairs a few of them take "
         "nearly all of the gradient at the start; bring gamma closer to beta, or use reduce: mean"
     ]
 

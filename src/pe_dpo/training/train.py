@@ -184,6 +184,9 @@ def _train(
     if folder and checkpoint is None:
         update_run(folder, status="training", start=start._asdict(), before=before)
         append_metrics(folder, {"step": 0, **{f"{trainer.prefix}_{key}": value for key, value in at_start.items()}})
+    scale = scale_remarks(recipe, first, of="held-out" if data.held_out else "watched training")
+    for line in scale:
+        say(f"look: {line}")
     watch = Watch(Path(recipe.output), recipe.loss, at_start, say)
     trainer.add_callback(watch)
 
@@ -204,7 +207,7 @@ def _train(
     check_weights_unpacked(model)
     last = trainer.score_held_out() if data.held_out else None
     after = trainer.watched_metrics(last) if last else {}
-    remarks = [*scale_remarks(recipe, first), *watch.conclude(after, has_moved=not adapter_is_zero(model))]
+    remarks = [*scale, *watch.conclude(after, has_moved=not adapter_is_zero(model))]
     step, reduce = trainer.state.global_step, recipe.loss.reduce
     result = TrainResult(Path(recipe.output), before, after, start, step, stop.received, remarks, reduce)
     if folder:
