@@ -1,8 +1,13 @@
 """How a run begins to go wrong and how it ends: said before the first step, logged to the last one, never finished with NaN."""
 
+import math
+
 import pytest
 from transformers import TrainerCallback
 
+from pe_dpo.errors import TrainingError
+from pe_dpo.runs.checkpoints import checkpoints
+from pe_dpo.runs.folder import read_run
 from pe_dpo.training.train import train
 
 
@@ -47,6 +52,55 @@ def test_a_gamma_in_scale_is_not_spoken_of(make_recipe):
 
 
 # ---------------------------------------------------------------- the end
+
+
+def spoil(value):
+    """What turns one number of the trained adapter into another."""
+
+    def do(model):
+        parameter = next(p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad)
+        parameter.data[0, 0] = value
+
+    return do
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("held_out", [[], ["data.eval=0"]])
+def test_a_run_whose_adapter_is_not_finite_at_its_end_has_failed(make_recipe, tmp_path, value, held_out):
+    recipe = make_recipe("train.max_steps=2", *held_out)
+    with pytest.raises(TrainingError, match="not finite"):
+        train(recipe, callbacks=[At(2, spoil(value))])
+    record = read_run(tmp_path / "run")
+    assert record["status"] == "failed"
+    assert "not finite" in record["why"]
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_whose_last_log_probs_are_not_finite_has_failed(make_recipe, tmp_path):
+    """Every number of the adapter is finite, and their product is not."""
+
+    def blow_up(model):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and parameter.requires_grad:
+                parameter.data.fill_(1e30)
+
+    with pytest.raises(TrainingError, match=r"not finite.*test\.jsonl:1"):
+        train(make_recipe("train.max_steps=2"), callbacks=[At(2, blow_up)])
+    assert read_run(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_run_that_cannot_go_on_has_failed_and_is_no_longer_so_when_it_was_resumed(make_recipe, tmp_path):
+    recipe = make_recipe("train.max_steps=3", "train.save_every=1")
+    with pytest.raises(TrainingError, match="not finite"):
+        train(recipe, callbacks=[At(2, spoil(math.nan))])
+    record = read_run(tmp_path / "run")
+    assert record["status"] == "failed"
+    assert record["why"].startswith("step 2: the adapter is not finite")
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]  # nothing to go on with was lost
+    train(recipe, resume=True)
+    record = read_run(tmp_path / "run")
+    assert record["status"] == "finished"
+    assert "why" not in record
 
 
 # ---------------------------------------------------------------- what lies there already

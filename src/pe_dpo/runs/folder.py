@@ -217,9 +217,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def update_run(folder: Path, **entries: Any) -> None:
-    """Set entries of run.json, atomically."""
+    """Set entries of run.json, atomically; one of None is taken out."""
     current = read_run(folder) if (folder / RUN_FILE).is_file() else {}
-    write_json(folder / RUN_FILE, {**current, **entries})
+    write_json(folder / RUN_FILE, {key: value for key, value in {**current, **entries}.items() if value is not None})
 
 
 def versions() -> dict[str, str]:

@@ -33,6 +33,8 @@ def start_records(
             say(line)
         say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
         rewind_metrics(folder, checkpoint_step(checkpoint) if checkpoint else -1)
+        if read_run(folder).get("status") == "failed":
+            update_run(folder, status="training", why=None)
         return checkpoint
     is_base = recipe.adapter.reference != "adapter"
     base = describe_base()

@@ -1,4 +1,4 @@
-"""What must hold before the first step: policy = reference where they should be, a loss that is alive, no γ out of scale."""
+"""What must hold before the first step, policy = reference where they should be a loss that is alive; and after the last."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -102,6 +102,27 @@ def check_diagonal(first: ScoredPairs) -> None:
             f"before training, policy and reference rank {int(turned.sum())} of {len(now)} pairs in opposite ways, so the "
             "reference is not the model that training starts from. Remove the reference store, or set reference.policy: step; "
             "and load the base unchanged"
+        )
+
+
+def check_end(last: ScoredPairs | None, pairs: Sequence[EncodedPair]) -> None:
+    """Check that a run came to numbers.
+
+    Args:
+        last: the held-out pairs as scored at the end; None without any.
+        pairs: the same pairs.
+
+    Raises:
+        TrainingError: a log-prob or a loss is not finite.
+    """
+    if last is None:
+        return
+    finite = torch.stack([last.policy_chosen, last.policy_rejected, last.loss]).isfinite().all(dim=0).tolist()
+    bad = [pair.where for pair, is_finite in zip(pairs, finite, strict=True) if not is_finite]
+    if bad:
+        raise TrainingError(
+            f"after the last step, loss or log-probs are not finite for {len(bad)} of {len(pairs)} held-out pairs "
+            f"({', '.join(bad[:5])}); nothing was saved as the run's adapter. Lower train.learning_rate or loss.beta"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from pe_dpo.data import data_hash
 from pe_dpo.data.encoding import Progress
-from pe_dpo.errors import DataError
+from pe_dpo.errors import DataError, TrainingError
 from pe_dpo.inference.inputs import Inputs, build_model, read_inputs
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
@@ -33,7 +33,7 @@ from pe_dpo.training.measurements import Snapshots, keep_measurements, keep_scal
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing, mixout_warnings
 from pe_dpo.training.remarks import scale_remarks
-from pe_dpo.training.start import StartCheck, check_diagonal, check_start
+from pe_dpo.training.start import StartCheck, check_diagonal, check_end, check_start
 from pe_dpo.training.trainer import PairTrainer, forget_if_any
 from pe_dpo.training.watch import Watch
 
@@ -81,7 +81,7 @@ def train(
         RunFolderError: the folder is taken, locked, or holds a run of another recipe, data or base.
         DataError: the pairs cannot be used.
         ModelError: the base or an adapter cannot, or the reference is not what it must be.
-        TrainingError: the run had to stop; checkpoints stay.
+        TrainingError: the run had to stop, or came to numbers that are not finite; checkpoints stay.
     """
     from accelerate import PartialState
 
@@ -103,7 +103,11 @@ def train(
         check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
         open_run_folder(folder, recipe, resume=resume)
         base = shared.base if shared else None
-        return _train(recipe, prepared, folder, base, say=say, progress=progress, callbacks=callbacks)
+        try:
+            return _train(recipe, prepared, folder, base, say=say, progress=progress, callbacks=callbacks)
+        except TrainingError as error:
+            update_run(folder, status="failed", why=str(error))
+            raise
 
 
 class SharedRun(NamedTuple):
@@ -229,7 +233,13 @@ def _keep_outcome(
     keep: Callable[..., None],
     began: float,
 ) -> None:
-    """Write the adapter and what a complete run came to; its scaled states are measured in every process."""
+    """Write the adapter and what a complete run came to; its scaled states are measured in every process.
+
+    Raises:
+        TrainingError: it came to numbers that are not finite.
+    """
+    trainer.check_adapter_is_finite()
+    check_end(scored, trainer.held_out)
     if folder:
         save_adapter(trainer.model, folder)
         trainer.processing_class.save_pretrained(folder)

@@ -227,6 +227,19 @@ class PairTrainer(Trainer):
                 "this step. Lower train.learning_rate or loss.beta; `--resume` goes on from the last checkpoint"
             )
 
+    def check_adapter_is_finite(self) -> None:
+        """Check that the trained adapter can be saved and gone on with.
+
+        Raises:
+            TrainingError: a number of it is NaN or infinite.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise TrainingError(
+                    f"step {self.state.global_step}: the adapter is not finite ({name}), so it was not saved. Lower "
+                    "train.learning_rate; what was saved before stays, and `--resume` goes on from the last checkpoint"
+                )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the pairs seen since the last line, over all processes."""
         if "loss" in logs:
@@ -287,6 +300,7 @@ class PairTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let Trainer write its checkpoint into a staging folder, then seal and rename it."""
+        self.check_adapter_is_finite()
         run = Path(self.args.output_dir)
         self.reference.flush()
         self._staging = staging_folder(run)
