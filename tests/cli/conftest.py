@@ -24,12 +24,12 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def pe_dpo() -> Callable[..., Finished]:
-    """Run `pe-dpo` with the given arguments, as the installed script does, and return what it left."""
+    """Run `pe-dpo` with the given arguments, as the installed script does on 120 columns, and return what it left."""
 
-    def run(*arguments: object) -> Finished:
+    def run(*arguments: object, columns: int = 120) -> Finished:
         out, err = io.StringIO(), io.StringIO()
         argv = ["pe-dpo", *map(str, arguments)]
-        with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, {"COLUMNS": "120"}):  # noqa: SIM117
+        with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, {"COLUMNS": str(columns)}):  # noqa: SIM117
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
                 main()
         return Finished(ended.value.code, out.getvalue(), err.getvalue())

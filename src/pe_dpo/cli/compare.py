@@ -73,7 +73,17 @@ def _show_arms(found: "Comparison") -> None:
     title = f"{found.metric}: {found.title}\nagainst the {found.baseline} dial at equal KL; sd is that between seeds"
     if found.is_share:
         title += "; all in points"
-    header = ["point", "√KL", "value", "sd", "at equal KL", f"{100 * found.confidence:g} % CI", "p (Holm)", "sd", "on front"]
+    header = [
+        "point",
+        "√KL",
+        "value",
+        "sd",
+        "at equal KL",
+        f"{100 * found.confidence:g} % CI",
+        "p (Holm)",
+        "sd at equal KL",
+        "on front",
+    ]
     console.show_table(title, header, [_arm_row(found, arm) for arm in found.arms])
 
 
@@ -108,7 +118,7 @@ def _show_direct(found: "Comparison") -> None:
         return
     base = next(arm.name for arm in found.arms if arm.direct is None)
     interval = f"{100 * found.confidence:g} % CI"
-    header = ["point", found.metric, interval, "p (Holm)", "KL", interval]
+    header = ["point", found.metric, interval, "p (Holm)", "KL", f"KL, {interval}"]
     if any(arm.mcnemar for arm in found.arms):
         header.append("gained, lost (McNemar)")
     console.show_table(f"minus {base}, each at its own KL", header, [row[: len(header)] for row in rows])
@@ -128,7 +138,7 @@ def _show_runs(found: "Comparison") -> None:
     beside = [key for key in _BESIDE if key != found.metric]
     known = [key for key in beside if any(key in run.metrics for run in found.runs)]
     header = ["all runs", "seed", "step", "KL", found.metric, *known]
-    console.show_table(f"{len(found.runs)} measured policies", header, [_run_cells(run, known) for run in found.runs])
+    console.show_table(f"{len(found.runs)} measured policies", header, [_run_cells(run, known) for run in found.runs], names=3)
 
 
 def _run_cells(run: "RunRow", known: list[str]) -> list[str]:

@@ -3,10 +3,16 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+NARROWEST = 18
+"""Characters to which the names of a table's rows may fold before columns have to go below."""
 
 SHARES = (
     ("accuracy/policy", "accuracy, summed log-probs"),
@@ -41,17 +47,57 @@ def say(line: str = "") -> None:
     typer.echo(line)
 
 
-def show_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Print a table."""
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1) -> None:
+    """Print a table as it fits the terminal; see `make_table`."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    screen = Console()
+    screen.print(make_table(title, header, rows, names=names, width=screen.width))
+
+
+def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1, width: int) -> "Group":
+    """Return a table of which nothing is cut, however narrow the screen: names and headings fold, numbers stay whole.
+
+    Columns that find no room beside the others stand in a table below, beside the same names.
+
+    Args:
+        title: a line above it; may be empty.
+        header: of each column.
+        rows: each as long as the header.
+        names: how many columns at the left say which row it is; the first of them may fold.
+        width: of the screen, in characters.
+    """
+    from rich.cells import cell_len
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    def total(widths: Sequence[int]) -> int:
+        return sum(widths) + 3 * len(widths) + 1  # with a line and two spaces for each
+
+    cells = [max((cell_len(row[at]) for row in rows), default=0) for at in range(len(header))]
+    whole = [max(cell, cell_len(name)) for cell, name in zip(cells, header, strict=True)]
+    folded = [max(cell, *map(cell_len, name.split()), 1) for cell, name in zip(cells, header, strict=True)]
+    folded[0] = min(whole[0], NARROWEST)
+    parts = [[*range(names)]]
+    for at in range(names, len(header)):
+        if len(parts[-1]) > names and total([folded[column] for column in (*parts[-1], at)]) > width:
+            parts.append([*range(names)])
+        parts[-1].append(at)
+    tables = []
+    for part in parts:
+        widths = [whole[column] for column in part]
+        if total(widths) > width:
+            widths = [folded[column] for column in part]
+            widths[0] = min(whole[0], max(widths[0], widths[0] + width - total(widths)))
+            widths[-1] -= min(widths[-1] - 1, max(0, total(widths) - width))  # one cell alone is too wide: it folds
+        tables.append(Table())
+        for column, size in zip(part, widths, strict=True):
+            justify: Any = "right" if column else "left"
+            tables[-1].add_column(Text(header[column]), justify=justify, width=size, overflow="fold")
+        for row in rows:
+            tables[-1].add_row(*(Text(row[column]) for column in part))
+    return Group(*([Text(title, style="bold")] if title else []), *tables)
 
 
 def show_outcome(before: Mapping[str, float], after: Mapping[str, float]) -> None:

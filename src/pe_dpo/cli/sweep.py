@@ -125,7 +125,7 @@ class _Progress:
         left = _time_left(len(ended) - self.before, len(states) - len(ended), time.perf_counter() - self.began)
         caption = f"{len(ended)} of {len(states)} runs{left}"
         if self.live:
-            self.live.update(_table(states, caption))
+            self.live.update(_table(states, caption, self.live.console.width))
         new = [state for state in ended if state.point.folder not in self.seen]
         self.seen.update(state.point.folder for state in new)
         if not self.live and self.seen and len(ended) > self.before:
@@ -148,19 +148,19 @@ def _outcome(state: Any) -> str:
     return f"accuracy/shift {state.metrics['accuracy/shift']:.3f}{kl}" if state.metrics else "finished"
 
 
-def _table(states: Sequence[Any], caption: str) -> Any:
+def _table(states: Sequence[Any], caption: str, width: int) -> Any:
     """One row per point, one column per seed."""
-    from rich.table import Table
+    from rich.console import Group
+    from rich.text import Text
+
+    from pe_dpo.cli import console
 
     seeds = sorted({state.point.seed for state in states})
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column("run")
-    for seed in seeds:
-        table.add_column(f"seed {seed}", justify="right")
     cells = {(state.point.name, state.point.seed): _outcome(state) for state in states}
-    for name in dict.fromkeys(state.point.name for state in states):
-        table.add_row(name, *(cells.get((name, seed), "") for seed in seeds))
-    return table
+    names = dict.fromkeys(state.point.name for state in states)
+    rows = [[name, *(cells.get((name, seed), "") for seed in seeds)] for name in names]
+    header = ["run", *(f"seed {seed}" for seed in seeds)]
+    return Group(console.make_table("", header, rows, width=width), Text(caption))
 
 
 def _as_json(state: Any) -> dict[str, Any]:
