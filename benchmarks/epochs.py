@@ -146,9 +146,7 @@ def train_ours(
         model = load_policy(settings.model, settings.dtype)
         scorer = choose_scorer(model, pairs, device=CPU, packing=True)
         facts_of_base = base_facts(settings.model, settings.dtype)
-        reference = open_reference(
-            model, facts_of_base, scorer, policy="store", token_budget=CPU_TOKENS, path=str(store), say=print
-        )
+        reference = open_reference(model, facts_of_base, scorer, policy="store", token_budget=CPU_TOKENS, path=str(store))
         parameters = list(adapter_of(model).values())
         return model, scorer, reference, parameters, torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
 

@@ -2,15 +2,17 @@
 
 import gc
 import json
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from recorded import recording
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,6 +48,20 @@ def _one_thread() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Runs of the tests neither find nor leave reference log-probs of other runs on this machine."""
     os.environ["PE_DPO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """The warnings that the package logs during the test, as lines."""
+    with recording(logging.WARNING) as lines:
+        yield lines
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The lines that the package logs during the test."""
+    with recording() as lines:
+        yield lines
 
 
 @pytest.fixture(scope="session")

@@ -400,7 +400,7 @@ def test_where_nothing_is_to_be_stored_the_model_is_run(make_recipe, tmp_path):
     assert again.reference["was_run"]
 
 
-def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path):
+def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path, logged: list[str]):
     """Half of the pairs are stored, and wrong; the other half has to be run, and a look at the stored ones finds them out."""
     import sqlite3
 
@@ -417,8 +417,8 @@ def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path):
             then = stored._unpack(name, key, value)
             moved = stored._pack(name, key, then._replace(logprob=then.logprob + 3))
             connection.execute("UPDATE answer SET value = ? WHERE reference = ? AND key = ?", (moved, number, key))
-    lines = []
-    found = audit(make_recipe(f"reference.store={path}"), say=lines.append)
+    lines = logged
+    found = audit(make_recipe(f"reference.store={path}"))
     assert any("the stored reference was not this one" in line for line in lines)
     assert found.by_sum == clean.by_sum
 

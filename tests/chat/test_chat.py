@@ -291,11 +291,13 @@ def test_the_implicit_reward_has_the_coefficients_of_the_loss(loss, wanted):
     assert implicit_reward(LossSection(**loss), AnswerScores(4, -10.0, -12.0)) == pytest.approx(wanted)
 
 
-def test_a_run_that_started_from_an_adapter_is_compared_with_its_frozen_copy(run, adapter, pair, tiny_recipe, tmp_path):
+def test_a_run_that_started_from_an_adapter_is_compared_with_its_frozen_copy(
+    run, adapter, pair, tiny_recipe, tmp_path, logged: list[str]
+):
     start = f"adapter={{start: '{adapter}', reference: adapter}}"
     train(tiny_recipe(tmp_path / "second", start, "train.max_steps=1", "data.limit=8"))
-    said = []
-    second = open_side_by_side(tmp_path / "second", say=said.append)
+    said = logged
+    second = open_side_by_side(tmp_path / "second")
     ids = encode_prompt(pair, QUESTIONS[0])
     with as_reference(second.model):
         assert answer_alone(second, ids).ids == answer_alone(pair, ids).ids
@@ -502,7 +504,7 @@ def test_a_conversation_shows_both_answers_with_their_four_log_probs(say, run, p
             assert f"{value:.2f}" in numbers
         assert f"{scores.gap:+.2f}" in numbers
     assert "reward = 0.1·log π − 0.05·log π0" in done.output
-    assert "look: base: cut after 12 tokens (--max-new-tokens)" in done.output
+    assert "warning: base: cut after 12 tokens (--max-new-tokens)" in done.output
     assert "never said" not in done.output
 
 
@@ -512,7 +514,7 @@ def test_commands_change_the_conversation_and_flaws_do_not_end_it(say, run):
     assert done.exit_code == 0, done.output
     assert "a new conversation; system turn: Be kind." in done.output
     assert "/what: no such command" in done.output
-    assert "look: the prompt holds the control token '<|im_end|>'" in done.output
+    assert "warning: the prompt holds the control token '<|im_end|>'" in done.output
     assert done.output.count("answer of") == 3
 
 

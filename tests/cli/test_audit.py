@@ -27,7 +27,7 @@ def test_the_tables_tell_reference_loss_and_gamma(audited):
         "90% of the wrong pairs have flipped by",
         "γ from these data",
         "balance:0.5",
-        "look: 24 prompts are few",
+        "warning: 24 prompts are few",
     ):
         assert words in done.out
 

@@ -60,7 +60,7 @@ def test_a_loss_without_reference_is_said_to_need_none(pe_dpo, recipe_file):
 def test_what_is_probably_not_meant_is_pointed_at(pe_dpo, recipe_file):
     done = pe_dpo("check", recipe_file, "--gamma", 0)
     assert done.code == 0
-    assert "look: loss: with gamma 0 and summed log-probs shorter answers win" in done.out
+    assert "warning: loss: with gamma 0 and summed log-probs shorter answers win" in done.out
 
 
 def test_a_hopeless_mixout_is_pointed_at_as_json_too(pe_dpo, recipe_file):

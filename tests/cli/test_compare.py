@@ -43,7 +43,7 @@ def test_single_runs_are_compared_too(pe_dpo, sweep):
     done = pe_dpo("compare", *runs, "--metric", "accuracy/policy", "--repeats", 500)
     assert done.code == 0
     assert "minus the base recipe, each at its own KL" in done.out
-    assert "look: one seed" in done.out
+    assert "warning: one seed" in done.out
 
 
 def test_what_cannot_be_compared_is_said_in_one_message(pe_dpo, sweep, tmp_path):

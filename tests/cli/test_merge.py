@@ -93,8 +93,8 @@ def test_compare_shows_all_ways_to_serve_and_leaves_nothing(pe_dpo, quantized, t
 def test_onto_the_original_says_what_that_changes(pe_dpo, quantized, tmp_path):
     done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--onto", "original", "--pairs", 6)
     assert done.code == 0
-    assert "look: onto the original weights: their quantization error was part of training" in done.out
-    assert "look: against the trained adapter on the quantized base: relative KL" in done.out
+    assert "warning: onto the original weights: their quantization error was part of training" in done.out
+    assert "warning: against the trained adapter on the quantized base: relative KL" in done.out
 
 
 def test_a_scaled_merge_says_so_from_the_first_line_to_the_verdict(pe_dpo, quantized, tmp_path):
@@ -114,7 +114,7 @@ def test_a_scaled_adapter_is_compared_and_packaged_with_proof(pe_dpo, quantized,
     assert found["held_out"]["shift_kept"] == pytest.approx(1, abs=1e-3)
     table = pe_dpo("merge", quantized, "--scale", 1.5, "--compare", "--pairs", 6).out
     assert "6 held-out pairs, scaled away from the reference by a = 1.5 (95 % Wilson" in table
-    assert "look: a = 1.5 goes beyond what was trained (extrapolation)" in table
+    assert "warning: a = 1.5 goes beyond what was trained (extrapolation)" in table
 
 
 def test_onto_adapter_writes_no_model_and_says_how_to_serve_it(pe_dpo, quantized, tmp_path):
@@ -175,5 +175,5 @@ def test_an_adapter_from_elsewhere_must_say_how_its_base_was_loaded(pe_dpo, quan
     assert done.code == 2 and "name some with --data, or --pairs 0" in done.err
     done = pe_dpo("merge", foreign, "-o", tmp_path / "out", "--quantize", "nf4", "--data", tiny_pairs / "test.jsonl")
     assert done.code == 0
-    assert "look: no base.json beside the adapter" in done.out
+    assert "warning: no base.json beside the adapter" in done.out
     assert (tmp_path / "out" / "tokenizer.json").is_file()

@@ -10,6 +10,7 @@ from toy_tokenizers import CHATML, THINK_IN_ANSWERS, THINK_IN_GENERATION_PROMPT,
 
 from pe_dpo.data import DataReport, EncodedPair, Pair, data_hash, encode_pairs
 from pe_dpo.errors import DataError
+from pe_dpo.progress import showing
 
 ASK = "\n\nHuman: Hi\n\nAssistant:"
 
@@ -236,7 +237,8 @@ def test_answers_of_several_turns_are_noted(chat_tokenizer: Any) -> None:
 def test_progress_reaches_the_number_of_pairs(tokenizer: Any) -> None:
     calls: list[tuple[str, int, int]] = []
     pairs = [pair_of("a", "b", "c" if row else "", f"x:{row}") for row in range(300)]
-    encode(*pairs, tokenizer=tokenizer, progress=lambda *call: calls.append(call))
+    with showing(lambda *call: calls.append(call)):
+        encode(*pairs, tokenizer=tokenizer)
     assert calls == [("encoding", 256, 300), ("encoding", 299, 300), ("encoding", 300, 300)]
 
 

@@ -27,13 +27,13 @@ from pe_dpo.training.train import prepare_run, train
 def make_reference(make_recipe, tmp_path):
     """Build the reference of a recipe over one store; returns it with the training pairs."""
 
-    def make(*overrides, recipe=None, say=lambda line: None, policy="auto", path=None):
+    def make(*overrides, recipe=None, policy="auto", path=None):
         recipe = recipe or make_recipe(*overrides)
         facts, _, data = prepare_run(recipe)
         model = build_model(recipe, facts, "cpu")
         scorer = choose_scorer(model, data.train, device="cpu")
         store = str(path or tmp_path / "store.sqlite")
-        reference = open_reference(model, facts, scorer, policy=policy, token_budget=500, path=store, say=say)
+        reference = open_reference(model, facts, scorer, policy=policy, token_budget=500, path=store)
         return reference, data.train
 
     return make
@@ -171,18 +171,18 @@ def test_a_frozen_adapter_is_part_of_the_reference(make_reference, make_recipe, 
     assert computed_again(make_reference, *settings, "adapter.reference=base") == 0
 
 
-def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(make_reference, monkeypatch):
+def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(make_reference, monkeypatch, warned: list[str]):
     """The worst case: other weights behind a file of the same name, size and times."""
     filled(make_reference)
-    lines = []
-    reference, pairs = make_reference(say=lines.append)
+    lines = warned
+    reference, pairs = make_reference()
     with torch.no_grad():
         reference.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(1.5)
     why = reference.recheck(pairs)
     assert why.startswith("train.jsonl:")
     reference.forget(why)
     assert len(lines) == 1
-    assert lines[0].startswith("look: the stored reference was not this one (train.jsonl:")
+    assert lines[0].startswith("warning: the stored reference was not this one (train.jsonl:")
     before = reference.computed
     fresh = reference.logprobs(pairs)
     assert reference.computed - before == len(pairs)
@@ -190,10 +190,10 @@ def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(mak
         assert fresh.chosen.tolist() == reference.scorer.logprobs(frozen, pairs).chosen.tolist()
 
 
-def test_a_sound_store_is_not_thrown_away(make_reference):
+def test_a_sound_store_is_not_thrown_away(make_reference, warned: list[str]):
     filled(make_reference)
-    lines = []
-    reference, pairs = make_reference(say=lines.append)
+    lines = warned
+    reference, pairs = make_reference()
     assert reference.recheck(pairs) is None
     assert (lines, reference.computed) == ([], 4)
 
@@ -218,26 +218,26 @@ def poison(path, nats, *, share=1.0):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("gamma", ["1x", "0"])
-def test_a_store_that_is_off_by_little_is_found_before_training(make_recipe, gamma, dtype, tmp_path):
+def test_a_store_that_is_off_by_little_is_found_before_training(make_recipe, gamma, dtype, tmp_path, warned: list[str]):
     """At γ = 0 nothing but the held-out pairs is stored, and they are looked at all the same."""
     store = tmp_path / "store.sqlite"
     settings = (f"reference.store={store}", f"loss.gamma={gamma}", "loss.margin=1", f"model.dtype={dtype}", "train.max_steps=2")
     clean = train(make_recipe(*settings, output="clean"))
     poison(store, 0.01)
-    lines = []
-    again = train(make_recipe(*settings, output="again"), say=lines.append)
+    lines = warned
+    again = train(make_recipe(*settings, output="again"))
     assert any("the stored reference was not this one" in line for line in lines)
     assert again.before == clean.before
     assert again.after == clean.after
 
 
-def test_eval_throws_a_store_away_that_is_not_of_this_reference(make_recipe, tmp_path):
+def test_eval_throws_a_store_away_that_is_not_of_this_reference(make_recipe, tmp_path, warned: list[str]):
     store = tmp_path / "store.sqlite"
     run = train(make_recipe(f"reference.store={store}", "train.max_steps=1")).folder
     clean = evaluate(run)
     poison(store, 0.5)
-    lines = []
-    again = evaluate(run, say=lines.append)
+    lines = warned
+    again = evaluate(run)
     assert any("the stored reference was not this one" in line for line in lines)
     assert torch.equal(again.scored.reference_chosen, clean.scored.reference_chosen)
 
@@ -256,17 +256,15 @@ def test_at_gamma_zero_no_training_pair_is_run_through_the_reference_for_a_check
     train(make_recipe(store, "train.max_steps=1", output="filled"))
     asked = []
     compute = Reference._compute
-    monkeypatch.setattr(
-        Reference, "_compute", lambda self, pairs, progress: asked.extend(pairs) or compute(self, pairs, progress)
-    )
+    monkeypatch.setattr(Reference, "_compute", lambda self, pairs: asked.extend(pairs) or compute(self, pairs))
     train(make_recipe(store, "loss.gamma=0", "loss.margin=1", "train.max_steps=1", "reference.policy=skip", output="skip"))
     assert {pair.where.split(":")[0] for pair in asked} == {"test.jsonl"}
 
 
-def test_a_store_that_cannot_forget_is_given_up_and_the_run_goes_on(make_reference, monkeypatch):
+def test_a_store_that_cannot_forget_is_given_up_and_the_run_goes_on(make_reference, monkeypatch, warned: list[str]):
     filled(make_reference)
-    lines = []
-    reference, pairs = make_reference(say=lines.append)
+    lines = warned
+    reference, pairs = make_reference()
 
     def full(self, *rest):
         raise StoreUnavailable("disk is full")
@@ -275,14 +273,14 @@ def test_a_store_that_cannot_forget_is_given_up_and_the_run_goes_on(make_referen
     reference.forget("for a test")
     reference.logprobs(pairs)
     assert reference.computed == len(pairs)
-    assert lines[0] == "look: going on without the reference store: disk is full"
+    assert lines[0] == "warning: going on without the reference store: disk is full"
 
 
 def test_a_log_prob_that_is_not_finite_is_not_stored_and_its_row_is_named_by_the_loss(make_recipe, monkeypatch, tmp_path):
     compute = Reference._compute
 
-    def broken(self, pairs, progress):
-        scored = compute(self, pairs, progress)
+    def broken(self, pairs):
+        scored = compute(self, pairs)
         scored.chosen[[pair.where == "train.jsonl:5" for pair in pairs]] = float("nan")
         return scored
 
@@ -299,10 +297,10 @@ def test_where_log_probs_depend_on_company_the_reference_is_scored_in_the_policy
     assert reference.computed == 8
 
 
-def test_a_run_goes_on_without_a_store_that_cannot_be_and_says_so(make_reference, tmp_path):
+def test_a_run_goes_on_without_a_store_that_cannot_be_and_says_so(make_reference, tmp_path, warned: list[str]):
     (tmp_path / "file").write_text("")
-    lines = []
-    reference, pairs = make_reference(path=tmp_path / "file" / "store.sqlite", say=lines.append)
+    lines = warned
+    reference, pairs = make_reference(path=tmp_path / "file" / "store.sqlite")
     assert [line.split(":")[0] for line in lines] == ["look"]
     assert "going on without the reference store" in lines[0]
     reference.logprobs(pairs)
@@ -312,9 +310,9 @@ def test_a_run_goes_on_without_a_store_that_cannot_be_and_says_so(make_reference
         make_reference(path=tmp_path / "file" / "store.sqlite", policy="store")
 
 
-def test_a_store_that_fails_under_way_costs_nothing_but_itself(make_reference, monkeypatch):
-    lines = []
-    reference, pairs = make_reference(say=lines.append)
+def test_a_store_that_fails_under_way_costs_nothing_but_itself(make_reference, monkeypatch, warned: list[str]):
+    lines = warned
+    reference, pairs = make_reference()
 
     def full(self, *rest):
         raise StoreUnavailable("disk is full")
@@ -322,18 +320,18 @@ def test_a_store_that_fails_under_way_costs_nothing_but_itself(make_reference, m
     monkeypatch.setattr(ReferenceStore, "put", full)
     wanted = reference.logprobs(pairs)
     reference.flush()
-    assert lines == ["look: going on without the reference store: disk is full"]
+    assert lines == ["warning: going on without the reference store: disk is full"]
     assert reference.logprobs(pairs).chosen.tolist() == wanted.chosen.tolist()
 
 
-def test_a_damaged_store_is_rebuilt_and_the_numbers_are_the_same(make_reference, tmp_path):
+def test_a_damaged_store_is_rebuilt_and_the_numbers_are_the_same(make_reference, tmp_path, warned: list[str]):
     wanted, pairs = filled(make_reference)
     path = tmp_path / "store.sqlite"
     content = bytearray(path.read_bytes())
     content[len(content) // 2 :] = b"x" * (len(content) - len(content) // 2)
     path.write_bytes(content)
-    lines = []
-    reference, _ = make_reference(say=lines.append)
+    lines = warned
+    reference, _ = make_reference()
     assert reference.logprobs(pairs).chosen.tolist() == wanted.chosen.tolist()
     assert reference.computed > 0
     assert any("damaged" in line for line in lines)
@@ -342,9 +340,7 @@ def test_a_damaged_store_is_rebuilt_and_the_numbers_are_the_same(make_reference,
 def test_a_run_of_two_epochs_scores_each_training_pair_once(make_recipe, monkeypatch):
     asked = []
     compute = Reference._compute
-    monkeypatch.setattr(
-        Reference, "_compute", lambda self, pairs, progress: asked.extend(pairs) or compute(self, pairs, progress)
-    )
+    monkeypatch.setattr(Reference, "_compute", lambda self, pairs: asked.extend(pairs) or compute(self, pairs))
     train(make_recipe(f"reference.store={make_recipe().output}.sqlite"))
     assert len(asked) == 24 + 9
     assert len({pair.where for pair in asked}) == 33
@@ -355,9 +351,7 @@ def test_a_second_run_takes_all_from_the_store_and_is_the_first_to_the_bit(make_
     first = train(make_recipe(store, output="one"))
     calls = []
     compute = Reference._compute
-    monkeypatch.setattr(
-        Reference, "_compute", lambda self, pairs, progress: calls.append(len(pairs)) or compute(self, pairs, progress)
-    )
+    monkeypatch.setattr(Reference, "_compute", lambda self, pairs: calls.append(len(pairs)) or compute(self, pairs))
     second = train(make_recipe(store, output="two"))
     assert calls == [reference_module.RECHECKED]
     left, right = (load_file(run.folder / "adapter_model.safetensors") for run in (first, second))
@@ -382,6 +376,7 @@ from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.recipe import load_recipe
 from pe_dpo.inference.inputs import build_model
+from pe_dpo.progress import progress, showing
 from pe_dpo.training.train import prepare_run
 module.SECONDS_BETWEEN_WRITES = 0.0
 recipe = load_recipe(sys.argv[1])
@@ -389,10 +384,11 @@ facts, _, data = prepare_run(recipe)
 model = build_model(recipe, facts, "cpu")
 scorer = choose_scorer(model, data.train, device="cpu")
 reference = open_reference(model, facts, scorer, policy="store", token_budget=1, path=sys.argv[2])
-def slowly(done, total):
+def slowly(what, done, total):
     print(done, flush=True)
     time.sleep(0.05)
-reference.logprobs(data.train, slowly)
+with showing(slowly), progress("scoring"):
+    reference.logprobs(data.train)
 reference.flush()
 print("computed", reference.computed, flush=True)
 """

@@ -1,6 +1,7 @@
 """The reference store: what it returns is what was put, to the bit, whatever happened to the file in between."""
 
 import hashlib
+import logging
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from recorded import recording
 
 from pe_dpo.errors import StoreUnavailable, UsageError
 from pe_dpo.inference import reference_store
@@ -258,9 +260,8 @@ def use_damaged(path: Path, damaged: bytes) -> list[str]:
     """
     path.parent.mkdir()
     path.write_bytes(damaged)
-    said: list[str] = []
     one, other = some_rows(120), some_rows(40, start=60)
-    with ReferenceStore(path, say=said.append) as store:
+    with recording(logging.WARNING) as said, ReferenceStore(path) as store:
         assert store.get(ONE, list(one)).items() <= one.items()
         assert store.get(OTHER, list(other)).items() <= other.items()
         assert store.remembered_fingerprint("base") in (None, "f" * 64)
@@ -278,7 +279,7 @@ def use_damaged(path: Path, damaged: bytes) -> list[str]:
 def test_a_truncated_file_is_moved_aside_and_said(path, whole, left):
     said = use_damaged(path, whole[:left])
     assert len(said) == 1
-    assert said[0].startswith(f"look: {path} is damaged (")
+    assert said[0].startswith(f"warning: {path} is damaged (")
     assert path.with_name("reference.sqlite.damaged-1").read_bytes() == whole[:left]
 
 
@@ -324,17 +325,17 @@ def test_a_second_damaged_file_gets_a_name_of_its_own(path, whole):
     assert contents == [b"garbage 1", b"garbage 2"]
 
 
-def test_a_flipped_byte_inside_a_value_loses_that_row_alone_and_the_next_put_restores_it(path, whole):
+def test_a_flipped_byte_inside_a_value_loses_that_row_alone_and_the_next_put_restores_it(path, whole, warned: list[str]):
     key, row = next((key, row) for key, row in some_rows(120).items() if row.tokens == 17)
     place = whole.index(struct.pack("<dq", row.logprob, row.tokens))
     path.parent.mkdir()
     for offset in range(24):
         path.write_bytes(whole[: place + offset] + bytes([whole[place + offset] ^ 4]) + whole[place + offset + 1 :])
-        said: list[str] = []
-        with ReferenceStore(path, say=said.append) as store:
+        warned.clear()
+        with ReferenceStore(path) as store:
             for _ in range(2):
                 assert store.get(ONE, list(some_rows(120))) == {k: r for k, r in some_rows(120).items() if k != key}
-            assert said == [f"look: {path}: 1 rows are damaged; what they held is computed again"]
+            assert warned == [f"warning: {path}: 1 rows are damaged; what they held is computed again"]
             store.put(ONE, {key: row})
             assert store.get(ONE, list(some_rows(120))) == some_rows(120)
 
@@ -360,11 +361,11 @@ def test_a_row_under_the_wrong_reference_counts_as_absent(path):
         assert store.get(OTHER, list(some_rows(5))) == {}
 
 
-def test_damage_that_appears_while_the_store_is_open_is_noticed(path, whole):
-    said: list[str] = []
+def test_damage_that_appears_while_the_store_is_open_is_noticed(path, whole, warned: list[str]):
+    said = warned
     path.parent.mkdir()
     path.write_bytes(whole)
-    with ReferenceStore(path, say=said.append) as store:
+    with ReferenceStore(path) as store:
         assert store.count(ONE) == 120
         with path.open("r+b") as file:
             file.truncate(5000)

@@ -16,6 +16,7 @@ from pe_dpo.inference.sampling import gumbel_noise, sample_answers
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.attention import switch_on
 from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.progress import progress, showing
 
 TWO_TO_64 = 2**64
 
@@ -293,7 +294,8 @@ def test_a_model_that_computes_in_bfloat16_draws_from_its_own_distribution(tiny_
 
 def test_progress_counts_answers(tiny):
     seen = []
-    draw(tiny, prompts_of_many_lengths(5), progress=lambda done, total: seen.append((done, total)))
+    with showing(lambda what, done, total: seen.append((done, total))), progress("drawing"):
+        draw(tiny, prompts_of_many_lengths(5))
     assert seen[-1] == (5, 5)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 

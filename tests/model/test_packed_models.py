@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from recorded import recording
 from torch import Tensor
 
 from pe_dpo.data import EncodedPair, prepare_pairs
@@ -237,8 +238,8 @@ class Choice(NamedTuple):
 
 
 def choose(model: Any, pairs: Sequence[EncodedPair] = PAIRS, **options: Any) -> Choice:
-    said: list[str] = []
-    scorer = choose_scorer(model, pairs, device="cpu", say=said.append, **options)
+    with recording() as said:
+        scorer = choose_scorer(model, pairs, device="cpu", **options)
     return Choice(scorer, "\n".join(said))
 
 

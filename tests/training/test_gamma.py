@@ -60,11 +60,11 @@ def mixed(tiny_pairs, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_run_takes_the_gamma_that_the_audit_tells(make_recipe, store, mixed, way):
+def test_the_run_takes_the_gamma_that_the_audit_tells(make_recipe, store, mixed, way, logged: list[str]):
     recipe = make_recipe(store, mixed, f"loss.gamma={way}", "train.max_steps=1")
     gamma = audit(recipe).recipe.gamma
-    lines = []
-    folder = train(recipe, say=lines.append).folder
+    lines = logged
+    folder = train(recipe).folder
     record = read_run(folder)
     assert record["gamma_calibration"]["asked"] == way
     assert record["gamma_calibration"]["gamma"] == pytest.approx(gamma, rel=1e-9, abs=1e-12)

@@ -30,9 +30,8 @@ def out_of_memory_beyond(trainer, tokens, monkeypatch):
     return sizes
 
 
-def test_a_step_that_runs_out_of_memory_is_done_with_smaller_rows_and_gives_the_same_gradient(make_trainer, monkeypatch):
-    trainer, lines = make_trainer(), []
-    trainer.say = lines.append
+def test_a_step_out_of_memory_is_done_with_smaller_rows_and_gives_the_same_gradient(make_trainer, monkeypatch, warned):
+    trainer = make_trainer()
     pairs = trainer.train_dataset[:8]
     loss = trainer.training_step(trainer.model, pairs)
     wanted = gradient(trainer)
@@ -45,8 +44,8 @@ def test_a_step_that_runs_out_of_memory_is_done_with_smaller_rows_and_gives_the_
     assert (gradient(trainer) - wanted).norm() <= 2e-6 * wanted.norm()
     assert sum(len(part.loss) for part in trainer._window) == 8
     assert trainer.token_budget == trainer.reference.token_budget < 1024
-    assert all(line.startswith("look: out of memory; going on with ") for line in lines)
-    assert lines[-1] == f"look: out of memory; going on with {trainer.token_budget} tokens per forward (nothing is lost)"
+    assert all(line.startswith("warning: out of memory; going on with ") for line in warned)
+    assert warned[-1] == f"warning: out of memory; going on with {trainer.token_budget} tokens per forward (nothing is lost)"
 
 
 def test_a_step_that_is_begun_again_draws_the_dropout_of_its_first_try(make_trainer, monkeypatch):

@@ -64,9 +64,9 @@ def test_a_draw_per_step_is_one_however_many_microbatches(make_recipe, drawn):
     assert [draw for draw, _ in drawn] == [0, 1]
 
 
-def test_a_run_says_and_writes_down_how_strong_p_was(make_recipe):
-    lines = []
-    run = train(make_recipe(ON, "train.max_steps=3"), say=lines.append).folder
+def test_a_run_says_and_writes_down_how_strong_p_was(make_recipe, logged: list[str]):
+    lines = logged
+    run = train(make_recipe(ON, "train.max_steps=3")).folder
     (line,) = [line for line in lines if line.startswith("mixout 0.5 (column): a mask moves a score by ")]
     found = json.loads((run / "run.json").read_text())["mixout"]
     assert (found["p"], found["form"], found["draws"], found["warmup"], found["masks"]) == (0.5, "column", "step", 0.0, 16)
@@ -142,7 +142,7 @@ def test_a_process_without_pairs_in_a_step_has_nothing_to_check(make_trainer):
 def test_a_p_that_makes_little_sense_is_said_before_training(make_recipe, settings, words):
     lines = []
     prepare_run(make_recipe(*settings), lines.append)
-    assert any(line.startswith("look: mixout") for line in lines)
+    assert any(line.startswith("warning: mixout") for line in lines)
     assert any(re.search(words, line) for line in lines)
 
 

@@ -108,7 +108,7 @@ def test_a_run_started_anew_leaves_no_old_measurements(run, make_recipe):
     assert scaled_folders(folder) == {}
 
 
-def test_out_of_memory_at_a_scale_begins_it_again_with_smaller_rows(run, make_recipe, monkeypatch):
+def test_out_of_memory_at_a_scale_begins_it_again_with_smaller_rows(run, make_recipe, monkeypatch, logged: list[str]):
     failed = []
     score = trainer_module.score_pairs
 
@@ -120,21 +120,21 @@ def test_out_of_memory_at_a_scale_begins_it_again_with_smaller_rows(run, make_re
         return score(model, *arguments, **options)
 
     monkeypatch.setattr(trainer_module, "score_pairs", fails_once)
-    lines = []
-    folder = train(make_recipe(*MEASURED, "generation.prompts=0"), say=lines.append).folder
+    lines = logged
+    folder = train(make_recipe(*MEASURED, "generation.prompts=0")).folder
     assert len(failed) == 1
-    assert f"look: out of memory; going on with {failed[0] // 2} tokens per forward (nothing is lost)" in lines
+    assert f"warning: out of memory; going on with {failed[0] // 2} tokens per forward (nothing is lost)" in lines
     for scale in SCALES:
         ours, theirs = (parquet.read_table(scaled_folder(one, scale) / FILES[0]) for one in (folder, run))
         assert ours.equals(theirs)
 
 
-def test_without_held_out_pairs_nothing_is_measured_and_the_run_says_so(make_recipe):
-    lines = []
-    folder = train(make_recipe(*MEASURED, "data.eval=0", "train.max_steps=1"), say=lines.append).folder
+def test_without_held_out_pairs_nothing_is_measured_and_the_run_says_so(make_recipe, logged: list[str]):
+    lines = logged
+    folder = train(make_recipe(*MEASURED, "data.eval=0", "train.max_steps=1")).folder
     assert not (folder / "scaled").exists()
     assert [line for line in lines if "generation.scales" in line] == [
-        "look: generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval"
+        "warning: generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval"
     ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recorded import recording
 from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
@@ -141,7 +142,7 @@ def test_the_same_log_probs_without_any_pull_are_not_called_frozen():
 
 @pytest.fixture
 def watch(tmp_path: Path) -> Watch:
-    return Watch(tmp_path, LossSection(), metrics(), say=lambda line: None)
+    return Watch(tmp_path, LossSection(), metrics())
 
 
 def evaluation(*shifts):
@@ -207,8 +208,8 @@ def make_wrong_way(tiny_recipe, tiny_pairs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def wrong_way(make_wrong_way, tmp_path_factory):
     """Such a run of 12 steps, and what it said."""
-    lines: list[str] = []
-    return train(make_wrong_way(tmp_path_factory.mktemp("runs") / "run"), say=lines.append), lines
+    with recording() as lines:
+        return train(make_wrong_way(tmp_path_factory.mktemp("runs") / "run")), lines
 
 
 def remark_lines(folder):
@@ -220,7 +221,7 @@ def test_a_run_says_a_remark_once_and_keeps_it_with_its_step(wrong_way):
     written = remark_lines(run.folder)
     assert ("overfitted", 2) in {(line["remark"], line["step"]) for line in written}
     for line in written:
-        assert lines.count(f"look: step {line['step']}: {line['words']}") == (line["step"] < run.steps)
+        assert lines.count(f"warning: step {line['step']}: {line['words']}") == (line["step"] < run.steps)
     assert len({line["remark"] for line in written}) == len(written)
     assert read_run(run.folder)["remarks"] == run.remarks
     assert any(remark.startswith("the loss of the watched pairs is above") for remark in run.remarks)
@@ -236,17 +237,17 @@ def test_every_line_of_metrics_is_json_without_a_nan(wrong_way):
     assert all(json.loads(line, parse_constant=refuse) for line in lines)
 
 
-def test_a_resumed_run_does_not_say_it_again(wrong_way, make_wrong_way, tmp_path):
+def test_a_resumed_run_does_not_say_it_again(wrong_way, make_wrong_way, tmp_path, logged: list[str]):
     run, _ = wrong_way
-    lines: list[str] = []
     recipe = make_wrong_way(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         train(recipe, callbacks=[StopAfter(8)])
-    result = train(recipe, resume=True, say=lines.append)
-    assert "resuming from" in "\n".join(lines)
+    logged.clear()
+    result = train(recipe, resume=True)
+    assert "resuming from" in "\n".join(logged)
     assert remark_lines(result.folder) == remark_lines(run.folder)
     assert result.remarks == run.remarks
-    assert not any("look: step" in line for line in lines)
+    assert not any("warning: step" in line for line in logged)
 
 
 class StopAfter(TrainerCallback):

@@ -9,7 +9,8 @@ Everything about the loss uses Δ0 as the loss does, summed or per token. When �
 stays, and so does the rest once both are divided by α.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,6 @@ from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, Outlook, outlook
 from pe_dpo.audit.label_fit import Evidence, evidence
 from pe_dpo.audit.quantization_error import QuantizationNoise, quantization_noise
 from pe_dpo.audit.warnings import later_warnings, noise_warnings, ranking_warnings, start_warnings
-from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
@@ -34,6 +34,8 @@ from pe_dpo.metrics.reference_accuracy import Ranking, preferences, rank
 from pe_dpo.model.base import BaseFacts
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.loss_section import LossSection
+
+logger = logging.getLogger(__name__)
 
 KAPPAS = (0.0, 0.5, 1.0, 2.0)
 """For which every audit tells what would happen."""
@@ -107,8 +109,6 @@ def audit(
     recipe: Recipe,
     *,
     with_noise: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress = lambda what, done, total: None,
 ) -> Audit:
     """Return what the reference does to the training pairs of a recipe under its loss.
 
@@ -117,18 +117,16 @@ def audit(
     Args:
         recipe: checked; its γ may be one that is to be calibrated.
         with_noise: also measure what quantizing the base does to Δ0: as the recipe does, or by nf4 where it does not.
-        say: gets lines of facts.
-        progress: called with what is done, pairs done, and pairs in all.
 
     Raises:
         DataError, ModelError: as in training.
         UsageError: the recipe asks for a γ that the data do not allow.
     """
-    facts, _, data = read_inputs(recipe, progress)
+    facts, _, data = read_inputs(recipe)
     for line in data.report.lines():
-        say(line)
+        logger.info(line)
     pairs = data.train
-    reference, was_run = reference_logprobs(recipe, facts, pairs, say=say, progress=progress)
+    reference, was_run = reference_logprobs(recipe, facts, pairs)
     found = audit_pairs(
         reference,
         recipe.loss,
@@ -146,7 +144,7 @@ def audit(
         found = _warn(found, ["the run starts from an adapter that is not its reference, so step 0 is not what is told here"])
     if not with_noise:
         return found
-    noise = _measure_noise(recipe, facts, pairs, found.recipe.gamma, say, progress)
+    noise = _measure_noise(recipe, facts, pairs, found.recipe.gamma)
     return _warn(replace(found, noise=noise), noise_warnings(noise))
 
 
@@ -212,8 +210,6 @@ def _measure_noise(
     facts: BaseFacts,
     pairs: Sequence[EncodedPair],
     gamma: float,
-    say: Callable[[str], None],
-    progress: Progress,
 ) -> QuantizationNoise:
     """The noise on some pairs: of the recipe's quantization, or of nf4 where it has none."""
     count = min(NOISE_PAIRS, len(pairs))
@@ -221,7 +217,7 @@ def _measure_noise(
     some = [pairs[index] for index in drawn]
     quantized = facts if facts.quantize != "none" else facts._replace(quantize="nf4")
     exact = facts._replace(quantize="none")
-    with_noise, without = (reference_logprobs(recipe, one, some, say=say, progress=progress)[0] for one in (quantized, exact))
+    with_noise, without = (reference_logprobs(recipe, one, some)[0] for one in (quantized, exact))
     return quantization_noise(
         with_noise, without, recipe.loss, gamma, _margins(some), quantize=quantized.quantize, against=_dtype(exact)
     )

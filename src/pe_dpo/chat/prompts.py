@@ -6,7 +6,7 @@ questions.txt    a prompt a line                                                
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from pe_dpo.data.pairs import RowFlaw, Text, kind_words
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import DataError
 from pe_dpo.inference.decoding import GREEDY, Answer, Sampling
+from pe_dpo.progress import advance, progress
 from pe_dpo.recipe.loss_section import LossSection
 
 
@@ -68,7 +69,6 @@ def answer_prompts(
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Iterator[Compared]:
     """Yield what both models answer to each prompt; all prompts are checked before the first is answered.
 
@@ -77,7 +77,6 @@ def answer_prompts(
         prompts: from `read_prompts`.
         max_new_tokens: where to cut an answer that does not end; less where the context ends before.
         sampling: how tokens are chosen; the seed grows by one a prompt.
-        progress: called with what is done, prompts done, and prompts in all.
 
     Raises:
         DataError: a prompt cannot be encoded, or fills the context; with file and line.
@@ -88,7 +87,8 @@ def answer_prompts(
         both = dict.fromkeys(SIDES, prompt_ids)
         *_, answers = stream_both(pair, both, max_new_tokens=max_new_tokens, sampling=noise)
         scores = {side: score_answer(pair, prompt_ids, answers[side].ids) for side in SIDES}
-        progress("answering", number + 1, len(prompts))
+        with progress("answering"):
+            advance(number + 1, len(prompts))
         yield Compared(prompt.where, prompt.prompt, answers, scores)
 
 

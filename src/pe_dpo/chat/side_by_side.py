@@ -7,8 +7,9 @@ The gap log π(y|x) − log π0(y|x) says how far training moved an answer. Each
 that adapters can go on and off between any two tokens.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +29,8 @@ from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
 from pe_dpo.model.fingerprint import base_fingerprint, remembered_fingerprint
 from pe_dpo.objective import completion_logprobs
 from pe_dpo.recipe.loss_section import LossSection
+
+logger = logging.getLogger(__name__)
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -83,7 +86,6 @@ def open_side_by_side(
     *,
     base: str | None = None,
     quantize: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> SideBySide:
     """Return base and tuned model of a run or an adapter, loaded once.
 
@@ -91,7 +93,6 @@ def open_side_by_side(
         target: a run folder, or any LoRA adapter.
         base: the base, if not the one named there.
         quantize: how the base is loaded; by default as in the run, or by its size.
-        say: gets lines of facts.
 
     Raises:
         UsageError: neither a run nor an adapter, or the base is not the one of the run any more.
@@ -108,10 +109,10 @@ def open_side_by_side(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_adapter_for_evaluation(load_base(facts, device=device), found.adapter)
     if found.kind == "run" and base is None and quantize is None:
-        check_same_base(found.adapter, facts, _fingerprint(model, facts, found), say)
+        check_same_base(found.adapter, facts, _fingerprint(model, facts, found))
     is_frozen_copy = REFERENCE in model.peft_config
     reference = "the frozen copy of the adapter that training started from" if is_frozen_copy else facts.base
-    say(f"base: {reference}; tuned: {target}")
+    logger.info(f"base: {reference}; tuned: {target}")
     return SideBySide(
         model=model,
         tokenizer=tokenizer,

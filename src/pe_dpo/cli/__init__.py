@@ -12,6 +12,7 @@ from pe_dpo.cli.audit import audit
 from pe_dpo.cli.chat import chat
 from pe_dpo.cli.check import check
 from pe_dpo.cli.compare import compare
+from pe_dpo.cli.console import command
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
 from pe_dpo.cli.merge import merge
@@ -30,18 +31,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(quickstart)
+app.command()(command(quickstart))
 app.add_typer(recipes, name="recipes")
-app.command()(check)
-app.command()(audit)
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(sweep)
-app.command()(compare)
-app.command()(report)
-app.command()(merge)
-app.command()(export)
-app.command()(chat)
+app.command()(command(check))
+app.command()(command(audit))
+app.command()(command(train))
+app.command("eval")(command(evaluate))
+app.command()(command(sweep))
+app.command()(command(compare))
+app.command()(command(report))
+app.command()(command(merge))
+app.command()(command(export))
+app.command()(command(chat))
 
 
 def main() -> None:

@@ -40,21 +40,21 @@ def audit(
 
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    console.start(is_silent=json)
     from pe_dpo.audit.audit import audit as run
 
-    def quiet(line: str) -> None:
-        return None
-
-    say = quiet if json else console.say
-    for line in [*describe(plan.loss).lines(), *(f"look: {line}" for line in warnings(plan))]:
-        say(line)
-    found = run(plan, with_noise=four_bit_noise, say=say, progress=console.counter())
+    if not json:
+        for line in describe(plan.loss).lines():
+            console.say(line)
+        for line in warnings(plan):
+            console.warn(line)
+    found = run(plan, with_noise=four_bit_noise)
     if plots is not None:
         from pe_dpo.report.audit_plots import save_audit_plots
 
         files = save_audit_plots(found, plots)
-        say(f"{len(files)} plots as PNG in {plots}")
+        if not json:
+            console.say(f"{len(files)} plots as PNG in {plots}")
     if json:
         typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False))
         return
@@ -74,7 +74,7 @@ def _show(found: "Audit") -> None:
     if found.noise is not None:
         _show_noise(found.noise)
     for line in found.warnings:
-        console.say(f"look: {line}")
+        console.warn(f"{line}")
 
 
 def _show_ranking(found: "Audit") -> None:

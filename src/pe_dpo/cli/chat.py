@@ -53,14 +53,14 @@ def chat(
 
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    console.start()
     from pe_dpo.chat.prompts import read_prompts
     from pe_dpo.chat.side_by_side import open_side_by_side
     from pe_dpo.inference.decoding import Sampling
 
     sampling = Sampling(temperature, top_p, seed)
     asked = None if prompts is None else read_prompts(prompts)
-    pair = open_side_by_side(target, base=base, quantize=quantize, say=console.say)
+    pair = open_side_by_side(target, base=base, quantize=quantize)
     if asked is None:
         _talk(pair, system, max_new_tokens, sampling)
     else:
@@ -75,8 +75,7 @@ def _answer_file(pair: "SideBySide", prompts: Any, output: Path | None, max_new_
     from pe_dpo.cli import console
 
     found = []
-    progress = console.counter()
-    for one in answer_prompts(pair, prompts, max_new_tokens=max_new_tokens, sampling=sampling, progress=progress):
+    for one in answer_prompts(pair, prompts, max_new_tokens=max_new_tokens, sampling=sampling):
         found.append(one)
         if output is None:
             console.say(f"\n{one.where}  {_printable(as_text(one.prompt))}")
@@ -116,7 +115,7 @@ def _talk(pair: "SideBySide", system: str | None, max_new_tokens: int, sampling:
             try:
                 _take_turn(pair, conversation, line.strip(), max_new_tokens, sampling._replace(seed=sampling.seed + number))
             except DataError as error:
-                console.say(f"look: the prompt {error}; nothing was said. /new starts anew")
+                console.warn(f"the prompt {error}; nothing was said. /new starts anew")
             except KeyboardInterrupt:
                 console.say("stopped; this turn is forgotten")
 
@@ -126,7 +125,7 @@ def _new_conversation(pair: "SideBySide", system: str | None) -> "Conversation":
     from pe_dpo.cli import console
 
     if system and not pair.is_chat:
-        console.say("look: without a chat template there is no system turn; it is left out")
+        console.warn("without a chat template there is no system turn; it is left out")
     return Conversation(is_chat=pair.is_chat, system=system)
 
 
@@ -177,7 +176,7 @@ def _take_turn(
         if not answers[side].is_whole:
             room = room_for_answer(pair, prompts[side], max_new_tokens)
             limit = "--max-new-tokens" if room == max_new_tokens else f"the context of {pair.context_length} tokens is full"
-            console.say(f"look: {side}: cut after {room} tokens ({limit}); its log-probs are those of the part")
+            console.warn(f"{side}: cut after {room} tokens ({limit}); its log-probs are those of the part")
     _show_scores(pair, {side: score_answer(pair, prompts[side], answers[side].ids) for side in SIDES})
     conversation.keep(question, answers)
 

@@ -27,18 +27,17 @@ def check(
 
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    warned = console.start(is_silent=json)
     from pe_dpo.training.train import prepare_run
 
-    lines: list[str] = []
-    base, _, data = prepare_run(plan, lines.append)
+    base, _, data = prepare_run(plan)
     is_adapter = plan.adapter.reference == "adapter"
     reference = "a frozen copy of the adapter it starts from" if is_adapter else "the base, adapters off"
     steps = -(-len(data.train) // plan.train.pairs_per_step)
     if json:
         found = {
             "loss": describe(plan.loss)._asdict(),
-            "warnings": [line.removeprefix("look: ") for line in lines if line.startswith("look: ")],
+            "warnings": warned,
             "base": {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length},
             "reference": {"is": reference, "run_in_training": plan.loss.uses_reference},
             "data": data.report.to_dict(),
@@ -46,7 +45,7 @@ def check(
         }
         typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
         return
-    lines += [
+    lines = [
         f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}",
         f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
         f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",

@@ -61,7 +61,7 @@ def compare(
             f"picked, so expect {best.corrected:.4f}"
         )
     for remark in found.remarks:
-        console.say(f"look: {remark}")
+        console.warn(f"{remark}")
 
 
 def _show_arms(found: "Comparison") -> None:

@@ -3,10 +3,15 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from pe_dpo.log import PACKAGE, LineFormatter
+from pe_dpo.progress import showing
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -42,9 +47,72 @@ def quiet_libraries() -> None:
     disable_progress_bar()
 
 
+def start(*, is_silent: bool = False) -> list[str]:
+    """Prepare the terminal for a command that loads models, and show what the package logs and how far it is until it ends.
+
+    Args:
+        is_silent: show nothing of the log, where the output is for a program.
+
+    Returns:
+        A list that fills with the warnings.
+    """
+    quiet_libraries()
+    handler = _Terminal(is_silent)
+    _until_the_command_ends.enter_context(_logging_to(handler))
+    _until_the_command_ends.enter_context(showing(counter()))
+    return handler.warnings
+
+
+_until_the_command_ends = ExitStack()
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Return the function of a command that takes back at its end what `start` set up."""
+
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> None:
+        with _until_the_command_ends:
+            function(*args, **options)
+
+    return run
+
+
+class _Terminal(logging.Handler):
+    """Prints log records as lines, and keeps the warnings."""
+
+    def __init__(self, is_silent: bool) -> None:
+        super().__init__(logging.INFO)
+        self.setFormatter(LineFormatter())
+        self.is_silent, self.warnings = is_silent, list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record, unless the output is for a program."""
+        if record.levelno >= logging.WARNING:
+            self.warnings.append(record.getMessage())
+        if not self.is_silent:
+            typer.echo(self.format(record))
+
+
+@contextmanager
+def _logging_to(handler: logging.Handler) -> Iterator[None]:
+    level = PACKAGE.level
+    PACKAGE.addHandler(handler)
+    PACKAGE.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        PACKAGE.removeHandler(handler)
+        PACKAGE.setLevel(level)
+
+
 def say(line: str = "") -> None:
     """Print one line for a person."""
     typer.echo(line)
+
+
+def warn(line: str) -> None:
+    """Print one line of what looks off."""
+    typer.echo(f"warning: {line}")
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1) -> None:
@@ -133,7 +201,7 @@ def show_result(result: Any) -> None:
         show_regimes(result.before, f"Before: what the reference already ranks right{how}", prefix)
         show_regimes(result.after, f"After: who flipped, and where the loss still pulls{how}", prefix)
     for remark in result.remarks:
-        say(f"look: {remark}")
+        warn(remark)
 
 
 def show_regimes(metrics: Mapping[str, float], title: str, prefix: str = "regimes") -> None:

@@ -44,15 +44,10 @@ def evaluate(
 
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    console.start(is_silent=json)
     from pe_dpo.evaluation.evaluate import Sampling
     from pe_dpo.evaluation.evaluate import evaluate as run
     from pe_dpo.runs.held_out import save_pairs
-
-    def quiet(line: str) -> None:
-        return None
-
-    say = quiet if json else console.say
 
     def folder(found: "Evaluation") -> Path | None:
         is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
@@ -72,8 +67,6 @@ def evaluate(
         scales=scales,
         scorer=scorer,
         keep=keep,
-        say=say,
-        progress=console.counter(),
     )
     if pairs is not None:
         save_pairs(found.scored, found.pairs, pairs, initial=found.initial, tokenizer=found.tokenizer)

@@ -29,7 +29,7 @@ def export(
     _check_request(model, output, gguf, prompts, push)
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    console.start()
     folder = model
     if push is not None:
         from pe_dpo.export.push import check_access

@@ -36,7 +36,7 @@ def merge(
 
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    console.start(is_silent=json)
 
     def quiet(line: str) -> None:
         return None
@@ -103,11 +103,11 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
         spread = f"per tensor {min(kept):.3f} to {max(kept):.3f}"
         console.say(f"{report['mean_kept']:.4f} of the update is in the files ({spread}, {len(report['tensors'])} tensors)")
     if kept and 6 * report["mean_noise"] > 0.5:
-        console.say(f"look: the update is small beside the rounding of {report['dtype']}; --dtype fp16 or fp32 keeps it better")
+        console.warn(f"the update is small beside the rounding of {report['dtype']}; --dtype fp16 or fp32 keeps it better")
     if report["held_out"]:
         _show_held_out(report)
     for fault in report["faults"]:
-        console.say(f"look: {fault}")
+        console.warn(f"{fault}")
     console.say(f"{report['verdict']}: {output}")
     for command in (*model_commands(str(output)), f"pe-dpo export {output} -o {output}-gguf --gguf q8_0"):
         console.say(f"next: {command}")

@@ -28,14 +28,14 @@ def quickstart(
         epochs=epochs, seed=seed, output=output,
     )  # fmt: skip
     recipe = quickstart_recipe(turned)
-    console.quiet_libraries()
+    console.start()
     import torch
 
     from pe_dpo.training.train import train
 
     # Matrices this small gain nothing from a second thread; on a busy machine one was several times faster (research log).
     torch.set_num_threads(1)
-    result = train(recipe, say=console.say, progress=console.counter(), callbacks=[console.progress_callback()])
+    result = train(recipe, callbacks=[console.progress_callback()])
     console.show_result(result)
     for answer in compare_answers(recipe, count=3) if result.after else []:
         console.say(f"\nquestion  {answer.question}\nchosen    {answer.expected}")

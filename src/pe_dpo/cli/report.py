@@ -23,7 +23,7 @@ def report(
 
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    console.start()
     from pe_dpo.report.write import write_report
 
     page, folder = output or target / "report.html", figures or target / "report"

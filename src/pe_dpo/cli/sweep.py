@@ -71,7 +71,7 @@ def sweep(
         return
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    console.start(is_silent=as_json)
     from pe_dpo.experiments.sweep import sweep as run
 
     if as_json:
@@ -79,7 +79,7 @@ def sweep(
         console.say(json.dumps([_as_json(state) for state in states]))
     else:
         with _Progress() as progress:
-            states = run(plan, engine=engine, workers=workers, say=console.say, tell=progress)
+            states = run(plan, engine=engine, workers=workers, tell=progress)
         _say_what_is_next(states, str(plan.folder))
     if any(state.status != "finished" for state in states):
         raise typer.Exit(1)

@@ -35,17 +35,10 @@ def train(
 
     from pe_dpo.cli import console
 
-    console.quiet_libraries()
+    console.start()
     from pe_dpo.training.train import train as run
 
-    result = run(
-        plan,
-        resume=resume,
-        overwrite=overwrite,
-        say=console.say,
-        progress=console.counter(),
-        callbacks=[console.progress_callback()],
-    )
+    result = run(plan, resume=resume, overwrite=overwrite, callbacks=[console.progress_callback()])
     console.show_result(result)
     if os.environ.get("RANK", "0") == "0":
         console.say(f"the adapter lies in {result.folder}; next: pe-dpo merge {result.folder} -o MODEL")

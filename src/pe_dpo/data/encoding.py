@@ -27,6 +27,7 @@ from pe_dpo.data.rendering import (
 )
 from pe_dpo.data.report import ANSWERS_TOO_LONG, EMPTY, IDENTICAL, NAMED_ROWS, OVERLONG, BadRows, DataReport
 from pe_dpo.errors import DataError
+from pe_dpo.progress import advance, progress
 
 Overlong = Literal["drop", "truncate_prompt", "error"]
 Progress = Callable[[str, int, int], None]
@@ -52,7 +53,6 @@ def encode_pairs(
     overlong: Overlong = "drop",
     bad_rows: BadRows = "error",
     end_token_ids: Collection[int] = (),
-    progress: Progress | None = None,
 ) -> list[EncodedPair]:
     """The pairs as token ids, in order, without those that cannot or must not be scored.
 
@@ -66,7 +66,6 @@ def encode_pairs(
             stay whole), or `error`.
         bad_rows: What happens to rows that cannot be encoded: `error` or `drop`.
         end_token_ids: Further ids that end an answer, beside the tokenizer's EOS.
-        progress: Called with ("encoding", pairs done, pairs in all).
 
     Returns:
         The encoded pairs; empty and identical answers are never among them.
@@ -81,19 +80,19 @@ def encode_pairs(
     encoded: list[EncodedPair] = []
     done = 0
     remaining = iter(_renderable(pairs, tokenizer, report, bad_rows, is_chat=is_chat))
-    while batch := list(islice(remaining, _PAIRS_PER_CALL)):
-        ids = _tokenize([text for _, texts in batch for text in texts], tokenizer)
-        for row, (pair, texts) in enumerate(batch):
-            try:
-                sides = _cut(pair, texts, ids[3 * row : 3 * row + 3], ends, report)
-                encoded.append(_finish(pair, sides, tokenizer, ends))
-            except RowFlaw as flaw:
-                report.refuse(pair.where, flaw, bad_rows)
-        done += len(batch)
-        if progress:
-            progress("encoding", done, len(pairs))
-    if progress and done < len(pairs):
-        progress("encoding", len(pairs), len(pairs))
+    with progress("encoding"):
+        while batch := list(islice(remaining, _PAIRS_PER_CALL)):
+            ids = _tokenize([text for _, texts in batch for text in texts], tokenizer)
+            for row, (pair, texts) in enumerate(batch):
+                try:
+                    sides = _cut(pair, texts, ids[3 * row : 3 * row + 3], ends, report)
+                    encoded.append(_finish(pair, sides, tokenizer, ends))
+                except RowFlaw as flaw:
+                    report.refuse(pair.where, flaw, bad_rows)
+            done += len(batch)
+            advance(done, len(pairs))
+        if done < len(pairs):
+            advance(len(pairs), len(pairs))
     return _fit(_distinct(encoded, report), max_length, ends, overlong, report)
 
 

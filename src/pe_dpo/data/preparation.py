@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pe_dpo.data.encoding import Overlong, Progress, encode_pairs
+from pe_dpo.data.encoding import Overlong, encode_pairs
 from pe_dpo.data.loading import read_pairs
 from pe_dpo.data.pairs import EncodedPair, Pair
 from pe_dpo.data.rendering import Template
@@ -44,7 +44,6 @@ def prepare_pairs(
     bad_rows: BadRows = "error",
     end_token_ids: Collection[int] = (),
     limit: int | None = None,
-    progress: Progress | None = None,
 ) -> PreparedData:
     """Both sides of a run as token ids.
 
@@ -60,7 +59,6 @@ def prepare_pairs(
         bad_rows: `error` stops at the first malformed row, `drop` leaves such rows out and counts them.
         end_token_ids: Further ids that end an answer, beside the tokenizer's EOS.
         limit: Read at most so many rows of each side.
-        progress: Called with (what, done, in all).
 
     Returns:
         The two sides and the report.
@@ -80,7 +78,6 @@ def prepare_pairs(
         overlong=overlong,
         bad_rows=bad_rows,
         end_token_ids=end_token_ids,
-        progress=progress,
     )
     parts = _held_out_parts(sources, held_out)
     report.unused_files = sources.unused + ([] if parts else [part.name for part in sources.held_out])

@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from typing import Any
 
-from pe_dpo.data.encoding import Progress
 from pe_dpo.data.preparation import PreparedData, prepare_pairs
 from pe_dpo.errors import DataError
 from pe_dpo.recipe.schema import DataSection
@@ -19,7 +18,6 @@ def prepare_from_settings(
     context_length: int | None,
     end_token_ids: Collection[int],
     only: str | None = None,
-    progress: Progress | None = None,
 ) -> PreparedData:
     """Return the pairs that a recipe's data section asks for, training and held out.
 
@@ -29,7 +27,6 @@ def prepare_from_settings(
         context_length: of the model, if it has a bound.
         end_token_ids: further tokens that end an answer, from the generation config.
         only: another path or hub id, all of whose pairs become `train` and none held out (to evaluate on).
-        progress: called with what is done, pairs done, and pairs in all.
 
     Raises:
         DataError: see `prepare_pairs`; or max_length exceeds the model's context.
@@ -49,5 +46,4 @@ def prepare_from_settings(
         bad_rows=settings.bad_rows,
         end_token_ids=end_token_ids,
         limit=None if only else settings.limit,
-        progress=progress,
     )

@@ -6,6 +6,7 @@ win rate    those against answers of π0, by a scorer, if there is one
 scaled      all of it for a run's adapter scaled toward π0, if asked for
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from pe_dpo.data import EncodedPair, data_hash
-from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.judge import Judgement, judge, open_scorer, prompts_as_written, win_rate
@@ -40,6 +40,8 @@ from pe_dpo.runs.held_out import (
     save_pairs,
 )
 from pe_dpo.runs.scaled import scaled_folder
+
+logger = logging.getLogger(__name__)
 
 INTERVALS = (
     *("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token"),
@@ -108,8 +110,6 @@ def evaluate(
     scales: Sequence[float] | None = None,
     scorer: str | None = None,
     keep: Callable[[Evaluation], None] = lambda found: None,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
     """Return what a target makes of held-out pairs and, if asked, of held-out prompts.
 
@@ -124,8 +124,6 @@ def evaluate(
             says (generation.scales).
         scorer: judges sampled answers against the reference's; see `judge.open_scorer`.
         keep: called with what was measured before the scorer is asked: it may fail, and answers are dear.
-        say: gets lines of facts.
-        progress: called with what is done, how much of it, and how much in all.
 
     Raises:
         UsageError: the target is nothing that can be evaluated, `data` is missing, answers cannot be sampled or adapters scaled
@@ -142,7 +140,7 @@ def evaluate(
     score_answers = open_scorer(scorer, device=device) if scorer else None
     tokenizer = load_target_tokenizer(found)
     facts = inspect_base(**settings.model.model_dump())
-    pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data, say, progress)
+    pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data)
     if found.kind == "run" and data is None:
         _check_same_pairs(Path(target), pairs)
     work = Work(
@@ -155,8 +153,6 @@ def evaluate(
         seed=sampling.seed,
         is_judged=scorer is not None,
         device=device,
-        say=say,
-        progress=progress,
         ends=answer_end_tokens(tokenizer, settings.model.base, revision=settings.model.revision),
         scales=tuple(generation.scales),
     )
@@ -245,12 +241,12 @@ def _scored(work: Work, measured: Measured) -> tuple[ScoredPairs, Loss]:
     loss = Loss(**work.settings.loss.coefficients())
     if measured.reference is None:
         loss = loss.with_gamma(0.0)
-        work.say("no reference given (--base): rewards and loss are those of gamma = 0")
+        logger.info("no reference given (--base): rewards and loss are those of gamma = 0")
     margins = torch.tensor([pair.margin for pair in work.pairs], dtype=torch.float64)
     out = loss(measured.policy, measured.reference, margins)
     if measured.drift is not None and measured.drift.sampler_error > TOLERANCE[torch.bfloat16]:
-        work.say(
-            f"look: what this model predicts with its cache is {measured.drift.sampler_error:.2g} nats per √token off what it "
+        logger.warning(
+            f"what this model predicts with its cache is {measured.drift.sampler_error:.2g} nats per √token off what it "
             "predicts at once; the sampled answers are not quite its own"
         )
     return scored_pairs(measured.policy, measured.reference, out), loss
@@ -296,8 +292,6 @@ def _held_out_pairs(
     tokenizer: Any,
     context_length: int | None,
     data: str | None,
-    say: Callable[[str], None],
-    progress: Progress,
 ) -> list[EncodedPair]:
     prepared = prepare_from_settings(
         recipe.data,
@@ -305,10 +299,9 @@ def _held_out_pairs(
         context_length=context_length,
         end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
         only=data,
-        progress=progress,
     )
     for line in prepared.report.lines():
-        say(line)
+        logger.info(line)
     pairs = prepared.train if data else prepared.held_out
     if not pairs:
         raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some with --data")

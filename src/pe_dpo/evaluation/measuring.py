@@ -5,14 +5,12 @@ two models   π, then π0 when π is gone; what π predicts along the answers wa
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pe_dpo.data import EncodedPair
-from pe_dpo.data.encoding import Progress
 from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logits
 from pe_dpo.inference.drift import Drift, Question, answer_questions, collect, measure_drift
 from pe_dpo.inference.generation import answer_text
@@ -23,6 +21,7 @@ from pe_dpo.inference.target import check_same_base, read_record
 from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.adapter import as_reference, load_adapter_for_evaluation, scaled
 from pe_dpo.model.base import BaseFacts, load_base
+from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe
 
 TOKENS = 4096
@@ -42,8 +41,6 @@ class Work:
     seed: int
     is_judged: bool
     device: str
-    say: Callable[[str], None]
-    progress: Progress
     ends: set[int]
     scales: tuple[float, ...] = ()
     """Of an adapter, at which it is measured besides; see `model.adapter.scaled`."""
@@ -74,9 +71,9 @@ class Work:
 
     def scores(self, what: str, model: Any) -> PairLogprobs:
         """Return the pairs' log-probs under a model."""
-        scorer = choose_scorer(model, self.pairs, device=self.device, packing=self.settings.train.packing, say=self.say)
-        report = partial(self.progress, f"scoring, {what}")
-        return score_pairs(model, self.pairs, scorer, token_budget=self.budget, progress=report)
+        scorer = choose_scorer(model, self.pairs, device=self.device, packing=self.settings.train.packing)
+        with progress(f"scoring, {what}"):
+            return score_pairs(model, self.pairs, scorer, token_budget=self.budget)
 
 
 class Measured(NamedTuple):
@@ -95,22 +92,22 @@ class Measured(NamedTuple):
 def measure_adapter(work: Work, adapter: Path, facts: BaseFacts, run: Path | None) -> Measured:
     """Measure an adapter; `run` is where it was trained, if the base must be the one of then."""
     model = load_adapter_for_evaluation(load_base(facts, device=work.device), adapter)
-    scorer = choose_scorer(model, work.pairs, device=work.device, packing=work.settings.train.packing, say=work.say)
+    scorer = choose_scorer(model, work.pairs, device=work.device, packing=work.settings.train.packing)
     policy: Policy = "step" if work.settings.reference.policy == "step" else "auto"
-    stored = open_reference(
-        model, facts, scorer, policy=policy, token_budget=work.budget, path=work.settings.reference.store, say=work.say
-    )
+    stored = open_reference(model, facts, scorer, policy=policy, token_budget=work.budget, path=work.settings.reference.store)
     if run is not None:
-        check_same_base(run, facts, stored.base_fingerprint, work.say)
-    report = partial(work.progress, "scoring, policy")
-    scored = score_pairs(model, work.pairs, scorer, token_budget=work.budget, progress=report)
+        check_same_base(run, facts, stored.base_fingerprint)
+    with progress("scoring, policy"):
+        scored = score_pairs(model, work.pairs, scorer, token_budget=work.budget)
     stored.forget_if_wrong(work.pairs)
-    reference = stored.logprobs(work.pairs, partial(work.progress, "scoring, reference"))
+    with progress("scoring, reference"):
+        reference = stored.logprobs(work.pairs)
     stored.flush()
     found = Measured(scored, reference)
     if work.asked:
-        drift, report = _drift(work, model, "policy"), partial(work.progress, "KL along chosen answers")
-        along_data = data_prefix_kl(model, work.asked_pairs, progress=report, **work.options)
+        drift = _drift(work, model, "policy")
+        with progress("KL along chosen answers"):
+            along_data = data_prefix_kl(model, work.asked_pairs, **work.options)
         found = found._replace(drift=drift, data_prefix=along_data)
     if work.is_judged:
         with as_reference(model):
@@ -123,8 +120,8 @@ def _measure_scaled(work: Work, model: Any, scorer: Scorer, found: Measured, sca
     """Pairs and answers of an adapter scaled toward the reference; the reference's part is that of the adapter as it is."""
     what = f"policy scaled to {scale:g}"
     with scaled(model, scale):
-        report = partial(work.progress, f"scoring, {what}")
-        policy = score_pairs(model, work.pairs, scorer, token_budget=work.budget, progress=report)
+        with progress(f"scoring, {what}"):
+            policy = score_pairs(model, work.pairs, scorer, token_budget=work.budget)
         drift = _drift(work, model, what) if work.asked else None
     return Measured(policy, found.reference, drift, reference_said=found.reference_said)
 
@@ -136,15 +133,15 @@ def _tokens_of(run: Path | None, work: Work) -> int:
 
 
 def _drift(work: Work, model: Any, what: str) -> Drift:
-    return measure_drift(
-        model,
-        work.tokenizer,
-        work.pairs,
-        prompts=len(work.asked) // work.samples,
-        samples=work.samples,
-        progress=partial(work.progress, f"sampling, {what}"),
-        **work.drawing,
-    )
+    with progress(f"sampling, {what}"):
+        return measure_drift(
+            model,
+            work.tokenizer,
+            work.pairs,
+            prompts=len(work.asked) // work.samples,
+            samples=work.samples,
+            **work.drawing,
+        )
 
 
 def measure_models(work: Work, facts: BaseFacts, other: BaseFacts | None) -> Measured:
@@ -164,8 +161,8 @@ def measure_models(work: Work, facts: BaseFacts, other: BaseFacts | None) -> Mea
         answers_folder, data_folder = Path(name, "answers"), Path(name, "data")
         answers_folder.mkdir()
         data_folder.mkdir()
-        report = partial(work.progress, "sampling, policy")
-        said = answer_questions(model, work.asked, progress=report, **work.drawing)
+        with progress("sampling, policy"):
+            said = answer_questions(model, work.asked, **work.drawing)
         answers = [answer.ids for answer in said]
         store_logits(model, prompts, answers, answers_folder, **work.options)
         store_logits(
@@ -174,8 +171,8 @@ def measure_models(work: Work, facts: BaseFacts, other: BaseFacts | None) -> Mea
         del model
         model = load_base(other, device=work.device)
         reference = work.scores("reference", model)
-        report = partial(work.progress, "comparing with the reference")
-        found = divergences(model, prompts, answers, stored=answers_folder, progress=report, **work.options)
+        with progress("comparing with the reference"):
+            found = divergences(model, prompts, answers, stored=answers_folder, **work.options)
         along_data = data_prefix_kl(model, chosen, stored=data_folder, **work.options)
     drift = collect(
         work.tokenizer, work.asked, said, found, samples=work.samples, max_new_tokens=work.max_new_tokens, seed=work.seed
@@ -184,5 +181,6 @@ def measure_models(work: Work, facts: BaseFacts, other: BaseFacts | None) -> Mea
 
 
 def _reference_said(work: Work, model: Any) -> list[tuple[str, int]]:
-    said = answer_questions(model, work.asked, progress=partial(work.progress, "sampling, reference"), **work.drawing)
+    with progress("sampling, reference"):
+        said = answer_questions(model, work.asked, **work.drawing)
     return [(answer_text(work.tokenizer, answer.ids), len(answer.ids)) for answer in said]

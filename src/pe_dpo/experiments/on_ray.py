@@ -1,5 +1,6 @@
 """The runs of a sweep on Ray: one worker per GPU, each with its own base, on this machine or a cluster with shared files."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,6 +11,8 @@ from pe_dpo.errors import UsageError
 from pe_dpo.experiments.plan import Point
 from pe_dpo.experiments.sweep import PointState, run_point, share
 from pe_dpo.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 class _Worker:
@@ -31,7 +34,6 @@ def run_on_ray(
     *,
     like: Path | None = None,
     workers: int | None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[PointState]:
     """Run points on the cluster that RAY_ADDRESS names, else on this machine, and yield each as it begins and ends.
 
@@ -39,7 +41,6 @@ def run_on_ray(
         todo: points with their recipes; their folders must be the same files for every worker.
         like: folder of a finished run of the sweep, which must have had the same pairs.
         workers: runs at once; default: one per GPU of the cluster, else one.
-        say: gets lines of facts.
 
     Raises:
         UsageError: ray is not installed.
@@ -53,7 +54,7 @@ def run_on_ray(
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = min(workers or gpus or 1, len(todo))
-        say(f"ray: {count} runs at once on {gpus} GPUs")
+        logger.info(f"ray: {count} runs at once on {gpus} GPUs")
         make = partial(ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker).remote, like and like.absolute())
         yield from _spread(ray, make, count, [(point, _anywhere(recipe)) for point, recipe in todo])
     finally:

@@ -7,10 +7,10 @@ A run folder says itself whether it is finished, so that a sweep goes on after a
 off from its newest checkpoint, the others as they are.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from pe_dpo.data import data_hash
 from pe_dpo.errors import PeDpoError, RunFolderError
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
+from pe_dpo.log import logged_to
 from pe_dpo.model.base import load_base
 from pe_dpo.model.provenance import adapter_fingerprint
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, with_absolute_paths
@@ -35,6 +36,8 @@ from pe_dpo.runs.folder import (
 from pe_dpo.runs.held_out import read_generation
 from pe_dpo.training.gamma import with_recorded_gamma
 from pe_dpo.training.train import SharedRun, prepare_run, train
+
+logger = logging.getLogger(__name__)
 
 Engine = Literal["local", "ray"]
 
@@ -56,7 +59,6 @@ def sweep(
     *,
     engine: Engine = "local",
     workers: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
     tell: Callable[[Sequence[PointState]], None] = lambda states: None,
 ) -> list[PointState]:
     """Run all points of a plan that are not finished, and return how every point stands.
@@ -65,7 +67,6 @@ def sweep(
         plan: from `make_plan`; points that lie in its folder already are joined to it.
         engine: "local" in this process; "ray" on the GPUs and machines of a Ray cluster, or on this one.
         workers: with ray, how many runs at once; default: one per GPU, else one.
-        say: gets lines of facts.
         tell: called with all points at the beginning, and whenever a run begins or ends.
 
     Raises:
@@ -77,10 +78,10 @@ def sweep(
         plan = save_plan(plan)
         states = {point.folder: _state_on_disk(plan, point, recipe) for point, recipe in _pairs(plan)}
         todo = [(point, recipe) for point, recipe in _pairs(plan) if states[point.folder].status != "finished"]
-        say(f"{len(plan.points)} runs, {len(todo)} of them to do")
+        logger.info(f"{len(plan.points)} runs, {len(todo)} of them to do")
         tell(list(states.values()))
         finished = [Path(recipe.output) for point, recipe in _pairs(plan) if states[point.folder].status == "finished"]
-        for state in _run_all(todo, next(iter(finished), None), engine, workers, say) if todo else ():
+        for state in _run_all(todo, next(iter(finished), None), engine, workers) if todo else ():
             states[state.point.folder] = state
             tell(list(states.values()))
             if state.status == "interrupted":
@@ -88,28 +89,25 @@ def sweep(
         return list(states.values())
 
 
-def _run_all(
-    todo: list[tuple[Point, Recipe]], like: Path | None, engine: Engine, workers: int | None, say: Callable[[str], None]
-) -> Iterator[PointState]:
+def _run_all(todo: list[tuple[Point, Recipe]], like: Path | None, engine: Engine, workers: int | None) -> Iterator[PointState]:
     """Yield the state of each point when its run begins and when it ends."""
     if engine == "ray":
         from pe_dpo.experiments.on_ray import run_on_ray
 
-        yield from run_on_ray(todo, like=like, workers=workers, say=say)
+        yield from run_on_ray(todo, like=like, workers=workers)
         return
-    shared = share(todo[0][1], like, say)
+    shared = share(todo[0][1], like)
     for point, recipe in todo:
         yield PointState(point, "running")
         yield run_point(point, recipe, shared)
 
 
-def share(recipe: Recipe, like: Path | None = None, say: Callable[[str], None] = lambda line: None) -> SharedRun:
+def share(recipe: Recipe, like: Path | None = None) -> SharedRun:
     """Return pairs and loaded base that all runs of a sweep have in common.
 
     Args:
         recipe: of one of them.
         like: folder of a finished run of the sweep, if there is one.
-        say: gets lines of facts.
 
     Raises:
         RunFolderError: the finished run had other pairs.
@@ -119,7 +117,7 @@ def share(recipe: Recipe, like: Path | None = None, say: Callable[[str], None] =
     if like is not None:
         check_same_inputs(like, {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
     for line in prepared.data.report.lines():
-        say(line)
+        logger.info(line)
     return SharedRun(prepared, load_base(prepared.facts, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -127,9 +125,9 @@ def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
     """Train one point, or go on with it from its newest checkpoint, and return what came of it; a failure is a state, too."""
     folder, began = Path(recipe.output), time.perf_counter()
     try:
-        with _lines_into(folder) as say:
+        with logged_to(folder / "log.txt"):
             goes_on = bool(checkpoints(folder))
-            result = train(recipe, resume=goes_on, overwrite=not goes_on, say=say, shared=shared)
+            result = train(recipe, resume=goes_on, overwrite=not goes_on, shared=shared)
     except PeDpoError as error:
         is_ours = not isinstance(error, RunFolderError)  # else somebody else's run may lie there
         if is_ours and (folder / RUN_FILE).is_file():
@@ -145,18 +143,6 @@ def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
 def _metrics(folder: Path, after: Mapping[str, float]) -> dict[str, float]:
     generation = read_generation(folder)
     return {**after, "kl": generation["kl"]["mean"]} if generation else dict(after)
-
-
-@contextmanager
-def _lines_into(folder: Path) -> Iterator[Callable[[str], None]]:
-    """What a run says goes into log.txt of its folder: in a sweep it would bury the table."""
-    lines: list[str] = []
-    try:
-        yield lines.append
-    finally:
-        if folder.is_dir():
-            with (folder / "log.txt").open("a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
 
 
 def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:

@@ -5,7 +5,7 @@ float64.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.metrics.clusters import clustered_mean, clustered_ratio
 from pe_dpo.model.adapter import as_reference
+from pe_dpo.progress import advance
 
 LOGITS = 2**25
 """Most logits of one forward, padding included (128 MB in float32); one answer alone may exceed it."""
@@ -45,7 +46,6 @@ def divergences(
     device: torch.device | str,
     token_budget: int,
     stored: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[Divergence]:
     """Return how far policy and reference are apart on given answers, token by token summed.
 
@@ -58,7 +58,6 @@ def divergences(
         device: of the model.
         token_budget: most tokens of one forward, padding included.
         stored: where `store_logits` has written what the policy predicts, with the same answers and budget.
-        progress: called with answers done and answers in all.
 
     Raises:
         ModelError: policy and reference have vocabularies of different sizes.
@@ -74,8 +73,7 @@ def divergences(
                 raise ModelError(f"policy and reference have vocabularies of {sizes} tokens; there is no KL between them")
             sums = _sums(policy, reference, rows.targets, rows.owners, len(batch))
             found |= {index: Divergence(*values) for index, values in zip(batch, sums.tolist(), strict=True)}
-            if progress:
-                progress(len(found), len(answers))
+            advance(len(found), len(answers))
     return [found[index] for index in range(len(answers))]
 
 
@@ -123,7 +121,6 @@ def data_prefix_kl(
     device: torch.device | str,
     token_budget: int,
     stored: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Return Σ_t KL(π(·|y_<t) ‖ π0(·|y_<t)) along the pairs' chosen answers, per answer and per token.
 
@@ -135,7 +132,6 @@ def data_prefix_kl(
         device: of the model.
         token_budget: most tokens of one forward, padding included.
         stored: as in `divergences`.
-        progress: called with answers done and answers in all.
     """
     found = divergences(
         model,
@@ -144,7 +140,6 @@ def data_prefix_kl(
         device=device,
         token_budget=token_budget,
         stored=stored,
-        progress=progress,
     )
     kl, keys = [divergence.kl for divergence in found], [pair.prompt_key for pair in pairs]
     return {

@@ -13,7 +13,7 @@ where the policy goes by itself.
 Source: Amini, Vieira & Cotterell 2025, "Better estimation of the KL divergence between language models" (arXiv 2504.10637).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,6 @@ def measure_drift(
     seed: int,
     device: torch.device | str,
     token_budget: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Drift:
     """Return answers of the policy to held-out prompts, and how far policy and reference are apart on them.
 
@@ -146,7 +145,6 @@ def measure_drift(
         seed: of the draws. Runs that are asked with the same seed share their noise (see `sampling`).
         device: of the model.
         token_budget: most tokens of one forward, padding included.
-        progress: called with what is done and what is to be done: two steps an answer, to draw it and to compare it.
     """
     asked = questions(pairs, prompts, samples)
     prompt_ids = [question.prompt_ids for question in asked]
@@ -154,9 +152,8 @@ def measure_drift(
         answer_questions, model, asked, max_new_tokens=max_new_tokens, end_token_ids=end_token_ids, seed=seed, device=device
     )
     compare = partial(divergences, model, prompt_ids, device=device, token_budget=token_budget)
-    first_half, second_half = _halves(progress, len(asked))
-    said = draw(token_budget=token_budget, progress=first_half)
-    found = compare([answer.ids for answer in said], progress=second_half)
+    said = draw(token_budget=token_budget)
+    found = compare([answer.ids for answer in said])
     if _sampler_error(said, found) > TOLERANCE[numeric_dtype(model)]:
         said = draw(token_budget=0)  # each alone: the model is not itself where rows are padded on the left
         found = compare([answer.ids for answer in said])
@@ -185,7 +182,6 @@ def answer_questions(
     seed: int,
     device: torch.device | str,
     token_budget: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[SampledAnswer]:
     """Return the answers of a model in the state it is in; the noise of each is that of its question, whoever is asked.
 
@@ -197,7 +193,6 @@ def answer_questions(
         seed: as in `sample_answers`.
         device: of the model.
         token_budget: most tokens of one forward in training or evaluation; what is sampled may take CACHED times as many.
-        progress: called with answers done and answers in all.
     """
     return sample_answers(
         model,
@@ -208,7 +203,6 @@ def answer_questions(
         seed=seed,
         device=device,
         token_budget=CACHED * token_budget,
-        progress=progress,
     )
 
 
@@ -268,12 +262,3 @@ def _sampler_error(said: Sequence[SampledAnswer], found: Sequence[Divergence]) -
         for answer, divergence in zip(said, found, strict=True)
     )
     return max(errors, default=0.0)
-
-
-def _halves(
-    progress: Callable[[int, int], None] | None, answers: int
-) -> tuple[Callable[[int, int], None] | None, Callable[[int, int], None] | None]:
-    """Return what the first and the second half of the work report to."""
-    if progress is None:
-        return None, None
-    return lambda done, _: progress(done, 2 * answers), lambda done, _: progress(answers + done, 2 * answers)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 
 from pe_dpo.data import PreparedData
-from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import attach_adapter, start_from_adapter
@@ -21,12 +20,11 @@ class Inputs(NamedTuple):
     data: PreparedData
 
 
-def read_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
+def read_inputs(recipe: Recipe) -> Inputs:
     """Return the facts of the base, the tokenizer and the pairs; no weights are read.
 
     Args:
         recipe: names them.
-        progress: called with what is done, pairs done, and pairs in all.
 
     Raises:
         ModelError: see `inspect_base` and `load_tokenizer`; or the tokenizer is not the model's.
@@ -39,7 +37,6 @@ def read_inputs(recipe: Recipe, progress: Progress | None = None) -> Inputs:
         tokenizer=tokenizer,
         context_length=facts.context_length,
         end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
-        progress=progress,
     )
     _check_vocabulary(facts, data)
     return Inputs(facts, tokenizer, data)

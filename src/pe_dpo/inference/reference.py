@@ -7,10 +7,11 @@ The store fills as pairs come along, so that one epoch costs what it would witho
 an interrupted run goes on where it stopped.
 """
 
+import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ from pe_dpo.model.fingerprint import (
     reference_fingerprint,
     remembered_fingerprint,
 )
+from pe_dpo.progress import advance, progress
+
+logger = logging.getLogger(__name__)
 
 Policy = Literal["auto", "store", "step"]
 """auto: looked up, missing ones computed when they are needed; store: all computed before training; step: always computed."""
@@ -52,7 +56,6 @@ class Reference:
         store: where log-probs are kept between runs; None keeps them in this run only.
         key: what determines the numbers besides the token ids; see `reference_key`.
         remembers: False computes every time.
-        say: gets a line when the store fails.
     """
 
     def __init__(
@@ -65,12 +68,11 @@ class Reference:
         store: ReferenceStore | None = None,
         key: str = "",
         remembers: bool = True,
-        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         assert store is None or key, "what is stored needs the key of what determines it"
         self.model, self.scorer, self.token_budget = model, scorer, token_budget
         self.base_fingerprint = base
-        self.store, self.key, self.remembers, self.say = store, key, remembers, say
+        self.store, self.key, self.remembers = store, key, remembers
         self.computed = 0
         """Pairs that were run through π0."""
         self.found = 0
@@ -79,10 +81,10 @@ class Reference:
         self._unwritten: dict[bytes, StoredLogprob] = {}
         self._written_at = time.monotonic()
 
-    def logprobs(self, pairs: Sequence[EncodedPair], progress: Callable[[int, int], None] | None = None) -> PairLogprobs:
+    def logprobs(self, pairs: Sequence[EncodedPair]) -> PairLogprobs:
         """Return the log-probs of pairs in their order, on the CPU, in float64."""
         if not self.remembers:
-            return self._compute(pairs, progress)
+            return self._compute(pairs)
         keys = [_keys(pair) for pair in pairs]
         self._look_up([key for both in keys for key in both])
         missing = [index for index, both in enumerate(keys) if not all(key in self._known for key in both)]
@@ -92,8 +94,7 @@ class Reference:
             for part in self.scorer.split([pairs[index] for index in missing], self.token_budget):
                 self._learn([pairs[missing[index]] for index in part])
                 done += len(part)
-                if progress:
-                    progress(done, len(missing))
+                advance(done, len(missing))
         return _of_pairs(keys, self._known)
 
     def recheck(self, pairs: Sequence[EncodedPair]) -> str | None:
@@ -104,7 +105,7 @@ class Reference:
         self._look_up([key for both in keys for key in both])
         stored = [index for index, both in enumerate(keys) if all(key in self._known for key in both)]
         chosen = [pairs[index] for index in random.SystemRandom().sample(stored, min(RECHECKED, len(stored)))]
-        return self.difference(chosen, self._compute(chosen, None)) if chosen else None
+        return self.difference(chosen, self._compute(chosen)) if chosen else None
 
     def difference(self, pairs: Sequence[EncodedPair], now: PairLogprobs) -> str | None:
         """Return the first pair whose log-probs of this moment are not those that are known of it, in words, or None."""
@@ -131,7 +132,7 @@ class Reference:
             rows = self.store.forget(self.key) if self.store is not None else rows
         except StoreUnavailable as error:
             self._do_without(error)
-        self.say(f"look: the stored reference was not this one ({why}): {rows} log-probs thrown away, to be computed again")
+        logger.warning(f"the stored reference was not this one ({why}): {rows} log-probs thrown away, to be computed again")
 
     def flush(self) -> None:
         """Write what was computed since the last time."""
@@ -156,7 +157,8 @@ class Reference:
             self._do_without(error)
 
     def _learn(self, pairs: Sequence[EncodedPair]) -> None:
-        scored = self._compute(pairs, None)
+        with progress(None):  # the part of a pass that is told of as a whole
+            scored = self._compute(pairs)
         for index, both in enumerate(map(_keys, pairs)):
             for key, logprob, tokens in zip(both, (scored.chosen, scored.rejected), scored[2:], strict=True):
                 self._known[key] = answer = StoredLogprob(float(logprob[index]), int(tokens[index]))
@@ -165,9 +167,9 @@ class Reference:
         if time.monotonic() - self._written_at > SECONDS_BETWEEN_WRITES:
             self.flush()
 
-    def _compute(self, pairs: Sequence[EncodedPair], progress: Callable[[int, int], None] | None) -> PairLogprobs:
+    def _compute(self, pairs: Sequence[EncodedPair]) -> PairLogprobs:
         with as_reference(self.model) as frozen:
-            scored = score_pairs(frozen, pairs, self.scorer, token_budget=self.token_budget, progress=progress)
+            scored = score_pairs(frozen, pairs, self.scorer, token_budget=self.token_budget)
         self.computed += len(pairs)
         return scored
 
@@ -178,7 +180,7 @@ class Reference:
         return TOLERANCE[numeric_dtype(self.model)] * stored.tokens**0.5
 
     def _do_without(self, error: StoreUnavailable) -> None:
-        self.say(f"look: going on without the reference store: {error}")
+        logger.warning(f"going on without the reference store: {error}")
         self.store = None
 
 
@@ -190,7 +192,6 @@ def open_reference(
     policy: Policy,
     token_budget: int,
     path: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Reference:
     """Return the reference of a model, with its store opened if the policy has one.
 
@@ -201,7 +202,6 @@ def open_reference(
         policy: see `Policy`.
         token_budget: most tokens of one forward.
         path: of the store; by default `default_store_path()`.
-        say: gets lines of facts.
 
     Raises:
         StoreUnavailable: policy "store", and there can be none.
@@ -211,17 +211,15 @@ def open_reference(
     store = None
     try:
         if policy != "step":
-            store = ReferenceStore(Path(path) if path else default_store_path(), say=say)
+            store = ReferenceStore(Path(path) if path else default_store_path())
         base = remembered_fingerprint(model, facts, store)
     except StoreUnavailable as error:
         if policy == "store":
             raise
-        say(f"look: going on without the reference store: {error}")
+        logger.warning(f"going on without the reference store: {error}")
         store, base = None, base_fingerprint(model)
     key = _store_key(facts, reference_fingerprint(model, base=base), scorer.path, scorer.device.type)
-    return Reference(
-        model, scorer, token_budget=token_budget, base=base, store=store, key=key, remembers=policy != "step", say=say
-    )
+    return Reference(model, scorer, token_budget=token_budget, base=base, store=store, key=key, remembers=policy != "step")
 
 
 def stored_logprobs(

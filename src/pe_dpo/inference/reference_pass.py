@@ -1,12 +1,10 @@
 """π0's log-probs of a recipe's pairs outside of training: from the store, or in one pass."""
 
 import gc
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 
-from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError
 from pe_dpo.evaluation.measuring import TOKENS
@@ -15,6 +13,7 @@ from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.reference import Policy, open_reference, stored_logprobs
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.model.base import BaseFacts
+from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe
 
 
@@ -22,9 +21,6 @@ def reference_logprobs(
     recipe: Recipe,
     facts: BaseFacts,
     pairs: Sequence[EncodedPair],
-    *,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress = lambda what, done, total: None,
 ) -> tuple[PairLogprobs, bool]:
     """Return π0's log-probs of pairs, and whether the model had to be run for them.
 
@@ -32,8 +28,6 @@ def reference_logprobs(
         recipe: which reference it is, and where the store lies.
         facts: of the base, loaded as they say.
         pairs: in the order wanted.
-        say: gets lines of facts.
-        progress: called with what is done, pairs done, and pairs in all.
 
     Raises:
         ModelError: the base or an adapter cannot be used, or a log-prob is not finite.
@@ -46,11 +40,12 @@ def reference_logprobs(
         if stored is not None:
             return stored, False
     model = build_model(recipe, facts, device)  # with the adapter, since the way through the model is chosen with both
-    scorer = choose_scorer(model, pairs, device=device, packing=recipe.train.packing, say=say)
+    scorer = choose_scorer(model, pairs, device=device, packing=recipe.train.packing)
     budget = TOKENS if wish == "auto" else wish
-    reference = open_reference(model, facts, scorer, policy=policy, token_budget=budget, path=settings.store, say=say)
+    reference = open_reference(model, facts, scorer, policy=policy, token_budget=budget, path=settings.store)
     reference.forget_if_wrong(pairs)
-    found = reference.logprobs(pairs, partial(progress, "scoring, reference"))
+    with progress("scoring, reference"):
+        found = reference.logprobs(pairs)
     reference.flush()
     del model, reference
     gc.collect()  # a PEFT model lies in cycles, and the caller may load another base

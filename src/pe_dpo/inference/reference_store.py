@@ -11,6 +11,7 @@ damaged file aside while another process has it open.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import sqlite3
@@ -24,6 +25,8 @@ from typing import NamedTuple, Self, TypeVar
 import numpy as np
 
 from pe_dpo.errors import StoreUnavailable, UsageError
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -95,7 +98,6 @@ class ReferenceStore:
 
     Args:
         path: the file; made, with its folder, where it is not there.
-        say: takes a line for the user.
 
     Raises:
         UsageError: the file is a database of another program, or of another version of this one. It is left as it is.
@@ -103,11 +105,10 @@ class ReferenceStore:
             both.
     """
 
-    def __init__(self, path: Path, *, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, path: Path) -> None:
         from filelock import FileLock
 
         self.path = Path(path)
-        self._say = say
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
         self._has_said_rows = False
@@ -301,12 +302,12 @@ class ReferenceStore:
             part = self.path.with_name(self.path.name + suffix)
             if part.exists():
                 part.rename(aside.with_name(aside.name + suffix))
-        self._say(f"look: {self.path} is damaged ({error}); it was moved to {aside.name}, and what it held is computed again")
+        logger.warning(f"{self.path} is damaged ({error}); it was moved to {aside.name}, and what it held is computed again")
 
     def _say_damaged_rows(self, rows: int) -> None:
         if rows and not self._has_said_rows:
             self._has_said_rows = True
-            self._say(f"look: {self.path}: {rows} rows are damaged; what they held is computed again")
+            logger.warning(f"{self.path}: {rows} rows are damaged; what they held is computed again")
 
     def _unavailable(self, reason: str) -> StoreUnavailable:
         return StoreUnavailable(

@@ -10,7 +10,7 @@ wherever their probabilities agree, and the difference between them is measured 
 
 import hashlib
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pe_dpo.model.random_bits import GOLDEN, mixed, random_bits
+from pe_dpo.progress import advance
 
 PRICE = 1.0
 """Of reading a token again, in tokens drawn for nothing; see `_Regroup`. On a CPU both cost the same, and then this is never
@@ -49,7 +50,6 @@ def sample_answers(
     seed: int,
     device: torch.device | str,
     token_budget: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[SampledAnswer]:
     """Return one answer to each prompt, drawn from the model in the state it is in (adapters on or off).
 
@@ -64,7 +64,6 @@ def sample_answers(
         seed: of the noise.
         device: of the model.
         token_budget: most tokens of one batch, padding and the tokens to come included.
-        progress: called with answers done and answers in all.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     context = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -77,8 +76,7 @@ def sample_answers(
         while growing:
             for batch in _batches(growing, token_budget):
                 _extend(causal_lm, batch, end_token_ids, device)
-                if progress:
-                    progress(sum(row.is_done for row in rows), len(rows))
+                advance(sum(row.is_done for row in rows), len(rows))
             growing = [row for row in growing if not row.is_done]
     return [row.answer() for row in rows]
 

@@ -4,7 +4,8 @@ Packed rows are fast and need a model whose layers look at other tokens through 
 is not looked up but tried: a few pairs, the longest among them, must give the log-probs and gradients of the padded path.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,8 @@ from pe_dpo.errors import ModelError
 from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs, pair_logprobs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.attention import Kind, switch_off, switch_on
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference between packed and padded log-probs, nats per √token: rounding errors add up like a random walk. Measured
@@ -67,7 +70,6 @@ def choose_scorer(
     *,
     device: torch.device | str,
     packing: bool | Literal["auto"] = "auto",
-    say: Callable[[str], None] = lambda line: None,
 ) -> Scorer:
     """Return the fastest way that gives the padded path's numbers on this model, and leave the model ready for it.
 
@@ -76,7 +78,6 @@ def choose_scorer(
         pairs: those that will be scored.
         device: of the model.
         packing: False for padded; "auto" for packed where it is right; True to insist on it.
-        say: gets one line: which way, and why not the fastest.
 
     Raises:
         ModelError: packed rows were insisted on and are not right for this model.
@@ -89,14 +90,16 @@ def choose_scorer(
         path: Path = "padded"
         reason = ""
         if packing is not False:
-            path, reason = _packed_path(padded, model, probe, say)
+            path, reason = _packed_path(padded, model, probe)
         if path == "padded" and packing is True:
             raise ModelError(f"train.packing: packed rows are not right for this model ({reason}); set train.packing: auto")
         if path == "padded" and packing is not False:
-            say(f"padded rows: packed rows are not right for this model ({reason})")
+            logger.info(f"padded rows: packed rows are not right for this model ({reason})")
         scorer = padded._replace(path=path)
         if _depends_on_company(scorer, model, probe):
-            say("look: this model's log-probs depend on what else is in the batch; the reference is computed in every step")
+            logger.warning(
+                "this model's log-probs depend on what else is in the batch; the reference is computed in every step"
+            )
             scorer = scorer._replace(depends_on_company=True)
     except torch.OutOfMemoryError as error:
         longest = max(row_length(pair) for pair in pairs)
@@ -115,7 +118,7 @@ def possible_paths(device: str, dtype: torch.dtype, packing: bool | Literal["aut
     return [*packed, *(["padded"] if packing is not True else [])]  # type: ignore[list-item]  # both are Paths
 
 
-def _packed_path(padded: Scorer, model: Any, probe: Sequence[EncodedPair], say: Callable[[str], None]) -> tuple[Path, str]:
+def _packed_path(padded: Scorer, model: Any, probe: Sequence[EncodedPair]) -> tuple[Path, str]:
     """Return the fastest path that is right, and why no faster one is; the model is left ready for it."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     wanted = torch.cat([_numbers(padded, model, [pair]) for pair in probe])
@@ -129,7 +132,7 @@ def _packed_path(padded: Scorer, model: Any, probe: Sequence[EncodedPair], say: 
         packed = padded._replace(path=kind)
         refused = _refutation(packed, model, probe, wanted, gradient) or _leak(packed, model, probe)
         if refused is None:
-            say(f"packed rows: prompts and common starts of answers once ({'; '.join([kind, *reasons])})")
+            logger.info(f"packed rows: prompts and common starts of answers once ({'; '.join([kind, *reasons])})")
             return kind, ""
         reasons.append(f"{kind}: {refused}")
     switch_off(causal_lm, before)

@@ -6,7 +6,7 @@ config.json                       a whole (merged) model
 """
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,8 @@ from pe_dpo.model.adapter_config import read_adapter_config
 from pe_dpo.model.base import BaseFacts, load_tokenizer
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 from pe_dpo.recipe.schema import ModelSection
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["run", "adapter", "model"]
 
@@ -83,14 +85,13 @@ def read_record(run: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_same_base(run: Path, facts: BaseFacts, fingerprint: str, say: Callable[[str], None]) -> None:
+def check_same_base(run: Path, facts: BaseFacts, fingerprint: str) -> None:
     """Check that a loaded base is the one that a run was trained on, where the run says which that was.
 
     Args:
         run: the run folder.
         facts: of the loaded base.
         fingerprint: of the loaded base; see `base_fingerprint`.
-        say: gets a line where it is loaded in another way than in training, and so cannot be compared.
 
     Raises:
         UsageError: it is another one.
@@ -102,7 +103,7 @@ def check_same_base(run: Path, facts: BaseFacts, fingerprint: str, say: Callable
     dtype = str(facts.dtype).removeprefix("torch.")
     if (trained.get("quantize"), trained.get("dtype")) == (facts.quantize, dtype):
         raise UsageError(f"{run}: {facts.base} is not the base of the run any more; restore it, or name the base with --base")
-    say(f"look: trained on {trained.get('quantize')}/{trained.get('dtype')}, evaluated on {facts.quantize}/{dtype}")
+    logger.warning(f"trained on {trained.get('quantize')}/{trained.get('dtype')}, evaluated on {facts.quantize}/{dtype}")
 
 
 def _find_run(run: Path, base: str | None, quantize: str | None) -> Target:

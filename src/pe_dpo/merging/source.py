@@ -206,7 +206,6 @@ def _pairs(
         context_length=facts.context_length,
         end_token_ids=end_token_ids(found.model.base, revision=found.model.revision),
         only=data,
-        progress=progress,
     )
     pairs = prepared.train if data else prepared.held_out
     recorded = None if data else run.get("hashes", {}).get("held_out")

@@ -4,7 +4,7 @@ Every metric is a mean over pairs, never a mean of batch means, so that it does 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from pe_dpo.inference.logprobs import concatenate
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.regimes import RegimeTable, correlation, length_slope, regime_table, saturation, share_right, transitions
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
+from pe_dpo.progress import advance
 
 MARGIN_QUANTILES = (0.05, 0.5, 0.95)
 
@@ -68,7 +69,6 @@ def score_pairs(
     scorer: Scorer,
     *,
     token_budget: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> PairLogprobs:
     """Return the log-probs of all pairs in their order, on the CPU, without gradients.
 
@@ -77,7 +77,6 @@ def score_pairs(
         pairs: any number of pairs, in any order.
         scorer: the way through the model.
         token_budget: most tokens of one forward.
-        progress: called with pairs done and pairs in all.
     """
     batches = scorer.split(pairs, token_budget)
     parts, done = [], 0
@@ -89,8 +88,7 @@ def score_pairs(
                 scored = scorer.logprobs(model, [pairs[index] for index in batch])
                 parts.append(PairLogprobs(*(field.cpu() for field in scored)))
                 done += len(batch)
-                if progress:
-                    progress(done, len(pairs))
+                advance(done, len(pairs))
     finally:
         model.train(was_training)
     back = torch.tensor([index for batch in batches for index in batch]).argsort()

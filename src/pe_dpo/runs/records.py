@@ -1,5 +1,6 @@
 """What a run writes down of itself: what it started from, and what it came to."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from pe_dpo.runs.checkpoints import checkpoint_step, newest_whole_checkpoint
 from pe_dpo.runs.folder import BASE_FILE, check_same_inputs, read_run, rewind_metrics, run_inputs, update_run, versions
 from pe_dpo.runs.model_card import model_card
 
+logger = logging.getLogger(__name__)
+
 
 def start_records(
     folder: Path,
@@ -19,7 +22,6 @@ def start_records(
     describe_base: Callable[[], Mapping[str, Any]],
     data: PreparedData,
     hashes: Mapping[str, str],
-    say: Callable[[str], None],
 ) -> Path | None:
     """Write what a fresh run starts from; for a run to resume, check it and return the checkpoint to go on from.
 
@@ -30,8 +32,8 @@ def start_records(
         check_same_inputs(folder, hashes)
         checkpoint, passed_over = newest_whole_checkpoint(folder, run_inputs(folder))
         for line in passed_over:
-            say(line)
-        say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
+            logger.info(line)
+        logger.info(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
         rewind_metrics(folder, checkpoint_step(checkpoint) if checkpoint else -1)
         if read_run(folder).get("status") == "failed":
             update_run(folder, status="training", why=None)

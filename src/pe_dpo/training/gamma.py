@@ -4,21 +4,23 @@ recipe: gamma: auto ── log-probs of the training pairs ── γ ──► r
                                                                       └── --resume with the same recipe
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from pe_dpo.audit.calibration import Calibration, calibrate_loss
-from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.disk import write_atomically
 from pe_dpo.inference.reference import Reference
 from pe_dpo.inference.reference_pass import check_finite
+from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, recipe_from_yaml, recipe_to_yaml, warnings, with_gamma
 from pe_dpo.runs.folder import RECIPE_FILE, RUN_FILE, read_run, update_run
 from pe_dpo.training.trainer import forget_if_any
+
+logger = logging.getLogger(__name__)
 
 
 def find_gamma(
@@ -26,9 +28,6 @@ def find_gamma(
     reference: Reference,
     pairs: Sequence[EncodedPair],
     folder: Path | None = None,
-    *,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress | None = None,
 ) -> Recipe:
     """Return the recipe with its γ as a number; a recipe that has a number stays.
 
@@ -39,8 +38,6 @@ def find_gamma(
         reference: of the run.
         pairs: that will be trained on, all of them in every process.
         folder: where the calibration is written down; None in every process but the one that writes.
-        say: gets lines of facts.
-        progress: called with what is done, pairs done, and pairs in all.
 
     Raises:
         UsageError: the data do not allow the γ that is asked for.
@@ -55,7 +52,8 @@ def find_gamma(
     state = PartialState()
     forget_if_any(reference, reference.recheck(pairs))
     mine = pairs[state.process_index :: state.num_processes]
-    reference.logprobs(mine, partial(progress, "scoring, reference") if progress else None)
+    with progress("scoring, reference"):
+        reference.logprobs(mine)
     reference.flush()
     state.wait_for_everyone()
     logprobs = reference.logprobs(pairs)
@@ -67,8 +65,9 @@ def find_gamma(
     if folder:
         update_run(folder, gamma_calibration=found.to_dict())
         write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
-    for line in (_words(found, recipe), *(f"look: {line}" for line in warnings(recipe))):
-        say(line)
+    logger.info(_words(found, recipe))
+    for line in warnings(recipe):
+        logger.warning(line)
     return recipe
 
 

@@ -7,18 +7,17 @@ evaluation.json        the metrics of both
 """
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from pe_dpo.data.encoding import Progress
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.evaluation.evaluate import INTERVALS
 from pe_dpo.inference.drift import Drift, measure_drift, save_generations
 from pe_dpo.metrics.table import ScoredPairs, set_metrics, wilson_interval
 from pe_dpo.model.adapter import scaled
+from pe_dpo.progress import progress
 from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE, save_evaluation, save_pairs
 from pe_dpo.runs.scaled import scaled_folder
@@ -57,7 +56,6 @@ def keep_measurements(
     first: ScoredPairs | None,
     settings: GenerationSection,
     end_tokens: Collection[int],
-    progress: Progress | None = None,
 ) -> None:
     """Sample answers if they are asked for, and write all that is known of the policy as it is now.
 
@@ -68,12 +66,11 @@ def keep_measurements(
         first: the same at step 0.
         settings: what to sample.
         end_tokens: token ids that end an answer.
-        progress: called with what is done, answers done, and answers in all.
     """
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    drift = sample_drift(trainer, settings, end_tokens, progress) if settings.prompts else None
+    drift = sample_drift(trainer, settings, end_tokens) if settings.prompts else None
     save_pairs(scored, trainer.held_out, folder / PAIRS_FILE, initial=first, tokenizer=trainer.processing_class)
     if drift:
         save_generations(drift, folder / GENERATIONS_FILE)
@@ -100,12 +97,12 @@ def keep_scaled(
     """
     for scale in scales if trainer.held_out else ():
         with scaled(trainer.model, scale):
-            keep(folder and scaled_folder(folder, scale), scored=trainer.score_held_out())
+            scored = trainer.score_held_out()
+            with progress("sampling"):
+                keep(folder and scaled_folder(folder, scale), scored=scored)
 
 
-def sample_drift(
-    trainer: PairTrainer, settings: GenerationSection, end_tokens: Collection[int], progress: Progress | None = None
-) -> Drift:
+def sample_drift(trainer: PairTrainer, settings: GenerationSection, end_tokens: Collection[int]) -> Drift:
     """Return answers of the policy to held-out prompts, with what they say of its distance from the reference."""
     pairs: list[EncodedPair] = list(trainer.held_out)
 
@@ -121,7 +118,6 @@ def sample_drift(
             seed=GENERATION_SEED,
             device=trainer.args.device,
             token_budget=trainer.token_budget,
-            progress=partial(progress, "sampling") if progress else None,
         )
 
     return trainer.with_smaller_rows(pairs, measured)

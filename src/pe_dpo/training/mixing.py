@@ -1,6 +1,6 @@
 """Mixout in a run: when another model is sampled, how p rises, how strong p turned out to be, and where it is hopeless."""
 
-from collections.abc import Callable
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from pe_dpo.recipe.schema import MixoutSection
 from pe_dpo.runs.folder import update_run
 from pe_dpo.training.trainer import PairTrainer
 
+logger = logging.getLogger(__name__)
+
 FEWEST_UNITS, FEWEST_STEPS = 8, 10
 """With fewer input units of a layer, or fewer steps that train a unit, mostly masks are learned. Judgement, not measurement."""
 
@@ -28,13 +30,10 @@ class Mixing(TrainerCallback):
         settings: of the recipe.
         steps: of the whole run.
         trainer: that trains the model.
-        say: gets a line with the strength that p had.
     """
 
-    def __init__(
-        self, mixout: Mixout, settings: MixoutSection, steps: int, trainer: PairTrainer, say: Callable[[str], None]
-    ) -> None:
-        self.mixout, self.settings, self.trainer, self.say = mixout, settings, trainer, say
+    def __init__(self, mixout: Mixout, settings: MixoutSection, steps: int, trainer: PairTrainer) -> None:
+        self.mixout, self.settings, self.trainer = mixout, settings, trainer
         self._rise = min(round(settings.warmup * steps), steps - 1)  # the last step has all of p
         self._microbatch = 0
 
@@ -60,7 +59,7 @@ class Mixing(TrainerCallback):
             return
         noise = self.measure()
         update_run(Path(args.output_dir), mixout={**self.settings.model_dump(), **noise._asdict()})
-        self.say(f"mixout {self.settings.p:g} ({self.settings.form}): {noise.words()}")
+        logger.info(f"mixout {self.settings.p:g} ({self.settings.form}): {noise.words()}")
 
     def measure(self) -> MixoutNoise:
         """Return how far masks move the scores of a few watched pairs."""

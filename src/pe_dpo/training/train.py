@@ -1,5 +1,6 @@
 """One training run from recipe to adapter; read it as the table of contents of the product."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pe_dpo.data import data_hash
-from pe_dpo.data.encoding import Progress
 from pe_dpo.errors import DataError, TrainingError
 from pe_dpo.inference.inputs import Inputs, build_model, read_inputs
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.log import quiet
 from pe_dpo.metrics.table import ScoredPairs
 from pe_dpo.model.adapter import adapter_is_zero, lent, parameter_targets, save_adapter
 from pe_dpo.model.adapter_config import check_adapter
@@ -23,6 +24,7 @@ from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprint, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
+from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths, with_gamma
 from pe_dpo.runs.folder import append_metrics, check_run_folder, locked, open_run_folder, update_run
 from pe_dpo.runs.records import finish_records, start_records
@@ -36,6 +38,8 @@ from pe_dpo.training.remarks import scale_remarks
 from pe_dpo.training.start import StartCheck, check_diagonal, check_end, check_start
 from pe_dpo.training.trainer import PairTrainer, forget_if_any
 from pe_dpo.training.watch import Watch
+
+logger = logging.getLogger(__name__)
 
 
 class TrainResult(NamedTuple):
@@ -60,8 +64,6 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
     shared: "SharedRun | None" = None,
 ) -> TrainResult:
@@ -71,8 +73,6 @@ def train(
         recipe: checked, from `load_recipe`.
         resume: go on with the run in `recipe.output` from its newest whole checkpoint.
         overwrite: remove the run in `recipe.output` first.
-        say: gets a line of facts now and then, for people.
-        progress: called with what is done, pairs done and pairs in all, while pairs are prepared.
         callbacks: further callbacks of transformers' Trainer.
         shared: base and pairs of an earlier run with the same sections `model` and `data`, to be used again; the base is given
             back without the adapter.
@@ -90,21 +90,21 @@ def train(
     if resume:
         recipe = with_recorded_gamma(Path(recipe.output), recipe)
     if not state.is_main_process:
-        prepared, base = prepare_run(recipe, shared=shared), shared.base if shared else None
-        with lent(shared.base) if shared else nullcontext():
-            return _train(recipe, prepared, None, base, say=lambda line: None, progress=None, callbacks=callbacks)
+        with quiet(), lent(shared.base) if shared else nullcontext():
+            prepared, base = prepare_run(recipe, shared=shared), shared.base if shared else None
+            return _train(recipe, prepared, None, base, callbacks=callbacks)
     folder = Path(recipe.output)
     if resume:
         repair_recipe(folder)
     check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
-    prepared = prepare_run(recipe, say, progress, shared=shared)
+    prepared = prepare_run(recipe, shared=shared)
     with locked(folder), lent(shared.base) if shared else nullcontext():
         # Again, since another run may have come and gone while the pairs were prepared.
         check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
         open_run_folder(folder, recipe, resume=resume)
         base = shared.base if shared else None
         try:
-            return _train(recipe, prepared, folder, base, say=say, progress=progress, callbacks=callbacks)
+            return _train(recipe, prepared, folder, base, callbacks=callbacks)
         except TrainingError as error:
             update_run(folder, status="failed", why=str(error))
             raise
@@ -120,8 +120,6 @@ class SharedRun(NamedTuple):
 
 def prepare_run(
     recipe: Recipe,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress | None = None,
     *,
     shared: SharedRun | None = None,
 ) -> Inputs:
@@ -132,22 +130,24 @@ def prepare_run(
         DataError: see `prepare_from_settings`; or the loss asks for margins and no pair has one.
     """
     check_trackers(recipe.train.report_to)
-    for line in [*describe(recipe.loss).lines(), *(f"look: {line}" for line in warnings(recipe))]:
-        say(line)
+    for line in describe(recipe.loss).lines():
+        logger.info(line)
+    for line in warnings(recipe):
+        logger.warning(line)
     if recipe.adapter.start:
         check_adapter(recipe.adapter.start)
-    prepared = shared.prepared if shared else read_inputs(recipe, progress)
+    prepared = shared.prepared if shared else read_inputs(recipe)
     if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
         raise DataError(
             f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
             "column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
         )
     for line in prepared.data.report.lines():
-        say(line)
+        logger.info(line)
     for line in mixout_warnings(recipe, prepared.facts, total_steps(recipe, prepared.data)):
-        say(f"look: {line}")
+        logger.warning(line)
     if recipe.generation.scales and not prepared.data.held_out:
-        say("look: generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
+        logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
     return prepared
 
 
@@ -157,8 +157,6 @@ def _train(
     folder: Path | None,
     base: Any,
     *,
-    say: Callable[[str], None],
-    progress: Progress | None,
     callbacks: Sequence[Any],
 ) -> TrainResult:
     """Load, check, train, measure; `folder` is None in every process but the one that writes."""
@@ -168,7 +166,7 @@ def _train(
     stop = StopOnSignal()
     began = time.perf_counter()
     listeners = [MetricsFile(Path(recipe.output)), stop, *callbacks]
-    trainer = build_trainer(recipe, prepared, folder, base=base, say=say, progress=progress, callbacks=listeners)
+    trainer = build_trainer(recipe, prepared, folder, base=base, callbacks=listeners)
     if recipe.loss.is_calibrated:
         recipe = with_gamma(recipe, trainer.loss.gamma)
     model, reference = trainer.model, trainer.reference
@@ -176,11 +174,11 @@ def _train(
     if recipe.adapter.start:
         hashes["start"] = adapter_fingerprint(Path(recipe.adapter.start))
     describe_base = partial(base_record, model, facts, tokenizer)
-    checkpoint = start_records(folder, recipe, describe_base, data, hashes, say) if folder else None
+    checkpoint = start_records(folder, recipe, describe_base, data, hashes) if folder else None
     checkpoint = broadcast_object_list([checkpoint])[0]
     start = _check_start(trainer, recipe)
-    say(_start_line(start))
-    first = trainer.first = _score_before(trainer, recipe, progress)
+    logger.info(_start_line(start))
+    first = trainer.first = _score_before(trainer, recipe)
     if recipe.policy_starts_as_reference:
         check_diagonal(first)
     at_start = trainer.watched_metrics(first)
@@ -190,8 +188,8 @@ def _train(
         append_metrics(folder, {"step": 0, **{f"{trainer.prefix}_{key}": value for key, value in at_start.items()}})
     scale = scale_remarks(recipe, first, of="held-out" if data.held_out else "watched training")
     for line in scale:
-        say(f"look: {line}")
-    watch = Watch(Path(recipe.output), recipe.loss, at_start, say)
+        logger.warning(line)
+    watch = Watch(Path(recipe.output), recipe.loss, at_start)
     trainer.add_callback(watch)
 
     ends = answer_end_tokens(tokenizer, recipe.model.base, revision=recipe.model.revision)
@@ -219,7 +217,7 @@ def _train(
     if folder and stop.received is not None:
         update_run(folder, status="interrupted", step=result.steps)
     if stop.received is None:
-        _keep_outcome(trainer, recipe, folder, result, last, partial(keep, progress=progress), began)
+        _keep_outcome(trainer, recipe, folder, result, last, keep, began)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -244,7 +242,8 @@ def _keep_outcome(
         save_adapter(trainer.model, folder)
         trainer.processing_class.save_pretrained(folder)
         if scored is not None:
-            keep(folder, scored=scored)
+            with progress("sampling"):
+                keep(folder, scored=scored)
         update_run(folder, seconds=time.perf_counter() - began)
     keep_scaled(keep, trainer, folder, recipe.generation.scales)
     if folder:
@@ -257,8 +256,6 @@ def build_trainer(
     folder: Path | None = None,
     *,
     base: Any = None,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
 ) -> PairTrainer:
     """Return the trainer of a run: base and adapter loaded, the way of its pairs chosen, memory planned, reference and γ found.
@@ -277,22 +274,20 @@ def build_trainer(
     model = build_model(recipe, facts, args.device, base=base)
     bare = parameter_targets(model)
     if bare:
-        say(
-            f"look: the adapter is also on {', '.join(bare)}, experts or routers that PEFT trains as bare parameters; `pe-dpo "
+        logger.warning(
+            f"the adapter is also on {', '.join(bare)}, experts or routers that PEFT trains as bare parameters; `pe-dpo "
             "merge` cannot merge those. Name adapter.targets (q_proj, v_proj, …) to leave them out"
         )
     mixout = attach_mixout(model, recipe.mixout.p, seed=settings.seed, form=recipe.mixout.form)
-    scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing, say=say)
+    scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing)
     plan = plan_memory(
         model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
     )
-    say(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
+    logger.info(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
     # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
     policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
-    reference = open_reference(
-        model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store, say=say
-    )
-    recipe = find_gamma(recipe, reference, data.train, folder, say=say, progress=progress)
+    reference = open_reference(model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store)
+    recipe = find_gamma(recipe, reference, data.train, folder)
     trainer = PairTrainer(
         model=model,
         args=args,
@@ -307,10 +302,9 @@ def build_trainer(
         prompts_together=settings.prompts_together,
         starts_at_reference=recipe.policy_starts_as_reference,
         callbacks=callbacks,
-        say=say,
     )
     if mixout.layers:
-        trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, say))
+        trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer))
     return trainer
 
 
@@ -329,14 +323,15 @@ def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
     )
 
 
-def _score_before(trainer: PairTrainer, recipe: Recipe, progress: Progress | None) -> ScoredPairs:
+def _score_before(trainer: PairTrainer, recipe: Recipe) -> ScoredPairs:
     """Check the stored reference, fill it if the recipe says so, and return the watched pairs as they are scored at step 0."""
     reference, pairs, watched = trainer.reference, trainer.train_dataset, trainer.watched
     uses_reference = recipe.loss.gamma_value != 0
     forget_if_any(reference, reference.recheck([*(pairs if uses_reference else []), *trainer.held_out]))
     if recipe.reference.policy == "store" and uses_reference:
         mine = pairs[trainer.args.process_index :: trainer.args.world_size]
-        reference.logprobs(mine, partial(progress, "scoring, reference") if progress else None)
+        with progress("scoring, reference"):
+            reference.logprobs(mine)
         reference.flush()
     trainer.held_out_reference = trainer.score_reference()
     reference.flush()

@@ -9,6 +9,7 @@ Overridden: what computes the loss, what logs, and where a checkpoint is put tog
 and the distributed machinery are Trainer's.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ from pe_dpo.runs.folder import run_inputs
 from pe_dpo.training.order import EpochLoader, OptimizerBatches
 from pe_dpo.training.watch import probe_pairs
 
+logger = logging.getLogger(__name__)
+
 _Result = TypeVar("_Result")
 
 
@@ -60,7 +63,6 @@ class PairTrainer(Trainer):
         tokenizer: saved beside each adapter.
         prompts_together: whether pairs of one prompt share an optimizer step, so that its answers are scored once.
         starts_at_reference: whether π = π0 at step 0, so that the training pairs' log-probs of then are known.
-        say: gets a line when something is not as planned.
     """
 
     def __init__(
@@ -79,7 +81,6 @@ class PairTrainer(Trainer):
         prompts_together: bool = False,
         starts_at_reference: bool = True,
         callbacks: Sequence[Any] = (),
-        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         watched = held_out or probe_pairs(train_dataset)
         super().__init__(
@@ -104,7 +105,6 @@ class PairTrainer(Trainer):
         self.prompts_together = prompts_together
         self.scorer = scorer
         self.reference = reference
-        self.say = say
         self.token_budget = token_budget
         self.keep_checkpoints = keep_checkpoints
         self._window: list[ScoredPairs] = []
@@ -194,7 +194,7 @@ class PairTrainer(Trainer):
             if random_state[1] is not None:
                 torch.cuda.set_rng_state(random_state[1], self.args.device)
             self.token_budget = self.reference.token_budget = self.token_budget // 2
-            self.say(f"look: out of memory; going on with {self.token_budget} tokens per forward (nothing is lost)")
+            logger.warning(f"out of memory; going on with {self.token_budget} tokens per forward (nothing is lost)")
 
     def _out_of_memory(self, pairs: Sequence[EncodedPair]) -> str:
         longest = max(pairs, key=lambda pair: self.scorer.tokens([pair]))

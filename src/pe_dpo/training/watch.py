@@ -6,8 +6,9 @@ The watched pairs are those held out; a run that holds none out watches some of 
 """
 
 import hashlib
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.folder import append_metrics, read_metrics
 from pe_dpo.training.remarks import batch_remarks, set_remarks, stillness_remark
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = {"windows": 10, "evaluations": 2}
 """How many lines in a row have to show something before it is said."""
@@ -39,11 +42,10 @@ class Watch(TrainerCallback):
         folder: of the run.
         loss: of the recipe.
         before: metrics of the watched pairs at step 0; empty where none are watched.
-        say: gets a line when something is first seen.
     """
 
-    def __init__(self, folder: Path, loss: LossSection, before: Mapping[str, float], say: Callable[[str], None]) -> None:
-        self.folder, self.loss, self.before, self.say = folder, loss, before, say
+    def __init__(self, folder: Path, loss: LossSection, before: Mapping[str, float]) -> None:
+        self.folder, self.loss, self.before = folder, loss, before
         self.last: dict[str, float] = {}
         """Metrics of the watched pairs when they were last looked at."""
         self.said: dict[str, tuple[int, str]] = {}
@@ -62,7 +64,7 @@ class Watch(TrainerCallback):
             return
         for name, words in self.look(state.global_step, logs or {}).items():
             if state.global_step < state.max_steps:  # at the end all remarks are told together
-                self.say(f"look: step {state.global_step}: {words}")
+                logger.warning(f"step {state.global_step}: {words}")
             append_metrics(self.folder, {"step": state.global_step, "remark": name, "words": words})
 
     def look(self, step: int, line: Mapping[str, Any]) -> dict[str, str]:
