@@ -216,14 +216,14 @@ def test_every_run_has_an_id_of_its_own_which_resuming_keeps(make_recipe, finish
     assert read_run(train(recipe, resume=True).folder)["id"] == second
 
 
-def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe, straight, finished):
+def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe, straight, finished, logged: list[str]):
     """Of the same recipe, but another seed would do as well: what it holds is another model."""
     other = train(make_recipe(*SETTINGS, "train.seed=1", output="other")).folder
     foreign = finished / "checkpoint-6"
     shutil.rmtree(foreign)
     shutil.copytree(other / "checkpoint-6", foreign)
-    said = []
-    result = train(make_recipe(*SETTINGS), resume=True, say=said.append)
+    said = logged
+    result = train(make_recipe(*SETTINGS), resume=True)
     assert f"{foreign}: passed over: is a checkpoint of another run" in said
     assert_same_run(result.folder, straight)
 
@@ -258,12 +258,12 @@ def test_a_run_from_before_runs_had_an_id_is_resumed_and_its_new_checkpoints_too
     assert_same_run(train(recipe, resume=True).folder, straight)
 
 
-def test_a_checkpoint_without_an_id_is_none_of_a_run_that_has_one(make_recipe, finished):
+def test_a_checkpoint_without_an_id_is_none_of_a_run_that_has_one(make_recipe, finished, logged: list[str]):
     manifest = json.loads((finished / "checkpoint-6" / "MANIFEST.json").read_text())
     del manifest["inputs"]
     (finished / "checkpoint-6" / "MANIFEST.json").write_text(json.dumps(manifest))
-    said = []
-    train(make_recipe(*SETTINGS), resume=True, say=said.append)
+    said = logged
+    train(make_recipe(*SETTINGS), resume=True)
     assert any("checkpoint-6: passed over: is a checkpoint of another run" in line for line in said)
 
 
