@@ -33,11 +33,10 @@ class At(TrainerCallback):
         (["loss.beta=2.0", "loss.gamma=scale:1"], "held-out pairs"),
     ],
 )
-def test_a_gamma_out_of_scale_is_said_before_the_first_step(make_recipe, settings, pairs):
-    said = []
+def test_a_gamma_out_of_scale_is_said_before_the_first_step(make_recipe, settings, pairs, logged: list[str]):
+    said = logged
     train(
         make_recipe(*settings, "train.max_steps=1"),
-        say=said.append,
         callbacks=[At(1, lambda model: said.append("a step"))],
     )
     warnings = [line for line in said[: said.index("a step")] if "δ = (γ−β)·sd(Δ0)" in line]
@@ -45,9 +44,9 @@ def test_a_gamma_out_of_scale_is_said_before_the_first_step(make_recipe, setting
     assert f"over the {pairs}" in warnings[0]
 
 
-def test_a_gamma_in_scale_is_not_spoken_of(make_recipe):
-    said = []
-    train(make_recipe("train.max_steps=1"), say=said.append)
+def test_a_gamma_in_scale_is_not_spoken_of(make_recipe, logged: list[str]):
+    said = logged
+    train(make_recipe("train.max_steps=1"))
     assert not any("sd(Δ0)" in line for line in said)
 
 
