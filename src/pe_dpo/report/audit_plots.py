@@ -38,13 +38,25 @@ def save_audit_plots(found: "Audit", folder: Path) -> list[Path]:
 
 def audit_figures(found: "Audit") -> dict[str, Figure]:
     """Return the figures of an audit by their names: preference, length, weights, flips."""
-    unit = "nats" if found.reduce == "sum" else "nats a token"
-    return {
-        "preference": _preference_histogram(found, f"Δ0, {unit}"),
-        "length": _length_figure(found, f"Δ0, {unit}"),
-        "weights": _weight_shares(found),
-        "flips": _flip_times(found),
-    }
+    preference = f"Δ0, {'nats' if found.reduce == 'sum' else 'nats a token'}"
+    length = length_scatter(found.length_difference, found.preference, preference, "")
+    (axes,) = length.axes
+    if found.pairs > 2 and np.ptp(found.length_difference) > 0:
+        axes.set_title(f"correlation {fmt(found.ranking.length_correlation, '+.2f')}")
+    axes.set(xlim=_middle(found.length_difference), ylim=_middle(found.preference))
+
+    with panel("κ = γ/β", "share at step 0") as (weights, axes):
+        kappas = [at.kappa for at in found.curve]
+        for name, colour, dashes, words in (
+            ("weight_right", BLUE, "-", "gradient where π0 is right"),
+            ("weight_wrong", VERMILLION, "--", "gradient where π0 is wrong"),
+            ("effective", QUIET, ":", "effective share of pairs"),
+        ):
+            axes.plot(kappas, [getattr(at, name) for at in found.curve], dashes, color=colour, label=words)
+        _mark_recipe(axes, found)
+        axes.set_ylim(-0.02, 1.05)
+    histogram = _preference_histogram(found, preference)
+    return {"preference": histogram, "length": length, "weights": weights, "flips": _flip_times(found)}
 
 
 def _preference_histogram(found: "Audit", label: str) -> Figure:
@@ -62,32 +74,6 @@ def _preference_histogram(found: "Audit", label: str) -> Figure:
         hidden = int(((found.preference < edges[0]) | (found.preference > edges[-1])).sum())
         if hidden:
             axes.set_title(f"{hidden} of {found.pairs} pairs lie outside", color=QUIET, fontsize=9)
-    return figure
-
-
-def _length_figure(found: "Audit", label: str) -> Figure:
-    """Δ0 against the difference in length, with the line whose slope is taken off for the share at equal length."""
-    figure = length_scatter(found.length_difference, found.preference, label, "")
-    (axes,) = figure.axes
-    if found.pairs > 2 and np.ptp(found.length_difference) > 0:
-        axes.set_title(f"correlation {fmt(found.ranking.length_correlation, '+.2f')}")
-    axes.set_xlim(*_middle(found.length_difference))
-    axes.set_ylim(*_middle(found.preference))
-    return figure
-
-
-def _weight_shares(found: "Audit") -> Figure:
-    """The shares of gradient weight at step 0 over κ, and how many of the pairs it is as if pulled alike."""
-    with panel("κ = γ/β", "share at step 0") as (figure, axes):
-        kappas = [at.kappa for at in found.curve]
-        for name, colour, dashes, words in (
-            ("weight_right", BLUE, "-", "gradient where π0 is right"),
-            ("weight_wrong", VERMILLION, "--", "gradient where π0 is wrong"),
-            ("effective", QUIET, ":", "effective share of pairs"),
-        ):
-            axes.plot(kappas, [getattr(at, name) for at in found.curve], dashes, color=colour, label=words)
-        _mark_recipe(axes, found)
-        axes.set_ylim(-0.02, 1.05)
     return figure
 
 

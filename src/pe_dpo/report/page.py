@@ -4,7 +4,6 @@ import base64
 import re
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
@@ -28,10 +27,6 @@ def to_html(page: Page) -> str:
     Everything that is not markup of ours is escaped; signs that cannot be seen or that turn the direction of what follows
     are shown by their number. A plot is an image inside the document, so that nothing in it can act on the page.
     """
-
-    def finalize(value: Any) -> Any:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
     environment = Environment(
         loader=FunctionLoader(
             lambda name: resources.files("pe_dpo.report").joinpath("templates", name).read_text(encoding="utf-8")
@@ -40,7 +35,7 @@ def to_html(page: Page) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=finalize,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     pictures = {plot.name: base64.b64encode(to_svg(plot.figure)).decode("ascii") for plot in page.plots}
     return environment.get_template("page.html.j2").render(page=page, pictures=pictures, text=_text, prose=_prose)

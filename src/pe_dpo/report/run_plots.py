@@ -23,7 +23,6 @@ from pe_dpo.report.style import (
     VERMILLION,
     fmt,
     panel,
-    plain,
     scatter_points,
 )
 from pe_dpo.runs.run_record import Curve, Floats, HeldOut, RunRecord, measured
@@ -186,6 +185,7 @@ def learning_section(run: RunRecord) -> Section:
     policy = _lines(run, "accuracy/policy", "summed", PURPLE, MARKERS[2])
     policy += _lines(run, "accuracy/policy_per_token", "per token", BLUE, MARKERS[3])
     policy = [line for line in policy if not line.is_training] or policy
+    pairs = dict(zip(*run.probe("pairs"), strict=True))
     plots = []
     for name, ylabel, lines, words in (
         ("loss", "loss per pair", loss, "Loss. Thin: pairs of each step; marked: the same held-out pairs every time."),
@@ -205,21 +205,16 @@ def learning_section(run: RunRecord) -> Section:
         if not lines:
             continue
         level, bars = (None, "") if name == "loss" else (0.5, "")
-        if name != "loss":
-            lines = [line if line.is_training else _with_errors(run, line) for line in lines]
-            bars = " Bars: 95 %, of each step by itself; between steps the pairs are the same." if lines[-1].errors else ""
+        for at, line in enumerate(lines if level else []):
+            if not line.is_training:
+                intervals = [wilson_interval(share, int(pairs.get(step, 0))) for step, share in zip(*line.curve, strict=True)]
+                lines[at] = line._replace(errors=[(high - low) / 2 for low, high in intervals])
+                bars = " Bars: 95 %, of each step by itself; between steps the pairs are the same."
         ends = "; ".join(f"{line.label}: {line.curve.values[0]:.3f} → {line.curve.values[-1]:.3f}" for line in lines)
         words = f"{words} First → last: {ends}."
         plots.append(Plot(name, over_steps(lines, ylabel, level=level), f"{words}{bars}", f"Lines over steps. {words}"))
     missing = [] if plots else ["the run wrote no metrics yet (metrics.jsonl)."]
     return Section("learning", "Loss and accuracy", plots=plots, missing=missing)
-
-
-def _with_errors(run: RunRecord, line: Line) -> Line:
-    """A line of shares of the probed pairs with the half-widths of their Wilson intervals, each step by itself."""
-    pairs = dict(zip(*run.probe("pairs"), strict=True))
-    intervals = [wilson_interval(share, int(pairs.get(step, 0))) for step, share in zip(*line.curve, strict=True)]
-    return line._replace(errors=[(high - low) / 2 for low, high in intervals])
 
 
 def drift_section(run: RunRecord) -> Section:
@@ -298,10 +293,32 @@ def preference_section(run: RunRecord, flips: dict[bool, Flips]) -> Section:
         by = "log-probs per token" if per_token else "summed log-probs"
         tied = f" {found.tied} more pairs are tied at the start or the end." if found.tied else ""
         words = f"{found.kept} kept, {found.gained} gained, {found.lost} lost, {found.still_wrong} still wrong"
+        cells = (
+            (0, 0, found.kept, "kept", BLUE),
+            (0, 1, found.lost, "lost", ORANGE),
+            (1, 0, found.gained, "gained", SKY),
+            (1, 1, found.still_wrong, "still wrong", VERMILLION),
+        )
+        most = max(count for _, _, count, _, _ in cells) or 1
+        with panel("policy after training ranks the pair", "policy at the start", height=3.0) as (figure, axes):
+            for row, column, count, name, colour in cells:
+                strength = 0.08 + 0.42 * count / most
+                axes.fill_between([column, column + 1], row, row + 1, color=colour, alpha=strength, linewidth=0)
+                axes.text(column + 0.5, row + 0.46, f"{count}", ha="center", va="center", fontsize=19)
+                axes.text(column + 0.5, row + 0.78, name, ha="center", va="center", fontsize=10)
+            axes.set(xlim=(0, 2), ylim=(2, 0))
+            axes.set_xticks([0.5, 1.5], ["right", "wrong"])
+            axes.set_yticks([0.5, 1.5], ["right", "wrong"])
+            axes.tick_params(length=0)
+            axes.grid(False)
+            axes.axhline(1, color=QUIET, linewidth=0.8)
+            axes.axvline(1, color=QUIET, linewidth=0.8)
+            for spine in axes.spines.values():
+                spine.set_visible(True)
         plots.append(
             Plot(
                 "transitions-per-token" if per_token else "transitions-sum",
-                transition_table(found),
+                figure,
                 f"Pairs that changed sides, by {by}: {words}.{tied} If sides were changed by chance, a difference between "
                 f"gained and lost as large as this would have p = {found.p:.2g} (exact; McNemar's test with the pairs of a "
                 "prompt as one draw).",
@@ -376,34 +393,6 @@ def padded(values: Floats) -> tuple[float, float]:
     return low - room, high + room
 
 
-def transition_table(flips: Flips) -> Figure:
-    """Return the 2×2 table of pairs ranked right or wrong at the start (rows) and at the end (columns)."""
-    cells = (
-        (0, 0, flips.kept, "kept", BLUE),
-        (0, 1, flips.lost, "lost", ORANGE),
-        (1, 0, flips.gained, "gained", SKY),
-        (1, 1, flips.still_wrong, "still wrong", VERMILLION),
-    )
-    most = max(count for _, _, count, _, _ in cells) or 1
-    with panel("policy after training ranks the pair", "policy at the start", height=3.0) as (figure, axes):
-        for row, column, count, words, colour in cells:
-            strength = 0.08 + 0.42 * count / most
-            axes.fill_between([column, column + 1], row, row + 1, color=colour, alpha=strength, linewidth=0)
-            axes.text(column + 0.5, row + 0.46, f"{count}", ha="center", va="center", fontsize=19)
-            axes.text(column + 0.5, row + 0.78, words, ha="center", va="center", fontsize=10)
-        axes.set_xlim(0, 2)
-        axes.set_ylim(2, 0)
-        axes.set_xticks([0.5, 1.5], ["right", "wrong"])
-        axes.set_yticks([0.5, 1.5], ["right", "wrong"])
-        axes.tick_params(length=0)
-        axes.grid(False)
-        axes.axhline(1, color=QUIET, linewidth=0.8)
-        axes.axvline(1, color=QUIET, linewidth=0.8)
-        for spine in axes.spines.values():
-            spine.set_visible(True)
-    return figure
-
-
 def length_section(run: RunRecord) -> Section:
     """Return what length had to do with it: answers' tokens, and training's shift against the difference in length."""
     pairs = run.held_out
@@ -422,10 +411,20 @@ def length_section(run: RunRecord) -> Section:
         )
     if groups:
         means = ", ".join(f"{label} {np.mean(values):.1f}" for label, values in groups.items())
+        longest = max(max(values) for values in groups.values())
+        bins = np.linspace(0, longest + 1, 25) if longest > 25 else np.arange(0, longest + 2)
+        looks = zip((BLUE, VERMILLION, ORANGE, QUIET), ("-", "--", "-.", ":"), strict=True)
+        with panel("tokens of an answer", "share of answers") as (figure, axes):
+            for (label, values), (colour, dashes) in zip(groups.items(), looks, strict=False):
+                shares = np.histogram(values, bins)[0] / len(values)
+                axes.stairs(shares, bins, color=colour, linewidth=1.8, linestyle=dashes, label=label, fill=False)
+                axes.stairs(shares, bins, color=colour, alpha=0.12, fill=True)
+            axes.set_xlim(0, bins[-1])
+            axes.set_ylim(bottom=0)
         plots.append(
             Plot(
                 "lengths",
-                length_histogram(groups),
+                figure,
                 f"Tokens of held-out and sampled answers. Means: {means}.",
                 f"Histogram of answer lengths in tokens. Means: {means}.",
             )
@@ -446,25 +445,6 @@ def length_section(run: RunRecord) -> Section:
             )
         )
     return Section("length", "Length", sentences, plots=plots, missing=missing)
-
-
-def length_histogram(groups: dict[str, list[float]]) -> Figure:
-    """Return how long answers are, as shares; one outline per group.
-
-    Args:
-        groups: label → tokens of each answer; at most four, none empty.
-    """
-    longest = max(max(values) for values in groups.values())
-    bins = np.linspace(0, longest + 1, 25) if longest > 25 else np.arange(0, longest + 2)
-    looks = zip((BLUE, VERMILLION, ORANGE, QUIET), ("-", "--", "-.", ":"), strict=True)
-    with panel("tokens of an answer", "share of answers") as (figure, axes):
-        for (label, values), (colour, dashes) in zip(groups.items(), looks, strict=False):
-            shares = np.histogram(values, bins)[0] / len(values)
-            axes.stairs(shares, bins, color=colour, linewidth=1.8, linestyle=dashes, label=plain(label), fill=False)
-            axes.stairs(shares, bins, color=colour, alpha=0.12, fill=True)
-        axes.set_xlim(0, bins[-1])
-        axes.set_ylim(bottom=0)
-    return figure
 
 
 def correlation_words(difference: Floats, shift: Floats) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from math import nan
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -144,11 +143,24 @@ def _trained_section(run: RunRecord) -> Section:
     if recipe.adapter.start is not None:
         reference = "the raw base" if recipe.adapter.reference == "base" else "a frozen copy of it"
         adapter = f"starts from {recipe.adapter.start}; π0 is {reference}"
+    base, described = facts.get("base", {}), recipe.model.base
+    if base:
+        revision = f" at {base['revision']}" if base.get("revision") else ""
+        size = f", {base['parameters'] / 1e6:.3g} M parameters" if base.get("parameters") else ""
+        quantized = "not quantized" if base.get("quantize") in (None, "none") else str(base["quantize"])
+        described = f"{base.get('id', '?')}{revision}{size}, {quantized}, {base.get('dtype', '?')}"
+    mixout = "off"
+    if recipe.mixout.p:
+        noise = (facts.get("mixout") or {}).get("margin_noise")
+        strength = "" if noise is None else f"; a mask moves a score by {noise:.2f} of what training moved it (margin_noise)"
+        each = "optimizer step" if recipe.mixout.draws == "step" else "micro-batch"
+        rise = f", rising over the first {recipe.mixout.warmup:.0%} of the steps" if recipe.mixout.warmup else ""
+        mixout = f"p = {recipe.mixout.p:g}{rise}, {recipe.mixout.form}, a mask for each {each}{strength}"
     seconds = facts.get("seconds")
     found = facts.get("gamma_calibration") or {}
     within = f" [{found['interval'][0]:.4g}, {found['interval'][1]:.4g}]" if found.get("interval") else ""
     rows = [
-        ("Base", _describe_base(facts.get("base", {})) or recipe.model.base),
+        ("Base", described),
         ("Adapter", adapter),
         ("Data", recipe.data.train),
         ("Pairs", f"{pairs['train']} to train on, {pairs['held_out']} held out" if pairs else "not counted yet"),
@@ -156,7 +168,7 @@ def _trained_section(run: RunRecord) -> Section:
         ("Equals", str(loss["equals"])),
         ("κ = γ/β", f"{float(loss['kappa']):g}"),
         *(("Note", str(note)) for note in loss.get("notes", [])),
-        ("Mixout", _describe_mixout(run)),
+        ("Mixout", mixout),
         ("Optimizer", f"{settings.optimizer}, learning rate {settings.learning_rate:g}"),
         ("Pairs per step", str(settings.pairs_per_step)),
         ("Steps", str(facts.get("step", "")) + ("" if seconds is None else f", in {seconds:.0f} s")),
@@ -174,26 +186,6 @@ def _trained_section(run: RunRecord) -> Section:
     return Section("trained", "What was trained", facts=[row for row in rows if row[1]], folded=folded)
 
 
-def _describe_mixout(run: RunRecord) -> str:
-    mixout = run.recipe.mixout
-    if not mixout.p:
-        return "off"
-    noise = (run.facts.get("mixout") or {}).get("margin_noise")
-    strength = "" if noise is None else f"; a mask moves a score by {noise:.2f} of what training moved it (margin_noise)"
-    each = "optimizer step" if mixout.draws == "step" else "micro-batch"
-    rise = f", rising over the first {mixout.warmup:.0%} of the steps" if mixout.warmup else ""
-    return f"p = {mixout.p:g}{rise}, {mixout.form}, a mask for each {each}{strength}"
-
-
-def _describe_base(base: Mapping[str, Any]) -> str:
-    if not base:
-        return ""
-    revision = f" at {base['revision']}" if base.get("revision") else ""
-    size = f", {base['parameters'] / 1e6:.3g} M parameters" if base.get("parameters") else ""
-    quantized = "not quantized" if base.get("quantize") in (None, "none") else str(base["quantize"])
-    return f"{base.get('id', '?')}{revision}{size}, {quantized}, {base.get('dtype', '?')}"
-
-
 def _outcome_section(run: RunRecord) -> Section:
     """The held-out metrics before and after, with intervals, and what was measured on sampled answers."""
     missing, tables, sentences = [], [], []
@@ -207,15 +199,36 @@ def _outcome_section(run: RunRecord) -> Section:
         missing.append("no pairs were held out, so there is no before and after; set data.eval and train again.")
     else:
         missing.append(f"the run has not reached its end; go on with `pe-dpo train {run.folder / 'recipe.yaml'} --resume`")
-    if run.evaluation.get("generation"):
-        tables.append(_sampled_table(run))
+    generation = run.evaluation.get("generation")
+    if generation:
+        rows = []
+        for name, title, form in SAMPLED:
+            value = measured(run.evaluation, name)
+            if value is not None:
+                rows.append([title, _with_error(*value, form)])
+        asked = f"{generation.get('prompts', '?')} held-out prompts, {generation.get('samples', '?')} answers each"
+        caption = f"Answers of the trained policy to {asked}, at most {generation.get('max_new_tokens', '?')} tokens"
+        note = (
+            "± is one standard error, clustered by prompt. KL is Rao–Blackwellised: of every position the whole distribution. "
+            "Answers that were cut give the KL up to the cut."
+        )
+        tables.append(Table("sampled", caption, ["", "after"], rows, note))
     else:
         missing.append(
             "no answers were sampled, so KL(π‖π0), entropy and the length of answers are not known; set generation.prompts "
             f"(say 64) in the recipe before training, or now `{run.sampling_command}`"
         )
     if run.scaled:
-        tables.append(_scaled_table(run))
+        rows = []
+        for scale, found in [*run.scaled.items(), (1.0, run.evaluation)]:
+            kl = _with_error(*(measured(found, "kl") or (nan, nan)), ".4f")
+            rows.append([f"{scale:g}", kl, *(fmt(found["pairs"].get(key, nan), ".3f") for key, _ in SHARES)])
+        header = ["a", "KL(π‖π0), nats per answer", *(title for _, title in SHARES)]
+        note = (
+            "a = 1 is the adapter as it was trained, a = 0 would be the reference. Scaling takes no training, so that whatever "
+            "trains for a smaller KL has to be better at equal KL: pe-dpo compare SWEEP --baseline scale."
+        )
+        tables.append(Table("scaled", "The adapter scaled toward the reference, W0 + a·ΔW", header, rows, note))
     return Section("outcome", "Before and after", sentences, tables=tables, missing=missing)
 
 
@@ -250,40 +263,6 @@ def _changes(pairs: HeldOut | None) -> dict[str, Change]:
         shift = getattr(pairs.policy, side) - getattr(pairs.start, side)
         found[f"displacement/{side}"] = mean_change(shift, pairs.prompt_keys)
     return found
-
-
-def _sampled_table(run: RunRecord) -> Table:
-    generation = run.evaluation["generation"]
-    rows = []
-    for name, title, form in SAMPLED:
-        found = measured(run.evaluation, name)
-        if found is not None:
-            rows.append([title, _with_error(*found, form)])
-    asked = f"{generation.get('prompts', '?')} held-out prompts, {generation.get('samples', '?')} answers each"
-    return Table(
-        "sampled",
-        f"Answers of the trained policy to {asked}, at most {generation.get('max_new_tokens', '?')} tokens",
-        ["", "after"],
-        rows,
-        "± is one standard error, clustered by prompt. KL is Rao–Blackwellised: of every position the whole distribution. "
-        "Answers that were cut give the KL up to the cut.",
-    )
-
-
-def _scaled_table(run: RunRecord) -> Table:
-    """The adapter from scale to scale, last as it was trained."""
-    rows = []
-    for scale, found in [*run.scaled.items(), (1.0, run.evaluation)]:
-        kl = _with_error(*(measured(found, "kl") or (nan, nan)), ".4f")
-        rows.append([f"{scale:g}", kl, *(fmt(found["pairs"].get(key, nan), ".3f") for key, _ in SHARES)])
-    return Table(
-        "scaled",
-        "The adapter scaled toward the reference, W0 + a·ΔW",
-        ["a", "KL(π‖π0), nats per answer", *(title for _, title in SHARES)],
-        rows,
-        "a = 1 is the adapter as it was trained, a = 0 would be the reference. Scaling takes no training, so that whatever "
-        "trains for a smaller KL has to be better at equal KL: pe-dpo compare SWEEP --baseline scale.",
-    )
 
 
 def _with_error(value: float, error: float, form: str) -> str:

@@ -1,11 +1,11 @@
 """What the arms of a sweep came to, as figures: the frontier, differences at equal KL, κ, seeds, length, displacement."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pe_dpo.experiments.comparison import Arm, Comparison, Difference
@@ -27,7 +27,7 @@ from pe_dpo.report.style import (
     panel,
     plain,
 )
-from pe_dpo.report.sweep_record import PlannedRun, SweepRecord
+from pe_dpo.report.sweep_record import SweepRecord
 
 ANSWERS = "`pe-dpo eval RUN --prompts 64` for each run, or generation.prompts in the recipe of the sweep."
 NO_KL = f"KL(π‖π0) was not measured, so arms cannot be held against each other at equal KL; sample answers: {ANSWERS}"
@@ -118,7 +118,21 @@ def frontier(sweep: SweepRecord, comparison: Comparison, arms: Mapping[int, Arm]
         centres = [(arm.root_kl, arm.value) for arm in arms.values()]
         axes.set_xlim(0, _span(*([point[0] for point in points] for points in ([*dots, *centres], bars)))[1])
         axes.set_ylim(_span(*([point[1] for point in points] for points in ([*dots, *centres], bars))))
-        _write_numbers(axes, arms, numbered)
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        places = {
+            number: ((arm.root_kl - left) / (right - left) * _PANEL[0], (arm.value - bottom) / (top - bottom) * _PANEL[1])
+            for number, arm in arms.items()
+        }
+        taken = list(places.values())
+        for number in numbered:  # where neither another arm nor another number is near, if there is such a place
+            x, y = places[number]
+            others = [other for other in taken if other != (x, y)] or [(x + 99, y)]
+            room = [min(math.dist((x + dx, y + dy), other) for other in others) for dx, dy in _BESIDE]
+            dx, dy = _BESIDE[max(range(len(room)), key=lambda at: min(room[at], _ENOUGH))]
+            taken.append((x + dx, y + dy))
+            place = (arms[number].root_kl, arms[number].value)
+            text = axes.annotate(str(number), place, (dx, dy), textcoords="offset points", zorder=5)
+            text.set(fontsize=7.5, ha="center", va="center")
     return figure
 
 
@@ -129,25 +143,6 @@ def _span(points: Sequence[float], bars: Sequence[float]) -> tuple[float, float]
     known = [end for end in bars if math.isfinite(end)]
     edge = 0.05 * (high - low + room)
     return max(low - room, min([low, *known]) - edge), min(high + room, max([high, *known]) + edge)
-
-
-def _write_numbers(axes: Axes, arms: Mapping[int, Arm], numbered: Sequence[int]) -> None:
-    """Write some arms' numbers beside them, where neither another arm nor another number is near, if there is a place."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    places = {
-        number: ((arm.root_kl - left) / (right - left) * _PANEL[0], (arm.value - bottom) / (top - bottom) * _PANEL[1])
-        for number, arm in arms.items()
-    }
-    taken = list(places.values())
-    for number in numbered:
-        x, y = places[number]
-        others = [other for other in taken if other != (x, y)] or [(x + 99, y)]
-        room = [min(math.dist((x + dx, y + dy), other) for other in others) for dx, dy in _BESIDE]
-        dx, dy = _BESIDE[max(range(len(room)), key=lambda at: min(room[at], _ENOUGH))]
-        taken.append((x + dx, y + dy))
-        place = (arms[number].root_kl, arms[number].value)
-        text = axes.annotate(str(number), place, (dx, dy), textcoords="offset points", zorder=5)
-        text.set(fontsize=7.5, ha="center", va="center")
 
 
 # ---------------------------------------------------------------- a row for each arm
@@ -203,7 +198,16 @@ def rows_plots(
                 axes.axvline(level, color=QUIET, linewidth=1)
             for at, (_, found) in enumerate(part):
                 axes.axhline(at, color=FAINT, linewidth=0.5, zorder=0)
-                _draw_row(axes, at, found)
+                if isinstance(found, str):
+                    text = axes.text(0.5, at, plain(found), transform=axes.get_yaxis_transform(), fontsize=8, color=QUIET)
+                    text.set(ha="center", va="center", bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.5})
+                    continue
+                for mark in found:
+                    colour, marker = mark.look
+                    axes.plot([mark.low, mark.high], [at, at], color=colour, linewidth=1.4, alpha=0.9)
+                    axes.plot(mark.seeds, [at] * len(mark.seeds), "|", color=colour, markersize=7, alpha=0.7)
+                    face = colour if mark.is_filled else PAPER
+                    axes.plot([mark.centre], [at], marker, color=colour, markerfacecolor=face, markersize=6)
             for label, (colour, marker) in (legend or {}).items():
                 axes.plot([], [], color=colour, marker=marker, linestyle="none", label=plain(label, 28))
             axes.set_ylim(len(part) - 0.4, -0.6)
@@ -215,21 +219,6 @@ def rows_plots(
         which = f" (Part {number} of {len(parts)}.)" if len(parts) > 1 else ""
         plots.append(Plot(f"{name}-{number}" if number > 1 else name, figure, caption + which, alt))
     return plots
-
-
-def _draw_row(axes: Axes, at: int, marks: Sequence[Mark] | str) -> None:
-    if isinstance(marks, str):
-        place, behind = axes.get_yaxis_transform(), {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
-        text = axes.text(0.5, at, plain(marks), transform=place, ha="center", va="center", fontsize=8, color=QUIET)
-        text.set_bbox(behind)
-        return
-    for mark in marks:
-        colour, marker = mark.look
-        axes.plot([mark.low, mark.high], [at, at], color=colour, linewidth=1.4, alpha=0.9)
-        seeds = [value for value in mark.seeds if np.isfinite(value)]
-        axes.plot(seeds, [at] * len(seeds), color=colour, marker="|", linestyle="none", markersize=7, alpha=0.7)
-        face = colour if mark.is_filled else PAPER
-        axes.plot([mark.centre], [at], color=colour, marker=marker, markerfacecolor=face, linestyle="none", markersize=6)
 
 
 def equal_kl_section(comparison: Comparison) -> Section:
@@ -302,7 +291,7 @@ def measures_section(sweep: SweepRecord, comparison: Comparison) -> Section:
 
     def mark(arm: Arm, key: str, look: Look) -> list[Mark]:
         values = [value for run in sweep.runs_of(arm) if not math.isnan(value := run.measured(key))]
-        return [Mark(look, sum(values) / len(values), values)] if values else []
+        return [Mark(look, fmean(values), values)] if values else []
 
     lengths = {arm.name: mark(arm, "tokens", looks[_kind(comparison, arm)]) for arm in arms}
     moved = {arm.name: [*(found for side, look in sides.items() for found in mark(arm, f"displacement/{side}", look))]
@@ -330,76 +319,57 @@ def measures_section(sweep: SweepRecord, comparison: Comparison) -> Section:
 
 
 def kappa_section(sweep: SweepRecord) -> Section:
-    """Return KL and entropy against κ, all else equal."""
+    """Return KL and entropy against κ, all else equal: a line of means over seeds for runs that differ in γ alone."""
     title = "What γ does to the distance and to the entropy"
+    runs = sorted((run for run in sweep.finished if run.row and not math.isnan(run.kappa)), key=lambda run: run.kappa)
     plots = []
-    for name, ylabel, words, theory, value in (
+    for key, ylabel, words, theory in (
         (
-            "kl-kappa",
+            "kl",
             "KL(π‖π0), nats per answer",
             "KL from the reference",
             "Theory has a U: below and above some κ the policy goes further.",
-            lambda run: run.row.kl if run.row else math.nan,
         ),
         (
-            "entropy-kappa",
+            "entropy_per_token",
             "entropy, nats per token",
             "Entropy of the policy",
             "In theory κ > 1 sharpens the reference, and κ < 1 flattens it.",
-            lambda run: run.measured("entropy_per_token"),
         ),
     ):
-        curves = _kappa_curves(sweep, value)
+        found: dict[str, dict[float, list[float]]] = {}
+        for run in runs:
+            assert run.row is not None, "chosen above"
+            if not math.isnan(run.measured(key)):
+                rest = point_name({name: value for name, value in run.row.settings.items() if name != "loss.gamma"})
+                found.setdefault(rest, {}).setdefault(run.kappa, []).append(run.measured(key))
+        curves = sorted((item for item in found.items() if len(item[1]) > 1), key=lambda item: -len(item[1]))[:MOST_CURVES]
         if not curves:
             continue
-        label, found = next(iter(curves.items()))
-        means = {kappa: sum(values) / len(values) for kappa, values in found.items()}
+        with panel("κ = γ/β", ylabel) as (figure, axes):
+            axes.axvline(1, color=QUIET, linewidth=1, linestyle=":")
+            for index, (label, values) in enumerate(curves):
+                colour, marker = _look(index)
+                label = plain(label.replace(" with ", ", "), 30)
+                axes.plot(list(values), list(map(fmean, values.values())), color=colour, marker=marker, label=label)
+                x, y = np.transpose([(kappa, value) for kappa, each in values.items() for value in each])
+                axes.scatter(x, y, s=11, color=colour, alpha=0.4, linewidths=0)
+        label, means = curves[0][0], {kappa: fmean(values) for kappa, values in curves[0][1].items()}
         points = ", ".join(f"{mean:.3g} at {kappa:g}" for kappa, mean in means.items())
         plots.append(
             Plot(
-                name,
-                against_kappa(curves, ylabel),
+                f"{key.removesuffix('_per_token')}-kappa",
+                figure,
                 f"{words} against κ = γ/β, all other dials equal; dots are runs, lines join means over seeds (least at κ = "
                 f"{min(means, key=means.__getitem__):g} for {label}). {theory}",
                 f"{len(curves)} lines of {words} over κ: {label} {points}.",
             )
         )
-    missing = []
-    if not plots:
-        kappas = {run.kappa for run in sweep.finished if not math.isnan(run.kappa)}
-        turned = "γ was not turned alone in this sweep, so there is nothing over κ; add --grid gamma=0,0.5x,1x,2x."
-        missing.append(NO_KL if len(kappas) > 1 else turned)
-    return Section("kappa", title, plots=plots, missing=missing)
-
-
-def _kappa_curves(sweep: SweepRecord, value: Callable[[PlannedRun], float]) -> dict[str, dict[float, list[float]]]:
-    """Values at each κ of runs that differ in γ alone, those of most κ first; curves of a single κ are left out."""
-    found: dict[str, dict[float, list[float]]] = {}
-    for run in sorted(sweep.finished, key=lambda run: run.kappa):
-        if run.row is not None and not math.isnan(run.kappa + value(run)):
-            rest = {key: turned for key, turned in run.row.settings.items() if key != "loss.gamma"}
-            found.setdefault(point_name(rest), {}).setdefault(run.kappa, []).append(value(run))
-    curves = sorted((item for item in found.items() if len(item[1]) > 1), key=lambda item: -len(item[1]))
-    return dict(curves[:MOST_CURVES])
-
-
-def against_kappa(curves: Mapping[str, Mapping[float, Sequence[float]]], ylabel: str) -> Figure:
-    """Return a quantity against κ = γ/β, a line of means over seeds for each curve, runs as dots.
-
-    Args:
-        curves: by their labels, values at each κ, rising; at least one, at most MOST_CURVES.
-        ylabel: what is on the y axis, with its unit.
-    """
-    with panel("κ = γ/β", ylabel) as (figure, axes):
-        axes.axvline(1, color=QUIET, linewidth=1, linestyle=":")
-        for index, (label, found) in enumerate(curves.items()):
-            colour, marker = _look(index)
-            means = [sum(values) / len(values) for values in found.values()]
-            words = plain(label.replace(" with ", ", "), 30)
-            axes.plot(list(found), means, color=colour, marker=marker, label=words)
-            x, y = zip(*((kappa, value) for kappa, values in found.items() for value in values), strict=True)
-            axes.scatter(x, y, s=11, color=colour, alpha=0.4, linewidths=0)
-    return figure
+    if plots:
+        return Section("kappa", title, plots=plots)
+    turned = "γ was not turned alone in this sweep, so there is nothing over κ; add --grid gamma=0,0.5x,1x,2x."
+    kappas = {run.kappa for run in sweep.finished if not math.isnan(run.kappa)}
+    return Section("kappa", title, missing=[NO_KL if len(kappas) > 1 else turned])
 
 
 # ---------------------------------------------------------------- kinds of arms

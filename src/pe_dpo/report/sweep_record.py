@@ -44,7 +44,7 @@ class PlannedRun(NamedTuple):
 
     def measured(self, key: str) -> float:
         """Return a metric of its end, by the comparison or else as the run wrote it; NaN where it was not measured."""
-        known = self.row.metrics if self.row else {}
+        known = {"kl": self.row.kl, **self.row.metrics} if self.row else {}
         value = known.get(key, (self.facts.get("after") or {}).get(key))
         return math.nan if value is None else float(value)
 

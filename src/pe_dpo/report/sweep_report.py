@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
+from pe_dpo.experiments.comparison import Comparison, RunRow
 from pe_dpo.experiments.wording import counted, dial_name
 from pe_dpo.recipe import describe, recipe_to_yaml
 from pe_dpo.report.content import Page, Section, Table
@@ -17,7 +17,7 @@ from pe_dpo.report.sweep_plots import (
     measures_section,
     seeds_section,
 )
-from pe_dpo.report.sweep_record import PlannedRun, SweepRecord
+from pe_dpo.report.sweep_record import SweepRecord
 
 
 def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "beta") -> Page:
@@ -52,8 +52,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
         ]
     sections += [_runs_section(sweep), _limits_section(sweep)]
     verdict = comparison.verdict if comparison else f"Nothing can be compared yet: {sweep.why_not}."
-    records = [_record(sweep, run) for run in sweep.runs]
-    return Page(f"Sweep {folder.resolve().name}", verdict, [standing, *remarks], sections, records)
+    return Page(f"Sweep {folder.resolve().name}", verdict, [standing, *remarks], sections, _records(sweep))
 
 
 def _plan_section(sweep: SweepRecord) -> Section:
@@ -91,6 +90,11 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
         measured = sweep.rows_of(arm)
         seconds = [float(run.facts.get("seconds") or math.nan) for run in sweep.runs_of(arm)]
         tokens = _mean(measured, "tokens")
+        effect = "baseline" if arm.is_baseline else "–"
+        if arm.matched is not None:
+            numbers = (arm.matched.estimate, arm.matched.low, arm.matched.high)
+            estimate, low, high = (fmt(100 * value, "+.1f") if comparison.is_share else fmt(value, "+.3g") for value in numbers)
+            effect = f"{estimate} [{low}, {high}]"
         spread = "" if math.isnan(arm.value_sd) else f" ± {fmt(arm.value_sd, form)}"
         rows.append([
             arm.name,
@@ -98,7 +102,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
             str(len(arm.seeds)),
             f"{fmt(arm.value, form)}{spread}",
             fmt(arm.kl, ".4f"),
-            _effect(comparison, arm),
+            effect,
             f"{arm.seeds_in_range} of {arm.seeds_compared}" if arm.seeds_compared else "–",
             fmt(arm.matched.p_adjusted, ".2g") if arm.matched else "–",
             fmt(arm.pareto, ".2f"),
@@ -129,15 +133,6 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
 def _mean(rows: Sequence[RunRow], key: str) -> float:
     values = [row.metrics.get(key, math.nan) for row in rows]
     return sum(values) / len(values) if values else math.nan
-
-
-def _effect(comparison: Comparison, arm: Arm) -> str:
-    if arm.matched is None:
-        return "baseline" if arm.is_baseline else "–"
-    found = arm.matched
-    factor, form = (100, "+.1f") if comparison.is_share else (1, "+.3g")
-    estimate, low, high = (fmt(factor * value, form) for value in (found.estimate, found.low, found.high))
-    return f"{estimate} [{low}, {high}]"
 
 
 def _runs_section(sweep: SweepRecord) -> Section:
@@ -197,23 +192,24 @@ def _runs_section(sweep: SweepRecord) -> Section:
     return Section("runs-table", "All runs", tables=tables, missing=missing)
 
 
-def _record(sweep: SweepRecord, run: PlannedRun) -> dict[str, Any]:
-    """A planned run with what was measured, a line of results.jsonl; what is not known is null."""
-    row, facts = run.row, run.facts
-    measured = {"kl": row.kl, **row.metrics} if row else {}
-    found: dict[str, Any] = {
-        "point": run.name,
-        "settings": row.settings if row else None,
-        "seed": run.seed,
-        "folder": str(run.folder.relative_to(sweep.folder)),
-        "status": run.status,
-        "why": facts.get("why") or None,
-        "steps": facts.get("step"),
-        "seconds": facts.get("seconds"),
-        "kappa": run.kappa,
-        "metrics": {key: value for key, value in measured.items() if math.isfinite(value)},
-    }
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in found.items()}
+def _records(sweep: SweepRecord) -> list[dict[str, Any]]:
+    """Each planned run with what was measured, for a line of results.jsonl; what is not known is null."""
+    records = []
+    for run in sweep.runs:
+        measured = {"kl": run.row.kl, **run.row.metrics} if run.row else {}
+        records.append({
+            "point": run.name,
+            "settings": run.row.settings if run.row else None,
+            "seed": run.seed,
+            "folder": str(run.folder.relative_to(sweep.folder)),
+            "status": run.status,
+            "why": run.facts.get("why") or None,
+            "steps": run.facts.get("step"),
+            "seconds": run.facts.get("seconds"),
+            "kappa": None if math.isnan(run.kappa) else run.kappa,
+            "metrics": {key: value for key, value in measured.items() if math.isfinite(value)},
+        })  # fmt: skip
+    return records
 
 
 def _limits_section(sweep: SweepRecord) -> Section:
