@@ -365,11 +365,12 @@ def kappa_section(sweep: SweepRecord) -> Section:
                 f"{len(curves)} lines of {words} over κ: {label} {points}.",
             )
         )
-    if plots:
-        return Section("kappa", title, plots=plots)
-    turned = "γ was not turned alone in this sweep, so there is nothing over κ; add --grid gamma=0,0.5x,1x,2x."
-    kappas = {run.kappa for run in sweep.finished if not math.isnan(run.kappa)}
-    return Section("kappa", title, missing=[NO_KL if len(kappas) > 1 else turned])
+    missing = []
+    if not plots:
+        kappas = {run.kappa for run in sweep.finished if not math.isnan(run.kappa)}
+        turned = "γ was not turned alone in this sweep, so there is nothing over κ; add --grid gamma=0,0.5x,1x,2x."
+        missing.append(NO_KL if len(kappas) > 1 else turned)
+    return Section("kappa", title, plots=plots, missing=missing)
 
 
 # ---------------------------------------------------------------- kinds of arms
