@@ -308,7 +308,7 @@ def test_the_strength_that_mixout_had_is_shown(run, set_record) -> None:
 def test_remarks_come_first(run, set_record) -> None:
     set_record(run, remarks=["both answers became less likely <i>"])
     content = report_run(run)
-    assert "Look: both answers became less likely <i>" in content.remarks
+    assert "Warning: both answers became less likely <i>" in content.remarks
     assert "Nothing looked off" not in " ".join(content.remarks)
 
 

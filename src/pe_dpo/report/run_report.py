@@ -84,7 +84,7 @@ def report_run(folder: Path) -> Page:
     if kl is not None:
         error = "" if kl[1] != kl[1] else f" ± {kl[1]:.2g} (standard error)"
         remarks.append(f"On its own answers the policy is KL(π‖π0) = {kl[0]:.3g}{error} nats per answer from the reference.")
-    remarks += [f"Look: {remark}" for remark in run.remarks]
+    remarks += [f"Warning: {remark}" for remark in run.remarks]
     if run.is_finished and not run.remarks:
         remarks.append("Nothing looked off at the end of training.")
     sections = [

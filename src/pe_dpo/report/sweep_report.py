@@ -39,7 +39,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
         counts = ", ".join(f"{rest.count(status)} {status}" for status in dict.fromkeys(rest))
         finished = len(sweep.runs) - len(rest)
         standing = f"Of {len(sweep.runs)} planned runs {finished} are finished; {counts}. All are named below."
-    remarks = [f"Look: {remark.removesuffix('.')}." for remark in (comparison.remarks if comparison else [])]
+    remarks = [f"Warning: {remark.removesuffix('.')}." for remark in (comparison.remarks if comparison else [])]
     sections = [_plan_section(sweep)]
     if comparison is not None:
         sections += [
