@@ -18,6 +18,7 @@ from pe_dpo.experiments import sweep as sweep_module
 from pe_dpo.experiments.plan import Point, make_plan, save_plan
 from pe_dpo.experiments.sweep import PointState, sweep
 from pe_dpo.inference.reference import Reference
+from pe_dpo.recipe import load_recipe
 from pe_dpo.runs.folder import locked, read_run, update_run
 from pe_dpo.training.train import train
 
@@ -93,6 +94,15 @@ def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path):
     assert read_run(Path(plan.recipes[1].output))["status"] == "failed"
     alone = plan.recipes[2].model_copy(update={"output": str(tmp_path / "alone")})
     assert_same_adapter(plan.recipes[2].output, train(alone).folder)
+
+
+def test_a_point_that_cannot_begin_leaves_its_recipe_and_the_reason(source, tmp_path):
+    plan = make_plan(source, [["adapter.targets=[q_proj],[no_such_layer]"]], folder=tmp_path / "sweep")
+    assert [state.status for state in sweep(plan)] == ["finished", "failed"]
+    record = read_run(Path(plan.recipes[1].output))
+    assert record["status"] == "failed"
+    assert "no_such_layer" in record["why"]
+    assert load_recipe(Path(plan.recipes[1].output) / "recipe.yaml").adapter.targets == ["no_such_layer"]
 
 
 def test_a_run_of_other_settings_in_a_points_folder_stops_the_sweep(source, tmp_path):

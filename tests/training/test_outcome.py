@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
-from pe_dpo.errors import TrainingError
+from pe_dpo.errors import ModelError, TrainingError
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.folder import read_run
 from pe_dpo.training.train import train
@@ -103,3 +104,19 @@ def test_a_run_that_cannot_go_on_has_failed_and_is_no_longer_so_when_it_was_resu
 
 
 # ---------------------------------------------------------------- what lies there already
+
+
+def test_overwriting_removes_the_old_run_only_once_the_new_one_s_base_and_adapter_are_loaded(make_recipe, tiny_base, tmp_path):
+    import shutil
+
+    old = train(make_recipe("train.max_steps=1"))
+    torn = tmp_path / "torn"
+    shutil.copytree(tiny_base, torn)
+    weights = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    for fault in (f"model.base={torn}", "adapter.targets=[no_such_layer]"):
+        with pytest.raises(ModelError):
+            train(make_recipe("train.max_steps=1", fault), overwrite=True)
+        assert read_run(old.folder)["status"] == "finished"
+        assert (old.folder / "adapter_model.safetensors").is_file()
+    assert torch.isfinite(torch.tensor(train(make_recipe("train.max_steps=1"), overwrite=True).after["loss"]))

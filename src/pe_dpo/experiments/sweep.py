@@ -17,12 +17,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from pe_dpo.data import data_hash
+from pe_dpo.disk import write_atomically
 from pe_dpo.errors import PeDpoError, RunFolderError
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.log import logged_to
 from pe_dpo.model.base import load_base
 from pe_dpo.model.provenance import adapter_fingerprint
-from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, with_absolute_paths
+from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml, with_absolute_paths
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.folder import (
     RECIPE_FILE,
@@ -130,7 +131,9 @@ def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
             result = train(recipe, resume=goes_on, overwrite=not goes_on, shared=shared)
     except PeDpoError as error:
         is_ours = not isinstance(error, RunFolderError)  # else somebody else's run may lie there
-        if is_ours and (folder / RUN_FILE).is_file():
+        if is_ours and folder.is_dir():
+            if not (folder / RECIPE_FILE).is_file():  # it did not come to that
+                write_atomically(folder / RECIPE_FILE, recipe_to_yaml(with_absolute_paths(recipe)))
             update_run(folder, status="failed", why=str(error))
         return PointState(point, "failed", time.perf_counter() - began, {}, str(error))
     if result.interrupted_by is not None:

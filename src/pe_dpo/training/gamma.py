@@ -27,9 +27,8 @@ def find_gamma(
     recipe: Recipe,
     reference: Reference,
     pairs: Sequence[EncodedPair],
-    folder: Path | None = None,
-) -> Recipe:
-    """Return the recipe with its γ as a number; a recipe that has a number stays.
+) -> tuple[Recipe, Calibration | None]:
+    """Return the recipe with its γ as a number, and how it was found; a recipe that has a number stays.
 
     Log-probs of all training pairs are looked up or computed, by each process its part; the first process's γ is everybody's.
 
@@ -37,7 +36,6 @@ def find_gamma(
         recipe: of the run.
         reference: of the run.
         pairs: that will be trained on, all of them in every process.
-        folder: where the calibration is written down; None in every process but the one that writes.
 
     Raises:
         UsageError: the data do not allow the γ that is asked for.
@@ -48,7 +46,7 @@ def find_gamma(
     from accelerate.utils import broadcast_object_list
 
     if not recipe.loss.is_calibrated:
-        return recipe
+        return recipe, None
     state = PartialState()
     forget_if_any(reference, reference.recheck(pairs))
     mine = pairs[state.process_index :: state.num_processes]
@@ -62,13 +60,16 @@ def find_gamma(
     found = calibrate_loss(recipe.loss, logprobs, margins, [pair.prompt_key for pair in pairs])
     found = broadcast_object_list([found])[0]
     recipe = with_gamma(recipe, found.gamma)
-    if folder:
-        update_run(folder, gamma_calibration=found.to_dict())
-        write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
     logger.info(_words(found, recipe))
     for line in warnings(recipe):
         logger.warning(line)
-    return recipe
+    return recipe, found
+
+
+def record_gamma(folder: Path, recipe: Recipe, found: Calibration) -> None:
+    """Write down what γ came to, and the recipe that has it."""
+    update_run(folder, gamma_calibration=found.to_dict())
+    write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
 
 
 def with_recorded_gamma(folder: Path, recipe: Recipe) -> Recipe:

@@ -30,7 +30,7 @@ from pe_dpo.runs.folder import append_metrics, check_run_folder, locked, open_ru
 from pe_dpo.runs.records import finish_records, start_records
 from pe_dpo.training.arguments import check_trackers, total_steps, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
-from pe_dpo.training.gamma import find_gamma, repair_recipe, with_recorded_gamma
+from pe_dpo.training.gamma import find_gamma, record_gamma, repair_recipe, with_recorded_gamma
 from pe_dpo.training.measurements import Snapshots, keep_measurements, keep_scaled, snapshot_folder, snapshot_steps
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing, mixout_warnings
@@ -101,10 +101,9 @@ def train(
     with locked(folder), lent(shared.base) if shared else nullcontext():
         # Again, since another run may have come and gone while the pairs were prepared.
         check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
-        open_run_folder(folder, recipe, resume=resume)
         base = shared.base if shared else None
         try:
-            return _train(recipe, prepared, folder, base, callbacks=callbacks)
+            return _train(recipe, prepared, folder, base, resume=resume, callbacks=callbacks)
         except TrainingError as error:
             update_run(folder, status="failed", why=str(error))
             raise
@@ -157,6 +156,7 @@ def _train(
     folder: Path | None,
     base: Any,
     *,
+    resume: bool = False,
     callbacks: Sequence[Any],
 ) -> TrainResult:
     """Load, check, train, measure; `folder` is None in every process but the one that writes."""
@@ -166,7 +166,7 @@ def _train(
     stop = StopOnSignal()
     began = time.perf_counter()
     listeners = [MetricsFile(Path(recipe.output)), stop, *callbacks]
-    trainer = build_trainer(recipe, prepared, folder, base=base, callbacks=listeners)
+    trainer = build_trainer(recipe, prepared, folder, resume=resume, base=base, callbacks=listeners)
     if recipe.loss.is_calibrated:
         recipe = with_gamma(recipe, trainer.loss.gamma)
     model, reference = trainer.model, trainer.reference
@@ -255,10 +255,13 @@ def build_trainer(
     prepared: Inputs,
     folder: Path | None = None,
     *,
+    resume: bool = False,
     base: Any = None,
     callbacks: Sequence[Any] = (),
 ) -> PairTrainer:
     """Return the trainer of a run: base and adapter loaded, the way of its pairs chosen, memory planned, reference and γ found.
+
+    The folder of a run that begins is made ready last, so that what lies there is not removed for a run that cannot begin.
 
     Raises:
         ModelError: the base or an adapter cannot be used, or cannot be packed although the recipe insists.
@@ -287,7 +290,7 @@ def build_trainer(
     # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
     policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
     reference = open_reference(model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store)
-    recipe = find_gamma(recipe, reference, data.train, folder)
+    asked, (recipe, calibration) = recipe, find_gamma(recipe, reference, data.train)
     trainer = PairTrainer(
         model=model,
         args=args,
@@ -305,6 +308,10 @@ def build_trainer(
     )
     if mixout.layers:
         trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer))
+    if folder:
+        open_run_folder(folder, asked, resume=resume)
+        if calibration:
+            record_gamma(folder, recipe, calibration)
     return trainer
 
 
