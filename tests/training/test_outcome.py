@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from pe_dpo.errors import ModelError, TrainingError
 from pe_dpo.runs.checkpoints import checkpoints
-from pe_dpo.runs.folder import read_run
+from pe_dpo.runs.folder import read_metrics, read_run
 from pe_dpo.training.train import train
 
 
@@ -101,6 +101,13 @@ def test_a_run_that_cannot_go_on_has_failed_and_is_no_longer_so_when_it_was_resu
     record = read_run(tmp_path / "run")
     assert record["status"] == "finished"
     assert "why" not in record
+
+
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_the_last_step_is_always_logged(make_recipe, log_every):
+    folder = train(make_recipe("train.max_steps=3", f"train.log_every={log_every}")).folder
+    logged = [line["step"] for line in read_metrics(folder) if "loss" in line]
+    assert logged == [2, 3] if log_every == 2 else [3]
 
 
 # ---------------------------------------------------------------- what lies there already

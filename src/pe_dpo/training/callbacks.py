@@ -13,7 +13,7 @@ from pe_dpo.runs.folder import append_metrics
 
 
 class MetricsFile(TrainerCallback):
-    """Writes every logged line to metrics.jsonl of the main process."""
+    """Writes every logged line to metrics.jsonl of the main process; the last step of a run is always logged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -22,6 +22,11 @@ class MetricsFile(TrainerCallback):
         """Append the line with its step."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             append_metrics(self.folder, {"step": state.global_step, **logs})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a line of the last step, whatever `logging_steps`: a resumed run forgets what was not logged."""
+        if state.global_step >= state.max_steps or control.should_training_stop:
+            control.should_log = True
 
 
 class StopOnSignal(TrainerCallback):

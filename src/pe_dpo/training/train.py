@@ -165,7 +165,7 @@ def _train(
     facts, tokenizer, data = prepared
     stop = StopOnSignal()
     began = time.perf_counter()
-    listeners = [MetricsFile(Path(recipe.output)), stop, *callbacks]
+    listeners = [stop, MetricsFile(Path(recipe.output)), *callbacks]
     trainer = build_trainer(recipe, prepared, folder, resume=resume, base=base, callbacks=listeners)
     if recipe.loss.is_calibrated:
         recipe = with_gamma(recipe, trainer.loss.gamma)
