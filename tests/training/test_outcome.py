@@ -1,6 +1,8 @@
 """How a run begins to go wrong and how it ends: said before the first step, logged to the last one, never finished with NaN."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -21,6 +23,17 @@ class At(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step:
             self.do(model)
+
+
+class Within(At):
+    """Calls something while an optimizer step is made."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step - 1:
+            self.do(model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Then it is over."""
 
 
 # ---------------------------------------------------------------- before the first step
@@ -108,6 +121,52 @@ def test_the_last_step_is_always_logged(make_recipe, log_every):
     folder = train(make_recipe("train.max_steps=3", f"train.log_every={log_every}")).folder
     logged = [line["step"] for line in read_metrics(folder) if "loss" in line]
     assert logged == [2, 3] if log_every == 2 else [3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_logs_it(make_recipe, number):
+    recipe = make_recipe("train.max_steps=5", "train.save_every=100", "train.log_every=100")
+    result = train(recipe, callbacks=[Within(2, lambda model: os.kill(os.getpid(), number))])
+    assert (result.interrupted_by, result.steps) == (number, 2)
+    assert (result.folder / "checkpoint-2").is_dir()
+    assert read_run(result.folder)["status"] == "interrupted"
+    assert [line["step"] for line in read_metrics(result.folder) if "loss" in line] == [2]
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_terminal_that_closes_may_say_so_twice(make_recipe):
+    """The kernel and the shell both send SIGHUP: the second one is no order to leave without a checkpoint."""
+
+    def close(model):
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    result = train(make_recipe("train.max_steps=5", "train.save_every=100"), callbacks=[Within(2, close)])
+    assert (result.interrupted_by, result.steps) == (signal.SIGHUP, 2)
+    assert (result.folder / "checkpoint-2").is_dir()
+
+
+def test_a_terminal_that_is_gone_does_not_keep_the_last_checkpoint_from_being_saved(make_recipe, monkeypatch):
+    from pe_dpo.cli import console
+
+    def gone(line=""):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(console, "say", gone)
+    result = train(make_recipe("train.max_steps=2"), callbacks=[console.progress_callback()])
+    assert (result.folder / "checkpoint-2").is_dir()
+
+
+def test_a_run_that_nohup_shields_from_the_terminal_s_end_goes_on(make_recipe):
+    """Nohup starts a program with SIGHUP ignored; whoever asks for that does not want the run to stop."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = train(
+            make_recipe("train.max_steps=2"), callbacks=[Within(1, lambda model: os.kill(os.getpid(), signal.SIGHUP))]
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.interrupted_by, result.steps) == (None, 2)
 
 
 # ---------------------------------------------------------------- what lies there already

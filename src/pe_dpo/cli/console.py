@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -272,7 +272,8 @@ def progress_callback() -> Any:
             if self.bar is not None:
                 self.bar.update(self.task, completed=state.global_step, description=text)
             elif state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
-                say(f"step {state.global_step}/{state.max_steps}  {text}")
+                with suppress(OSError):  # a terminal that is gone (SIGHUP) must not keep the last checkpoint from being saved
+                    say(f"step {state.global_step}/{state.max_steps}  {text}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.bar is not None:

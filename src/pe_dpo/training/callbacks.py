@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,8 +30,14 @@ class MetricsFile(TrainerCallback):
             control.should_log = True
 
 
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+"""Asked to end, Ctrl-C, the terminal is gone, and the notice that a job scheduler gives before it ends a job."""
+PERSISTING = ("SIGHUP", "SIGUSR1")
+"""These come more than once without meaning more: kernel and shell both tell that a terminal is gone."""
+
+
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or SIGINT finishes the step, saves a checkpoint and stops; a second signal ends the process at once."""
+    """On one of `STOPPING` finishes the step, saves and stops; a second SIGTERM or SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -40,18 +47,25 @@ class StopOnSignal(TrainerCallback):
         """Start to listen; outside the main thread signals are somebody else's."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for name in STOPPING:
+            number = getattr(signal, name, None)  # not every system has all of them
+            before = None if number is None else signal.getsignal(number)
+            if number is None or before is None:  # somebody's who is not Python and could not get it back
+                continue
+            if name == "SIGHUP" and before == signal.SIG_IGN:  # nohup: it is to outlive its terminal
+                continue
             self._previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.restore()
+        self.received = self.received or number
+        self.restore(but=PERSISTING)
 
-    def restore(self) -> None:
-        """Give the signals back to whoever handled them before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def restore(self, but: Sequence[str] = ()) -> None:
+        """Give the signals back to whoever handled them before, all `but` some."""
+        for number, handler in list(self._previous.items()):
+            if signal.Signals(number).name not in but:
+                signal.signal(number, handler)
+                del self._previous[number]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for a checkpoint and the end when a signal came."""
