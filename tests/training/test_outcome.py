@@ -64,6 +64,25 @@ def test_a_gamma_in_scale_is_not_spoken_of(make_recipe, logged: list[str]):
     assert not any("sd(Δ0)" in line for line in said)
 
 
+def test_a_run_without_a_trainable_parameter_is_refused_before_training(make_recipe, monkeypatch, tmp_path):
+    """Older PEFT froze the trained adapter when it loaded the frozen copy: nothing was trained, and nothing was said."""
+    from peft import PeftModel
+
+    load = PeftModel.load_adapter
+
+    def freeze_all(self, *arguments, **options):
+        loaded = load(self, *arguments, **options)
+        self.requires_grad_(False)
+        return loaded
+
+    first = train(make_recipe("train.max_steps=1", output="first"))
+    monkeypatch.setattr(PeftModel, "load_adapter", freeze_all)
+    start = (f"adapter.start={first.folder}", "adapter.reference=adapter", "adapter.rank=16", "adapter.alpha=32")
+    with pytest.raises(ModelError, match="no parameter of the adapter is trainable"):
+        train(make_recipe(*start, "train.max_steps=1"))
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
 # ---------------------------------------------------------------- the end
 
 

@@ -1,5 +1,6 @@
 """What a run or an audit begins with: what the base is, its tokenizer, the pairs; then base and adapter themselves."""
 
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from pe_dpo.data import PreparedData
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter import attach_adapter, start_from_adapter
+from pe_dpo.model.adapter import adapter_parameters, attach_adapter, start_from_adapter
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
 from pe_dpo.recipe import Recipe
 
@@ -43,20 +44,31 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
 
 def build_model(recipe: Recipe, facts: BaseFacts, device: torch.device | str, *, base: Any = None) -> Any:
-    """Return base (loaded if it is not given) and adapter on the device, ready to train."""
+    """Return base (loaded if it is not given) and adapter on the device, ready to train.
+
+    Raises:
+        ModelError: see `load_base`, `attach_adapter` and `start_from_adapter`; or nothing in the model is trainable.
+    """
     base = load_base(facts, device=device) if base is None else base
     adapter = recipe.adapter
     if adapter.start:
-        return start_from_adapter(base, adapter.start, reference=adapter.reference or "base", dropout=adapter.dropout)
-    return attach_adapter(
-        base,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=adapter.targets,
-        init="gaussian" if adapter.init == "gaussian" else "default",
-        seed=recipe.train.seed,
-    )
+        model = start_from_adapter(base, adapter.start, reference=adapter.reference or "base", dropout=adapter.dropout)
+    else:
+        model = attach_adapter(
+            base,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            targets=adapter.targets,
+            init="gaussian" if adapter.init == "gaussian" else "default",
+            seed=recipe.train.seed,
+        )
+    if not adapter_parameters(model):
+        raise ModelError(
+            "no parameter of the adapter is trainable, so nothing would be learned: PEFT before 0.21 freezes it when a frozen "
+            f"copy is loaded beside it (this is PEFT {version('peft')}); install peft>=0.21"
+        )
+    return model
 
 
 def _check_vocabulary(facts: BaseFacts, data: PreparedData) -> None:
