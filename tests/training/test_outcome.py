@@ -176,6 +176,14 @@ def test_a_terminal_that_is_gone_does_not_keep_the_last_checkpoint_from_being_sa
     assert (result.folder / "checkpoint-2").is_dir()
 
 
+def test_a_run_that_fails_gives_the_signals_back(make_recipe):
+    """Else Ctrl-C between two runs of a sweep would be swallowed by the run that failed."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)
+    with pytest.raises(TrainingError):
+        train(make_recipe("train.max_steps=2"), callbacks=[At(1, spoil(math.nan))])
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)) == before
+
+
 def test_a_run_that_nohup_shields_from_the_terminal_s_end_goes_on(make_recipe):
     """Nohup starts a program with SIGHUP ignored; whoever asks for that does not want the run to stop."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

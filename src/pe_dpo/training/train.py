@@ -204,6 +204,7 @@ def _train(
     try:
         trainer.train_to(total_steps(recipe, data), checkpoint)
     finally:
+        stop.restore()
         reference.flush()
 
     check_weights_unpacked(model)
