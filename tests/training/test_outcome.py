@@ -171,8 +171,9 @@ def test_a_terminal_that_is_gone_does_not_keep_the_last_checkpoint_from_being_sa
     def gone(line=""):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(console, "say", gone)
-    result = train(make_recipe("train.max_steps=2"), callbacks=[console.progress_callback()])
+    monkeypatch.setattr("typer.echo", gone)
+    with console._logging_to(console._Terminal(is_silent=False)):
+        result = train(make_recipe("train.max_steps=2"), callbacks=[console.progress_callback()])
     assert (result.folder / "checkpoint-2").is_dir()
 
 

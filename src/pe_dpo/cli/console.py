@@ -90,7 +90,8 @@ class _Terminal(logging.Handler):
         if record.levelno >= logging.WARNING:
             self.warnings.append(record.getMessage())
         if not self.is_silent:
-            typer.echo(self.format(record))
+            with suppress(OSError):  # as in `progress_callback`
+                typer.echo(self.format(record))
 
 
 @contextmanager
