@@ -27,7 +27,7 @@ def check(
 
     from pe_dpo.cli import console
 
-    warned = console.start(is_silent=json)
+    log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible
     from pe_dpo.training.train import prepare_run
 
     base, _, data = prepare_run(plan)
@@ -37,7 +37,7 @@ def check(
     if json:
         found = {
             "loss": describe(plan.loss)._asdict(),
-            "warnings": warned,
+            "warnings": log.warnings,
             "base": {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length},
             "reference": {"is": reference, "run_in_training": plan.loss.uses_reference},
             "data": data.report.to_dict(),
@@ -46,6 +46,7 @@ def check(
         typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
         return
     lines = [
+        *log.lines,
         f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}",
         f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
         f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",

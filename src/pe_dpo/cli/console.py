@@ -47,20 +47,20 @@ def quiet_libraries() -> None:
     disable_progress_bar()
 
 
-def start(*, is_silent: bool = False) -> list[str]:
+def start(*, is_silent: bool = False) -> "Terminal":
     """Prepare the terminal for a command that loads models, and show what the package logs and how far it is until it ends.
 
     Args:
         is_silent: show nothing of the log, where the output is for a program.
 
     Returns:
-        A list that fills with the warnings.
+        What shows the log, with its lines and warnings so far.
     """
     quiet_libraries()
-    handler = _Terminal(is_silent)
+    handler = Terminal(is_silent)
     _until_the_command_ends.enter_context(_logging_to(handler))
     _until_the_command_ends.enter_context(showing(counter()))
-    return handler.warnings
+    return handler
 
 
 _until_the_command_ends = ExitStack()
@@ -77,21 +77,24 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-class _Terminal(logging.Handler):
-    """Prints log records as lines, and keeps the warnings."""
+class Terminal(logging.Handler):
+    """Prints log records as lines, and keeps them."""
 
     def __init__(self, is_silent: bool) -> None:
         super().__init__(logging.INFO)
         self.setFormatter(LineFormatter())
-        self.is_silent, self.warnings = is_silent, list[str]()
+        self.is_silent = is_silent
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record, unless the output is for a program."""
+        self.lines.append(self.format(record))
         if record.levelno >= logging.WARNING:
             self.warnings.append(record.getMessage())
         if not self.is_silent:
             with suppress(OSError):  # as in `progress_callback`
-                typer.echo(self.format(record))
+                typer.echo(self.lines[-1])
 
 
 @contextmanager
