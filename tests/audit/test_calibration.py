@@ -17,7 +17,9 @@ from pe_dpo.audit.calibration import LARGEST_MISS, calibrate_gamma, calibrate_lo
 from pe_dpo.audit.label_fit import evidence
 from pe_dpo.errors import UsageError
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.reference_accuracy import preferences, robust_spread, without_length
+from pe_dpo.inference.pairs import preferences
+from pe_dpo.metrics.estimates import without_length
+from pe_dpo.metrics.reference_accuracy import robust_spread
 from pe_dpo.recipe.loss_section import LossSection
 
 

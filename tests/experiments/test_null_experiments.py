@@ -18,7 +18,7 @@ from pe_dpo.experiments.comparison import Difference
 from pe_dpo.experiments.matching import points_of
 from pe_dpo.experiments.measured import measure
 from pe_dpo.metrics.catalogue import METRICS
-from pe_dpo.runs.files import Rows
+from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.runs.observations import Observation
 
 POINTS: dict[str, tuple[dict[str, Any], float]] = {
@@ -73,10 +73,12 @@ def normal(random: np.random.Generator, variance: float, count: int) -> np.ndarr
 def observation(settings: dict[str, Any], seed: int, shift: np.ndarray, kl: np.ndarray) -> Observation:
     """A policy that moved the preferences of pairs by `shift`, with a KL on each prompt."""
     prompts = [f"prompt {index:05d}" for index in range(len(kl))]
-    columns = dict.fromkeys(("policy_rejected", "reference_chosen", "reference_rejected"), np.zeros(len(shift)))
-    of_pairs = tuple(prompts[index % len(kl)] for index in range(len(shift)))
-    pairs = Rows(of_pairs, tuple(map(str, range(len(shift)))), {"policy_chosen": shift, **columns})
-    answers = Rows(tuple(prompts), ("0",) * len(kl), {"kl": kl})
+    rows = range(len(shift))
+    columns = dict.fromkeys(PairTable.column_names()[2:13], np.zeros(len(rows)))
+    of_pairs = [prompts[row % len(kl)] for row in rows]
+    pairs = PairTable(prompt_key=of_pairs, where=[str(row) for row in rows], **{**columns, "policy_chosen": shift})
+    unknown = dict.fromkeys(("sample", "tokens", "ended", "log_policy", "log_reference", "entropy"), np.zeros(len(kl)))
+    answers = AnswerTable(prompt_key=prompts, kl=kl, **unknown)
     return Observation(settings, seed, 100, True, f"{settings}-{seed}", pairs, answers, {}, 1.0)
 
 

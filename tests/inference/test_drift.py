@@ -17,9 +17,9 @@ from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference import divergence
 from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logits
 from pe_dpo.inference.drift import distinct, measure_drift, questions, save_generations
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import choose_scorer
-from pe_dpo.metrics.clusters import clustered_mean, clustered_ratio
-from pe_dpo.metrics.table import score_pairs
+from pe_dpo.metrics.estimates import clustered_mean, clustered_ratio
 from pe_dpo.model.adapter import POLICY, as_reference, attach_adapter
 from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from world import write_pairs
 
 from pe_dpo.errors import MergeRefused
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.merging.merge import base_as_trained, merge, write_model
 from pe_dpo.merging.plan import plan_merge
 from pe_dpo.merging.source import Source, open_source
 from pe_dpo.merging.stream import MergedTensor, faults, mean_kept
 from pe_dpo.merging.verify import Agreement, Behaviour, agreement, behaviour, doubts
-from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.adapter import add_finished_adapter
 from pe_dpo.model.base import compute_in, inspect_base, load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers

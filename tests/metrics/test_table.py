@@ -5,18 +5,13 @@ from dataclasses import replace
 
 import pytest
 import scipy.stats
+import tables
 import torch
 
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.table import (
-    ScoredPairs,
-    at_reference,
-    join,
-    pair_metrics,
-    scored_pairs,
-    set_metrics,
-    wilson_interval,
-)
+from pe_dpo.metrics.catalogue import pair_metrics
+from pe_dpo.metrics.estimates import wilson_interval
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.objective import Loss
 
 
@@ -34,7 +29,7 @@ def four():
     policy = logprobs([-4, -4, -6, -6], [-6, -6, -4, -4], [2, 2, 2, 2], [8, 2, 2, 2])
     reference = logprobs([-2, -6, -2, -6], [-6, -2, -6, -2], [2, 2, 2, 2], [8, 2, 2, 2])
     out = Loss(beta=0.5, gamma=0.5)(policy, reference, torch.zeros(4))
-    return scored_pairs(policy, reference, out)
+    return tables.table_of(policy, reference, out)
 
 
 def test_each_quadrant_has_its_pair_and_its_share_of_the_weight(four):
@@ -69,7 +64,7 @@ def test_sum_and_per_token_can_disagree_on_a_pair(four):
 def test_ties_count_one_half():
     policy = logprobs([-3, -3, -1], [-3, -3, -2])
     out = Loss(beta=0.1, gamma=0.1)(policy, policy, torch.zeros(3))
-    metrics = pair_metrics(scored_pairs(policy, policy, out))
+    metrics = pair_metrics(tables.table_of(policy, policy, out))
     assert metrics["accuracy/policy"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert metrics["rewards/accuracies"] == 0.5
     assert metrics["regimes/ties"] == 2
@@ -78,7 +73,7 @@ def test_ties_count_one_half():
 def test_without_a_reference_there_is_no_table_and_nothing_made_up():
     policy = logprobs([-3.0], [-4.0])
     out = Loss(beta=1.0, gamma=0.0, margin=1.0)(policy, None, torch.zeros(1))
-    metrics = pair_metrics(scored_pairs(policy, None, out))
+    metrics = pair_metrics(tables.table_of(policy, None, out))
     assert not [key for key in metrics if key.startswith(("regimes", "displacement", "accuracy/reference"))]
     assert metrics["score/mean"] == 0.0
 
@@ -90,8 +85,8 @@ def test_the_margin_column_enters_with_its_scale():
 
 
 def test_joined_sets_are_weighted_by_their_pairs(four):
-    first, rest = (ScoredPairs(*(field[part] for field in four)) for part in (slice(0, 1), slice(1, 4)))
-    assert pair_metrics(join([first, rest])) == pair_metrics(four)
+    first, rest = four.take([0]), four.take([1, 2, 3])
+    assert pair_metrics(PairTable.join([first, rest])) == pair_metrics(four)
 
 
 # ---------------------------------------------------------------- what the loss asks, and how it pulls
@@ -101,7 +96,7 @@ HALF = Loss(beta=0.5, gamma=0.5)
 
 def test_the_margin_is_what_the_preference_has_to_reach(four):
     """γ = β and m = 0: M = Δ0, which is 4, −4, 4, −4; the 5 % quantile lies at the lower end, the median halfway."""
-    metrics = pair_metrics(four, HALF)
+    metrics = pair_metrics(tables.with_loss(four, HALF))
     assert [metrics[f"margin/{quantile}"] for quantile in ("q05", "q50", "q95")] == pytest.approx([-4, 0, 4])
 
 
@@ -109,33 +104,33 @@ def test_the_margin_is_in_the_unit_of_the_loss():
     """Per token: Δ̄0 = −2/2 + 6/8 = −¼; β = 2, γ = 1, m = 3: M = (−¼ + 3)/2."""
     policy, reference = logprobs([-4], [-6], [2], [8]), logprobs([-2], [-6], [2], [8])
     loss = Loss(beta=2.0, gamma=1.0, margin=3.0, reduce="mean")
-    scored = scored_pairs(policy, reference, loss(policy, reference, torch.zeros(1)))
-    assert pair_metrics(scored, loss)["margin/q50"] == pytest.approx(2.75 / 2)
+    scored = tables.table_of(policy, reference, loss(policy, reference, torch.zeros(1)))
+    assert pair_metrics(tables.with_loss(scored, loss))["margin/q50"] == pytest.approx(2.75 / 2)
 
 
 def test_the_weights_are_summed_up_as_size_evenness_and_saturation(four):
     """z = −1, 3, −3, 1: only |z| = 3 is beyond log 19, once on each side."""
     weights = [1 / (1 + math.exp(z)) for z in (-1, 3, -3, 1)]
-    metrics = pair_metrics(four, HALF)
+    metrics = pair_metrics(tables.with_loss(four, HALF))
     assert metrics["weight/mean"] == pytest.approx(sum(weights) / 4)
     assert metrics["weight/effective_share"] == pytest.approx(sum(weights) ** 2 / (4 * sum(w * w for w in weights)))
     assert (metrics["weight/saturated"], metrics["weight/saturated_low"]) == (0.5, 0.25)
 
 
 def test_a_hinge_does_not_report_saturation(four):
-    assert not [key for key in pair_metrics(four, replace(HALF, link="hinge")) if "saturated" in key]
+    assert not [key for key in pair_metrics(tables.with_loss(four, replace(HALF, link="hinge"))) if "saturated" in key]
 
 
 def test_implicit_accuracy_counts_the_score_before_the_margin_and_so_knows_a_floor(four):
     """½·(Δπ − max(Δ0, 0)) = −1, 1, −3, −1; the rewards, without the floor, say −1, 3, −3, 1."""
     floor = replace(HALF, reference_floor=0.0, margin=9.0)
-    assert pair_metrics(four, floor)["accuracy/implicit"] == 0.25
-    assert pair_metrics(four, floor)["rewards/accuracies"] == 0.5
-    assert pair_metrics(four, HALF)["accuracy/implicit"] == 0.5
+    assert pair_metrics(tables.with_loss(four, floor))["accuracy/implicit"] == 0.25
+    assert pair_metrics(tables.with_loss(four, floor))["rewards/accuracies"] == 0.5
+    assert pair_metrics(tables.with_loss(four, HALF))["accuracy/implicit"] == 0.5
 
 
 def test_active_and_mean_score_are_those_of_the_quadrant(four):
-    metrics = pair_metrics(four, HALF)
+    metrics = pair_metrics(tables.with_loss(four, HALF))
     names = ("right_reference_right", "right_reference_wrong", "wrong_reference_right", "wrong_reference_wrong")
     assert [metrics[f"regimes/policy_{name}/active"] for name in names] == [1, 0, 1, 0]
     assert [metrics[f"regimes/policy_{name}/mean_score"] for name in names] == pytest.approx([-1, 3, -3, 1])
@@ -144,8 +139,8 @@ def test_active_and_mean_score_are_those_of_the_quadrant(four):
 def test_what_is_not_defined_is_left_out():
     """One pair, kept: three quadrants are empty, lengths have no spread, and JSON knows no NaN."""
     policy = logprobs([-1.0], [-2.0])
-    scored = scored_pairs(policy, policy, HALF(policy, policy, torch.zeros(1)))
-    metrics = set_metrics(scored, HALF)
+    scored = tables.table_of(policy, policy, HALF(policy, policy, torch.zeros(1)))
+    metrics = pair_metrics(tables.with_loss(scored, HALF), is_fixed_set=True)
     assert not [key for key, value in metrics.items() if math.isnan(value)]
     assert "regimes/policy_wrong_reference_wrong/mean_score" not in metrics
     assert "length/shift_correlation" not in metrics
@@ -165,12 +160,12 @@ def test_displacement_per_token_is_over_all_tokens(four):
 def test_shift_accuracy_asks_whether_the_preference_grew_whatever_gamma(four):
     """Δπ − Δ0 = −2, 6, −6, 2."""
     assert pair_metrics(four)["accuracy/shift"] == 0.5
-    assert pair_metrics(at_reference(four))["accuracy/shift"] == 0.5  # all tied
-    assert pair_metrics(ScoredPairs(*(field[[1, 2, 3]] for field in four)))["accuracy/shift"] == pytest.approx(2 / 3)
+    assert pair_metrics(four.at_reference())["accuracy/shift"] == 0.5  # all tied
+    assert pair_metrics(four.take([1, 2, 3]))["accuracy/shift"] == pytest.approx(2 / 3)
 
 
 def test_changes_and_transitions_are_since_the_reference_where_the_policy_started_there(four):
-    metrics = set_metrics(four, HALF)
+    metrics = pair_metrics(tables.with_loss(four, HALF), is_fixed_set=True)
     names = ("right_reference_right", "right_reference_wrong", "wrong_reference_right", "wrong_reference_wrong")
     assert [metrics[f"regimes/policy_{name}/mean_change"] for name in names] == [-2, 6, -6, 2]
     found = [metrics[f"regimes/transitions/{key}"] for key in ("kept", "gained", "lost", "not_yet", "p_value")]
@@ -179,14 +174,14 @@ def test_changes_and_transitions_are_since_the_reference_where_the_policy_starte
 
 def test_changes_and_transitions_are_since_step_0_where_the_policy_started_elsewhere(four):
     """Δπ at step 0 was −1 for all four: the two that are right now were gained since, whatever the reference says."""
-    first = four._replace(policy_chosen=four.policy_rejected - 1, policy_rejected=four.policy_rejected)
-    metrics = set_metrics(four, HALF, initial=first)
+    first = replace(four, policy_chosen=four.policy_rejected - 1)
+    metrics = pair_metrics(tables.with_loss(four, HALF).since(first), is_fixed_set=True)
     assert [metrics[f"regimes/transitions/{key}"] for key in ("kept", "gained", "lost", "not_yet")] == [0, 2, 0, 2]
     assert metrics["regimes/policy_right_reference_right/mean_change"] == 3
 
 
 def test_a_window_of_training_pairs_has_no_changes_where_step_0_is_not_known(four):
-    assert not [key for key in pair_metrics(four, HALF) if "mean_change" in key or "transitions" in key]
+    assert not [key for key in pair_metrics(tables.with_loss(four, HALF)) if "mean_change" in key or "transitions" in key]
 
 
 # ---------------------------------------------------------------- length
@@ -200,11 +195,11 @@ def length_world(shift_per_token):
     rejected = torch.full((4,), -100.0, dtype=torch.float64)
     reference = PairLogprobs(rejected + 1 - 2 * difference, rejected, torch.tensor(LONGER), torch.tensor(SHORTER))
     policy = reference._replace(chosen=reference.chosen + shift_per_token * difference + torch.tensor([0.1, -0.1, -0.1, 0.1]))
-    return scored_pairs(policy, reference, HALF(policy, reference, torch.zeros(4)))
+    return tables.table_of(policy, reference, HALF(policy, reference, torch.zeros(4)), HALF)
 
 
 def test_matched_on_length_the_reference_is_judged_by_what_length_does_not_explain():
-    metrics = set_metrics(length_world(0.0), HALF)
+    metrics = pair_metrics(length_world(0.0), is_fixed_set=True)
     assert (metrics["accuracy/reference"], metrics["accuracy/reference_length_matched"]) == (0.5, 1.0)
     assert metrics["regimes_length_matched/policy_right_reference_right/pairs"] == 4
     assert metrics["length/reference_correlation"] == pytest.approx(-1)
@@ -212,7 +207,7 @@ def test_matched_on_length_the_reference_is_judged_by_what_length_does_not_expla
 
 def test_a_policy_that_learns_length_alone_changes_sides_when_matched_on_length():
     """A shift of −0.5 nats per token of difference (20, 10, −10, −20) beats the intercept of 1 where chosen is longer."""
-    metrics = set_metrics(length_world(-0.5), HALF)
+    metrics = pair_metrics(length_world(-0.5), is_fixed_set=True)
     assert metrics["length/shift_slope"] == pytest.approx(-0.5, abs=0.02)
     assert metrics["length/shift_correlation"] < -0.99
     assert metrics["regimes_length_matched/policy_wrong_reference_right/pairs"] == 2
@@ -221,7 +216,7 @@ def test_a_policy_that_learns_length_alone_changes_sides_when_matched_on_length(
 
 
 def test_at_step_0_no_pair_is_off_the_diagonal_by_sums_per_token_or_matched_on_length():
-    metrics = set_metrics(at_reference(length_world(-0.5)), HALF)
+    metrics = pair_metrics(length_world(-0.5).at_reference(), is_fixed_set=True)
     for table in ("regimes", "regimes_per_token", "regimes_length_matched"):
         for name in ("policy_right_reference_wrong", "policy_wrong_reference_right"):
             assert metrics[f"{table}/{name}/pairs"] == 0

@@ -18,8 +18,8 @@ from pe_dpo.data.batches import row_length
 from pe_dpo.data.packing import PackedRow, pack
 from pe_dpo.errors import ModelError
 from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer, choose_scorer
-from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model import attention
 from pe_dpo.model.adapter import adapter_parameters, attach_adapter
 from pe_dpo.model.attention import NAME, Packing

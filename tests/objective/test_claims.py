@@ -15,7 +15,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor
 
-from pe_dpo.metrics.regimes import QUADRANTS, regime_table
+from pe_dpo.metrics.quadrants import QUADRANTS, quadrants
 from pe_dpo.objective import PreferenceLoss, preference_loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,7 +134,7 @@ def test_c6_a_pair_that_the_reference_gets_wrong_satisfies_the_loss_while_still_
     assert (hinge.loss.item(), hinge.weight.item()) == (0.0, 0.0)
     logistic = pairs(nats(-9), nats(-10), beta=0.1)
     assert logistic.weight.item() == pytest.approx(1 / (1 + math.exp(0.1)))
-    assert regime_table(nats(-9), nats(-10), hinge.score, hinge.weight).satisfied_early == 1
+    assert quadrants(nats(-9), nats(-10), hinge.score, hinge.weight)["satisfied_early"] == 1
 
 
 # ---------------------------------------------------------------- C5, C9: the start
@@ -155,7 +155,7 @@ def test_c5_the_logistic_loss_starts_at_log_two_and_pulls_every_pair_with_one_ha
 def test_c9_training_starts_on_the_diagonal():
     reference = nats(*GRID)
     out = at_the_reference(reference, beta=0.5, gamma=1.5)
-    counts = [regime_table(reference, reference, out.score, out.weight).quadrants[name].pairs for name in QUADRANTS]
+    counts = [quadrants(reference, reference, out.score, out.weight)[f"{name}/pairs"] for name in QUADRANTS]
     assert counts == [24, 0, 0, 24]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pe_dpo.errors import RecipeError, TrainingError
-from pe_dpo.metrics.table import pair_metrics
+from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.recipe import describe, recipe_from_yaml
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.start import check_start

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pe_dpo.data.batches import split_by_tokens
+from pe_dpo.inference.pairs import pair_table, score_pairs
 from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.table import pair_metrics, score_pairs, scored_pairs
+from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.objective import Loss
@@ -110,7 +111,8 @@ def test_our_held_out_metrics_do_not_depend_on_the_token_budget(
         policy = score_pairs(model, pairs, PADDED, token_budget=token_budget)
         with as_reference(model) as frozen:
             reference = score_pairs(frozen, pairs, PADDED, token_budget=token_budget)
-        return pair_metrics(scored_pairs(policy, reference, Loss(**DPO)(policy, reference, torch.zeros(5))))
+        loss = Loss(**DPO)
+        return pair_metrics(pair_table(pairs, policy, reference, loss(policy, reference, torch.zeros(5)), loss))
 
     budgets = {1: [1, 1, 1, 1, 1], 160: [1, 2, 2], 4096: [5]}
     assert {budget: sorted(map(len, split_by_tokens(pairs, budget))) for budget in budgets} == budgets

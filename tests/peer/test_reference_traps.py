@@ -11,8 +11,8 @@ import torch
 from pe_dpo.data.batches import pad
 from pe_dpo.errors import ModelError, RecipeError
 from pe_dpo.inference.logprobs import pair_logprobs
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model import base as base_module
 from pe_dpo.model.adapter import as_reference, save_adapter, start_from_adapter
 from pe_dpo.model.base import inspect_base, load_base

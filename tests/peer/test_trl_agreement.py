@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pe_dpo.data.batches import pad
-from pe_dpo.metrics.table import pair_metrics
+from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.model.adapter import save_adapter, start_from_adapter
 
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")

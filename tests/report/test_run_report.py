@@ -54,10 +54,10 @@ def test_before_and_after_are_those_of_the_run(whole_run, page) -> None:
     record = json.loads((whole_run / "run.json").read_text())
     rows = {row[0]: row[1:] for row in page.tables["before-after"]}
     for title, key, error in (
-        ("accuracy of π, summed log-probs", "accuracy/policy", 6e-4),
-        ("accuracy of π, per token", "accuracy/policy_per_token", 6e-4),
+        ("accuracy, summed log-probs", "accuracy/policy", 6e-4),
+        ("accuracy, per token", "accuracy/policy_per_token", 6e-4),
         ("loss", "loss", 6e-5),
-        ("log π − log π0 of rejected, nats", "displacement/rejected", 6e-3),
+        ("rejected, nats vs reference", "displacement/rejected", 6e-5),
     ):
         assert _number(rows[title][0]) == pytest.approx(record["before"][key], abs=error)
         assert _number(rows[title][1]) == pytest.approx(record["after"][key], abs=error)
@@ -74,7 +74,7 @@ def test_the_interval_of_a_change_is_clustered_by_prompt(whole_run, page) -> Non
     clusters = len(sums)
     error = math.sqrt(clusters / (clusters - 1) * sum(value**2 for value in sums.values())) / len(shift)
     half = stats.t.ppf(0.975, clusters - 1) * error
-    row = next(row for row in page.tables["before-after"] if row[0] == "log π − log π0 of chosen, nats")
+    row = next(row for row in page.tables["before-after"] if row[0] == "chosen, nats vs reference")
     low, high = re.findall(r"[−+\d.]+", row[3].split("[")[1])
     assert (_number(low), _number(high)) == pytest.approx((shift.mean() - half, shift.mean() + half), abs=6e-3)
 

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import tables
 import torch
 
 from pe_dpo.disk import write_atomically
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.table import scored_pairs, set_metrics, wilson_interval
+from pe_dpo.metrics.catalogue import pair_metrics
+from pe_dpo.metrics.estimates import wilson_interval
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.objective import Loss
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.recipe.names import SHORT_NAMES
@@ -211,16 +214,16 @@ def policy_pairs(world: World, way: float, seed: int, quality: float) -> tuple[n
 
 def metrics_of(recipe: Recipe, world: World, state: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     """Return the metrics of a state as a run writes them."""
-    return set_metrics(scored_state(recipe, world, state))
+    return pair_metrics(scored_state(recipe, world, state), is_fixed_set=True)
 
 
-def scored_state(recipe: Recipe, world: World, state: tuple[np.ndarray, np.ndarray]) -> Any:
-    """Return a state as `ScoredPairs`."""
+def scored_state(recipe: Recipe, world: World, state: tuple[np.ndarray, np.ndarray]) -> PairTable:
+    """Return a state as a table of pairs."""
     lengths = [torch.from_numpy(field) for field in (world.chosen_lengths, world.rejected_lengths)]
     policy = PairLogprobs(*(torch.from_numpy(field) for field in state), *lengths)
     reference = PairLogprobs(torch.from_numpy(world.chosen), torch.from_numpy(world.rejected), *lengths)
     margins, loss = torch.zeros(len(world.chosen), dtype=torch.float64), Loss(**recipe.loss.coefficients())
-    return scored_pairs(policy, reference, loss(policy, reference, margins))
+    return tables.table_of(policy, reference, loss(policy, reference, margins))
 
 
 def write_state(
@@ -241,7 +244,7 @@ def write_state(
     texts = {"prompt": [prompt_text(prompt) for prompt in world.prompt],
              "chosen": [f"{WORDS[row % len(WORDS)]}, of course" for row in range(len(world.chosen))],
              "rejected": [f"Who cares? <script>alert({row})</script>" for row in range(len(world.chosen))]}  # fmt: skip
-    numbers = {name: field.numpy() for name, field in scored_state(recipe, world, state)._asdict().items()}
+    numbers = {name: field for name, field in scored_state(recipe, world, state).columns().items() if name not in columns}
     initial = {"initial_chosen": world.chosen, "initial_rejected": world.rejected}
     pyarrow.parquet.write_table(pyarrow.table(columns | numbers | initial | texts), folder / "eval_pairs.parquet")
     metrics = metrics_of(recipe, world, state)

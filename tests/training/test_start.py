@@ -4,11 +4,11 @@ import math
 from dataclasses import replace
 
 import pytest
+import tables
 import torch
 
 from pe_dpo.errors import DataError, ModelError, TrainingError
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.table import scored_pairs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.objective import Loss
 from pe_dpo.training.start import check_diagonal, check_start
@@ -38,7 +38,7 @@ def test_dpo_starts_at_log_two_with_policy_and_reference_equal_to_the_bit(make_t
 def test_with_gamma_half_of_beta_the_loss_is_the_link_of_the_references_own_preference(make_trainer):
     trainer = make_trainer(fresh=True)
     check = start(trainer, gamma=0.05)
-    from pe_dpo.metrics.table import score_pairs
+    from pe_dpo.inference.pairs import score_pairs
 
     scored = score_pairs(trainer.model, trainer.train_dataset[:8], trainer.scorer, token_budget=10_000)
     expected = torch.log1p(torch.exp(-0.05 * (scored.chosen - scored.rejected))).mean()
@@ -86,7 +86,7 @@ def watched(chosen_shift):
     rejected = torch.full((40,), -60.0, dtype=torch.float64)
     reference = PairLogprobs(rejected + 20, rejected, *lengths)
     policy = reference._replace(chosen=reference.chosen + chosen_shift)
-    return scored_pairs(policy, reference, Loss(beta=0.1, gamma=0.0)(policy, reference, torch.zeros(40)))
+    return tables.table_of(policy, reference, Loss(beta=0.1, gamma=0.0)(policy, reference, torch.zeros(40)))
 
 
 def test_a_reference_that_ranks_pairs_in_another_way_than_the_policy_at_step_0_is_refused():
@@ -100,4 +100,4 @@ def test_a_reference_that_ranks_pairs_in_another_way_than_the_policy_at_step_0_i
 def test_a_near_tie_that_rounding_turns_is_no_other_reference():
     """Δ0 = 1e-4 and Δπ = −1e-4, of answers of −60 nats."""
     pairs = watched(torch.full((40,), -20.0001, dtype=torch.float64))
-    check_diagonal(pairs._replace(reference_chosen=pairs.reference_rejected + 1e-4))
+    check_diagonal(replace(pairs, reference_chosen=pairs.reference_rejected + 1e-4))

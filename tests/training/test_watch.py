@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tables
 import torch
 from recorded import recording
 from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.table import scored_pairs, set_metrics
+from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.objective import Loss
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.folder import read_metrics, read_run
@@ -31,11 +32,11 @@ def scored(chosen_shift=0.0, rejected_shift=0.0, *, loss=None, lean=None, length
     counts = [torch.as_tensor(side).expand(COUNT) for side in lengths]
     reference = PairLogprobs(rejected + lean, rejected, *counts)
     policy = PairLogprobs(reference.chosen + chosen_shift, reference.rejected + rejected_shift, *counts)
-    return scored_pairs(policy, reference, loss(policy, reference, torch.zeros(COUNT)))
+    return tables.table_of(policy, reference, loss(policy, reference, torch.zeros(COUNT)), loss)
 
 
 def metrics(*shifts, loss=None, **options):
-    return set_metrics(scored(*shifts, loss=loss, **options), Loss(**(loss or LossSection()).coefficients()))
+    return pair_metrics(scored(*shifts, loss=loss, **options), is_fixed_set=True)
 
 
 def remarks(*shifts, loss=None, **options):

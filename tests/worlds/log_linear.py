@@ -18,7 +18,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from pe_dpo.metrics.regimes import RegimeTable, regime_table
+from pe_dpo.metrics.quadrants import quadrants
 from pe_dpo.objective import preference_loss
 
 PROMPTS, ANSWERS, FEATURES, PAIRS_PER_PROMPT = 200, 16, 32, 4
@@ -141,14 +141,14 @@ def trajectory(
     return [*kept, weights.detach()]
 
 
-def pair_regimes(worlds: Worlds, weights: Tensor, **options: Any) -> list[RegimeTable]:
+def pair_regimes(worlds: Worlds, weights: Tensor, **options: Any) -> list[dict[str, float]]:
     """Return the 2×2 table of each world's training pairs under θ; `options` are those of `preference_loss`."""
     features = _features_of_pairs(worlds)
     policy, reference = ([_scores(side, theta) for side in features] for theta in (weights, worlds.reference))
     out = preference_loss(*policy, *reference, **options)
     columns = policy[0] - policy[1], reference[0] - reference[1], out.score, out.weight
     worlds_apart = (column.view(len(weights), -1) for column in columns)
-    return [regime_table(*fields) for fields in zip(*worlds_apart, strict=True)]
+    return [quadrants(*fields) for fields in zip(*worlds_apart, strict=True)]
 
 
 def all_logprobs(features: Tensor, weights: Tensor) -> Tensor:

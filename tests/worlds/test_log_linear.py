@@ -208,7 +208,7 @@ def test_a_floor_of_zero_leaves_no_pair_satisfied_early():
     for floor, low, high in ((None, 0.08, 0.13), (0.0, 0.0, 0.0)):
         options = {"beta": BETA, "gamma": BETA, "reference_floor": floor}
         tables = pair_regimes(worlds(), train(worlds(), **options), **options)
-        shares = [table.satisfied_early / len(worlds().prompt) for table in tables]
+        shares = [table["satisfied_early"] / len(worlds().prompt) for table in tables]
         assert low <= min(shares) <= max(shares) <= high
 
 

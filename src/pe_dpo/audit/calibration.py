@@ -22,7 +22,8 @@ from pe_dpo.audit.label_fit import Evidence, evidence
 from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.reference_accuracy import preferences, robust_spread
+from pe_dpo.inference.pairs import preferences
+from pe_dpo.metrics.reference_accuracy import robust_spread
 from pe_dpo.recipe.loss_section import CALIBRATED, LossSection
 
 LARGEST_MISS = 0.01

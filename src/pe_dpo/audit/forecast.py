@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pe_dpo.audit.dynamics import hinge_accuracy, ideal_preference, label_optimum, time_to_pass
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.reference_accuracy import preferences
-from pe_dpo.metrics.regimes import is_dead, regime_table, saturation, share_right
+from pe_dpo.inference.pairs import preferences
+from pe_dpo.metrics.estimates import share_right
+from pe_dpo.metrics.quadrants import effective_pairs, quadrants, saturation
 from pe_dpo.objective import Loss, PreferenceLoss
 from pe_dpo.recipe.loss_section import LossSection
 
@@ -42,7 +43,7 @@ class Outlook:
     effective: float
     """(Σ|w|)²/(B·Σw²): as which share of the pairs, pulling alike, they pull."""
     saturated: float | None
-    """Share of pairs whose weight hardly depends on the pair any more (`objective.saturation`); None for other links."""
+    """Share of pairs whose weight hardly depends on the pair any more (`quadrants.saturation`); None for other links."""
     active: float
     """Share of pairs with z < 0, on which a hinge pulls."""
     hinge_accuracy: float
@@ -66,8 +67,8 @@ def outlook(loss: LossSection, gamma: float, reference: PairLogprobs, margins: T
     """
     start, tie, swapped = scores(loss, gamma, reference, margins)
     preference = torch.from_numpy(preferences(reference, loss.reduce))
-    table = regime_table(preference, preference, start.score, start.weight)
-    none = float("nan") if is_dead(start.weight) else 0.0
+    cells = quadrants(preference, preference, start.score, start.weight)
+    none = 0.0 if start.weight.any() else float("nan")
     extremes = saturation(start.score, loss.link)
     wrong = preference < 0
     times = time_to_pass(start.score[wrong], tie[wrong], beta=loss.beta, link=loss.link) * (2 * loss.beta**2)
@@ -76,10 +77,10 @@ def outlook(loss: LossSection, gamma: float, reference: PairLogprobs, margins: T
         kappa=gamma / loss.beta,
         delta=(gamma - loss.beta) * _spread(preference),
         loss=float(start.loss.mean()),
-        weight_right=table.quadrants["policy_right_reference_right"].weight_share + none,
-        weight_wrong=table.quadrants["policy_wrong_reference_wrong"].weight_share + none,
-        effective=table.effective_pairs / len(preference) + none,
-        saturated=None if extremes is None else extremes.low + extremes.high,
+        weight_right=cells["policy_right_reference_right/weight_share"] + none,
+        weight_wrong=cells["policy_wrong_reference_wrong/weight_share"] + none,
+        effective=effective_pairs(start.weight) / len(preference) + none,
+        saturated=None if extremes is None else sum(extremes),
         active=_share(start.score < 0),
         hinge_accuracy=hinge_accuracy(start.score, tie),
         flip_times=_quantiles(times),

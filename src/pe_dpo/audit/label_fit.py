@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import chdtrc, expit
 
-from pe_dpo.metrics.reference_accuracy import without_length
+from pe_dpo.metrics.estimates import without_length
 
 REPLICATES = 1000
 """Of the bootstrap over prompts: percentiles of a 95 % interval then move by 2 % of its width from seed to seed."""

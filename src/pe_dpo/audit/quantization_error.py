@@ -14,8 +14,8 @@ from torch import Tensor
 from pe_dpo.audit.forecast import scores
 from pe_dpo.disk import json_without_nan
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.reference_accuracy import preferences
-from pe_dpo.metrics.regimes import correlation
+from pe_dpo.inference.pairs import preferences
+from pe_dpo.metrics.estimates import correlation
 from pe_dpo.recipe.loss_section import LossSection
 
 

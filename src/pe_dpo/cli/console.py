@@ -19,20 +19,6 @@ if TYPE_CHECKING:
 NARROWEST = 18
 """Characters to which the names of a table's rows may fold before columns have to go below."""
 
-SHARES = (
-    ("accuracy/policy", "accuracy, summed log-probs"),
-    ("accuracy/policy_per_token", "accuracy, per token"),
-    ("accuracy/policy_length_matched", "accuracy, length-matched"),
-    ("accuracy/shift", "moved toward chosen"),
-    ("rewards/accuracies", "reward accuracy"),
-)
-MEANS = (
-    ("rewards/margins", "reward margin"),
-    ("displacement/chosen", "chosen, nats vs reference"),
-    ("displacement/rejected", "rejected, nats vs reference"),
-    ("loss", "loss"),
-)
-
 
 def quiet_libraries() -> None:
     """Keep libraries' progress bars, advice and deprecations out of the terminal; their errors stay."""
@@ -173,18 +159,11 @@ def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
 
 
 def show_outcome(before: Mapping[str, float], after: Mapping[str, float]) -> None:
-    """Print held-out accuracy with Wilson intervals and the other measures, before and after."""
-    from pe_dpo.metrics.table import wilson_interval
+    """Print the headline metrics of held-out pairs, shares with Wilson intervals, before and after."""
+    from pe_dpo.metrics.catalogue import headline_rows
 
-    pairs = int(after["pairs"])
-
-    def share(metrics: Mapping[str, float], key: str) -> str:
-        low, high = wilson_interval(metrics[key], pairs)
-        return f"{metrics[key]:.3f} [{low:.3f}, {high:.3f}]"
-
-    rows = [[title, share(before, key), share(after, key)] for key, title in SHARES if key in after]
-    rows += [[title, f"{before[key]:.4f}", f"{after[key]:.4f}"] for key, title in MEANS if key in after and key in before]
-    show_table(f"{pairs} held-out pairs (95 % Wilson intervals)", ["", "before", "after"], rows)
+    title = f"{int(after['pairs'])} held-out pairs (95 % Wilson intervals)"
+    show_table(title, ["", "before", "after"], headline_rows(before, after))
 
 
 def show_result(result: Any) -> None:
@@ -210,7 +189,7 @@ def show_result(result: Any) -> None:
 
 def show_regimes(metrics: Mapping[str, float], title: str, prefix: str = "regimes") -> None:
     """Print the 2×2 table of policy right/wrong × reference right/wrong: pairs, and share of the gradient weight."""
-    from pe_dpo.metrics.regimes import QUADRANT_TITLES
+    from pe_dpo.metrics.quadrants import QUADRANT_TITLES
 
     if f"{prefix}/ties" not in metrics:
         return

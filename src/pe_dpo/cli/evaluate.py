@@ -47,7 +47,6 @@ def evaluate(
     console.start(is_silent=json)
     from pe_dpo.evaluation.evaluate import Sampling
     from pe_dpo.evaluation.evaluate import evaluate as run
-    from pe_dpo.runs.held_out import save_pairs
 
     def folder(found: "Evaluation") -> Path | None:
         is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
@@ -69,7 +68,7 @@ def evaluate(
         keep=keep,
     )
     if pairs is not None:
-        save_pairs(found.scored, found.pairs, pairs, initial=found.initial, tokenizer=found.tokenizer)
+        found.save_pairs(pairs)
     keep(found)
     if json:
         typer.echo(json_module.dumps(_report(found), indent=1))
@@ -120,14 +119,14 @@ def _show(found: "Evaluation") -> None:
 def _show_scaled(found: "Evaluation") -> None:
     """The adapter at each scale, as it is last."""
     from pe_dpo.cli import console
+    from pe_dpo.metrics.catalogue import METRICS
 
-    titles = {**dict(console.SHARES), "loss": "loss"}  # of several words, so that a narrow terminal breaks them and cuts none
     shown = [key for key in ("accuracy/policy", "accuracy/policy_per_token", "accuracy/shift", "loss") if key in found.metrics]
     rows = []
     for scale, one in [*sorted(found.scaled.items()), (1.0, found)]:
         kl = ["", ""] if one.generation is None else [*_with_error(one.generation["kl"])]
         rows.append([f"{scale:g}", *kl, *(f"{one.metrics[key]:.4f}" for key in shown)])
-    header = ["scale a", "KL(π‖π0)", "standard error", *(titles[key] for key in shown)]
+    header = ["scale a", "KL(π‖π0)", "standard error", *(METRICS[key].title for key in shown)]
     console.show_table("The adapter scaled toward the reference, W0 + a·ΔW", header, rows)
 
 

@@ -157,7 +157,7 @@ def _compare(target: Path, output: Path | None, pairs: int, settings: dict[str, 
     from pe_dpo.cli import console
     from pe_dpo.merging.compare import compare_merges
     from pe_dpo.merging.served import scale_words
-    from pe_dpo.metrics.table import wilson_interval
+    from pe_dpo.metrics.estimates import wilson_interval
 
     done = compare_merges(target, pairs=pairs, work=output.absolute().parent if output else None, **settings)
     rows = []

@@ -21,9 +21,11 @@ from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.judge import Judgement, judge, open_scorer, prompts_as_written, win_rate
 from pe_dpo.evaluation.measuring import Measured, Work, measure_adapter, measure_models
 from pe_dpo.inference.drift import Drift, questions, save_generations
+from pe_dpo.inference.pairs import pair_table, with_texts
 from pe_dpo.inference.scorer import TOLERANCE
 from pe_dpo.inference.target import Kind, Target, find_target, load_target_tokenizer, read_record
-from pe_dpo.metrics.table import ScoredPairs, at_reference, scored_pairs, set_metrics, wilson_interval
+from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import answer_end_tokens, end_token_ids, inspect_base
 from pe_dpo.objective import Loss
@@ -35,19 +37,12 @@ from pe_dpo.runs.held_out import (
     GENERATIONS_FILE,
     PAIRS_FILE,
     read_generation,
-    read_initial,
     save_evaluation,
-    save_pairs,
+    with_initial,
 )
 from pe_dpo.runs.scaled import scaled_folder
 
 logger = logging.getLogger(__name__)
-
-INTERVALS = (
-    *("accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token"),
-    *("accuracy/implicit", "accuracy/shift", "accuracy/shift_per_token", "rewards/accuracies"),
-)
-"""Metrics that are shares of pairs and get a Wilson interval."""
 
 
 class Sampling(NamedTuple):
@@ -67,15 +62,14 @@ class Evaluation:
     """What an evaluation found."""
 
     kind: Kind
-    scored: ScoredPairs
+    scored: PairTable
+    """With the log-probs of step 0, where they are known."""
     pairs: list[EncodedPair]
     metrics: dict[str, float]
-    """See `set_metrics`."""
+    """See `pair_metrics`."""
     intervals: dict[str, tuple[float, float]]
-    """95 % Wilson intervals of the metrics in INTERVALS that were measured."""
+    """95 % Wilson intervals of the metrics that are shares."""
     tokenizer: Any
-    initial: ScoredPairs | None
-    """The pairs at step 0, where that is known."""
     drift: Drift | None
     """The sampled answers."""
     generation: dict[str, Any] | None
@@ -84,13 +78,17 @@ class Evaluation:
     scaled: Mapping[float, "Evaluation"] = field(default_factory=dict)
     """The same of the adapter scaled toward the reference, by its scale."""
 
+    def save_pairs(self, path: Path) -> None:
+        """Write every pair with its texts as parquet."""
+        with_texts(self.scored, self.pairs, self.tokenizer).save(path)
+
     def save(self, folder: Path) -> None:
         """Write eval_pairs.parquet, evaluation.json and, if answers were sampled, generations.parquet; else old ones stay.
 
         What was measured of the scaled adapter goes into folders of its own below, see `scaled_folder`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        save_pairs(self.scored, self.pairs, folder / PAIRS_FILE, initial=self.initial, tokenizer=self.tokenizer)
+        self.save_pairs(folder / PAIRS_FILE)
         if self.drift is not None:
             columns = {} if self.judgement is None else self.judgement.columns()
             save_generations(self.drift, folder / GENERATIONS_FILE, **columns)
@@ -162,7 +160,7 @@ def evaluate(
     else:
         trained = Path(target) if found.kind == "run" and base is None and quantize is None else None
         measured = measure_adapter(work, found.adapter, facts, trained)
-    result = _evaluation(found.kind, work, measured, partial(_initial, Path(target), found, data, pairs=pairs))
+    result = _evaluation(found.kind, work, measured, partial(_since_start, Path(target), found, data))
     if not (scorer and score_answers and measured.reference_said):
         return result
     keep(result)
@@ -170,23 +168,21 @@ def evaluate(
     return _judged(result, partial(judge, scorer, score_answers, reference=measured.reference_said, prompts=prompts))
 
 
-def _evaluation(kind: Kind, work: Work, measured: Measured, initial: Callable[[ScoredPairs], ScoredPairs | None]) -> Evaluation:
-    """What was measured, with all that follows from it; `initial` has the pairs at step 0."""
-    scored, loss = _scored(work, measured)
-    at_start = initial(scored)
-    metrics = set_metrics(scored, loss, initial=at_start)
+def _evaluation(kind: Kind, work: Work, measured: Measured, since_start: Callable[[PairTable], PairTable]) -> Evaluation:
+    """What was measured, with all that follows from it."""
+    scored = since_start(_scored(work, measured))
+    metrics = pair_metrics(scored, is_fixed_set=True)
     return Evaluation(
         kind=kind,
         scored=scored,
         pairs=work.pairs,
         metrics=metrics,
-        intervals={key: wilson_interval(metrics[key], len(work.pairs)) for key in INTERVALS if key in metrics},
+        intervals=share_intervals(metrics, len(scored)),
         tokenizer=work.tokenizer,
-        initial=at_start,
         drift=measured.drift,
         generation=_generation(measured),
         judgement=None,
-        scaled={scale: _evaluation(kind, work, part, initial) for scale, part in measured.scaled.items()},
+        scaled={scale: _evaluation(kind, work, part, since_start) for scale, part in measured.scaled.items()},
     )
 
 
@@ -236,8 +232,8 @@ def _asked(settings: GenerationSection, sampling: Sampling, scales: Sequence[flo
     return settings.model_copy(update={**wishes, "scales": list(scales)})
 
 
-def _scored(work: Work, measured: Measured) -> tuple[ScoredPairs, Loss]:
-    """The pairs with loss and rewards, and the loss."""
+def _scored(work: Work, measured: Measured) -> PairTable:
+    """The pairs with loss and rewards."""
     loss = Loss(**work.settings.loss.coefficients())
     if measured.reference is None:
         loss = loss.with_gamma(0.0)
@@ -249,17 +245,15 @@ def _scored(work: Work, measured: Measured) -> tuple[ScoredPairs, Loss]:
             f"what this model predicts with its cache is {measured.drift.sampler_error:.2g} nats per √token off what it "
             "predicts at once; the sampled answers are not quite its own"
         )
-    return scored_pairs(measured.policy, measured.reference, out), loss
+    return pair_table(work.pairs, measured.policy, measured.reference, out, loss)
 
 
-def _initial(
-    target: Path, found: Target, data: str | None, scored: ScoredPairs, pairs: list[EncodedPair]
-) -> ScoredPairs | None:
-    """The pairs at step 0 of a run: as it wrote them down, or the reference where the run started from it."""
+def _since_start(target: Path, found: Target, data: str | None, scored: PairTable) -> PairTable:
+    """The pairs with step 0 of a run: as it wrote it down, or the reference where the run started from it."""
     if found.kind != "run" or data is not None or found.recipe is None:
-        return None
-    kept = read_initial(target / PAIRS_FILE, scored, pairs)
-    return at_reference(scored) if kept is None and found.recipe.policy_starts_as_reference else kept
+        return scored
+    known = with_initial(target / PAIRS_FILE, scored)
+    return known or (scored.since(None) if found.recipe.policy_starts_as_reference else scored)
 
 
 def _generation(measured: Measured) -> dict[str, Any] | None:

@@ -25,8 +25,7 @@ from pe_dpo.data.report import DataReport
 from pe_dpo.data.sources import find_sources
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.drift import Drift
-from pe_dpo.metrics.clusters import clustered_mean
-from pe_dpo.metrics.table import wilson_interval
+from pe_dpo.metrics.estimates import clustered_mean, wilson_interval
 from pe_dpo.recipe.schema import DataSection
 
 AnswerScorer = Callable[[list[Text], list[str]], Sequence[float]]

@@ -15,10 +15,10 @@ from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logit
 from pe_dpo.inference.drift import Drift, Question, answer_questions, collect, measure_drift
 from pe_dpo.inference.generation import answer_text
 from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.reference import Policy, open_reference
 from pe_dpo.inference.scorer import Scorer, choose_scorer
 from pe_dpo.inference.target import check_same_base, read_record
-from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.adapter import as_reference, load_adapter_for_evaluation, scaled
 from pe_dpo.model.base import BaseFacts, load_base
 from pe_dpo.progress import progress

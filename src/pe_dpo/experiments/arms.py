@@ -35,7 +35,7 @@ class _Contrast(NamedTuple):
 
 
 def find_arms(
-    measured: Measured, points: Sequence[Point], line: Sequence[Point], metric: Metric, *, seed: int, confidence: float
+    measured: Measured, points: Sequence[Point], line: Sequence[Point], metric: Metric[Any], *, seed: int, confidence: float
 ) -> Findings:
     """Return what the points come to.
 
@@ -78,10 +78,10 @@ def find_arms(
     return Findings(arms, power, _best(measured, points, values, metric.direction))
 
 
-def _rows(measured: Measured, point: Point, metric: Metric) -> int:
+def _rows(measured: Measured, point: Point, metric: Metric[Any]) -> int:
     """How many pairs or answers one observation has."""
     rows = measured.observations[point.columns[0]].rows(metric.kind)
-    return len(rows.prompts) if rows else 0
+    return len(rows) if rows else 0
 
 
 def _contrast(paired: list[Paired | None], prompts: int, one_row: float, confidence: float) -> _Contrast:
@@ -146,7 +146,7 @@ def _over_seeds(points: Sequence[Point], observed: Floats, replicates: Floats, d
     return np.stack([one(point.columns) for point in points], axis=1)
 
 
-def _front(measured: Measured, points: Sequence[Point], values: Floats, draws: Floats, direction: int) -> Floats:
+def _front(measured: Measured, points: Sequence[Point], values: Floats, draws: Floats, direction: int | None) -> Floats:
     """Share of replicates in which each point is on the front; the reference, which costs nothing, competes too."""
     if not direction:
         return np.full(len(points), math.nan)
@@ -158,19 +158,19 @@ def _front(measured: Measured, points: Sequence[Point], values: Floats, draws: F
     return np.where(is_known, shares, math.nan)
 
 
-def _outcomes(measured: Measured, point: Point, base: Point, metric: Metric) -> tuple[Floats, tuple[str, ...]] | None:
+def _outcomes(measured: Measured, point: Point, base: Point, metric: Metric[Any]) -> tuple[Floats, Sequence[str]] | None:
     """Differences of the single pairs of two runs of one seed, and the pairs' prompts; None for what is no share of pairs."""
-    twins = paired_seeds(point.by_seed, base.by_seed)
-    if not metric.is_share or metric.kind != "pairs" or not twins:
+    twins, right_or_wrong = paired_seeds(point.by_seed, base.by_seed), metric.numerator
+    if not metric.is_share or metric.kind != "pairs" or not twins or right_or_wrong is None:
         return None
     ours = measured.observations[point.by_seed[twins[0][0]]].pairs
     theirs = measured.observations[base.by_seed[twins[0][1]]].pairs
     if ours is None or theirs is None:
         return None
-    return metric.numerator(ours.columns) - metric.numerator(theirs.columns), ours.prompts
+    return right_or_wrong(ours) - right_or_wrong(theirs), ours.prompt_key
 
 
-def _mcnemar(measured: Measured, point: Point, base: Point, metric: Metric) -> dict[str, float] | None:
+def _mcnemar(measured: Measured, point: Point, base: Point, metric: Metric[Any]) -> dict[str, float] | None:
     outcomes = _outcomes(measured, point, base, metric)
     if outcomes is None or len(point.by_seed) > 1 or point is base:
         return None
@@ -179,7 +179,7 @@ def _mcnemar(measured: Measured, point: Point, base: Point, metric: Metric) -> d
 
 
 def _power(
-    measured: Measured, points: Sequence[Point], base: Point, contrast: _Contrast, metric: Metric, confidence: float
+    measured: Measured, points: Sequence[Point], base: Point, contrast: _Contrast, metric: Metric[Any], confidence: float
 ) -> Power | None:
     """What 2 points take, in a comparison of average error: one alone does not know how much its few seeds scatter."""
     effects = [effect for effect in contrast.effects if effect is not None]
@@ -212,7 +212,7 @@ def _flips(differences: Floats, prompts: Sequence[str]) -> tuple[float, float]:
     return float((differences**2).mean()), statistics.design_effect(differences, clusters)
 
 
-def _best(measured: Measured, points: Sequence[Point], values: Floats, direction: int) -> Best | None:
+def _best(measured: Measured, points: Sequence[Point], values: Floats, direction: int | None) -> Best | None:
     """The best of all ends of runs; snapshots and scaled adapters are no candidates of their own."""
     ends = [index for index, point in enumerate(points) if wording.is_end(point.settings)]
     if not direction or len(ends) < 2:

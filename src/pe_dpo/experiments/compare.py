@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments import wording
@@ -26,7 +27,7 @@ from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
 from pe_dpo.experiments.matching import Point, points_of, values_at
 from pe_dpo.experiments.measured import Measured, measure
 from pe_dpo.experiments.wording import FREE_CONTROLS, SCALE, STEP, is_end
-from pe_dpo.metrics.catalogue import KL, METRICS, Metric, choose_metric, mean_of, missing_words
+from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
 from pe_dpo.recipe import known_keys
 from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.observations import Observation, read_observations
@@ -78,12 +79,12 @@ def compare(
     found = Comparison(
         verdict="",
         metric=name,
-        title=chosen.title,
+        title=chosen.explanation or chosen.title,
         is_share=chosen.is_share,
-        direction=chosen.direction,
+        direction=chosen.direction or 0,
         baseline=wording.dial_name(dial),
         seeds=len({one.seed for one in usable}),
-        pairs=max((len(rows.prompts) for one in usable if (rows := one.rows(chosen.kind))), default=0),
+        pairs=max((len(rows) for one in usable if (rows := one.rows(chosen.kind))), default=0),
         unit=chosen.kind.removesuffix("s"),
         repeats=repeats,
         confidence=confidence,
@@ -93,6 +94,41 @@ def compare(
     if usable:
         found = _with_arms(found, measure(usable, chosen, repeats=repeats, seed=seed), chosen, dial, seed)
     return replace(found, verdict=wording.verdict(found))
+
+
+def choose_metric(name: str | None, observations: Sequence[Observation]) -> str:
+    """Return the name of the metric to compare on: what was asked for, else `win_rate` where scored, else `accuracy/shift`.
+
+    Raises:
+        UsageError: there is no such metric.
+    """
+    if name is None:
+        ours = [one for one in observations if one.source == "pe-dpo"]
+        is_scored = bool(ours) and all(missing_words(METRICS["win_rate"], one) is None for one in ours)
+        return "win_rate" if is_scored else "accuracy/shift" if ours else "rewards/accuracies"
+    if name not in COMPARED:
+        raise UsageError(f"--metric {name}: is not one of {', '.join(COMPARED)}")
+    return name
+
+
+def missing_words(metric: Metric[Any], observation: Observation) -> str | None:
+    """Return why an observation has no such metric, with what to do about it, or None if it has."""
+    rows = observation.rows(metric.kind)
+    if rows is None and metric.kind == "pairs":
+        return f"{observation.run} has no held-out pairs one by one; measure it with pe-dpo eval"
+    if rows is None:
+        return f"{observation.run} has no sampled answers; ask for them with generation.prompts, or with pe-dpo eval"
+    gone = [name for name in metric.needs if not rows.knows(name)]
+    if not gone:
+        return None
+    remedy = "give pe-dpo eval a scorer" if "score" in gone else "measure it again with pe-dpo eval"
+    return f"{observation.run} has no {', '.join(gone)} of its {metric.kind}; {remedy}"
+
+
+def mean_of(metric: Metric[Any], observation: Observation) -> float:
+    """Return the metric of one observation on all its rows; NaN where it has none."""
+    rows = observation.rows(metric.kind)
+    return math.nan if rows is None or missing_words(metric, observation) else metric(rows)
 
 
 def check_names(metric: str | None, baseline: str) -> str:
@@ -111,7 +147,7 @@ def check_names(metric: str | None, baseline: str) -> str:
 
 def _run_row(one: Observation, name: str) -> RunRow:
     is_ours = one.source == "pe-dpo"
-    metrics = {key: mean_of(metric, one) if is_ours else one.logged.get(key, math.nan) for key, metric in METRICS.items()}
+    metrics = {key: mean_of(metric, one) if is_ours else one.logged.get(key, math.nan) for key, metric in COMPARED.items()}
     return RunRow(
         name=wording.point_name(one.settings if one.scale is None else {**one.settings, SCALE: one.scale}),
         run=one.run,
@@ -120,14 +156,14 @@ def _run_row(one: Observation, name: str) -> RunRow:
         is_final=one.is_final,
         source=one.source,
         settings=one.settings,
-        kl=mean_of(KL, one),
+        kl=mean_of(METRICS["kl"], one),
         value=metrics[name],
         metrics={key: value for key, value in metrics.items() if not math.isnan(value)},
         scale=one.scale,
     )
 
 
-def _with_arms(found: Comparison, measured: Measured, metric: Metric, dial: str, seed: int) -> Comparison:
+def _with_arms(found: Comparison, measured: Measured, metric: Metric[Any], dial: str, seed: int) -> Comparison:
     """The comparison with all that can be paired."""
     points = points_of(measured.observations)
     dial, remarks = _line_dial(dial, points, found)

@@ -1,12 +1,12 @@
 """Metric and KL of many observations, as observed and over prompts drawn with replacement, the same draws for all."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pe_dpo.errors import UsageError
-from pe_dpo.metrics.catalogue import KL, Metric, prompt_sums, reference_sums
+from pe_dpo.metrics.catalogue import METRICS, Metric
 from pe_dpo.metrics.statistics import Floats, resampled_ratios
 from pe_dpo.runs.observations import Observation
 
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
     kl_prompts: int
 
 
-def measure(observations: Sequence[Observation], metric: Metric, *, repeats: int, seed: int) -> Measured:
+def measure(observations: Sequence[Observation], metric: Metric[Any], *, repeats: int, seed: int) -> Measured:
     """Return the metric and the KL of observations that all have the metric's rows.
 
     KL is measured on the prompts to which every observation with answers has some. Replicates that draw none of them are left
@@ -58,7 +58,7 @@ def measure(observations: Sequence[Observation], metric: Metric, *, repeats: int
     if metric.kind == "answers":
         keys = sorted(answered)
     else:
-        keys = sorted(answered.union(*(set(one.pairs.prompts) for one in observations if one.pairs)))
+        keys = sorted(answered.union(*(set(one.pairs.prompt_key) for one in observations if one.pairs)))
     if len(keys) < FEWEST_PROMPTS:
         raise UsageError(f"runs share {len(keys)} prompts, of which no interval can be made; hold out more (data.eval)")
     at = {key: index for index, key in enumerate(keys)}
@@ -66,12 +66,12 @@ def measure(observations: Sequence[Observation], metric: Metric, *, repeats: int
     kl_at = {key: index for key, index in at.items() if key in answered}
 
     def drift(one: Observation) -> tuple[Floats, Floats]:
-        return prompt_sums(KL, one.answers, kl_at, size=len(keys)) if one.answers else nothing
+        return METRICS["kl"].sums(one.answers, kl_at, size=len(keys)) if one.answers else nothing
 
     rows = [one.rows(metric.kind) for one in observations]
-    parts = [prompt_sums(metric, part, at) if part else nothing for part in rows]
+    parts = [metric.sums(part, at) if part else nothing for part in rows]
     parts += [drift(one) for one in observations]
-    parts.append((reference_sums(metric, rows[0], at) if rows[0] else None) or nothing)
+    parts.append((metric.reference_sums(rows[0], at) if rows[0] else None) or nothing)
     numerators, denominators = (np.stack(side, axis=1) for side in zip(*parts, strict=True))
     with np.errstate(invalid="ignore"):
         observed = numerators.sum(0) / denominators.sum(0)
@@ -95,7 +95,7 @@ def measure(observations: Sequence[Observation], metric: Metric, *, repeats: int
 
 def _common_prompts(observations: Sequence[Observation]) -> set[str]:
     """Prompts to which all observations that have answers have some."""
-    found = [set(one.answers.prompts) for one in observations if one.answers]
+    found = [set(one.answers.prompt_key) for one in observations if one.answers]
     return set.intersection(*found) if found else set()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.metrics.clusters import clustered_mean, clustered_ratio
+from pe_dpo.metrics.estimates import clustered_mean, clustered_ratio
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.progress import advance
 

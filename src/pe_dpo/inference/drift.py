@@ -27,7 +27,8 @@ from pe_dpo.inference.divergence import Divergence, divergences
 from pe_dpo.inference.generation import answer_text, prompt_text
 from pe_dpo.inference.sampling import SampledAnswer, sample_answers
 from pe_dpo.inference.scorer import TOLERANCE, numeric_dtype
-from pe_dpo.metrics.clusters import clustered_mean, clustered_ratio
+from pe_dpo.metrics.catalogue import answer_metrics
+from pe_dpo.metrics.table import AnswerTable
 
 CACHED = 4
 """Times the token budget, most tokens of a batch that is sampled: it is read without gradients, and then only its keys and
@@ -88,6 +89,16 @@ class Drift:
     answers: list[DriftAnswer]
     sampler_error: float
 
+    def table(self, **scores: Any) -> AnswerTable:
+        """Return one row per answer; `scores` are the columns that a scorer adds."""
+        columns = {
+            name: [getattr(answer, name) for answer in self.answers]
+            for name in AnswerTable.column_names()
+            if hasattr(self.answers[0], name)
+        }
+        numbers = {name: np.asarray(column) for name, column in {**columns, **scores}.items() if not isinstance(column[0], str)}
+        return AnswerTable(**{**columns, **scores, **numbers})
+
     def summary(self) -> dict[str, Any]:
         """Return means over answers with standard errors clustered by prompt, as in `generation` of evaluation.json.
 
@@ -95,20 +106,13 @@ class Drift:
         all tokens. `ended` is the share of answers that were not cut. `distinct_1` and `distinct_2` are distinct token n-grams
         by all n-grams (Li et al. 2016), which falls with more text: compare only runs with the same prompts and limits.
         """
-        prompts = [answer.prompt_key for answer in self.answers]
-        kl, entropy, tokens = ([getattr(answer, name) for answer in self.answers] for name in ("kl", "entropy", "tokens"))
-        k1 = [answer.log_policy - answer.log_reference for answer in self.answers]
         ids = [answer.ids[: answer.tokens - answer.ended].tolist() for answer in self.answers]
         return {
             "prompts": self.prompts,
             "samples": self.samples,
             "max_new_tokens": self.max_new_tokens,
             "seed": self.seed,
-            "kl": clustered_mean(kl, prompts),
-            "kl_per_token": clustered_ratio(kl, tokens, prompts),
-            "kl_k1": clustered_mean(k1, prompts),
-            "entropy_per_token": clustered_ratio(entropy, tokens, prompts),
-            "tokens": clustered_mean(tokens, prompts),
+            **answer_metrics(self.table()),
             "ended": float(np.mean([answer.ended for answer in self.answers])),
             "distinct_1": distinct(ids, 1),
             "distinct_2": distinct(ids, 2),
@@ -245,14 +249,7 @@ def save_generations(drift: Drift, path: Path, **columns: Sequence[Any]) -> None
         path: of the file.
         **columns: further columns, such as scores; one value per answer.
     """
-    import pyarrow
-    import pyarrow.parquet
-
-    names = ("prompt_key", "prompt", "sample", "answer", "tokens", "ended", "kl", "log_policy", "log_reference", "entropy")
-    own = {name: [getattr(answer, name) for answer in drift.answers] for name in names}
-    partly = path.with_name(f".{path.name}.partial")
-    pyarrow.parquet.write_table(pyarrow.table({**own, **columns}), partly)
-    partly.replace(path)
+    drift.table(**columns).save(path)
 
 
 def _sampler_error(said: Sequence[SampledAnswer], found: Sequence[Divergence]) -> float:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.mixout import Mixout
 
 PAIRS, MASKS = 16, 16

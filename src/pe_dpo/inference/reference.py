@@ -20,9 +20,9 @@ import torch
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import StoreUnavailable
 from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.reference_store import ReferenceStore, StoredLogprob, answer_key, default_store_path, reference_key
 from pe_dpo.inference.scorer import TOLERANCE, Scorer, numeric_dtype, possible_paths
-from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.base import BaseFacts
 from pe_dpo.model.fingerprint import (

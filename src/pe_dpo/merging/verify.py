@@ -21,9 +21,9 @@ from torch import Tensor
 
 from pe_dpo.data import EncodedPair
 from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.regimes import share_right
-from pe_dpo.metrics.table import score_pairs
+from pe_dpo.metrics.estimates import share_right
 
 KL_BAND = 0.1
 """Largest relative KL, where the noise of rounding is not more."""

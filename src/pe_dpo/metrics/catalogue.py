@@ -1,220 +1,468 @@
-"""What runs can be compared on: each metric a sum over rows divided by another, so that resampling prompts resamples it.
+"""All metrics of pairs and of sampled answers; what a run logs, evaluates, compares, reports and shows goes through this list.
 
-Which metrics are fair between arms is no matter of taste. An implicit reward β·log π − γ·log π0 contains the arm's own β and γ:
-`rewards/…` of arms with another κ = γ/β are different quantities under one name. `accuracy/shift`, the share of pairs whose Δπ
+    METRICS["accuracy/shift"](table)          a sum over rows divided by another, so that resampling prompts resamples it
+
+Every metric is a mean over rows, never a mean of batch means, so that it does not depend on the batch size. Those that are
+functions of the whole set (quantiles, slopes) have no rows, and runs are not compared on them.
+
+Which metrics are fair between runs is no matter of taste. An implicit reward β·log π − γ·log π0 contains the run's own β and γ:
+`rewards/…` of runs with another κ = γ/β are different quantities under one name. `accuracy/shift`, the share of pairs whose Δπ
 moved above Δ0, has neither in it; it is what γ = β trains towards. `accuracy/policy`, the share that the policy ranks right, is
 what γ = 0 trains towards, and by summed log-probs the lengths of the answers decide most of it. `win_rate` knows nothing of
 the loss at all, where a scorer was at hand.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pe_dpo.errors import UsageError
-from pe_dpo.runs.files import Rows
-from pe_dpo.runs.observations import Observation
+from pe_dpo.metrics.estimates import clustered_ratio, correlation, length_slope, right, share_right, wilson_interval
+from pe_dpo.metrics.quadrants import WAYS, effective_pairs, preference, quadrant_metrics, saturation, transitions
+from pe_dpo.metrics.table import AnswerTable, Floats, PairTable, Table
 
-Floats = NDArray[np.float64]
-Columns = Mapping[str, Floats]
-Sums = tuple[Floats, Floats]
-"""Numerators and denominators, summed over the rows of each prompt."""
+T = TypeVar("T", bound=Table)
 
 
-class Metric(NamedTuple):
-    """A quantity Σ numerator / Σ denominator over held-out pairs or sampled answers."""
+@dataclass(frozen=True, kw_only=True)
+class Metric(Generic[T]):
+    """A quantity of a table: Σ numerator / Σ denominator over its rows, or a function of all of it."""
 
+    key: str
+    """Under which it is logged and written."""
     title: str
-    kind: Literal["pairs", "answers"]
+    """For people, short."""
+    explanation: str = ""
+    """In a sentence; the title where it is empty."""
+    kind: Literal["pairs", "answers"] = "pairs"
     """What its rows are."""
-    needs: tuple[str, ...]
-    """Columns without which there is none."""
-    numerator: Callable[[Columns], Floats]
+    needs: tuple[str, ...] = ()
+    """Columns and settings of the table without which there is none."""
+    numerator: Callable[[T], Floats] | None = None
     denominator: str | None = None
     """A column; ones if left out."""
-    reference: Callable[[Columns], Floats] | float | None = None
+    function: Callable[[T], float] | None = None
+    """Instead of a numerator; NaN where it is not defined, and then it is left out."""
+    reference: Callable[[T], Floats] | float | None = None
     """Numerator of π0 itself, or its value. None where it has none, or where a run does not come near it as √KL falls to 0."""
     is_share: bool = False
-    """Whether a row is 0, ½ or 1, so that differences are said in points."""
-    direction: Literal[-1, 0, 1] = 1
-    """1 where more is better, −1 where less is, 0 where neither."""
+    """Whether a row is right (1), a tie (½) or wrong (0): there is a Wilson interval, and differences are said in points."""
+    direction: Literal[-1, 0, 1] | None = None
+    """1 where more is better, −1 where less is, 0 where neither; None where comparing runs on it says nothing."""
     caution: str = ""
-    """Why arms should not be compared on it."""
+    """Why runs should not be compared on it all the same."""
+    is_headline: bool = False
+    """Whether it is shown first: before and after a run in the terminal, on the model card and in the report."""
+    form: str = ".4f"
+    """How its values are written, where they are shown."""
+    of_fixed_set: bool = False
+    """Whether it is about pairs that are measured again and again, and not about those of a few steps of training."""
+
+    def __call__(self, table: T) -> float:
+        """Return the metric of a table that has what it needs; the answers to each prompt count together as much as others'."""
+        if self.function is not None:
+            return self.function(table)
+        above, below = self.sums(table, {key: at for at, key in enumerate(dict.fromkeys(table.prompt_key))})
+        return float(above.sum() / below.sum())
+
+    def sums(self, table: T, prompts: Mapping[str, int], *, size: int | None = None) -> tuple[Floats, Floats]:
+        """Return numerators and denominators summed over the rows of each prompt, (size,) each.
+
+        The answers to a prompt count together as much as those to another, however many there are.
+
+        Args:
+            table: pairs or answers; those of prompts that are not in `prompts` are left out.
+            prompts: position of each prompt by its key.
+            size: one more than the largest position; by default the number of prompts.
+        """
+        assert self.numerator is not None, f"{self.key} has rows"
+        return self._sums(table, self.numerator(table), prompts, size or len(prompts))
+
+    def reference_sums(self, table: T, prompts: Mapping[str, int]) -> tuple[Floats, Floats] | None:
+        """Return the same of the reference itself, or None where the metric has no value there."""
+        if isinstance(self.reference, float):
+            return np.full(len(prompts), self.reference), np.ones(len(prompts))
+        values = None if self.reference is None else self.reference(table)
+        return None if values is None or np.isnan(values).any() else self._sums(table, values, prompts, len(prompts))
+
+    def _sums(self, table: T, numerators: Floats, prompts: Mapping[str, int], size: int) -> tuple[Floats, Floats]:
+        denominators = getattr(table, self.denominator) if self.denominator else np.ones(len(numerators))
+        at = np.array([prompts.get(key, -1) for key in table.prompt_key], dtype=np.int64)
+        there = at >= 0
+        at, numerators, denominators = at[there], numerators[there], denominators[there]
+        if self.kind == "answers":
+            share = 1 / np.bincount(at, minlength=size)[at]
+            numerators, denominators = numerators * share, denominators * share
+        return np.bincount(at, numerators, size).astype(np.float64), np.bincount(at, denominators, size).astype(np.float64)
 
 
-def right(preference: Floats) -> Floats:
-    """Return 1 for each Δ > 0, ½ for a tie, 0 otherwise."""
-    return (np.sign(preference) + 1) / 2
-
-
-def _preference(model: str) -> Callable[[Columns], Floats]:
-    return lambda columns: columns[f"{model}_chosen"] - columns[f"{model}_rejected"]
-
-
-def _per_token(model: str) -> Callable[[Columns], Floats]:
-    def preference(columns: Columns) -> Floats:
-        chosen = columns[f"{model}_chosen"] / columns["chosen_lengths"]
-        return chosen - columns[f"{model}_rejected"] / columns["rejected_lengths"]
-
-    return preference
-
-
-_POLICY = ("policy_chosen", "policy_rejected")
 _REFERENCE = ("reference_chosen", "reference_rejected")
-_LENGTHS = ("chosen_lengths", "rejected_lengths")
 _REWARDS = ("chosen_reward", "rejected_reward")
+_LENGTHS = ("chosen_lengths", "rejected_lengths")
+_POLICY = ("policy_chosen", "policy_rejected")
 _OWN_COEFFICIENTS = "contains the β and γ that each arm was trained with"
 
-METRICS: dict[str, Metric] = {
-    "accuracy/shift": Metric(
-        "pairs whose preference training moved towards chosen (Δπ > Δ0)",
-        "pairs",
-        (*_POLICY, *_REFERENCE),
-        lambda columns: right(_preference("policy")(columns) - _preference("reference")(columns)),
+
+def _saturation(table: PairTable) -> tuple[float, float]:
+    assert table.link is not None, "the loss is known"
+    return saturation(table.score, table.link) or (math.nan, math.nan)
+
+
+def _margin_quantile(share: float) -> Callable[[PairTable], float]:
+    return lambda table: float(np.quantile(table.effective_margin, share))
+
+
+_OF_PAIRS: tuple[Metric[PairTable], ...] = (
+    Metric(
+        key="accuracy/shift",
+        title="moved toward chosen",
+        explanation="pairs whose preference training moved towards chosen (Δπ > Δ0)",
+        needs=(*_POLICY, *_REFERENCE),
+        numerator=lambda table: right(table.shift()),
         is_share=True,
+        form=".3f",
+        direction=1,
+        is_headline=True,
     ),
-    "accuracy/shift_per_token": Metric(
-        "pairs whose preference per token training moved towards chosen",
-        "pairs",
-        (*_POLICY, *_REFERENCE, *_LENGTHS),
-        lambda columns: right(_per_token("policy")(columns) - _per_token("reference")(columns)),
+    Metric(
+        key="accuracy/shift_per_token",
+        title="moved toward chosen, per token",
+        explanation="pairs whose preference per token training moved towards chosen",
+        needs=(*_POLICY, *_REFERENCE, *_LENGTHS),
+        numerator=lambda table: right(table.shift(per_token=True)),
         is_share=True,
+        form=".3f",
+        direction=1,
     ),
-    "accuracy/policy": Metric(
-        "pairs that the policy ranks right (Δπ > 0)",
-        "pairs",
-        _POLICY,
-        lambda columns: right(_preference("policy")(columns)),
-        reference=lambda columns: right(_preference("reference")(columns)),
+    Metric(
+        key="accuracy/policy",
+        title="accuracy, summed log-probs",
+        explanation="pairs that the policy ranks right (Δπ > 0)",
+        needs=_POLICY,
+        numerator=lambda table: right(table.delta("policy")),
+        reference=lambda table: right(table.delta("reference")),
         is_share=True,
+        form=".3f",
+        direction=1,
+        is_headline=True,
     ),
-    "accuracy/policy_per_token": Metric(
-        "pairs that the policy ranks right by log-probs per token",
-        "pairs",
-        (*_POLICY, *_LENGTHS),
-        lambda columns: right(_per_token("policy")(columns)),
-        reference=lambda columns: right(_per_token("reference")(columns)),
+    Metric(
+        key="accuracy/policy_per_token",
+        title="accuracy, per token",
+        explanation="pairs that the policy ranks right by log-probs per token",
+        needs=(*_POLICY, *_LENGTHS),
+        numerator=lambda table: right(table.delta("policy", per_token=True)),
+        reference=lambda table: right(table.delta("reference", per_token=True)),
         is_share=True,
+        form=".3f",
+        direction=1,
+        is_headline=True,
     ),
-    "rewards/accuracies": Metric(
-        "pairs whose chosen reward is the larger one",
-        "pairs",
-        _REWARDS,
-        lambda columns: right(columns["chosen_reward"] - columns["rejected_reward"]),
+    Metric(
+        key="accuracy/policy_length_matched",
+        title="accuracy, length-matched",
+        needs=(*_POLICY, *_REFERENCE),
+        function=lambda table: share_right(preference(table, "policy", "regimes_length_matched")),
         is_share=True,
+        form=".3f",
+        is_headline=True,
+        of_fixed_set=True,
+    ),
+    Metric(
+        key="accuracy/reference",
+        title="accuracy of the reference, summed log-probs",
+        needs=_REFERENCE,
+        numerator=lambda table: right(table.delta("reference")),
+        is_share=True,
+        form=".3f",
+    ),
+    Metric(
+        key="accuracy/reference_per_token",
+        title="accuracy of the reference, per token",
+        needs=_REFERENCE,
+        numerator=lambda table: right(table.delta("reference", per_token=True)),
+        is_share=True,
+        form=".3f",
+    ),
+    Metric(
+        key="accuracy/reference_length_matched",
+        title="accuracy of the reference, length-matched",
+        needs=_REFERENCE,
+        function=lambda table: share_right(preference(table, "reference", "regimes_length_matched")),
+        is_share=True,
+        form=".3f",
+        of_fixed_set=True,
+    ),
+    Metric(
+        key="accuracy/implicit",
+        title="accuracy of the score before its margin",
+        numerator=lambda table: right(table.implicit_preference),
+        is_share=True,
+        form=".3f",
+    ),
+    Metric(
+        key="rewards/accuracies",
+        title="reward accuracy",
+        explanation="pairs whose chosen reward is the larger one",
+        needs=_REWARDS,
+        numerator=lambda table: right(table.reward_margin),
+        is_share=True,
+        form=".3f",
+        direction=1,
         caution=_OWN_COEFFICIENTS,
+        is_headline=True,
     ),
-    "rewards/margins": Metric(
-        "reward of chosen minus reward of rejected",
-        "pairs",
-        _REWARDS,
-        lambda columns: columns["chosen_reward"] - columns["rejected_reward"],
+    Metric(
+        key="rewards/margins",
+        title="reward margin",
+        explanation="reward of chosen minus reward of rejected",
+        needs=_REWARDS,
+        numerator=lambda table: table.reward_margin,
+        direction=1,
         caution=_OWN_COEFFICIENTS,
+        is_headline=True,
     ),
-    "nll/chosen_per_token": Metric(
-        "negative log-likelihood of chosen answers, nats per token",
-        "pairs",
-        ("policy_chosen", "chosen_lengths"),
-        lambda columns: -columns["policy_chosen"],
-        "chosen_lengths",
-        reference=lambda columns: -columns["reference_chosen"],
+    Metric(key="rewards/chosen", title="reward of chosen", needs=_REWARDS, numerator=lambda table: table.chosen_reward),
+    Metric(key="rewards/rejected", title="reward of rejected", needs=_REWARDS, numerator=lambda table: table.rejected_reward),
+    Metric(
+        key="nll/chosen_per_token",
+        title="NLL of chosen, nats per token",
+        explanation="negative log-likelihood of chosen answers, nats per token",
+        needs=("policy_chosen", "chosen_lengths"),
+        numerator=lambda table: -table.policy_chosen,
+        denominator="chosen_lengths",
+        reference=lambda table: -table.reference_chosen,
         direction=-1,
     ),
-    "win_rate": Metric(
-        "answers that score higher than the reference's own to the same prompt",
-        "answers",
-        ("score", "reference_score"),
-        lambda columns: right(columns["score"] - columns["reference_score"]),
+    Metric(key="logps/chosen", title="log π of chosen, nats", numerator=lambda table: table.policy_chosen),
+    Metric(key="logps/rejected", title="log π of rejected, nats", numerator=lambda table: table.policy_rejected),
+    Metric(key="score/mean", title="mean score z", numerator=lambda table: table.score),
+    Metric(
+        key="active", title="share of pairs with z < 0", form=".3f", numerator=lambda table: np.where(table.score < 0, 1.0, 0.0)
+    ),
+    Metric(key="weight/mean", title="mean gradient weight", numerator=lambda table: np.abs(table.weight)),
+    Metric(
+        key="weight/effective_share",
+        title="share of pairs that pull, (Σ|w|)²/(N·Σw²)",
+        function=lambda table: effective_pairs(table.weight) / len(table),
+    ),
+    Metric(
+        key="weight/saturated",
+        title="share of pairs of nearly no weight, or nearly the largest",
+        needs=("link",),
+        function=lambda table: sum(_saturation(table)),
+    ),
+    Metric(
+        key="weight/saturated_low",
+        title="share of pairs of nearly no weight",
+        needs=("link",),
+        function=lambda table: _saturation(table)[0],
+    ),
+    Metric(key="margin/q05", title="Δπ that the loss asks for, 5 %", needs=("beta",), function=_margin_quantile(0.05)),
+    Metric(key="margin/q50", title="Δπ that the loss asks for, median", needs=("beta",), function=_margin_quantile(0.5)),
+    Metric(key="margin/q95", title="Δπ that the loss asks for, 95 %", needs=("beta",), function=_margin_quantile(0.95)),
+    Metric(
+        key="displacement/chosen",
+        title="chosen, nats vs reference",
+        needs=_REFERENCE,
+        numerator=lambda table: table.displacement("chosen"),
+        is_headline=True,
+    ),
+    Metric(
+        key="displacement/rejected",
+        title="rejected, nats vs reference",
+        needs=_REFERENCE,
+        numerator=lambda table: table.displacement("rejected"),
+        is_headline=True,
+    ),
+    Metric(key="loss", title="loss", numerator=lambda table: table.loss, is_headline=True, of_fixed_set=True),
+    Metric(
+        key="displacement/chosen_per_token",
+        title="chosen, nats vs reference, per token",
+        needs=_REFERENCE,
+        numerator=lambda table: table.displacement("chosen"),
+        denominator="chosen_lengths",
+    ),
+    Metric(
+        key="displacement/rejected_per_token",
+        title="rejected, nats vs reference, per token",
+        needs=_REFERENCE,
+        numerator=lambda table: table.displacement("rejected"),
+        denominator="rejected_lengths",
+    ),
+    Metric(
+        key="displacement/chosen_fell",
+        title="share of chosen that π0 likes better",
+        form=".3f",
+        needs=_REFERENCE,
+        numerator=lambda table: np.where(table.displacement("chosen") < 0, 1.0, 0.0),
+    ),
+    Metric(
+        key="regimes/satisfied_early",
+        title="pairs satisfied early (z ≥ 0, Δπ < 0)",
+        needs=_REFERENCE,
+        function=lambda table: int(((table.score >= 0) & (table.delta() < 0)).sum()),
+        form=".0f",
+    ),
+    Metric(
+        key="regimes/effective_pairs",
+        title="effective pairs (Σ|w|)²/Σw²",
+        needs=_REFERENCE,
+        function=lambda table: effective_pairs(table.weight),
+        form=".0f",
+    ),
+    Metric(
+        key="length/shift_slope",
+        title="Δπ − Δ0 by token of length difference, nats",
+        needs=_REFERENCE,
+        function=lambda table: length_slope(table.shift(), table.length_difference),
+        of_fixed_set=True,
+    ),
+    Metric(
+        key="length/shift_correlation",
+        title="correlation of Δπ − Δ0 with the length difference",
+        needs=_REFERENCE,
+        function=lambda table: correlation(table.shift(), table.length_difference),
+        of_fixed_set=True,
+    ),
+    Metric(
+        key="length/reference_correlation",
+        title="correlation of Δ0 with the length difference",
+        needs=_REFERENCE,
+        function=lambda table: correlation(table.delta("reference"), table.length_difference),
+        of_fixed_set=True,
+    ),
+)
+
+_OF_ANSWERS: tuple[Metric[AnswerTable], ...] = (
+    Metric(
+        key="kl",
+        title="KL(π‖π0), nats per answer",
+        kind="answers",
+        needs=("kl",),
+        numerator=lambda table: table.kl,
+        reference=0.0,
+    ),
+    Metric(
+        key="kl_per_token",
+        title="KL(π‖π0), nats per token",
+        kind="answers",
+        needs=("kl", "tokens"),
+        numerator=lambda table: table.kl,
+        denominator="tokens",
+    ),
+    Metric(
+        key="kl_k1",
+        title="KL(π‖π0) by plain log-ratios, nats per answer",
+        kind="answers",
+        needs=("log_policy", "log_reference"),
+        numerator=lambda table: table.log_policy - table.log_reference,
+    ),
+    Metric(
+        key="win_rate",
+        title="win rate against π0 (ties ½)",
+        explanation="answers that score higher than the reference's own to the same prompt",
+        kind="answers",
+        needs=("score", "reference_score"),
+        numerator=lambda table: right(table.score_difference),
         reference=0.5,
         is_share=True,
+        form=".3f",
+        direction=1,
     ),
-    "entropy_per_token": Metric(
-        "entropy of the policy along its answers, nats per token",
-        "answers",
-        ("entropy", "tokens"),
-        lambda columns: columns["entropy"],
-        "tokens",
+    Metric(
+        key="entropy_per_token",
+        title="entropy of π, nats per token",
+        explanation="entropy of the policy along its answers, nats per token",
+        kind="answers",
+        needs=("entropy", "tokens"),
+        numerator=lambda table: table.entropy,
+        denominator="tokens",
         direction=0,
     ),
-    "tokens": Metric("length of answers, tokens", "answers", ("tokens",), lambda columns: columns["tokens"], direction=0),
-}
-"""By the name under which a run logs it, where it does."""
+    Metric(
+        key="tokens",
+        title="tokens of an answer",
+        explanation="length of answers, tokens",
+        kind="answers",
+        needs=("tokens",),
+        numerator=lambda table: table.tokens,
+        direction=0,
+    ),
+)
 
-KL = Metric("KL(π‖π0), nats per answer", "answers", ("kl",), lambda columns: columns["kl"], reference=0.0, direction=-1)
-"""Rao-Blackwellised, averaged over the answers to a prompt, then over prompts."""
-
-
-def choose_metric(name: str | None, observations: Sequence[Observation]) -> str:
-    """Return the name of the metric to compare on: what was asked for, else `win_rate` where scored, else `accuracy/shift`.
-
-    Raises:
-        UsageError: there is no such metric.
-    """
-    if name is None:
-        ours = [one for one in observations if one.source == "pe-dpo"]
-        is_scored = bool(ours) and all(missing_words(METRICS["win_rate"], one) is None for one in ours)
-        return "win_rate" if is_scored else "accuracy/shift" if ours else "rewards/accuracies"
-    if name not in METRICS:
-        raise UsageError(f"--metric {name}: is not one of {', '.join(METRICS)}")
-    return name
+_ALL: tuple[Metric[Any], ...] = (*_OF_PAIRS, *_OF_ANSWERS)
+METRICS = {metric.key: metric for metric in _ALL}
+"""By key, in the order in which they are shown. `kl` is Rao-Blackwellised, averaged over the answers to a prompt, then over
+prompts."""
+COMPARED = {key: metric for key, metric in METRICS.items() if metric.direction is not None}
+"""Those that runs can be compared on."""
 
 
-def missing_words(metric: Metric, observation: Observation) -> str | None:
-    """Return why an observation has no such metric, with what to do about it, or None if it has."""
-    rows = observation.rows(metric.kind)
-    if rows is None and metric.kind == "pairs":
-        return f"{observation.run} has no held-out pairs one by one; measure it with pe-dpo eval"
-    if rows is None:
-        return f"{observation.run} has no sampled answers; ask for them with generation.prompts, or with pe-dpo eval"
-    gone = [name for name in metric.needs if name not in rows.columns or np.isnan(rows.columns[name]).all()]
-    if not gone:
-        return None
-    remedy = "give pe-dpo eval a scorer" if "score" in gone else "measure it again with pe-dpo eval"
-    return f"{observation.run} has no {', '.join(gone)} of its {metric.kind}; {remedy}"
+def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, float]:
+    """Return the metrics of pairs by key, under TRL's names where the quantity is TRL's.
 
-
-def mean_of(metric: Metric, observation: Observation) -> float:
-    """Return the metric of one observation on all its rows; NaN where it has none."""
-    rows = observation.rows(metric.kind)
-    if rows is None or missing_words(metric, observation):
-        return float("nan")
-    numerators, denominators = prompt_sums(metric, rows, {key: at for at, key in enumerate(dict.fromkeys(rows.prompts))})
-    return float(numerators.sum() / denominators.sum())
-
-
-def prompt_sums(metric: Metric, rows: Rows, prompts: Mapping[str, int], *, size: int | None = None) -> Sums:
-    """Return numerators and denominators of a metric summed over the rows of each prompt, (size,) each.
-
-    The answers to a prompt count together as much as those to another, however many there are.
+    `rewards/accuracies` is the share of pairs whose chosen reward is larger (what DPO papers plot, trivially above ½ in
+    training); rewards are per token where the loss is (`reduce: mean`). `accuracy/policy` is the share that the policy itself
+    ranks right; `accuracy/implicit` that with z + m > 0, which differs from `rewards/accuracies` under a floor alone;
+    `accuracy/shift` that with Δπ > Δ0, whatever γ (½ at step 0). Ties count ½ in all of them. Quadrants, displacement and
+    reference accuracy are there when the reference was run, `margin/…` and `weight/saturated…` when the loss is known. What is
+    not defined, such as an empty quadrant's mean, is left out.
 
     Args:
-        metric: what to sum.
-        rows: pairs or answers; those of prompts that are not in `prompts` are left out.
-        prompts: position of each prompt by its key.
-        size: one more than the largest position; by default the number of prompts.
+        table: of pairs as scored now.
+        is_fixed_set: whether these are pairs that are measured again and again. Then there are too the mean loss, transitions
+            since step 0 (McNemar), quadrants between answers as if of equal length (`regimes_length_matched`), and how the
+            shift Δπ − Δ0 moves with the length difference. Where step 0 is not known, the policy started at the reference.
     """
-    return _sums(metric, rows, metric.numerator(rows.columns), prompts, size or len(prompts))
+    if is_fixed_set and table.has_reference and not table.knows("initial_chosen"):
+        table = table.since(None)
+    found: dict[str, float] = {"pairs": len(table)}
+    for metric in _OF_PAIRS:
+        if table.knows(*metric.needs) and (is_fixed_set or not metric.of_fixed_set):
+            value = metric(table)
+            found |= {} if metric.function and math.isnan(value) else {metric.key: value}
+    if not table.has_reference:
+        return found
+    if is_fixed_set:
+        for way in WAYS:
+            changes = transitions(*(preference(table, model, way) for model in ("initial", "policy")))
+            found |= quadrant_metrics(table, way) | {f"{way}/transitions/{name}": value for name, value in changes.items()}
+        return found
+    # Of few pairs, means by token say little: what counts is where the pairs and the weight are.
+    counts = quadrant_metrics(table, "regimes_per_token")
+    few = {
+        key: value for key, value in counts.items() if key.endswith(("/pairs", "/weight_share", "/ties", "/satisfied_early"))
+    }
+    return found | quadrant_metrics(table, "regimes") | few
 
 
-def reference_sums(metric: Metric, rows: Rows, prompts: Mapping[str, int]) -> Sums | None:
-    """Return the same of the reference itself, or None where the metric has no value there."""
-    if isinstance(metric.reference, float):
-        return np.full(len(prompts), metric.reference), np.ones(len(prompts))
-    if metric.reference is None or not set(_REFERENCE) <= set(rows.columns):
-        return None
-    values = metric.reference(rows.columns)
-    return None if np.isnan(values).any() else _sums(metric, rows, values, prompts, len(prompts))
+def share_intervals(metrics: Mapping[str, float], pairs: int) -> dict[str, tuple[float, float]]:
+    """Return 95 % Wilson intervals of the metrics that are shares of independent pairs; see `wilson_interval`."""
+    shares = [metric.key for metric in _OF_PAIRS if metric.is_share and metric.numerator is not None]
+    return {key: wilson_interval(metrics[key], pairs) for key in shares if key in metrics}
 
 
-def _sums(metric: Metric, rows: Rows, numerator: Floats, prompts: Mapping[str, int], size: int) -> Sums:
-    denominator = rows.columns[metric.denominator] if metric.denominator else np.ones(len(numerator))
-    at = np.array([prompts.get(key, -1) for key in rows.prompts])
-    there = at >= 0
-    at, numerator, denominator = at[there], numerator[there], denominator[there]
-    if metric.kind == "answers":
-        share = 1 / np.bincount(at, minlength=size)[at]
-        numerator, denominator = numerator * share, denominator * share
-    totals = [np.bincount(at, part, size).astype(np.float64) for part in (numerator, denominator)]
-    return totals[0], totals[1]
+def headline_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:
+    """Return title, value before and value after of the headline metrics that were measured twice, shares with intervals."""
+
+    def cell(metric: Metric[PairTable], metrics: Mapping[str, float]) -> str:
+        if not metric.is_share:
+            return format(metrics[metric.key], metric.form)
+        low, high = wilson_interval(metrics[metric.key], int(after["pairs"]))
+        return f"{metrics[metric.key]:.3f} [{low:.3f}, {high:.3f}]"
+
+    shown = [metric for metric in _OF_PAIRS if metric.is_headline and metric.key in before and metric.key in after]
+    return [[metric.title, cell(metric, before), cell(metric, after)] for metric in shown]
+
+
+def answer_metrics(table: AnswerTable) -> dict[str, dict[str, float | None]]:
+    """Return mean and standard error, clustered by prompt, of every metric of answers that were not scored."""
+    found = {}
+    for metric in _OF_ANSWERS:
+        if not metric.is_share and metric.numerator is not None:
+            denominators = getattr(table, metric.denominator) if metric.denominator else np.ones(len(table))
+            found[metric.key] = clustered_ratio(metric.numerator(table), denominators, table.prompt_key)
+    return found

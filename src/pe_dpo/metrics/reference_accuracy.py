@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.clusters import clustered_mean
-from pe_dpo.metrics.regimes import correlation, length_slope, share_right
-from pe_dpo.metrics.table import wilson_interval
+from pe_dpo.metrics.estimates import clustered_mean, correlation, share_right, wilson_interval, without_length
+from pe_dpo.metrics.table import Floats
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,13 @@ class Ranking:
     """Of Δ0 with |chosen| − |rejected|; NaN where one is constant."""
 
 
-def rank(preference: np.ndarray, length_difference: np.ndarray, prompt_keys: Sequence[str]) -> Ranking:
+def rank(preference: Floats, length_difference: Floats, prompt_keys: Sequence[str]) -> Ranking:
     """Return how pairs are ranked.
 
     Args:
-        preference: Δ0, (B,) nats or nats a token.
-        length_difference: |chosen| − |rejected| in tokens, (B,).
-        prompt_keys: (B,); pairs of one prompt are not independent.
+        preference: Δ0, (N,) nats or nats a token.
+        length_difference: |chosen| − |rejected| in tokens, (N,).
+        prompt_keys: (N,); pairs of one prompt are not independent.
     """
     right = preference > 0
     share = float(right.mean())
@@ -50,36 +47,14 @@ def rank(preference: np.ndarray, length_difference: np.ndarray, prompt_keys: Seq
         right_interval=wilson_interval(share, independent_pairs(right, prompt_keys)),
         wrong=float((preference < 0).mean()),
         ties=int((preference == 0).sum()),
-        right_at_equal_length=share_right(torch.from_numpy(without_length(preference, length_difference))),
+        right_at_equal_length=share_right(without_length(preference, length_difference)),
         spread=float(preference.std(ddof=1)) if len(preference) > 1 else math.nan,
         robust_spread=robust_spread(preference),
-        length_correlation=correlation(torch.from_numpy(preference), torch.from_numpy(length_difference)),
+        length_correlation=correlation(preference, length_difference),
     )
 
 
-def preferences(reference: PairLogprobs, reduce: str) -> np.ndarray:
-    """Return Δ0 of each pair, (B,) float64: of summed log-probs, or of log-probs per token ("mean")."""
-    chosen, rejected = reference.chosen.double().numpy(), reference.rejected.double().numpy()
-    if reduce == "sum":
-        return chosen - rejected
-    return chosen / reference.chosen_lengths.double().numpy() - rejected / reference.rejected_lengths.double().numpy()
-
-
-def without_length(preference: np.ndarray, length_difference: np.ndarray) -> np.ndarray:
-    """Return Δ0 − a·(|chosen| − |rejected|): the preference as it would be between answers of equal length.
-
-    a is the slope of the least-squares line of Δ0 on the length difference (`length_slope`). The line's intercept stays in: it
-    is what the reference prefers at equal length.
-
-    Args:
-        preference: Δ0, (B,) nats.
-        length_difference: in tokens, (B,).
-    """
-    slope = length_slope(torch.from_numpy(preference), torch.from_numpy(length_difference))
-    return preference - slope * length_difference
-
-
-def robust_spread(values: np.ndarray) -> float:
+def robust_spread(values: Floats) -> float:
     """Return 1.4826 · median |x − median x|: the standard deviation of a normal sample, whatever its tails."""
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
@@ -91,8 +66,8 @@ def independent_pairs(right: np.ndarray, prompt_keys: Sequence[str]) -> int:
     of independent pairs.
 
     Args:
-        right: bool, (B,).
-        prompt_keys: (B,).
+        right: bool, (N,).
+        prompt_keys: (N,).
     """
     share, error = clustered_mean(right, prompt_keys).values()
     if share is None or not error:

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from pe_dpo.metrics.regimes import QUADRANTS
-from pe_dpo.metrics.table import wilson_interval
-from pe_dpo.metrics.transitions import Flips
+from pe_dpo.metrics.estimates import wilson_interval
+from pe_dpo.metrics.quadrants import QUADRANTS
 from pe_dpo.report.content import Plot, Section
 from pe_dpo.report.style import (
     BLUE,
@@ -276,7 +275,7 @@ def _lines(run: RunRecord, key: str, label: str, colour: str, marker: str) -> li
 # ---------------------------------------------------------------- pair by pair
 
 
-def preference_section(run: RunRecord, flips: dict[bool, Flips]) -> Section:
+def preference_section(run: RunRecord, flips: dict[bool, dict[str, float]]) -> Section:
     """Return Δ0 against Δπ at start and end, and the 2×2 tables of pairs that changed sides."""
     title = "Policy against reference, pair by pair"
     pairs = run.held_out
@@ -291,13 +290,13 @@ def preference_section(run: RunRecord, flips: dict[bool, Flips]) -> Section:
         missing.append("the policy's log-probs at the start were not kept, so who changed sides is not known; train again.")
     for per_token, found in flips.items():
         by = "log-probs per token" if per_token else "summed log-probs"
-        tied = f" {found.tied} more pairs are tied at the start or the end." if found.tied else ""
-        words = f"{found.kept} kept, {found.gained} gained, {found.lost} lost, {found.still_wrong} still wrong"
+        tied = f" {found['tied']} more pairs are tied at the start or the end." if found["tied"] else ""
+        words = f"{found['kept']} kept, {found['gained']} gained, {found['lost']} lost, {found['not_yet']} still wrong"
         cells = (
-            (0, 0, found.kept, "kept", BLUE),
-            (0, 1, found.lost, "lost", ORANGE),
-            (1, 0, found.gained, "gained", SKY),
-            (1, 1, found.still_wrong, "still wrong", VERMILLION),
+            (0, 0, found["kept"], "kept", BLUE),
+            (0, 1, found["lost"], "lost", ORANGE),
+            (1, 0, found["gained"], "gained", SKY),
+            (1, 1, found["not_yet"], "still wrong", VERMILLION),
         )
         most = max(count for _, _, count, _, _ in cells) or 1
         with panel("policy after training ranks the pair", "policy at the start", height=3.0) as (figure, axes):
@@ -320,8 +319,8 @@ def preference_section(run: RunRecord, flips: dict[bool, Flips]) -> Section:
                 "transitions-per-token" if per_token else "transitions-sum",
                 figure,
                 f"Pairs that changed sides, by {by}: {words}.{tied} If sides were changed by chance, a difference between "
-                f"gained and lost as large as this would have p = {found.p:.2g} (exact; McNemar's test with the pairs of a "
-                "prompt as one draw).",
+                f"gained and lost as large as this would have p = {found['p_value']:.2g} (exact; McNemar's test with the "
+                "pairs of a prompt as one draw).",
                 f"2×2 table of held-out pairs by {by}, start against end: {words}.",
             )
         )

@@ -1,14 +1,15 @@
 """The page of one run: what was trained, what it changed on held-out pairs, and what cannot be told from it."""
 
 from collections.abc import Mapping
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from pe_dpo.metrics.table import wilson_interval
-from pe_dpo.metrics.transitions import Change, Flips, count_flips, mean_change
+from pe_dpo.metrics.catalogue import METRICS
+from pe_dpo.metrics.estimates import mean_change, wilson_interval
+from pe_dpo.metrics.quadrants import clustered_transitions
 from pe_dpo.recipe import describe, recipe_to_yaml
 from pe_dpo.report.content import Page, Section, Table
 from pe_dpo.report.run_plots import (
@@ -26,24 +27,8 @@ from pe_dpo.runs.run_record import HeldOut, RunRecord, measured, read_run_record
 SHOWN_PAIRS = 5
 """Best and worst pairs shown, each."""
 
-SHARES = (
-    ("accuracy/policy", "accuracy of π, summed log-probs"),
-    ("accuracy/policy_per_token", "accuracy of π, per token"),
-    ("accuracy/shift", "share moved towards chosen (Δπ > Δ0)"),
-    ("rewards/accuracies", "reward accuracy (implicit)"),
-)
-"""Shares of held-out pairs ranked right; they get Wilson intervals."""
-OTHERS = (
-    ("loss", "loss", ".4f"),
-    ("rewards/margins", "reward margin", ".4f"),
-    ("nll/chosen_per_token", "NLL of chosen, nats per token", ".4f"),
-    ("displacement/chosen", "log π − log π0 of chosen, nats", ".2f"),
-    ("displacement/rejected", "log π − log π0 of rejected, nats", ".2f"),
-    ("displacement/chosen_fell", "share of chosen that π0 likes better", ".3f"),
-    ("regimes/satisfied_early", "pairs satisfied early (z ≥ 0, Δπ < 0)", ".0f"),
-    ("active", "share of pairs with z < 0", ".3f"),
-    ("regimes/effective_pairs", "effective pairs (Σ|w|)²/Σw²", ".0f"),
-)
+BESIDE = ("nll/chosen_per_token", "displacement/chosen_fell", "regimes/satisfied_early", "active", "regimes/effective_pairs")
+"""Metrics of held-out pairs that are shown beside the headlines."""
 SAMPLED = (
     ("kl", "KL(π‖π0), nats per answer", ".4f"),
     ("kl_per_token", "KL(π‖π0), nats per token", ".4f"),
@@ -102,13 +87,13 @@ def report_run(folder: Path) -> Page:
     return Page(f"Run {folder.resolve().name}", verdict, remarks, sections)
 
 
-def _flips(run: RunRecord) -> dict[bool, Flips]:
+def _flips(run: RunRecord) -> dict[bool, dict[str, float]]:
     """Changes of sides by whether log-probs are per token; empty without held-out pairs or their start."""
     pairs = run.held_out
     if pairs is None or pairs.start is None:
         return {}
     return {
-        per_token: count_flips(
+        per_token: clustered_transitions(
             pairs.preference(pairs.start, per_token=per_token),
             pairs.preference(pairs.policy, per_token=per_token),
             pairs.prompt_keys,
@@ -117,20 +102,20 @@ def _flips(run: RunRecord) -> dict[bool, Flips]:
     }
 
 
-def _flip_sentence(run: RunRecord, flips: Flips, *, per_token: bool) -> str:
+def _flip_sentence(run: RunRecord, flips: dict[str, float], *, per_token: bool) -> str:
     assert run.held_out is not None, "flips were counted"
     pairs, by = len(run.held_out.where), "Δ per token" if per_token else "Δ of summed log-probs"
-    if flips.gained + flips.lost + flips.tied == 0:
+    if flips["gained"] + flips["lost"] + flips["tied"] == 0:
         return f"No held-out pair changed sides ({pairs} pairs, {by}): the policy ranks them as it did before training."
-    if flips.p >= 0.05:
+    if flips["p_value"] >= 0.05:
         told = "this cannot be told from chance"
     else:
-        told = f"training made the ranking {'better' if flips.change > 0 else 'worse'}, by more than chance would"
-    change, low, high = (fmt(100 * share, "+.1f") for share in (flips.change, flips.low, flips.high))
-    interval = "" if flips.low != flips.low else f", 95 % interval {low} to {high}"
+        told = f"training made the ranking {'better' if flips['change'] > 0 else 'worse'}, by more than chance would"
+    change, low, high = (fmt(100 * share, "+.1f") for share in (flips["change"], flips["low"], flips["high"]))
+    interval = "" if flips["low"] != flips["low"] else f", 95 % interval {low} to {high}"
     return (
-        f"Of {pairs} held-out pairs the policy now ranks {flips.gained} right that it ranked wrong before, and {flips.lost} "
-        f"the other way round ({change} points{interval}; p = {flips.p:.2g}; {by}): {told}."
+        f"Of {pairs} held-out pairs the policy now ranks {flips['gained']} right that it ranked wrong before, and "
+        f"{flips['lost']} the other way round ({change} points{interval}; p = {flips['p_value']:.2g}; {by}): {told}."
     )
 
 
@@ -220,10 +205,11 @@ def _outcome_section(run: RunRecord) -> Section:
         )
     if run.scaled:
         rows = []
+        shares = [key for key, metric in METRICS.items() if metric.is_headline and metric.is_share and metric.numerator]
         for scale, found in [*run.scaled.items(), (1.0, run.evaluation)]:
             kl = _with_error(*(measured(found, "kl") or (nan, nan)), ".4f")
-            rows.append([f"{scale:g}", kl, *(fmt(found["pairs"].get(key, nan), ".3f") for key, _ in SHARES)])
-        header = ["a", "KL(π‖π0), nats per answer", *(title for _, title in SHARES)]
+            rows.append([f"{scale:g}", kl, *(fmt(found["pairs"].get(key, nan), ".3f") for key in shares)])
+        header = ["a", "KL(π‖π0), nats per answer", *(METRICS[key].title for key in shares)]
         note = (
             "a = 1 is the adapter as it was trained, a = 0 would be the reference. Scaling takes no training, so that whatever "
             "trains for a smaller KL has to be better at equal KL: pe-dpo compare SWEEP --baseline scale."
@@ -236,22 +222,23 @@ def _pairs_table(run: RunRecord, before: Mapping[str, float], after: Mapping[str
     changes, known = _changes(run.held_out), run.evaluation.get("intervals", {})
     pairs = int(after["pairs"])
     rows = []
-    for key, title, form in [*((key, title, ".3f") for key, title in SHARES), *OTHERS]:
-        if key not in after or key not in before:
+    for key, metric in METRICS.items():
+        form = metric.form
+        if key not in after or key not in before or not (metric.is_headline or key in BESIDE):
             continue
         cells = [fmt(before[key], form), fmt(after[key], form), fmt(after[key] - before[key], f"+{form}")]
-        if key in dict(SHARES):
+        if metric.is_share:
             intervals = wilson_interval(before[key], pairs), known.get(key) or wilson_interval(after[key], pairs)
             for at, (low, high) in enumerate(intervals):
                 cells[at] += f" [{fmt(low, form)}, {fmt(high, form)}]"
         change = changes.get(key)
-        if change is not None and change.low == change.low:
-            cells[2] += f" [{fmt(change.low, f'+{form}')}, {fmt(change.high, f'+{form}')}]"
-        rows.append([title, *cells])
+        if change is not None and not isnan(change[1]):
+            cells[2] += f" [{fmt(change[1], f'+{form}')}, {fmt(change[2], f'+{form}')}]"
+        rows.append([metric.title, *cells])
     return Table("before-after", f"{pairs} held-out pairs before and after training", ["", "before", "after", "change"], rows)
 
 
-def _changes(pairs: HeldOut | None) -> dict[str, Change]:
+def _changes(pairs: HeldOut | None) -> dict[str, tuple[float, float, float]]:
     """Changes of what can be told pair by pair from the log-probs."""
     if pairs is None or pairs.start is None:
         return {}

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.compare import check_names, compare
+from pe_dpo.experiments.compare import check_names, compare, missing_words
 from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
 from pe_dpo.experiments.matching import points_of
 from pe_dpo.experiments.measured import measure
 from pe_dpo.experiments.wording import point_name, with_state
-from pe_dpo.metrics.catalogue import METRICS, missing_words
+from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.metrics.statistics import Effect, effect
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.runs.files import SWEEP_FILE

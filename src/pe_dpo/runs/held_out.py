@@ -1,77 +1,34 @@
 """Held-out pairs one by one, and what was measured of them, on disk."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.disk import write_json
-from pe_dpo.inference.generation import answer_text, prompt_text
-from pe_dpo.metrics.table import ScoredPairs
+from pe_dpo.metrics.table import PairTable
+from pe_dpo.runs.files import remedy
 
 PAIRS_FILE, GENERATIONS_FILE, EVALUATION_FILE = "eval_pairs.parquet", "generations.parquet", "evaluation.json"
 
 
-def save_pairs(
-    scored: ScoredPairs,
-    pairs: Sequence[EncodedPair],
-    path: Path,
-    *,
-    initial: ScoredPairs | None = None,
-    tokenizer: Any = None,
-) -> None:
-    """Write one row per pair as parquet: where it came from, its prompt's key, log-probs, score, weight; atomically.
-
-    Args:
-        scored: the pairs as they are now.
-        pairs: the same pairs.
-        path: of the file.
-        initial: the pairs at step 0; their log-probs under the policy become `initial_chosen` and `initial_rejected`.
-        tokenizer: with which prompts and answers are written as text too.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    columns: dict[str, Any] = {"where": [pair.where for pair in pairs], "prompt_key": [pair.prompt_key for pair in pairs]}
-    columns |= {name: field.numpy() for name, field in scored._asdict().items()}
-    if initial is not None:
-        columns |= {"initial_chosen": initial.policy_chosen.numpy(), "initial_rejected": initial.policy_rejected.numpy()}
-    if tokenizer is not None:
-        columns["prompt"] = [prompt_text(tokenizer, pair.prompt_ids) for pair in pairs]
-        columns["chosen"] = [answer_text(tokenizer, pair.chosen_ids) for pair in pairs]
-        columns["rejected"] = [answer_text(tokenizer, pair.rejected_ids) for pair in pairs]
-    partial = path.with_name(f".{path.name}.partial")
-    pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-    partial.replace(path)
-
-
-def read_initial(path: Path, scored: ScoredPairs, pairs: Sequence[EncodedPair]) -> ScoredPairs | None:
-    """Return the pairs with the policy's log-probs at step 0, as a file of `save_pairs` has them.
+def with_initial(path: Path, table: PairTable) -> PairTable | None:
+    """Return pairs with the log-probs of step 0 that a file of a run has.
 
     Args:
         path: of the file.
-        scored: the pairs as they are now; all but the policy's log-probs is taken from here.
-        pairs: the same pairs.
+        table: the pairs as they are now.
 
     Returns:
         None where there is no such file, it does not have them, or it is about other pairs.
     """
-    import pyarrow.parquet
-
-    if not path.is_file():
+    kept = PairTable.load(path, remedy=remedy(path.parent), with_texts=False)
+    if kept is None or not kept.knows("initial_chosen", "initial_rejected"):
         return None
-    table = pyarrow.parquet.read_table(path)
-    wanted = ("where", "prompt_key", "initial_chosen", "initial_rejected")
-    if not set(wanted) <= set(table.column_names):
+    if (kept.where, kept.prompt_key) != (table.where, table.prompt_key):
         return None
-    where, keys, chosen, rejected = (table[name].to_pylist() for name in wanted)
-    if (where, keys) != ([pair.where for pair in pairs], [pair.prompt_key for pair in pairs]):
-        return None
-    columns = (torch.tensor(column, dtype=torch.float64) for column in (chosen, rejected))
-    return scored._replace(**dict(zip(("policy_chosen", "policy_rejected"), columns, strict=True)))
+    return replace(table, initial_chosen=kept.initial_chosen, initial_rejected=kept.initial_rejected)
 
 
 def save_evaluation(
@@ -85,7 +42,7 @@ def save_evaluation(
 
     Args:
         path: of the file.
-        metrics: of the pairs, see `set_metrics`.
+        metrics: of the pairs, see `pair_metrics`.
         intervals: of those that are shares.
         generation: of the sampled answers, see `Drift.summary`; left out without any.
         **more: further parts.

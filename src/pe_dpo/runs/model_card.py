@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pe_dpo.metrics.table import wilson_interval
+from pe_dpo.metrics.catalogue import headline_rows
 from pe_dpo.recipe import Recipe, describe, recipe_to_yaml
 
 
@@ -40,15 +40,8 @@ def model_card(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, 
 
 
 def held_out_table(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Return the lines of a markdown table of held-out accuracy and loss; one line of words where nothing was held out."""
+    """Return the lines of a markdown table of held-out metrics; one line of words where nothing was held out."""
     if not after:
         return ["No pairs were held out."]
-    pairs = int(after["pairs"])
-    rows = [f"{pairs} pairs; 95 % Wilson intervals.", "", "| | before | after |", "|---|---|---|"]
-    for key, title in (("accuracy/policy", "accuracy, summed log-probs"), ("accuracy/policy_per_token", "accuracy, per token")):
-        cells = []
-        for metrics in (before, after):
-            low, high = wilson_interval(metrics[key], pairs)
-            cells.append(f"{metrics[key]:.3f} [{low:.3f}, {high:.3f}]")
-        rows.append(f"| {title} | {cells[0]} | {cells[1]} |")
-    return [*rows, f"| loss | {before['loss']:.4f} | {after['loss']:.4f} |"]
+    rows = [f"| {' | '.join(row)} |" for row in headline_rows(before, after)]
+    return [f"{int(after['pairs'])} pairs; 95 % Wilson intervals.", "", "| | before | after |", "|---|---|---|", *rows]

@@ -7,25 +7,24 @@ trainer_state.json gives means of the last evaluation alone.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pe_dpo.errors import UsageError
+from pe_dpo.metrics.table import AnswerTable, PairTable, Table
 from pe_dpo.recipe import Recipe, changed_settings, recipe_from_yaml
 from pe_dpo.recipe.loss_section import CALIBRATED
-from pe_dpo.runs.files import SWEEP_FILE, Rows, read_evaluation, read_object, read_rows, remedy
+from pe_dpo.runs.files import SWEEP_FILE, read_evaluation, read_object, remedy
 from pe_dpo.runs.folder import FREE_TO_CHANGE, RECIPE_FILE, RUN_FILE
 from pe_dpo.runs.scaled import scaled_folders
 from pe_dpo.runs.trl_log import read_trl_log
 
+T = TypeVar("T", bound=Table)
+
 PAIRS_FILE, ANSWERS_FILE = "eval_pairs.parquet", "generations.parquet"
 
-_PAIR_NUMBERS = (
-    *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
-    *("chosen_lengths", "rejected_lengths", "chosen_reward", "rejected_reward"),
-)
-_ANSWER_NUMBERS = ("tokens", "kl", "entropy", "ended", "score", "reference_score")
 _NO_DIALS = ("train.seed", "loss.preset", *FREE_TO_CHANGE)
 """Settings that do not make another point: what a preset says is in the other keys."""
 
@@ -41,8 +40,8 @@ class Observation(NamedTuple):
     """Whether it is the end of a run, as it is."""
     run: str
     """Where it lies, for people."""
-    pairs: Rows | None
-    answers: Rows | None
+    pairs: PairTable | None
+    answers: AnswerTable | None
     logged: dict[str, float]
     """Means over held-out pairs as the run wrote them."""
     kappa: float | None
@@ -51,12 +50,12 @@ class Observation(NamedTuple):
     scale: float | None = None
     """Of the end of a run scaled toward the reference; None for what was trained."""
 
-    def rows(self, kind: Literal["pairs", "answers"]) -> Rows | None:
+    def rows(self, kind: Literal["pairs", "answers"]) -> PairTable | AnswerTable | None:
         """Return its held-out pairs or its sampled answers, if there are any."""
         return self.pairs if kind == "pairs" else self.answers
 
 
-class Table(NamedTuple):
+class Observations(NamedTuple):
     """All observations of a comparison, the base recipe's settings, and what was left out."""
 
     observations: list[Observation]
@@ -65,7 +64,7 @@ class Table(NamedTuple):
     remarks: list[str]
 
 
-def read_observations(targets: Sequence[str | Path]) -> Table:
+def read_observations(targets: Sequence[str | Path]) -> Observations:
     """Return what was measured of the runs in some folders.
 
     Args:
@@ -102,7 +101,7 @@ def read_observations(targets: Sequence[str | Path]) -> Table:
         observations += found
     _check_comparable(records)
     remarks += _remarks_on_training(records)
-    return Table(_with_own_names(observations) + peers, base, remarks)
+    return Observations(_with_own_names(observations) + peers, base, remarks)
 
 
 def _of_trl(target: Path) -> Observation:
@@ -165,8 +164,8 @@ def _observations_of_run(run: Path, record: Mapping[str, Any], base: Recipe, rem
             step=step,
             is_final=place == run,
             run=str(run),
-            pairs=read_rows(place / PAIRS_FILE, "where", _PAIR_NUMBERS),
-            answers=read_rows(place / ANSWERS_FILE, "sample", _ANSWER_NUMBERS),
+            pairs=_read(PairTable, place / PAIRS_FILE),
+            answers=_read(AnswerTable, place / ANSWERS_FILE),
             logged={key: float(value) for key, value in logged.items()},
             kappa=kappa,
             scale=scale,
@@ -202,8 +201,18 @@ def _left_out_words(run: Path, states: Sequence[_State]) -> list[str]:
     return found
 
 
+def _read(kind: type[T], path: Path) -> T | None:
+    """The numbers of a table, in an order that is the same in all runs."""
+    table = kind.load(path, remedy=remedy(path.parent), with_texts=False)
+    return table and table.in_order()
+
+
 def _names(one: Observation) -> object:
-    return one.pairs and (one.pairs.prompts, one.pairs.names)
+    return one.pairs and _rows(one.pairs)
+
+
+def _rows(table: PairTable) -> list[tuple[str, str]]:
+    return list(zip(table.prompt_key, table.where, strict=True))
 
 
 def _limit(place: Path) -> int | None:
@@ -295,12 +304,11 @@ def _remarks_on_training(records: Sequence[tuple[Path, Mapping[str, Any], Observ
     return [f"{others[0]}: was trained on other pairs than {known[0][0]} (so were {len(others)} runs of {len(records)})"]
 
 
-def _check_same_rows(first: Path, rows: Rows, folder: Path, others: Rows) -> None:
-    if (rows.prompts, rows.names) == (others.prompts, others.names):
-        return
-    one, two = set(zip(rows.prompts, rows.names, strict=True)), set(zip(others.prompts, others.names, strict=True))
+def _check_same_rows(first: Path, rows: PairTable, folder: Path, others: PairTable) -> None:
+    one, two = Counter(_rows(rows)), Counter(_rows(others))
     if one != two:
         raise UsageError(
-            f"{folder}: {len(two - one)} of its {len(two)} held-out pairs are not among the {len(one)} of {first}, and "
-            f"{len(one - two)} of those are missing; runs are compared on the same pairs: name them once with data.eval"
+            f"{folder}: {(two - one).total()} of its {two.total()} held-out pairs are not among the {one.total()} of {first}, "
+            f"and {(one - two).total()} of those are missing; runs are compared on the same pairs: name them once with "
+            "data.eval"
         )

@@ -13,13 +13,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.evaluation.evaluate import INTERVALS
 from pe_dpo.inference.drift import Drift, measure_drift, save_generations
-from pe_dpo.metrics.table import ScoredPairs, set_metrics, wilson_interval
+from pe_dpo.inference.pairs import with_texts
+from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import scaled
 from pe_dpo.progress import progress
 from pe_dpo.recipe.schema import GenerationSection
-from pe_dpo.runs.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE, save_evaluation, save_pairs
+from pe_dpo.runs.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE, save_evaluation
 from pe_dpo.runs.scaled import scaled_folder
 from pe_dpo.training.trainer import PairTrainer
 
@@ -52,8 +53,7 @@ def snapshot_folder(run: Path, step: int) -> Path:
 def keep_measurements(
     folder: Path | None,
     trainer: PairTrainer,
-    scored: ScoredPairs,
-    first: ScoredPairs | None,
+    scored: PairTable,
     settings: GenerationSection,
     end_tokens: Collection[int],
 ) -> None:
@@ -63,7 +63,6 @@ def keep_measurements(
         folder: where to; None in every process but the one that writes.
         trainer: with the policy.
         scored: the held-out pairs as they are now.
-        first: the same at step 0.
         settings: what to sample.
         end_tokens: token ids that end an answer.
     """
@@ -71,11 +70,11 @@ def keep_measurements(
         return
     folder.mkdir(parents=True, exist_ok=True)
     drift = sample_drift(trainer, settings, end_tokens) if settings.prompts else None
-    save_pairs(scored, trainer.held_out, folder / PAIRS_FILE, initial=first, tokenizer=trainer.processing_class)
+    with_texts(scored, trainer.held_out, trainer.processing_class).save(folder / PAIRS_FILE)
     if drift:
         save_generations(drift, folder / GENERATIONS_FILE)
-    metrics = set_metrics(scored, trainer.loss, initial=first)
-    intervals = {key: wilson_interval(metrics[key], len(trainer.held_out)) for key in INTERVALS if key in metrics}
+    metrics = pair_metrics(scored, is_fixed_set=True)
+    intervals = share_intervals(metrics, len(scored))
     save_evaluation(folder / EVALUATION_FILE, metrics, intervals, drift.summary() if drift else None)
 
 

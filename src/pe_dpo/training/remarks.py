@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 
 from pe_dpo.links import link_named
-from pe_dpo.metrics.table import ScoredPairs, wilson_interval
+from pe_dpo.metrics.estimates import wilson_interval
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.loss_section import LossSection
 
@@ -13,7 +14,7 @@ FEWEST_PAIRS = 30
 """Correlations and shares of pairs say nothing of fewer."""
 
 
-def scale_remarks(recipe: Recipe, first: ScoredPairs, *, of: str) -> list[str]:
+def scale_remarks(recipe: Recipe, first: PairTable, *, of: str) -> list[str]:
     """Return a warning when γ ≠ β is out of scale with the reference: |δ| = |γ − β|·sd(Δ0) above 1.
 
     Args:
@@ -21,10 +22,9 @@ def scale_remarks(recipe: Recipe, first: ScoredPairs, *, of: str) -> list[str]:
         first: the watched pairs as scored before training.
         of: which pairs these are, in words.
     """
-    if not first.has_reference or len(first.loss) < 2 or recipe.loss.gamma_value == 0:
+    if not first.has_reference or len(first) < 2 or recipe.loss.gamma_value == 0:
         return []
-    per_token = recipe.loss.reduce == "mean"
-    spread = float((first.reference_preference_per_token if per_token else first.reference_preference).std())
+    spread = float(first.delta("reference", per_token=recipe.loss.reduce == "mean").std(ddof=1))
     delta = (recipe.loss.gamma_value - recipe.loss.beta) * spread
     if abs(delta) <= 1:
         return []
@@ -51,7 +51,7 @@ def set_remarks(metrics: Metrics, before: Metrics, loss: LossSection) -> dict[st
     """Return what looks off in a fixed set of pairs, by name.
 
     Args:
-        metrics: of the set, see `set_metrics`; may be empty.
+        metrics: of the set, see `pair_metrics`; may be empty.
         before: the same at step 0; may be empty.
         loss: of the recipe.
     """
@@ -133,7 +133,7 @@ def _saturated(metrics: Metrics, before: Metrics, loss: LossSection) -> str | No
 
 
 def _concentrated(metrics: Metrics, before: Metrics, loss: LossSection) -> str | None:
-    pairs, share = metrics["pairs"], metrics["weight/effective_share"]
+    pairs, share = metrics["pairs"], metrics.get("weight/effective_share", 0.0)
     if pairs < FEWEST_PAIRS or not 0 < share < 0.1:
         return None
     return (

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, TrainingError
 from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.regimes import is_dead
-from pe_dpo.metrics.table import ScoredPairs
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.objective import Loss
 
@@ -74,7 +74,7 @@ def check_start(
     if not out.loss.isfinite().all():
         bad = [pair.where for pair, finite in zip(batch, out.loss.isfinite().tolist(), strict=True) if not finite]
         raise TrainingError(f"before training, the loss is not finite for {', '.join(bad[:5])}; look at these rows")
-    if is_dead(out.weight) and not out.score.any() and loss.sft_weight == 0:
+    if not out.weight.any() and not out.score.any() and loss.sft_weight == 0:
         raise TrainingError(
             f"before training, all {len(batch)} pairs have score 0 and pull with weight 0: with link {loss.link} "
             "nothing would ever be learned; set loss.margin > 0, or gamma different from beta"
@@ -82,7 +82,7 @@ def check_start(
     return StartCheck(len(batch), difference, float(out.loss.mean()), float(out.score.mean()))
 
 
-def check_diagonal(first: ScoredPairs) -> None:
+def check_diagonal(first: PairTable) -> None:
     """Check that at step 0 no pair is ranked one way by the policy and the other way by the reference: they are the same model.
 
     This holds at γ = 0 too, where the loss does not run the reference. Rounding may turn a near tie (GPUs, 16 bits), so only a
@@ -94,9 +94,11 @@ def check_diagonal(first: ScoredPairs) -> None:
     Raises:
         ModelError: the reference is another model.
     """
-    now, then = first.policy_preference, first.reference_preference
-    scale = 1.0 + torch.stack(first[:4]).abs().amax(dim=0)
-    turned = (now.sign() * then.sign() < 0) & ((now - then).abs() > 0.01 * scale)
+    now, then = first.delta("policy"), first.delta("reference")
+    largest = np.max(
+        np.abs([first.policy_chosen, first.policy_rejected, first.reference_chosen, first.reference_rejected]), axis=0
+    )
+    turned = (np.sign(now) * np.sign(then) < 0) & (np.abs(now - then) > 0.01 * (1.0 + largest))
     if turned.any():
         raise ModelError(
             f"before training, policy and reference rank {int(turned.sum())} of {len(now)} pairs in opposite ways, so the "
@@ -105,23 +107,22 @@ def check_diagonal(first: ScoredPairs) -> None:
         )
 
 
-def check_end(last: ScoredPairs | None, pairs: Sequence[EncodedPair]) -> None:
+def check_end(last: PairTable | None) -> None:
     """Check that a run came to numbers.
 
     Args:
         last: the held-out pairs as scored at the end; None without any.
-        pairs: the same pairs.
 
     Raises:
         TrainingError: a log-prob or a loss is not finite.
     """
     if last is None:
         return
-    finite = torch.stack([last.policy_chosen, last.policy_rejected, last.loss]).isfinite().all(dim=0).tolist()
-    bad = [pair.where for pair, is_finite in zip(pairs, finite, strict=True) if not is_finite]
+    finite = np.isfinite(last.policy_chosen + last.policy_rejected + last.loss)
+    bad = [where for where, is_finite in zip(last.where, finite, strict=True) if not is_finite]
     if bad:
         raise TrainingError(
-            f"after the last step, loss or log-probs are not finite for {len(bad)} of {len(pairs)} held-out pairs "
+            f"after the last step, loss or log-probs are not finite for {len(bad)} of {len(last)} held-out pairs "
             f"({', '.join(bad[:5])}); nothing was saved as the run's adapter. Lower train.learning_rate or loss.beta"
         )
 

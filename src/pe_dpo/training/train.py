@@ -16,7 +16,7 @@ from pe_dpo.inference.inputs import Inputs, build_model, read_inputs
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
-from pe_dpo.metrics.table import ScoredPairs
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_is_zero, lent, parameter_targets, save_adapter
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import answer_end_tokens
@@ -178,7 +178,8 @@ def _train(
     checkpoint = broadcast_object_list([checkpoint])[0]
     start = _check_start(trainer, recipe)
     logger.info(_start_line(start))
-    first = trainer.first = _score_before(trainer, recipe)
+    first = _score_before(trainer, recipe)
+    first = trainer.first = first.since(first)
     if recipe.policy_starts_as_reference:
         check_diagonal(first)
     at_start = trainer.watched_metrics(first)
@@ -193,7 +194,7 @@ def _train(
     trainer.add_callback(watch)
 
     ends = answer_end_tokens(tokenizer, recipe.model.base, revision=recipe.model.revision)
-    keep = partial(keep_measurements, trainer=trainer, first=first, settings=recipe.generation, end_tokens=ends)
+    keep = partial(keep_measurements, trainer=trainer, settings=recipe.generation, end_tokens=ends)
     if data.held_out and recipe.generation.snapshots:
         trainer.add_callback(
             Snapshots(
@@ -228,7 +229,7 @@ def _keep_outcome(
     recipe: Recipe,
     folder: Path | None,
     result: TrainResult,
-    scored: ScoredPairs | None,
+    scored: PairTable | None,
     keep: Callable[..., None],
     began: float,
 ) -> None:
@@ -238,7 +239,7 @@ def _keep_outcome(
         TrainingError: it came to numbers that are not finite.
     """
     trainer.check_adapter_is_finite()
-    check_end(scored, trainer.held_out)
+    check_end(scored)
     if folder:
         save_adapter(trainer.model, folder)
         trainer.processing_class.save_pretrained(folder)
@@ -331,7 +332,7 @@ def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
     )
 
 
-def _score_before(trainer: PairTrainer, recipe: Recipe) -> ScoredPairs:
+def _score_before(trainer: PairTrainer, recipe: Recipe) -> PairTable:
     """Check the stored reference, fill it if the recipe says so, and return the watched pairs as they are scored at step 0."""
     reference, pairs, watched = trainer.reference, trainer.train_dataset, trainer.watched
     uses_reference = recipe.loss.gamma_value != 0

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
@@ -23,17 +24,11 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import TrainingError, UsageError
 from pe_dpo.inference.logprobs import PairLogprobs, concatenate
+from pe_dpo.inference.pairs import pair_table, score_pairs
 from pe_dpo.inference.reference import Reference
 from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.table import (
-    ScoredPairs,
-    at_reference,
-    join,
-    pair_metrics,
-    score_pairs,
-    scored_pairs,
-    set_metrics,
-)
+from pe_dpo.metrics.catalogue import pair_metrics
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
 from pe_dpo.objective import Loss, PreferenceLoss
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, keep_newest, staging_folder
@@ -98,7 +93,7 @@ class PairTrainer(Trainer):
         """Pairs whose metrics are measured along the way."""
         self.held_out_reference: PairLogprobs | None = None
         """Log-probs of the watched pairs under π0, in their order; set once, before training."""
-        self.first: ScoredPairs | None = None
+        self.first: PairTable | None = None
         """The watched pairs as they are scored at step 0; set once, before training."""
         self.starts_at_reference = starts_at_reference
         self.loss = loss
@@ -107,7 +102,7 @@ class PairTrainer(Trainer):
         self.reference = reference
         self.token_budget = token_budget
         self.keep_checkpoints = keep_checkpoints
-        self._window: list[ScoredPairs] = []
+        self._window: list[PairTable] = []
         self._window_tokens = 0
         self._window_start = time.perf_counter()
         self._staging: Path | None = None
@@ -137,7 +132,7 @@ class PairTrainer(Trainer):
         self._window_tokens += sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs)
         return total.float()
 
-    def _accumulate(self, model: Any, pairs: list[EncodedPair], share: float) -> tuple[torch.Tensor, list[ScoredPairs]]:
+    def _accumulate(self, model: Any, pairs: list[EncodedPair], share: float) -> tuple[torch.Tensor, list[PairTable]]:
         """Add the gradients of the pairs' losses, each counted `share`; return the sum of the losses, and the scored pairs."""
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         parts = []
@@ -145,14 +140,14 @@ class PairTrainer(Trainer):
             scored, out = self.forward_pairs(model, [pairs[index] for index in batch])
             loss = share * out.loss.sum()
             # A hinge that is satisfied by all pairs has gradient 0, and so has an SFT term of weight 0.
-            if out.weight.any() or self.loss.sft_weight:
+            if scored.weight.any() or self.loss.sft_weight:
                 loss.backward()
             total += loss.detach()
             parts.append(scored)
             self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total, parts
 
-    def forward_pairs(self, model: Any, pairs: list[EncodedPair]) -> tuple[ScoredPairs, PreferenceLoss]:
+    def forward_pairs(self, model: Any, pairs: list[EncodedPair]) -> tuple[PairTable, PreferenceLoss]:
         """Return the pairs as scored, and their losses with gradient.
 
         Raises:
@@ -165,14 +160,15 @@ class PairTrainer(Trainer):
         policy = self.scorer.logprobs(model, pairs)
         margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64, device=device)
         out = self.loss(policy, reference, margins)
-        if not out.loss.isfinite().all():
-            bad = [pair.where for pair, finite in zip(pairs, out.loss.isfinite().tolist(), strict=True) if not finite]
+        table = pair_table(pairs, policy, reference, out, self.loss)
+        if not np.isfinite(table.loss).all():
+            bad = [where for where, loss in zip(table.where, table.loss, strict=True) if not np.isfinite(loss)]
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the loss is not finite for {', '.join(bad[:5])}; nothing was updated by "
                 "this step. Lower train.learning_rate or loss.beta, or look at these rows; `--resume` goes on from the last "
                 "checkpoint"
             )
-        return scored_pairs(policy, reference, out), out
+        return table, out
 
     def with_smaller_rows(self, pairs: Sequence[EncodedPair], work: Callable[[], _Result]) -> _Result:
         """Return what the work on these pairs returns; out of memory, begin it again with half the tokens per forward.
@@ -243,10 +239,10 @@ class PairTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the pairs seen since the last line, over all processes."""
         if "loss" in logs:
-            parts = gather_object([join(self._window)] if self._window else [])
+            parts = gather_object([PairTable.join(self._window)] if self._window else [])
             seconds = time.perf_counter() - self._window_start
-            window = join(parts)
-            metrics = pair_metrics(window, self.loss, initial=at_reference(window) if self.starts_at_reference else None)
+            window = PairTable.join(parts)
+            metrics = pair_metrics(window.since(None) if self.starts_at_reference else window)
             logs |= metrics | {"tokens_per_second": self._window_tokens / max(seconds, 1e-9)}
             self._window, self._window_tokens, self._window_start = [], 0, time.perf_counter()
         super().log(logs, start_time)
@@ -264,9 +260,9 @@ class PairTrainer(Trainer):
         """Of the watched pairs' metrics: eval where they are held out, probe where they are trained on."""
         return "eval" if self.held_out else "probe"
 
-    def watched_metrics(self, scored: ScoredPairs) -> dict[str, float]:
+    def watched_metrics(self, scored: PairTable) -> dict[str, float]:
         """Return the metrics of the watched pairs as scored."""
-        return set_metrics(scored, self.loss, initial=self.first)
+        return pair_metrics(scored, is_fixed_set=True)
 
     def score_model(self) -> PairLogprobs:
         """Return the watched pairs' log-probs under the model as it is now."""
@@ -276,12 +272,13 @@ class PairTrainer(Trainer):
         """Return the watched pairs' log-probs under π0."""
         return self._of_held_out(self.reference.logprobs)
 
-    def score_held_out(self, policy: PairLogprobs | None = None) -> ScoredPairs:
+    def score_held_out(self, policy: PairLogprobs | None = None) -> PairTable:
         """Return the watched pairs as policy (if not given) and reference score them now."""
         policy = self.score_model() if policy is None else policy
         margins = torch.tensor([pair.margin for pair in self.watched], dtype=torch.float64)
         out = self.loss(policy, self.held_out_reference, margins)
-        return scored_pairs(policy, self.held_out_reference, out)
+        table = pair_table(self.watched, policy, self.held_out_reference, out, self.loss)
+        return table if self.first is None else table.since(self.first)
 
     def _of_held_out(self, score: Callable[[Sequence[EncodedPair]], PairLogprobs]) -> PairLogprobs:
         """Return what `score` makes of the watched pairs; the processes share the work."""

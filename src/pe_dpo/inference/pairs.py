@@ -1,0 +1,95 @@
+"""From a model to the table of its pairs: log-probs of all pairs, and columns of what a loss makes of them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.inference.generation import answer_text, prompt_text
+from pe_dpo.inference.logprobs import concatenate
+from pe_dpo.inference.scorer import Scorer
+from pe_dpo.metrics.table import Floats, PairTable, delta
+from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
+from pe_dpo.progress import advance
+
+
+def score_pairs(
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    scorer: Scorer,
+    *,
+    token_budget: int,
+) -> PairLogprobs:
+    """Return the log-probs of all pairs in their order, on the CPU, without gradients.
+
+    Args:
+        model: a causal LM in the state to be measured (adapters on or off).
+        pairs: any number of pairs, in any order.
+        scorer: the way through the model.
+        token_budget: most tokens of one forward.
+    """
+    batches = scorer.split(pairs, token_budget)
+    parts, done = [], 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                scored = scorer.logprobs(model, [pairs[index] for index in batch])
+                parts.append(PairLogprobs(*(field.cpu() for field in scored)))
+                done += len(batch)
+                advance(done, len(pairs))
+    finally:
+        model.train(was_training)
+    back = torch.tensor([index for batch in batches for index in batch]).argsort()
+    return PairLogprobs(*(field[back] for field in concatenate(parts)))
+
+
+def pair_table(
+    pairs: Sequence[EncodedPair], policy: PairLogprobs, reference: PairLogprobs | None, out: PreferenceLoss, loss: Loss | None
+) -> PairTable:
+    """Return the pairs with all that was computed of them, brought to the CPU at once.
+
+    Args:
+        pairs: N of them.
+        policy: their log-probs under π.
+        reference: under π0; None where it was not run.
+        out: what the loss makes of them.
+        loss: with which that was computed; without it the table knows no β, γ and link.
+    """
+    unknown = torch.full_like(policy.chosen, float("nan"))
+    columns = {
+        "policy_chosen": policy.chosen,
+        "policy_rejected": policy.rejected,
+        "reference_chosen": unknown if reference is None else reference.chosen,
+        "reference_rejected": unknown if reference is None else reference.rejected,
+        "chosen_lengths": policy.chosen_lengths,
+        "rejected_lengths": policy.rejected_lengths,
+        **out._asdict(),
+    }
+    numbers = torch.stack([column.detach().double() for column in columns.values()]).cpu().numpy()
+    table = PairTable(
+        where=[pair.where for pair in pairs],
+        prompt_key=[pair.prompt_key for pair in pairs],
+        **dict(zip(columns, numbers, strict=True)),
+    )
+    return table if loss is None else replace(table, **{name: getattr(loss, name) for name in PairTable.SETTINGS})
+
+
+def with_texts(table: PairTable, pairs: Sequence[EncodedPair], tokenizer: Any) -> PairTable:
+    """Return the table of these pairs with prompts and answers as text."""
+    return replace(
+        table,
+        prompt=[prompt_text(tokenizer, pair.prompt_ids) for pair in pairs],
+        chosen=[answer_text(tokenizer, pair.chosen_ids) for pair in pairs],
+        rejected=[answer_text(tokenizer, pair.rejected_ids) for pair in pairs],
+    )
+
+
+def preferences(logprobs: PairLogprobs, reduce: str) -> Floats:
+    """Return Δ of each pair, (N,): of summed log-probs, or of log-probs per token ("mean")."""
+    columns = (np.asarray(field.double().cpu()) for field in logprobs)
+    return delta(*columns, per_token=reduce == "mean")

@@ -1,0 +1,166 @@
+"""Shares, means and slopes over pairs or answers, with their errors and tests; NumPy and SciPy alone.
+
+Pairs and answers of one prompt are not independent of each other. Where prompt keys are given, errors and tests allow for that.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pe_dpo.metrics.table import Floats
+
+
+def right(preference: Floats) -> Floats:
+    """Return 1 for each Δ > 0, ½ for a tie (so that step 0 of DPO shows 0.5, not 0), 0 otherwise; NaN stays."""
+    return (np.sign(preference) + 1) / 2
+
+
+def share_right(preference: ArrayLike) -> float:
+    """Return the share of pairs with Δ > 0, a tie counts one half; NaN of no pairs."""
+    values = right(np.asarray(preference, dtype=np.float64))
+    return float(values.mean()) if values.size else math.nan
+
+
+def wilson_interval(share: float, pairs: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson score interval of a share of `pairs` independent pairs.
+
+    Args:
+        share: in [0, 1]; ties counted ½ are fine.
+        pairs: how many; 0 gives (0, 1).
+        confidence: of the interval, two-sided.
+
+    Source:
+        Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if pairs == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre = (share + z * z / (2 * pairs)) / (1 + z * z / pairs)
+    half = z / (1 + z * z / pairs) * (share * (1 - share) / pairs + z * z / (4 * pairs * pairs)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable]) -> dict[str, float | None]:
+    """Return the mean of values with a standard error that allows for dependence within clusters; see `clustered_ratio`."""
+    return clustered_ratio(values, np.ones(len(clusters)), clusters)
+
+
+def clustered_ratio(numerators: ArrayLike, denominators: ArrayLike, clusters: Sequence[Hashable]) -> dict[str, float | None]:
+    """Return Σ numerators / Σ denominators with its standard error.
+
+    Clusters are independent of each other, what is in one may depend on each other in any way. The error is that of the linear
+    approximation, √(C/(C−1) Σ_c r_c²) / Σ denominators with r_c the sum of numerator − ratio·denominator in cluster c; for
+    means of clusters of one size it is the standard error of the mean of the clusters' means.
+
+    Args:
+        numerators: N values.
+        denominators: N values, not all 0.
+        clusters: which cluster each belongs to.
+
+    Returns:
+        `mean` and `standard_error`, the latter None if there is only one cluster.
+
+    Source:
+        Cochran 1977, "Sampling techniques", 6.3 and 9A; Miller 2024 (arXiv 2411.00640), section 2.2.
+    """
+    above, below = (np.asarray(values, dtype=np.float64) for values in (numerators, denominators))
+    mean = float(above.sum() / below.sum())
+    sums = cluster_sums(above - mean * below, clusters)
+    count = len(sums)
+    if count < 2:
+        return {"mean": mean, "standard_error": None}
+    error = float(np.sqrt(count / (count - 1) * np.sum(sums**2)) / abs(below.sum()))
+    return {"mean": mean, "standard_error": error}
+
+
+def mean_change(values: ArrayLike, prompt_keys: Sequence[str]) -> tuple[float, float, float]:
+    """Return the mean of values over pairs, and both ends of its 95 % interval: Student's t over prompts; NaN of one prompt."""
+    from scipy import stats  # dear to import
+
+    found = clustered_mean(values, prompt_keys)
+    mean, error = found["mean"], found["standard_error"]
+    assert mean is not None, "there is at least one pair"
+    half = math.nan if error is None else float(stats.t.ppf(0.975, len(set(prompt_keys)) - 1)) * error
+    return mean, mean - half, mean + half
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the exact two-sided p of as many gained as lost, for pairs that are independent of each other.
+
+    Args:
+        gained: pairs right in the second ranking alone.
+        lost: pairs right in the first alone.
+
+    Example:
+        10 gained and 2 lost: p = 2·(1 + 12 + 66)/2¹² = 0.039.
+
+    Source:
+        McNemar 1947, in its exact form: a binomial test of gained against lost.
+    """
+    from scipy.special import bdtr  # dear to import
+
+    return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
+
+
+def sign_flip_test(sums: Sequence[int]) -> float:
+    """Return the exact two-sided p of a sum of independent numbers, each of which could as well have had the other sign.
+
+        p = P(|Σ_c s_c·D_c| >= |Σ_c D_c|),  s_c = ±1 with probability ½       D_c: gained minus lost pairs of prompt c
+
+    With one pair per prompt this is McNemar's exact test; pairs of one prompt change sides together, so that they are one draw.
+
+    Args:
+        sums: D_c, whole numbers; zeros do not count.
+
+    Example:
+        [1, 1, 1, 1, 1] → 2/32, as McNemar's exact test with 5 gained and 0 lost.
+    """
+    sizes = [abs(int(number)) for number in sums if number]
+    total = sum(sizes)
+    chances = np.zeros(2 * total + 1)
+    chances[total] = 1.0
+    for size in sizes:
+        up, down = np.zeros_like(chances), np.zeros_like(chances)
+        up[size:], down[:-size] = chances[:-size], chances[size:]
+        chances = (up + down) / 2
+    extreme = abs(int(sum(sums)))
+    return min(1.0, float(chances[np.abs(np.arange(-total, total + 1)) >= extreme].sum()))
+
+
+def cluster_sums(values: Floats, clusters: Sequence[Hashable]) -> Floats:
+    """Return the sum of the values of each cluster, in the order of first appearance."""
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    return np.bincount([numbers[cluster] for cluster in clusters], values).astype(np.float64)
+
+
+def correlation(one: ArrayLike, other: ArrayLike) -> float:
+    """Return Pearson's correlation of two columns; NaN where one of them is constant."""
+    left, right = (np.asarray(values, dtype=np.float64) for values in (one, other))
+    left, right = left - left.mean(), right - right.mean()
+    spread = math.sqrt(float((left**2).sum()) * float((right**2).sum()))
+    return float((left * right).sum()) / spread if spread else math.nan
+
+
+def length_slope(preference: Floats, length_difference: Floats) -> float:
+    """Return by how many nats a preference changes with each token that the chosen answer is longer; 0 if all differ alike.
+
+    The slope of a least-squares line with an intercept.
+
+    Args:
+        preference: Δ, (N,) nats, summed over tokens.
+        length_difference: |chosen| − |rejected|, (N,) tokens.
+    """
+    centred = length_difference - length_difference.mean()
+    spread = float((centred**2).sum())
+    return float((centred * preference).sum()) / spread if spread > 0 else 0.0
+
+
+def without_length(preference: Floats, length_difference: Floats) -> Floats:
+    """Return Δ − slope·(|chosen| − |rejected|), the preference as it would be between answers of equal length.
+
+    The intercept of the line stays in, since it is no effect of length; arguments as `length_slope`.
+    """
+    return preference - length_slope(preference, length_difference) * length_difference
