@@ -3,12 +3,13 @@
 import json
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pe_dpo.data import load_pairs, prepare_pairs
+from pe_dpo.data import PreparedData, load_pairs, prepare_pairs
 from pe_dpo.errors import DataError
 
 SHARED = Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
@@ -22,10 +23,18 @@ FILES = sorted(str(path.relative_to(SHARED / "data")) for path in (SHARED / "dat
 LOADABLE = [name for name in FOLDERS + FILES if not name.startswith("stack")]
 
 
+@cache
 def tokenizer_of(model: str) -> Any:
     return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(SHARED / "models" / model))
 
 
+@cache
+def prepared(name: str) -> PreparedData:
+    """All of a data set."""
+    return prepare_pairs(SHARED / "data" / name, tokenizer=tokenizer_of("hh-dialogue-4m"), max_length=100_000)
+
+
+@cache
 def rows_of(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (SHARED / "data" / name).read_text().splitlines() if line]
 
@@ -64,7 +73,7 @@ def test_stack_exchange_is_answered_with_the_map_to_write_and_that_map_works(nam
     ("wmt-mqm-ted-ende", 1641, 1465, 176),
 ])  # fmt: skip
 def test_folders_are_divided_by_their_files(name: str, rows: int, train: int, held_out: int) -> None:
-    data = prepare_pairs(SHARED / "data" / name, tokenizer=tokenizer_of("hh-dialogue-4m"), max_length=100_000)
+    data = prepared(name)
     assert (data.report.rows_read, len(data.train), len(data.held_out)) == (rows, train, held_out)
 
 
@@ -79,7 +88,7 @@ def test_folders_are_divided_by_their_files(name: str, rows: int, train: int, he
     ("lf-dpo-zh", "noted", "exact duplicate", 11),
 ])  # fmt: skip
 def test_known_oddities_are_counted(name: str, kind: str, fact: str, count: int) -> None:
-    data = prepare_pairs(SHARED / "data" / name, tokenizer=tokenizer_of("hh-dialogue-4m"), max_length=100_000)
+    data = prepared(name)
     assert getattr(data.report, kind)[fact].count == count
 
 

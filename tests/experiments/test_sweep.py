@@ -171,6 +171,7 @@ def test_snapshots_and_samples_change_nothing_of_the_run(source, tmp_path):
         assert {"eval_pairs.parquet", "generations.parquet", "evaluation.json"} <= {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_runs(source, tmp_path):
     pytest.importorskip("ray")
     plan = make_plan(source, [["gamma=0,1x"]], folder=tmp_path / "sweep")

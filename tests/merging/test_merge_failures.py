@@ -810,14 +810,14 @@ def worker(nf4_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("most_bytes", [100, 5_000, 200_000, 462_000])
 def test_a_limit_on_the_size_of_files_is_one_error_and_leaves_nothing(
-    worker: Worker, nf4_run: Path, out: Path, merged: Path, most_bytes: int
+    worker: Worker, nf4_run: Path, out: Path, merged: Path
 ) -> None:
     """The system's own EFBIG. The weights have 462,176 bytes with their header."""
-    ended = worker.merge(nf4_run, out, pairs=0, most_bytes=most_bytes)
-    assert ended[:2] == (1, f"ModelError: {out}: cannot be written: File too large; nothing was left there")
-    assert list(out.parent.iterdir()) == []
+    for most_bytes in (100, 5_000, 462_000):
+        ended = worker.merge(nf4_run, out, pairs=0, most_bytes=most_bytes)
+        assert ended[:2] == (1, f"ModelError: {out}: cannot be written: File too large; nothing was left there")
+        assert list(out.parent.iterdir()) == []
     assert worker.merge(nf4_run, out, pairs=0).code == 0
     assert (out / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
@@ -836,7 +836,7 @@ def assert_whole(out: Path, merged: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairs", "kills"), [(0, 20), (9, 8)])
+@pytest.mark.parametrize(("pairs", "kills"), [(0, 8), (9, 4)])
 def test_sigkill_at_random_moments_leaves_nothing_or_a_whole_model(
     worker: Worker, nf4_run: Path, merged: Path, tmp_path: Path, pairs: int, kills: int
 ) -> None:
@@ -1040,15 +1040,15 @@ def write_holes(folder: Path, tensors: list[TensorFacts], shard_bytes: int = 4 *
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
 
 
-def leave_record(adapter: Path, base: Path, quantize: str) -> None:
-    """Write base.json beside an adapter as training does, with all its layers quantized; without hashes."""
+def leave_record(adapter: Path, base: Path) -> None:
+    """Write base.json beside an adapter as training on nf4 does, with all its layers quantized; without hashes."""
     from pe_dpo.model.base import load_tokenizer
     from pe_dpo.model.provenance import template_fingerprint, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(str(base))
-    layers = [] if quantize == "none" else json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    layers = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     record = {
-        "id": str(base), "revision": None, "quantize": quantize, "dtype": "bfloat16", "device": "cpu", "tensors": {},
+        "id": str(base), "revision": None, "quantize": "nf4", "dtype": "bfloat16", "device": "cpu", "tensors": {},
         "files": {}, "config": "", "quantized_layers": layers, "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat_template": template_fingerprint(tokenizer),
     }  # fmt: skip
@@ -1057,24 +1057,21 @@ def leave_record(adapter: Path, base: Path, quantize: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of a process from /proc")
-@pytest.mark.parametrize(("quantize", "most"), [("none", 45), ("nf4", 45)])
-def test_the_memory_of_a_merge_is_that_of_its_largest_tensor(
-    worker: Worker, tiny_base: Path, tmp_path: Path, quantize: str, most: int
-) -> None:
-    """A model of 90 times its largest tensor: 190 MB of bfloat16, and 2.1 MB; 75 and 80 MB measured with half the layers.
+def test_the_memory_of_a_merge_is_that_of_its_largest_tensor(worker: Worker, tiny_base: Path, tmp_path: Path) -> None:
+    """A model of 90 times its largest tensor: 190 MB of bfloat16, and 2.1 MB; 80 MB measured with half the layers.
 
     Stochastic rounding holds about 12 float32 copies of one tensor, so 25 times its bfloat16; bitsandbytes' quantization on the
     CPU compares each number with all 16 codes at once, which is 32 times.
     """
     width = 512
     adapter = make_large(tmp_path, tiny_base, width=width, layers=24)
-    leave_record(adapter, tmp_path / "base", quantize)
+    leave_record(adapter, tmp_path / "base")
     size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     largest = 2 * width * 4 * width
     ended = worker.merge(adapter, tmp_path / "out", pairs=0)
     assert ended.code == 0, ended.said
     assert size > 80 * largest
-    assert 2 * largest < ended.peak_bytes < most * largest, (ended.peak_bytes, largest, size)
+    assert 2 * largest < ended.peak_bytes < 45 * largest, (ended.peak_bytes, largest, size)
 
 
 class Discard:
@@ -1095,7 +1092,7 @@ def resident_bytes() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the memory of this process from /proc")
 def test_a_model_of_tens_of_gigabytes_is_planned_whole_and_streams(tiny_base: Path, tmp_path: Path) -> None:
-    """24 GB of zeros in seven shards that take no room on disk. All of it is planned; its last 1.2 GB stream through.
+    """24 GB of zeros in seven shards that take no room on disk. All of it is planned; its last 0.8 GB stream through.
 
     The rest is left out for its time alone: reading zeros and looking whether they are finite takes seconds per GB on one core.
     """
@@ -1112,12 +1109,12 @@ def test_a_model_of_tens_of_gigabytes_is_planned_whole_and_streams(tiny_base: Pa
     assert changed.facts.name == f"{layer}.weight"
     streamed, writer = [changed], Discard()
     for output in reversed(plan.outputs):
-        if sum(one.facts.bytes for one in streamed) < 1.2e9:
+        if sum(one.facts.bytes for one in streamed) < 0.8e9:
             streamed.append(output)
     base = BaseAsTrained("none", torch.bfloat16, frozenset(), {}, torch.device("cpu"))
     before = resident_bytes()
     [report] = write_merged(streamed, files, adapter, writer, base, onto="dequantized", rounding="nearest")
     largest = 2 * 4 * 4096**2
-    assert writer.bytes > 1.2e9
+    assert writer.bytes > 0.8e9
     assert writer.most_resident - before < 4 * largest
     assert report.name == changed.facts.name and report.kept == pytest.approx(1, abs=0.01)

@@ -21,7 +21,7 @@ def recipe(shared, tmp_path, *overrides):
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("loss.gamma=0", "loss.margin=1"), ("loss.preset=rso",)], ids=["dpo", "gamma 0 with margin", "hinge"]
+    "overrides", [("loss.gamma=0", "loss.margin=1"), ("loss.preset=rso",)], ids=["gamma 0 with margin", "hinge"]
 )
 def test_politeness_is_learned_on_a_real_4_bit_base(shared, tmp_path, overrides):
     """Of 112 held-out pairs more than 62 % move the right way from the reference; without learning 50 ± 4.7 % would."""

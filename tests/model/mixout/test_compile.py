@@ -1,11 +1,10 @@
 """Mixout under torch.compile: one graph without breaks, whose masks are inputs, so that no draw compiles anything anew."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm_process
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -121,6 +120,8 @@ def test_evaluation_is_compiled_plain_and_training_stays_mixed_after_it(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_compiled_language_model_has_the_logits_of_the_eager_one(make_policy, form):
     model = make_policy()
+    decoder = model.get_base_model().model
+    decoder.layers = decoder.layers[:1]
     mixout = attach_mixout(model, 0.5, seed=0, form=form)
     ids = torch.arange(3, 43).view(2, 20)
     compiled = torch.compile(model, backend="aot_eager")
@@ -152,7 +153,6 @@ for _ in range(50):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_masks_in_generated_code_have_the_same_bits(tmp_path):
     """1,030 elements are no multiple of a vector. In a process of its own: generated code once wrote past its result's end."""
-    script = tmp_path / "generated.py"
-    script.write_text(GENERATED, encoding="utf-8")
-    finished = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    process = warm_process.start(GENERATED, folder=tmp_path, environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+    process.join(timeout=300)
+    assert process.exitcode == 0, warm_process.log(process, tmp_path).read_text()[-2000:]
