@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pe_dpo.cli import console
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def chat(
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"-o {output}: there is no folder {output.parent}; make it first")
 
-    from pe_dpo.cli import console
-
     console.start()
     from pe_dpo.chat.prompts import read_prompts
     from pe_dpo.chat.side_by_side import open_side_by_side
@@ -72,7 +71,6 @@ def chat(
 
 def _answer_file(pair: "SideBySide", prompts: Any, output: Path | None, max_new_tokens: int, sampling: "Sampling") -> None:
     from pe_dpo.chat.prompts import answer_prompts, as_text, save_answers
-    from pe_dpo.cli import console
 
     found = []
     for one in answer_prompts(pair, prompts, max_new_tokens=max_new_tokens, sampling=sampling):
@@ -96,11 +94,19 @@ def _answer_file(pair: "SideBySide", prompts: Any, output: Path | None, max_new_
 
 
 def _talk(pair: "SideBySide", system: str | None, max_new_tokens: int, sampling: "Sampling") -> None:
-    from pe_dpo.cli import console
     from pe_dpo.errors import DataError
 
     conversation = _new_conversation(pair, system)
-    _introduce(pair, max_new_tokens, sampling)
+    how = f"drawn at temperature {sampling.temperature:g}, top-p {sampling.top_p:g}" if sampling.temperature else "greedy"
+    console.say(f"answers: {how}, at most {max_new_tokens} tokens")
+    console.say("gap = log π − log π0 of an answer, in nats: above 0 where training made it more likely")
+    if pair.loss:
+        per_token = " per token" if pair.loss.reduce == "mean" else ""
+        console.say(f"reward = {pair.loss.beta:g}·log π − {pair.loss.gamma_value:g}·log π0{per_token}, as in the run's loss")
+    turns = (
+        "each side goes on from its own answers" if pair.is_chat else "no chat template: every line stands alone, as plain text"
+    )
+    console.say(f"{turns}\n{COMMANDS}")
     for number, line in enumerate(_lines()):
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
@@ -122,26 +128,10 @@ def _talk(pair: "SideBySide", system: str | None, max_new_tokens: int, sampling:
 
 def _new_conversation(pair: "SideBySide", system: str | None) -> "Conversation":
     from pe_dpo.chat.side_by_side import Conversation
-    from pe_dpo.cli import console
 
     if system and not pair.is_chat:
         console.warn("without a chat template there is no system turn; it is left out")
     return Conversation(is_chat=pair.is_chat, system=system)
-
-
-def _introduce(pair: "SideBySide", max_new_tokens: int, sampling: "Sampling") -> None:
-    from pe_dpo.cli import console
-
-    how = f"drawn at temperature {sampling.temperature:g}, top-p {sampling.top_p:g}" if sampling.temperature else "greedy"
-    console.say(f"answers: {how}, at most {max_new_tokens} tokens")
-    console.say("gap = log π − log π0 of an answer, in nats: above 0 where training made it more likely")
-    if pair.loss:
-        per_token = " per token" if pair.loss.reduce == "mean" else ""
-        console.say(f"reward = {pair.loss.beta:g}·log π − {pair.loss.gamma_value:g}·log π0{per_token}, as in the run's loss")
-    turns = (
-        "each side goes on from its own answers" if pair.is_chat else "no chat template: every line stands alone, as plain text"
-    )
-    console.say(f"{turns}\n{COMMANDS}")
 
 
 def _lines() -> Iterable[str]:
@@ -168,7 +158,6 @@ def _take_turn(
     pair: "SideBySide", conversation: "Conversation", question: str, max_new_tokens: int, sampling: "Sampling"
 ) -> None:
     from pe_dpo.chat.side_by_side import SIDES, encode_prompt, room_for_answer, score_answer, stream_both
-    from pe_dpo.cli import console
 
     prompts = {side: encode_prompt(pair, prompt) for side, prompt in conversation.prompts(question).items()}
     answers = _show_growing(stream_both(pair, prompts, max_new_tokens=max_new_tokens, sampling=sampling))
@@ -229,7 +218,6 @@ def _show_plain(answers: Mapping["Side", "Answer"]) -> None:
 
 def _show_scores(pair: "SideBySide", scores: Any) -> None:
     from pe_dpo.chat.prompts import score_header, score_row
-    from pe_dpo.cli import console
 
     rows = [[side, *score_row(scores[side], pair.loss)] for side in ("base", "tuned")]
     console.show_table("", ["answer of", *score_header(pair.loss)], rows)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pe_dpo.cli import dials
+from pe_dpo.cli import console, dials
 
 
 def check(
@@ -24,8 +24,6 @@ def check(
 
     turned = dials.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout)
     plan = load_recipe(recipe, turned)
-
-    from pe_dpo.cli import console
 
     log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible
     from pe_dpo.training.train import prepare_run

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pe_dpo.cli import console
+
 if TYPE_CHECKING:
-    from pe_dpo.experiments.comparison import Arm, Comparison, Difference, RunRow
+    from pe_dpo.experiments.comparison import Comparison, Difference
 
 TARGETS = "Run folders, the folder of a sweep, or logs of TRL (trainer_state.json)."
 METRIC = (
@@ -44,7 +46,6 @@ def compare(
     if json:
         typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
         return
-    from pe_dpo.cli import console
 
     console.say(found.verdict)
     _show_arms(found)
@@ -66,40 +67,41 @@ def compare(
 
 def _show_arms(found: "Comparison") -> None:
     """Each point over its seeds, against the baseline at equal KL."""
-    from pe_dpo.cli import console
-
     if not found.arms:
         return
     title = f"{found.metric}: {found.title}\nagainst the {found.baseline} dial at equal KL; sd is that between seeds"
-    if found.is_share:
-        title += "; all in points"
-    header = [
-        "point",
-        "√KL",
-        "value",
-        "sd",
-        "at equal KL",
-        f"{100 * found.confidence:g} % CI",
-        "p (Holm)",
-        "sd at equal KL",
-        "on front",
-    ]
-    console.show_table(title, header, [_arm_row(found, arm) for arm in found.arms])
+    title += "; all in points" if found.is_share else ""
+    scale, form, of_sd = (100, ".1f", ".1f") if found.is_share else (1, ".4g", ".3g")
+    rows = []
+    for arm in found.arms:
+        where = "on the line" if arm.is_baseline else "out of range" if arm.seeds_compared else ""
+        matched = [where, "", "", ""]
+        if arm.matched is not None and not arm.is_baseline:
+            matched = [*_difference_cells(found, arm.matched), _number(scale * arm.matched.seed_sd, of_sd)]
+        numbers = (_number(arm.root_kl, ".3f"), _number(scale * arm.value, form), _number(scale * arm.value_sd, form))
+        rows.append([arm.name, *numbers, *matched, _number(100 * arm.pareto, ".0f", " %")])
+    interval = f"{100 * found.confidence:g} % CI"
+    header = ["point", "√KL", "value", "sd", "at equal KL", interval, "p (Holm)", "sd at equal KL", "on front"]
+    console.show_table(title, header, rows)
 
 
-def _arm_row(found: "Comparison", arm: "Arm") -> list[str]:
-    scale, form = (100, ".1f") if found.is_share else (1, ".4g")
-    start = [arm.name, _number(arm.root_kl, ".3f"), _number(scale * arm.value, form), _number(scale * arm.value_sd, form)]
-    return [*start, *_matched_cells(found, arm), _number(100 * arm.pareto, ".0f", " %")]
-
-
-def _matched_cells(found: "Comparison", arm: "Arm") -> list[str]:
-    if arm.is_baseline:
-        return ["on the line", "", "", ""]
-    if arm.matched is None:
-        return ["out of range" if arm.seeds_compared else "", "", "", ""]
-    scale, form = (100, ".1f") if found.is_share else (1, ".3g")
-    return [*_difference_cells(found, arm.matched), _number(scale * arm.matched.seed_sd, form)]
+def _show_direct(found: "Comparison") -> None:
+    """Each point against the base point, both at their own KL."""
+    rows = []
+    for arm in found.arms:
+        if arm.direct is None:
+            continue
+        kl, changed = arm.direct_kl, arm.mcnemar
+        of_kl = ["", ""] if kl is None else [f"{kl.estimate:+.3f}", f"{kl.low:+.3f} to {kl.high:+.3f}"]
+        pairs = "" if changed is None else f"{changed['gained']:.0f}, {changed['lost']:.0f} (p {changed['p']:.3f})"
+        rows.append([arm.name, *_difference_cells(found, arm.direct), *of_kl, pairs])
+    if not rows:
+        return
+    base = next(arm.name for arm in found.arms if arm.direct is None)
+    interval = f"{100 * found.confidence:g} % CI"
+    header = ["point", found.metric, interval, "p (Holm)", "KL", f"KL, {interval}"]
+    header += ["gained, lost (McNemar)"] if any(arm.mcnemar for arm in found.arms) else []
+    console.show_table(f"minus {base}, each at its own KL", header, [row[: len(header)] for row in rows])
 
 
 def _difference_cells(found: "Comparison", one: "Difference") -> list[str]:
@@ -109,43 +111,17 @@ def _difference_cells(found: "Comparison", one: "Difference") -> list[str]:
     return [f"{scale * one.estimate:{form}}", interval, f"{one.p_adjusted:.3f}"]
 
 
-def _show_direct(found: "Comparison") -> None:
-    """Each point against the base point, both at their own KL."""
-    from pe_dpo.cli import console
-
-    rows = [_direct_row(found, arm, arm.direct) for arm in found.arms if arm.direct is not None]
-    if not rows:
-        return
-    base = next(arm.name for arm in found.arms if arm.direct is None)
-    interval = f"{100 * found.confidence:g} % CI"
-    header = ["point", found.metric, interval, "p (Holm)", "KL", f"KL, {interval}"]
-    if any(arm.mcnemar for arm in found.arms):
-        header.append("gained, lost (McNemar)")
-    console.show_table(f"minus {base}, each at its own KL", header, [row[: len(header)] for row in rows])
-
-
-def _direct_row(found: "Comparison", arm: "Arm", direct: "Difference") -> list[str]:
-    kl, flips = arm.direct_kl, arm.mcnemar
-    of_kl = ["", ""] if kl is None else [f"{kl.estimate:+.3f}", f"{kl.low:+.3f} to {kl.high:+.3f}"]
-    pairs = "" if flips is None else f"{flips['gained']:.0f}, {flips['lost']:.0f} (p {flips['p']:.3f})"
-    return [arm.name, *_difference_cells(found, direct), *of_kl, pairs]
-
-
 def _show_runs(found: "Comparison") -> None:
     """All runs and all their snapshots and scaled adapters, one by one."""
-    from pe_dpo.cli import console
-
-    beside = [key for key in _BESIDE if key != found.metric]
-    known = [key for key in beside if any(key in run.metrics for run in found.runs)]
+    known = [key for key in _BESIDE if key != found.metric and any(key in run.metrics for run in found.runs)]
+    rows = []
+    for run in found.runs:
+        step = f"{run.step}" if run.is_final or run.scale is not None else f"{run.step}, early"
+        numbers = [run.value, *(run.metrics.get(key, math.nan) for key in known)]
+        seed = "" if run.seed is None else str(run.seed)
+        rows.append([run.name, seed, step, _number(run.kl, ".3f"), *(_number(value, ".4f") for value in numbers)])
     header = ["all runs", "seed", "step", "KL", found.metric, *known]
-    console.show_table(f"{len(found.runs)} measured policies", header, [_run_cells(run, known) for run in found.runs], names=3)
-
-
-def _run_cells(run: "RunRow", known: list[str]) -> list[str]:
-    step = f"{run.step}" if run.is_final or run.scale is not None else f"{run.step}, early"
-    numbers = [run.value, *(run.metrics.get(key, math.nan) for key in known)]
-    seed = "" if run.seed is None else str(run.seed)
-    return [run.name, seed, step, _number(run.kl, ".3f"), *(_number(value, ".4f") for value in numbers)]
+    console.show_table(f"{len(found.runs)} measured policies", header, rows, names=3)
 
 
 def _number(value: float, form: str, unit: str = "") -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pe_dpo.cli import dials
+from pe_dpo.cli import console, dials
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ def evaluate(
     """Measure a run, an adapter or a merged model on held-out pairs, and on answers that it gives to held-out prompts."""
     _check_request(target, quantize, pairs, output)
     scales = dials.scales("--scale", scale)
-
-    from pe_dpo.cli import console
 
     console.start(is_silent=json)
     from pe_dpo.evaluation.evaluate import Sampling
@@ -100,8 +98,6 @@ def _report(found: "Evaluation") -> dict[str, Any]:
 
 
 def _show(found: "Evaluation") -> None:
-    from pe_dpo.cli import console
-
     rows = [
         [key, f"{value:.4f}", "[{:.3f}, {:.3f}]".format(*found.intervals[key]) if key in found.intervals else ""]
         for key, value in found.metrics.items()
@@ -118,7 +114,6 @@ def _show(found: "Evaluation") -> None:
 
 def _show_scaled(found: "Evaluation") -> None:
     """The adapter at each scale, as it is last."""
-    from pe_dpo.cli import console
     from pe_dpo.metrics.catalogue import METRICS
 
     shown = [key for key in ("accuracy/policy", "accuracy/policy_per_token", "accuracy/shift", "loss") if key in found.metrics]
@@ -131,8 +126,6 @@ def _show_scaled(found: "Evaluation") -> None:
 
 
 def _show_generation(generation: dict[str, Any]) -> None:
-    from pe_dpo.cli import console
-
     data_prefix = generation["data_prefix_kl"]
     rows = [
         ["KL(π‖π0), nats an answer", *_with_error(generation["kl"])],
@@ -147,18 +140,12 @@ def _show_generation(generation: dict[str, Any]) -> None:
     count = f"{generation['prompts']} held-out prompts × {generation['samples']} sampled answers"
     console.show_table(f"{count}, at most {generation['max_new_tokens']} tokens", ["", "value", "standard error"], rows)
     if "win_rate" in generation:
-        _show_win_rate(generation["win_rate"])
-
-
-def _show_win_rate(won: dict[str, Any]) -> None:
-    from pe_dpo.cli import console
-
-    rows = [
-        [name, f"{part['mean']:.3f}", "" if part["interval"] is None else "[{:.3f}, {:.3f}]".format(*part["interval"])]
-        for name, part in (("raw", won), ("length-controlled", won["length_controlled"]))
-    ]
-    title = f"Win rate against the reference, by {won['scorer']} ({won['ties']:.0%} ties)"
-    console.show_table(title, ["", "share", "95 % interval"], rows)
+        won, rows = generation["win_rate"], []
+        for name, part in (("raw", won), ("length-controlled", won["length_controlled"])):
+            interval = "" if part["interval"] is None else "[{:.3f}, {:.3f}]".format(*part["interval"])
+            rows.append([name, f"{part['mean']:.3f}", interval])
+        title = f"Win rate against the reference, by {won['scorer']} ({won['ties']:.0%} ties)"
+        console.show_table(title, ["", "share", "95 % interval"], rows)
 
 
 def _with_error(part: dict[str, float | None]) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import time
 
-from pe_dpo.cli import dials
+from pe_dpo.cli import console, dials
 
 
 def quickstart(
@@ -19,7 +19,6 @@ def quickstart(
     set_: dials.Settings = None,
 ) -> None:
     """Train, evaluate and explain a run on an embedded model and data: offline, about a minute on a CPU."""
-    from pe_dpo.cli import console
     from pe_dpo.quickstart.demo import compare_answers, quickstart_recipe
 
     started = time.perf_counter()

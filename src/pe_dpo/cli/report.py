@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from pe_dpo.cli import console
+
 
 def report(
     target: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep.")],
@@ -20,8 +22,6 @@ def report(
         raise UsageError(f"{target}: no such folder; name the folder of a run or of a sweep")
     if output is not None and output.is_dir():
         raise UsageError(f"--output {output}: is a folder; name an HTML file, for example {output / 'report.html'}")
-
-    from pe_dpo.cli import console
 
     console.start()
     from pe_dpo.report.write import write_report

@@ -4,14 +4,11 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from pe_dpo.cli import dials
-
-if TYPE_CHECKING:
-    from pe_dpo.experiments.plan import SweepPlan
+from pe_dpo.cli import console, dials
 
 
 def sweep(
@@ -66,33 +63,29 @@ def sweep(
         dropout_control=dropout_control,
     )
 
-    if plan_only:
-        _show_plan(plan, as_json=as_json)
+    if plan_only and as_json:
+        console.say(json.dumps([point._asdict() for point in plan.points]))
         return
-    from pe_dpo.cli import console
+    if plan_only:
+        rows = [[point.name, str(point.seed)] for point in plan.points]
+        console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
+        return
 
     console.start(is_silent=as_json)
     from pe_dpo.experiments.sweep import sweep as run
 
     if as_json:
-        states = run(plan, engine=engine, workers=workers)
-        console.say(json.dumps([_as_json(state) for state in states]))
+        states, found = run(plan, engine=engine, workers=workers), []
+        for state in states:  # JSON has no number that is not finite
+            metrics = {key: value if math.isfinite(value) else None for key, value in state.metrics.items()}
+            found.append({**state._asdict(), "point": state.point._asdict(), "metrics": metrics})
+        console.say(json.dumps(found))
     else:
         with _Progress() as progress:
             states = run(plan, engine=engine, workers=workers, tell=progress)
         _say_what_is_next(states, str(plan.folder))
     if any(state.status != "finished" for state in states):
         raise typer.Exit(1)
-
-
-def _show_plan(plan: "SweepPlan", *, as_json: bool) -> None:
-    from pe_dpo.cli import console
-
-    if as_json:
-        console.say(json.dumps([point._asdict() for point in plan.points]))
-        return
-    rows = [[point.name, str(point.seed)] for point in plan.points]
-    console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
 
 
 class _Progress:
@@ -118,11 +111,12 @@ class _Progress:
 
     def __call__(self, states: Sequence[Any]) -> None:
         """Show all points as they are now."""
-        from pe_dpo.cli import console
-
         ended = [state for state in states if state.status in ("finished", "failed")]
         self.before = len(ended) if self.before is None else self.before
-        left = _time_left(len(ended) - self.before, len(states) - len(ended), time.perf_counter() - self.began)
+        done, todo, left = len(ended) - self.before, len(states) - len(ended), ""
+        if done and todo:
+            minutes = (time.perf_counter() - self.began) / done * todo / 60
+            left = f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
         caption = f"{len(ended)} of {len(states)} runs{left}"
         if self.live:
             self.live.update(_table(states, caption, self.live.console.width))
@@ -131,13 +125,6 @@ class _Progress:
         if not self.live and self.seen and len(ended) > self.before:
             for state in new:
                 console.say(f"{state.point.folder}: {_outcome(state)}, {state.seconds:.0f} s; {caption}")
-
-
-def _time_left(done: int, left: int, seconds: float) -> str:
-    if not done or not left:
-        return ""
-    minutes = seconds / done * left / 60
-    return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
 
 
 def _outcome(state: Any) -> str:
@@ -153,8 +140,6 @@ def _table(states: Sequence[Any], caption: str, width: int) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from pe_dpo.cli import console
-
     seeds = sorted({state.point.seed for state in states})
     cells = {(state.point.name, state.point.seed): _outcome(state) for state in states}
     names = dict.fromkeys(state.point.name for state in states)
@@ -163,15 +148,7 @@ def _table(states: Sequence[Any], caption: str, width: int) -> Any:
     return Group(console.make_table("", header, rows, width=width), Text(caption))
 
 
-def _as_json(state: Any) -> dict[str, Any]:
-    """A state as JSON can hold it: numbers that are not finite are null."""
-    metrics = {key: value if math.isfinite(value) else None for key, value in state.metrics.items()}
-    return {**state._asdict(), "point": state.point._asdict(), "metrics": metrics}
-
-
 def _say_what_is_next(states: Sequence[Any], folder: str) -> None:
-    from pe_dpo.cli import console
-
     for state in states:
         if state.status == "failed":
             console.say(f"failed: {state.point.folder}: {state.why}")

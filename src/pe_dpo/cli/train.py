@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pe_dpo.cli import dials
+from pe_dpo.cli import console, dials
 
 
 def train(
@@ -32,8 +32,6 @@ def train(
         epochs=epochs, seed=seed, output=output,
     )  # fmt: skip
     plan = load_recipe(recipe, turned)
-
-    from pe_dpo.cli import console
 
     console.start()
     from pe_dpo.training.train import train as run
