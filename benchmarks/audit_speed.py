@@ -116,7 +116,7 @@ def _parts(path: Path) -> dict[str, float]:
     """CPU seconds of what an audit does, one after the other in this process."""
     import torch
 
-    from pe_dpo.audit.audit import audit_pairs
+    from pe_dpo.audit.audit import Audit
     from pe_dpo.data.settings import prepare_from_settings
     from pe_dpo.inference.reference import stored_logprobs
     from pe_dpo.model.base import end_token_ids, inspect_base, load_tokenizer
@@ -137,5 +137,5 @@ def _parts(path: Path) -> dict[str, float]:
     data = part("pairs read and tokenized", lambda: prepare(end_token_ids=end_token_ids(recipe.model.base)))
     reference = part("log-probs from the store", lambda: stored_logprobs(facts, data.train, device="cpu"))
     keys, margins = [pair.prompt_key for pair in data.train], torch.zeros(len(data.train), dtype=torch.float64)
-    part("audit", lambda: audit_pairs(reference, recipe.loss, margins=margins, prompt_keys=keys))
+    part("audit", lambda: Audit(reference, recipe.loss, margins, keys))
     return found

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pe_dpo.audit.audit import KAPPAS, audit, audit_pairs
-from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, outlook
-from pe_dpo.audit.quantization_error import quantization_noise
+from pe_dpo.audit.audit import KAPPAS, Audit, audit
+from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, forecast
+from pe_dpo.audit.quantization_error import quantization_error
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.reference_pass import check_finite
 from pe_dpo.metrics.reference_accuracy import independent_pairs, rank
+from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.train import train
@@ -43,7 +43,12 @@ def random_pairs(pairs=400, seed=0):
 
 
 def audited(loss, reference, keys):
-    return audit_pairs(reference, loss, margins=torch.zeros(len(keys), dtype=torch.float64), prompt_keys=keys)
+    return Audit(reference, loss, torch.zeros(len(keys), dtype=torch.float64), keys)
+
+
+def foreseen(loss, gamma, reference):
+    zeros = torch.zeros(len(reference.chosen), dtype=torch.float64)
+    return forecast(Loss(**loss.coefficients(gamma)), reference, zeros)
 
 
 # ---------------------------------------------------------------- what the reference prefers
@@ -104,7 +109,7 @@ def test_the_gradient_at_step_zero_is_that_of_the_formula(gamma, margin):
     reference, _ = random_pairs()
     preference = (reference.chosen - reference.rejected).numpy()
     weights = 1 / (1 + np.exp(-((gamma - 0.1) * preference + margin)))
-    found = outlook(LossSection(margin=margin), gamma, reference, torch.zeros(400, dtype=torch.float64))
+    found = foreseen(LossSection(margin=margin), gamma, reference)
     assert found.weight_right == pytest.approx(weights[preference > 0].sum() / weights.sum(), rel=1e-9)
     assert found.weight_wrong == pytest.approx(weights[preference < 0].sum() / weights.sum(), rel=1e-9)
     assert found.effective == pytest.approx(weights.sum() ** 2 / (400 * (weights**2).sum()), rel=1e-9)
@@ -117,7 +122,7 @@ def test_the_gradient_at_step_zero_is_that_of_the_formula(gamma, margin):
 def test_flip_times_are_quantiles_over_the_wrong_pairs():
     """Ten pairs, wrong by 1 … 9 nats and one right, at β = γ = 1: e^c + c − 1 for c = 1, 5 and 9 (order statistics)."""
     reference = logprobs([-1, -2, -3, -4, -5, -6, -7, -8, -9, 1], [0] * 10, [1] * 10, [1] * 10)
-    found = outlook(LossSection(beta=1.0), 1.0, reference, torch.zeros(10, dtype=torch.float64))
+    found = foreseen(LossSection(beta=1.0), 1.0, reference)
     assert FLIP_QUANTILES == (0.1, 0.5, 0.9)
     assert found.flip_times == pytest.approx([math.exp(c) + c - 1 for c in (1, 5, 9)], rel=1e-12)
     assert found.never_flips == 0
@@ -127,7 +132,7 @@ def test_a_hinge_that_rests_before_it_flips_a_pair_never_does():
     """Margin 2.5 and γ = β = 1: pairs wrong by 1 and 2 nats flip after βc = 1 and 2, the other seven are content before."""
     reference = logprobs([-1, -2, -3, -4, -5, -6, -7, -8, -9, 1], [0] * 10, [1] * 10, [1] * 10)
     loss = LossSection(beta=1.0, link="hinge", margin=2.5)
-    found = outlook(loss, 1.0, reference, torch.zeros(10, dtype=torch.float64))
+    found = foreseen(loss, 1.0, reference)
     assert found.flip_times == (1.0, math.inf, math.inf)
     assert found.never_flips == pytest.approx(7 / 9)
     assert found.hinge_accuracy == 0.3
@@ -138,7 +143,7 @@ def test_idealized_accuracy_is_the_share_above_its_threshold():
     """P(κ·Δ0 + logit(p)/β > 0)."""
     reference, _ = random_pairs()
     preference = (reference.chosen - reference.rejected).numpy()
-    found = outlook(LossSection(), 0.07, reference, torch.zeros(400, dtype=torch.float64))
+    found = foreseen(LossSection(), 0.07, reference)
     expected = [np.mean(0.7 * preference + math.log(p / (1 - p)) / 0.1 > 0) for p in AGREEMENTS]
     assert found.ideal_accuracy == pytest.approx(expected, abs=1e-12)
 
@@ -146,7 +151,7 @@ def test_idealized_accuracy_is_the_share_above_its_threshold():
 def test_where_no_pair_pulls_shares_are_unknown():
     reference, keys = random_pairs(20)
     loss = LossSection(link="hinge", margin=0.5)
-    found = outlook(loss.model_copy(update={"margin": 0.0}), 0.1, reference, torch.zeros(20, dtype=torch.float64))
+    found = foreseen(loss.model_copy(update={"margin": 0.0}), 0.1, reference)
     assert math.isnan(found.weight_right)
     assert math.isnan(found.effective)
     assert "no pair has a gradient at step 0" in audited(loss.model_copy(update={"margin": 0.0}), reference, keys).warnings[0]
@@ -158,7 +163,7 @@ def test_the_audit_tells_four_kappas_with_all_else_as_in_the_recipe():
     found = audited(loss, reference, keys)
     assert [one.kappa for one in found.kappas] == list(KAPPAS) == [0, 0.5, 1, 2]
     for one in found.kappas:
-        assert one == outlook(loss, one.gamma, reference, torch.zeros(400, dtype=torch.float64))
+        assert one == foreseen(loss, one.gamma, reference)
     assert found.recipe.gamma == pytest.approx(0.3)
 
 
@@ -172,25 +177,24 @@ def test_a_loss_per_token_is_audited_per_token():
     summed = audited(LossSection(gamma="0.5x"), divided, keys)
     for one, other in zip((per_token.recipe, *per_token.curve), (summed.recipe, *summed.curve), strict=True):
         close(asdict(one), asdict(other))
-    assert per_token.evidence.scale == pytest.approx(summed.evidence.scale, rel=1e-9)
+    assert per_token.label_fit.scale == pytest.approx(summed.label_fit.scale, rel=1e-9)
     assert per_token.ranking == per_token.per_token
 
 
 def test_the_three_ways_are_told_with_what_each_would_give():
     reference, keys = random_pairs()
     found = audited(LossSection(gamma="0.9x"), reference, keys)
-    assert [way.asked for way in found.ways] == ["auto", "balance:0.5", "scale:1"]
-    for way in found.ways:
-        assert way.outlook == outlook(LossSection(), way.calibration.gamma, reference, torch.zeros(400, dtype=torch.float64))
-    assert found.ways[1].outlook.weight_right == pytest.approx(0.5, abs=1e-9)
+    assert list(found.ways) == ["auto", "balance:0.5", "scale:1"]
+    for way in found.ways.values():
+        assert found.forecast(way.gamma) == foreseen(LossSection(), way.gamma, reference)
+    assert found.forecast(found.ways["balance:0.5"].gamma).weight_right == pytest.approx(0.5, abs=1e-9)
 
 
 @pytest.mark.parametrize("gamma", ["auto", "balance:0.6", "scale:2"])
 def test_a_recipe_that_asks_for_one_of_them_gets_its_number(gamma):
     reference, keys = random_pairs()
     found = audited(LossSection(gamma=gamma), reference, keys)
-    (way,) = (way for way in found.ways if way.asked == gamma)
-    assert found.recipe == way.outlook
+    assert found.recipe == found.forecast(found.ways[gamma].gamma)
     assert found.asked_gamma == gamma
 
 
@@ -199,8 +203,7 @@ def test_a_share_that_cannot_be_is_an_error_only_where_the_recipe_asks_for_it():
     reference, keys = random_pairs()
     reference = reference._replace(rejected=reference.rejected - 6)
     found = audited(LossSection(margin=30.0), reference, keys)
-    assert "no gamma gives this share" in found.ways[1].why_not
-    assert found.ways[1].calibration is None
+    assert found.ways["balance:0.5"].startswith("no gamma gives this share")
     with pytest.raises(UsageError, match=r"loss\.gamma: balance:0\.1: no gamma gives this share"):
         audited(LossSection(gamma="balance:0.1", margin=30.0), reference, keys)
 
@@ -225,11 +228,12 @@ def test_nothing_depends_on_how_sharp_the_reference_is_once_beta_and_gamma_are_d
     assert after.disagreement == before.disagreement
     for one, other in zip((before.recipe, *before.kappas), (after.recipe, *after.kappas), strict=True):
         close(asdict(one), {**asdict(other), "gamma": other.gamma * alpha})
-    for one, other in zip(before.ways, after.ways, strict=True):
-        assert other.why_not == one.why_not
-        if one.calibration:
-            assert other.calibration.gamma * alpha == pytest.approx(one.calibration.gamma, rel=1e-6)
-    assert after.evidence.bits_per_pair == pytest.approx(before.evidence.bits_per_pair, rel=1e-6, abs=1e-9)
+    for one, other in zip(before.ways.values(), after.ways.values(), strict=True):
+        if isinstance(one, str):
+            assert other == one
+        else:
+            assert other.gamma * alpha == pytest.approx(one.gamma, rel=1e-6)
+    assert after.label_fit.bits_per_pair == pytest.approx(before.label_fit.bits_per_pair, rel=1e-6, abs=1e-9)
     assert [line.split()[0] for line in after.warnings] == [line.split()[0] for line in before.warnings]
 
 
@@ -318,7 +322,7 @@ def test_noise_is_told_apart_from_tempering():
     reference, _ = random_pairs()
     tempered = reference._replace(chosen=1.1 * reference.chosen, rejected=1.1 * reference.rejected)
     zeros = torch.zeros(400, dtype=torch.float64)
-    found = quantization_noise(tempered, reference, LossSection(), 0.1, zeros, quantize="nf4", against="float32")
+    found = quantization_error(tempered, reference, Loss(0.1, 0.1), zeros, quantize="nf4", against="float32")
     assert found.slope == pytest.approx(1.1, rel=1e-12)
     assert found.reliability == pytest.approx(1 - (0.1 / 1.1) ** 2, rel=1e-9)
     assert (found.flips, found.flips_per_token) == (0, 0)
@@ -332,7 +336,7 @@ def test_noise_by_hand(four):
     exact, _ = four
     noisy = exact._replace(chosen=exact.chosen + doubles([1, 7, 1, -3]))
     zeros = torch.zeros(4, dtype=torch.float64)
-    found = quantization_noise(noisy, exact, LossSection(beta=0.1), 0.0, zeros, quantize="nf4", against="float32")
+    found = quantization_error(noisy, exact, Loss(0.1, 0.0), zeros, quantize="nf4", against="float32")
     assert found.shift_per_token == pytest.approx(6 / 33)
     assert found.slope == pytest.approx((20 - 6 + 0 - 2) / (16 + 36 + 0 + 4))
     assert found.rms == pytest.approx(((1 + 49 + 1 + 9) / 4) ** 0.5)
@@ -343,15 +347,15 @@ def test_noise_by_hand(four):
 
 
 def test_the_noise_of_nf4_is_measured_on_a_model(make_recipe, tmp_path):
-    found = audit(make_recipe("loss.gamma=0.5x", f"reference.store={tmp_path / 's.sqlite'}"), with_noise=True)
-    assert (found.noise.quantize, found.noise.against, found.noise.pairs) == ("nf4", "float32", 24)
-    assert 0 < found.noise.rms < found.by_sum.spread
-    assert 0.5 < found.noise.slope < 2
-    assert 0 < found.noise.weight_change < 0.5
-    other = audit(
-        make_recipe("model.quantize=nf4", "loss.gamma=0.5x", f"reference.store={tmp_path / 's.sqlite'}"), with_noise=True
-    )
-    assert other.noise == found.noise
+    store = f"reference.store={tmp_path / 's.sqlite'}"
+    found = audit(make_recipe("loss.gamma=0.5x", store), with_quantization_error=True)
+    error = found.quantization_error
+    assert (error.quantize, error.against, error.pairs) == ("nf4", "float32", 24)
+    assert 0 < error.rms < found.by_sum.spread
+    assert 0.5 < error.slope < 2
+    assert 0 < error.weight_change < 0.5
+    other = audit(make_recipe("model.quantize=nf4", "loss.gamma=0.5x", store), with_quantization_error=True)
+    assert other.quantization_error == error
 
 
 # ---------------------------------------------------------------- from the store
@@ -462,7 +466,9 @@ def test_log_probs_that_are_no_numbers_are_named(make_recipe):
 
 
 def test_an_audit_is_json(make_recipe, tmp_path):
-    found = audit(make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.preset=rso"), with_noise=True).to_dict()
+    found = audit(
+        make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.preset=rso"), with_quantization_error=True
+    ).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert set(found["curve"]) >= {"kappa", "weight_right", "flip_times"}
     assert len(found["curve"]["kappa"]) == len(found["curve"]["flip_times"]) == 81

@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as arrays
 from scipy.optimize import minimize_scalar
 from scipy.stats import median_abs_deviation, norm
 
-from pe_dpo.audit import label_fit as evidence_module
+from pe_dpo.audit import label_fit
 from pe_dpo.audit.calibration import LARGEST_MISS, calibrate_gamma, calibrate_loss
-from pe_dpo.audit.label_fit import evidence
+from pe_dpo.audit.label_fit import LabelFit
 from pe_dpo.errors import UsageError
 from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.pairs import preferences
@@ -62,7 +62,7 @@ def test_the_platt_scale_is_where_the_likelihood_is_largest(preference):
 def test_the_platt_scale_makes_the_slope_zero_whatever_the_tails(values, far):
     """A pair a thousand times as far out as all others makes Newton's steps run away."""
     values = np.append(values, far)
-    scale = evidence(values, prompt_keys=["a"] * len(values)).scale
+    scale = LabelFit(values, prompt_keys=["a"] * len(values)).scale
     if not (values > 0).any() or not (values < 0).any():
         assert not math.isfinite(scale)
         return
@@ -73,7 +73,7 @@ def test_the_platt_scale_makes_the_slope_zero_whatever_the_tails(values, far):
 
 def test_the_standard_error_is_the_curvature_of_the_likelihood(preference):
     """1/√(second difference of the NLL)."""
-    found = evidence(preference, prompt_keys=own_prompts(preference))
+    found = LabelFit(preference, prompt_keys=own_prompts(preference))
     step = 1e-4
     beside = nll(found.scale + step, preference) + nll(found.scale - step, preference)
     assert found.standard_error == pytest.approx((step**2 / (beside - 2 * nll(found.scale, preference))) ** 0.5, rel=1e-4)
@@ -81,7 +81,7 @@ def test_the_standard_error_is_the_curvature_of_the_likelihood(preference):
 
 def test_the_likelihood_ratio_is_that_of_log_two_a_pair(preference):
     """χ² with one degree of freedom is a squared normal."""
-    found = evidence(preference, prompt_keys=own_prompts(preference))
+    found = LabelFit(preference, prompt_keys=own_prompts(preference))
     ratio = 2 * (len(preference) * math.log(2) - nll(found.scale, preference))
     assert found.likelihood_ratio == pytest.approx(ratio, rel=1e-12)
     assert found.p_value == pytest.approx(2 * norm.sf(ratio**0.5), rel=1e-9)
@@ -95,21 +95,21 @@ def test_information_is_that_of_scales_which_have_not_seen_the_prompt():
     for prompt in range(8):
         scale = minimize_scalar(nll, args=(values[owner != prompt],), bracket=(-0.1, 0.1), tol=1e-12).x
         lost += nll(scale, values[owner == prompt])
-    found = evidence(values, prompt_keys=[f"prompt {number}" for number in owner])
+    found = LabelFit(values, prompt_keys=[f"prompt {number}" for number in owner])
     assert found.bits_per_pair == pytest.approx(1 - lost / 24 / math.log(2), rel=1e-6)
 
 
 def test_a_coin_tells_nothing():
     """Labels that do not depend on Δ0: cross-fitted information is at or below 0, and the interval covers 0."""
     values = np.random.default_rng(11).normal(0, 20, 2000)
-    found = evidence(values, prompt_keys=own_prompts(values))
+    found = LabelFit(values, prompt_keys=own_prompts(values))
     assert found.interval[0] < 0 < found.interval[1]
     assert found.bits_per_pair < 1e-3
     assert found.p_value > 0.05
 
 
 def test_accuracy_counts_a_tie_one_half():
-    found = evidence(np.array([1.0, 0.0, -2.0, 3.0]), prompt_keys=["a", "b", "c", "d"])
+    found = LabelFit(np.array([1.0, 0.0, -2.0, 3.0]), prompt_keys=["a", "b", "c", "d"])
     assert found.accuracy == 0.625
 
 
@@ -118,7 +118,7 @@ def test_what_is_left_without_length_is_what_does_not_grow_with_it():
     lengths = np.array([5.0, -2.0, 9.0, 0.0, -7.0])
     preference = -3 * lengths + 2
     assert np.allclose(without_length(preference, lengths), 2)
-    found = evidence(preference, prompt_keys=own_prompts(lengths), length_difference=lengths)
+    found = LabelFit(preference, prompt_keys=own_prompts(lengths), length_difference=lengths)
     assert found.scale_without_length == math.inf
 
 
@@ -138,19 +138,19 @@ def test_the_interval_is_that_of_resampling_one_prompt_at_a_time():
     for _ in range(400):
         drawn = np.concatenate([np.flatnonzero(owner == prompt) for prompt in generator.integers(30, size=30)])
         scales.append(minimize_scalar(nll, args=(values[drawn],), bracket=(0, 0.1), tol=1e-9).x)
-    found = evidence(values, prompt_keys=[str(number) for number in owner])
+    found = LabelFit(values, prompt_keys=[str(number) for number in owner])
     width = found.interval[1] - found.interval[0]
     assert found.interval == pytest.approx(np.quantile(scales, (0.025, 0.975)).tolist(), abs=0.12 * width)
 
 
 def test_the_interval_covers_the_true_scale_as_often_as_it_says(monkeypatch):
     """95 % of 200 data sets of 150 pairs, give or take 3 standard errors (1.5 points each) and the percentiles' own bias."""
-    monkeypatch.setattr(evidence_module, "REPLICATES", 200)
+    monkeypatch.setattr(label_fit, "REPLICATES", 200)
     generator = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
         values = labelled(generator, 150, scale=0.05)
-        low, high = evidence(values, prompt_keys=own_prompts(values)).interval
+        low, high = LabelFit(values, prompt_keys=own_prompts(values)).interval
         covered += low <= 0.05 <= high
     assert 0.90 <= covered / 200 <= 0.985
 
@@ -158,8 +158,8 @@ def test_the_interval_covers_the_true_scale_as_often_as_it_says(monkeypatch):
 def test_pairs_of_a_prompt_that_repeat_each_other_do_not_narrow_the_interval():
     """Every pair four times, under its prompt: draws of prompts give the same scales, draws of pairs would halve the width."""
     values = labelled(np.random.default_rng(3), 120)
-    once = evidence(values, prompt_keys=own_prompts(values))
-    four = evidence(np.repeat(values, 4), prompt_keys=np.repeat(own_prompts(values), 4).tolist())
+    once = LabelFit(values, prompt_keys=own_prompts(values))
+    four = LabelFit(np.repeat(values, 4), prompt_keys=np.repeat(own_prompts(values), 4).tolist())
     assert four.scale == pytest.approx(once.scale, rel=1e-9)
     assert four.interval == pytest.approx(once.interval, rel=1e-6)
     assert four.accuracy_interval == pytest.approx(once.accuracy_interval, rel=1e-9)
@@ -168,9 +168,9 @@ def test_pairs_of_a_prompt_that_repeat_each_other_do_not_narrow_the_interval():
 
 def test_blocks_of_the_bootstrap_do_not_change_it(monkeypatch):
     values = labelled(np.random.default_rng(3), 60)
-    whole = evidence(values, prompt_keys=own_prompts(values)).interval
-    monkeypatch.setattr(evidence_module, "_CELLS", 60 * 37)
-    parts = evidence(values, prompt_keys=own_prompts(values)).interval
+    whole = LabelFit(values, prompt_keys=own_prompts(values)).interval
+    monkeypatch.setattr(label_fit, "_CELLS", 60 * 37)
+    parts = LabelFit(values, prompt_keys=own_prompts(values)).interval
     assert parts == pytest.approx(whole, rel=1e-9)
 
 
@@ -199,7 +199,7 @@ def test_a_reference_that_is_always_tied_has_no_scale():
 def test_a_reference_that_prefers_the_rejected_answers_gets_no_weight(values):
     found = calibrate_gamma("auto", np.array(values), beta=0.1, prompt_keys=own_prompts(values))
     assert found.gamma == 0
-    assert found.evidence.scale < 0
+    assert found.label_fit.scale < 0
 
 
 # ---------------------------------------------------------------- balance
@@ -300,7 +300,7 @@ def test_sharpening_the_reference_divides_gamma_by_as_much(preference, alpha):
         before = calibrate_gamma(asked, preference, beta=0.1, prompt_keys=keys)
         after = calibrate_gamma(asked, alpha * preference, beta=0.1, prompt_keys=keys)
         assert after.gamma * alpha == pytest.approx(before.gamma, rel=1e-6)
-    before, after = (evidence(factor * preference, prompt_keys=keys) for factor in (1.0, alpha))
+    before, after = (LabelFit(factor * preference, prompt_keys=keys) for factor in (1.0, alpha))
     for name in ("likelihood_ratio", "p_value", "bits_per_pair", "accuracy", "accuracy_interval"):
         assert getattr(after, name) == pytest.approx(getattr(before, name), rel=1e-6), name
     assert np.multiply(after.interval, alpha) == pytest.approx(before.interval, rel=1e-6)

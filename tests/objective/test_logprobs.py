@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pe_dpo.objective import answer_logprobs, token_logprobs
+from pe_dpo.objective import completion_logprobs, token_logprobs
 
 VOCABULARY = 11
 END = 2
@@ -72,7 +72,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 @torch.no_grad()
 def test_each_answer_is_scored_as_a_loop_over_its_tokens_scores_it(llama):
-    found = answer_logprobs(llama, *padded(ROWS))
+    found = completion_logprobs(llama, *padded(ROWS))
     assert_same(found.logprob, by_hand(llama, ROWS))
     assert found.length.tolist() == [3, 6, 1, 2]
 
@@ -80,22 +80,22 @@ def test_each_answer_is_scored_as_a_loop_over_its_tokens_scores_it(llama):
 @torch.no_grad()
 def test_padding_does_not_change_an_answer(llama):
     """Ten more columns, and another token in them."""
-    tight, wide = answer_logprobs(llama, *padded(ROWS)), answer_logprobs(llama, *padded(ROWS, width=18, pad=9))
+    tight, wide = completion_logprobs(llama, *padded(ROWS)), completion_logprobs(llama, *padded(ROWS, width=18, pad=9))
     assert_same(wide.logprob, tight.logprob)
     assert torch.equal(wide.length, tight.length)
 
 
 @torch.no_grad()
 def test_batch_order_does_not_change_an_answer(llama):
-    forwards, backwards = answer_logprobs(llama, *padded(ROWS)), answer_logprobs(llama, *padded(ROWS[::-1]))
+    forwards, backwards = completion_logprobs(llama, *padded(ROWS)), completion_logprobs(llama, *padded(ROWS[::-1]))
     assert_same(backwards.logprob.flip(0), forwards.logprob)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2])
 def test_batch_size_does_not_change_an_answer(llama, size):
-    parts = [answer_logprobs(llama, *padded(ROWS[start : start + size])).logprob for start in range(0, len(ROWS), size)]
-    assert_same(torch.cat(parts), answer_logprobs(llama, *padded(ROWS)).logprob)
+    parts = [completion_logprobs(llama, *padded(ROWS[start : start + size])).logprob for start in range(0, len(ROWS), size)]
+    assert_same(torch.cat(parts), completion_logprobs(llama, *padded(ROWS)).logprob)
 
 
 # ---------------------------------------------------------------- what is scored
@@ -122,26 +122,26 @@ def bigram() -> Bigram:
 
 def test_an_answer_is_the_product_of_its_tokens_chances(bigram):
     """Prompt 1 0, answer 2 1 0: P(2|0)·P(1|2)·P(0|1) = ¼·⅕·⅛ = 1/160."""
-    found = answer_logprobs(bigram, *padded([([1, 0], [2, 1, 0])]))
+    found = completion_logprobs(bigram, *padded([([1, 0], [2, 1, 0])]))
     assert found.logprob.item() == pytest.approx(-math.log(160), rel=1e-12)
 
 
 def test_the_first_token_of_an_answer_is_scored_given_the_last_of_the_prompt(bigram):
     """After prompt 0 the answer 1 has a chance of ¼, after prompt 1 one of ½."""
-    found = answer_logprobs(bigram, *padded([([2, 0], [1]), ([2, 1], [1])]))
+    found = completion_logprobs(bigram, *padded([([2, 0], [1]), ([2, 1], [1])]))
     assert found.logprob.tolist() == pytest.approx([math.log(1 / 4), math.log(1 / 2)], rel=1e-12)
 
 
 def test_prompt_tokens_are_not_scored(bigram):
     """Prompts 0 1 (½·¼ apart) and 2 2 2 1, the same answer 0 after 1: ⅛ both."""
-    found = answer_logprobs(bigram, *padded([([0, 1], [0]), ([2, 2, 2, 1], [0])]))
+    found = completion_logprobs(bigram, *padded([([0, 1], [0]), ([2, 2, 2, 1], [0])]))
     assert found.logprob.tolist() == pytest.approx([math.log(1 / 8)] * 2, rel=1e-12)
     assert found.length.tolist() == [1, 1]
 
 
 def test_the_end_token_is_scored(bigram):
     """With 0 as the end token, answer 2 0 costs log P(0|2) = log ⅕ more than answer 2."""
-    found = answer_logprobs(bigram, *padded([([1], [2, 0]), ([1], [2])]))
+    found = completion_logprobs(bigram, *padded([([1], [2, 0]), ([1], [2])]))
     assert (found.logprob[0] - found.logprob[1]).item() == pytest.approx(math.log(1 / 5), rel=1e-12)
     assert found.length.tolist() == [2, 1]
 
@@ -149,20 +149,20 @@ def test_the_end_token_is_scored(bigram):
 def test_an_answer_may_have_gaps(bigram):
     """Tokens 1 and 3 of 1 2 1 0 are marked: P(2|1)·P(0|1) = ⅜·⅛; the 1 between them is not scored."""
     ids = torch.tensor([[1, 2, 1, 0]])
-    found = answer_logprobs(bigram, ids, torch.ones_like(ids), torch.tensor([[0, 1, 0, 1]]))
+    found = completion_logprobs(bigram, ids, torch.ones_like(ids), torch.tensor([[0, 1, 0, 1]]))
     assert found.logprob.item() == pytest.approx(math.log(3 / 64), rel=1e-12)
     assert found.length.item() == 2
 
 
 def test_boolean_masks_are_as_good_as_integers(bigram):
     ids, attention, completion = padded([([1], [2, 0]), ([1], [2])])
-    found, expected = (answer_logprobs(bigram, ids, a, c) for a, c in
+    found, expected = (completion_logprobs(bigram, ids, a, c) for a, c in
                        ((attention.bool(), completion.bool()), (attention, completion)))  # fmt: skip
     assert torch.equal(found.logprob, expected.logprob) and torch.equal(found.length, expected.length)
 
 
 def test_results_are_float64_nats_and_int64_counts(bigram):
-    found = answer_logprobs(bigram, *padded([([1], [2, 0])]))
+    found = completion_logprobs(bigram, *padded([([1], [2, 0])]))
     assert (found.logprob.dtype, found.length.dtype) == (torch.float64, torch.int64)
 
 
@@ -171,14 +171,14 @@ def test_results_are_float64_nats_and_int64_counts(bigram):
 
 def test_logits_are_asked_for_at_the_positions_before_the_answers_only(bigram):
     """Answers start at positions 3 and 2 and end at 5 and 3: tokens 2 to 5 are predicted from positions 1 to 4."""
-    answer_logprobs(bigram, *padded([([1, 0, 0], [2, 1, 0]), ([1, 0], [2, 0])]))
+    completion_logprobs(bigram, *padded([([1, 0, 0], [2, 1, 0]), ([1, 0], [2, 0])]))
     (call,) = bigram.calls
     assert call["logits_to_keep"].tolist() == [1, 2, 3, 4]
 
 
 def test_the_model_is_told_where_the_padding_is_and_to_keep_no_cache(bigram):
     """Answers of a causal model do not feel padding on their right, so no number would show that the mask was lost."""
-    answer_logprobs(bigram, *padded([([1], [2, 0]), ([1], [2])]))
+    completion_logprobs(bigram, *padded([([1], [2, 0]), ([1], [2])]))
     (call,) = bigram.calls
     assert call["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert call["use_cache"] is False
@@ -190,7 +190,7 @@ def test_the_kept_logits_give_what_the_full_logits_give(llama):
     ids, attention, completion = padded(ROWS)
     full = torch.log_softmax(llama(input_ids=ids, attention_mask=attention).logits[:, :-1], dim=-1)
     per_token = full.gather(2, ids[:, 1:, None]).squeeze(2) * completion[:, 1:]
-    assert_same(answer_logprobs(llama, ids, attention, completion).logprob, per_token.sum(1))
+    assert_same(completion_logprobs(llama, ids, attention, completion).logprob, per_token.sum(1))
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def test_the_lm_head_sees_only_the_positions_that_are_scored(llama):
     """The longest answer is 6 of 8 tokens, the others start at 2 or later: 6 positions instead of 8."""
     seen: list[tuple[int, ...]] = []
     handle = llama.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
-    answer_logprobs(llama, *padded(ROWS))
+    completion_logprobs(llama, *padded(ROWS))
     handle.remove()
     assert seen == [(4, 6, VOCABULARY)]
 
@@ -217,7 +217,7 @@ def test_soft_capped_logits_are_those_of_the_model():
     )  # fmt: skip
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(config).double().eval()
-    found = answer_logprobs(model, *padded(ROWS)).logprob
+    found = completion_logprobs(model, *padded(ROWS)).logprob
     assert_same(found, by_hand(model, ROWS))
     model.config.final_logit_softcapping = None
     assert float((found - by_hand(model, ROWS)).abs().min()) > 0.1
@@ -228,7 +228,7 @@ def test_the_softmax_of_a_bfloat16_model_is_float32():
     """The model's bf16 logits through a float64 softmax: equal to float32 rounding, where bf16 would be off by percents."""
     model = tiny_llama().bfloat16()
     ids, attention, completion = padded(ROWS)
-    found = answer_logprobs(model, ids, attention, completion).logprob
+    found = completion_logprobs(model, ids, attention, completion).logprob
     logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
     assert logits.dtype == torch.bfloat16
     exact, rough = (
@@ -242,7 +242,7 @@ def test_the_softmax_of_a_bfloat16_model_is_float32():
 def test_many_tokens_are_summed_in_float64():
     """5,000 tokens of log 3 nats in float32 logits: the float32 value of log 3, times 5,000, with no further rounding."""
     uniform = Bigram(torch.full((3, 3), 1 / 3))
-    found = answer_logprobs(uniform, *padded([([1], [0] * 5000)])).logprob.item()
+    found = completion_logprobs(uniform, *padded([([1], [0] * 5000)])).logprob.item()
     per_token = token_logprobs(uniform.logits[:1], torch.tensor([0])).item()
     assert found == pytest.approx(5000 * per_token, rel=1e-14, abs=0)
     assert found == pytest.approx(-5000 * math.log(3), rel=1e-6)
@@ -254,7 +254,7 @@ def test_many_tokens_are_summed_in_float64():
 def test_the_gradient_of_an_answer_is_one_less_the_chance_at_each_of_its_tokens(bigram):
     """d log P(2|0) / d logits after 0 = (0, 0, 1) − (½, ¼, ¼); the prompt's 1 → 0 step gets nothing."""
     bigram.logits.requires_grad_()
-    answer_logprobs(bigram, *padded([([1, 0], [2])])).logprob.sum().backward()
+    completion_logprobs(bigram, *padded([([1, 0], [2])])).logprob.sum().backward()
     expected = torch.tensor([[-1 / 2, -1 / 4, 3 / 4], [0, 0, 0], [0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(bigram.logits.grad, expected, rtol=1e-12, atol=1e-15)
 
@@ -262,7 +262,7 @@ def test_the_gradient_of_an_answer_is_one_less_the_chance_at_each_of_its_tokens(
 def test_the_gradient_reaches_every_weight_as_through_the_loop(llama):
     """Padding, kept positions and the batch leave the gradient of each parameter as the loop over tokens has it."""
     weights = list(llama.parameters())
-    found = torch.autograd.grad(answer_logprobs(llama, *padded(ROWS)).logprob.sum(), weights)
+    found = torch.autograd.grad(completion_logprobs(llama, *padded(ROWS)).logprob.sum(), weights)
     expected = torch.autograd.grad(by_hand(llama, ROWS).sum(), weights)
     for ours, theirs in zip(found, expected, strict=True):
         assert bool(theirs.any())
@@ -299,23 +299,23 @@ def test_half_precisions_are_widened_and_wide_ones_are_kept(given, wide):
 def test_tensors_of_different_shapes_are_refused(bigram, which):
     batch = dict(zip(("input_ids", "attention_mask", "completion_mask"), padded([([1], [2, 0])]), strict=True))
     with pytest.raises(ValueError, match=r"must share one shape \(B, T\); found"):
-        answer_logprobs(bigram, **{**batch, which: batch[which][:, :-1]})
+        completion_logprobs(bigram, **{**batch, which: batch[which][:, :-1]})
 
 
 def test_a_row_without_a_batch_dimension_is_refused(bigram):
     row = torch.tensor([1, 2, 0])
     with pytest.raises(ValueError, match=r"must share one shape \(B, T\)"):
-        answer_logprobs(bigram, row, torch.ones_like(row), torch.tensor([0, 1, 1]))
+        completion_logprobs(bigram, row, torch.ones_like(row), torch.tensor([0, 1, 1]))
 
 
 def test_an_answer_that_starts_at_position_zero_is_refused(bigram):
     ids, attention, _ = padded([([1], [2, 0]), ([1], [2])])
     with pytest.raises(ValueError, match="completion_mask marks position 0"):
-        answer_logprobs(bigram, ids, attention, torch.tensor([[0, 1, 1], [1, 1, 0]]))
+        completion_logprobs(bigram, ids, attention, torch.tensor([[0, 1, 1], [1, 1, 0]]))
 
 
 def test_scored_padding_is_refused(bigram):
     ids, attention, completion = padded([([1], [2, 0]), ([1], [2])])
     completion[1, 2] = 1
     with pytest.raises(ValueError, match="completion_mask marks padding"):
-        answer_logprobs(bigram, ids, attention, completion)
+        completion_logprobs(bigram, ids, attention, completion)

@@ -3,6 +3,7 @@
 Notation in the comments: Δ = chosen − rejected, z = β·Δπ − γ·Δ0 − margin, σ(z) = 1/(1 + e^−z).
 """
 
+import dataclasses
 import inspect
 import math
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pe_dpo.objective import apply_link, preference_loss
+from pe_dpo.objective import Loss, PairLogprobs, apply_link, preference_loss
 
 
 def nats(*values: float) -> Tensor:
@@ -464,3 +465,54 @@ def test_an_unknown_reduction_is_refused_by_name():
     lengths = {"chosen_lengths": tokens(3), "rejected_lengths": tokens(5)}
     with pytest.raises(ValueError, match="reduce is 'average'"):
         preference_loss(nats(-1), nats(-5), gamma=0, reduce="average", **lengths)
+
+
+# ---------------------------------------------------------------- the loss as an object
+
+POLICY = PairLogprobs(nats(-4.0, -9.0), nats(-6.0, -5.0), tokens(2, 3), tokens(8, 4))
+REFERENCE = PairLogprobs(nats(-5.0, -7.0), nats(-5.5, -6.0), tokens(2, 3), tokens(8, 4))
+
+COEFFICIENTS = {
+    "beta": 0.4, "gamma": 0.3, "margin": 0.2, "link": "squared", "reduce": "mean", "reference_floor": -0.1,
+    "label_smoothing": 0.1, "label_smoothing_mode": "unbiased", "sft_weight": 0.5, "length_penalty": 0.07,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", COEFFICIENTS)
+def test_a_loss_is_the_formula_with_its_coefficients(changed):
+    """To the bit, with all coefficients but one as they are, and that one at its default (γ: without a reference)."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Loss)} | {"beta": 0.1, "gamma": 0.0}
+    coefficients = COEFFICIENTS | {changed: defaults[changed]}
+    if changed == "gamma":
+        coefficients["reference_floor"] = None
+    assert coefficients != COEFFICIENTS
+    found = Loss(**coefficients)(POLICY, None if changed == "gamma" else REFERENCE, nats(1.0, 2.0))
+    lengths = {"chosen_lengths": tokens(2, 3), "rejected_lengths": tokens(8, 4)}
+    expected = preference_loss(*POLICY[:2], *REFERENCE[:2], **lengths, **coefficients)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_the_margin_of_each_pair_counts_as_often_as_its_scale():
+    """Δπ is 2 and −4; β = 1, no reference: z = Δπ − ½·m."""
+    out = Loss(beta=1.0, gamma=0.0, margin_scale=0.5)(POLICY, None, nats(1.0, 4.0))
+    assert out.score.tolist() == [1.5, -6.0]
+
+
+def test_a_loss_carries_the_gradient_of_the_policy():
+    chosen = nats(-4.0, -9.0).requires_grad_()
+    Loss(beta=0.5, gamma=0.5)(POLICY._replace(chosen=chosen), REFERENCE, nats(0.0, 0.0)).loss.sum().backward()
+    # z = ½·(2 − ½) and ½·(−4 + 1)
+    assert chosen.grad.tolist() == pytest.approx([-0.5 * sigmoid(-0.75), -0.5 * sigmoid(1.5)], rel=1e-12)
+
+
+def test_only_with_gamma_zero_no_reference_is_needed():
+    assert not Loss(beta=0.1, gamma=0.0).needs_reference
+    assert Loss(beta=0.1, gamma=0.05).needs_reference
+    with pytest.raises(ValueError, match=r"gamma is 0\.05: reference_chosen and reference_rejected are needed"):
+        Loss(beta=0.1, gamma=0.05)(POLICY, None, nats(0.0, 0.0))
+
+
+def test_without_a_reference_its_floor_goes_and_with_another_gamma_it_stays():
+    loss = Loss(beta=0.1, gamma=0.1, reference_floor=0.0)
+    assert loss.with_gamma(0.0) == Loss(beta=0.1, gamma=0.0)
+    assert loss.with_gamma(0.3) == Loss(beta=0.1, gamma=0.3, reference_floor=0.0)

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pe_dpo.objective import answer_logprobs, preference_loss
+from pe_dpo.objective import completion_logprobs, preference_loss
 
 END = 0
 WORDS = (1, 2, 3, 4)
@@ -116,4 +116,4 @@ def logprobs_of_all_answers(model: nn.Module) -> Tensor:
         ids[row, :stop] = torch.tensor(prompt + answer)
         attention[row, :stop] = 1
         completion[row, len(prompt) : stop] = 1
-    return answer_logprobs(model, ids, attention, completion).logprob.view(len(PROMPTS), len(ANSWERS))
+    return completion_logprobs(model, ids, attention, completion).logprob.view(len(PROMPTS), len(ANSWERS))

@@ -9,21 +9,21 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
 from torch import Tensor
 
-from pe_dpo.audit.label_fit import Evidence, evidence
+from pe_dpo.audit.label_fit import LabelFit
 from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.pairs import preferences
+from pe_dpo.links import LinkName, link_named, link_weight
 from pe_dpo.metrics.reference_accuracy import robust_spread
+from pe_dpo.objective import PairLogprobs
 from pe_dpo.recipe.loss_section import CALIBRATED, LossSection
 
 LARGEST_MISS = 0.01
@@ -41,7 +41,7 @@ class Calibration:
     prompts: int
     interval: tuple[float, float] | None = None
     """95 % of γ, of auto alone."""
-    evidence: Evidence | None = None
+    label_fit: LabelFit | None = None
     """Of auto alone."""
     share: float | None = None
     """Of balance: the share of gradient weight that this γ gives."""
@@ -49,8 +49,10 @@ class Calibration:
     """Of scale: 1.4826 · median |Δ0 − median Δ0|, nats."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values; numbers that are not finite are null."""
-        return json_without_nan(asdict(self))
+        """Return everything as JSON values; numbers that are not finite are null, and the fit is called evidence."""
+        values = asdict(self)
+        fit = values.pop("label_fit")
+        return json_without_nan({**values, "evidence": fit and vars(fit)})
 
 
 def calibrate_loss(loss: LossSection, reference: PairLogprobs, margins: Tensor, prompt_keys: Sequence[str]) -> Calibration:
@@ -86,7 +88,7 @@ def calibrate_gamma(
     prompt_keys: Sequence[str],
     margin: float | np.ndarray = 0.0,
     length_difference: np.ndarray | None = None,
-    link: str = "logistic",
+    link: LinkName = "logistic",
     reference_floor: float | None = None,
 ) -> Calibration:
     """Return γ found in one of the three ways.
@@ -98,7 +100,7 @@ def calibrate_gamma(
         prompt_keys: (B,); pairs of one prompt are resampled together.
         margin: of all pairs or each, (B,) (for balance).
         length_difference: |chosen| − |rejected| in tokens, (B,) (for auto: what is left without length).
-        link: of the loss (for balance): logistic or hinge. Label smoothing is left out.
+        link: of the loss (for balance). Label smoothing is left out.
         reference_floor: of the loss (for balance).
 
     Raises:
@@ -109,72 +111,60 @@ def calibrate_gamma(
     if match is None:
         raise ValueError(f"asked is {asked!r}: expected auto, balance:S or scale:G")
     values = np.asarray(preference, dtype=np.float64)
-    found = partial(Calibration, asked, pairs=len(values), prompts=len(set(prompt_keys)))
+    calibration = partial(Calibration, asked, pairs=len(values), prompts=len(set(prompt_keys)))
     if match.group(1) == "balance":
-        if link not in ("logistic", "hinge"):
+        if not link_named(link).shares_grow_with_gamma:
             raise UsageError(
                 f"loss.gamma: {asked}: the shares of link {link} do not grow with gamma; use auto, scale:1 or another link"
             )
-        weights = _StepZero(values, beta, np.broadcast_to(margin, values.shape), link, reference_floor)
-        gamma, share = _balance(weights, float(match.group(2)), asked)
-        return found(gamma=gamma, share=share)
+        floored = values if reference_floor is None else np.maximum(values, reference_floor)
+
+        def share(gamma: float) -> float:
+            """Share of gradient weight on pairs with Δ0 > 0 at step 0; NaN where there is no weight."""
+            with np.errstate(invalid="ignore"):
+                score = (beta * values - margin) - np.where(floored == 0, 0.0, gamma * floored)
+            weight = link_weight(link, score)
+            total = weight.sum()
+            return float(weight[values > 0].sum() / total) if total else math.nan
+
+        gamma = _balance(share, float(match.group(2)), asked)
+        return calibration(gamma=gamma, share=share(gamma))
     if match.group(1) == "scale":
         spread = robust_spread(values)
         if spread == 0:
             raise UsageError(f"loss.gamma: {asked}: more than half of the pairs have one and the same Δ0, so it has no spread")
-        return found(gamma=float(match.group(2)) / spread, spread=spread)
-    seen = evidence(values, prompt_keys=prompt_keys, length_difference=length_difference)
-    if not seen.scale < math.inf:
-        words = "every Δ0 is 0" if math.isnan(seen.scale) else "the reference ranks no pair wrong"
+        return calibration(gamma=float(match.group(2)) / spread, spread=spread)
+    fit = LabelFit(values, prompt_keys=prompt_keys, length_difference=length_difference)
+    if not fit.scale < math.inf:
+        words = "every Δ0 is 0" if math.isnan(fit.scale) else "the reference ranks no pair wrong"
         raise UsageError(f"loss.gamma: auto: {words}, so that no finite scale fits best; write a number")
-    low, high = np.maximum(seen.interval, 0.0).tolist()  # NaN stays NaN
-    return found(gamma=max(0.0, seen.scale), interval=(low, high), evidence=seen)
+    low, high = np.maximum(fit.interval, 0.0).tolist()  # NaN stays NaN
+    return calibration(gamma=max(0.0, fit.scale), interval=(low, high), label_fit=fit)
 
 
-class _StepZero:
-    """Weights of pairs at step 0 as a function of γ, where the policy is the reference: z = β·Δ0 − γ·max(Δ0, floor) − m."""
-
-    def __init__(self, preference: np.ndarray, beta: float, margin: np.ndarray, link: str, floor: float | None) -> None:
-        self.right = preference > 0
-        self.rest = beta * preference - margin
-        self.floored = preference if floor is None else np.maximum(preference, floor)
-        self.is_hinge = link == "hinge"
-
-    def share(self, gamma: float) -> float:
-        """Share of the weight that lies on pairs with Δ0 > 0; NaN where there is no weight."""
-        with np.errstate(invalid="ignore"):
-            score = self.rest - np.where(self.floored == 0, 0.0, gamma * self.floored)
-        weight = (score < 0).astype(float) if self.is_hinge else expit(-score)
-        total = weight.sum()
-        return float(weight[self.right].sum() / total) if total else math.nan
-
-
-def _balance(weights: _StepZero, wanted: float, asked: str) -> tuple[float, float]:
-    """Return γ >= 0 at which the share is the wanted one, and the share that it gives; the share grows with γ.
+def _balance(share: Callable[[float], float], wanted: float, asked: str) -> float:
+    """Return γ >= 0 at which a share that grows with γ is the wanted one.
 
     Raises:
         UsageError: no γ gives it.
     """
     from scipy.optimize import bisect  # dear to import
 
-    low, high = np.nan_to_num([weights.share(0.0), weights.share(math.inf)]).tolist()
+    low, high = np.nan_to_num([share(0.0), share(math.inf)]).tolist()
     if not low <= wanted < high:
         raise UsageError(
             f"loss.gamma: {asked}: no gamma gives this share: it is {low:.3g} with gamma 0 and goes to {high:.3g} as gamma "
             "grows; ask for one between, or change beta or margin"
         )
     upper = 1.0
-    while weights.share(upper) < wanted:
+    while share(upper) < wanted:
         upper *= 2
-    gamma = float(
-        bisect(lambda gamma: np.nan_to_num(weights.share(gamma) - wanted, nan=1.0), 0.0, upper, xtol=1e-15, rtol=1e-14)
-    )
-    share = weights.share(gamma)
-    if not abs(share - wanted) <= LARGEST_MISS:
+    gamma = float(bisect(lambda gamma: np.nan_to_num(share(gamma) - wanted, nan=1.0), 0.0, upper, xtol=1e-15, rtol=1e-14))
+    if not abs(share(gamma) - wanted) <= LARGEST_MISS:
         step = 1e-9 * (1 + gamma)
-        below, above = weights.share(max(0.0, gamma - step)), weights.share(gamma + step)
+        below, above = share(max(0.0, gamma - step)), share(gamma + step)
         raise UsageError(
             f"loss.gamma: {asked}: the weights of a hinge are 0 or 1, and at gamma {gamma:.4g} the share jumps from "
             f"{below:.3g} to {above:.3g}; ask for one of these, set a margin, or use link logistic"
         )
-    return gamma, share
+    return gamma

@@ -6,8 +6,7 @@ When π0 becomes π0^α, τ̂ becomes τ̂/α, and nothing else here changes.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import chdtrc, expit
@@ -22,63 +21,55 @@ _CELLS = 2_000_000
 """Numbers per block of replicates × pairs: 16 MB."""
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What the reference's preferences say about the labels."""
-
-    scale: float
-    """τ̂ per nat (or per nat a token); infinite where the reference ranks every pair right (−) wrong."""
-    standard_error: float
-    """Of τ̂ from the Fisher information, for independent pairs."""
-    interval: tuple[float, float]
-    """95 % of τ̂, percentiles of a bootstrap over prompts; NaN where there is only one prompt."""
-    likelihood_ratio: float
-    """2·(log-likelihood at τ̂ − at 0): χ² with one degree of freedom if the reference says nothing and pairs are independent."""
-    p_value: float
-    bits_per_pair: float
-    """1 − NLL/log 2, each pair with the τ̂ of the other folds of prompts: what the reference tells of a label, or below 0."""
-    accuracy: float
-    """Share of pairs that the reference ranks right, ties ½."""
-    accuracy_interval: tuple[float, float]
-    """95 %, from the same bootstrap."""
-    scale_without_length: float | None
-    """τ̂ of Δ0 as it would be between answers of equal length; see `without_length`."""
-    standard_error_without_length: float | None
-
-    @property
-    def is_length_alone(self) -> bool:
-        """Whether the reference says something, but at equal length nothing in the direction of the labels (z below 1.96)."""
-        alone, error = self.scale_without_length, self.standard_error_without_length
-        return self.interval[0] > 0 and alone is not None and error is not None and not alone > 1.96 * error
-
-
-def evidence(preference: np.ndarray, *, prompt_keys: Sequence[str], length_difference: np.ndarray | None = None) -> Evidence:
-    """Return what the reference's preferences say about the labels: a logistic regression without intercept, and its errors.
+class LabelFit:
+    """What the reference's preferences say about the labels: a logistic regression without intercept, and its errors.
 
     Args:
         preference: Δ0 of each pair, (B,) nats.
-        prompt_keys: (B,).
+        prompt_keys: (B,); pairs of one prompt are resampled together.
         length_difference: |chosen| − |rejected| in tokens, (B,).
 
     Source:
         Platt 1999 for the scale; Efron & Tibshirani 1993, ch. 13, for percentile intervals.
     """
-    scale, error = _fit(preference)
-    alone = None if length_difference is None else _fit(without_length(preference, length_difference))
-    ratio = max(0.0, 2 * (len(preference) * math.log(2) - float(_nll(scale, preference).sum())))  # up to rounding
-    low, high, accuracy_low, accuracy_high = _bootstrap(preference, prompt_keys, scale)
-    return Evidence(
-        scale=scale,
-        standard_error=error,
-        interval=(low, high),
-        likelihood_ratio=ratio,
-        p_value=float(chdtrc(1, ratio)),
-        bits_per_pair=_bits_per_pair(preference, prompt_keys),
-        accuracy=float(_right(preference).mean()),
-        accuracy_interval=(accuracy_low, accuracy_high),
-        scale_without_length=alone and alone[0],
-        standard_error_without_length=alone and alone[1],
-    )
+
+    def __init__(
+        self, preference: np.ndarray, *, prompt_keys: Sequence[str], length_difference: np.ndarray | None = None
+    ) -> None:
+        right = (preference > 0) + 0.5 * (preference == 0)
+        self.scale, self.standard_error = _fit(preference)
+        """τ̂ per nat (or per nat a token), infinite where the reference ranks every pair right (−) wrong; and its error from the
+        Fisher information, for independent pairs."""
+        self.interval = math.nan, math.nan
+        """95 % of τ̂, percentiles of a bootstrap over prompts; NaN where there is only one prompt."""
+        # Up to rounding it is not below 0.
+        self.likelihood_ratio = max(0.0, 2 * (len(right) * math.log(2) - float(_nll(self.scale, preference).sum())))
+        """2·(log-likelihood at τ̂ − at 0): χ² with one degree of freedom if the reference says nothing and pairs are
+        independent."""
+        self.p_value = float(chdtrc(1, self.likelihood_ratio))
+        self.bits_per_pair = math.nan
+        """1 − NLL/log 2, each pair with the τ̂ of the other folds of prompts: what the reference tells of a label, or below 0;
+        NaN where there is only one prompt."""
+        self.accuracy = float(right.mean())
+        """Share of pairs that the reference ranks right, ties ½."""
+        self.accuracy_interval = math.nan, math.nan
+        """95 %, from the same bootstrap."""
+        self.scale_without_length: float | None = None
+        """τ̂ of Δ0 as it would be between answers of equal length; see `without_length`."""
+        self.standard_error_without_length: float | None = None
+        if length_difference is not None:
+            alone = without_length(preference, length_difference)
+            self.scale_without_length, self.standard_error_without_length = _fit(alone)
+
+        _, owner = np.unique(np.asarray(prompt_keys), return_inverse=True)
+        prompts = int(owner.max(initial=0)) + 1
+        if prompts == 1:
+            return
+        folds = min(FOLDS, prompts)
+        fold = (np.random.default_rng(0).permutation(prompts) % folds)[owner]
+        scales = _platt_scales(preference, (fold != np.arange(folds)[:, None]).astype(float))
+        self.bits_per_pair = 1 - float(_nll(scales[fold], preference).mean()) / math.log(2)
+        self.interval, self.accuracy_interval = _intervals(preference, right, owner, self.scale)
 
 
 def _fit(preference: np.ndarray) -> tuple[float, float]:
@@ -87,6 +78,31 @@ def _fit(preference: np.ndarray) -> tuple[float, float]:
     claims = expit(scale * preference) if math.isfinite(scale) else np.zeros(len(preference))
     information = float(np.sum(preference**2 * claims * (1 - claims)))
     return scale, information**-0.5 if information > 0 else math.inf
+
+
+def _nll(scale: float | np.ndarray, preference: np.ndarray) -> np.ndarray:
+    """−log σ(τ·Δ0) of each pair; a tie costs log 2 at any τ."""
+    with np.errstate(invalid="ignore"):
+        return np.logaddexp(0.0, -np.where(preference == 0, 0.0, scale * preference))
+
+
+def _intervals(preference: np.ndarray, right: np.ndarray, owner: np.ndarray, scale: float) -> list[tuple[float, float]]:
+    """Percentiles 2.5 and 97.5 of τ̂ and of the accuracy over resampled prompts; `owner` is the number of each pair's prompt."""
+    generator = np.random.default_rng(0)
+    prompts = int(owner.max()) + 1
+    rows = max(1, min(REPLICATES, _CELLS // len(owner)))
+    parts = []
+    for start in range(0, REPLICATES, rows):
+        count = min(rows, REPLICATES - start)
+        drawn = generator.integers(prompts, size=(count, prompts)) + np.arange(count)[:, None] * prompts
+        times = np.bincount(drawn.ravel(), minlength=count * prompts).reshape(count, prompts)
+        weights = times[:, owner].astype(float)  # how often the prompt of each pair was drawn
+        parts.append((_platt_scales(preference, weights, start=scale), (weights @ right) / weights.sum(axis=1)))
+    # Order statistics: between two infinite ones there is nothing to interpolate.
+    return [
+        (float(np.quantile(values, 0.025, method="lower")), float(np.quantile(values, 0.975, method="higher")))
+        for values in map(np.concatenate, zip(*parts, strict=True))
+    ]
 
 
 def _platt_scales(preference: np.ndarray, weights: np.ndarray, start: float = 0.0) -> np.ndarray:
@@ -121,7 +137,6 @@ def _platt_scales(preference: np.ndarray, weights: np.ndarray, start: float = 0.
 
 def _bracketed_scale(values: np.ndarray, weights: np.ndarray) -> float:
     """The same for one row where Newton's steps run away: the slope falls, so a bracket of both signs holds the root."""
-
     from scipy.optimize import brentq  # dear to import, and rarely needed
 
     def slope(scale: float) -> float:
@@ -131,55 +146,3 @@ def _bracketed_scale(values: np.ndarray, weights: np.ndarray) -> float:
     while slope(reach) > 0 or slope(-reach) < 0:
         reach *= 2
     return float(brentq(slope, -reach, reach, xtol=1e-14))
-
-
-def _bootstrap(preference: np.ndarray, prompt_keys: Sequence[str], scale: float) -> tuple[float, float, float, float]:
-    """Percentiles 2.5 and 97.5 of τ̂ and of the accuracy over resampled prompts; NaN with one prompt."""
-    _, owner = np.unique(np.asarray(prompt_keys), return_inverse=True)
-    if owner.max(initial=0) == 0:
-        return (math.nan,) * 4
-    scales, accuracies = [], []
-    right = _right(preference)
-    for weights in _resampled(owner):
-        scales.append(_platt_scales(preference, weights, start=scale))
-        accuracies.append((weights @ right) / weights.sum(axis=1))
-    return *_percentiles(np.concatenate(scales)), *_percentiles(np.concatenate(accuracies))
-
-
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    """Order statistics: between two infinite ones there is nothing to interpolate."""
-    return float(np.quantile(values, 0.025, method="lower")), float(np.quantile(values, 0.975, method="higher"))
-
-
-def _resampled(owner: np.ndarray) -> Iterator[np.ndarray]:
-    """Blocks of bootstrap weights, (R, B): how often the prompt of each pair was drawn; REPLICATES rows in all."""
-    generator = np.random.default_rng(0)
-    prompts = int(owner.max()) + 1
-    rows = max(1, min(REPLICATES, _CELLS // len(owner)))
-    for start in range(0, REPLICATES, rows):
-        count = min(rows, REPLICATES - start)
-        drawn = generator.integers(prompts, size=(count, prompts)) + np.arange(count)[:, None] * prompts
-        times = np.bincount(drawn.ravel(), minlength=count * prompts).reshape(count, prompts)
-        yield times[:, owner].astype(float)
-
-
-def _bits_per_pair(preference: np.ndarray, prompt_keys: Sequence[str]) -> float:
-    """1 − NLL/log 2, where each pair's τ̂ comes from the prompts of the other folds; NaN with one prompt."""
-    _, owner = np.unique(np.asarray(prompt_keys), return_inverse=True)
-    prompts = int(owner.max(initial=0)) + 1
-    if prompts == 1:
-        return math.nan
-    folds = min(FOLDS, prompts)
-    fold = (np.random.default_rng(0).permutation(prompts) % folds)[owner]
-    scales = _platt_scales(preference, (fold != np.arange(folds)[:, None]).astype(float))
-    return 1 - float(_nll(scales[fold], preference).mean()) / math.log(2)
-
-
-def _nll(scale: float | np.ndarray, preference: np.ndarray) -> np.ndarray:
-    """−log σ(τ·Δ0) of each pair; a tie costs log 2 at any τ."""
-    with np.errstate(invalid="ignore"):
-        return np.logaddexp(0.0, -np.where(preference == 0, 0.0, scale * preference))
-
-
-def _right(preference: np.ndarray) -> np.ndarray:
-    return (preference > 0) + 0.5 * (preference == 0)

@@ -5,22 +5,18 @@ otherwise. It comes back whole when an adapter is merged into the plain base: th
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from pe_dpo.audit.forecast import scores
-from pe_dpo.disk import json_without_nan
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.pairs import preferences
 from pe_dpo.metrics.estimates import correlation
-from pe_dpo.recipe.loss_section import LossSection
+from pe_dpo.objective import Loss, PairLogprobs
 
 
 @dataclass(frozen=True)
-class QuantizationNoise:
+class QuantizationError:
     """Two passes over the same pairs; Δ0 is summed or per token, as in the loss."""
 
     quantize: str
@@ -45,57 +41,37 @@ class QuantizationNoise:
     weight_change: float
     """Mean |Δw| at step 0 with the γ of the loss; 0 where γ = β."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return json_without_nan(asdict(self))
 
-
-def quantization_noise(
-    quantized: PairLogprobs,
-    exact: PairLogprobs,
-    loss: LossSection,
-    gamma: float,
-    margins: Tensor,
-    *,
-    quantize: str,
-    against: str,
-) -> QuantizationNoise:
+def quantization_error(
+    quantized: PairLogprobs, exact: PairLogprobs, loss: Loss, margin: Tensor, *, quantize: str, against: str
+) -> QuantizationError:
     """Return how two references differ.
 
     Args:
         quantized: log-probs of the pairs under the quantized base.
         exact: of the same pairs under the plain one.
         loss: of the recipe.
-        gamma: in place of the loss's own.
-        margins: the data's margin column, (B,).
+        margin: of each pair, as the data have it, (B,).
         quantize: how the one was loaded.
         against: dtype of the other.
     """
-    with_noise, without = (torch.from_numpy(preferences(one, loss.reduce)) for one in (quantized, exact))
-    noise = with_noise - without
-    tokens = int((exact.chosen_lengths + exact.rejected_lengths).sum())
-    lengths = (exact.chosen_lengths - exact.rejected_lengths).double()
-    change = quantized.chosen + quantized.rejected - exact.chosen - exact.rejected
-    weights = [scores(loss, gamma, one, margins)[0].weight for one in (quantized, exact)]
-    return QuantizationNoise(
+    both = quantized, exact
+    (summed, summed_exact), (per_token, per_token_exact) = ([preferences(one, how) for one in both] for how in ("sum", "mean"))
+    ours, plain = (summed, summed_exact) if loss.reduce == "sum" else (per_token, per_token_exact)
+    error = ours - plain
+    lengths = exact.chosen_lengths - exact.rejected_lengths
+    moved = quantized.chosen + quantized.rejected - exact.chosen - exact.rejected
+    weight, weight_exact = (loss(one, one, margin).weight for one in both)
+    return QuantizationError(
         quantize=quantize,
         against=against,
-        pairs=len(noise),
-        shift_per_token=float(change.sum()) / tokens,
-        slope=_ratio(float(with_noise @ without), float(without @ without)),
-        rms=float(noise.square().mean().sqrt()),
-        reliability=1 - _ratio(float(noise.var(correction=0)), float(with_noise.var(correction=0))),
-        flips=_flips(quantized, exact, "sum"),
-        flips_per_token=_flips(quantized, exact, "mean"),
-        length_correlation=correlation(noise, lengths),
-        weight_change=float((weights[0] - weights[1]).abs().mean()),
+        pairs=len(error),
+        shift_per_token=float(moved.sum()) / int((exact.chosen_lengths + exact.rejected_lengths).sum()),
+        slope=float(ours @ plain) / (float(plain @ plain) or math.nan),
+        rms=float(np.sqrt(np.mean(error**2))),
+        reliability=1 - float(np.var(error)) / (float(np.var(ours)) or math.nan),
+        flips=float(np.mean(np.sign(summed) != np.sign(summed_exact))),
+        flips_per_token=float(np.mean(np.sign(per_token) != np.sign(per_token_exact))),
+        length_correlation=correlation(error, lengths),
+        weight_change=float((weight - weight_exact).abs().mean()),
     )
-
-
-def _flips(one: PairLogprobs, other: PairLogprobs, reduce: str) -> float:
-    signs = [torch.from_numpy(preferences(logprobs, reduce)).sign() for logprobs in (one, other)]
-    return float((signs[0] != signs[1]).double().mean())
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan

@@ -1,12 +1,12 @@
 """What an audit finds that looks off, in words, each with what to turn."""
 
 import math
+from typing import TYPE_CHECKING
 
-from pe_dpo.audit.forecast import Outlook
-from pe_dpo.audit.label_fit import Evidence
-from pe_dpo.audit.quantization_error import QuantizationNoise
-from pe_dpo.metrics.reference_accuracy import Ranking
-from pe_dpo.recipe.loss_section import LossSection
+from pe_dpo.audit.forecast import Forecast
+
+if TYPE_CHECKING:
+    from pe_dpo.audit.audit import Audit
 
 LARGEST_DELTA = 1.0
 """Of |δ|: beyond it, pairs one sd apart differ in score by more than a logistic weight can follow."""
@@ -19,22 +19,20 @@ SLOWEST_FLIP = 1000
 """Times the flip time without a reference: from there on it is out of reach of any number of epochs."""
 
 
-def start_warnings(plan: Outlook, loss: LossSection) -> list[str]:
-    """Return what looks off in the gradient of step 0.
+def warnings(audit: "Audit") -> list[str]:
+    """Return what looks off: in the gradient of step 0, in how the reference ranks the pairs, in where the loss leads."""
+    return [*_of_step_0(audit.recipe, audit.loss.reduce), *_of_labels(audit), *_of_flips(audit)]
 
-    Args:
-        plan: of the recipe.
-        loss: of the recipe.
-    """
+
+def _of_step_0(plan: Forecast, reduce: str) -> list[str]:
     if math.isnan(plan.effective):
         return ["no pair has a gradient at step 0, so nothing would be learned; set margin > 0, or gamma different from beta"]
     lines = []
     if abs(plan.delta) > LARGEST_DELTA:
-        per_token = ", or use reduce: mean" if loss.reduce == "sum" else ""
         lines.append(
             f"δ = (γ−β)·sd(Δ0) = {plan.delta:.3g}: at step 0 scores spread so wide that pairs which the reference ranks right "
             f"have {plan.weight_right:.0%} of the gradient and those it ranks wrong {plan.weight_wrong:.0%}; bring gamma "
-            f"closer to beta, lower both{per_token}"
+            f"closer to beta, lower both{', or use reduce: mean' if reduce == 'sum' else ''}"
         )
     if plan.effective < SMALLEST_EFFECTIVE:
         lines.append(
@@ -44,29 +42,22 @@ def start_warnings(plan: Outlook, loss: LossSection) -> list[str]:
     return lines
 
 
-def ranking_warnings(ranking: Ranking, found: Evidence, loss: LossSection, *, pairs: int, prompts: int) -> list[str]:
-    """Return what looks off in how the reference ranks the pairs.
-
-    Args:
-        ranking: by the reduction of the loss.
-        found: of the same preferences.
-        loss: of the recipe.
-        pairs: how many.
-        prompts: how many.
-    """
+def _of_labels(audit: "Audit") -> list[str]:
     lines = []
-    if abs(ranking.length_correlation) > LARGEST_CORRELATION:
-        remedy = "per token and at equal length, and consider reduce: mean"
+    correlation, fit = audit.ranking.length_correlation, audit.label_fit
+    if abs(correlation) > LARGEST_CORRELATION:
+        remedy = "per token and at equal length, and consider reduce: mean" if audit.loss.reduce == "sum" else "at equal length"
         lines.append(
-            f"Δ0 mostly measures length (correlation {ranking.length_correlation:.2f} with |chosen| − |rejected|), so right "
-            f"and wrong tell which answer is longer; read the shares {remedy if loss.reduce == 'sum' else 'at equal length'}"
+            f"Δ0 mostly measures length (correlation {correlation:.2f} with |chosen| − |rejected|), so right and wrong tell "
+            f"which answer is longer; read the shares {remedy}"
         )
-    low, high = found.interval
-    if prompts < FEW_PROMPTS:
-        lines.append(f"{prompts} prompts are few, so all intervals are rough; audit on more pairs")
+    if audit.prompts < FEW_PROMPTS:
+        lines.append(f"{audit.prompts} prompts are few, so all intervals are rough; audit on more pairs")
+    low, high = fit.interval
+    alone, error = fit.scale_without_length, fit.standard_error_without_length
     if low <= 0 <= high:
         lines.append(
-            f"the reference says nothing about these preferences that {pairs} pairs could show (τ̂ between {low:.2g} and "
+            f"the reference says nothing about these preferences that {audit.pairs} pairs could show (τ̂ between {low:.2g} and "
             f"{high:.2g}): gamma 0 with a margin loses no information, but loses what holds the policy near the reference"
         )
     elif high < 0:
@@ -74,27 +65,20 @@ def ranking_warnings(ranking: Ranking, found: Evidence, loss: LossSection, *, pa
             f"the reference prefers the rejected answers (τ̂ between {low:.2g} and {high:.2g}): look whether chosen and "
             "rejected are swapped; gamma: auto is 0 here"
         )
-    elif found.is_length_alone:
+    elif low > 0 and alone is not None and error is not None and not alone > 1.96 * error:
         lines.append(
-            "what the reference says about these preferences is length alone: at equal length τ̂ is "
-            f"{found.scale_without_length:.2g} ± {found.standard_error_without_length:.1g}; gamma: auto would weigh length, so "
-            "consider reduce: mean or length_penalty"
+            f"what the reference says about these preferences is length alone: at equal length τ̂ is {alone:.2g} ± {error:.1g}; "
+            "gamma: auto would weigh length, so consider reduce: mean or length_penalty"
         )
     return lines
 
 
-def later_warnings(plan: Outlook, without_reference: Outlook, loss: LossSection) -> list[str]:
-    """Return what looks off in where the loss leads.
-
-    Args:
-        plan: of the recipe.
-        without_reference: the same with γ = 0.
-        loss: of the recipe.
-    """
+def _of_flips(audit: "Audit") -> list[str]:
+    plan, without_reference = audit.recipe, audit.kappas[0]
     if plan.never_flips > 0.5:
         return [
-            f"{plan.never_flips:.0%} of the pairs that the reference ranks wrong stay wrong for good, since the {loss.link} "
-            "link is content before they flip; raise margin above γ·|Δ0|, or lower gamma"
+            f"{plan.never_flips:.0%} of the pairs that the reference ranks wrong stay wrong for good, since the "
+            f"{audit.loss.link} link is content before they flip; raise margin above γ·|Δ0|, or lower gamma"
         ]
     usual = without_reference.flip_times[1]
     slower = plan.flip_times[1] / usual if usual > 0 else math.nan
@@ -104,13 +88,3 @@ def later_warnings(plan: Outlook, without_reference: Outlook, loss: LossSection)
             "than any run; lower gamma, or set reference_floor: 0"
         ]
     return []
-
-
-def noise_warnings(noise: QuantizationNoise) -> list[str]:
-    """Return what looks off in the noise of quantization."""
-    if not noise.reliability < SMALLEST_RELIABILITY:
-        return []
-    return [
-        f"{1 - noise.reliability:.1%} of the variance of Δ0 is noise of {noise.quantize}; keep gamma = beta, where it cancels, "
-        "or set model.quantize: none"
-    ]

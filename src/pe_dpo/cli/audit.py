@@ -10,9 +10,10 @@ import typer
 from pe_dpo.cli import dials
 
 if TYPE_CHECKING:
-    from pe_dpo.audit.audit import Audit, Way
-    from pe_dpo.audit.forecast import Outlook
-    from pe_dpo.audit.quantization_error import QuantizationNoise
+    from pe_dpo.audit.audit import Audit
+    from pe_dpo.audit.calibration import Calibration
+    from pe_dpo.audit.forecast import Forecast
+    from pe_dpo.audit.quantization_error import QuantizationError
     from pe_dpo.metrics.reference_accuracy import Ranking
 
 
@@ -48,7 +49,7 @@ def audit(
             console.say(line)
         for line in warnings(plan):
             console.warn(line)
-    found = run(plan, with_noise=four_bit_noise)
+    found = run(plan, with_quantization_error=four_bit_noise)
     if plots is not None:
         from pe_dpo.report.audit_plots import save_audit_plots
 
@@ -68,11 +69,11 @@ def _show(found: "Audit") -> None:
     source = "run just now" if reference["was_run"] else "all from the store, the model was not run"
     console.say(f"π0: {reference['is']}, quantize {reference['quantize']}, {reference['dtype']}; log-probs {source}")
     _show_ranking(found)
-    _show_evidence(found)
-    _show_outlooks(found)
+    _show_label_fit(found)
+    _show_forecasts(found)
     _show_ways(found)
-    if found.noise is not None:
-        _show_noise(found.noise)
+    if found.quantization_error is not None:
+        _show_quantization_error(found.quantization_error)
     for line in found.warnings:
         console.warn(f"{line}")
 
@@ -97,13 +98,13 @@ def _show_ranking(found: "Audit") -> None:
     console.say(f"{found.disagreement:.1%} of the pairs are right by one of the two and not by the other\n")
 
 
-def _show_outlooks(found: "Audit") -> None:
+def _show_forecasts(found: "Audit") -> None:
     from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES
     from pe_dpo.cli import console
 
     columns = [found.recipe, *found.kappas]
 
-    def row(words: str, value: Callable[["Outlook"], str]) -> list[str]:
+    def row(words: str, value: Callable[["Forecast"], str]) -> list[str]:
         return [words, *(value(one) for one in columns)]
 
     rows = [
@@ -124,61 +125,61 @@ def _show_outlooks(found: "Audit") -> None:
         rows.append(row(words, lambda one, index=index: _share(one.ideal_accuracy[index])))  # type: ignore[misc]
     asked = found.asked_gamma if isinstance(found.asked_gamma, str) else f"{found.asked_gamma:g}"
     header = ["", f"recipe: {asked}", *(f"κ = {one.kappa:g}" for one in found.kappas)]
-    how = "summed" if found.reduce == "sum" else "per token"
-    console.show_table(f"What the loss makes of it: β {found.beta:g}, Δ0 {how}, times in 1/(2β²)", header, rows)
+    how = "summed" if found.loss.reduce == "sum" else "per token"
+    console.show_table(f"What the loss makes of it: β {found.loss.beta:g}, Δ0 {how}, times in 1/(2β²)", header, rows)
     console.say()
 
 
 def _show_ways(found: "Audit") -> None:
     from pe_dpo.cli import console
 
-    rows = [[way.asked, *_way_cells(way)] for way in found.ways]
+    rows = [[asked, *_way_cells(found, way)] for asked, way in found.ways.items()]
     header = ["gamma: …", "γ", "κ", "δ", "on ranked right", "effective", "saturated", "median flip"]
     console.show_table("γ from these data", header, rows)
-    for way in found.ways:
-        if way.why_not:
-            console.say(f"{way.asked}: {way.why_not}")
+    for asked, way in found.ways.items():
+        if isinstance(way, str):
+            console.say(f"{asked}: {way}")
 
 
-def _show_evidence(found: "Audit") -> None:
+def _show_label_fit(found: "Audit") -> None:
     from pe_dpo.cli import console
 
-    seen = found.evidence
+    fit = found.label_fit
     rows = [
-        ["τ̂ [95 %]: σ(τ̂·Δ0) is right as often as it says", f"{seen.scale:.4g} {_interval(seen.interval)}"],
-        ["… standard error, independent pairs", f"{seen.standard_error:.2g}"],
-        ["… at equal length", f"{_number(seen.scale_without_length)} ± {_number(seen.standard_error_without_length)}"],
-        ["likelihood ratio against τ = 0, χ²(1)", f"{seen.likelihood_ratio:.1f}, p = {seen.p_value:.2g}"],
-        ["information on held-back folds, bits a pair", f"{seen.bits_per_pair:.4f}"],
-        ["accuracy [95 %], ties ½", f"{seen.accuracy:.3f} {_interval(seen.accuracy_interval, '.3f')}"],
+        ["τ̂ [95 %]: σ(τ̂·Δ0) is right as often as it says", f"{fit.scale:.4g} {_interval(fit.interval)}"],
+        ["… standard error, independent pairs", f"{fit.standard_error:.2g}"],
+        ["… at equal length", f"{_number(fit.scale_without_length)} ± {_number(fit.standard_error_without_length)}"],
+        ["likelihood ratio against τ = 0, χ²(1)", f"{fit.likelihood_ratio:.1f}, p = {fit.p_value:.2g}"],
+        ["information on held-back folds, bits a pair", f"{fit.bits_per_pair:.4f}"],
+        ["accuracy [95 %], ties ½", f"{fit.accuracy:.3f} {_interval(fit.accuracy_interval, '.3f')}"],
     ]
-    how = "summed" if found.reduce == "sum" else "per token"
+    how = "summed" if found.loss.reduce == "sum" else "per token"
     console.show_table(f"What Δ0 ({how}) tells of the labels", ["", ""], rows)
 
 
-def _way_cells(way: "Way") -> Iterable[str]:
-    if way.calibration is None or way.outlook is None:
+def _way_cells(found: "Audit", way: "Calibration | str") -> Iterable[str]:
+    if isinstance(way, str):
         return ["–"] * 7
-    interval, at = way.calibration.interval, way.outlook
-    number = f"{way.calibration.gamma:.4g}" + (f" {_interval(interval)}" if interval else "")
+    at = found.forecast(way.gamma)
+    number = f"{way.gamma:.4g}" + (f" {_interval(way.interval)}" if way.interval else "")
     return [number, f"{at.kappa:.3g}", f"{at.delta:.3g}", _share(at.weight_right), _share(at.effective), _share(at.saturated),
             _time(at.flip_times[1])]  # fmt: skip
 
 
-def _show_noise(noise: "QuantizationNoise") -> None:
+def _show_quantization_error(error: "QuantizationError") -> None:
     from pe_dpo.cli import console
 
     rows = [
-        ["log p of a token moves by, nats", f"{noise.shift_per_token:+.5f}"],
-        ["slope of Δ0 on the plain Δ0", f"{noise.slope:.4f}"],
-        ["rms of η, nats", f"{noise.rms:.4g}"],
-        ["reliability 1 − Var(η)/Var(Δ0)", f"{noise.reliability:.5f}"],
-        ["pairs that change side, summed", f"{noise.flips:.2%}"],
-        ["pairs that change side, per token", f"{noise.flips_per_token:.2%}"],
-        ["correlation of η with |chosen| − |rejected|", f"{noise.length_correlation:.3f}"],
-        ["mean |Δw| at step 0", f"{noise.weight_change:.2g}"],
+        ["log p of a token moves by, nats", f"{error.shift_per_token:+.5f}"],
+        ["slope of Δ0 on the plain Δ0", f"{error.slope:.4f}"],
+        ["rms of η, nats", f"{error.rms:.4g}"],
+        ["reliability 1 − Var(η)/Var(Δ0)", f"{error.reliability:.5f}"],
+        ["pairs that change side, summed", f"{error.flips:.2%}"],
+        ["pairs that change side, per token", f"{error.flips_per_token:.2%}"],
+        ["correlation of η with |chosen| − |rejected|", f"{error.length_correlation:.3f}"],
+        ["mean |Δw| at step 0", f"{error.weight_change:.2g}"],
     ]
-    title = f"η = Δ0 with {noise.quantize} − Δ0 in {noise.against}, on {noise.pairs} pairs"
+    title = f"η = Δ0 with {error.quantize} − Δ0 in {error.against}, on {error.pairs} pairs"
     console.show_table(title, ["", ""], rows)
 
 

@@ -1,15 +1,19 @@
 """The options that several commands share, and how they become overrides of a recipe."""
 
 import json
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+
+from pe_dpo.links import LinkName
+
+LINKS = get_args(LinkName)
 
 Loss = Annotated[str | None, typer.Option("--loss", help="A named loss: dpo, gdpo, hinge, simpo, … (recipes losses).")]
 Beta = Annotated[float | None, typer.Option("--beta", help="Weight of the policy.")]
 Gamma = Annotated[str | None, typer.Option("--gamma", help='Weight of the reference: a number, or "0.5x" times beta.')]
 Margin = Annotated[float | None, typer.Option("--margin", help="Constant subtracted from the score.")]
-Link = Annotated[str | None, typer.Option("--link", help="logistic, hinge or squared.")]
+Link = Annotated[str | None, typer.Option("--link", help=f"{', '.join(LINKS[:-1])} or {LINKS[-1]}.")]
 Mixout = Annotated[
     float | None, typer.Option("--mixout", help="Share of the input units taken from the reference in training; 0 is off.")
 ]

@@ -34,11 +34,24 @@ def describe(loss: LossSection) -> LossDescription:
         for preset in PRESETS.values()
         if _form(LossSection.model_validate(preset.values)) == _form(loss)
     ]
+    notes = []
+    if loss.label_smoothing:
+        notes.append("z′ is the score of the pair with its labels swapped (the margin keeps its sign)")
+    if loss.kappa is None:
+        notes.append(f"γ is found from the reference's log-probs of the training pairs ({loss.gamma}); `pe-dpo audit` tells it")
+    elif loss.kappa > 1:
+        notes.append("κ > 1: learning starts on pairs that the reference already ranks right")
+    elif 0 < loss.kappa < 1:
+        notes.append("κ < 1: learning starts on pairs that the reference ranks wrong")
+    elif loss.kappa == 0:
+        notes.append("κ = 0: the reference is never run")
+    elif loss.link == "logistic" and loss.margin == 0:
+        notes.append("κ = 1: every pair starts with weight ½ and loss log 2")
     return LossDescription(
         formula=formula(loss),
-        kappa=_kappa(loss),
+        kappa=loss.kappa,
         equals="; ".join(names) if names else "no published loss by itself: a mixture of the terms above",
-        notes=_notes(loss),
+        notes=notes,
     )
 
 
@@ -76,7 +89,7 @@ _DELTA = {
 
 def _form(loss: LossSection) -> tuple[object, ...]:
     """What makes two losses the same method, apart from the sizes of their coefficients."""
-    kappa = _kappa(loss)
+    kappa = loss.kappa
     fixed_beta = link_named(loss.link).has_kink and kappa == 0 and loss.reduce == "sum"
     return (
         loss.link,
@@ -92,25 +105,3 @@ def _form(loss: LossSection) -> tuple[object, ...]:
         loss.length_penalty < 0,
         loss.beta == 1 if fixed_beta else None,
     )
-
-
-def _kappa(loss: LossSection) -> float | None:
-    return None if loss.is_calibrated else loss.gamma_value / loss.beta
-
-
-def _notes(loss: LossSection) -> list[str]:
-    notes = []
-    kappa = _kappa(loss)
-    if loss.label_smoothing:
-        notes.append("z′ is the score of the pair with its labels swapped (the margin keeps its sign)")
-    if kappa is None:
-        notes.append(f"γ is found from the reference's log-probs of the training pairs ({loss.gamma}); `pe-dpo audit` tells it")
-    elif kappa > 1:
-        notes.append("κ > 1: learning starts on pairs that the reference already ranks right")
-    elif 0 < kappa < 1:
-        notes.append("κ < 1: learning starts on pairs that the reference ranks wrong")
-    elif kappa == 0:
-        notes.append("κ = 0: the reference is never run")
-    elif loss.link == "logistic" and loss.margin == 0:
-        notes.append("κ = 1: every pair starts with weight ½ and loss log 2")
-    return notes

@@ -60,16 +60,28 @@ class LossSection(Section):
     @field_validator("gamma")
     @classmethod
     def _gamma_is_a_number_or_a_multiple(cls, gamma: float | str) -> float | str:
-        if isinstance(gamma, str):
-            if gamma.startswith(("auto", "balance", "scale")):
-                _check_calibration(gamma)
-            elif not MULTIPLE.match(gamma):
+        if not isinstance(gamma, str):
+            if not (gamma >= 0 and math.isfinite(gamma)):
+                raise ValueError(f"gamma is {gamma}: it must be finite and >= 0")
+            return gamma
+        if not gamma.startswith(("auto", "balance", "scale")):
+            if not MULTIPLE.match(gamma):
                 raise ValueError(
                     f"gamma is {gamma!r}: write a number >= 0, or a multiple of beta such as '0.5x', or how to find it: auto, "
                     "balance:0.5, scale:1"
                 )
-        elif not (gamma >= 0 and math.isfinite(gamma)):
-            raise ValueError(f"gamma is {gamma}: it must be finite and >= 0")
+            return gamma
+        match = CALIBRATED.match(gamma)
+        if match is None:
+            raise ValueError(
+                f"gamma is {gamma!r}: write auto, balance:S with S the share of gradient weight on pairs that the reference "
+                "ranks right (balance:0.5), or scale:G with G the spread of γ·Δ0 (scale:1)"
+            )
+        size = float(match.group(2) or 0.5)
+        if match.group(1) == "balance" and not 0 < size < 1:
+            raise ValueError(f"gamma is {gamma!r}: the share must lie between 0 and 1, as in balance:0.5")
+        if not (size > 0 and math.isfinite(size)):
+            raise ValueError(f"gamma is {gamma!r}: the spread must be finite and > 0, as in scale:1")
         return gamma
 
     @model_validator(mode="after")
@@ -119,29 +131,18 @@ class LossSection(Section):
             return self.beta * float(multiple.group(1))
         return self.gamma
 
-    def coefficients(self) -> dict[str, Any]:
-        """Return the loss in numbers: the fields of `objective.Loss`.
+    @property
+    def kappa(self) -> float | None:
+        """γ/β, or None while γ is still to be calibrated."""
+        return None if self.is_calibrated else self.gamma_value / self.beta
+
+    def coefficients(self, gamma: float | None = None) -> dict[str, Any]:
+        """Return the fields of `objective.Loss`.
+
+        Args:
+            gamma: in place of its own, which may be still to be calibrated.
 
         Raises:
-            RecipeError: γ is still to be calibrated (`is_calibrated`).
+            RecipeError: γ is still to be calibrated (`is_calibrated`), and none is given.
         """
-        return {**self.model_dump(exclude={"preset"}), "gamma": self.gamma_value}
-
-
-def _check_calibration(gamma: str) -> None:
-    """Check that a γ to be calibrated names a way, and a size where the way needs one.
-
-    Raises:
-        ValueError: it does not.
-    """
-    match = CALIBRATED.match(gamma)
-    if match is None:
-        raise ValueError(
-            f"gamma is {gamma!r}: write auto, balance:S with S the share of gradient weight on pairs that the reference ranks "
-            "right (balance:0.5), or scale:G with G the spread of γ·Δ0 (scale:1)"
-        )
-    size = float(match.group(2) or 0.5)
-    if match.group(1) == "balance" and not 0 < size < 1:
-        raise ValueError(f"gamma is {gamma!r}: the share must lie between 0 and 1, as in balance:0.5")
-    if not (size > 0 and math.isfinite(size)):
-        raise ValueError(f"gamma is {gamma!r}: the spread must be finite and > 0, as in scale:1")
+        return {**self.model_dump(exclude={"preset"}), "gamma": self.gamma_value if gamma is None else gamma}

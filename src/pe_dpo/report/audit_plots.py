@@ -38,7 +38,7 @@ def save_audit_plots(found: "Audit", folder: Path) -> list[Path]:
 
 def audit_figures(found: "Audit") -> dict[str, Figure]:
     """Return the figures of an audit by their names: preference, length, weights, flips."""
-    preference = f"Δ0, {'nats' if found.reduce == 'sum' else 'nats a token'}"
+    preference = f"Δ0, {'nats' if found.loss.reduce == 'sum' else 'nats a token'}"
     length = length_scatter(found.length_difference, found.preference, preference, "")
     (axes,) = length.axes
     if found.pairs > 2 and np.ptp(found.length_difference) > 0:
