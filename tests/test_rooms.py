@@ -127,3 +127,18 @@ def test_no_error_is_swallowed_blindly() -> None:
         return is_broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
 
     assert [f"{file}:{node.lineno}" for file, tree in FILES.items() for node in ast.walk(tree) if is_blind(node)] == []
+
+
+LOADERS = {"from_pretrained", "from_config"}
+
+
+def test_no_code_of_a_model_repository_is_ever_run() -> None:
+    """Left to itself transformers asks on the terminal, and a y that comes from anywhere runs it."""
+    for file, tree in FILES.items():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADERS):
+                continue
+            if ast.unparse(node.func.value).startswith("Peft"):  # reads an adapter; has no such code
+                continue
+            said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert said.get("trust_remote_code") == "False", f"{file}:{node.lineno}: {ast.unparse(node.func)}"

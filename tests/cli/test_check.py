@@ -1,6 +1,8 @@
 """`pe-dpo check`: all that can be known before training, without the weights of the base."""
 
+import io
 import json
+import shutil
 
 import pytest
 
@@ -96,3 +98,63 @@ def test_a_recipe_that_does_not_exist_is_a_usage_error(pe_dpo):
     done = pe_dpo("check", "nowhere.yaml")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: nowhere.yaml: no such file and no such recipe; ")
+
+
+# ---------------------------------------------------------------- code of a model repository
+
+MARKING = """
+from pathlib import Path
+Path({marker!r}).write_text("was here")
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+
+class Config(PretrainedConfig):
+    model_type = "unheard_of"
+
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def foreign_base(tiny_base, tmp_path):
+    """Make a copy of the tiny base of which a part needs Python code from its folder; returns it and what the code writes."""
+
+    def make(part):
+        folder, marker = tmp_path / "foreign", tmp_path / "marker"
+        shutil.copytree(tiny_base, folder)
+        (folder / "code.py").write_text(MARKING.format(marker=str(marker)))
+        if part == "config":
+            changed = {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}
+            path = folder / "config.json"
+        else:
+            changed = {"tokenizer_class": "UnheardOf", "auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]}}
+            path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+        return folder, marker
+
+    return make
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_code_of_a_model_repository_is_never_run_whatever_is_answered(pe_dpo, recipe_file, foreign_base, monkeypatch, part):
+    folder, marker = foreign_base(part)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    done = pe_dpo("check", recipe_file, "--set", f"model.base={folder}")
+    assert not marker.exists()
+    assert "[y/N]" not in done.out + done.err
+    assert done.code == 1
+    assert done.err == (
+        f"error: {folder}: needs Python code from its own repository (auto_map), which is never run; convert it to a class of "
+        "transformers, or take another\n"
+    )
+
+
+def test_code_beside_a_model_that_transformers_knows_is_not_needed(pe_dpo, recipe_file, foreign_base, monkeypatch):
+    folder, marker = foreign_base("config")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    done = pe_dpo("check", recipe_file, "--set", f"model.base={folder}")
+    assert (done.code, done.err) == (0, "")
+    assert not marker.exists()

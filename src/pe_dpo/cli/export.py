@@ -146,7 +146,7 @@ def _compare_prompts(gguf_file: Path) -> list[str]:
 
     from pe_dpo.export.golden import load_golden, token_ids
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False)
     golden = load_golden(gguf_file.parent / "golden_prompts.jsonl")
     other = sum(token_ids(tokenizer, one.rendered) != one.prompt_ids for one in golden)
     remark = f"transformers reads other token ids for {other} golden prompts; compare with the server's /tokenize"

@@ -26,6 +26,7 @@ from pe_dpo.data.sources import find_sources
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.drift import Drift
 from pe_dpo.metrics.estimates import clustered_mean, wilson_interval
+from pe_dpo.model.base import NEEDS_CODE, needs_code
 from pe_dpo.recipe.schema import DataSection
 
 AnswerScorer = Callable[[list[Text], list[str]], Sequence[float]]
@@ -231,11 +232,10 @@ def _reward_model(name: str, device: torch.device | str) -> AnswerScorer:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--scorer {name}: neither module:function, file.py:function nor a model: {str(error).splitlines()[0]}"
-        ) from error
+        words = f"neither module:function, file.py:function nor a model: {str(error).splitlines()[0]}"
+        raise ModelError(f"--scorer {name}: {NEEDS_CODE if needs_code(error) else words}") from error
     if config.num_labels != 1:
         raise ModelError(f"--scorer {name}: has {config.num_labels} labels; a reward model has one")
     loaded: list[tuple[Any, Any]] = []
@@ -252,10 +252,13 @@ def _load_reward_model(name: str, device: torch.device | str) -> tuple[Any, Any]
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, facts = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, facts = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise ModelError(f"--scorer {name}: does not load as a reward model: {str(error).splitlines()[0]}") from error
+        words = f"does not load as a reward model: {str(error).splitlines()[0]}"
+        raise ModelError(f"--scorer {name}: {NEEDS_CODE if needs_code(error) else words}") from error
     if facts["missing_keys"]:
         raise ModelError(
             f"--scorer {name}: {', '.join(sorted(facts['missing_keys']))} is not in its files, so its scores would be random; "

@@ -106,12 +106,14 @@ def load_gguf(file: Path, model: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     original = _read_config(model)
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     config.head_dim = _head_size(original)
     config.rope_parameters = original.rope_parameters
     config.attention_bias = getattr(original, "attention_bias", False)
     config.mlp_bias = getattr(original, "mlp_bias", False)
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, config=config, dtype=torch.float32, trust_remote_code=False
+    )
     return loaded.eval()
 
 
@@ -132,7 +134,7 @@ def _read_config(model: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True)
+        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{model}: no model found there: {error}") from error
     if config.model_type not in ARCHITECTURES:

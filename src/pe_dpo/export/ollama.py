@@ -225,7 +225,8 @@ def _between(text: str, *contents: str) -> list[str]:
 def _adds_bos(model: Path) -> bool:
     from transformers import AutoConfig
 
-    return read_vocabulary(model, AutoConfig.from_pretrained(model, local_files_only=True).vocab_size).adds_bos
+    config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    return read_vocabulary(model, config.vocab_size).adds_bos
 
 
 def _stops(model: Path, tokenizer: Any, form: ChatForm | None) -> list[str]:

@@ -19,6 +19,11 @@ from pe_dpo.quantizations import Quantization
 
 Quantize = Quantization | Literal["auto"]
 
+NEEDS_CODE = (
+    "needs Python code from its own repository (auto_map), which is never run; convert it to a class of transformers, or take "
+    "another"
+)
+"""Of a model or tokenizer; transformers would ask whether to run it, and run it on a y from wherever it came."""
 LARGE_BASE = 1_000_000_000
 """Parameters from which `quantize: auto` means nf4: below, 16-bit weights take under 2 GB anyway."""
 
@@ -54,10 +59,10 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
     if not Path(base).exists() and (base.startswith((".", "/", "~")) or not is_hub_name(base)):
         raise ModelError(f"{base}: no such folder; model.base is a folder with config.json, or a hub id")
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision, local_files_only=_is_local(base))
+        config = AutoConfig.from_pretrained(base, revision=revision, local_files_only=_is_local(base), trust_remote_code=False)
     except (OSError, ValueError) as error:
         nowhere = "" if Path(base).exists() else "there is no such folder here, and as a name on the hub: "
-        raise ModelError(f"{base}: no model found there: {nowhere}{_first_line(error)}") from error
+        raise _unusable(base, f"no model found there: {nowhere}", error) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"{base}: {config.model_type} is not a causal language model of this transformers version")
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -89,7 +94,7 @@ def empty_model(base: str, config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
         raise ModelError(f"{base}: its config.json describes no model that can be built: {_first_line(error)}") from error
 
@@ -124,9 +129,10 @@ def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Mod
             device_map={"": device},
             quantization_config=quantization_config(facts.quantize, facts.dtype),
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{facts.base}: cannot be loaded: {_first_line(error)}") from error
+        raise _unusable(facts.base, "cannot be loaded: ", error) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelError(
@@ -201,9 +207,9 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base, revision=revision, local_files_only=_is_local(base))
+        return AutoTokenizer.from_pretrained(base, revision=revision, local_files_only=_is_local(base), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{base}: no tokenizer found there: {_first_line(error)}") from error
+        raise _unusable(base, "no tokenizer found there: ", error) from error
 
 
 def end_token_ids(base: str, *, revision: str | None = None) -> list[int]:
@@ -211,7 +217,9 @@ def end_token_ids(base: str, *, revision: str | None = None) -> list[int]:
     from transformers import GenerationConfig
 
     try:
-        generation = GenerationConfig.from_pretrained(base, revision=revision, local_files_only=_is_local(base))
+        generation = GenerationConfig.from_pretrained(
+            base, revision=revision, local_files_only=_is_local(base), trust_remote_code=False
+        )
     except OSError:  # many bases have no generation config
         return []
     ends = generation.eos_token_id
@@ -227,6 +235,15 @@ def answer_end_tokens(tokenizer: Any, base: str, *, revision: str | None = None)
 def _is_local(base: str) -> bool:
     """Whether only files on this machine count: a folder, or a hub name while the hub cannot be reached."""
     return Path(base).exists() or not hub_is_reachable()
+
+
+def _unusable(base: str, problem: str, error: Exception) -> ModelError:
+    return ModelError(f"{base}: {NEEDS_CODE if needs_code(error) else problem + _first_line(error)}")
+
+
+def needs_code(error: Exception) -> bool:
+    """Return whether transformers refused to run code from a model's repository."""
+    return "trust_remote_code" in str(error)
 
 
 def _first_line(error: Exception) -> str:
