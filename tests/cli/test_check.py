@@ -158,3 +158,25 @@ def test_code_beside_a_model_that_transformers_knows_is_not_needed(pe_dpo, recip
     done = pe_dpo("check", recipe_file, "--set", f"model.base={folder}")
     assert (done.code, done.err) == (0, "")
     assert not marker.exists()
+
+
+# ---------------------------------------------------------------- names of modules
+
+NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+
+
+@pytest.mark.parametrize(("targets", "wrong"), [
+    ("[no_such_layer]", "no_such_layer"),
+    ("[q_proj, v_porj]", "v_porj"),
+    ("[q_proj, nope, layers.7.self_attn.k_proj]", "nope, layers.7.self_attn.k_proj"),
+    ("[self_attn]", "self_attn"),
+])  # fmt: skip
+def test_a_target_that_matches_nothing_is_an_error_that_names_what_exists(pe_dpo, recipe_file, targets, wrong):
+    done = pe_dpo("check", recipe_file, "--set", f"adapter.targets={targets}")
+    assert done.code == 1
+    assert done.err == f"error: adapter.targets: no linear layer of the base is called {wrong}; there are {NAMES}\n"
+
+
+@pytest.mark.parametrize("targets", ["[q_proj]", "[layers.0.self_attn.q_proj, down_proj]", "[lm_head]"])
+def test_targets_may_be_names_or_the_ends_of_paths(pe_dpo, recipe_file, targets):
+    assert pe_dpo("check", recipe_file, "--set", f"adapter.targets={targets}").code == 0

@@ -1,6 +1,6 @@
 """Policy and reference from one base: adapters on is π, adapters off (or their frozen copy) is π0."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +41,7 @@ def attach_adapter(
         seed: of A.
 
     Raises:
-        ModelError: another init, or no module matches the targets.
+        ModelError: another init, or one of the targets matches no module; says which, and what there is.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -56,13 +56,40 @@ def attach_adapter(
         bias="none",
         task_type="CAUSAL_LM",
     )
+    named = [] if isinstance(targets, str) else targets
+    there = _linear_layers(base) if named else []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             model = get_peft_model(base, config, adapter_name=POLICY)
         except ValueError as error:
+            _check_targets(named, there, there)
             raise ModelError(f"adapter.targets: {str(error).splitlines()[0]}") from error
+    # PEFT takes names of experts' layers that are bare parameters today out of its list; what is left has to match.
+    left = [target for target in named if target in model.peft_config[POLICY].target_modules]
+    _check_targets(left, model.base_model.targeted_module_names, there)
     return _in_float32(model).train()
+
+
+def _check_targets(targets: Sequence[str], matched: Sequence[str], there: Sequence[str]) -> None:
+    """Check that each target is the name of a matched module, or the end of its path.
+
+    Raises:
+        ModelError: naming those that are not, and the layers that are there.
+    """
+    unknown = [target for target in targets if not any(f".{path}".endswith(f".{target}") for path in matched)]
+    if unknown:
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in there}))
+        raise ModelError(f"adapter.targets: no linear layer of the base is called {', '.join(unknown)}; there are {names}")
+
+
+def _linear_layers(base: Any) -> list[str]:
+    """Paths of the layers that an adapter can be on, the head left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = base.get_output_embeddings()
+    layers = nn.Linear, Conv1D  # the latter is GPT-2's
+    return [path for path, module in base.named_modules() if isinstance(module, layers) and module is not head]
 
 
 def start_from_adapter(

@@ -17,9 +17,9 @@ from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import adapter_is_zero, lent, parameter_targets, save_adapter
+from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, lent, parameter_targets, save_adapter
 from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import answer_end_tokens
+from pe_dpo.model.base import answer_end_tokens, empty_model
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprint, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
@@ -125,7 +125,7 @@ def prepare_run(
     """Return the facts of the base, the tokenizer and the pairs, or those that are `shared`; no weights are read.
 
     Raises:
-        ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`.
+        ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
         DataError: see `prepare_from_settings`; or the loss asks for margins and no pair has one.
     """
     check_trackers(recipe.train.report_to)
@@ -136,6 +136,9 @@ def prepare_run(
     if recipe.adapter.start:
         check_adapter(recipe.adapter.start)
     prepared = shared.prepared if shared else read_inputs(recipe)
+    if not recipe.adapter.start and recipe.adapter.targets != "all-linear":  # else each target matches, or is the adapter's
+        facts = prepared.facts
+        attach_adapter(empty_model(facts.base, facts.config), rank=1, alpha=1, targets=recipe.adapter.targets)
     if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
         raise DataError(
             f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
