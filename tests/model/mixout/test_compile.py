@@ -117,12 +117,11 @@ def test_evaluation_is_compiled_plain_and_training_stays_mixed_after_it(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-def test_a_compiled_language_model_has_the_logits_of_the_eager_one(make_policy, form):
+def test_a_compiled_language_model_has_the_logits_of_the_eager_one(make_policy):
     model = make_policy()
     decoder = model.get_base_model().model
     decoder.layers = decoder.layers[:1]
-    mixout = attach_mixout(model, 0.5, seed=0, form=form)
+    mixout = attach_mixout(model, 0.5, seed=0, form="element")
     ids = torch.arange(3, 43).view(2, 20)
     compiled = torch.compile(model, backend="aot_eager")
     found = []
