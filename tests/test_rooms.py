@@ -7,6 +7,8 @@ what prints or swallows errors elsewhere cannot be used as a library.
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +110,14 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
         "log",
         "progress",
     }
+
+
+@pytest.mark.parametrize("module", ["pe_dpo.experiments.compare", "pe_dpo.metrics.catalogue"])
+def test_a_comparison_needs_neither_torch_nor_training(module: str) -> None:
+    """Transitively, in a process of its own: what a room imports may import more."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split())
+    assert loaded & {"torch", "transformers", "pe_dpo.training", "pe_dpo.data", "pe_dpo.objective"} == set()
 
 
 def test_only_the_command_line_prints() -> None:

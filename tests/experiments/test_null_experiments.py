@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from scipy import special
 
-from pe_dpo.experiments.arms import Findings, find_arms
-from pe_dpo.experiments.comparison import Difference
-from pe_dpo.experiments.matching import points_of
-from pe_dpo.experiments.measured import measure
+from pe_dpo.experiments.compare import find_arms
+from pe_dpo.experiments.comparison import Arm, Power
+from pe_dpo.experiments.resampled import resample, settings_of
+from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.runs.observations import Observation
@@ -82,18 +82,19 @@ def observation(settings: dict[str, Any], seed: int, shift: np.ndarray, kl: np.n
     return Observation(settings, seed, 100, True, f"{settings}-{seed}", pairs, answers, {}, 1.0)
 
 
-def findings(observations: list[Observation]) -> Findings:
+def findings(observations: list[Observation]) -> tuple[list[Arm], Power | None]:
     """What `compare` finds on accuracy/shift against the β dial."""
     metric = METRICS["accuracy/shift"]
-    measured = measure(observations, metric, repeats=300, seed=0)
-    points = points_of(observations)
-    line = [point for point in points if set(point.settings) <= {"loss.beta"}]
-    return find_arms(measured, points, line, metric, seed=0, confidence=0.95)
+    resampled = resample(observations, metric, repeats=300, seed=0)
+    settings = settings_of(observations)
+    line = [one for one in settings if set(one.settings) <= {"loss.beta"}]
+    arms, power, _ = find_arms(resampled, settings, line, metric, seed=0, confidence=0.95)
+    return arms, power
 
 
-def matched(observations: list[Observation]) -> dict[str, Difference]:
+def matched(observations: list[Observation]) -> dict[str, Effect]:
     """Differences at equal KL, by the arm's name."""
-    return {arm.name: arm.matched for arm in findings(observations).arms if arm.matched is not None}
+    return {arm.name: arm.matched for arm in findings(observations)[0] if arm.matched is not None}
 
 
 def most(rate: float, repeats: int) -> float:
@@ -129,7 +130,7 @@ def test_with_shuffled_labels_the_interval_of_the_share_covers_one_half() -> Non
     for _ in range(200):
         trained = [one for one in experiment(random, World(), learns=False) if one.settings == {"loss.beta": 0.05}]
         unmoved = [observation({}, one.seed, np.zeros(120), np.ones(80)) for one in trained]
-        direct = findings([*unmoved, *trained]).arms[1].direct
+        direct = findings([*unmoved, *trained])[0][1].direct
         assert direct is not None
         covered.append(direct.low <= 0 <= direct.high)
     assert np.mean(covered) >= 1 - most(0.05, 200)
@@ -140,7 +141,7 @@ def test_equal_arms_with_seeds_of_their_own_are_told_apart_in_at_most_five_perce
     random, false = np.random.default_rng(3), []
     for _ in range(300):
         both = [one for one in experiment(random, World(luck=0.01), seeds=range(6)) if not one.settings]
-        arms = findings([one if one.seed < 3 else one._replace(settings={"run": "again"}) for one in both]).arms
+        arms = findings([one if one.seed < 3 else one._replace(settings={"run": "again"}) for one in both])[0]
         assert arms[1].direct is not None
         assert len(arms[1].direct.per_seed) == 3
         false.append(arms[1].direct.p < 0.05)
@@ -150,7 +151,7 @@ def test_equal_arms_with_seeds_of_their_own_are_told_apart_in_at_most_five_perce
 def test_planted_effects_are_found_at_the_stated_power() -> None:
     """Every arm is worse by what such runs are said to find in 80 %."""
     random = np.random.default_rng(4)
-    powers = [findings(experiment(random, World())).power for _ in range(40)]
+    powers = [findings(experiment(random, World()))[1] for _ in range(40)]
     smallest = float(np.sqrt(np.mean([power.smallest_found**2 for power in powers if power])))
     arms = dict.fromkeys(("mixout 0.3", "γ = 0.5β", "γ = 0"), -smallest)
     found = [one for _ in range(200) for one in matched(experiment(random, World(), **arms)).values()]
@@ -170,7 +171,7 @@ def test_two_points_are_found_with_the_pairs_that_are_said_to_be_needed() -> Non
     """The number is taken from experiments of 120 pairs with one seed, then tried with that many pairs."""
     random = np.random.default_rng(5)
     small = World(prompt=0.3, seed=0.3, run=0.1)
-    powers = [findings(experiment(random, small, seeds=[0])).power for _ in range(60)]
+    powers = [findings(experiment(random, small, seeds=[0]))[1] for _ in range(60)]
     needed = np.median([power.needed for power in powers if power])
     assert needed > 500
     large = small._replace(pairs=round(needed), prompts=round(needed * 2 / 3))

@@ -14,7 +14,7 @@ import pytest
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments.compare import compare
 from pe_dpo.experiments.comparison import Comparison
-from pe_dpo.experiments.wording import point_name
+from pe_dpo.experiments.summary import setting_name
 from pe_dpo.runs.observations import read_observations
 from pe_dpo.runs.scaled import scaled_folder
 
@@ -61,8 +61,8 @@ def test_a_run_gives_its_end_its_snapshots_and_its_scales(sweep: Path) -> None:
 
 def test_names_say_what_was_scaled() -> None:
     """In lists, too, no comma may stand inside of a name."""
-    assert point_name({"scale": 0.5}) == "the base recipe (scaled to 0.5)"
-    assert point_name({"loss.gamma": "0x", "mixout.p": 0.3, "scale": 0.75}) == "γ = 0 with mixout 0.3 (scaled to 0.75)"
+    assert setting_name({"scale": 0.5}) == "the base recipe (scaled to 0.5)"
+    assert setting_name({"loss.gamma": "0x", "mixout.p": 0.3, "scale": 0.75}) == "γ = 0 with mixout 0.3 (scaled to 0.75)"
 
 
 def test_every_point_has_its_scaled_arms_after_those_that_were_trained(found: Comparison) -> None:

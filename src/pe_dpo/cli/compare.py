@@ -10,7 +10,8 @@ import typer
 from pe_dpo.cli import console
 
 if TYPE_CHECKING:
-    from pe_dpo.experiments.comparison import Comparison, Difference
+    from pe_dpo.experiments.comparison import Comparison
+    from pe_dpo.metrics.bootstrap import Effect
 
 TARGETS = "Run folders, the folder of a sweep, or logs of TRL (trainer_state.json)."
 METRIC = (
@@ -104,7 +105,7 @@ def _show_direct(found: "Comparison") -> None:
     console.show_table(f"minus {base}, each at its own KL", header, [row[: len(header)] for row in rows])
 
 
-def _difference_cells(found: "Comparison", one: "Difference") -> list[str]:
+def _difference_cells(found: "Comparison", one: "Effect") -> list[str]:
     """Estimate, interval, adjusted p."""
     scale, form = (100, "+.1f") if found.is_share else (1, "+.3g")
     interval = f"{scale * one.low:{form}} to {scale * one.high:{form}}"

@@ -1,13 +1,13 @@
 """What can and cannot be told apart between runs: paired, at matched KL, every run shown.
 
-    metric ┤        ● mixout 0.3            the baseline dial's runs of one seed are joined by straight lines;
+    metric ┤        ● mixout 0.3            the baseline's runs of one seed (other values of β) are joined by lines;
            │    ╱─○────                     another run of that seed is held against the line at its own √KL,
            │  ○╱  ↕ D_s                     if the line reaches there: nothing is extrapolated
            └──────────── √KL(π‖π0)
 
-The difference is the mean of D_s over seeds; its error is that of prompts and seeds (`statistics`). Prompts are drawn once per
-replicate for all runs, for the metric and for the KL, and every line is drawn anew. The null hypothesis is that every dial
-gives the same for its KL (Gao et al. 2022, arXiv 2210.10760, found a KL penalty "akin to early stopping").
+The difference is the mean of D_s over seeds; its error is that of prompts and seeds (`metrics.bootstrap`). Prompts are drawn
+once per replicate for all runs, for the metric and for the KL, and every line is drawn anew. The null hypothesis is that every
+hyperparameter gives the same for its KL (Gao et al. 2022, arXiv 2210.10760, found a KL penalty "akin to early stopping").
 
 The reference itself is the line's first point, at KL 0, where a metric comes near the reference's as KL falls: accuracy/policy,
 NLL, win rate (½ by definition). accuracy/shift and rewards/accuracies do not. They are ½ at KL 0 by the rule for ties, but
@@ -20,20 +20,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments import wording
-from pe_dpo.experiments.arms import find_arms
-from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
-from pe_dpo.experiments.matching import Point, points_of, values_at
-from pe_dpo.experiments.measured import Measured, measure
-from pe_dpo.experiments.wording import FREE_CONTROLS, SCALE, STEP, is_end
+from pe_dpo.experiments import summary
+from pe_dpo.experiments.comparison import FREE_CONTROLS, SCALE, STEP, Arm, Best, Comparison, Power, RunRow, is_end
+from pe_dpo.experiments.resampled import Resampled, Setting, paired_seeds, resample, settings_of
+from pe_dpo.metrics import bootstrap
+from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
+from pe_dpo.metrics.estimates import mcnemar
+from pe_dpo.metrics.table import Floats
 from pe_dpo.recipe import known_keys
 from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.observations import Observation, read_observations
 
-FEW_PROMPTS = 20
-"""Sampled prompts below which the error of the KL is not well known."""
+POINTS = 0.02
+"""The difference of a share for which the needed pairs are told."""
 
 
 def compare(
@@ -49,16 +52,16 @@ def compare(
 
     Args:
         targets: run folders, sweep folders, TRL's trainer_state.json; see `observations.read_observations`.
-        metric: one of `metrics.METRICS`; by default `win_rate` where all answers were scored, else `accuracy/shift`.
-        baseline: the dial whose runs make the line of equal KL: a short name ("beta"), a dotted recipe key, "step" for the
-            snapshots of the base point, or "scale" for its adapter scaled toward the reference. Snapshots, else scales, also
-            serve where only one value of the dial was run.
+        metric: one of `metrics.COMPARED`; by default `win_rate` where all answers were scored, else `accuracy/shift`.
+        baseline: the hyperparameter whose runs make the line of equal KL: a short name ("beta"), a dotted recipe key, "step"
+            for the snapshots of the base recipe, or "scale" for its adapter scaled toward the reference. Snapshots, else
+            scales, also serve where only one value of the hyperparameter was run.
         repeats: replicates of the bootstrap.
         seed: of the bootstrap.
         confidence: of intervals; 1 − it is the level at which Holm-adjusted p speak in the verdict.
 
     Raises:
-        UsageError: a target, the metric or the dial is nothing that can be compared, or runs do not belong together.
+        UsageError: a target, the metric or the baseline is nothing that can be compared, or runs do not belong together.
     """
     if repeats < 100:
         raise UsageError(f"--repeats {repeats}: a bootstrap needs at least 100 replicates, better 10,000")
@@ -68,197 +71,258 @@ def compare(
         raise UsageError(f"--seed {seed}: must be 0 or more")
     if not targets:
         raise UsageError("nothing to compare: name run folders, or the folder of a sweep")
-    dial = check_names(metric, baseline)
-    table = read_observations(targets)
-    name = choose_metric(metric, table.observations)
+    axis = check_names(metric, baseline)
+    read = read_observations(targets)
+    ours = [one for one in read.observations if one.source == "pe-dpo"]
+    name = metric or _default_metric(ours)
     chosen = METRICS[name]
-    ours = [one for one in table.observations if one.source == "pe-dpo"]
-    usable = [one for one in ours if missing_words(chosen, one) is None]
+    usable = [one for one in ours if why_missing(chosen, one) is None]
     if ours and not usable:
-        raise UsageError(f"--metric {name}: {missing_words(chosen, ours[0])}")
+        raise UsageError(f"--metric {name}: {why_missing(chosen, ours[0])}")
+    lacking = next((one for one in ours if one not in usable), None)
     found = Comparison(
         verdict="",
         metric=name,
         title=chosen.explanation or chosen.title,
         is_share=chosen.is_share,
         direction=chosen.direction or 0,
-        baseline=wording.dial_name(dial),
+        baseline=summary.hyperparameter_name(axis),
         seeds=len({one.seed for one in usable}),
-        pairs=max((len(rows) for one in usable if (rows := one.rows(chosen.kind))), default=0),
+        pairs=max((len(table) for one in usable if (table := one.rows(chosen.kind))), default=0),
         unit=chosen.kind.removesuffix("s"),
         repeats=repeats,
         confidence=confidence,
-        runs=[_run_row(one, name) for one in table.observations],
-        remarks=[*table.remarks, *_remarks_on_metric(name, ours, usable, peers=len(table.observations) - len(ours))],
+        runs=[_run_row(one, name) for one in read.observations],
+        remarks=[
+            *read.remarks,
+            *summary.metric_remarks(
+                chosen,
+                measured=len(ours),
+                lacking=len(ours) - len(usable),
+                why=lacking and why_missing(chosen, lacking),
+                logs=len(read.observations) - len(ours),
+            ),
+        ],
     )
     if usable:
-        found = _with_arms(found, measure(usable, chosen, repeats=repeats, seed=seed), chosen, dial, seed)
-    return replace(found, verdict=wording.verdict(found))
+        resampled = resample(usable, chosen, repeats=repeats, seed=seed)
+        settings = settings_of(usable)
+        axis, remarks = _line_axis(axis, settings)
+        settings = [one for one in settings if STEP not in one.settings or set(one.settings) == {STEP}]
+        settings = sorted(settings, key=lambda one: SCALE in one.settings)
+        line = [one for one in settings if set(one.settings) <= {axis}]
+        arms, power, best = find_arms(resampled, settings, line, chosen, seed=seed, confidence=confidence)
+        found = replace(
+            found,
+            baseline=summary.hyperparameter_name(axis),
+            arms=arms,
+            reference=resampled.reference,
+            prompts=resampled.prompts,
+            kl_prompts=resampled.kl_prompts,
+            power=power,
+            best=best,
+        )
+        found = replace(found, remarks=[*found.remarks, *remarks, *summary.arm_remarks(found)])
+    return replace(found, verdict=summary.verdict(found))
 
 
-def choose_metric(name: str | None, observations: Sequence[Observation]) -> str:
-    """Return the name of the metric to compare on: what was asked for, else `win_rate` where scored, else `accuracy/shift`.
+def check_names(metric: str | None, baseline: str) -> str:
+    """Return the key of the baseline's hyperparameter, or "step", or "scale".
 
     Raises:
-        UsageError: there is no such metric.
+        UsageError: there is no such metric or hyperparameter.
     """
-    if name is None:
-        ours = [one for one in observations if one.source == "pe-dpo"]
-        is_scored = bool(ours) and all(missing_words(METRICS["win_rate"], one) is None for one in ours)
-        return "win_rate" if is_scored else "accuracy/shift" if ours else "rewards/accuracies"
-    if name not in COMPARED:
-        raise UsageError(f"--metric {name}: is not one of {', '.join(COMPARED)}")
-    return name
+    if metric is not None and metric not in COMPARED:
+        raise UsageError(f"--metric {metric}: is not one of {', '.join(COMPARED)}")
+    key = SHORT_NAMES.get(baseline, baseline)
+    if key not in (*FREE_CONTROLS, *known_keys()):
+        names = ", ".join(SHORT_NAMES)
+        raise UsageError(f"--baseline {baseline}: is neither {STEP} nor {SCALE}, nor a dial ({names}), nor a key of a recipe")
+    return key
 
 
-def missing_words(metric: Metric[Any], observation: Observation) -> str | None:
+def why_missing(metric: Metric[Any], observation: Observation) -> str | None:
     """Return why an observation has no such metric, with what to do about it, or None if it has."""
-    rows = observation.rows(metric.kind)
-    if rows is None and metric.kind == "pairs":
+    table = observation.rows(metric.kind)
+    if table is None and metric.kind == "pairs":
         return f"{observation.run} has no held-out pairs one by one; measure it with pe-dpo eval"
-    if rows is None:
+    if table is None:
         return f"{observation.run} has no sampled answers; ask for them with generation.prompts, or with pe-dpo eval"
-    gone = [name for name in metric.needs if not rows.knows(name)]
+    gone = [name for name in metric.needs if not table.knows(name)]
     if not gone:
         return None
     remedy = "give pe-dpo eval a scorer" if "score" in gone else "measure it again with pe-dpo eval"
     return f"{observation.run} has no {', '.join(gone)} of its {metric.kind}; {remedy}"
 
 
-def mean_of(metric: Metric[Any], observation: Observation) -> float:
-    """Return the metric of one observation on all its rows; NaN where it has none."""
-    rows = observation.rows(metric.kind)
-    return math.nan if rows is None or missing_words(metric, observation) else metric(rows)
+def find_arms(
+    resampled: Resampled,
+    settings: Sequence[Setting],
+    line: Sequence[Setting],
+    metric: Metric[Any],
+    *,
+    seed: int,
+    confidence: float,
+) -> tuple[list[Arm], Power | None, Best | None]:
+    """Return what settings come to: arms, what it takes to tell them apart, and the best of them.
 
-
-def check_names(metric: str | None, baseline: str) -> str:
-    """Return the key of the baseline dial, or "step", or "scale".
-
-    Raises:
-        UsageError: there is no such metric or dial.
+    Args:
+        resampled: all observations.
+        settings: to tell about; the base is the one that changes nothing, else the first.
+        line: those that make the line of equal KL.
+        metric: that was measured.
+        seed: of drawn seeds.
+        confidence: of intervals.
     """
-    choose_metric(metric, [])
-    dial = SHORT_NAMES.get(baseline, baseline)
-    if dial not in (*FREE_CONTROLS, *known_keys()):
-        names = ", ".join(SHORT_NAMES)
-        raise UsageError(f"--baseline {baseline}: is neither {STEP} nor {SCALE}, nor a dial ({names}), nor a key of a recipe")
-    return dial
+    base = next((one for one in settings if not one.settings), settings[0])
+    rows = len(resampled.observations[settings[0].columns[0]].rows(metric.kind) or ())
+    one_row = 1 / rows if metric.is_share else 0.0
+
+    def effects(differences: Sequence[tuple[Floats, Floats] | None], one_row: float) -> list[Effect | None]:
+        return bootstrap.adjust_together(
+            [
+                bootstrap.effect(*one, clusters=resampled.prompts, one_row=one_row, confidence=confidence)
+                if one is not None and len(one[0])
+                else None
+                for one in differences
+            ]
+        )
+
+    at_equal_kl = [None if one in line else resampled.against_line(one, line) for one in settings]
+    matched = effects([one and one[:2] for one in at_equal_kl], one_row)
+    direct = effects([None if one == base else resampled.against(one, base) for one in settings], one_row)
+    direct_kl = effects([None if one == base else resampled.against(one, base, of_kl=True) for one in settings], 0.0)
+    most_seeds = max(len(one.by_seed) for one in settings)
+    draws = np.random.default_rng([seed, 1]).random((len(resampled.value_replicates), most_seeds))
+    values = resampled.over_seeds(settings, draws)
+    front = _front(resampled, settings, values, draws, metric.direction)
+    arms = []
+    for index, one in enumerate(settings):
+        own, (_, _, compared, gap) = resampled.values[one.columns], at_equal_kl[index] or (None, None, 0, math.nan)
+        found = matched[index]
+        arms.append(
+            Arm(
+                name=summary.setting_name(one.settings),
+                settings=one.settings,
+                is_baseline=one in line,
+                seeds=sorted(one.by_seed),
+                value=float(own.mean()),
+                value_sd=float(own.std(ddof=1)) if len(own) > 1 else math.nan,
+                kl=float(resampled.kl[one.columns].mean()),
+                root_kl=float(resampled.roots[one.columns].mean()),
+                matched=found,
+                seeds_in_range=len(found.per_seed) if found else 0,
+                seeds_compared=compared,
+                gap=gap,
+                direct=direct[index],
+                direct_kl=direct_kl[index],
+                mcnemar=_mcnemar(resampled, one, base, metric),
+                pareto=float(front[index]),
+            )
+        )
+    known = [one for one in (matched if any(matched) else direct) if one is not None]
+    power = _power(known, metric, rows, confidence) if known else None
+    return arms, power, _best(arms, values, metric.direction)
+
+
+def _default_metric(ours: Sequence[Observation]) -> str:
+    if not ours:
+        return "rewards/accuracies"
+    is_scored = all(why_missing(METRICS["win_rate"], one) is None for one in ours)
+    return "win_rate" if is_scored else "accuracy/shift"
 
 
 def _run_row(one: Observation, name: str) -> RunRow:
     is_ours = one.source == "pe-dpo"
-    metrics = {key: mean_of(metric, one) if is_ours else one.logged.get(key, math.nan) for key, metric in COMPARED.items()}
+
+    def value_of(metric: Metric[Any]) -> float:
+        if not is_ours:
+            return one.logged.get(metric.key, math.nan)
+        return math.nan if why_missing(metric, one) else metric(one.rows(metric.kind))
+
+    metrics = {key: value_of(metric) for key, metric in COMPARED.items()}
     return RunRow(
-        name=wording.point_name(one.settings if one.scale is None else {**one.settings, SCALE: one.scale}),
+        name=summary.setting_name(one.settings if one.scale is None else {**one.settings, SCALE: one.scale}),
         run=one.run,
         seed=one.seed if is_ours else None,
         step=one.step,
         is_final=one.is_final,
         source=one.source,
         settings=one.settings,
-        kl=mean_of(METRICS["kl"], one),
+        kl=value_of(METRICS["kl"]),
         value=metrics[name],
         metrics={key: value for key, value in metrics.items() if not math.isnan(value)},
         scale=one.scale,
     )
 
 
-def _with_arms(found: Comparison, measured: Measured, metric: Metric[Any], dial: str, seed: int) -> Comparison:
-    """The comparison with all that can be paired."""
-    points = points_of(measured.observations)
-    dial, remarks = _line_dial(dial, points, found)
-    points = [point for point in points if STEP not in point.settings or set(point.settings) == {STEP}]
-    points = sorted(points, key=lambda point: SCALE in point.settings)
-    line = [point for point in points if set(point.settings) <= {dial}]
-    arms, power, best = find_arms(measured, points, line, metric, seed=seed, confidence=found.confidence)
-    found = replace(
-        found,
-        baseline=wording.dial_name(dial),
-        arms=arms,
-        reference=measured.reference,
-        prompts=measured.prompts,
-        kl_prompts=measured.kl_prompts,
-        power=power,
-        best=best,
-    )
-    return replace(found, remarks=[*found.remarks, *remarks, *_remarks_on_arms(found)])
+def _line_axis(axis: str, settings: Sequence[Setting]) -> tuple[str, list[str]]:
+    """What makes the line: what was asked for, or where only one value of it was run what takes no run of its own."""
 
+    def values(key: str, among: Sequence[Setting]) -> set[str]:
+        return {repr(one.settings.get(key, "")) for one in among if set(one.settings) <= {key}}
 
-def _line_dial(dial: str, points: Sequence[Point], found: Comparison) -> tuple[str, list[str]]:
-    """The dial that makes the line: the one asked for, or where only one value of it was run what takes no run of its own."""
-    ends = [point for point in points if is_end(point.settings)]
+    ends = [one for one in settings if is_end(one.settings)]
     others = {STEP: "the base point's snapshots (early stopping)", SCALE: "the base point's adapter at other scales"}
-    there = [key for key in others if len(values_at(points, key)) > 1]
-    if dial in FREE_CONTROLS or len(values_at(ends, dial)) > 1 or not there:
-        return dial, []
+    there = [key for key in others if len(values(key, settings)) > 1]
+    if axis in FREE_CONTROLS or len(values(axis, ends)) > 1 or not there:
+        return axis, []
     return there[0], [
-        f"only one value of {found.baseline} was run with the rest of the base recipe: the line of equal KL is made of "
-        f"{others[there[0]]} instead"
+        f"only one value of {summary.hyperparameter_name(axis)} was run with the rest of the base recipe: the line of equal KL "
+        f"is made of {others[there[0]]} instead"
     ]
 
 
-def _remarks_on_metric(name: str, ours: Sequence[Observation], usable: Sequence[Observation], *, peers: int) -> list[str]:
-    """What is to be known of the metric and of those that lack it."""
-    found = []
-    if METRICS[name].caution:
-        found.append(f"{name} {METRICS[name].caution}; accuracy/shift, accuracy/policy and win_rate do not")
-    if len(usable) < len(ours):
-        lacking = next(one for one in ours if one not in usable)
-        found.append(
-            f"{len(ours) - len(usable)} of {len(ours)} measured policies have no {name} and are shown, not compared: "
-            f"{missing_words(METRICS[name], lacking)}"
-        )
-    if peers:
-        found.append(
-            f"{wording.counted(peers, 'log')} of TRL: means over held-out pairs, without the pairs one by one and without KL, "
-            "so that nothing can be paired or matched; TRL averages them over batches and counts ties of rewards as wrong"
-        )
-    return found
+def _front(resampled: Resampled, settings: Sequence[Setting], values: Floats, draws: Floats, direction: int | None) -> Floats:
+    """Share of replicates in which each setting is on the front; the reference, which costs nothing, competes too."""
+    if not direction:
+        return np.full(len(settings), math.nan)
+    roots = resampled.over_seeds(settings, draws, of_root=True)
+    is_known = ~np.isnan(roots).all(axis=0)
+    if not math.isnan(resampled.reference):
+        roots, values = np.c_[roots, np.zeros(len(roots))], np.c_[values, resampled.reference_replicates]
+    shares = bootstrap.pareto_membership(roots, direction * values)[: len(settings)]
+    return np.where(is_known, shares, math.nan)
 
 
-def _remarks_on_arms(found: Comparison) -> list[str]:
-    """What makes differences less sure than their intervals say."""
-    remarks = []
-    if not found.kl_prompts:
-        remarks.append("no answers were sampled, so there is no KL to match: set generation.prompts, or run pe-dpo eval")
-    elif found.kl_prompts < FEW_PROMPTS:
-        remarks.append(f"KL comes from {found.kl_prompts} prompts; more generation.prompts would make the match surer")
-    if found.seeds == 1:
-        remarks.append("one seed: intervals and p hold for these runs, the spread between seeds is not in them")
-    elif any(one and len(one.per_seed) == 1 for arm in found.arms for one in (arm.matched, arm.direct)):
-        remarks.append("where one seed alone could be compared, the spread between seeds is not in the interval")
-    unknown = [arm.name for arm in found.arms if math.isnan(arm.kl)]
-    if unknown and found.kl_prompts:
-        remarks.append(
-            f"{wording.listed(unknown)}: no sampled answers for some or all seeds, and without a KL nothing is matched; ask "
-            "for them with generation.prompts, or with pe-dpo eval"
-        )
-    outside: dict[tuple[int, int], list[str]] = {}
-    for arm in found.arms:
-        if arm.seeds_in_range < arm.seeds_compared:
-            seeds = arm.seeds_compared - arm.seeds_in_range, arm.seeds_compared
-            outside.setdefault(seeds, []).append(arm.name)
-    remarks += [
-        f"{wording.listed(names)}: out of range of the {found.baseline} dial for {missed} of "
-        f"{wording.counted(compared, 'seed')}; nothing is extrapolated"
-        for (missed, compared), names in outside.items()
-    ]
-    matched = [(arm.name, arm.matched) for arm in found.arms if arm.matched]
-    lone = [name for name, one in matched if one.p < 1 - found.confidence <= one.p_adjusted]
-    if lone:
-        remarks.append(
-            f"{wording.listed(lone)}: the interval by itself leaves 0 out, but among {len(matched)} comparisons that happens "
-            "too easily by chance (Holm)"
-        )
-    wide = [arm.name for arm in found.arms if _is_coarse(arm)]
-    if wide:
-        remarks.append(
-            f"{wording.listed(wide)}: the neighbours on the {found.baseline} line differ by more than the interval is wide, so "
-            f"the straight line between them may be wrong by as much; run values of {found.baseline} in between"
-        )
-    return remarks
+def _mcnemar(resampled: Resampled, one: Setting, base: Setting, metric: Metric[Any]) -> dict[str, float] | None:
+    """Pairs gained and lost against the base, of one run each."""
+    twins = paired_seeds(one.by_seed, base.by_seed)
+    if not metric.is_share or metric.kind != "pairs" or not twins or len(one.by_seed) > 1 or one == base:
+        return None
+    tables = (resampled.observations[column].pairs for column in (one.by_seed[twins[0][0]], base.by_seed[twins[0][1]]))
+    assert metric.numerator is not None, "what is compared has rows"
+    ours, theirs = (metric.numerator(table) for table in tables)
+    gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
+    return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
 
 
-def _is_coarse(arm: Arm) -> bool:
-    """Whether the baseline's neighbours in KL are too far apart for a straight line between them."""
-    return arm.matched is not None and arm.gap > arm.matched.high - arm.matched.low
+def _power(effects: Sequence[Effect], metric: Metric[Any], rows: int, confidence: float) -> Power:
+    """What 2 points take, in a comparison of average error: one alone does not know how much its few seeds scatter."""
+    seeds = max(one.errors.runs for one in effects)
+    errors = bootstrap.average_errors([one.errors for one in effects if one.errors.runs == seeds])
+    return Power(
+        unit=metric.kind.removesuffix("s"),
+        pairs=rows,
+        seeds=seeds,
+        needed=rows * bootstrap.prompts_needed(errors, POINTS, confidence=confidence) if metric.is_share else math.nan,
+        smallest_found=bootstrap.smallest_found(errors, confidence=confidence),
+        seed_sd=(errors.seeds * seeds) ** 0.5,
+    )
+
+
+def _best(arms: Sequence[Arm], values: Floats, direction: int | None) -> Best | None:
+    """The best of all ends of runs; snapshots and scaled adapters are no candidates of their own."""
+    ends = [index for index, arm in enumerate(arms) if is_end(arm.settings)]
+    if not direction or len(ends) < 2:
+        return None
+    means = direction * np.array([arms[index].value for index in ends])
+    optimism = bootstrap.optimism_of_best(means, direction * values[:, ends])
+    best = int(means.argmax())
+    return Best(
+        name=arms[ends[best]].name,
+        points=len(ends),
+        value=float(direction * means[best]),
+        optimism=optimism,
+        corrected=float(direction * (means[best] - optimism)),
+    )

@@ -1,10 +1,30 @@
 """What a comparison of runs comes to: arms, all runs, what it would take to know more, and the verdict in words."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pe_dpo.disk import json_without_nan
+from pe_dpo.metrics.bootstrap import Effect
+
+STEP, SCALE, RUN = "step", "scale", "run"
+"""Settings that are no recipe keys: where a run was stopped early, what its adapter was scaled by, and the folder of a run that
+repeats another."""
+FREE_CONTROLS = (STEP, SCALE)
+"""Settings that take no training of their own: what they make of a run is no candidate for the best."""
+
+
+def with_state(settings: Mapping[str, Any], *, step: int, is_final: bool, scale: float | None) -> dict[str, Any]:
+    """Return the settings of the arm to which a measured state of a run belongs: its step or scale is one of them."""
+    if is_final:
+        return dict(settings)
+    return {**settings, STEP: step} if scale is None else {**settings, SCALE: scale}
+
+
+def is_end(settings: Mapping[str, Any]) -> bool:
+    """Return whether settings are what runs came to, not an earlier or a scaled state of them."""
+    return not any(key in settings for key in FREE_CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -12,9 +32,9 @@ class RunRow:
     """One observation in the table of all runs: the end of a run, a snapshot of it, or its end scaled toward the reference."""
 
     name: str
-    """Of its point, in words."""
+    """The settings, in words."""
     run: str
-    """Its folder, or file of TRL."""
+    """The run's folder, or file of TRL."""
     seed: int | None
     step: int
     is_final: bool
@@ -22,7 +42,7 @@ class RunRow:
     source: str
     """pe-dpo or trl."""
     settings: dict[str, Any]
-    """Dotted recipe key: value, where it is turned away from the base recipe."""
+    """Dotted recipe key: value, where it differs from the base recipe."""
     kl: float
     """Nats per answer; NaN without sampled answers."""
     value: float
@@ -30,29 +50,12 @@ class RunRow:
     metrics: dict[str, float]
     """Other metrics that are known, by their names."""
     scale: float | None = None
-    """Of a scaled end."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference, mean over seeds."""
-
-    estimate: float
-    low: float
-    high: float
-    p: float
-    """Two-sided, not adjusted."""
-    p_adjusted: float
-    """By Holm, over all points that were compared in this way."""
-    standard_error: float
-    seed_sd: float
-    """Standard deviation between seeds; NaN with one seed, whose spread is in neither interval nor p."""
-    per_seed: list[float]
+    """By which the end was scaled, if it was."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A point, which is one setting of the dials, over its seeds."""
+    """One setting of the hyperparameters, over its seeds."""
 
     name: str
     settings: dict[str, Any]
@@ -67,7 +70,7 @@ class Arm:
     """Nats per answer, mean over seeds; NaN without sampled answers."""
     root_kl: float
     """Mean over seeds of √KL."""
-    matched: Difference | None
+    matched: Effect | None
     """Minus the baseline at equal KL, over the seeds in range; None for the baseline itself, and where no seed is in range."""
     seeds_in_range: int
     seeds_compared: int
@@ -75,15 +78,15 @@ class Arm:
     gap: float
     """By how much the metric differs between the baseline's two neighbours in KL, mean over seeds. The straight line between
     them is wrong by less, if the truth is monotone there. NaN where nothing is matched."""
-    direct: Difference | None
-    """Minus the base point, each at its own KL; None for the base point itself."""
-    direct_kl: Difference | None
+    direct: Effect | None
+    """Minus the base recipe, each at its own KL; None for the base recipe itself."""
+    direct_kl: Effect | None
     """The same of the KL, nats per answer."""
     mcnemar: dict[str, float] | None
-    """With one seed and a metric of 0 and 1: pairs gained and lost against the base point, and McNemar's exact p, which takes
+    """With one seed and a metric of 0 and 1: pairs gained and lost against the base recipe, and McNemar's exact p, which takes
     pairs as independent."""
     pareto: float
-    """Share of replicates in which no other point has as small a KL and as good a value; NaN without KL or direction."""
+    """Share of replicates in which no other arm has as small a KL and as good a value; NaN without KL or direction."""
 
 
 @dataclass(frozen=True)
@@ -93,25 +96,19 @@ class Power:
     unit: str
     """pair or answer."""
     pairs: int
-    """There are."""
+    """How many there are."""
     seeds: int
     needed: float
     """Pairs for 80 % power with as many seeds; infinite where their spread hides 2 points, NaN if the metric is no share."""
-    needed_for_two_runs: float
-    """The same for two runs of one seed at their own KL, from discordance and design effect; NaN if no share of pairs."""
     smallest_found: float
     """Difference that these runs show with 80 % power."""
-    discordance: float
-    """Share of pairs that one of two runs of a seed alone has right, the mean over points against the base point."""
-    design_effect: float
-    """By how much pairs that share a prompt widen the variance of that difference."""
     seed_sd: float
     """Of the difference, between seeds, apart from what their prompts bring in; NaN with one seed."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best of n points, and how much of its lead is luck."""
+    """The best of n arms, and how much of its lead is luck."""
 
     name: str
     points: int
@@ -136,7 +133,7 @@ class Comparison:
     direction: int
     """1 where more is better, −1 where less is, 0 where neither."""
     baseline: str
-    """Name of the dial whose runs make the line of equal KL: "β", or "early stopping"."""
+    """Name of the hyperparameter whose runs make the line of equal KL: "β", or "early stopping"."""
     seeds: int
     pairs: int
     """Rows that the metric is made of: held-out pairs, or sampled answers of one run."""
@@ -147,7 +144,7 @@ class Comparison:
     runs: list[RunRow]
     """All of them, snapshots and scaled ends too."""
     arms: list[Arm] = field(default_factory=list)
-    """Ends of runs, the snapshots of the base point, and last the ends at other scales."""
+    """Ends of runs, the snapshots of the base recipe, and last the ends at other scales."""
     reference: float = math.nan
     """The metric of π0, where lines of equal KL begin with it; NaN where they do not."""
     prompts: int = 0
@@ -160,4 +157,9 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it: numbers that are not finite become null."""
-        return json_without_nan(asdict(self))
+        found: dict[str, Any] = json_without_nan(asdict(self))
+        for arm in found["arms"]:
+            for effect in (arm["matched"], arm["direct"], arm["direct_kl"]):
+                if effect is not None:
+                    del effect["errors"]  # what its interval and p are made of
+        return found

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from pe_dpo.experiments.comparison import Arm, Comparison, Difference
-from pe_dpo.experiments.wording import SCALE, dial_name, is_end, point_name
+from pe_dpo.experiments.comparison import SCALE, Arm, Comparison, is_end
+from pe_dpo.experiments.summary import hyperparameter_name, setting_name
+from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.report.content import Plot, Section
 from pe_dpo.report.style import (
     BLUE,
@@ -223,7 +224,7 @@ def rows_plots(
 
 def equal_kl_section(comparison: Comparison) -> Section:
     """Return differences at equal KL; where there are none, differences to the base recipe."""
-    title = "Differences at equal KL"
+    title = "Effects at equal KL"
     unit = f"difference in {comparison.metric}" + (", points" if comparison.is_share else "")
     interval = f"{100 * comparison.confidence:g} % interval"
     matched = [arm.matched for arm in comparison.arms if arm.matched]
@@ -255,7 +256,7 @@ def equal_kl_section(comparison: Comparison) -> Section:
     return Section("equal-kl", title, plots=plots, missing=[missing])
 
 
-def _difference(comparison: Comparison, arm: Arm, found: Difference | None) -> list[Mark] | str:
+def _difference(comparison: Comparison, arm: Arm, found: Effect | None) -> list[Mark] | str:
     """The mark of a difference, or why there is none."""
     if found is None:
         return "KL not measured" if math.isnan(arm.root_kl) else "outside the range of the dial"
@@ -341,7 +342,7 @@ def kappa_section(sweep: SweepRecord) -> Section:
         for run in runs:
             assert run.row is not None, "chosen above"
             if not math.isnan(run.measured(key)):
-                rest = point_name({name: value for name, value in run.row.settings.items() if name != "loss.gamma"})
+                rest = setting_name({name: value for name, value in run.row.settings.items() if name != "loss.gamma"})
                 found.setdefault(rest, {}).setdefault(run.kappa, []).append(run.measured(key))
         curves = sorted((item for item in found.items() if len(item[1]) > 1), key=lambda item: -len(item[1]))[:MOST_CURVES]
         if not curves:
@@ -380,7 +381,7 @@ def _kind(comparison: Comparison, arm: Arm) -> str:
     """What an arm turns besides the baseline's dial; scaled adapters are a kind of their own, unless they are the baseline."""
     if SCALE in arm.settings and not arm.is_baseline:
         return SCALED
-    keys = [name for key in arm.settings if (name := dial_name(key)) != comparison.baseline]
+    keys = [name for key in arm.settings if (name := hyperparameter_name(key)) != comparison.baseline]
     return " and ".join(keys) if keys else comparison.baseline
 
 

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.compare import check_names, compare, missing_words
-from pe_dpo.experiments.comparison import Arm, Comparison, RunRow
-from pe_dpo.experiments.matching import points_of
-from pe_dpo.experiments.measured import measure
-from pe_dpo.experiments.wording import point_name, with_state
+from pe_dpo.experiments.compare import check_names, compare, why_missing
+from pe_dpo.experiments.comparison import Arm, Comparison, RunRow, with_state
+from pe_dpo.experiments.resampled import resample, settings_of
+from pe_dpo.experiments.summary import setting_name
+from pe_dpo.metrics.bootstrap import Effect, effect
 from pe_dpo.metrics.catalogue import METRICS
-from pe_dpo.metrics.statistics import Effect, effect
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.runs.files import SWEEP_FILE
 from pe_dpo.runs.observations import Observation, read_observations
@@ -102,7 +101,7 @@ class SweepRecord:
         for point, found in zip(points, facts, strict=True):
             run = folder / point["folder"]
             row = rows.get(str(run))
-            name = row.name if row else point_name(point["settings"])
+            name = row.name if row else setting_name(point["settings"])
             self.runs.append(PlannedRun(name, int(point["seed"]), run, found, row, kappas.get(str(run), math.nan)))
 
     @property
@@ -146,11 +145,11 @@ def _read_facts(run: Path) -> dict[str, Any]:
 def _crosses(comparison: Comparison, observations: list[Observation]) -> list[tuple[Effect | None, Effect | None]]:
     """Intervals of every arm by itself, from resampled prompts and the spread of seeds."""
     metric = METRICS[comparison.metric]
-    usable = [one for one in observations if one.source == "pe-dpo" and missing_words(metric, one) is None]
+    usable = [one for one in observations if one.source == "pe-dpo" and why_missing(metric, one) is None]
     if not usable:
         return []
-    measured = measure(usable, metric, repeats=REPEATS, seed=0)
-    points = {repr(point.settings): point.columns for point in points_of(measured.observations)}
+    measured = resample(usable, metric, repeats=REPEATS, seed=0)
+    points = {repr(point.settings): point.columns for point in settings_of(measured.observations)}
     found: list[tuple[Effect | None, Effect | None]] = []
     for arm in comparison.arms:
         columns = points.get(repr(arm.settings))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.experiments.comparison import Comparison, RunRow
-from pe_dpo.experiments.wording import counted, dial_name
+from pe_dpo.experiments.summary import counted, hyperparameter_name
 from pe_dpo.recipe import describe, recipe_to_yaml
 from pe_dpo.report.content import Page, Section, Table
 from pe_dpo.report.style import fmt
@@ -63,7 +63,7 @@ def _plan_section(sweep: SweepRecord) -> Section:
     turned: dict[str, list[str]] = {}
     for run in sweep.runs:
         for key, value in (run.row.settings if run.row else {}).items():
-            turned.setdefault(dial_name(key), []).append(f"{value:g}" if isinstance(value, float) else str(value))
+            turned.setdefault(hyperparameter_name(key), []).append(f"{value:g}" if isinstance(value, float) else str(value))
     rows = [
         ("Base", recipe.model.base),
         ("Data", recipe.data.train),

@@ -21,13 +21,13 @@ Source:
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize, special
 
-Floats = NDArray[np.float64]
+from pe_dpo.metrics.table import Floats
 
 _CELLS = 4_000_000
 """Weights held at once, 32 MB."""
@@ -65,26 +65,22 @@ class Errors(NamedTuple):
         return float(squared**0.5)
 
 
-class Effect(NamedTuple):
-    """A difference with its error."""
+@dataclass(frozen=True)
+class Effect:
+    """A difference between runs, paired by seed: the mean over seeds with its error."""
 
     estimate: float
     low: float
     high: float
     p: float
     """Two-sided, of no difference; not adjusted for other comparisons."""
+    p_adjusted: float
+    """By Holm, over all effects that were tested together; NaN where that was not done."""
+    standard_error: float
+    seed_sd: float
+    """Standard deviation between seeds; NaN with one seed, whose spread is in neither interval nor p."""
+    per_seed: list[float]
     errors: Errors
-    per_seed: tuple[float, ...]
-
-    @property
-    def standard_error(self) -> float:
-        """Of the estimate."""
-        return self.errors.variance() ** 0.5
-
-    @property
-    def seed_sd(self) -> float:
-        """Standard deviation of the difference between seeds; NaN with one seed."""
-        return float(np.std(self.per_seed, ddof=1)) if len(self.per_seed) > 1 else math.nan
 
 
 def cluster_weights(random: np.random.Generator, repeats: int, clusters: int) -> Floats:
@@ -157,8 +153,11 @@ def effect(per_seed: Floats, replicates: Floats, *, clusters: int, one_row: floa
         low=estimate - half,
         high=estimate + half,
         p=_level_at(errors, abs(estimate)),
+        p_adjusted=math.nan,
+        standard_error=errors.variance() ** 0.5,
+        seed_sd=float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else math.nan,
+        per_seed=per_seed.tolist(),
         errors=errors,
-        per_seed=tuple(float(value) for value in per_seed),
     )
 
 
@@ -200,51 +199,10 @@ def holm(p: Floats) -> Floats:
     return adjusted
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """Return the exact two-sided p of McNemar's test, for pairs that are independent of each other.
-
-    Args:
-        gained: pairs right in the second run alone.
-        lost: pairs right in the first run alone.
-    """
-    return min(1.0, 2 * float(special.bdtr(min(gained, lost), gained + lost, 0.5)))
-
-
-def design_effect(differences: Floats, clusters: NDArray[np.int64]) -> float:
-    """Return how many times larger the variance of a mean is than if pairs of one prompt were independent.
-
-    Args:
-        differences: per pair, (pairs,).
-        clusters: number of each pair's prompt, (pairs,).
-    """
-    deviations = differences - differences.mean()
-    squares = float((deviations**2).sum())
-    return float((np.bincount(clusters, deviations) ** 2).sum()) / squares if squares else 1.0
-
-
-def pairs_needed(
-    discordance: float, difference: float, *, design_effect: float = 1.0, confidence: float = 0.95, power: float = 0.8
-) -> float:
-    """Return how many pairs two runs must share for a difference of their accuracies to be found.
-
-    Args:
-        discordance: share of pairs that one run has right and the other wrong; 2a(1−a) for independent runs of accuracy a.
-        difference: of the accuracies, not 0.
-        design_effect: for pairs that share prompts.
-        confidence: 1 − the level of the two-sided test.
-        power: chance to find it.
-
-    Example:
-        At 10 % discordance a difference of 0.02 needs 1,960 pairs; two runs on pairs of their own, right in 65 % of them, need
-        8,900 each.
-
-    Source:
-        Connor 1987, "Sample size for testing differences in proportions for the paired-sample design".
-    """
-    discordance = max(discordance, abs(difference))
-    level, chance = special.ndtri(0.5 + confidence / 2), special.ndtri(power)
-    spread = level * discordance**0.5 + chance * (discordance - difference**2) ** 0.5
-    return float(design_effect * (spread / difference) ** 2)
+def adjust_together(effects: Sequence[Effect | None]) -> list[Effect | None]:
+    """Return effects that were tested together with their adjusted p, in the same order; see `holm`."""
+    adjusted = holm(np.array([math.nan if one is None else one.p for one in effects]))
+    return [one and replace(one, p_adjusted=float(p)) for one, p in zip(effects, adjusted, strict=True)]
 
 
 def smallest_found(errors: Errors, *, more: float = 1.0, confidence: float = 0.95, power: float = 0.8) -> float:
@@ -316,14 +274,10 @@ def optimism_of_best(observed: Floats, replicates: Floats) -> float:
     return max(0.0, float((again[np.arange(len(again)), best] - drawn_together[best]).mean()))
 
 
-def _variance(values: Floats) -> float:
-    return float(np.nanvar(values))
-
-
 def _together(replicates: Floats) -> float:
     """What seeds and prompts do together, as part of the variance of a mean over seeds."""
     by_seed = float(np.nanvar(replicates, axis=0).mean())
-    return max(0.0, by_seed - _variance(replicates.mean(1))) / (replicates.shape[1] - 1)
+    return max(0.0, by_seed - float(np.nanvar(replicates.mean(1)))) / (replicates.shape[1] - 1)
 
 
 def _errors(per_seed: Floats, replicates: Floats, clusters: int, one_row: float) -> Errors:
@@ -331,7 +285,7 @@ def _errors(per_seed: Floats, replicates: Floats, clusters: int, one_row: float)
     larger = clusters / (clusters - 1)
     # Where all prompts have the same difference, one more might have none.
     least = max(one_row, abs(float(per_seed.mean())) / clusters)
-    prompts = max(_variance(replicates.mean(1)) * larger, least**2)
+    prompts = max(float(np.nanvar(replicates.mean(1))) * larger, least**2)
     if len(per_seed) == 1:
         return Errors(prompts, prompts, 0.0, math.nan, clusters, 1)
     together = min(_together(replicates) * larger, prompts)

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pe_dpo.metrics import statistics
-from pe_dpo.metrics.statistics import Errors
+from pe_dpo.metrics import bootstrap
+from pe_dpo.metrics.bootstrap import Errors
 
 
 def test_weights_are_counts_of_draws_with_replacement() -> None:
-    weights = statistics.cluster_weights(np.random.default_rng(0), 4000, 3)
+    weights = bootstrap.cluster_weights(np.random.default_rng(0), 4000, 3)
     assert weights.shape == (4000, 3)
     assert (weights.sum(1) == 3).all()
     seen = {tuple(row) for row in weights}
@@ -27,7 +27,7 @@ def test_weights_are_counts_of_draws_with_replacement() -> None:
 def test_resampled_ratios_are_those_of_brute_force_over_the_same_draws() -> None:
     random = np.random.default_rng(1)
     numerators, denominators = random.normal(size=(7, 3)), random.integers(1, 4, (7, 3)).astype(float)
-    found = statistics.resampled_ratios(numerators, denominators, repeats=50, seed=5)
+    found = bootstrap.resampled_ratios(numerators, denominators, repeats=50, seed=5)
     draws = np.random.default_rng(5).integers(0, 7, (50, 7))
     for replicate, draw in zip(found, draws, strict=True):
         for column in range(3):
@@ -41,7 +41,7 @@ def test_resampled_ratios_have_the_distribution_of_all_possible_draws() -> None:
     numerators, denominators = np.array([[1.0], [0.0], [5.0]]), np.array([[1.0], [2.0], [3.0]])
     all_draws = [list(draw) for draw in itertools.product(range(3), repeat=3)]
     exact = np.array([numerators[draw].sum() / denominators[draw].sum() for draw in all_draws])
-    found = statistics.resampled_ratios(numerators, denominators, repeats=40_000, seed=0)[:, 0]
+    found = bootstrap.resampled_ratios(numerators, denominators, repeats=40_000, seed=0)[:, 0]
     assert found.mean() == pytest.approx(exact.mean(), abs=4 * exact.std() / 200)
     assert found.var() == pytest.approx(exact.var(), rel=0.05)
 
@@ -49,52 +49,52 @@ def test_resampled_ratios_have_the_distribution_of_all_possible_draws() -> None:
 def test_ratios_do_not_depend_on_how_many_replicates_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(2)
     numerators, denominators = random.normal(size=(11, 2)), np.ones((11, 2))
-    whole = statistics.resampled_ratios(numerators, denominators, repeats=30, seed=3)
-    monkeypatch.setattr(statistics, "_CELLS", 44)
-    np.testing.assert_allclose(statistics.resampled_ratios(numerators, denominators, repeats=30, seed=3), whole, rtol=1e-12)
+    whole = bootstrap.resampled_ratios(numerators, denominators, repeats=30, seed=3)
+    monkeypatch.setattr(bootstrap, "_CELLS", 44)
+    np.testing.assert_allclose(bootstrap.resampled_ratios(numerators, denominators, repeats=30, seed=3), whole, rtol=1e-12)
 
 
 def test_a_replicate_that_draws_no_row_is_not_a_number() -> None:
     denominators = np.array([[1.0], [0.0], [0.0]])
-    found = statistics.resampled_ratios(np.ones((3, 1)), denominators, repeats=2000, seed=0)[:, 0]
+    found = bootstrap.resampled_ratios(np.ones((3, 1)), denominators, repeats=2000, seed=0)[:, 0]
     assert abs(np.isnan(found).mean() - 8 / 27) < 0.04
 
 
 def test_interpolation_by_hand() -> None:
     knots, values = np.array([[2.0, 0.0, 1.0]]), np.array([[8.0, 0.0, 2.0]])
     for at, expected in ((0.0, 0.0), (0.5, 1.0), (1.0, 2.0), (1.5, 5.0), (2.0, 8.0)):
-        assert statistics.interpolate(knots, values, np.array([at]))[0] == pytest.approx(expected)
+        assert bootstrap.interpolate(knots, values, np.array([at]))[0] == pytest.approx(expected)
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(-5, 5)), min_size=1, max_size=6), st.floats(-1, 11))
 def test_interpolation_never_extrapolates(points: list[tuple[float, float]], at: float) -> None:
     knots, values = (np.array(side)[None] for side in zip(*points, strict=True))
-    found = statistics.interpolate(knots, values, np.array([at]))[0]
+    found = bootstrap.interpolate(knots, values, np.array([at]))[0]
     assert math.isnan(found) == (at < knots.min() or at > knots.max())
     if not math.isnan(found):
         assert values.min() - 1e-9 <= found <= values.max() + 1e-9
-    nearest = statistics.interpolate(knots, values, np.array([at]), nearest=True)[0]
+    nearest = bootstrap.interpolate(knots, values, np.array([at]), nearest=True)[0]
     assert values.min() - 1e-9 <= nearest <= values.max() + 1e-9
 
 
 def test_interpolation_of_many_rows_is_that_of_numpy_for_each() -> None:
     random = np.random.default_rng(4)
     knots, values, at = random.uniform(0, 1, (200, 5)), random.normal(size=(200, 5)), random.uniform(-0.2, 1.2, 200)
-    found = statistics.interpolate(knots, values, at, nearest=True)
+    found = bootstrap.interpolate(knots, values, at, nearest=True)
     for row in range(200):
         order = np.argsort(knots[row])
         assert found[row] == pytest.approx(np.interp(at[row], knots[row][order], values[row][order]), abs=1e-12)
 
 
 def test_knots_of_equal_place_are_averaged() -> None:
-    assert statistics.interpolate(np.array([[1.0, 1.0]]), np.array([[0.0, 4.0]]), np.array([1.0]))[0] == 2.0
+    assert bootstrap.interpolate(np.array([[1.0, 1.0]]), np.array([[0.0, 4.0]]), np.array([1.0]))[0] == 2.0
 
 
 def test_one_seed_has_the_textbook_interval_of_a_paired_mean() -> None:
     random = np.random.default_rng(6)
     differences = random.choice([-1.0, 0.0, 1.0], 200, p=[0.1, 0.7, 0.2])
-    replicates = statistics.resampled_ratios(differences[:, None], np.ones((200, 1)), repeats=20_000, seed=0)
-    found = statistics.effect(differences.mean(keepdims=True), replicates, clusters=200)
+    replicates = bootstrap.resampled_ratios(differences[:, None], np.ones((200, 1)), repeats=20_000, seed=0)
+    found = bootstrap.effect(differences.mean(keepdims=True), replicates, clusters=200)
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.002)
@@ -105,7 +105,7 @@ def test_one_seed_has_the_textbook_interval_of_a_paired_mean() -> None:
 def test_seeds_alone_have_the_textbook_interval_of_their_mean() -> None:
     """Where prompts bring in nothing, the interval is Student's over seeds."""
     per_seed = np.array([0.01, 0.03, 0.08])
-    found = statistics.effect(per_seed, np.tile(per_seed, (500, 1)), clusters=1_000_000)
+    found = bootstrap.effect(per_seed, np.tile(per_seed, (500, 1)), clusters=1_000_000)
     test = stats.ttest_1samp(per_seed, 0.0)
     low, high = test.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6)
@@ -118,19 +118,19 @@ def test_the_interval_and_p_agree() -> None:
     for shift in np.linspace(0, 0.1, 30):
         per_seed = shift + random.normal(0, 0.02, 3)
         replicates = per_seed + random.normal(0, 0.02, (400, 3)) + random.normal(0, 0.01, (400, 1))
-        found = statistics.effect(per_seed, replicates, clusters=80)
+        found = bootstrap.effect(per_seed, replicates, clusters=80)
         assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
 
 
 def test_a_difference_that_no_pair_has_is_not_known_to_be_zero() -> None:
     """100 pairs without a difference: one more that differs would have moved the mean by a hundredth."""
-    found = statistics.effect(np.zeros(1), np.zeros((500, 1)), clusters=100, one_row=0.01)
+    found = bootstrap.effect(np.zeros(1), np.zeros((500, 1)), clusters=100, one_row=0.01)
     assert found.high == pytest.approx(0.01 * stats.t.isf(0.025, 99))
     assert found.p == 1.0
 
 
 def test_a_difference_that_all_pairs_have_is_not_certain_for_few() -> None:
-    found = statistics.effect(np.ones(1), np.ones((500, 1)), clusters=4)
+    found = bootstrap.effect(np.ones(1), np.ones((500, 1)), clusters=4)
     assert found.p > 0.01
 
 
@@ -142,7 +142,7 @@ def per_seed_and_replicates(
     values = random.normal(0, of_both, (repeats, seeds, prompts))
     values += random.normal(0, of_prompts, (repeats, 1, prompts)) + random.normal(0, of_seeds, (repeats, seeds, 1))
     columns = values.reshape(repeats * seeds, prompts).T
-    replicates = statistics.resampled_ratios(columns, np.ones_like(columns), repeats=1000, seed=0)
+    replicates = bootstrap.resampled_ratios(columns, np.ones_like(columns), repeats=1000, seed=0)
     return values.mean(2), replicates.reshape(-1, repeats, seeds)
 
 
@@ -161,7 +161,7 @@ PARTS = {
 def test_intervals_miss_the_truth_in_at_most_five_percent(seeds: int, parts: tuple[float, float, float]) -> None:
     """Whatever is noisy: seeds, prompts, or what both do together; 95 % + 2.3 standard errors of 1,000 experiments."""
     per_seed, replicates = per_seed_and_replicates(np.random.default_rng(seeds), 1000, seeds, 60, parts)
-    effects = [statistics.effect(per_seed[one], replicates[:, one], clusters=60) for one in range(1000)]
+    effects = [bootstrap.effect(per_seed[one], replicates[:, one], clusters=60) for one in range(1000)]
     misses = np.mean([not found.low <= 0 <= found.high for found in effects])
     assert misses <= 0.05 + 2.33 * math.sqrt(0.05 * 0.95 / 1000)
 
@@ -174,7 +174,7 @@ def test_resampling_seeds_and_reading_off_quantiles_would_err_four_times_as_ofte
     plain = np.take_along_axis(replicates, np.broadcast_to(drawn, replicates.shape), 2).mean(2)
     low, high = np.quantile(plain, [0.025, 0.975], axis=0)
     assert np.mean((low > 0) | (high < 0)) > 0.15
-    ours = [statistics.effect(per_seed[one], replicates[:, one], clusters=60).p for one in range(500)]
+    ours = [bootstrap.effect(per_seed[one], replicates[:, one], clusters=60).p for one in range(500)]
     assert np.mean(np.array(ours) < 0.05) < 0.08
 
 
@@ -182,7 +182,7 @@ def test_resampling_seeds_and_reading_off_quantiles_would_err_four_times_as_ofte
 def test_standard_errors_are_those_of_repeated_experiments(parts: tuple[float, float, float]) -> None:
     """Squared and averaged, within a tenth; a variance that is cut at 0 is too large where seeds bring in nothing."""
     per_seed, replicates = per_seed_and_replicates(np.random.default_rng(8), 2000, 3, 60, parts)
-    squares = [statistics.effect(per_seed[one], replicates[:, one], clusters=60).errors.variance() for one in range(2000)]
+    squares = [bootstrap.effect(per_seed[one], replicates[:, one], clusters=60).errors.variance() for one in range(2000)]
     of_seeds, of_prompts, of_both = parts
     truth = of_seeds**2 / 3 + of_prompts**2 / 60 + of_both**2 / 180
     assert 0.9 * truth < np.mean(squares) < (1.5 if of_seeds < 0.1 and of_both else 1.15) * truth
@@ -191,70 +191,18 @@ def test_standard_errors_are_those_of_repeated_experiments(parts: tuple[float, f
 def test_hierarchical_replicates_have_the_variance_of_the_interval() -> None:
     random = np.random.default_rng(9)
     per_seed, replicates = per_seed_and_replicates(random, 1, 3, 60, (1.0, 1.0, 1.0))
-    found = statistics.hierarchical_replicates(per_seed[0], replicates[:, 0], random.random((1000, 3)))
-    expected = statistics.effect(per_seed[0], replicates[:, 0], clusters=60).errors.variance()
+    found = bootstrap.hierarchical_replicates(per_seed[0], replicates[:, 0], random.random((1000, 3)))
+    expected = bootstrap.effect(per_seed[0], replicates[:, 0], clusters=60).errors.variance()
     assert found.var() == pytest.approx(expected, rel=0.15)
     assert found.mean() == pytest.approx(per_seed.mean(), abs=4 * math.sqrt(expected / 1000))
 
 
 def test_holm_by_hand() -> None:
     """Sorted .005·4 = .02, .01·3 = .03, .03·2 = .06, .04·1 → not below .06; one that is unknown counts for nothing."""
-    found = statistics.holm(np.array([0.01, 0.04, math.nan, 0.03, 0.005]))
+    found = bootstrap.holm(np.array([0.01, 0.04, math.nan, 0.03, 0.005]))
     np.testing.assert_allclose(found, [0.03, 0.06, math.nan, 0.06, 0.02])
-    assert statistics.holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
-    assert len(statistics.holm(np.array([]))) == 0
-
-
-@given(st.integers(0, 40), st.integers(0, 40))
-def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int) -> None:
-    expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    assert statistics.mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_design_effect_is_one_for_pairs_of_their_own_and_their_number_for_copies() -> None:
-    differences = np.array([1.0, 0.0, -1.0, 0.0, 1.0, 1.0])
-    assert statistics.design_effect(differences, np.arange(6)) == pytest.approx(1.0)
-    assert statistics.design_effect(np.repeat(differences, 3), np.repeat(np.arange(6), 3)) == pytest.approx(3.0)
-
-
-def test_pairs_needed_for_two_points() -> None:
-    """1,958 at 10 % discordance, 8,918 in each of two unpaired runs that are right in 65 %; with quantiles 1.96 and 0.84."""
-    assert statistics.pairs_needed(0.10, 0.02) == pytest.approx(1958, rel=0.002)
-    assert statistics.pairs_needed(2 * 0.65 * 0.35, 0.02) == pytest.approx(8918, rel=0.002)
-    assert statistics.pairs_needed(0.10, 0.02, design_effect=1.5) == pytest.approx(1.5 * statistics.pairs_needed(0.10, 0.02))
-
-
-def test_as_many_pairs_as_are_said_to_be_needed_find_two_points_in_eighty_percent() -> None:
-    """McNemar's test and the bootstrap on 2,000 experiments of 1,960 pairs, 10 % discordant, 6 % gained and 4 % lost."""
-    pairs = round(statistics.pairs_needed(0.10, 0.02))
-    random = np.random.default_rng(10)
-    changes = random.choice([-1.0, 0.0, 1.0], (pairs, 2000), p=[0.04, 0.90, 0.06])
-    power = np.mean([statistics.mcnemar(int((one > 0).sum()), int((one < 0).sum())) < 0.05 for one in changes.T])
-    assert power == pytest.approx(0.8, abs=0.03)
-    replicates = statistics.resampled_ratios(changes, np.ones_like(changes), repeats=400, seed=0)
-    found = [statistics.effect(changes[:, [one]].mean(0), replicates[:, [one]], clusters=pairs).p < 0.05 for one in range(2000)]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
-
-
-def test_prompts_that_share_pairs_need_as_many_more_as_the_design_effect_says() -> None:
-    """Prompts of 4 pairs that flip together half of the time: the same power with the pairs that the formula asks for."""
-    random = np.random.default_rng(11)
-
-    def experiments(prompts: int, count: int) -> np.ndarray:
-        together = random.choice([-1.0, 0.0, 1.0], (prompts, count), p=[0.04, 0.90, 0.06])
-        alone = random.choice([-1.0, 0.0, 1.0], (prompts, 4, count), p=[0.04, 0.90, 0.06])
-        return np.where(random.random((prompts, 4, count)) < 0.5, together[:, None], alone)
-
-    pilot = experiments(4000, 1)[..., 0]
-    widening = statistics.design_effect(pilot.ravel(), np.repeat(np.arange(4000), 4))
-    assert 1.5 < widening < 2.0  # 1 + 3·¼ for a correlation of ½·½
-    pairs = statistics.pairs_needed(0.10, 0.02, design_effect=widening)
-    data = experiments(round(pairs / 4), 1000)
-    sums = data.sum(1)
-    replicates = statistics.resampled_ratios(sums, np.full_like(sums, 4.0), repeats=400, seed=0)
-    means = data.mean((0, 1))
-    found = [statistics.effect(means[[one]], replicates[:, [one]], clusters=len(sums)).p < 0.05 for one in range(1000)]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.04)
+    assert bootstrap.holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+    assert len(bootstrap.holm(np.array([]))) == 0
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 5])
@@ -264,30 +212,30 @@ def test_a_planted_effect_is_found_at_the_stated_power(parts: tuple[float, float
     of_seeds, of_prompts, of_both = parts if seeds > 1 else (0.0, *parts[1:])
     alone, together = of_prompts**2 / 100, of_both**2 / 100 / seeds
     seeds_part = of_seeds**2 / seeds if seeds > 1 else math.nan
-    planted = statistics.smallest_found(Errors(alone + together, alone, together, seeds_part, 100, seeds))
+    planted = bootstrap.smallest_found(Errors(alone + together, alone, together, seeds_part, 100, seeds))
     random = np.random.default_rng(12)
     per_seed, replicates = per_seed_and_replicates(random, 1000, seeds, 100, (of_seeds, of_prompts, of_both))
-    found = [statistics.effect(per_seed[i] + planted, replicates[:, i] + planted, clusters=100).p < 0.05 for i in range(1000)]
+    found = [bootstrap.effect(per_seed[i] + planted, replicates[:, i] + planted, clusters=100).p < 0.05 for i in range(1000)]
     assert 0.75 < np.mean(found) < 0.90, np.mean(found)
 
 
 def test_more_prompts_help_until_the_seeds_are_all_that_is_left() -> None:
     errors = Errors(prompts=4e-4, alone=3e-4, together=1e-4, seeds=0.0, clusters=100, runs=3)
-    more = statistics.prompts_needed(errors, 0.02)
-    assert statistics.smallest_found(errors, more=more) == pytest.approx(0.02, rel=1e-4)
-    assert statistics.prompts_needed(errors._replace(seeds=0.01**2), 0.02) == math.inf
+    more = bootstrap.prompts_needed(errors, 0.02)
+    assert bootstrap.smallest_found(errors, more=more) == pytest.approx(0.02, rel=1e-4)
+    assert bootstrap.prompts_needed(errors._replace(seeds=0.01**2), 0.02) == math.inf
 
 
 def test_one_seed_needs_the_pairs_of_the_textbook() -> None:
     """Variance of one pair's difference .0996 at 10 % discordance and 2 points: 1,954 pairs by the normal approximation."""
     errors = Errors(prompts=0.0996 / 500, alone=0.0996 / 500, together=0.0, seeds=math.nan, clusters=500, runs=1)
-    assert 500 * statistics.prompts_needed(errors, 0.02) == pytest.approx(1954, rel=0.005)
+    assert 500 * bootstrap.prompts_needed(errors, 0.02) == pytest.approx(1954, rel=0.005)
 
 
 def test_the_front_by_hand() -> None:
     """B costs more than A and is worth less; C costs most and is worth most; D is not there."""
     costs, values = np.array([[1.0, 2.0, 3.0, math.nan]]), np.array([[0.5, 0.4, 0.9, 1.0]])
-    assert statistics.pareto_membership(costs, values).tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert bootstrap.pareto_membership(costs, values).tolist() == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_the_front_is_that_of_brute_force() -> None:
@@ -303,7 +251,7 @@ def test_the_front_is_that_of_brute_force() -> None:
         )
 
     expected = [np.mean([not is_beaten(row, one) for row in range(300)]) for one in range(5)]
-    np.testing.assert_allclose(statistics.pareto_membership(costs, values), expected)
+    np.testing.assert_allclose(bootstrap.pareto_membership(costs, values), expected)
 
 
 @pytest.mark.parametrize(("spread", "tolerance"), [(0.0, 0.15), (1.0, 0.2), (6.0, 0.25)])
@@ -315,9 +263,9 @@ def test_the_optimism_of_the_best_is_what_picking_gains_by_luck(spread: float, t
     best = observed.argmax(1)
     luck = (observed - truth)[np.arange(1500), best].mean()
     noise = random.normal(0, 1, (400, 8))
-    estimated = np.mean([statistics.optimism_of_best(one, one + noise) for one in observed])
+    estimated = np.mean([bootstrap.optimism_of_best(one, one + noise) for one in observed])
     assert estimated == pytest.approx(luck, rel=tolerance)
 
 
 def test_one_point_is_not_picked() -> None:
-    assert statistics.optimism_of_best(np.array([0.5]), np.array([[0.4], [0.6]])) == 0.0
+    assert bootstrap.optimism_of_best(np.array([0.5]), np.array([[0.4], [0.6]])) == 0.0

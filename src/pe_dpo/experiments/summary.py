@@ -1,20 +1,19 @@
-"""What a comparison found, in words and numbers for people."""
+"""What a comparison found, in words and numbers for people: names, the verdict, and what makes it less sure than it looks."""
 
 from collections.abc import Mapping, Sequence
 from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.experiments.comparison import Arm, Comparison, Difference
+from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, is_end
+from pe_dpo.metrics.bootstrap import Effect
+from pe_dpo.metrics.catalogue import Metric
 from pe_dpo.recipe.names import SHORT_NAMES
 
-STEP, SCALE, RUN = "step", "scale", "run"
-"""Settings that are no recipe keys: where a run was stopped early, what its adapter was scaled by, and the folder of a run that
-repeats another."""
-FREE_CONTROLS = (STEP, SCALE)
-"""Settings that take no training of their own: what they make of a run is no candidate for the best."""
+FEW_PROMPTS = 20
+"""Sampled prompts below which the error of the KL is not well known."""
 
-_DIAL_WORDS = {
+_WORDS = {
     "loss.beta": "β",
     "loss.gamma": "γ",
     "mixout.p": "mixout",
@@ -27,28 +26,16 @@ _MOST_NAMES = 6
 """In one sentence; the rest is counted."""
 
 
-def point_name(settings: Mapping[str, Any]) -> str:
-    """Return what a point turns away from the base recipe, in words: "γ = 0.5β with mixout 0.3", "γ = 0 (scaled to 0.5)"."""
+def setting_name(settings: Mapping[str, Any]) -> str:
+    """Return in what settings differ from the base recipe, in words: "γ = 0.5β with mixout 0.3", "γ = 0 (scaled to 0.5)"."""
     trained = " with ".join(_setting(key, value) for key, value in settings.items() if key != SCALE) or "the base recipe"
     return f"{trained} (scaled to {settings[SCALE]:g})" if SCALE in settings else trained
 
 
-def is_end(settings: Mapping[str, Any]) -> bool:
-    """Return whether a point is what runs came to, not an earlier or a scaled state of them."""
-    return not any(key in settings for key in FREE_CONTROLS)
-
-
-def with_state(settings: Mapping[str, Any], *, step: int, is_final: bool, scale: float | None) -> dict[str, Any]:
-    """Return the settings of a point to which a measured state of a run belongs: its step or scale is one of them."""
-    if is_final:
-        return dict(settings)
-    return {**settings, STEP: step} if scale is None else {**settings, SCALE: scale}
-
-
-def dial_name(key: str) -> str:
-    """Return the name of a dial, given its dotted key: "β" for loss.beta."""
+def hyperparameter_name(key: str) -> str:
+    """Return the name of a hyperparameter, given its dotted key: "β" for loss.beta."""
     short = {known: name for name, known in reversed(SHORT_NAMES.items())}
-    return _DIAL_WORDS.get(key, short.get(key, key))
+    return _WORDS.get(key, short.get(key, key))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -107,6 +94,72 @@ def verdict(found: Comparison) -> str:
     return ". ".join(sentences) + "."
 
 
+def metric_remarks(metric: Metric[Any], *, measured: int, lacking: int, why: str | None, logs: int) -> list[str]:
+    """Return what is to be known of the metric and of those that lack it.
+
+    Args:
+        metric: that is compared on.
+        measured: how many observations there are, logs of TRL not counted.
+        lacking: how many of them have no such metric.
+        why: one of these has none, in words.
+        logs: how many logs of TRL there are.
+    """
+    found = []
+    if metric.caution:
+        found.append(f"{metric.key} {metric.caution}; accuracy/shift, accuracy/policy and win_rate do not")
+    if lacking:
+        found.append(f"{lacking} of {measured} measured policies have no {metric.key} and are shown, not compared: {why}")
+    if logs:
+        found.append(
+            f"{counted(logs, 'log')} of TRL: means over held-out pairs, without the pairs one by one and without KL, "
+            "so that nothing can be paired or matched; TRL averages them over batches and counts ties of rewards as wrong"
+        )
+    return found
+
+
+def arm_remarks(found: Comparison) -> list[str]:
+    """Return what makes differences less sure than their intervals say."""
+    remarks = []
+    if not found.kl_prompts:
+        remarks.append("no answers were sampled, so there is no KL to match: set generation.prompts, or run pe-dpo eval")
+    elif found.kl_prompts < FEW_PROMPTS:
+        remarks.append(f"KL comes from {found.kl_prompts} prompts; more generation.prompts would make the match surer")
+    if found.seeds == 1:
+        remarks.append("one seed: intervals and p hold for these runs, the spread between seeds is not in them")
+    elif any(one and len(one.per_seed) == 1 for arm in found.arms for one in (arm.matched, arm.direct)):
+        remarks.append("where one seed alone could be compared, the spread between seeds is not in the interval")
+    unknown = [arm.name for arm in found.arms if isnan(arm.kl)]
+    if unknown and found.kl_prompts:
+        remarks.append(
+            f"{listed(unknown)}: no sampled answers for some or all seeds, and without a KL nothing is matched; ask "
+            "for them with generation.prompts, or with pe-dpo eval"
+        )
+    outside: dict[tuple[int, int], list[str]] = {}
+    for arm in found.arms:
+        if arm.seeds_in_range < arm.seeds_compared:
+            seeds = arm.seeds_compared - arm.seeds_in_range, arm.seeds_compared
+            outside.setdefault(seeds, []).append(arm.name)
+    remarks += [
+        f"{listed(names)}: out of range of the {found.baseline} dial for {missed} of "
+        f"{counted(compared, 'seed')}; nothing is extrapolated"
+        for (missed, compared), names in outside.items()
+    ]
+    matched = [(arm.name, arm.matched) for arm in found.arms if arm.matched]
+    lone = [name for name, one in matched if one.p < 1 - found.confidence <= one.p_adjusted]
+    if lone:
+        remarks.append(
+            f"{listed(lone)}: the interval by itself leaves 0 out, but among {len(matched)} comparisons that happens "
+            "too easily by chance (Holm)"
+        )
+    wide = [arm.name for arm in found.arms if arm.matched and arm.gap > arm.matched.high - arm.matched.low]
+    if wide:
+        remarks.append(
+            f"{listed(wide)}: the neighbours on the {found.baseline} line differ by more than the interval is wide, so "
+            f"the straight line between them may be wrong by as much; run values of {found.baseline} in between"
+        )
+    return remarks
+
+
 def _why_unmatched(found: Comparison) -> str:
     if not found.kl_prompts:
         return " (there is none to match)"
@@ -120,7 +173,7 @@ def _nothing(found: Comparison) -> str:
     return f"There is nothing to compare: {names} is all that was run."
 
 
-def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Difference]], frame: str) -> str:
+def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Effect]], frame: str) -> str:
     """Which arms differ, which do not; `frame` has {} for what they are to something."""
     level = 1 - found.confidence
     same = [(arm, one) for arm, one in arms if one.p_adjusted >= level]
@@ -145,7 +198,7 @@ def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Difference]], frame: 
     return before + "; ".join(parts)
 
 
-def _groups(found: Comparison, apart: Sequence[tuple[Arm, Difference]]) -> list[tuple[str, list[tuple[Arm, Difference]]]]:
+def _groups(found: Comparison, apart: Sequence[tuple[Arm, Effect]]) -> list[tuple[str, list[tuple[Arm, Effect]]]]:
     """Arms that are worse, then those that are better; lower and higher where neither is good."""
     words = {1: ("worse", "better"), -1: ("better", "worse"), 0: ("lower", "higher")}[found.direction]
     below = [pair for pair in apart if pair[1].estimate < 0]
@@ -154,11 +207,11 @@ def _groups(found: Comparison, apart: Sequence[tuple[Arm, Difference]]) -> list[
     return [(word, group) for word, group in sorted(groups, key=lambda one: one[0] == "better") if group]
 
 
-def _interval(found: Comparison, one: Difference) -> str:
+def _interval(found: Comparison, one: Effect) -> str:
     return interval(one.low, one.high, found.confidence, is_share=found.is_share)
 
 
-def _sample(found: Comparison, one: Difference) -> str:
+def _sample(found: Comparison, one: Effect) -> str:
     return f"{counted(len(one.per_seed), 'seed')}, {counted(found.pairs, found.unit)}"
 
 
@@ -193,8 +246,8 @@ def _setting(key: str, value: Any) -> str:
         multiple = str(value).removesuffix("x")
         return f"γ = {value}" if multiple == str(value) else {"0": "γ = 0", "1": "γ = β"}.get(multiple, f"γ = {multiple}β")
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    name = dial_name(key)
-    return f"{name} {text}" if key in _DIAL_WORDS else f"{name} = {text}"
+    name = hyperparameter_name(key)
+    return f"{name} {text}" if key in _WORDS else f"{name} = {text}"
 
 
 def _sign(value: float, form: str) -> str:

@@ -1,0 +1,217 @@
+"""Many observations over the same resampled prompts, and differences between them, seed by seed: direct, or at equal KL.
+
+A line joins the baseline's observations of one seed over √KL. Nothing is said beyond its ends.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pe_dpo.errors import UsageError
+from pe_dpo.experiments.comparison import with_state
+from pe_dpo.metrics.bootstrap import hierarchical_replicates, interpolate, resampled_ratios
+from pe_dpo.metrics.catalogue import METRICS, Metric
+from pe_dpo.metrics.table import Floats
+from pe_dpo.runs.observations import Observation
+
+FEWEST_PROMPTS = 5
+"""To resample: below that an interval would be a guess."""
+
+
+class Setting(NamedTuple):
+    """Observations of one setting of the hyperparameters: the column of each seed."""
+
+    settings: dict[str, Any]
+    by_seed: dict[int, int]
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns of all seeds."""
+        return list(self.by_seed.values())
+
+
+def settings_of(observations: Sequence[Observation]) -> list[Setting]:
+    """Return the settings in the order of their first observation; see `with_state` for snapshots and scales."""
+    found: dict[str, Setting] = {}
+    for column, one in enumerate(observations):
+        settings = with_state(one.settings, step=one.step, is_final=one.is_final, scale=one.scale)
+        found.setdefault(repr(settings), Setting(settings, {})).by_seed[one.seed] = column
+    return list(found.values())
+
+
+def paired_seeds(seeds: Iterable[int], others: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the seeds that both have; if there is none, pairs in their order, since then any pairing is as good."""
+    ours, theirs = sorted(seeds), sorted(others)
+    common = sorted(set(ours) & set(theirs))
+    return [(seed, seed) for seed in common] or list(zip(ours, theirs, strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """Metric and KL of J observations, as observed and over prompts drawn with replacement, the same draws for all."""
+
+    observations: Sequence[Observation]
+    values: Floats
+    """The metric, (J,)."""
+    value_replicates: Floats
+    """(repeats, J)."""
+    kl: Floats
+    """(J,) nats; NaN without sampled answers."""
+    kl_replicates: Floats
+    """(repeats, J)."""
+    reference: float
+    """The metric of π0; NaN where the line of equal KL does not begin there."""
+    reference_replicates: Floats
+    """(repeats,)."""
+    prompts: int
+    """Clusters that were resampled."""
+    kl_prompts: int
+
+    @cached_property
+    def roots(self) -> Floats:
+        """√KL, (J,) √nats; an estimate below 0, which no KL is, counts as 0."""
+        return np.sqrt(np.maximum(self.kl, 0)).astype(np.float64)
+
+    @cached_property
+    def root_replicates(self) -> Floats:
+        """√KL, (repeats, J)."""
+        return np.sqrt(np.maximum(self.kl_replicates, 0)).astype(np.float64)
+
+    def against(self, one: Setting, other: Setting, *, of_kl: bool = False) -> tuple[Floats, Floats]:
+        """Return what the metric, or the KL, is more at one setting than at another, for the seeds in which both have it.
+
+        Returns:
+            The differences of S seeds, (S,), and their replicates, (repeats, S); S may be 0.
+        """
+        observed, replicates = (self.kl, self.kl_replicates) if of_kl else (self.values, self.value_replicates)
+        columns = [(one.by_seed[seed], other.by_seed[twin]) for seed, twin in paired_seeds(one.by_seed, other.by_seed)]
+        known = [pair for pair in columns if not np.isnan(observed[list(pair)]).any()]
+        ours, theirs = [pair[0] for pair in known], [pair[1] for pair in known]
+        return observed[ours] - observed[theirs], replicates[:, ours] - replicates[:, theirs]
+
+    def against_line(self, one: Setting, line: Sequence[Setting]) -> tuple[Floats, Floats, int, float]:
+        """Return what the metric is more at one setting than on the line at the same √KL, for the seeds in range.
+
+        In replicates, in which a line may end a little earlier than as observed, its last observation stands for it.
+
+        Args:
+            one: a setting that is not on the line.
+            line: settings that make it.
+
+        Returns:
+            As `against`; how many seeds could be compared, in range or not; by how much the metric differs between the two ends
+            of the piece of line that was used, mean over seeds, NaN where no seed is in range.
+        """
+        on_line: dict[int, list[int]] = {}
+        for other in line:
+            for seed, column in other.by_seed.items():
+                if not np.isnan(self.kl[column]):
+                    on_line.setdefault(seed, []).append(column)
+        known = [seed for seed, column in one.by_seed.items() if not np.isnan(self.kl[column])]
+        pairs = paired_seeds(known, on_line)
+        differences, replicates, gaps = [], [np.empty((len(self.value_replicates), 0))], []
+        for seed, twin in pairs:
+            column, (roots, values, root_replicates, value_replicates) = one.by_seed[seed], self._knots(on_line[twin])
+            at = self.roots[column]
+            there = interpolate(roots[None], values[None], at[None])[0]
+            if np.isnan(there):
+                continue
+            resampled = interpolate(root_replicates, value_replicates, self.root_replicates[:, column], nearest=True)
+            differences.append(self.values[column] - there)
+            replicates.append((self.value_replicates[:, column] - resampled)[:, None])
+            right = int(np.clip(np.searchsorted(roots, at), min(1, len(roots) - 1), len(roots) - 1))
+            gaps.append(abs(values[right] - values[max(0, right - 1)]))
+        gap = float(np.mean(gaps)) if gaps else np.nan
+        return np.array(differences), np.concatenate(replicates, axis=1), len(pairs), gap
+
+    def _knots(self, columns: Sequence[int]) -> tuple[Floats, Floats, Floats, Floats]:
+        """The line of one seed as K observations of different √KL: (K,) roots and values, (repeats, K) of both resampled.
+
+        Those of equal KL are averaged, and the reference begins the line at KL 0 where it has the metric.
+        """
+        roots, group = np.unique(self.roots[columns], return_inverse=True)
+        average = np.eye(len(roots))[group] / np.bincount(group)[group][:, None]
+        values = self.values[columns] @ average
+        root_replicates = self.root_replicates[:, columns] @ average
+        value_replicates = self.value_replicates[:, columns] @ average
+        if np.isnan(self.reference) or roots[0] == 0:
+            return roots, values, root_replicates, value_replicates
+        return (
+            np.r_[0.0, roots],
+            np.r_[self.reference, values],
+            np.c_[np.zeros(len(root_replicates)), root_replicates],
+            np.c_[self.reference_replicates, value_replicates],
+        )
+
+    def over_seeds(self, settings: Sequence[Setting], draws: Floats, *, of_root: bool = False) -> Floats:
+        """Return replicates of each setting's mean over seeds, of the metric or of √KL, (repeats, settings).
+
+        Prompts and seeds are drawn for all settings alike; NaN for one that was not measured at every seed.
+
+        Args:
+            settings: of which.
+            draws: see `hierarchical_replicates`.
+            of_root: of √KL instead of the metric.
+        """
+        observed, replicates = (self.roots, self.root_replicates) if of_root else (self.values, self.value_replicates)
+        return np.stack(
+            [
+                np.full(len(replicates), np.nan)
+                if np.isnan(observed[one.columns]).any()
+                else hierarchical_replicates(observed[one.columns], replicates[:, one.columns], draws)
+                for one in settings
+            ],
+            axis=1,
+        )
+
+
+def resample(observations: Sequence[Observation], metric: Metric[Any], *, repeats: int, seed: int) -> Resampled:
+    """Return the metric and the KL of observations that all have the metric's rows.
+
+    KL is measured on the prompts to which every observation with answers has some. Replicates that draw none of them are left
+    out, of which there are few if any.
+
+    Args:
+        observations: at least one.
+        metric: what to measure.
+        repeats: replicates.
+        seed: of the draws.
+
+    Raises:
+        UsageError: there are fewer than FEWEST_PROMPTS prompts to resample.
+    """
+    asked = [set(one.answers.prompt_key) for one in observations if one.answers]
+    answered = set.intersection(*asked) if asked else set()
+    if metric.kind == "answers":
+        keys = sorted(answered)
+    else:
+        keys = sorted(answered.union(*(set(one.pairs.prompt_key) for one in observations if one.pairs)))
+    if len(keys) < FEWEST_PROMPTS:
+        raise UsageError(f"runs share {len(keys)} prompts, of which no interval can be made; hold out more (data.eval)")
+    at = {key: index for index, key in enumerate(keys)}
+    kl, kl_at = METRICS["kl"], {key: index for key, index in at.items() if key in answered}
+    nothing = np.zeros(len(keys)), np.zeros(len(keys))
+    tables = [one.rows(metric.kind) for one in observations]
+    parts = [metric.sums(table, at) if table else nothing for table in tables]
+    parts += [kl.sums(one.answers, kl_at, size=len(keys)) if one.answers else nothing for one in observations]
+    parts.append((metric.reference_sums(tables[0], at) if tables[0] else None) or nothing)
+    numerators, denominators = (np.stack(side, axis=1) for side in zip(*parts, strict=True))
+    with np.errstate(invalid="ignore"):
+        observed = numerators.sum(0) / denominators.sum(0)
+    replicates = resampled_ratios(numerators, denominators, repeats=repeats, seed=seed)
+    whole = ~np.isnan(replicates[:, ~np.isnan(observed)]).any(1)
+    replicates, count = replicates[whole], len(observations)
+    return Resampled(
+        observations=observations,
+        values=observed[:count],
+        value_replicates=replicates[:, :count],
+        kl=observed[count:-1],
+        kl_replicates=replicates[:, count:-1],
+        reference=float(observed[-1]),
+        reference_replicates=replicates[:, -1],
+        prompts=len(keys),
+        kl_prompts=len(answered),
+    )
