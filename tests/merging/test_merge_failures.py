@@ -25,18 +25,21 @@ from safetensors.torch import load_file, save_file
 
 from pe_dpo.cli import main
 from pe_dpo.errors import MergeRefused, ModelError, PeDpoError, RunFolderError, UsageError
-from pe_dpo.merging import merge as merge_module
-from pe_dpo.merging import stream as stream_module
-from pe_dpo.merging import trained as trained_module
+from pe_dpo.merging import training_base as training_base_module
+from pe_dpo.merging import unmerged as unmerged_module
+from pe_dpo.merging import write as write_module
+from pe_dpo.merging.adapter_files import AdapterFiles, Change
 from pe_dpo.merging.merge import merge
-from pe_dpo.merging.plan import plan_merge
-from pe_dpo.merging.stream import BaseAsTrained, stochastically_rounded, write_merged
-from pe_dpo.merging.updates import AdapterFiles, Change
+from pe_dpo.merging.merged_tensor import stochastically_rounded
+from pe_dpo.merging.plan import Plan
+from pe_dpo.merging.source import open_source
+from pe_dpo.merging.training_base import TrainingBase
+from pe_dpo.merging.write import write_tensors
 from pe_dpo.model import base as base_module
 from pe_dpo.model.adapter_config import write_adapter_config
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.model.quantization import four_bit_layers
-from pe_dpo.model.tensor_files import TensorFacts, TensorFiles, TensorWriter
+from pe_dpo.model.tensor_files import TensorFacts, TensorWriter
 from pe_dpo.training.train import train
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -441,7 +444,7 @@ class DamagingWriter(TensorWriter):
 def test_a_byte_that_does_not_read_back_from_disk_is_refused(
     nf4_run: Path, out: Path, pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_module, "TensorWriter", DamagingWriter)
+    monkeypatch.setattr(write_module, "TensorWriter", DamagingWriter)
     with refused(out, ModelError, "model.safetensors: does not read back from disk as it was written; look at the disk"):
         merge(nf4_run, out, pairs=pairs)
 
@@ -491,13 +494,13 @@ def test_a_wrong_quantization_round_trip_of_one_tensor_is_refused(
     nf4_run: Path, out: Path, wrong: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The codes are right and only what they are read as is wrong, so that no hash can tell; the pairs can."""
-    right, seen = stream_module.dequantized, []
+    right, seen = training_base_module.dequantized, []
 
     def dequantized(parameter: Any) -> torch.Tensor:
         seen.append(right(parameter))
         return wrong(seen[-1]) if len(seen) == 3 else seen[-1]
 
-    monkeypatch.setattr(stream_module, "dequantized", dequantized)
+    monkeypatch.setattr(training_base_module, "dequantized", dequantized)
     with refused(out, MergeRefused, f"{out}: was not written", "KL(trained ‖ merged)"):
         merge(nf4_run, out)
     assert len(seen) == 14
@@ -623,7 +626,7 @@ def test_two_merges_into_one_place_at_a_time_are_refused(
     nf4_run: Path, out: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second comes while the first writes; the first does not notice."""
-    write, refusals = merge_module.write_merged, []
+    write, refusals = write_module.write_tensors, []
 
     def second_comes(*args: Any, **settings: Any) -> Any:
         with pytest.raises(RunFolderError, match="another run is writing there") as caught:
@@ -631,7 +634,7 @@ def test_two_merges_into_one_place_at_a_time_are_refused(
         refusals.append(caught.value.exit_code)
         return write(*args, **settings)
 
-    monkeypatch.setattr(merge_module, "write_merged", second_comes)
+    monkeypatch.setattr(write_module, "write_tensors", second_comes)
     merge(nf4_run, out, pairs=0)
     assert refusals == [2]
     assert (out / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
@@ -680,7 +683,7 @@ def test_a_disk_that_fills_up_while_weights_are_written_leaves_nothing_and_the_n
             super()._append(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge_module, "TensorWriter", Writer)
+        patch.setattr(write_module, "TensorWriter", Writer)
         with refused(out, ModelError, f"{out}: cannot be written: No space left on device; nothing was left there"):
             merge(nf4_run, out, pairs=0)
     merge(nf4_run, out, pairs=0)
@@ -694,13 +697,13 @@ def test_a_disk_that_fills_up_beside_the_weights_leaves_nothing(
     """A real error of the system, in whatever library writes the file: a link to a device that is always full."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    write = merge_module.write_merged
+    write = write_module.write_tensors
 
-    def then_full(outputs: Any, files: Any, adapter: Any, writer: TensorWriter, *rest: Any, **settings: Any) -> Any:
+    def then_full(plan: Plan, writer: TensorWriter, base: TrainingBase) -> Any:
         (writer.folder / name).symlink_to("/dev/full")
-        return write(outputs, files, adapter, writer, *rest, **settings)
+        return write(plan, writer, base)
 
-    monkeypatch.setattr(merge_module, "write_merged", then_full)
+    monkeypatch.setattr(write_module, "write_tensors", then_full)
     with refused(out, ModelError, f"{out}: cannot be written: ", "No space left on device"):
         merge(nf4_run, out, pairs=0)
 
@@ -913,7 +916,7 @@ def test_an_evaluation_on_the_cpu_does_not_change_the_merge(
 
 def test_a_base_that_was_repacked_is_refused_by_layer(nf4_run: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the guard off, on a CPU that repacks; on another one the mark that repacking leaves is set by hand."""
-    load, repacks = trained_module.load_base, has_repacking()
+    load, repacks = unmerged_module.load_base, has_repacking()
 
     def load_packed(facts: Any, **settings: Any) -> Any:
         model = load(facts, **settings)
@@ -922,7 +925,7 @@ def test_a_base_that_was_repacked_is_refused_by_layer(nf4_run: Path, out: Path, 
         return model
 
     monkeypatch.setattr(base_module, "keep_weights_unpacked", lambda model: None)
-    monkeypatch.setattr(trained_module, "load_base", load_packed)
+    monkeypatch.setattr(unmerged_module, "load_base", load_packed)
     with refused(out, ModelError, "layers.0.", "were repacked for the CPU's inference kernel", "load the base again"):
         merge(nf4_run, out)
 
@@ -1097,23 +1100,22 @@ def test_a_model_of_tens_of_gigabytes_is_planned_whole_and_streams(tiny_base: Pa
     The rest is left out for its time alone: reading zeros and looking whether they are finite takes seconds per GB on one core.
     """
     layer = "model.layers.9.self_attn.k_proj"
-    adapter = AdapterFiles(make_large(tmp_path, tiny_base, width=4096, layers=48, holes_but_for=layer))
-    files = TensorFiles(tmp_path / "base")
+    adapter = make_large(tmp_path, tiny_base, width=4096, layers=48, holes_but_for=layer)
     assert len(list((tmp_path / "base").glob("*.safetensors"))) == 7
     assert sum(file.stat().st_blocks * 512 for file in (tmp_path / "base").iterdir()) < 10**6
-    facts = inspect_base(str(tmp_path / "base"), quantize="none", dtype="bfloat16")
-    plan = plan_merge(files, adapter, facts, dtype=torch.bfloat16)
+    with open_source(adapter, base=str(tmp_path / "base"), quantize="none", pairs=0) as source:
+        plan = Plan(source, dtype="bf16", rounding="nearest")
     # A layer has q, o: 4096², k, v: half of it, three of 4 · 4096² and two norms; outside embedding, head, norm.
-    assert sum(output.facts.bytes for output in plan.outputs) == 2 * (48 * (15 * 4096**2 + 2 * 4096) + 2 * 320 * 4096 + 4096)
-    [changed] = [output for output in plan.outputs if output.change]
+    assert sum(tensor.facts.bytes for tensor in plan.tensors) == 2 * (48 * (15 * 4096**2 + 2 * 4096) + 2 * 320 * 4096 + 4096)
+    [changed] = [tensor for tensor in plan.tensors if tensor.change]
     assert changed.facts.name == f"{layer}.weight"
     streamed, writer = [changed], Discard()
-    for output in reversed(plan.outputs):
+    for tensor in reversed(plan.tensors):
         if sum(one.facts.bytes for one in streamed) < 0.8e9:
-            streamed.append(output)
-    base = BaseAsTrained("none", torch.bfloat16, frozenset(), {}, torch.device("cpu"))
+            streamed.append(tensor)
+    plan.tensors = streamed
     before = resident_bytes()
-    [report] = write_merged(streamed, files, adapter, writer, base, onto="dequantized", rounding="nearest")
+    [report] = write_tensors(plan, writer, TrainingBase(source, (), {}, torch.device("cpu")))
     largest = 2 * 4 * 4096**2
     assert writer.bytes > 0.8e9
     assert writer.most_resident - before < 4 * largest

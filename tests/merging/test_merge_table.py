@@ -20,13 +20,14 @@ from torch import Tensor
 from world import write_pairs
 
 from pe_dpo.errors import MergeRefused
-from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import choose_scorer
-from pe_dpo.merging.merge import base_as_trained, merge, write_model
-from pe_dpo.merging.plan import plan_merge
+from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, measure, verification_failures
+from pe_dpo.merging.merge import merge
+from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, stochastically_rounded, tensor_failures
+from pe_dpo.merging.plan import Dtype, Plan
 from pe_dpo.merging.source import Source, open_source
-from pe_dpo.merging.stream import MergedTensor, faults, mean_kept
-from pe_dpo.merging.verify import Agreement, Behaviour, agreement, behaviour, doubts
+from pe_dpo.merging.write import write
+from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.adapter import add_finished_adapter
 from pe_dpo.model.base import compute_in, inspect_base, load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers
@@ -84,7 +85,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str
                     "test",
                 )
             )
-            known[kind, quantize, size] = _measured(open_source(output, pairs=96))
+            with open_source(output, pairs=96) as source:
+                known[kind, quantize, size] = _measured(source)
         return known[kind, quantize, size]
 
     return make
@@ -115,7 +117,7 @@ def _measured(source: Source) -> Trained:
 def look(model: Any, source: Source) -> Behaviour:
     """Log-probs of all 96 pairs, distributions of six."""
     scorer = choose_scorer(model, source.pairs, device="cpu", packing=False)
-    few = behaviour(model, source.pairs[::16], scorer, token_budget=2048)
+    few = measure(model, source.pairs[::16], scorer)
     return Behaviour(score_pairs(model, source.pairs, scorer, token_budget=2048), few.distributions)
 
 
@@ -148,13 +150,9 @@ class Merged(NamedTuple):
         return share
 
 
-def ours(of: Trained, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Merged:
+def ours(of: Trained, folder: Path, dtype: Dtype = "bf16") -> Merged:
     """The default merge, from files to files, loaded from there."""
-    plan = plan_merge(of.source.files, of.source.adapter, of.source.facts, dtype=dtype)
-    base = base_as_trained(of.source, "dequantized", None, False)
-    tensors, _ = write_model(
-        of.source, plan, folder, base, onto="dequantized", dtype=dtype, rounding="auto", seed=0, progress=lambda *_: None
-    )  # fmt: skip
+    tensors, _ = write(Plan(of.source, dtype=dtype), folder)
     return Merged(load_base(inspect_base(str(folder), quantize="none", dtype="float32")).eval(), tensors)
 
 
@@ -234,17 +232,17 @@ def test_the_default_merge_keeps_a_small_shift_that_others_lose(
     assert found.shift_trained > 10 * NOISE
     assert found.shift == pytest.approx(found.shift_trained, abs=3 * NOISE)
     assert 0.93 < merged.kept < 1.05
-    assert faults(merged.tensors) == doubts(found, of.floor) == []
+    assert tensor_failures(merged.tensors) == verification_failures(found, of.floor) == []
     for other in (sixteen_bit(of), requantized(of)):
         lost = of.judge(other.model)
         assert other.kept < 0.5
-        assert faults(other.tensors)
+        assert tensor_failures(other.tensors)
         assert lost.shift < 0.5 * lost.shift_trained
         assert lost.shift_trained - lost.shift > 5 * NOISE
     for other in (round_trip_of_everything(of), onto_original(of)):  # quantization errors of other places or none
         lost = of.judge(other.model)
         assert other.kept < 0.5
-        assert faults(other.tensors)
+        assert tensor_failures(other.tensors)
         assert lost.shift_error > 10 * found.shift_error
         assert (lost.relative_kl or 0) > 100
 
@@ -252,7 +250,7 @@ def test_the_default_merge_keeps_a_small_shift_that_others_lose(
 def test_float16_keeps_a_small_shift_within_five_percent(trained: Callable[[str, str, str], Trained], tmp_path: Path) -> None:
     """Its steps are an eighth of bfloat16's, and so is the noise of rounding to them."""
     of = trained("tied", "nf4", "small")
-    merged = ours(of, tmp_path, torch.float16)
+    merged = ours(of, tmp_path, "fp16")
     found = of.judge(merged.model)
     assert found.shift == pytest.approx(found.shift_trained, rel=0.05)
     assert merged.kept == pytest.approx(1, abs=0.02)
@@ -268,9 +266,9 @@ def test_the_default_merge_keeps_a_slight_shift_within_five_percent_where_others
     assert found.shift_trained > 40 * NOISE
     assert found.shift == pytest.approx(found.shift_trained, rel=0.05)
     assert merged.kept == pytest.approx(1, abs=0.05)
-    assert faults(merged.tensors) == doubts(found, of.floor) == []
+    assert tensor_failures(merged.tensors) == verification_failures(found, of.floor) == []
     assert other.kept < 0.8 and lost.shift < 0.85 * lost.shift_trained
-    assert faults(other.tensors)
+    assert tensor_failures(other.tensors)
 
 
 @pytest.mark.parametrize(("kind", "quantize"), CASES)
@@ -286,8 +284,8 @@ def test_only_what_was_quantized_in_training_makes_the_round_trip(
     # The control: the same weights, only the embeddings through 4 bits.
     _round_trip_embeddings(merged.model, quantize)
     assert not torch.equal(merged.model.get_input_embeddings().weight, stored["model.embed_tokens.weight"].float())
-    assert faults(merged.tensors) == []
-    assert any(line.startswith("KL(trained ‖ merged)") for line in doubts(of.judge(merged.model), of.floor))
+    assert tensor_failures(merged.tensors) == []
+    assert any(line.startswith("KL(trained ‖ merged)") for line in verification_failures(of.judge(merged.model), of.floor))
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
@@ -295,7 +293,7 @@ def test_a_float32_merge_computes_what_was_trained(
     size: str, trained: Callable[[str, str, str], Trained], tmp_path: Path
 ) -> None:
     of = trained("tied", "nf4", size)
-    merged = ours(of, tmp_path, torch.float32)
+    merged = ours(of, tmp_path, "fp32")
     for wanted, logprobs in zip(of.trained.distributions, look(merged.model, of.source).distributions, strict=True):
         torch.testing.assert_close(logprobs, wanted, rtol=1e-4, atol=1e-4)
     found, control = of.judge(merged.model), of.judge(sixteen_bit(of, keep_float32=True).model)
@@ -315,10 +313,10 @@ def test_a_middle_adapter_survives_every_16_bit_merge_and_not_the_4_bit_one(
     merged, lost = ours(of, tmp_path), requantized(of)
     found = of.judge(merged.model)
     assert found.shift_kept == pytest.approx(1, abs=0.01) and merged.kept == pytest.approx(1, abs=0.01)
-    assert faults(merged.tensors) == doubts(found, of.floor) == []
+    assert tensor_failures(merged.tensors) == verification_failures(found, of.floor) == []
     assert sixteen_bit(of).kept > 0.95  # where peers are right, they are
     assert lost.kept < 0.2 and (of.judge(lost.model).shift_kept or 0) < 0.5
-    assert faults(lost.tensors) and doubts(of.judge(lost.model), of.floor)
+    assert tensor_failures(lost.tensors) and verification_failures(of.judge(lost.model), of.floor)
 
 
 def test_a_large_adapter_survives_any_merge(trained: Callable[[str, str, str], Trained], tmp_path: Path) -> None:
@@ -357,18 +355,17 @@ def test_the_merged_model_is_one_that_plain_transformers_serves(
 
 
 def test_rounding_to_nearest_onto_the_original_is_refused_and_auto_rounds_by_chance_instead(
-    trained: Callable[[str, str, str], Trained], tmp_path: Path
+    trained: Callable[[str, str, str], Trained], tmp_path: Path, logged: list[str]
 ) -> None:
     of = trained("tied", "nf4", "small")
-    lines: list[str] = []
     with pytest.raises(MergeRefused, match="of its update kept"):
         merge(of.source.folder, tmp_path / "near", onto="original", rounding="nearest", pairs=0)
     assert list(tmp_path.iterdir()) == []
-    verdict = merge(of.source.folder, tmp_path / "out", onto="original", pairs=16, say=lines.append).verdict
+    verdict = merge(of.source.folder, tmp_path / "out", onto="original", pairs=16).verdict
     assert {tensor.rounding for tensor in verdict.tensors} == {"stochastic on the grid"}
     assert verdict.mean_kept == pytest.approx(1, abs=0.03) and verdict.faults == []
     # What is served is the adapter on the base's own weights, and that is not what was trained: both are said.
-    assert any("quantization error was part of training" in line for line in lines)
+    assert any("quantization error was part of training" in line for line in logged)
     assert verdict.held_out is not None and verdict.change is not None
     assert (verdict.change.relative_kl or 0) > 100 > 10 > (verdict.held_out.relative_kl or 0)
 
@@ -377,8 +374,6 @@ def test_stochastic_rounding_is_right_on_average_where_nearest_never_is(
     trained: Callable[[str, str, str], Trained],
 ) -> None:
     """Mean over 64 seeds against the exact sum, by the share of ΔW in it; noise of a mean falls with its root."""
-    from pe_dpo.merging.stream import stochastically_rounded
-
     of = trained("tied", "nf4", "small")
     name = max(of.updates, key=lambda name: of.updates[name].numel())
     weight, delta = load_file(BASE / "model.safetensors")[name].float(), of.updates[name]

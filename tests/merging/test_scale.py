@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pe_dpo.errors import MergeRefused, ModelError, UsageError
-from pe_dpo.merging import served as served_module
+from pe_dpo.merging import source as source_module
+from pe_dpo.merging.adapter_files import AdapterFiles, save_scaled_adapter
 from pe_dpo.merging.adapter_package import package_adapter
+from pe_dpo.merging.behaviour import Agreement
 from pe_dpo.merging.compare import compare_merges
 from pe_dpo.merging.merge import merge
-from pe_dpo.merging.served import scaled_adapter
+from pe_dpo.merging.source import open_source
 from pe_dpo.model.adapter import load_adapter_for_evaluation, scaled
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.training.train import train
@@ -118,6 +120,12 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 0, **config: Any) -> P
     return folder
 
 
+def package(target: Path, output: Path, **settings: Any) -> Agreement | None:
+    """Write the adapter as `merge --onto adapter` does; where it is another than the trained one, how near it comes to that."""
+    with open_source(target, **settings) as source:
+        return package_adapter(source, output)[1]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -173,7 +181,7 @@ def test_the_scaled_adapter_does_in_peft_what_the_trained_one_does_at_a_times_it
     adapter = make_adapter(base, tmp_path / "adapter", **SPECIAL[name])
     wanted = peft_logits(base, [(adapter, 0.3)])
     settings: dict[str, Any] = {"base": str(base), "quantize": "none", "data": str(tiny_pairs / "test.jsonl"), "pairs": 4}
-    package_adapter(adapter, tmp_path / "package", scale=0.3, **settings)
+    package(adapter, tmp_path / "package", scale=0.3, **settings)
     merge(adapter, tmp_path / "merged", scale=0.3, dtype="fp32", **settings)
     assert (peft_logits(base, [(tmp_path / "package", 1.0)]) - wanted).abs().max() < 2e-5
     assert (plain_logits(tmp_path / "merged") - wanted).abs().max() < 2e-5
@@ -198,7 +206,7 @@ def test_an_adapter_on_top_of_another_is_scaled_toward_that_one(tiny_base: Path,
     wanted = peft_logits(tiny_base, [(sft, 1.0), (top, 0.3)])
     settings: dict[str, Any] = {"base": str(tiny_base), "quantize": "none", "data": str(tiny_pairs / "test.jsonl"), "pairs": 4}
     done = merge(top, tmp_path / "merged", sft=sft, scale=0.3, dtype="fp32", **settings)
-    package_adapter(top, tmp_path / "package", sft=sft, scale=0.3, **settings)
+    package(top, tmp_path / "package", sft=sft, scale=0.3, **settings)
     assert (plain_logits(tmp_path / "merged") - wanted).abs().max() < 2e-5
     assert (peft_logits(tiny_base, [(tmp_path / "package", 1.0)]) - wanted).abs().max() < 2e-5
     assert done.verdict.faults == []
@@ -208,9 +216,11 @@ def test_an_adapter_that_was_saved_in_16_bits_is_scaled_in_float32(tiny_base: Pa
     from safetensors.torch import save_file
 
     adapter = make_adapter(tiny_base, tmp_path / "adapter")
+    (tmp_path / "scaled").mkdir()
     stored = {name: tensor.bfloat16() for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
     save_file(stored, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    found = load_file(scaled_adapter(adapter, 0.3, tmp_path / "scaled") / "adapter_model.safetensors")
+    save_scaled_adapter(AdapterFiles(adapter), 0.3, tmp_path / "scaled")
+    found = load_file(tmp_path / "scaled" / "adapter_model.safetensors")
     for name, tensor in stored.items():
         assert torch.equal(found[name], 0.3 * tensor.float() if "lora_B" in name else tensor)
 
@@ -231,7 +241,7 @@ def test_a_scale_of_one_leaves_every_file_as_it_is_without_it(runs: dict[str, Pa
         found = []
         for settings in ({}, {"scale": 1}):
             merge(run, tmp_path / "merged", dtype="bf16", pairs=4, **settings)
-            package_adapter(run, tmp_path / "package", **settings)
+            package(run, tmp_path / "package", **settings)
             found.append([contents(tmp_path / name) for name in ("merged", "package")])
             for name in ("merged", "package"):
                 shutil.rmtree(tmp_path / name)
@@ -257,25 +267,23 @@ def test_the_nearer_to_the_reference_the_smaller_the_kl(runs: dict[str, Path], t
 
 
 def test_report_card_and_verdict_say_the_scale_and_do_not_say_that_it_was_trained(
-    runs: dict[str, Path], tmp_path: Path
+    runs: dict[str, Path], tmp_path: Path, logged: list[str]
 ) -> None:
-    said: list[str] = []
-    done = merge(runs["nf4"], tmp_path / "out", scale=0.5, pairs=9, say=said.append)
+    done = merge(runs["nf4"], tmp_path / "out", scale=0.5, pairs=9)
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text(encoding="utf-8"))
     assert report == done.report
     assert (report["scale"], report["verdict"]) == (0.5, f"serves the update, {TOWARD}: on purpose not what was trained")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert TOWARD in card and "W_ref + 0.5·(W − W_ref)" in card and "not the model that was trained" in card
     assert "KL(scaled ‖ merged)" in card and "what the scaled update changed" in card and "KL(trained" not in card
-    assert any(line.startswith(f"{TOWARD}: what is served is not what was trained") for line in said)
-    assert not any(line.startswith("look: a = ") for line in said)
+    assert any(line.startswith(f"{TOWARD}: what is served is not what was trained") for line in logged)
+    assert not any(line.startswith("warning: a = ") for line in logged)
 
 
-def test_more_than_what_was_trained_is_allowed_and_called_so(runs: dict[str, Path], tmp_path: Path) -> None:
-    said: list[str] = []
-    done = merge(runs["none"], tmp_path / "out", scale=1.5, pairs=9, say=said.append)
+def test_more_than_what_was_trained_is_allowed_and_called_so(runs: dict[str, Path], tmp_path: Path, logged: list[str]) -> None:
+    done = merge(runs["none"], tmp_path / "out", scale=1.5, pairs=9)
     assert done.report["verdict"].startswith("serves the update, scaled away from the reference by a = 1.5")
-    assert "look: a = 1.5 goes beyond what was trained (extrapolation)" in said
+    assert "warning: a = 1.5 goes beyond what was trained (extrapolation)" in logged
 
 
 @pytest.mark.parametrize(
@@ -297,19 +305,17 @@ def test_the_report_names_the_adapter_that_onto_adapter_writes_and_the_one_it_wa
 
     for name in ("nf4", "nf4, frozen"):
         report = merge(runs[name], tmp_path / f"merged {name}", scale=0.5, pairs=0).report
-        done = package_adapter(runs[name], tmp_path / name, scale=0.5, pairs=9)
+        held_out = package(runs[name], tmp_path / name, scale=0.5, pairs=9)
         assert report["adapter_sha256"] == sha256(tmp_path / name) != sha256(runs[name])
         assert report["from_adapter_sha256"] == sha256(runs[name])
-        assert done.held_out is not None and done.held_out.shift_kept == pytest.approx(1, abs=1e-4)
+        assert held_out is not None and held_out.shift_kept == pytest.approx(1, abs=1e-4)
         assert TOWARD in (tmp_path / name / "README.md").read_text(encoding="utf-8")
-        again = scaled_adapter(runs[name], 0.5, tmp_path / f"again {name}")
-        assert contents(again).items() <= contents(tmp_path / name).items()
 
 
 def test_a_packaged_scaled_adapter_is_still_called_scaled_and_not_scaled_again(
     runs: dict[str, Path], tiny_pairs: Path, tmp_path: Path
 ) -> None:
-    package_adapter(runs["nf4"], tmp_path / "package", scale=0.5, pairs=0)
+    package(runs["nf4"], tmp_path / "package", scale=0.5, pairs=0)
     report = merge(tmp_path / "package", tmp_path / "out", data=str(tiny_pairs / "test.jsonl"), pairs=6).report
     assert (report["scale"], report["faults"]) == (0.5, [])
     assert report["verdict"] == f"serves the update, {TOWARD}: on purpose not what was trained"
@@ -318,11 +324,14 @@ def test_a_packaged_scaled_adapter_is_still_called_scaled_and_not_scaled_again(
 
 
 def test_compare_holds_each_way_to_serve_against_the_scaled_model(runs: dict[str, Path]) -> None:
-    full, half = (compare_merges(runs["nf4, frozen"], pairs=9, scale=scale) for scale in (1.0, 0.5))
-    found = {name: candidate for name, candidate, _ in half.candidates}
-    assert half.scale == 0.5 and list(found) == [name for name, _, _ in full.candidates]
+    with open_source(runs["nf4, frozen"], pairs=9) as source:
+        full = compare_merges(source)
+    with open_source(runs["nf4, frozen"], pairs=9, scale=0.5) as source:
+        half = compare_merges(source)
+    found = {name: candidate for name, candidate, _ in half}
+    assert source.scale == 0.5 and list(found) == [name for name, _, _ in full]
     assert found["adapter"].kl == 0 and found["onto dequantized"].kl < 1e-3 * found["reference"].kl
-    assert 0 < found["reference"].kl < 0.5 * full.candidates[0].found.kl
+    assert 0 < found["reference"].kl < 0.5 * full[0][1].kl
 
 
 # ------------------------------------------------------------------------------------------------------------ what is refused
@@ -333,26 +342,22 @@ def test_a_scale_that_is_not_the_one_asked_for_is_refused_by_the_pairs(
     frozen: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is held against is PEFT's own arithmetic on the adapter of training, not the files that were made of it."""
-    right, fused = served_module.scaled_updates, served_module.fused_adapter
-    monkeypatch.setattr(served_module, "scaled_updates", lambda adapter, scale: right(adapter, scale**2))
-    monkeypatch.setattr(served_module, "fused_adapter", lambda *two, weights: fused(*two, weights=(0.0, weights[1])))
+    scaled, fused = source_module.save_scaled_adapter, source_module.save_fused_adapter
+    monkeypatch.setattr(source_module, "save_scaled_adapter", lambda it, scale, folder: scaled(it, scale**2, folder))
+    monkeypatch.setattr(source_module, "save_fused_adapter", lambda two, by, folder: fused(two, (0.0, by[1]), folder))
     with pytest.raises(MergeRefused, match=f"the merge is not what was trained, {TOWARD}") as caught:
         merge(runs[f"nf4{frozen}"], tmp_path / "out", scale=0.5, pairs=9)
     assert "of the preference shift kept" in str(caught.value)
     with pytest.raises(MergeRefused, match=r"the (one )?adapter does not do what"):
-        package_adapter(runs[f"nf4{frozen}"], tmp_path / "out", scale=0.5, pairs=9)
+        package(runs[f"nf4{frozen}"], tmp_path / "out", scale=0.5, pairs=9)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
 def test_a_scale_that_means_nothing_is_refused_before_anything_is_read(scale: float, tmp_path: Path) -> None:
-    for work in (merge, package_adapter, scaled_adapter):
-        arguments: Any = (scale, tmp_path / "out") if work is scaled_adapter else (tmp_path / "out",)
-        settings: Any = {} if work is scaled_adapter else {"scale": scale}
+    for work in (merge, package):
         with pytest.raises(UsageError, match=f"--scale {scale or 0}: (is the reference itself|write a number above 0)"):
-            work(tmp_path / "nothing", *arguments, **settings)
-    with pytest.raises(UsageError, match=f"--scale {scale or 0}: "):
-        compare_merges(tmp_path / "nothing", scale=scale)
+            work(tmp_path / "nothing", tmp_path / "out", scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +373,7 @@ def test_a_scale_that_means_nothing_is_refused_before_anything_is_read(scale: fl
 def test_what_is_no_update_of_lora_is_not_scaled(config: dict[str, Any], words: str, tiny_base: Path, tmp_path: Path) -> None:
     base = biased(tiny_base, tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", **config)
-    for work in (merge, package_adapter):
+    for work in (merge, package):
         with pytest.raises(ModelError, match=words):
             work(adapter, tmp_path / "out", scale=0.5, base=str(base), quantize="none", pairs=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

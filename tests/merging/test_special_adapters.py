@@ -12,6 +12,7 @@ import torch
 from pe_dpo.errors import ModelError, PeDpoError
 from pe_dpo.merging.adapter_package import package_adapter
 from pe_dpo.merging.merge import merge
+from pe_dpo.merging.source import open_source
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`:UserWarning",
@@ -212,14 +213,15 @@ def test_two_adapters_become_one_for_servers_that_load_only_one(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    done = package_adapter(
-        tmp_path / "dpo", tmp_path / "one", sft=tmp_path / "sft", base=str(bases["plain"]), quantize="none",
+    with open_source(
+        tmp_path / "dpo", sft=tmp_path / "sft", base=str(bases["plain"]), quantize="none",
         data=str(tiny_pairs / "test.jsonl"), pairs=4,
-    )  # fmt: skip
+    ) as source:  # fmt: skip
+        _, held_out = package_adapter(source, tmp_path / "one")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["plain"]), tmp_path / "one")
     with torch.no_grad():
         assert (model.eval()(IDS).logits - stacked()).abs().max() < 2e-5
-    assert done.held_out is not None and done.held_out.shift_kept == pytest.approx(1, abs=1e-4)
+    assert held_out is not None and held_out.shift_kept == pytest.approx(1, abs=1e-4)
 
 
 def test_two_adapters_merge_into_one_model(
@@ -242,10 +244,11 @@ def test_only_plain_lora_can_be_made_one_with_another(bases: dict[str, Path], tm
 
 def test_an_adapter_travels_with_the_recipe_of_its_base(bases: dict[str, Path], tmp_path: Path) -> None:
     make_adapter(bases["plain"], tmp_path / "adapter", r=12)
-    done = package_adapter(tmp_path / "adapter", tmp_path / "out", base=str(bases["plain"]), quantize="nf4-single")
+    with open_source(tmp_path / "adapter", base=str(bases["plain"]), quantize="nf4-single", pairs=0) as source:
+        commands, _ = package_adapter(source, tmp_path / "out")
     saved = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     assert saved == (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert "--max-lora-rank 16" in done.commands[0] and "--quantization bitsandbytes" in done.commands[0]
+    assert "--max-lora-rank 16" in commands[0] and "--quantization bitsandbytes" in commands[0]
     lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
     exec(lines.replace("'.'", repr(str(tmp_path / "out"))), found)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.merging.stream import MergedTensor, faults, mean_kept
-from pe_dpo.merging.verify import Agreement, Behaviour, agreement, doubts, is_too_vague
+from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, is_inconclusive, verification_failures
+from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, tensor_failures
 
 
 def behaves(chosen: list[float], rejected: list[float], probabilities: list[list[float]]) -> Behaviour:
@@ -44,7 +44,7 @@ def test_the_trained_model_agrees_with_itself_exactly() -> None:
 def test_where_training_changed_nothing_there_is_nothing_to_be_relative_to() -> None:
     found = agreement(REFERENCE, REFERENCE, REFERENCE)
     assert (found.relative_kl, found.shift_kept) == (None, None)
-    assert doubts(found, None) == []
+    assert verification_failures(found, None) == []
 
 
 BASE = Agreement(kl=0.01, kl_reference=1.0, shift_kept=1.0, shift_kept_error=0.01, shift_error=0.1, shift=2.0,
@@ -70,17 +70,19 @@ BASE = Agreement(kl=0.01, kl_reference=1.0, shift_kept=1.0, shift_kept_error=0.0
         ({"kl": 1e-13, "kl_reference": 1e-14}, None, []),  # equal weights, another order of sums
     ],
 )
-def test_a_merge_is_doubted_only_where_arithmetic_does_not_explain_it(
+def test_a_merge_fails_only_where_arithmetic_does_not_explain_it(
     merged: dict[str, float], floor: dict[str, float] | None, words: list[str]
 ) -> None:
-    found = doubts(BASE._replace(**merged), None if floor is None else BASE._replace(**{"kl": 0.0, "shift_error": 0.0} | floor))
+    found = verification_failures(
+        BASE._replace(**merged), None if floor is None else BASE._replace(**{"kl": 0.0, "shift_error": 0.0} | floor)
+    )
     assert len(found) == len(words)
     assert all(word in line for word, line in zip(words, found, strict=True))
 
 
-def test_doubts_about_a_scaled_adapter_do_not_call_it_trained() -> None:
+def test_failures_of_a_scaled_adapter_do_not_call_it_trained() -> None:
     wrong = BASE._replace(kl=0.5, shift_kept=0.1, shift_kept_error=0.01)
-    trained, scaled = doubts(wrong, None), doubts(wrong, None, scale=0.5)
+    trained, scaled = verification_failures(wrong, None), verification_failures(wrong, None, scale=0.5)
     assert trained[0].startswith("KL(trained ‖ merged)") and "of what training changed" in trained[0]
     assert scaled[0].startswith("KL(scaled ‖ merged)") and "of what the scaled update changed" in scaled[0]
     assert trained[1:] == scaled[1:] and not any("trained" in line or "training" in line for line in scaled)
@@ -88,14 +90,14 @@ def test_doubts_about_a_scaled_adapter_do_not_call_it_trained() -> None:
 
 def test_in_sixteen_bits_both_sides_have_noise() -> None:
     merged, floor = BASE._replace(kl=0.25), BASE._replace(kl=0.1)
-    assert len(doubts(merged, floor)) == 1
-    assert doubts(merged, floor, in_float32=False) == []
+    assert len(verification_failures(merged, floor)) == 1
+    assert verification_failures(merged, floor, in_float32=False) == []
 
 
-@pytest.mark.parametrize(("kl", "error", "is_vague"), [(0.1, 0.5, False), (2.0, 0.5, True), (2.0, 0.1, False)])
-def test_pairs_that_could_not_tell_a_lost_adapter_are_called_too_vague(kl: float, error: float, is_vague: bool) -> None:
+@pytest.mark.parametrize(("kl", "error", "is_unclear"), [(0.1, 0.5, False), (2.0, 0.5, True), (2.0, 0.1, False)])
+def test_pairs_that_could_not_tell_a_lost_adapter_are_inconclusive(kl: float, error: float, is_unclear: bool) -> None:
     """Training changed 1 nat; noise of `kl` could hide it, and so could a share kept that is only known within `error`."""
-    assert is_too_vague(BASE._replace(shift_kept_error=error), BASE._replace(kl=kl)) is is_vague
+    assert is_inconclusive(BASE._replace(shift_kept_error=error), BASE._replace(kl=kl)) is is_unclear
 
 
 def tensor(kept: float | None, energy: float = 1.0, noise: float = 0.0) -> MergedTensor:
@@ -119,7 +121,7 @@ def tensor(kept: float | None, energy: float = 1.0, noise: float = 0.0) -> Merge
     ],
 )
 def test_a_tensor_or_all_together_out_of_their_bands_are_faults(tensors: list[MergedTensor], count: int) -> None:
-    assert len(faults(tensors)) == count
+    assert len(tensor_failures(tensors)) == count
 
 
 def test_the_share_kept_counts_each_tensor_by_the_size_of_its_update() -> None:

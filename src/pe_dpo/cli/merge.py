@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pe_dpo.errors import UsageError
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 
@@ -28,47 +29,41 @@ def merge(
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Merge adapter and base into one model, and prove that it does what was trained; write nothing where it does not."""
-    _check_words(onto, dtype, rounding, quantize)
     ignored = {"--dtype": dtype != "auto", "--rounding": rounding != "auto", "--force": force}
     if sft is None and scale == 1:
         ignored |= {"--pairs": pairs is not None, "--data": data is not None}
+    _check_words(onto, dtype, rounding, quantize)
     _check_request(target, output, onto, compare=compare, ignored_by_adapter=[name for name, given in ignored.items() if given])
+    if compare and pairs == 0:
+        raise UsageError("--compare needs pairs to compare on; leave --pairs out, or name a number")
 
     from pe_dpo.cli import console
 
     console.start(is_silent=json)
-
-    def quiet(line: str) -> None:
-        return None
-
-    say = quiet if json else console.say
-    common: dict[str, Any] = {
+    source: dict[str, Any] = {
         "data": data,
         "base": base,
         "quantize": quantize,
         "sft": sft,
         "scale": scale,
         "allow_base_mismatch": allow_base_mismatch,
-        "say": say,
-        "progress": console.counter(),
     }
-    written: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed}
+    plan: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed}
     found: dict[str, Any] = {}
     if compare:
-        found |= _compare(target, output, 200 if pairs is None else pairs, {**common, **written}, show=not json)
+        place = output.absolute().parent if output else None
+        found |= _compare(target, place, {**source, "pairs": 200 if pairs is None else pairs}, plan, show=not json)
     if output is not None:
-        common["pairs"] = 32 if pairs is None else pairs
+        source["pairs"] = 32 if pairs is None else pairs
         if onto == "adapter":
-            found |= _package(target, output, common, show=not json)
+            found |= _package(target, output, source, show=not json)
         else:
-            found |= _merge(target, output, {**common, **written, "onto": onto, "force": force}, show=not json)
+            found |= _merge(target, output, {**source, **plan, "onto": onto, "force": force}, show=not json)
     if json:
         typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
 
 
 def _check_words(onto: str, dtype: str, rounding: str, quantize: str | None) -> None:
-    from pe_dpo.errors import UsageError
-
     for name, value, known in (
         ("--onto", onto, ("dequantized", "original", "adapter")),
         ("--dtype", dtype, ("auto", "bf16", "fp16", "fp32")),
@@ -80,8 +75,6 @@ def _check_words(onto: str, dtype: str, rounding: str, quantize: str | None) -> 
 
 
 def _check_request(target: Path, output: Path | None, onto: str, *, compare: bool, ignored_by_adapter: list[str]) -> None:
-    from pe_dpo.errors import UsageError
-
     if onto == "adapter" and not compare and ignored_by_adapter:
         raise UsageError(f"--onto adapter merges nothing; leave {', '.join(ignored_by_adapter)} out")
     if not target.is_dir():
@@ -92,8 +85,8 @@ def _check_request(target: Path, output: Path | None, onto: str, *, compare: boo
 
 def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.cli import console
+    from pe_dpo.merging.card import model_commands
     from pe_dpo.merging.merge import merge as run
-    from pe_dpo.merging.serving import model_commands
 
     report = run(target, output, **settings).report
     if not show:
@@ -107,7 +100,7 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
     if report["held_out"]:
         _show_held_out(report)
     for fault in report["faults"]:
-        console.warn(f"{fault}")
+        console.warn(fault)
     console.say(f"{report['verdict']}: {output}")
     for command in (*model_commands(str(output)), f"pe-dpo export {output} -o {output}-gguf --gguf q8_0"):
         console.say(f"next: {command}")
@@ -116,9 +109,9 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
 
 def _show_held_out(report: dict[str, Any]) -> None:
     from pe_dpo.cli import console
-    from pe_dpo.merging.verify import unmerged_words
+    from pe_dpo.merging.behaviour import name_expected
 
-    name, cause = unmerged_words(report["scale"])
+    name, cause = name_expected(report["scale"])
     rows = []
     for title, key, shape in (
         (f"KL({name} ‖ it), nats a position", "kl", "{:.2e}"),
@@ -134,8 +127,8 @@ def _show_held_out(report: dict[str, Any]) -> None:
     console.show_table(title, header, rows)
     change = report["against_the_quantized_base"]
     if change and change["relative_kl"] is not None:
-        console.say(
-            f"look: against the {name} adapter on the quantized base: relative KL {change['relative_kl']:.2e}, "
+        console.warn(
+            f"against the {name} adapter on the quantized base: relative KL {change['relative_kl']:.2e}, "
             f"shift {change['shift']:+.4f} ({name} {change['shift_trained']:+.4f})"
         )
 
@@ -143,33 +136,40 @@ def _show_held_out(report: dict[str, Any]) -> None:
 def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.cli import console
     from pe_dpo.merging.adapter_package import package_adapter
+    from pe_dpo.merging.source import open_source
+    from pe_dpo.runs.staging import check_free
 
-    done = package_adapter(target, output, **settings)
+    check_free(output)
+    if settings["sft"] is None and settings["scale"] == 1:
+        settings = {**settings, "pairs": 0}  # it is copied, bit for bit
+    with open_source(target, **settings) as source:
+        commands, held_out = package_adapter(source, output)
     if show:
         console.say(f"adapter, tokenizer and the recipe of its base: {output}")
-        for line in done.commands:
+        for line in commands:
             console.say(line)
-    held_out = done.held_out.to_dict() if done.held_out else None
-    return {"folder": str(done.folder), "scale": done.scale, "held_out": held_out, "commands": done.commands}
+    measured = held_out.to_dict() if held_out else None
+    return {"folder": str(output), "scale": source.scale, "held_out": measured, "commands": commands}
 
 
-def _compare(target: Path, output: Path | None, pairs: int, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
+def _compare(target: Path, place: Path | None, settings: dict[str, Any], plan: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.cli import console
     from pe_dpo.merging.compare import compare_merges
-    from pe_dpo.merging.served import scale_words
-    from pe_dpo.metrics.estimates import wilson_interval
+    from pe_dpo.merging.source import describe_scale, open_source
+    from pe_dpo.metrics.table import wilson_interval
 
-    done = compare_merges(target, pairs=pairs, work=output.absolute().parent if output else None, **settings)
+    with open_source(target, **settings) as source:
+        candidates = compare_merges(source, work=place, **plan)
+    pairs, scale = len(source.pairs), source.scale
     rows = []
-    for name, found, kept in done.candidates:
-        low, high = wilson_interval(found.accuracy, done.pairs)
+    for name, found, kept in candidates:
+        low, high = wilson_interval(found.accuracy, pairs)
         relative = "–" if found.relative_kl is None else f"{found.relative_kl:.1e}"
         accuracy = f"{found.accuracy:.3f} [{low:.2f}, {high:.2f}]"
         share = "–" if kept is None else f"{kept:.3f}"
         rows.append([name, accuracy, f"{found.shift:+.4f}", relative, f"{found.nll:.4f}", share])
     if show:
         header = ["", "accuracy", "shift", "rel. KL", "NLL", "ΔW kept"]
-        scaled = f", {scale_words(done.scale)}" if done.scale != 1 else ""
-        console.show_table(f"{done.pairs} held-out pairs{scaled} (95 % Wilson intervals; nats)", header, rows)
-    compared = [{"name": name, **found.to_dict(), "kept": kept} for name, found, kept in done.candidates]
-    return {"scale": done.scale, "compared": compared}
+        scaled = f", {describe_scale(scale)}" if scale != 1 else ""
+        console.show_table(f"{pairs} held-out pairs{scaled} (95 % Wilson intervals; nats)", header, rows)
+    return {"scale": scale, "compared": [{"name": name, **found.to_dict(), "kept": kept} for name, found, kept in candidates]}

@@ -1,59 +1,104 @@
-"""The model card of a merged model: where it comes from, how it was trained, and the proof that this is what was trained."""
+"""The model card of what a merge writes, a merged model or an adapter: where it comes from, the proof, and how to serve it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pe_dpo.merging.served import scale_words
-from pe_dpo.merging.serving import model_commands
-from pe_dpo.merging.source import Source
-from pe_dpo.merging.verify import unmerged_words
+from pe_dpo.merging.behaviour import name_expected
+from pe_dpo.merging.source import Source, describe_scale
+from pe_dpo.quantizations import is_four_bit
 from pe_dpo.recipe import describe, recipe_to_yaml
 from pe_dpo.runs.model_card import held_out_table
 
 
-def merged_card(source: Source, report: Mapping[str, Any], *, licence: str | None) -> str:
-    """Return the card as markdown with the metadata that hubs read.
+def merged_card(source: Source, report: Mapping[str, Any]) -> str:
+    """Return the card of a merged model, with the proof that it is what was trained.
 
     Args:
         source: what was merged.
         report: of the merge.
-        licence: of the base, as its card names it.
     """
-    return "\n".join(
-        [
-            *card_metadata(source.facts.base, library="transformers", relation="finetune", licence=licence),
-            "# A model tuned on preference pairs",
-            "",
-            f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. A LoRA adapter, merged in {report['dtype']}.",
-            "",
-            *scale_lines(source.scale),
-            *_training(source),
-            "## The merge",
-            "",
-            *_merge(report),
-            "",
-            "## Serve",
-            "",
-            "```",
-            *model_commands("FOLDER"),
-            "```",
-            "",
+    licence, base, recipe = _base_licence(source.base_folder), report["base"], source.recipe
+    intro = [f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. A LoRA adapter, merged in {report['dtype']}."]
+    training = ["The adapter was not trained by pe-dpo; nothing is known here of its data and loss.", ""]
+    if recipe is not None:
+        data = source.run.get("hashes", {}).get("data", "unknown")
+        table = held_out_table(source.run.get("before", {}), source.run.get("after", {}))
+        training = ["## Loss", "", *(f"- {line}" for line in describe(recipe.loss).lines()), ""]
+        training += ["## Data", "", f"`{recipe.data.train}`, sha256 of the encoded pairs `{data}`.", ""]
+        training += ["## Held-out pairs, before and after training", "", *table, ""]
+        training += ["## Recipe", "", "```yaml", recipe_to_yaml(recipe).rstrip(), "```", ""]
+    checked = "checked tensor by tensor against training" if base["was_checked"] else "not checked: there is no record of it"
+    kept, (name, cause) = report["mean_kept"], name_expected(report["scale"])
+    proof = [
+        f"Onto the {report['onto']} weights of the base (in training: {base['quantize_in_training']}), rounding "
+        f"{report['rounding']}. The base was {checked}.",
+        "",
+        f"- share of the update in the files: {'nothing to keep' if kept is None else f'{kept:.4f}'}",
+    ]
+    held_out, floor = report["held_out"], report["noise_floor"]
+    if held_out is None:
+        proof.append("- not verified on pairs")
+    else:
+        share = held_out["relative_kl"]
+        words = "" if share is None else f", {share:.4f} of what {cause} changed"
+        proof += [
+            f"- on {report['held_out_pairs']} held-out pairs, KL({name} ‖ merged) {held_out['kl']:.2e} nats a position{words}",
+            f"- preference shift {held_out['shift']:+.4f} nats a pair, {name} {held_out['shift_trained']:+.4f}",
+            f"- same most likely token at {held_out['top1']:.2%} of positions",
         ]
-    )
+        if floor is not None:
+            noisy = f"the {name} model itself, {report['noise_floor_is']}"
+            proof.append(f"- {noisy}: KL {floor['kl']:.2e}, shift {floor['shift']:+.4f}")
+        proof += [f"- **{fault}**" for fault in report["faults"]]
+    body = [*training, "## The merge", "", *proof, "", "## Serve", "", "```", *model_commands("FOLDER"), "```"]
+    return _card(source, "A model tuned on preference pairs", intro, body, library="transformers", relation="finetune")
 
 
-def card_metadata(base: str, *, library: str, relation: str, licence: str | None) -> list[str]:
-    """Return the lines of a card that hubs read.
+def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str]) -> str:
+    """Return the card of an adapter, with how to load it on its base as in training.
 
     Args:
-        base: left out where it is a path, since hubs take names alone.
-        library: that loads the model.
-        relation: to its base, "finetune" or "adapter".
-        licence: of the base, as its card names it.
+        source: whose adapter it is.
+        base: as in base.json.
+        commands: that serve it.
     """
+    intro = [
+        f"Belongs to `{source.facts.base}`, loaded as in training: {base['quantize']}, {base['dtype']}. On another",
+        "quantization, or the original weights, it is another model.",
+    ]
+    revision = f", revision={base['revision']!r}" if base["revision"] else ""
+    quantization = "BitsAndBytesConfig(load_in_8bit=True)" if base["quantize"] == "int8" else "None"
+    if is_four_bit(source.facts.quantize):
+        quantization = (
+            f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant="
+            f"{base['quantize'] == 'nf4'}, bnb_4bit_compute_dtype=torch.{base['dtype']})"
+        )
+    body = [
+        *("```", *commands, "```", ""),
+        "```python",
+        "import torch",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({base['id']!r}{revision}, dtype=torch.{base['dtype']},",
+        f"    quantization_config={quantization})",
+        "model = PeftModel.from_pretrained(base, '.')",
+        "```",
+    ]
+    return _card(source, "A LoRA adapter tuned on preference pairs", intro, body, library="peft", relation="adapter")
+
+
+def model_commands(folder: str) -> list[str]:
+    """Return the commands that serve a whole model, as people paste them."""
+    return [f"vllm serve {folder}", f"transformers serve {folder}"]
+
+
+def _card(source: Source, title: str, intro: Sequence[str], body: Sequence[str], *, library: str, relation: str) -> str:
+    """A card as markdown, with the metadata that hubs read: a base that is a path is left out, since they take names alone."""
+    base, licence = source.facts.base, _base_licence(source.base_folder)
     metadata = {
         **({} if Path(base).exists() else {"base_model": base, "base_model_relation": relation}),
         "library_name": library,
@@ -61,67 +106,28 @@ def card_metadata(base: str, *, library: str, relation: str, licence: str | None
         "tags": [*(["lora"] if relation == "adapter" else []), "preference-optimization", "pe-dpo"],
         **({"license": licence} if licence else {}),
     }
-    return ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
-
-
-def scale_lines(scale: float) -> list[str]:
-    """Return what a card says of an adapter that is not served as it was trained; nothing for one that is."""
-    if scale == 1:
-        return []
-    return [
-        f"After training it was {scale_words(scale)}: W_ref + {scale}·(W − W_ref), where W was trained and W_ref is its",
+    how, scale = describe_scale(source.scale), source.scale
+    scaling = [
+        f"After training it was {how}: W_ref + {scale}·(W − W_ref), where W was trained and W_ref is its",
         "reference (WiSE-FT, arXiv 2109.01903). On purpose this is not the model that was trained; what is said of training is",
         "of a = 1.",
         "",
     ]
+    front = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
+    return "\n".join([*front, *intro, "", *(scaling if source.scale != 1 else []), *body, ""])
 
 
-def _training(source: Source) -> list[str]:
-    if source.recipe is None:
-        return ["The adapter was not trained by pe-dpo; nothing is known here of its data and loss.", ""]
-    data = source.run.get("hashes", {}).get("data", "unknown")
-    return [
-        "## Loss",
-        "",
-        *(f"- {line}" for line in describe(source.recipe.loss).lines()),
-        "",
-        "## Data",
-        "",
-        f"`{source.recipe.data.train}`, sha256 of the encoded pairs `{data}`.",
-        "",
-        "## Held-out pairs, before and after training",
-        "",
-        *held_out_table(source.run.get("before", {}), source.run.get("after", {})),
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        recipe_to_yaml(source.recipe).rstrip(),
-        "```",
-        "",
-    ]
-
-
-def _merge(report: Mapping[str, Any]) -> list[str]:
-    base = report["base"]
-    checked = "checked tensor by tensor against training" if base["was_checked"] else "not checked: there is no record of it"
-    how = (
-        f"Onto the {report['onto']} weights of the base (in training: {base['quantize_in_training']}), rounding "
-        f"{report['rounding']}. The base was {checked}."
-    )
-    kept, (name, cause) = report["mean_kept"], unmerged_words(report["scale"])
-    lines = [how, "", f"- share of the update in the files: {'nothing to keep' if kept is None else f'{kept:.4f}'}"]
-    found, floor = report["held_out"], report["noise_floor"]
-    if found is None:
-        return [*lines, "- not verified on pairs"]
-    relative = found["relative_kl"]
-    lines += [
-        f"- on {report['held_out_pairs']} held-out pairs, KL({name} ‖ merged) {found['kl']:.2e} nats a position"
-        + ("" if relative is None else f", {relative:.4f} of what {cause} changed"),
-        f"- preference shift {found['shift']:+.4f} nats a pair, {name} {found['shift_trained']:+.4f}",
-        f"- same most likely token at {found['top1']:.2%} of positions",
-    ]
-    if floor is not None:
-        other = report["noise_floor_is"]
-        lines.append(f"- the {name} model itself, {other}: KL {floor['kl']:.2e}, shift {floor['shift']:+.4f}")
-    return [*lines, *(f"- **{fault}**" for fault in report["faults"])]
+def _base_licence(folder: Path) -> str | None:
+    """The licence that the model card of a base names, None if it names none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n")
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        metadata = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    licence = metadata.get("license") if isinstance(metadata, dict) else None
+    return licence if isinstance(licence, str) else None

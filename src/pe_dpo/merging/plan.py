@@ -4,18 +4,30 @@ Tied embeddings: one tensor of the files serves as embedding and head. An update
 unties them: the other keeps the base's values, and the merged model has two tensors.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from pe_dpo.errors import ModelError
-from pe_dpo.merging.updates import AdapterFiles, Change
-from pe_dpo.model.base import BaseFacts, empty_model
-from pe_dpo.model.tensor_files import TensorFacts, TensorFiles
+from pe_dpo.merging.adapter_files import Change
+from pe_dpo.merging.source import Source
+from pe_dpo.model.base import empty_model
+from pe_dpo.model.fingerprint import config_fingerprint
+from pe_dpo.model.provenance import changed_files
+from pe_dpo.model.tensor_files import TensorFacts
+
+logger = logging.getLogger(__name__)
+
+Onto = Literal["dequantized", "original"]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Rounding = Literal["auto", "nearest", "stochastic"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Output(NamedTuple):
+class PlannedTensor(NamedTuple):
     """One tensor to write."""
 
     facts: TensorFacts
@@ -28,118 +40,195 @@ class Output(NamedTuple):
     """Its name among fingerprints, which have tied tensors once."""
 
 
-class Plan(NamedTuple):
-    """All tensors of the merged model, in the order they are written, and what its configuration must say of them."""
-
-    outputs: list[Output]
-    config_changes: dict[str, Any]
-    parameters: set[str]
-    """Names under which the loaded model has its parameters; tied ones once."""
-
-
-class _Names(NamedTuple):
-    """How the modules of a model are called, and how its files call them."""
-
-    parameters: set[str]
-    """And buffers."""
-    trained: set[str]
-    """Without buffers."""
-    embedding: str
-    head: str | None
-    prefix: str
-    is_tied: bool
-    transposed: set[str]
-    """Weights that lie (in, out) in their files."""
-
-
-def plan_merge(files: TensorFiles, adapter: AdapterFiles, facts: BaseFacts, *, dtype: torch.dtype) -> Plan:
-    """Return what is to be written.
+class Plan:
+    """How a source is merged: all tensors of the merged model, in the order they are written.
 
     Args:
-        files: weights of the base.
-        adapter: whose every tensor is used exactly once.
-        facts: of the base.
-        dtype: of the merged weights; integers stay what they are.
+        source: with an adapter whose every tensor is used exactly once.
+        onto: "dequantized" adds to the values of the 4-bit codes that were trained on, "original" to the base's own weights.
+        dtype: of the merged weights, "auto" for that of the base; integers stay what they are.
+        rounding: "auto" is to nearest, and stochastic for a tensor on the 16-bit grid that would lose too much of ΔW.
+        seed: of stochastic rounding.
 
     Raises:
-        ModelError: a tensor of the adapter has no place in the base, or the base's files call their tensors otherwise than its
-            modules.
+        ModelError: a tensor of the adapter has no place in the base, the base's files call their tensors otherwise than its
+            modules or are not those of training, or no merged weights can compute what was trained.
     """
-    names = _names(facts, files)
-    changes = {name: _oriented(name, change, names) for name, change in adapter.changes.items()}
-    head = _untie(changes, adapter, names) if names.is_tied else None
-    where = {_locate(name, files, names): name for name in changes}
-    _check_all_have_a_place(adapter, where, changes, files)
-    own, outputs = own_dtype(facts.config), []
-    for tensor in files:
-        if names.is_tied and tensor.name == names.head:
-            continue  # transformers ignores it
-        module_name = where.get(tensor.name) or _module_name(tensor.name, names)
-        outputs.append(_output(tensor, tensor.name, module_name, changes.get(module_name), adapter, dtype, own))
-    config_changes: dict[str, Any] = {} if names.is_tied else {"tie_word_embeddings": False}
-    if head is not None and names.head is not None:
-        source = _locate(names.embedding, files, names)
-        outputs.append(_output(files.facts(source), names.head, names.embedding, head, adapter, dtype, own, source))
-        config_changes["tie_word_embeddings"] = False
-    _check_all_used(adapter, outputs)
-    once = min(names.embedding, names.head or names.embedding) if names.is_tied else ""
-    tied = {names.embedding, names.head} if names.is_tied else set()
-    outputs = [output._replace(recorded_as=once if output.module_name in tied else output.module_name) for output in outputs]
-    rows = {output.facts.shape[0] for output in outputs if output.module_name in (names.embedding, names.head)}
-    if len(rows) > 1:
-        raise ModelError(f"{adapter.folder}: embedding and head would have {' and '.join(map(str, sorted(rows)))} rows")
-    if rows and rows != {facts.config.get_text_config().vocab_size}:
-        config_changes["vocab_size"] = rows.pop()
-    return Plan(outputs, config_changes, {once if name in tied else name for name in names.trained})
+
+    def __init__(
+        self, source: Source, *, onto: Onto = "dequantized", dtype: Dtype = "auto", rounding: Rounding = "auto", seed: int = 0
+    ) -> None:
+        self.source, self.onto, self.rounding, self.seed = source, onto, rounding, seed
+        config, adapter, files = source.facts.config, source.adapter, source.files
+        self.base_dtype: torch.dtype | None = config.get_text_config().dtype or config.dtype
+        is_servable = self.base_dtype in DTYPES.values()
+        self.dtype = DTYPES[dtype] if dtype != "auto" else self.base_dtype if is_servable else torch.bfloat16
+        names = _BaseNames(source)
+        changes = {
+            name: change._replace(is_transposed=change.is_transposed or name in names.transposed)
+            for name, change in adapter.changes.items()
+        }
+        head_change = _untie(changes, source, names) if names.is_tied else None
+        places = {names.in_files(name): name for name in changes}
+        for place, name in places.items():
+            if place not in files:
+                raise ModelError(
+                    f"{adapter.folder}: {changes[name].keys[0]} is for {name}, which {files.folder} does not have: it is not "
+                    "the adapter's base, or its files name their tensors otherwise than its modules; use --onto adapter"
+                )
+        self.tensors: list[PlannedTensor] = []
+        for tensor in files:
+            if names.is_tied and tensor.name == names.head:
+                continue  # transformers ignores it
+            module_name = places.get(tensor.name) or names.in_model(tensor.name)
+            self._add(tensor, tensor.name, module_name, changes.get(module_name), names)
+        self.config_changes: dict[str, Any] = {} if names.is_tied else {"tie_word_embeddings": False}
+        if head_change is not None and names.head is not None:
+            self._add(files.facts(names.in_files(names.embedding)), names.head, names.embedding, head_change, names)
+            self.config_changes["tie_word_embeddings"] = False
+        self._check_every_update_is_used()
+        rows = {one.facts.shape[0] for one in self.tensors if one.module_name in (names.embedding, names.head)}
+        if len(rows) > 1:
+            raise ModelError(f"{adapter.folder}: embedding and head would have {' and '.join(map(str, sorted(rows)))} rows")
+        if rows and rows != {config.get_text_config().vocab_size}:
+            self.config_changes["vocab_size"] = rows.pop()
+        self._check_base()
+        self._check_nothing_lacks({names.recorded_as(name) for name in names.parameters})
+
+    def check_space(self, output: Path) -> None:
+        """Check that the disk has room for the merged weights.
+
+        Args:
+            output: a folder that need not exist.
+
+        Raises:
+            ModelError: it has not.
+        """
+        size = sum(tensor.facts.bytes for tensor in self.tensors)
+        free = shutil.disk_usage(output.absolute().parent).free
+        if size > free:
+            raise ModelError(f"{output}: the merged model has {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
+
+    def _add(self, stored: TensorFacts, name: str, module_name: str, change: Change | None, names: "_BaseNames") -> None:
+        shape = stored.shape if change is None else self.source.adapter.shape(change) or stored.shape
+        change = change if change is not None and change.keys else None
+        # A base of 16 bits that keeps a tensor in float32 has its reasons: the correction of a router, say.
+        is_wide = stored.dtype == torch.float32 and self.base_dtype in (torch.bfloat16, torch.float16) and change is None
+        dtype = self.dtype if stored.dtype.is_floating_point and not is_wide else stored.dtype
+        facts = TensorFacts(name, shape, dtype)
+        self.tensors.append(PlannedTensor(facts, stored.name, module_name, change, names.recorded_as(module_name)))
+
+    def _check_every_update_is_used(self) -> None:
+        """Each once; a whole tensor may serve embedding and head, or be there twice with equal values."""
+        adapter = self.source.adapter
+        used = [key for planned in self.tensors if planned.change for key in planned.change.keys]
+        for name, change in adapter.changes.items():
+            for key in change.keys:
+                if used.count(key) != 1 and key != change.replacement:
+                    times = f"{key} would be used {used.count(key)} times ({name})"
+                    raise ModelError(f"{adapter.folder}: {times}; use --onto adapter")
+
+    def _check_base(self) -> None:
+        """Check what can be checked of the base without reading it into a model."""
+        source, record = self.source, self.source.record
+        if source.facts.quantize == "int8" and self.onto == "dequantized":
+            raise ModelError(
+                "int8 also rounds what flows through a layer, so that no merged weights compute what was trained; merge --onto "
+                "original, or serve with --onto adapter"
+            )
+        if self.onto == "original" and source.facts.quantize != "none":
+            logger.warning(
+                "onto the original weights: their quantization error was part of training, and is not of what is served"
+            )
+        if record is None:
+            return
+        if record.config != config_fingerprint(source.facts.config):
+            what = f"{source.base_folder / 'config.json'}: says another arithmetic (norms, rotary, scales, …) than in training"
+            if not source.allow_base_mismatch:
+                raise ModelError(f"{what}; restore it; --allow-base-mismatch merges all the same")
+            logger.warning(what)
+        if self.onto == "dequantized":
+            return  # tensor by tensor as loaded, later
+        changed = changed_files(record.model_dump(), source.base_folder)
+        if changed and not source.allow_base_mismatch:
+            raise ModelError(
+                f"{source.base_folder / changed[0]}: is not the file of training (sha256); restore the base, or name it with "
+                "--base; --allow-base-mismatch merges all the same"
+            )
+        if changed:
+            logger.warning(f"{changed[0]} of the base is not the file of training")
+
+    def _check_nothing_lacks(self, parameters: set[str]) -> None:
+        """Where no model will be loaded, check by name that the files have what the model has and what training had.
+
+        Args:
+            parameters: names under which the loaded model has its parameters; tied ones once.
+        """
+        source = self.source
+        if source.pairs or source.allow_base_mismatch:
+            return
+        has_hashes = source.record is not None and source.facts.quantize != "int8"
+        expected = set(source.record.tensors) if source.record is not None and has_hashes else parameters
+        planned = {tensor.recorded_as for tensor in self.tensors}
+        if expected - planned:
+            raise ModelError(
+                f"{source.base_folder}: its files do not have {min(expected - planned)}, or under another name, and without "
+                "pairs that cannot be told: leave --pairs 0 out"
+            )
+        unknown = (planned - expected) & parameters if has_hashes else set()
+        if unknown:
+            raise ModelError(f"{source.folder / 'base.json'}: says nothing of {min(unknown)}; take another copy of the run")
 
 
-def own_dtype(config: Any) -> torch.dtype | None:
-    """Return the dtype that a base comes in, as its configuration says."""
-    found: torch.dtype | None = config.get_text_config().dtype or config.dtype
-    return found
+class _BaseNames:
+    """How the modules of a base are called, and how its files call them."""
+
+    def __init__(self, source: Source) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        facts, self._files = source.facts, source.files
+        model = empty_model(facts.base, facts.config)
+        self.transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        """Weights that lie (in, out) in their files."""
+        if self.transposed and facts.quantize != "none":
+            raise ModelError(
+                f"{facts.base}: has transposed layers (Conv1D), which are quantized in another order than they lie in the "
+                "files; that cannot be merged, use --onto adapter"
+            )
+        self.parameters = {name for name, _ in model.named_parameters()}
+        self._tensors = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+        self._prefix = model.base_model_prefix
+        by_module = {id(module): name for name, module in model.named_modules()}
+        head = model.get_output_embeddings()
+        self.embedding = f"{by_module[id(model.get_input_embeddings())]}.weight"
+        self.head = None if head is None else f"{by_module[id(head)]}.weight"
+        self.is_tied = bool(facts.config.get_text_config().tie_word_embeddings)
+        if self.is_tied and self.head is not None and {self.head, self.embedding} <= {tensor.name for tensor in self._files}:
+            # transformers does not tie two that differ, whatever it was told.
+            self.is_tied = torch.equal(self._files.read(self.embedding), self._files.read(self.head))
+
+    def in_files(self, name: str) -> str:
+        """Return the files' name of a tensor: its module's, or that with or without the prefix of the bare model."""
+        short = name.removeprefix(f"{self._prefix}.")
+        return next((known for known in (name, short, f"{self._prefix}.{name}") if known in self._files), name)
+
+    def in_model(self, name: str) -> str:
+        """Return the model's name of a tensor of the files."""
+        long = f"{self._prefix}.{name}"
+        return long if name not in self._tensors and long in self._tensors else name
+
+    def recorded_as(self, module_name: str) -> str:
+        """Return the name of a tensor among fingerprints, which have tied tensors once, under the first of their names."""
+        tied = {self.embedding, self.head or self.embedding} if self.is_tied else set()
+        return min(tied) if module_name in tied else module_name
 
 
-def _names(facts: BaseFacts, files: TensorFiles) -> _Names:
-    from transformers.pytorch_utils import Conv1D
-
-    model = empty_model(facts.base, facts.config)
-    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    if transposed and facts.quantize != "none":
-        raise ModelError(
-            f"{facts.base}: has transposed layers (Conv1D), which are quantized in another order than they lie in the files; "
-            "that cannot be merged, use --onto adapter"
-        )
-    by_module = {id(module): name for name, module in model.named_modules()}
-    head = model.get_output_embeddings()
-    embedding = f"{by_module[id(model.get_input_embeddings())]}.weight"
-    head_name = None if head is None else f"{by_module[id(head)]}.weight"
-    return _Names(
-        parameters={name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())},
-        trained={name for name, _ in model.named_parameters()},
-        embedding=embedding,
-        head=head_name,
-        prefix=model.base_model_prefix,
-        is_tied=bool(facts.config.get_text_config().tie_word_embeddings) and _are_equal(files, embedding, head_name),
-        transposed=transposed,
-    )
-
-
-def _are_equal(files: TensorFiles, embedding: str, head: str | None) -> bool:
-    """Whether files have one tensor for embedding and head; transformers does not tie two that differ, whatever it was told."""
-    if head is None or head not in files or embedding not in files:
-        return True
-    return torch.equal(files.read(embedding), files.read(head))
-
-
-def _oriented(name: str, change: Change, names: _Names) -> Change:
-    return change._replace(is_transposed=change.is_transposed or name in names.transposed)
-
-
-def _untie(changes: dict[str, Change], adapter: AdapterFiles, names: _Names) -> Change | None:
+def _untie(changes: dict[str, Change], source: Source, names: _BaseNames) -> Change | None:
     """Take the head's change out of those of a tied base, and return it if it is not the embedding's.
 
     A whole tensor that was saved because the vocabulary was resized is both; one in modules_to_save is its own module's only.
     """
+    adapter = source.adapter
     if names.head is None or not {names.embedding, names.head} & changes.keys():
         return None
     embedding, head = changes.pop(names.embedding, Change()), changes.pop(names.head, Change())
@@ -150,73 +239,18 @@ def _untie(changes: dict[str, Change], adapter: AdapterFiles, names: _Names) -> 
             )
         changes[names.embedding] = embedding if embedding.replacement else head
         return None
-    both = next((c.replacement for c, name in ((embedding, names.embedding), (head, names.head))
-                 if c.replacement and not _is_trained_whole(name, adapter)), None)  # fmt: skip
+    both = None
+    for change, name in ((head, names.head), (embedding, names.embedding)):
+        module, saved = name.removesuffix(".weight"), adapter.config.modules_to_save or ()
+        if change.replacement and not any(f".{module}".endswith(f".{one}") for one in saved):
+            both = change.replacement
     embedding = embedding._replace(replacement=embedding.replacement or both)
     head = head._replace(replacement=head.replacement or both)
     if embedding.keys:
         changes[names.embedding] = embedding
-    return None if _same(adapter, embedding, head) else head
-
-
-def _is_trained_whole(name: str, adapter: AdapterFiles) -> bool:
-    module = name.removesuffix(".weight")
-    return any(module == saved or module.endswith(f".{saved}") for saved in adapter.config.modules_to_save or ())
-
-
-def _same(adapter: AdapterFiles, first: Change, second: Change) -> bool:
-    """Whether two changes give one tensor, the saved values compared."""
-    if first == second:
-        return True
-    if first.a or second.a or not (first.replacement and second.replacement):
-        return False
-    return torch.equal(adapter.tensors.read(first.replacement), adapter.tensors.read(second.replacement))
-
-
-def _locate(name: str, files: TensorFiles, names: _Names) -> str:
-    """The files' name of a tensor: its module's, or that with or without the prefix of the bare model."""
-    short = name.removeprefix(f"{names.prefix}.")
-    return next((known for known in (name, short, f"{names.prefix}.{name}") if known in files), name)
-
-
-def _module_name(name: str, names: _Names) -> str:
-    long = f"{names.prefix}.{name}"
-    return long if name not in names.parameters and long in names.parameters else name
-
-
-def _check_all_have_a_place(
-    adapter: AdapterFiles, where: dict[str, str], changes: dict[str, Change], files: TensorFiles
-) -> None:
-    for source, name in where.items():
-        if source not in files:
-            raise ModelError(
-                f"{adapter.folder}: {changes[name].keys[0]} is for {name}, which {files.folder} does not have: it is not the "
-                "adapter's base, or its files name their tensors otherwise than its modules; use --onto adapter"
-            )
-
-
-def _output(
-    tensor: TensorFacts,
-    name: str,
-    module_name: str,
-    change: Change | None,
-    adapter: AdapterFiles,
-    dtype: torch.dtype,
-    own_dtype: torch.dtype | None,
-    source: str | None = None,
-) -> Output:
-    shape = tensor.shape if change is None else adapter.shape(change) or tensor.shape
-    is_changed = change is not None and bool(change.keys)
-    # A base of 16 bits that keeps a tensor in float32 has its reasons: the correction of a router, say.
-    is_wide = tensor.dtype == torch.float32 and own_dtype in (torch.bfloat16, torch.float16) and not is_changed
-    kept = dtype if tensor.dtype.is_floating_point and not is_wide else tensor.dtype
-    return Output(TensorFacts(name, shape, kept), source or tensor.name, module_name, change if is_changed else None, "")
-
-
-def _check_all_used(adapter: AdapterFiles, outputs: Iterable[Output]) -> None:
-    """Every update once; a whole tensor may serve embedding and head, or be there twice with equal values."""
-    used = [key for output in outputs if output.change for key in output.change.keys]
-    for name, change in adapter.changes.items():
-        for key in change.keys:
-            if used.count(key) != 1 and key != change.replacement:
-                raise ModelError(f"{adapter.folder}: {key} would be used {used.count(key)} times ({name}); use --onto adapter")
+    if embedding == head:
+        return None
+    if embedding.a or head.a or not (embedding.replacement and head.replacement):
+        return head
+    is_same = torch.equal(adapter.tensors.read(embedding.replacement), adapter.tensors.read(head.replacement))
+    return None if is_same else head

@@ -1,69 +1,71 @@
-"""What is to be merged: the adapter, the base it belongs to, how that was loaded in training, and pairs to measure on."""
+"""What is to be merged: the adapter, the base it belongs to, how that was loaded in training, and pairs to measure on.
 
-import json
-from collections.abc import Callable, Mapping
+Which adapter is served: the one that was trained, fused with the one under it, or scaled toward the reference.
+
+    as trained     W0 + ΔW                          its own files
+    sft            W0 + ΔW_sft + ΔW                 two adapters in one
+    scale a        W_ref + a·(W − W_ref)            0 < a < 1: between the reference and what was trained
+
+        W0 + a·ΔW                                   π0 is the base
+        W0 + (1 − a)·ΔW_ref + a·ΔW                  π0 has a frozen copy of the adapter that training started from
+        W0 + ΔW_sft + a·ΔW                          π0 has the adapter named by sft
+
+A fused or scaled adapter is a folder of plain PEFT files that goes away when the source is closed, and everything goes on from
+it as from any other adapter. What it is held against is not made of it: PEFT with the adapters of training, their scalings
+times the weights.
+
+Wortsman et al. 2022 (WiSE-FT, arXiv 2109.01903): interpolated weights. It is the free alternative to mixout.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
-import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pe_dpo.data import EncodedPair, data_hash
-from pe_dpo.data.encoding import Progress
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.target import Target, find_target, load_target_tokenizer, read_record
-from pe_dpo.merging.updates import AdapterFiles
+from pe_dpo.merging.adapter_files import AdapterFiles, save_fused_adapter, save_scaled_adapter
 from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.adapter_config import expected_tensors
 from pe_dpo.model.base import BaseFacts, empty_model, end_token_ids, inspect_base
 from pe_dpo.model.provenance import adapter_fingerprints, base_folder, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.tensor_files import TensorFiles
-from pe_dpo.quantizations import QUANTIZATIONS, is_four_bit
-from pe_dpo.recipe import Recipe
+from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.schema import DataSection
 
-_RECORD = {"quantize": str, "dtype": str, "tensors": dict, "files": dict, "quantized_layers": list, "config": str}
-"""What is needed of base.json."""
+logger = logging.getLogger(__name__)
 
 
-class Source(NamedTuple):
-    """A finished adapter with all that its merge needs."""
+class BaseRecord(BaseModel):
+    """What base.json says that the base was in training; written by `model.provenance.base_record`."""
 
-    folder: Path
-    adapter: AdapterFiles
-    """The one that is served."""
-    trained: Path
-    """The adapter that was trained; `adapter` may be made of it (`served.as_served`)."""
-    reference: Path | None
-    """The adapter that π0 has; None where π0 is the bare base."""
-    facts: BaseFacts
-    record: Mapping[str, Any] | None
-    """base.json, what the base was in training; None for an adapter that was not trained here."""
-    run: Mapping[str, Any]
-    """run.json; empty for an adapter that was not trained here."""
-    recipe: Recipe | None
-    base_folder: Path
-    files: TensorFiles
-    tokenizer: Any
-    pairs: list[EncodedPair]
-    """To verify on; empty if none were asked for."""
-    weights: tuple[float, float] = (0.0, 1.0)
-    """Of the adapters in `reference` and `trained`: what their sum is, `adapter` is."""
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    id: str
+    revision: str | None = None
+    quantize: Quantization
+    dtype: Literal["float32", "bfloat16"]
+    device: str | None = None
+    parameters: int | None = None
+    quantized_layers: tuple[str, ...]
+    config: str
+    files: dict[str, str]
+    tensors: dict[str, str]
+    tokenizer: str | None = None
+    chat_template: str | None = None
     scale: float = 1.0
-    """How far what is served is from the reference; 1 is what was trained."""
+    """Of an adapter that was packaged scaled."""
 
 
-def open_source(
-    target: Path,
-    *,
-    data: str | None = None,
-    pairs: int = 32,
-    base: str | None = None,
-    quantize: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Progress = lambda what, done, total: None,
-) -> Source:
-    """Return what is to be merged; no weights are read.
+class Source:
+    """A finished adapter with all that its merge needs; no weights of the base are read.
 
     Args:
         target: a finished run, or any LoRA adapter.
@@ -71,79 +73,175 @@ def open_source(
         pairs: how many of them; 0 for none.
         base: where the base lies now, if not where it was.
         quantize: of an adapter that was not trained here, how its base was loaded in training.
-        say: gets lines of facts.
-        progress: called with what is done, pairs done, and pairs in all.
+        allow_base_mismatch: go on where the base is not bit for bit the one of training.
 
     Raises:
         UsageError: the target is a whole model or no model, or something that only the user knows is missing.
-        ModelError: base or adapter cannot be used, or are not whole.
+        ModelError: base or adapter cannot be used, or are not whole, or not those of training.
         DataError: the pairs cannot be read.
     """
-    found = find_target(target, base=base, quantize=quantize)
-    if found.adapter is None:
-        raise UsageError(f"{target}: is a whole model; name the run or the adapter to merge")
-    record = _read_base_record(target)
-    if record is None and quantize is None:
-        raise UsageError(
-            f"{target}: nothing there says how its base was loaded in training, and that decides what is served; say it with "
-            "--quantize nf4, nf4-single (without double quantization), int8 or none"
+
+    def __init__(
+        self, target: Path, *, data: str | None, pairs: int, base: str | None, quantize: str | None, allow_base_mismatch: bool
+    ) -> None:
+        self.folder, self.allow_base_mismatch = target, allow_base_mismatch
+        found = find_target(target, base=base, quantize=quantize)
+        if found.adapter is None:
+            raise UsageError(f"{target}: is a whole model; name the run or the adapter to merge")
+        self.record = _read_base_record(target / "base.json") if (target / "base.json").is_file() else None
+        """What the base was in training; None for an adapter that was not trained here."""
+        if self.record is None and quantize is None:
+            raise UsageError(
+                f"{target}: nothing there says how its base was loaded in training, and that decides what is served; say it "
+                "with --quantize nf4, nf4-single (without double quantization), int8 or none"
+            )
+        if self.record is not None and quantize not in (None, self.record.quantize):
+            raise UsageError(f"{target}: was trained on {self.record.quantize}, as base.json says; leave --quantize out")
+        self.trained: Path = found.adapter
+        """The adapter that was trained."""
+        self.adapter = AdapterFiles(found.adapter)
+        """The one that is served; it may be made of the trained one."""
+        how = found.model.model_dump()
+        if self.record is not None:
+            revision = self.record.revision if base is None else None
+            how |= {"quantize": self.record.quantize, "dtype": self.record.dtype, "revision": revision}
+        self.facts = inspect_base(**how)
+        _check_adapter_tensors(self.adapter, self.facts)
+        self.recipe = found.recipe
+        self.run: Mapping[str, Any] = read_record(target) if found.recipe else {}
+        """run.json; empty for an adapter that was not trained here."""
+        then = self.run.get("hashes", {}).get("adapter", {})
+        now = adapter_fingerprints(target) if then else {}
+        changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+        if changed:
+            raise ModelError(f"{target / changed[0]}: is not what training wrote (sha256); take another copy of the run")
+        self.tokenizer = load_target_tokenizer(found)
+        if self.record is not None:
+            for what, recorded, fingerprint in (
+                ("chat template", self.record.chat_template, template_fingerprint(self.tokenizer)),
+                ("tokenizer", self.record.tokenizer, tokenizer_fingerprint(self.tokenizer)),
+            ):
+                if recorded != fingerprint:
+                    raise ModelError(f"{target}: its {what} is not the one of training (sha256); restore the files of the run")
+        self.pairs = self._held_out_pairs(found, data, pairs) if pairs else []
+        """To verify on; empty if none were asked for."""
+        frozen = found.adapter / REFERENCE
+        self.reference = frozen if (frozen / "adapter_config.json").is_file() else None
+        """The adapter that π0 has; None where π0 is the bare base."""
+        self.weights = (0.0, 1.0)
+        """Of the adapters in `reference` and `trained`: what their sum is, `adapter` is."""
+        self.scale = self.record.scale if self.record else 1.0
+        """How far what is served is from the reference; 1 is what was trained."""
+        self.base_folder = base_folder(self.facts)
+        self.files = TensorFiles(self.base_folder)
+        """The base's weights."""
+
+    def fuse_or_scale(self, sft: str | Path | None, scale: float, folder: Path) -> None:
+        """Serve the adapter fused with the one under it, or scaled toward its reference; its files are written into the folder.
+
+        Raises:
+            UsageError: the adapter has the other one in it already, or is scaled already.
+            ModelError: an adapter is not of a kind that can be scaled or be fused with another.
+        """
+        if sft is not None and (self.recipe is not None or self.reference is not None):
+            raise UsageError(
+                f"{self.folder}: a run goes on with the adapter that it starts from, so that is in it already; leave --sft out"
+            )
+        if scale != 1:
+            if self.scale != 1:
+                already = describe_scale(self.scale)
+                raise UsageError(f"{self.folder}: is {already} already (base.json); scale the run it was made from")
+            words = f"what is served is not what was trained, but a = {scale} times as far from the reference"
+            logger.info(f"{describe_scale(scale)}: {words}")
+            if scale > 1:
+                logger.warning(f"a = {scale} goes beyond what was trained (extrapolation)")
+        if sft is not None:
+            self.reference = Path(sft)
+        weight = 1.0 if sft is not None else 1 - scale if self.reference else 0.0
+        if self.reference is not None and weight:
+            save_fused_adapter((AdapterFiles(self.reference), self.adapter), (weight, scale), folder)
+        else:
+            save_scaled_adapter(self.adapter, scale, folder)
+        self.adapter, self.weights, self.scale = AdapterFiles(folder), (weight, scale), scale * self.scale
+
+    def _held_out_pairs(self, found: Target, data: str | None, count: int) -> list[EncodedPair]:
+        """`count` pairs, evenly spread over those held out, or over `data`."""
+        if data is None and self.recipe is None:
+            raise UsageError(
+                "an adapter has no held-out pairs of its own to be verified on; name some with --data, or --pairs 0"
+            )
+        prepared = prepare_from_settings(
+            self.recipe.data if self.recipe else DataSection(train=str(data)),
+            tokenizer=self.tokenizer,
+            context_length=self.facts.context_length,
+            end_token_ids=end_token_ids(found.model.base, revision=found.model.revision),
+            only=data,
         )
-    if record is not None and quantize not in (None, record["quantize"]):
-        raise UsageError(f"{target}: was trained on {record['quantize']}, as base.json says; leave --quantize out")
-    adapter = AdapterFiles(found.adapter)
-    facts = _facts(found, record, base)
-    _check_whole(adapter, facts)
-    run = read_record(target) if found.recipe else {}
-    _check_adapter_file(target, run)
-    tokenizer = load_target_tokenizer(found)
-    _check_tokenizer(target, tokenizer, record)
-    chosen = _pairs(found, facts, tokenizer, data, pairs, run, say, progress) if pairs else []
-    frozen = found.adapter / REFERENCE
-    folder = base_folder(facts)
-    return Source(
-        folder=target,
-        adapter=adapter,
-        trained=found.adapter,
-        reference=frozen if (frozen / "adapter_config.json").is_file() else None,
-        facts=facts,
-        record=record,
-        run=run,
-        recipe=found.recipe,
-        base_folder=folder,
-        files=TensorFiles(folder),
-        tokenizer=tokenizer,
-        pairs=chosen,
-        scale=record.get("scale", 1.0) if record else 1.0,
-    )
+        pairs = prepared.train if data else prepared.held_out
+        recorded = None if data else self.run.get("hashes", {}).get("held_out")
+        if recorded is not None and recorded != data_hash(pairs):
+            logger.warning("the data are not those of the run any more; what is held out now may have been trained on")
+        if not pairs:
+            raise UsageError("the run held no pairs out to verify the merge on; name some with --data, or --pairs 0")
+        logger.info(f"verified on {min(count, len(pairs))} of {len(pairs)} held-out pairs")
+        return [pairs[index * len(pairs) // count] for index in range(count)] if len(pairs) > count else list(pairs)
 
 
-def _read_base_record(target: Path) -> dict[str, Any] | None:
-    path = target / "base.json"
-    if not path.is_file():
-        return None
+@contextmanager
+def open_source(
+    target: str | Path,
+    *,
+    data: str | None = None,
+    pairs: int = 32,
+    base: str | None = None,
+    quantize: str | None = None,
+    sft: str | Path | None = None,
+    scale: float = 1.0,
+    allow_base_mismatch: bool = False,
+) -> Iterator[Source]:
+    """Yield what is to be merged, the adapter as it is to be served.
+
+    Args:
+        target: as for `Source`, and so are the others.
+        sft: an adapter that was active under its own in training; π0 has it.
+        scale: a; see above.
+
+    Raises:
+        UsageError: the scale is not above 0. Otherwise as `Source` and its `fuse_or_scale`.
+    """
+    if not math.isfinite(scale) or scale < 0:
+        raise UsageError(f"--scale {scale}: write a number above 0; 1 is what was trained, 0.5 half the way there")
+    if scale == 0:
+        raise UsageError("--scale 0: is the reference itself, with nothing of what was trained; write a number above 0")
+    source = Source(
+        Path(target), data=data, pairs=pairs, base=base, quantize=quantize, allow_base_mismatch=allow_base_mismatch
+    )  # fmt: skip
+    if sft is None and scale == 1:
+        yield source
+        return
+    with TemporaryDirectory() as scratch:
+        source.fuse_or_scale(sft, scale, Path(scratch))
+        yield source
+
+
+def describe_scale(scale: float) -> str:
+    """Return how far an adapter that is not served as it was trained is from its reference, in words."""
+    return f"scaled {'toward' if scale < 1 else 'away from'} the reference by a = {scale}"
+
+
+def _read_base_record(path: Path) -> BaseRecord:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        missing = {name for name, kind in _RECORD.items() if not isinstance(record.get(name), kind)}
-        if not isinstance(record.get("scale", 1.0), float):  # of an adapter that was packaged scaled
-            missing.add("scale")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}; without it the base cannot be checked") from error
-    if missing:
-        raise ModelError(f"{path}: says nothing that can be used of {', '.join(sorted(missing))}; take another copy of the run")
-    if record["dtype"] not in ("float32", "bfloat16") or record["quantize"] not in QUANTIZATIONS:
-        raise ModelError(f"{path}: {record['quantize']} in {record['dtype']} is nothing that training does; take another copy")
-    return dict(record)
+        return BaseRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        why = str(error)
+        if isinstance(error, ValidationError):
+            why = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()[:3])
+        raise ModelError(
+            f"{path}: cannot be used ({why}), and without it the base cannot be checked; take another copy of the run"
+        ) from error
 
 
-def _facts(found: Target, record: Mapping[str, Any] | None, base: str | None) -> BaseFacts:
-    """Facts of the base, loaded as in training wherever that is known."""
-    if record is None:
-        return inspect_base(**found.model.model_dump())
-    revision = record["revision"] if base is None else None
-    return inspect_base(found.model.base, revision=revision, quantize=record["quantize"], dtype=record["dtype"])
-
-
-def _check_whole(adapter: AdapterFiles, facts: BaseFacts) -> None:
+def _check_adapter_tensors(adapter: AdapterFiles, facts: BaseFacts) -> None:
     """Check that a saved adapter has the tensors that its configuration asks for: PEFT fills in missing ones, and drops others.
 
     Whole embeddings may be there besides, where the vocabulary was resized.
@@ -151,81 +249,17 @@ def _check_whole(adapter: AdapterFiles, facts: BaseFacts) -> None:
     model = empty_model(facts.base, facts.config)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     resized = {f"{name}.weight" for name, module in model.named_modules() if module in embeddings}
-    wanted = expected_tensors(model, adapter.config)
+    expected = expected_tensors(model, adapter.config)
     whole = {change.replacement for name, change in adapter.changes.items() if name in resized}
-    over = sorted({key for change in adapter.changes.values() for key in change.keys} - wanted - whole)
+    over = sorted({key for change in adapter.changes.values() for key in change.keys} - expected - whole)
     if over:
         raise ModelError(
             f"{adapter.folder}: its configuration asks for no {over[0]} (and {len(over) - 1} more); PEFT would drop them; "
             "take another copy of the adapter"
         )
-    missing = sorted(wanted - {tensor.name for tensor in adapter.tensors})
+    missing = sorted(expected - {tensor.name for tensor in adapter.tensors})
     if missing:
         raise ModelError(
             f"{adapter.folder}: {len(missing)} tensors of the adapter are missing from its file ({missing[0]}, …); take "
             "another copy of it"
         )
-
-
-def _check_adapter_file(target: Path, run: Mapping[str, Any]) -> None:
-    recorded = run.get("hashes", {}).get("adapter", {})
-    found = adapter_fingerprints(target) if recorded else {}
-    changed = sorted(name for name in {*recorded, *found} if recorded.get(name) != found.get(name))
-    if changed:
-        raise ModelError(f"{target / changed[0]}: is not what training wrote (sha256); take another copy of the run")
-
-
-def _check_tokenizer(target: Path, tokenizer: Any, record: Mapping[str, Any] | None) -> None:
-    if record is None:
-        return
-    for what, then, now in (
-        ("chat template", record.get("chat_template"), template_fingerprint(tokenizer)),
-        ("tokenizer", record.get("tokenizer"), tokenizer_fingerprint(tokenizer)),
-    ):
-        if then != now:
-            raise ModelError(f"{target}: its {what} is not the one of training (sha256); restore the files of the run")
-
-
-def _pairs(
-    found: Target,
-    facts: BaseFacts,
-    tokenizer: Any,
-    data: str | None,
-    count: int,
-    run: Mapping[str, Any],
-    say: Callable[[str], None],
-    progress: Progress,
-) -> list[EncodedPair]:
-    """`count` pairs, evenly spread over those held out, or over `data`."""
-    if data is None and found.recipe is None:
-        raise UsageError("an adapter has no held-out pairs of its own to be verified on; name some with --data, or --pairs 0")
-    settings = found.recipe.data if found.recipe else DataSection(train=str(data))
-    prepared = prepare_from_settings(
-        settings,
-        tokenizer=tokenizer,
-        context_length=facts.context_length,
-        end_token_ids=end_token_ids(found.model.base, revision=found.model.revision),
-        only=data,
-    )
-    pairs = prepared.train if data else prepared.held_out
-    recorded = None if data else run.get("hashes", {}).get("held_out")
-    if recorded is not None and recorded != data_hash(pairs):
-        say("look: the data are not those of the run any more; what is held out now may have been trained on")
-    if not pairs:
-        raise UsageError("the run held no pairs out to verify the merge on; name some with --data, or --pairs 0")
-    say(f"verified on {min(count, len(pairs))} of {len(pairs)} held-out pairs")
-    return [pairs[index * len(pairs) // count] for index in range(count)] if len(pairs) > count else list(pairs)
-
-
-def device_for(facts: BaseFacts, dtype: torch.dtype | None = None) -> torch.device:
-    """Return the GPU if there is one whose free memory holds a model, else the CPU.
-
-    Args:
-        facts: of the model.
-        dtype: of its weights; None for how its base is loaded.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    size = facts.parameters * (dtype.itemsize if dtype else 0.6 if is_four_bit(facts.quantize) else facts.dtype.itemsize)
-    free, _ = torch.cuda.mem_get_info()
-    return torch.device("cuda" if 1.2 * size < free else "cpu")

@@ -1,216 +1,110 @@
-"""Whether a merged model does what was trained, measured on held-out pairs and judged relative to what training changed.
+"""The verdict on a merge: what it is held against, and what was found."""
 
-    relative KL    KL(trained ‖ merged) / KL(trained ‖ reference)         over next-token distributions at answer positions
-    shift          s_i = Δπ_i − Δ0_i, per pair in nats                     what preference training moved
-    shift kept     ⟨s_merged, s_trained⟩ / ⟨s_trained, s_trained⟩         ± its standard error over pairs
-    noise floor    KL of the trained model with weights rounded to the served dtype: what no merge can be blamed for
+from pathlib import Path
+from typing import Any
 
-An absolute KL cannot tell: a small adapter that was lost altogether is nearer to the trained model than bfloat16 arithmetic is.
-So all three models are computed in float32, whatever they were trained or will be served in, where memory does for it; in 16
-bits only large adapters stand out from the arithmetic.
-"""
-
-import inspect
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
 import torch
-from torch import Tensor
 
-from pe_dpo.data import EncodedPair
-from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.inference.pairs import score_pairs
-from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.estimates import share_right
-
-KL_BAND = 0.1
-"""Largest relative KL, where the noise of rounding is not more."""
-SHIFT_BAND = 0.1
-"""How far the share of the shift kept may be from 1, beside DEVIATIONS of its own standard error."""
-DEVIATIONS = 3.0
-TOO_VAGUE = 0.3
-"""Standard error of the share kept above which pairs cannot tell a merge from a lost adapter."""
-NOISE_FACTOR = 1.5
-"""Times the floor that a KL may be: both are one draw. A lost adapter of |ΔW|/|W| 3e-4 had 3.1 times it, good ones 0.7 to 1."""
-SMALLEST = 1e-10
-"""Nats of KL that float32 arithmetic in another order makes of equal weights; measured: 1e-13."""
-BYTES = 512 * 1024 * 1024
-"""Most memory for the distributions of one model; positions are thinned out evenly to fit."""
+from pe_dpo.disk import json_without_nan
+from pe_dpo.merging.behaviour import Agreement
+from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, mean_noise, tensor_failures
+from pe_dpo.merging.plan import Plan
+from pe_dpo.merging.source import describe_scale
+from pe_dpo.merging.unmerged import Unmerged, measure_served
+from pe_dpo.model.fingerprint import file_fingerprints
+from pe_dpo.runs.folder import versions
 
 
-class Behaviour(NamedTuple):
-    """What a model does on the pairs."""
-
-    logprobs: PairLogprobs
-    """Of whole answers; (B,) nats."""
-    distributions: list[Tensor]
-    """Per answer, float32 (positions, vocabulary) log-probs on the CPU, at the same positions for every model."""
-
-
-class Agreement(NamedTuple):
-    """How near a model comes to the trained one; the reference's own distance beside it."""
-
-    kl: float
-    """KL(trained ‖ this), nats per position."""
-    kl_reference: float
-    """KL(trained ‖ reference), nats per position."""
-    shift_kept: float | None
-    """None where training shifted nothing."""
-    shift_kept_error: float | None
-    """Standard error of `shift_kept` over pairs."""
-    shift_error: float
-    """Root mean square over pairs of s_this − s_trained, nats."""
-    shift: float
-    """Mean of s_this over pairs, nats."""
-    shift_trained: float
-    top1: float
-    """Share of positions with the trained model's most likely token."""
-    accuracy: float
-    """Share of pairs ranked right by summed log-probs."""
-    nll: float
-    """−log-prob per token of the chosen answers, nats."""
-
-    @property
-    def relative_kl(self) -> float | None:
-        """None where training changed nothing."""
-        return self.kl / self.kl_reference if self.kl_reference else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it, JSON-ready."""
-        return {**self._asdict(), "relative_kl": self.relative_kl}
-
-
-def behaviour(model: Any, pairs: Sequence[EncodedPair], scorer: Scorer, *, token_budget: int) -> Behaviour:
-    """Return what a model does on pairs; call in the state to be measured.
+class Verdict:
+    """What a merged model on disk was found to be: by tensor, and by what it does on the pairs.
 
     Args:
-        model: a causal LM.
-        pairs: a few.
-        scorer: the way to log-probs.
-        token_budget: most tokens of one forward.
+        plan: of the merge.
+        folder: with the merged model.
+        tensors: what became of each.
+        expected: base (original if that is merged onto) and adapter, unmerged; None where no pairs were asked for.
+        as_trained: the same on the base as in training.
     """
-    logprobs = score_pairs(model, pairs, scorer, token_budget=token_budget)
-    answers = [(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    vocabulary = model.config.get_text_config().vocab_size
-    most = max(1, BYTES // (4 * vocabulary * len(answers)))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            found = [_distributions(model, prompt, answer, most, scorer.device) for prompt, answer in answers]
-    finally:
-        model.train(was_training)
-    return Behaviour(logprobs, found)
 
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        tensors: list[MergedTensor],
+        expected: Unmerged | None,
+        as_trained: Unmerged | None,
+    ) -> None:
+        self.plan, self.folder, self.tensors = plan, folder, tensors
+        self.expected = expected
+        self.faults = tensor_failures(tensors)
+        """What is out of its band, in words; empty for a merge that serves what was trained."""
+        self.held_out: Agreement | None = None
+        """With what is expected; None where no pairs were asked for."""
+        self.change: Agreement | None = None
+        """Merged onto the original: how far that is from what was trained on the quantized base."""
+        if expected is None or as_trained is None:
+            return
+        merged = measure_served(plan.source, expected.computed_in, merged=folder)
+        self.held_out = expected.agreement(merged)
+        self.faults += expected.failures(self.held_out)
+        if mean_kept(tensors) is None and self.held_out.shift_kept is not None:
+            self.faults.append("no tensor of the adapter changes anything, but the unmerged model does")
+        if as_trained is not expected:
+            self.change = as_trained.agreement(merged)
 
-def agreement(this: Behaviour, trained: Behaviour, reference: Behaviour) -> Agreement:
-    """Return how near a model comes to the trained one.
+    def describe(self) -> str:
+        """Return the verdict in words."""
+        is_scaled = self.plan.source.scale != 1
+        scaled = f", {describe_scale(self.plan.source.scale)}" if is_scaled else ""
+        if self.faults:
+            return f"written by force{scaled}"
+        if self.change is not None or (self.plan.onto == "original" and self.held_out is None):
+            return f"keeps the update{scaled}, on the original weights: not the model that was trained"
+        if self.expected is None or self.held_out is None:
+            return f"has the update in its files{scaled}; not verified on pairs"
+        if self.expected.is_inconclusive(self.held_out):
+            return f"has the update in its files{scaled}; it is within the noise of rounding, and the pairs cannot tell it"
+        return f"serves the update{scaled}: on purpose not what was trained" if is_scaled else "serves what was trained"
 
-    Args:
-        this: of the model to judge.
-        trained: base and adapter, unmerged.
-        reference: π0.
-    """
-    preference, wanted, start = (_preference(one) for one in (this, trained, reference))
-    shift, shift_trained = preference - start, wanted - start
-    size = float(shift_trained.square().sum())
-    kept = float((shift * shift_trained).sum()) / size if size else None
-    lengths = this.logprobs.chosen_lengths.sum()
-    pieces = list(zip(trained.distributions, this.distributions, strict=True))
-    positions = sum(len(one) for one in trained.distributions)
-    return Agreement(
-        kl=_kl(trained, this),
-        kl_reference=_kl(trained, reference),
-        shift_kept=kept,
-        shift_kept_error=None if kept is None else _standard_error(shift - kept * shift_trained, size),
-        shift_error=float((shift - shift_trained).square().mean().sqrt()),
-        shift=float(shift.mean()),
-        shift_trained=float(shift_trained.mean()),
-        top1=sum(int((p.argmax(-1) == q.argmax(-1)).sum()) for p, q in pieces) / positions,
-        accuracy=share_right(preference),
-        nll=float(-this.logprobs.chosen.sum() / lengths),
-    )
+    def report(self, files: dict[str, str]) -> dict[str, Any]:
+        """Return what merge_report.json says.
 
-
-def unmerged_words(scale: float) -> tuple[str, str]:
-    """Return what the model that a merge is held against is called, and what made it of the reference.
-
-    Args:
-        scale: of what is served, toward the reference; 1 is what was trained.
-    """
-    return ("trained", "training") if scale == 1 else ("scaled", "the scaled update")
-
-
-def doubts(merged: Agreement, floor: Agreement | None, *, in_float32: bool = True, scale: float = 1.0) -> list[str]:
-    """Return in words what is out of the band, of what rounding alone cannot explain; empty if the merge is right.
-
-    Args:
-        merged: of the merged model.
-        floor: of the trained model with the noise of rounding, or of 16-bit arithmetic; None where there is none to speak of.
-        in_float32: whether the models were computed in it; in 16 bits each side has noise of its own, which no floor covers
-            exactly, and a KL is only doubted at twice it.
-        scale: of what is served; for the words.
-    """
-    found = []
-    name, cause = unmerged_words(scale)
-    if not all(math.isfinite(value) for value in (merged.kl, merged.kl_reference, merged.shift_error)):
-        return [f"the merged model, or the {name} one, gives values that are not finite"]
-    noise = NOISE_FACTOR * (1 if in_float32 else 2) * floor.kl if floor and math.isfinite(floor.kl) else 0.0
-    if merged.kl > max(KL_BAND * merged.kl_reference, noise) and merged.kl > SMALLEST:
-        found.append(
-            f"KL({name} ‖ merged) {merged.kl:.2e} nats is {_times(merged.relative_kl)} of what {cause} changed "
-            f"({merged.kl_reference:.2e}; at most {KL_BAND:g} wanted), and more than the noise of rounding ({noise:.2e})"
-        )
-    kept, error = merged.shift_kept, merged.shift_kept_error
-    if kept is not None and error is not None and abs(kept - 1) > SHIFT_BAND + DEVIATIONS * error:
-        found.append(f"{kept:.3f} ± {error:.3f} of the preference shift kept on held-out pairs (wanted 1 ± {SHIFT_BAND})")
-    return found
-
-
-def is_too_vague(merged: Agreement, floor: Agreement | None) -> bool:
-    """Return whether the pairs could not have told a merge from a lost adapter: the update is within the noise of rounding."""
-    lost_would_show = floor is None or merged.kl_reference > NOISE_FACTOR * floor.kl
-    error = merged.shift_kept_error
-    return not lost_would_show and (error is None or error > TOO_VAGUE)
-
-
-def _distributions(model: Any, prompt: np.ndarray, answer: np.ndarray, most: int, device: torch.device) -> Tensor:
-    """Log-probs of the next token where an answer's tokens are predicted, at `most` evenly spaced positions of them."""
-    ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None].to(device)
-    predicts = np.arange(len(prompt) - 1, ids.shape[1] - 1)
-    chosen = predicts[np.unique(np.linspace(0, len(predicts) - 1, min(most, len(predicts))).round().astype(int))]
-    positions = torch.from_numpy(chosen).to(device)
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters:
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=positions, use_cache=False).logits[0]
-    else:
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, positions]
-    result: Tensor = logits.float().log_softmax(-1).cpu()
-    return result
-
-
-def _standard_error(residuals: Tensor, size: float) -> float:
-    """Of a slope through the origin; `size` is the sum of squares of what it is over."""
-    return float((residuals.square().sum() / max(1, len(residuals) - 1) / size).sqrt())
-
-
-def _preference(one: Behaviour) -> Tensor:
-    return (one.logprobs.chosen - one.logprobs.rejected).double()
-
-
-def _kl(first: Behaviour, second: Behaviour) -> float:
-    """Mean over positions of KL(first ‖ second), summed in float64."""
-    total, positions = 0.0, 0
-    for p, q in zip(first.distributions, second.distributions, strict=True):
-        width = min(p.shape[-1], q.shape[-1])  # a resized vocabulary: rows of one only have no mass to speak of
-        # Again in float64: float32 log-probs sum to 1 within 1e-7 only, and a KL can be below that.
-        p, q = (one[:, :width].double().log_softmax(-1) for one in (p, q))
-        total += float((p.exp() * (p - q)).sum())
-        positions += len(p)
-    return total / positions
-
-
-def _times(value: float | None) -> str:
-    return "more than all" if value is None else f"{value:.2f}"
+        Args:
+            files: sha256 of the weights' files.
+        """
+        plan, source, expected = self.plan, self.plan.source, self.expected
+        weights = "adapter_model.safetensors"
+        served, trained = (file_fingerprints(one, [weights])[weights] for one in (source.adapter.folder, source.trained))
+        computed_in = expected.computed_in if expected else torch.float32
+        dtype = str(plan.dtype).removeprefix("torch.")
+        floor = expected.floor if expected else None
+        report = {
+            "verdict": self.describe(),
+            "faults": self.faults,
+            "onto": plan.onto,
+            "dtype": dtype,
+            "rounding": plan.rounding,
+            "seed": plan.seed,
+            "base": {
+                "id": source.facts.base,
+                "revision": source.record.revision if source.record else source.facts.revision,
+                "quantize_in_training": source.facts.quantize,
+                "was_checked": source.record is not None,
+            },
+            "scale": source.scale,
+            "adapter_sha256": served,
+            "from_adapter_sha256": trained,
+            "mean_kept": mean_kept(self.tensors),
+            "held_out_pairs": len(source.pairs),
+            "held_out": self.held_out.to_dict() if self.held_out else None,
+            "noise_floor": floor.to_dict() if floor else None,
+            "noise_floor_is": f"rounded to {dtype}" if computed_in == torch.float32 else "in float32",
+            "mean_noise": mean_noise(self.tensors),
+            "against_the_quantized_base": self.change.to_dict() if self.change else None,
+            "computed_in": str(computed_in).removeprefix("torch."),
+            "tensors": [tensor._asdict() for tensor in self.tensors],
+            "files": files,
+            "versions": versions(),
+        }
+        # A tensor of zeros has an update of infinite relative size, which JSON does not know.
+        return dict(json_without_nan(report))

@@ -11,15 +11,17 @@ Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA); test
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter_config import read_adapter_config
+from pe_dpo.model.adapter_config import read_adapter_config, write_adapter_config
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.recipe.schema import MOVING_INITS
 
@@ -106,10 +108,6 @@ class AdapterFiles:
         update = (self._read(change.b, device) @ self._read(change.a, device)).mul_(change.scaling)
         return update.T if change.is_transposed else update
 
-    def ranks(self) -> set[int]:
-        """Return the ranks of its updates."""
-        return {self.tensors.facts(change.a).shape[0] for change in self.changes.values() if change.a is not None}
-
     def shape(self, change: Change) -> tuple[int, ...] | None:
         """Return the shape of a replaced tensor, None for one that is only moved."""
         return None if change.replacement is None else self.tensors.facts(change.replacement).shape
@@ -120,8 +118,9 @@ class AdapterFiles:
     def _changes(self) -> dict[str, Change]:
         changes: dict[str, Change] = {}
         for key in (facts.name for facts in self.tensors):
-            if self._is_copy(key):
-                continue
+            plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+            if plain != key and plain in self.tensors:
+                continue  # PEFT saves whole modules under their plain names as well where the vocabulary was resized
             name, part = _target(key)
             if name is None:
                 raise ModelError(f"{self.folder}: {key} is no tensor of a LoRA adapter that can be merged; use --onto adapter")
@@ -144,19 +143,14 @@ class AdapterFiles:
             raise ModelError(f"{self.folder}: the adapter is empty: no tensors in its file")
         return changes
 
-    def _is_copy(self, key: str) -> bool:
-        """Whether PEFT saved this whole module under its plain name as well, which it does where the vocabulary was resized."""
-        plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-        return plain != key and plain in self.tensors
-
     def _scaling(self, module: str) -> float:
         rank = _by_pattern(self.config.rank_pattern, module, self.config.r)
         alpha = _by_pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
         return float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
 
 
-def scaled_updates(adapter: AdapterFiles, scale: float) -> dict[str, Tensor]:
-    """Return the tensors of an adapter whose every update is times a factor; its configuration stays as it is.
+def save_scaled_adapter(adapter: AdapterFiles, scale: float, folder: Path) -> None:
+    """Write an adapter whose every update is times a factor as PEFT saves it; its configuration stays as it is.
 
         W + scale·s·B·A,  b + scale·s·b_B
 
@@ -165,6 +159,7 @@ def scaled_updates(adapter: AdapterFiles, scale: float) -> dict[str, Tensor]:
     Args:
         adapter: LoRA that only adds.
         scale: any number.
+        folder: that exists.
 
     Raises:
         ModelError: it has DoRA, or whole tensors (modules_to_save, trained biases).
@@ -177,38 +172,35 @@ def scaled_updates(adapter: AdapterFiles, scale: float) -> dict[str, Tensor]:
                 f"{adapter.folder}: {name} is saved whole (modules_to_save, trained biases, embeddings); only LoRA updates can "
                 "be scaled"
             )
-    scaled = {key for change in adapter.changes.values() for key in (change.b, change.addition)}
-    stored = {facts.name: adapter.tensors.read(facts.name) for facts in adapter.tensors}
-    return {name: tensor.float() * scale if name in scaled else tensor for name, tensor in stored.items()}
+    is_scaled = {key for change in adapter.changes.values() for key in (change.b, change.addition)}
+    tensors = {facts.name: adapter.tensors.read(facts.name) for facts in adapter.tensors}
+    tensors |= {name: tensor.float() * scale for name, tensor in tensors.items() if name in is_scaled}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(adapter.folder / "adapter_config.json", folder / "adapter_config.json")
 
 
-def fused_adapter(
-    first: AdapterFiles, second: AdapterFiles, *, weights: tuple[float, float] = (1.0, 1.0)
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return one adapter that does what two do together, for servers that load only one.
+def save_fused_adapter(adapters: tuple[AdapterFiles, AdapterFiles], weights: tuple[float, float], folder: Path) -> None:
+    """Write one adapter that does what two do together, for servers that load only one; float32, all its scalings are 1.
 
         w₁·s₁·B₁·A₁ + w₂·s₂·B₂·A₂ = [w₁·s₁·B₁ | w₂·s₂·B₂] · [A₁; A₂]
 
     Args:
-        first: plain LoRA.
-        second: plain LoRA, on the same base; it may have other targets, ranks and scalings.
+        adapters: plain LoRA on the same base; they may have different targets, ranks and scalings.
         weights: w₁ and w₂.
-
-    Returns:
-        Its tensors (float32) as PEFT names them, and the fields of PEFT's LoraConfig that they need; all scalings are 1.
+        folder: that exists.
 
     Raises:
         ModelError: one of them is not plain LoRA, whose sum is no LoRA adapter.
     """
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for adapter in (first, second):
+    for adapter in adapters:
         odd = [name for name, change in adapter.changes.items() if len(change.keys) != 2 or change.a is None]
         if odd or adapter.config.fan_in_fan_out:
             raise ModelError(f"{adapter.folder}: {(odd or ['the whole'])[0]} is not plain LoRA; only that can be fused")
-    for name in sorted({*first.changes, *second.changes}):
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name in sorted({*adapters[0].changes, *adapters[1].changes}):
         rows, columns = [], []
-        for adapter, weight in zip((first, second), weights, strict=True):
+        for adapter, weight in zip(adapters, weights, strict=True):
             if name in adapter.changes:
                 change = adapter.changes[name]
                 assert change.a is not None and change.b is not None, "checked above"
@@ -219,16 +211,11 @@ def fused_adapter(
         ranks[name.removesuffix(".weight")] = sum(len(part) for part in rows)
     largest = max(ranks.values())
     odd_ranks = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != largest}
-    return tensors, {
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": odd_ranks,
-        "alpha_pattern": dict(odd_ranks),
-        "target_modules": sorted(ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_adapter_config(
+        folder, base=adapters[1].config.base_model_name_or_path, r=largest, lora_alpha=largest, rank_pattern=odd_ranks,
+        alpha_pattern=dict(odd_ranks), target_modules=sorted(ranks), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
 
 
 def _target(key: str) -> tuple[str | None, str]:
