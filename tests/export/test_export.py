@@ -60,7 +60,7 @@ def test_a_chat_template_that_ollama_cannot_follow_leaves_out_the_modelfile(tmp_
     text = (model / "chat_template.jinja").read_text(encoding="utf-8")
     (model / "chat_template.jinja").write_text(text + "{{ messages | length }}", encoding="utf-8")
     output = run(model, "-o", tmp_path / "out", "--gguf", "bf16")
-    assert "look: no Modelfile: the chat template cannot be written" in output and "ollama" not in output
+    assert "warning: no Modelfile: the chat template cannot be written" in output and "ollama" not in output
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["golden_prompts.jsonl", "out.gguf"]
 
 
@@ -115,7 +115,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_push_takes_the_export_or_else_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_gguf: bool) -> None:
     pushed: list[tuple[Path, str, bool]] = []
 
-    def push_folder(folder: Path, name: str, *, private: bool = True, say: Any) -> str:
+    def push_folder(folder: Path, name: str, *, private: bool = True) -> str:
         pushed.append((folder, name, private))
         return "pushed to the hub"
 

@@ -14,8 +14,9 @@ import torch
 import pe_dpo
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.export.gguf_file import llama3_factors, load_gguf, write_gguf
-from pe_dpo.export.gguf_tokenizer import LLAMA_3, QWEN_2, TEKKEN, read_vocabulary
+from pe_dpo.export.gguf_tokenizer import LLAMA_3, QWEN_2, TEKKEN, Vocabulary
 from pe_dpo.export.golden import answer_log_probs, golden_prompts, mean_divergence
+from pe_dpo.progress import showing
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 TEXTS = [
@@ -190,7 +191,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_known_pre_tokenizers_get_their_name(tmp_path: Path, name: str) -> None:
     save_tokenizer(tmp_path, byte_level(**TOKENIZERS[name]))
-    assert read_vocabulary(tmp_path, 400).pre == name
+    assert Vocabulary(tmp_path, 400).pre == name
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "tekken"])
@@ -234,7 +235,7 @@ def test_scores_of_a_real_sentence_piece_model_merge_as_the_ranks_do(shared: Pat
 def check_scores(folder: Path, text: str, size: int) -> None:
     from transformers import AutoTokenizer
 
-    vocabulary = read_vocabulary(folder, size)
+    vocabulary = Vocabulary(folder, size)
     assert vocabulary.model == "llama"
     wanted = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
     assert score_ids(vocabulary, text) == wanted
@@ -313,9 +314,9 @@ def test_the_chat_template_is_embedded_and_bos_follows_it(tiny_base: Path, tmp_p
     post["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
     (model / "tokenizer.json").write_text(json.dumps(post), encoding="utf-8")
     assert (model / "chat_template.jinja").is_file()
-    assert not read_vocabulary(model, 320).adds_bos
+    assert not Vocabulary(model, 320).adds_bos
     (model / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}", encoding="utf-8")
-    vocabulary = read_vocabulary(model, 320)
+    vocabulary = Vocabulary(model, 320)
     assert vocabulary.adds_bos and vocabulary.chat_template == "{{ bos_token }}{{ messages[0]['content'] }}"
 
 
@@ -324,7 +325,7 @@ def test_further_ends_of_the_generation_config_end_turns_too(tiny_base: Path, tm
     model = tmp_path / "model"
     shutil.copytree(tiny_base, model)
     (model / "generation_config.json").write_text('{"eos_token_id": [9, 256, 8]}', encoding="utf-8")
-    assert read_vocabulary(model, 320).special_ids == {"eos": 256, "pad": 257, "eot": 9, "eom": 8}
+    assert Vocabulary(model, 320).special_ids == {"eos": 256, "pad": 257, "eot": 9, "eom": 8}
 
 
 def test_llama_3_frequencies_are_those_of_transformers(make_model: Callable, tmp_path: Path) -> None:
@@ -356,7 +357,8 @@ def test_rows_that_are_no_blocks_fall_back_to_half_precision(make_model: Callabl
 
 def test_progress_counts_the_tensors(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    facts = write_gguf(BASE, tmp_path / "model.gguf", kind="f16", progress=lambda *step: seen.append(step))
+    with showing(lambda *step: seen.append(step)):
+        facts = write_gguf(BASE, tmp_path / "model.gguf", kind="f16")
     assert seen == [("writing", done, facts.tensors) for done in range(1, facts.tensors + 1)]
 
 
@@ -397,7 +399,7 @@ def test_unknown_pre_tokenizers_are_refused(tiny_base: Path, tmp_path: Path, cha
     change(parts)
     (model / "tokenizer.json").write_text(json.dumps(parts), encoding="utf-8")
     with pytest.raises(UsageError, match="convert_hf_to_gguf"):
-        read_vocabulary(model, 320)
+        Vocabulary(model, 320)
 
 
 def test_merges_that_scores_cannot_express_are_refused(tmp_path: Path) -> None:
@@ -407,7 +409,7 @@ def test_merges_that_scores_cannot_express_are_refused(tmp_path: Path) -> None:
     parts["model"]["merges"].remove(["▁", "t"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(parts), encoding="utf-8")
     with pytest.raises(UsageError, match="scores"):
-        read_vocabulary(tmp_path, 400)
+        Vocabulary(tmp_path, 400)
 
 
 def test_a_missing_tensor_is_an_error_and_leaves_nothing(make_model: Callable, tmp_path: Path) -> None:

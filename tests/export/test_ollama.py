@@ -8,7 +8,7 @@ import pytest
 
 import pe_dpo
 from pe_dpo.errors import UsageError
-from pe_dpo.export.ollama import chat_form, go_template, modelfile, run_go_template
+from pe_dpo.export.ollama import ChatForm, modelfile, run_go_template
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 CHATML = (
@@ -71,17 +71,17 @@ def make_tokenizer(tiny_base: Path) -> Any:
 @pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA_3, LLAMA_2, MISTRAL, ZEPHYR])
 def test_the_go_template_renders_as_the_chat_template(make_tokenizer: Any, template: str, strips_bos: bool) -> None:
     tokenizer = make_tokenizer(template)
-    form = chat_form(tokenizer, strips_bos=strips_bos)
+    written = ChatForm(tokenizer, strips_bos=strips_bos).go_template()
     for system in [[], [SYSTEM]] if template != MISTRAL else [[]]:
         for turns in (TURNS[:1], TURNS[:3], TURNS):
             wanted = tokenizer.apply_chat_template([*system, *turns], tokenize=False, add_generation_prompt=True)
             wanted = wanted.removeprefix("<s>") if strips_bos else wanted
-            assert run_go_template(go_template(form), [*system, *turns]) == wanted
+            assert run_go_template(written, [*system, *turns]) == wanted
 
 
-def test_the_template_of_chatml_reads_as_one_writes_it(make_tokenizer: Any) -> None:
+def test_the_written_chatml_reads_as_one_writes_it(make_tokenizer: Any) -> None:
     """By hand: system, then the first user message, later ones, answers, and the opening of the next answer."""
-    assert go_template(chat_form(make_tokenizer(CHATML), strips_bos=True)) == (
+    assert ChatForm(make_tokenizer(CHATML), strips_bos=True).go_template() == (
         "{{ range $i, $m := .Messages }}"
         '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n<|im_start|>user\n{{ end }}'
         '{{ if eq .Role "user" }}{{ if eq $i 0 }}<|im_start|>user\n{{ else if and (eq $i 1) $.System }}'
@@ -111,14 +111,14 @@ def test_the_interpreter_follows_conditions_as_go_does(
 
 
 def test_a_prompt_that_the_template_inserts_becomes_the_system_line(make_tokenizer: Any) -> None:
-    assert chat_form(make_tokenizer(QWEN), strips_bos=True).default_system == "You are a helpful assistant."
-    assert chat_form(make_tokenizer(CHATML), strips_bos=True).default_system is None
+    assert ChatForm(make_tokenizer(QWEN), strips_bos=True).default_system == "You are a helpful assistant."
+    assert ChatForm(make_tokenizer(CHATML), strips_bos=True).default_system is None
 
 
 @pytest.mark.parametrize("template", [DATED, LAST_SYSTEM, "{{ messages[-1]['content'] }}", ZEPHYR.replace("'<|'", "'{{'")])
 def test_templates_of_another_form_are_refused(make_tokenizer: Any, template: str) -> None:
     with pytest.raises(UsageError, match="cannot be written as an Ollama template"):
-        chat_form(make_tokenizer(template), strips_bos=True)
+        ChatForm(make_tokenizer(template), strips_bos=True)
 
 
 def test_the_modelfile_of_the_quickstart_writes_the_bos_that_no_tokenizer_adds() -> None:
@@ -130,8 +130,8 @@ def test_the_modelfile_of_the_quickstart_writes_the_bos_that_no_tokenizer_adds()
 
 def test_bos_is_left_to_llama_cpp_where_the_tokenizer_adds_it(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer(LLAMA_3)
-    assert "<s>" not in go_template(chat_form(tokenizer, strips_bos=True))
-    assert go_template(chat_form(tokenizer, strips_bos=False)).count("<s>") == 2  # with and without a system message
+    assert "<s>" not in ChatForm(tokenizer, strips_bos=True).go_template()
+    assert ChatForm(tokenizer, strips_bos=False).go_template().count("<s>") == 2  # with and without a system message
 
 
 def test_a_model_without_chat_template_gets_the_prompt_as_it_is(tiny_base: Path, tmp_path: Path) -> None:

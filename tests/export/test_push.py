@@ -179,16 +179,15 @@ def model(tmp_path):
 BELONGS = ["README.md", "config.json", "model.safetensors", "recipe.yaml", "reference/adapter_config.json", "tokenizer.json"]
 
 
-def test_a_folder_arrives_byte_for_byte_in_a_private_repository(hub, model):
-    said = []
-    url = push_folder(model, NAME, say=said.append, endpoint=hub.url)
+def test_a_folder_arrives_byte_for_byte_in_a_private_repository(hub, model, logged):
+    url = push_folder(model, NAME, endpoint=hub.url)
     assert url == f"{hub.url}/{NAME}"
     assert hub.created == [{"name": "my-model", "organization": "org", "visibility": "private"}]
     there = hub.repositories[NAME]
     assert there["private"]
     assert there["files"] == {name: (model / name).read_bytes() for name in BELONGS}
-    assert said[0].startswith(f"{model}: 6 files, 0.0 MB, to {NAME}")
-    assert said[1].startswith("stays here: .lock, .staging, a.partial, checkpoint-32, eval_pairs.parquet, metrics.jsonl")
+    assert logged[0].startswith(f"{model}: 6 files, 0.0 MB, to {NAME}")
+    assert logged[1].startswith("stays here: .lock, .staging, a.partial, checkpoint-32, eval_pairs.parquet, metrics.jsonl")
 
 
 @pytest.mark.filterwarnings(LFS_UPLOAD)
@@ -223,14 +222,13 @@ def test_nothing_is_pushed_into_a_public_repository_when_a_private_one_was_asked
     assert hub.repositories[NAME] == {"private": False, "files": {}}
 
 
-def test_a_private_repository_stays_private_and_keeps_its_other_files(hub, model):
-    said = []
+def test_a_private_repository_stays_private_and_keeps_its_other_files(hub, model, logged):
     hub.add(NAME, private=True, **{"old.bin": b"old", ".gitattributes": b"*"})
-    push_folder(model, NAME, private=False, say=said.append, endpoint=hub.url)
+    push_folder(model, NAME, private=False, endpoint=hub.url)
     assert hub.repositories[NAME]["private"]
     assert hub.repositories[NAME]["files"]["old.bin"] == b"old"
-    assert f"look: {NAME} is there already and stays private; its owners can change that on the hub" in said
-    assert f"look: {NAME} also holds 1 files from before (old.bin); they were left as they are" in said
+    assert f"warning: {NAME} is there already and stays private; its owners can change that on the hub" in logged
+    assert f"warning: {NAME} also holds 1 files from before (old.bin); they were left as they are" in logged
 
 
 def test_the_token_is_sent_and_nobody_else_s(hub, model):
@@ -318,13 +316,12 @@ def test_a_folder_that_is_not_there_is_named(hub, tmp_path):
         push_folder(tmp_path / "nowhere", NAME, endpoint=hub.url)
 
 
-def test_an_adapter_whose_base_is_a_path_is_pushed_with_a_warning(hub, tmp_path):
-    said = []
+def test_an_adapter_whose_base_is_a_path_is_pushed_with_a_warning(hub, tmp_path, logged):
     (tmp_path / "README.md").write_text("# An adapter")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/me/base"}))
     save_file({"w": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    push_folder(tmp_path, NAME, say=said.append, endpoint=hub.url)
-    assert any("names the base by a path on this machine (/home/me/base)" in line for line in said)
+    push_folder(tmp_path, NAME, endpoint=hub.url)
+    assert any("names the base by a path on this machine (/home/me/base)" in line for line in logged)
 
 
 def test_a_gguf_export_is_pushed(hub, tmp_path):

@@ -162,7 +162,7 @@ def test_with_a_frozen_reference_the_way_is_from_there_and_not_from_the_base(
         wanted = weights[name].double() + 0.75 * start[name] + 0.25 * update
         torch.testing.assert_close(found[name], wanted.float(), rtol=1e-6, atol=1e-7)
         assert (found[name] - weights[name].double() - 0.25 * update).abs().max() > 1e-4, "the reference's part is something"
-    assert done.verdict.faults == []
+    assert done.faults == []
     assert done.report["held_out"]["shift_kept"] == pytest.approx(1, abs=1e-3)
 
 
@@ -209,7 +209,7 @@ def test_an_adapter_on_top_of_another_is_scaled_toward_that_one(tiny_base: Path,
     package(top, tmp_path / "package", sft=sft, scale=0.3, **settings)
     assert (plain_logits(tmp_path / "merged") - wanted).abs().max() < 2e-5
     assert (peft_logits(tiny_base, [(tmp_path / "package", 1.0)]) - wanted).abs().max() < 2e-5
-    assert done.verdict.faults == []
+    assert done.faults == []
 
 
 def test_an_adapter_that_was_saved_in_16_bits_is_scaled_in_float32(tiny_base: Path, tmp_path: Path) -> None:

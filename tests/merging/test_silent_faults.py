@@ -33,7 +33,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def test_the_run_merges_as_it_is(run: Path, tmp_path: Path) -> None:
     done = merge(run, tmp_path / "out", pairs=9, dtype="bf16")
     assert done.report["verdict"] == "serves what was trained"
-    assert done.verdict.held_out is not None and done.verdict.held_out.shift_kept == pytest.approx(1, abs=0.1)
+    assert done.held_out is not None and done.held_out.shift_kept == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -71,7 +71,7 @@ def test_another_alpha_written_into_a_finished_run_is_refused(run: Path, tmp_pat
 def test_another_name_for_the_base_in_a_finished_run_is_none_of_the_adapters_business(run: Path, tmp_path: Path) -> None:
     path = run / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere/moved"}))
-    assert merge(run, tmp_path / "out", pairs=0).verdict.faults == []
+    assert merge(run, tmp_path / "out", pairs=0).faults == []
 
 
 def test_the_adapter_that_a_run_started_from_is_not_added_a_second_time(run: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_small_change_of_a_whole_module_is_kept_too(tiny_base: Path, tmp_path:
     base = as_bfloat16(tiny_base, tmp_path / "base")
     save_adapter(base, tmp_path / "adapter", size=1e-4, modules_to_save=["lm_head"])
     done = merge(tmp_path / "adapter", tmp_path / "out", base=str(base), quantize="none", dtype="bf16", pairs=0)
-    head = next(tensor for tensor in done.verdict.tensors if tensor.name == "lm_head.weight")
+    head = next(tensor for tensor in done.tensors if tensor.name == "lm_head.weight")
     assert head.kept == pytest.approx(1, abs=0.1)
     assert head.rounding == "stochastic on the grid"
 
@@ -202,4 +202,4 @@ def test_tables_that_no_layer_reads_do_not_stop_a_merge(run: Path, tmp_path: Pat
     weights = load_file(base / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    assert merge(run, tmp_path / "out", base=str(base), pairs=0).verdict.faults == []
+    assert merge(run, tmp_path / "out", base=str(base), pairs=0).faults == []

@@ -143,8 +143,8 @@ def test_special_adapters_pass_the_verification_on_pairs(
         tmp_path / "adapter", tmp_path / "out", base=str(bases[base]), quantize=quantize, dtype="bf16",
         data=str(tiny_pairs / "test.jsonl"), pairs=6,
     )  # fmt: skip
-    assert done.verdict.faults == []
-    assert done.verdict.held_out is not None and done.verdict.held_out.relative_kl < 1e-2
+    assert done.faults == []
+    assert done.held_out is not None and done.held_out.relative_kl < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_two_adapters_merge_into_one_model(
         data=str(tiny_pairs / "test.jsonl"), pairs=4,
     )  # fmt: skip
     assert (merged_logits(tmp_path / "out") - stacked()).abs().max() < 2e-5
-    assert done.verdict.faults == []
+    assert done.faults == []
 
 
 def test_only_plain_lora_can_be_made_one_with_another(bases: dict[str, Path], tmp_path: Path) -> None:

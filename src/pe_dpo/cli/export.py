@@ -41,7 +41,7 @@ def export(
     if push is not None:
         from pe_dpo.export.push import push_folder
 
-        console.say(push_folder(folder, push, private=True, say=console.say))
+        console.say(push_folder(folder, push, private=True))
 
 
 def _check_request(model: Path, output: Path | None, gguf: str | None, prompts: Path | None, push: str | None) -> None:
@@ -68,13 +68,12 @@ def _export(model: Path, output: Path, kind: str, prompts: Path | None, *, is_ch
     """Write everything into a hidden folder beside the wanted one, check it there, and give it its name."""
     import shutil
 
-    from pe_dpo.cli import console
     from pe_dpo.export.gguf_file import write_gguf
     from pe_dpo.runs.staging import staged
 
     with staged(output) as folder:
         gguf_file = folder / f"{output.absolute().name}.gguf"
-        facts = write_gguf(model, gguf_file, kind=kind, progress=console.counter())  # type: ignore[arg-type]  # checked
+        facts = write_gguf(model, gguf_file, kind=kind)  # type: ignore[arg-type]  # checked
         remarks = [*facts.remarks, *_write_modelfile(model, gguf_file)]
         verdict = _check(model, facts, prompts, is_checked=is_checked)
         remarks += _compare_prompts(facts.path)
@@ -129,15 +128,13 @@ def _compare(copy: Any, tokenizer: Any, facts: "GgufFacts", golden: "list[Golden
 
     divergence = mean_divergence(copy, wanted, golden)
     file = facts.path.parent / "golden_prompts.jsonl"
-    result = check_golden(copy, tokenizer, file, near_tie=0.0 if facts.is_lossless else NEAR_TIE)
+    compared, near_ties, differences = check_golden(copy, tokenizer, file, near_tie=0.0 if facts.is_lossless else NEAR_TIE)
     measured = f"read back: mean KL {divergence:.2g} nats on {len(golden)} golden prompts"
     if facts.kind in ("q8_0", "q4_0"):
-        return f"{measured}, {len(golden) - len(result.differences) - result.near_ties} answers the same"
-    if result.differences or (facts.is_lossless and divergence > LOSSLESS):
-        raise ModelError(f"the GGUF file is not the model; {measured}; {'; '.join(result.differences)}; nothing was written")
-    return f"{measured}, {result.tokens} tokens the same" + (
-        f", {result.near_ties} answers left at a near-tie" if result.near_ties else ""
-    )
+        return f"{measured}, {len(golden) - len(differences) - near_ties} answers the same"
+    if differences or (facts.is_lossless and divergence > LOSSLESS):
+        raise ModelError(f"the GGUF file is not the model; {measured}; {'; '.join(differences)}; nothing was written")
+    return f"{measured}, {compared} tokens the same" + (f", {near_ties} answers left at a near-tie" if near_ties else "")
 
 
 def _compare_prompts(gguf_file: Path) -> list[str]:
@@ -154,14 +151,14 @@ def _compare_prompts(gguf_file: Path) -> list[str]:
 
 
 def _tell(output: Path, facts: "GgufFacts", verdict: str, remarks: list[str]) -> None:
-    from pe_dpo.cli.console import say
+    from pe_dpo.cli.console import say, warn
 
     name = output.name.lower()
     files = ", ".join(sorted(file.name for file in output.iterdir()))
     say(f"{output}: {files} ({facts.kind}, {facts.tensors} tensors, {facts.bytes / 1e6:.1f} MB)")
     say(verdict)
     for remark in remarks:
-        say(f"look: {remark}")
+        warn(remark)
     if (output / "Modelfile").is_file():
         say(f"Ollama:       cd {output} && ollama create {name} -f Modelfile && ollama run {name}")
     say(f"llama.cpp:    llama-server -m {output / facts.path.name}")

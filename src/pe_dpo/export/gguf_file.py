@@ -10,17 +10,18 @@ converter (conversion/llama.py and conversion/qwen.py, August 2026).
 """
 
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pe_dpo.disk import sync
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.export.gguf_tokenizer import Vocabulary, read_vocabulary, refuse
+from pe_dpo.export.gguf_tokenizer import Vocabulary, refuse
 from pe_dpo.model.tensor_files import TensorFacts, TensorFiles
+from pe_dpo.progress import advance, progress
 
 Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
@@ -29,6 +30,9 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 """general.file_type, as `LlamaFileType` of the gguf package."""
+
+_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""Types whose values are numbers of their own, not codes in blocks."""
 
 
 class GgufFacts(NamedTuple):
@@ -44,29 +48,13 @@ class GgufFacts(NamedTuple):
     """What differs from the model, or will in llama.cpp."""
 
 
-class _Planned(NamedTuple):
-    """One tensor of the file: where it comes from, and as what it is written."""
-
-    name: str
-    source: TensorFacts | None
-    shape: tuple[int, ...]
-    type: str
-
-
-def write_gguf(
-    model: Path,
-    output: Path,
-    *,
-    kind: Kind,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> GgufFacts:
+def write_gguf(model: Path, output: Path, *, kind: Kind) -> GgufFacts:
     """Write a model as a GGUF file and return what was written.
 
     Args:
         model: folder of a whole model: config.json, safetensors, tokenizer.
         output: file to write; appears under its name when it is complete.
         kind: type of the matrices; vectors (norms, biases) are float32 always, and with q4_0 the embedding is q8_0.
-        progress: called with ("writing", tensors done, tensors in all).
 
     Raises:
         UsageError: the gguf package is missing, or the model is one that this does not convert; the message has the command.
@@ -74,23 +62,34 @@ def write_gguf(
     """
     gguf = import_gguf()
     config = _read_config(model)
-    vocabulary = read_vocabulary(model, config.vocab_size)
+    vocabulary = Vocabulary(model, config.vocab_size)
     files = TensorFiles(model)
     planned = _plan(model, config, files, kind)
     partial = output.with_name(f".{output.name}.partial")
     writer = gguf.GGUFWriter(partial, ARCHITECTURES[config.model_type])
     try:
-        _add_model(writer, model, config, kind)
-        _add_vocabulary(writer, vocabulary)
-        _write_tensors(writer, files, planned, config, progress)
+        _add_metadata(writer, model, config, vocabulary, kind)
+        _write_tensors(writer, files, planned, config)
         writer.close()
-        _settle(partial, output)
+        sync(partial)
+        partial.replace(output)
+        sync(output.parent)
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
-    remarks = (*vocabulary.remarks, *_remarks(config, planned, kind))
-    is_lossless = all(_is_exact(one) for one in planned)
-    return GgufFacts(output, output.stat().st_size, len(planned), kind, is_lossless, remarks)
+    remarks = list(vocabulary.remarks)
+    odd = [name for name, (_, kind_of) in planned.items() if kind in ("q8_0", "q4_0") and kind_of == "f16"]
+    if odd:
+        remarks.append(f"{len(odd)} tensors are f16, their rows do not divide into blocks of 32: {odd[0]}, …")
+    window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+    if window is not None and window < config.max_position_embeddings:
+        remarks.append(
+            f"llama.cpp lets every token see all before it, the model the last {window}; they differ in longer texts"
+        )
+    is_lossless = all(
+        kind_of == "f32" or (source is not None and source.dtype == _PLAIN.get(kind_of)) for source, kind_of in planned.values()
+    )
+    return GgufFacts(output, output.stat().st_size, len(planned), kind, is_lossless, tuple(remarks))
 
 
 def load_gguf(file: Path, model: Path) -> Any:
@@ -145,17 +144,8 @@ def _read_config(model: Path) -> Any:
         raise refuse(model, f"its activation is {config.hidden_act}, not silu")
     if config.model_type.startswith("qwen") and getattr(config, "use_sliding_window", False):
         raise refuse(model, "some of its layers attend to a sliding window")
-    if _is_windowed_by_layer(config):
+    if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
         raise refuse(model, "its layers attend differently")
-    _check_rope(model, config)
-    return config
-
-
-def _is_windowed_by_layer(config: Any) -> bool:
-    return len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1
-
-
-def _check_rope(model: Path, config: Any) -> None:
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     families = {"default": "llama qwen2 qwen3", "linear": "llama qwen2 qwen3", "yarn": "llama qwen2 qwen3", "llama3": "llama"}
@@ -166,67 +156,58 @@ def _check_rope(model: Path, config: Any) -> None:
     extras = {"attention_factor", "mscale", "mscale_all_dim", "truncate"} & {key for key in rope if rope[key] is not None}
     if kind == "yarn" and extras:
         raise refuse(model, f"its RoPE is yarn with {', '.join(sorted(extras))}")
+    return config
 
 
 def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _plan(model: Path, config: Any, files: TensorFiles, kind: Kind) -> list[_Planned]:
-    """All tensors of the file in the order in which they are written."""
+def _plan(model: Path, config: Any, files: TensorFiles, kind: Kind) -> dict[str, tuple[TensorFacts | None, str]]:
+    """All tensors of the file in the order in which they are written.
+
+    Vectors stay float32; rows that do not divide into blocks of 32 fall back to float16, as in llama.cpp's converter. With q4_0
+    the embedding and the head are q8_0 (llama-quantize takes a K-quant of 6 bits): the mean KL on golden prompts falls from
+    0.0072 to 0.0049 with the quickstart's base, and from 0.021 to 0.013 with a dialogue model of 4 M parameters.
+
+    Returns:
+        Name in the file -> tensor of the model (None for the factors of a RoPE of type llama3), and type in the file.
+    """
     gguf = import_gguf()
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    planned = []
-    for facts in files:
-        if _is_derived(facts.name) or (facts.name == "lm_head.weight" and config.tie_word_embeddings):
+    planned: dict[str, tuple[TensorFacts | None, str]] = {}
+    for tensor in files:
+        if tensor.name.endswith("rotary_emb.inv_freq"):
+            continue  # old files hold what follows from the configuration
+        if tensor.name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        name = names.get_name(facts.name, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise refuse(model, f"it has a tensor {facts.name} that this does not know")
-        planned.append(_Planned(name, facts, facts.shape, _type_of(name, facts.shape, kind)))
-    _check_complete(model, config, {one.name for one in planned})
+            raise refuse(model, f"it has a tensor {tensor.name} that this does not know")
+        own: str = kind
+        if len(tensor.shape) == 1:
+            own = "f32"
+        elif kind in ("q8_0", "q4_0") and tensor.shape[-1] % 32:
+            own = "f16"
+        elif kind == "q4_0" and name in ("token_embd.weight", "output.weight"):
+            own = "q8_0"
+        planned[name] = tensor, own
+    parts = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
+    parts += ["attn_q_norm", "attn_k_norm"] if config.model_type == "qwen3" else []
+    expected = [f"{part}.weight" for part in parts]
+    expected += ["attn_q.bias", "attn_k.bias", "attn_v.bias"] if config.model_type == "qwen2" else []
+    expected = [f"blk.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in expected]
+    expected += ["token_embd.weight", "output_norm.weight", *([] if config.tie_word_embeddings else ["output.weight"])]
+    missing = sorted({*expected} - planned.keys())
+    if missing:
+        raise ModelError(f"{model}: {len(missing)} tensors are missing from its files ({missing[0]}, …); make it again")
     if config.rope_parameters.get("rope_type") == "llama3":
-        planned.append(_Planned("rope_freqs.weight", None, (_head_size(config) // 2,), "f32"))
+        planned["rope_freqs.weight"] = None, "f32"
     return planned
 
 
-def _is_derived(name: str) -> bool:
-    """Tables that old files hold and that follow from the configuration."""
-    return name.endswith("rotary_emb.inv_freq")
-
-
-def _type_of(name: str, shape: tuple[int, ...], kind: Kind) -> str:
-    """Vectors stay float32; rows that do not divide into blocks of 32 fall back to float16, as in llama.cpp's converter.
-
-    With q4_0 the embedding and the head are q8_0 (llama-quantize takes a K-quant of 6 bits): the mean KL on golden prompts
-    falls from 0.0072 to 0.0049 with the quickstart's base, and from 0.021 to 0.013 with a dialogue model of 4 M parameters.
-    """
-    if len(shape) == 1:
-        return "f32"
-    if kind in ("q8_0", "q4_0") and shape[-1] % 32:
-        return "f16"
-    return "q8_0" if kind == "q4_0" and name in ("token_embd.weight", "output.weight") else kind
-
-
-def _is_exact(planned: _Planned) -> bool:
-    types = {torch.bfloat16: "bf16", torch.float16: "f16"}
-    return planned.type == "f32" or (planned.source is not None and types.get(planned.source.dtype) == planned.type)
-
-
-def _check_complete(model: Path, config: Any, names: set[str]) -> None:
-    wanted = {"token_embd.weight", "output_norm.weight"} | ({"output.weight"} if not config.tie_word_embeddings else set())
-    parts = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
-    parts += ["attn_q_norm", "attn_k_norm"] if config.model_type == "qwen3" else []
-    biases = ("attn_q", "attn_k", "attn_v") if config.model_type == "qwen2" else ()
-    for layer in range(config.num_hidden_layers):
-        wanted |= {f"blk.{layer}.{part}.weight" for part in parts} | {f"blk.{layer}.{part}.bias" for part in biases}
-    missing = sorted(wanted - names)
-    if missing:
-        raise ModelError(f"{model}: {len(missing)} tensors are missing from its files ({missing[0]}, …); make it again")
-
-
-def _add_model(writer: Any, model: Path, config: Any, kind: Kind) -> None:
+def _add_metadata(writer: Any, model: Path, config: Any, vocabulary: Vocabulary, kind: Kind) -> None:
     gguf = import_gguf()
     writer.add_type("model")
     writer.add_name(model.resolve().name)
@@ -244,24 +225,16 @@ def _add_model(writer: Any, model: Path, config: Any, kind: Kind) -> None:
     writer.add_value_length(_head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(_head_size(config))
-    _add_rope(writer, config.rope_parameters)
-
-
-def _add_rope(writer: Any, rope: dict[str, Any]) -> None:
-    gguf = import_gguf()
+    rope = config.rope_parameters
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    scaling = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}.get(rope.get("rope_type"))
+    if scaling is not None:
+        writer.add_rope_scaling_type(scaling)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    if rope.get("rope_type") == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if scaling == gguf.RopeScalingType.YARN:
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
         writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
-
-
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -277,59 +250,36 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def _write_tensors(
-    writer: Any,
-    files: TensorFiles,
-    planned: list[_Planned],
-    config: Any,
-    progress: Callable[[str, int, int], None] | None,
-) -> None:
-    import numpy as np
-
+def _write_tensors(writer: Any, files: TensorFiles, planned: dict[str, tuple[TensorFacts | None, str]], config: Any) -> None:
     gguf = import_gguf()
-    for one in planned:
-        kind = gguf.GGMLQuantizationType[one.type.upper()]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), math.prod(one.shape) // block * size, raw_dtype=kind)
+    for name, (source, kind) in planned.items():
+        number = gguf.GGMLQuantizationType[kind.upper()]
+        block, size = gguf.GGML_QUANT_SIZES[number]
+        shape = (_head_size(config) // 2,) if source is None else source.shape
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for done, data in enumerate(_arrays(files, planned, config), 1):
-        writer.write_tensor_data(data)
-        if progress:
-            progress("writing", done, len(planned))
-
-
-def _arrays(files: TensorFiles, planned: list[_Planned], config: Any) -> Iterator[Any]:
-    for one in planned:
-        if one.source is None:
-            yield llama3_factors(config).numpy()
-            continue
-        tensor = files.read(one.source.name)
-        if ARCHITECTURES[config.model_type] == "llama":
-            tensor = _permuted(tensor, one.source.name, config)
-        yield _encoded(tensor, one)
+    with progress("writing"):
+        for done, (name, (source, kind)) in enumerate(planned.items(), 1):
+            tensor = llama3_factors(config) if source is None else _permuted(files.read(source.name), source.name, config)
+            values = tensor.to(_PLAIN.get(kind, torch.float32)).contiguous()
+            if not bool(torch.isfinite(values).all()):
+                raise ModelError(f"{name}: has values that are not finite as {kind}; try bf16, or look at the model")
+            if kind in _PLAIN:
+                writer.write_tensor_data(values.view(torch.uint8).numpy())
+            else:
+                writer.write_tensor_data(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[kind.upper()]))
+            advance(done, len(planned))
 
 
 def _permuted(tensor: Tensor, name: str, config: Any) -> Tensor:
     """Rows of queries and keys in ggml's order for Llama: RoPE turns neighbours there, the two halves of a head here."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None:
+    if heads is None or ARCHITECTURES[config.model_type] != "llama":
         return tensor
     halves = tensor.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def _encoded(tensor: Tensor, planned: _Planned) -> Any:
-    """The bytes of a tensor in its type, as a numpy array."""
-    gguf = import_gguf()
-    kinds = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    values = tensor.to(kinds.get(planned.type, torch.float32)).contiguous()
-    if not bool(torch.isfinite(values).all()):
-        raise ModelError(f"{planned.name}: has values that are not finite as {planned.type}; try bf16, or look at the model")
-    if planned.type in kinds:
-        return values.view(torch.uint8).numpy()
-    return gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[planned.type.upper()])
 
 
 def llama3_factors(config: Any) -> Tensor:
@@ -355,19 +305,3 @@ def llama3_factors(config: Any) -> Tensor:
     turns = rope["original_max_position_embeddings"] / waves
     share = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - share) / factor + share)).to(torch.float32)
-
-
-def _remarks(config: Any, planned: list[_Planned], kind: Kind) -> Iterator[str]:
-    odd = [one.name for one in planned if kind in ("q8_0", "q4_0") and one.type == "f16"]
-    if odd:
-        yield f"{len(odd)} tensors are f16, their rows do not divide into blocks of 32: {odd[0]}, …"
-    window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
-    if window is not None and window < config.max_position_embeddings:
-        yield f"llama.cpp lets every token see all before it, the model the last {window}; they differ in longer texts"
-
-
-def _settle(partial: Path, output: Path) -> None:
-    """Give the finished file its name once it is on disk."""
-    sync(partial)
-    partial.replace(output)
-    sync(output.parent)

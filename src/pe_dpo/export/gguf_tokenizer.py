@@ -8,9 +8,10 @@ splits text elsewhere than the model was trained on. So only pre-tokenizers that
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.model.base import end_token_ids, load_tokenizer
@@ -49,24 +50,6 @@ _MORE_SPACES = (
 )
 
 
-class Vocabulary(NamedTuple):
-    """Everything of a tokenizer that a GGUF file holds."""
-
-    model: Literal["gpt2", "llama"]
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    scores: list[float]
-    special_ids: dict[str, int]
-    """Ids of bos, eos, unk and pad, as far as there are such; eot and eom are further ends that the generation config names."""
-    adds_bos: bool
-    adds_eos: bool
-    adds_space_prefix: bool
-    chat_template: str | None
-    remarks: tuple[str, ...]
-
-
 def refuse(model: Path, why: str) -> UsageError:
     """Return the error for what is not exported here, with the commands that export it."""
     return UsageError(
@@ -75,170 +58,132 @@ def refuse(model: Path, why: str) -> UsageError:
     )
 
 
-def read_vocabulary(model: Path, size: int) -> Vocabulary:
-    """Return the vocabulary of a model, padded to the rows of its embedding.
+class Vocabulary:
+    """Everything of a tokenizer that a GGUF file holds, padded to the rows of the model's embedding.
 
     Args:
-        model: folder with tokenizer files.
+        folder: of the model, with tokenizer files.
         size: vocab_size of its configuration.
 
     Raises:
         ModelError: the tokenizer has more tokens than the model, or two for one id.
         UsageError: llama.cpp is not known to split text like it.
     """
-    tokenizer = load_tokenizer(str(model))
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise refuse(model, "its tokenizer is none of the tokenizers library")
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    if parts["model"]["type"] != "BPE":
-        raise refuse(model, f"its tokenizer is {parts['model']['type']}, not BPE")
-    is_byte_level = not parts["model"].get("byte_fallback")
-    tokens, types = _tokens(model, tokenizer, parts, size)
-    adds_bos, adds_eos = _added_ends(model, tokenizer)
-    remarks = _odd_added_tokens(parts)
-    if is_byte_level:
-        pre, space_prefix = _byte_level(model, parts), False
-        merges, scores = [" ".join(pair) for pair in _merges(parts)], []
-        remarks += (_APPROXIMATE[pre],) if pre in _APPROXIMATE else ()
-    else:
-        pre, (space_prefix, is_metaspace) = "default", _space_prefix(model, parts)
-        remarks += (_MORE_SPACES,) if space_prefix and is_metaspace else ()
-        types = [BYTE if kind == NORMAL and _is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
-        merges, scores = [], _scores(model, parts, tokens, types)
-    starts = _template_starts_with_bos(tokenizer)
-    if adds_bos and starts is False:
-        remarks += ("the chat template begins without BOS, so the file says that none is added, as in training",)
-    return Vocabulary(
-        model="gpt2" if is_byte_level else "llama",
-        pre=pre,
-        tokens=tokens,
-        types=types,
-        merges=merges,
-        scores=scores,
-        special_ids=_special_ids(model, tokenizer),
-        adds_bos=adds_bos and starts is not False,
-        adds_eos=adds_eos,
-        adds_space_prefix=space_prefix,
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
-        remarks=remarks,
-    )
 
+    def __init__(self, folder: Path, size: int) -> None:
+        self._folder, self._tokenizer = folder, load_tokenizer(str(folder))
+        tokenizer = self._tokenizer
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise refuse(folder, "its tokenizer is none of the tokenizers library")
+        self._parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        bpe = self._parts["model"]
+        if bpe["type"] != "BPE":
+            raise refuse(folder, f"its tokenizer is {bpe['type']}, not BPE")
+        self.tokens, self.types = self._tokens_and_types(size)
+        self.merges: list[str] = []
+        self.scores: list[float] = []
+        self.pre, self.adds_space_prefix = "default", False
+        added = self._parts["added_tokens"]
+        odd = [one["content"] for one in added if one["lstrip"] or one["rstrip"] or one["single_word"]]
+        words = "these added tokens take the space around them or need whole words, which llama.cpp does not know: "
+        self.remarks = [words + ", ".join(odd)] if odd else []
+        """What differs from the model, or will in llama.cpp."""
+        pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in bpe["merges"]]  # old files: texts
+        self.model: Literal["gpt2", "llama"] = "llama" if bpe.get("byte_fallback") else "gpt2"
+        if self.model == "gpt2":
+            self.pre, self.merges = self._pre_tokenizer(), [" ".join(pair) for pair in pairs]
+            self.remarks += [_APPROXIMATE[self.pre]] if self.pre in _APPROXIMATE else []
+        else:
+            self.adds_space_prefix, self.scores = self._sentence_piece(pairs)
+        found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+        more = [index for index in end_token_ids(str(folder)) if index != found["eos"]]
+        found |= dict(zip(("eot", "eom") if found["eos"] is not None else ("eos", "eot", "eom"), more, strict=False))
+        self.special_ids = {name: index for name, index in found.items() if index is not None}
+        """Of bos, eos, unk and pad, as far as there are such; eot and eom are further ends that the generation config names."""
+        template = tokenizer.chat_template
+        self.chat_template: str | None = template if isinstance(template, str) else None
+        self.adds_bos, self.adds_eos = self._added_ends()
 
-def _tokens(model: Path, tokenizer: Any, parts: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    by_id: dict[int, str] = {}
-    for token, index in tokenizer.get_vocab().items():
-        if index in by_id or index >= size:
-            raise ModelError(f"{model}: token {index} ({token!r}) of the tokenizer does not fit a vocabulary of {size}")
-        by_id[index] = token
-    kinds = {added["id"]: CONTROL if added["special"] else USER_DEFINED for added in parts["added_tokens"]}
-    if parts["model"].get("byte_fallback") and tokenizer.unk_token_id is not None:
-        kinds[tokenizer.unk_token_id] = UNKNOWN
-    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
-    return tokens, [kinds.get(index, NORMAL) if index in by_id else UNUSED for index in range(size)]
+    def _tokens_and_types(self, size: int) -> tuple[list[str], list[int]]:
+        by_id: dict[int, str] = {}
+        for token, index in self._tokenizer.get_vocab().items():
+            if index in by_id or index >= size:
+                raise ModelError(
+                    f"{self._folder}: token {index} ({token!r}) of the tokenizer does not fit a vocabulary of {size}"
+                )
+            by_id[index] = token
+        tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
+        kinds = {one["id"]: CONTROL if one["special"] else USER_DEFINED for one in self._parts["added_tokens"]}
+        if self._parts["model"].get("byte_fallback"):
+            kinds = {index: BYTE for index, token in by_id.items() if re.fullmatch("<0x.{2}>", token, re.DOTALL)} | kinds
+            kinds |= {} if self._tokenizer.unk_token_id is None else {self._tokenizer.unk_token_id: UNKNOWN}
+        return tokens, [kinds.get(index, NORMAL) if index in by_id else UNUSED for index in range(size)]
 
+    def _added_ends(self) -> tuple[bool, bool]:
+        """Whether llama.cpp puts BOS before and EOS behind a text: as the tokenizer does, but not where chats begin without."""
+        tokenizer = self._tokenizer
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = tokenizer("a")["input_ids"]
+        bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+        ends = [(b, e) for b, e in (([], []), (bos, []), (bos, eos), ([], eos)) if whole == b + bare + e]
+        if not ends:
+            raise refuse(self._folder, "its tokenizer adds other tokens than BOS and EOS to a text")
+        adds_bos, adds_eos = map(bool, ends[0])
+        if adds_bos and self.chat_template is not None and tokenizer.bos_token is not None:
+            messages = [{"role": "user", "content": "a"}]
+            chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            if not chat.startswith(tokenizer.bos_token):
+                self.remarks.append("the chat template begins without BOS, so the file says that none is added, as in training")
+                return False, adds_eos
+        return adds_bos, adds_eos
 
-def _added_ends(model: Path, tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokenizer puts BOS before and EOS behind a text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    for before, behind in (([], []), (bos, []), (bos, eos), ([], eos)):
-        if whole == before + bare + behind:
-            return bool(before), bool(behind)
-    raise refuse(model, "its tokenizer adds other tokens than BOS and EOS to a text")
+    def _pre_tokenizer(self) -> str:
+        """llama.cpp's name of the pre-tokenizer."""
+        bpe, pre_tokenizer = self._parts["model"], self._parts["pre_tokenizer"] or {"type": "none"}
+        if bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix"):
+            raise refuse(self._folder, "its BPE marks beginnings or ends of words")
+        steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+        *first, last = steps or [{"type": "none"}]
+        splits = []
+        for step in first:
+            if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+                splits.append(str(step["pattern"].get("Regex")))
+            else:
+                splits.append("digits" if step["type"] == "Digits" and step["individual_digits"] else "unknown")
+        is_byte_level = last["type"] == "ByteLevel" and not last["add_prefix_space"]
+        splits += ["gpt2"] if is_byte_level and last["use_regex"] else []
+        name = _KNOWN.get((tuple(splits), bool(bpe.get("ignore_merges")))) if is_byte_level else None
+        normalizer = (self._parts["normalizer"] or {}).get("type")
+        if name is None or not (normalizer is None or (name == "qwen2" and normalizer == "NFC")):
+            raise refuse(self._folder, f"its pre-tokenizer is none of those known here ({', '.join(_KNOWN.values())})")
+        return name
 
+    def _sentence_piece(self, merges: Sequence[tuple[str, ...]]) -> tuple[bool, list[float]]:
+        """Whether a space is put before a text, and scores that make llama.cpp merge as the ranks do.
 
-def _template_starts_with_bos(tokenizer: Any) -> bool | None:
-    """Whether chats begin with BOS; None without a chat template."""
-    if not isinstance(tokenizer.chat_template, str) or tokenizer.bos_token is None:
-        return None
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
-    return bool(chat.startswith(tokenizer.bos_token))
-
-
-def _special_ids(model: Path, tokenizer: Any) -> dict[str, int]:
-    found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    more = [index for index in end_token_ids(str(model)) if index != found["eos"]]
-    found |= dict(zip(("eot", "eom") if found["eos"] is not None else ("eos", "eot", "eom"), more, strict=False))
-    return {name: index for name, index in found.items() if index is not None}
-
-
-def _odd_added_tokens(parts: Mapping[str, Any]) -> tuple[str, ...]:
-    odd = [added["content"] for added in parts["added_tokens"] if added["lstrip"] or added["rstrip"] or added["single_word"]]
-    words = "these added tokens take the space around them or need whole words, which llama.cpp does not know: "
-    return (words + ", ".join(odd),) if odd else ()
-
-
-def _byte_level(model: Path, parts: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the pre-tokenizer."""
-    bpe = parts["model"]
-    if bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix"):
-        raise refuse(model, "its BPE marks beginnings or ends of words")
-    name = _KNOWN.get((_splits(parts["pre_tokenizer"]), bool(bpe.get("ignore_merges"))))
-    normalizer = (parts["normalizer"] or {}).get("type")
-    if name is None or not (normalizer is None or (name == "qwen2" and normalizer == "NFC")):
-        raise refuse(model, f"its pre-tokenizer is none of those known here ({', '.join(_KNOWN.values())})")
-    return name
-
-
-def _splits(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """What a byte-level pre-tokenizer does, in short words; empty when it is anything else."""
-    steps = [pre_tokenizer] if pre_tokenizer and pre_tokenizer["type"] != "Sequence" else []
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer and not steps else steps
-    last = steps[-1] if steps else {"type": "none"}
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        return ()
-    found = [_split(step) for step in steps[:-1]] + (["gpt2"] if last["use_regex"] else [])
-    return tuple(found)
-
-
-def _split(step: Mapping[str, Any]) -> str:
-    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-        return str(step["pattern"].get("Regex"))
-    return "digits" if step["type"] == "Digits" and step["individual_digits"] else "unknown"
-
-
-def _space_prefix(model: Path, parts: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether a space is put before a text, and whether by Metaspace, which puts fewer than llama.cpp."""
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    prepend = {"type": "Prepend", "prepend": "▁"}
-    normalizer, pre_tokenizer = parts["normalizer"], parts["pre_tokenizer"]
-    if pre_tokenizer is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
-        return True, False
-    if pre_tokenizer is None and normalizer == replace:
-        return False, False
-    is_metaspace = (pre_tokenizer or {}).get("type") == "Metaspace" and pre_tokenizer["replacement"] == "▁"
-    if normalizer is not None or not is_metaspace or pre_tokenizer["split"]:
-        raise refuse(model, "its normalizer or pre-tokenizer is not SentencePiece's")
-    return pre_tokenizer["prepend_scheme"] != "never", True
-
-
-def _merges(parts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Pairs in the order of their ranks; old files write a pair as one text."""
-    merges = parts["model"]["merges"]
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    return [(left, right) for left, right in pairs]
-
-
-def _scores(model: Path, parts: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> list[float]:
-    """Scores that make llama.cpp merge as the ranks do: minus the rank among merged tokens, then the single characters.
-
-    llama.cpp joins the neighbours whose union has the highest score, by whatever pair. That is the same as ranks of pairs
-    only if every pair whose union is a token is a merge, and if the merges of one token stand together.
-    """
-    merges = _merges(parts)
-    merged = list(dict.fromkeys(left + right for left, right in merges))
-    runs = [one for one, before in zip(merges, [("", ""), *merges], strict=False) if "".join(one) != "".join(before)]
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
-    pairs = {(token[:cut], token[cut:]) for token in normal for cut in range(1, len(token))}
-    if len(runs) != len(merged) or any(not {*pair} - normal for pair in pairs - set(merges)):
-        raise refuse(model, "its merges cannot be written as SentencePiece's scores")
-    rank = {token: index for index, token in enumerate(merged)}
-    return [
-        -float(rank.get(token, len(rank) + index)) if kind == NORMAL else 0.0
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-    ]
-
-
-def _is_byte(token: str) -> bool:
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        A score is minus the rank among merged tokens, then among the single characters. llama.cpp joins the neighbours whose
+        union has the highest score, by whatever pair. That is the same as ranks of pairs only if every pair whose union is a
+        token is a merge, and if the merges of one token stand together.
+        """
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        prepend = {"type": "Prepend", "prepend": "▁"}
+        normalizer, pre_tokenizer = self._parts["normalizer"], self._parts["pre_tokenizer"]
+        if pre_tokenizer is None and normalizer in (replace, {"type": "Sequence", "normalizers": [prepend, replace]}):
+            has_prefix = normalizer != replace
+        else:
+            is_metaspace = (pre_tokenizer or {}).get("type") == "Metaspace" and pre_tokenizer["replacement"] == "▁"
+            if normalizer is not None or not is_metaspace or pre_tokenizer["split"]:
+                raise refuse(self._folder, "its normalizer or pre-tokenizer is not SentencePiece's")
+            has_prefix = pre_tokenizer["prepend_scheme"] != "never"
+            self.remarks += [_MORE_SPACES] if has_prefix else []
+        merged = list(dict.fromkeys("".join(pair) for pair in merges))
+        runs = [one for one, before in zip(merges, [("", ""), *merges], strict=False) if "".join(one) != "".join(before)]
+        normal = {token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
+        pairs = {(token[:cut], token[cut:]) for token in normal for cut in range(1, len(token))}
+        if len(runs) != len(merged) or any(not {*pair} - normal for pair in pairs - set(merges)):
+            raise refuse(self._folder, "its merges cannot be written as SentencePiece's scores")
+        rank = {token: index for index, token in enumerate(merged)}
+        return has_prefix, [
+            -float(rank.get(token, len(rank) + index)) if kind == NORMAL else 0.0
+            for index, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+        ]

@@ -42,18 +42,6 @@ class GoldenPrompt(NamedTuple):
     """By how much each token is more likely than the second best, in nats."""
 
 
-class GoldenResult(NamedTuple):
-    """How a model compares with golden prompts."""
-
-    prompts: int
-    tokens: int
-    """Tokens compared, up to the first near-tie of each prompt at which the model chose otherwise."""
-    near_ties: int
-    """Prompts that left the golden answer at a near-tie."""
-    differences: tuple[str, ...]
-    """What is wrong; empty when the model passes."""
-
-
 def golden_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[str] = QUESTIONS, *, tokens: int = 32, end_token_ids: Sequence[int] = ()
 ) -> list[GoldenPrompt]:
@@ -66,8 +54,28 @@ def golden_prompts(
         tokens: most tokens of an answer.
         end_token_ids: tokens that end an answer, beside the tokenizer's EOS.
     """
-    ends = {*end_token_ids, tokenizer.eos_token_id} - {None}
-    return [_golden(model, tokenizer, prompt, tokens, sorted(ends)) for prompt in prompts]
+    ends, golden = {*end_token_ids, tokenizer.eos_token_id} - {None}, []
+    for prompt in prompts:
+        rendered = prompt
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": prompt}]
+            rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        prompt_ids = token_ids(tokenizer, rendered)
+        answer = _greedy(model, prompt_ids, tokens, ends)
+        log_probs = _log_probs(model, prompt_ids, answer)
+        best, second = log_probs.topk(2, dim=-1).values.T
+        golden.append(
+            GoldenPrompt(
+                prompt=prompt,
+                rendered=rendered,
+                prompt_ids=prompt_ids,
+                token_ids=answer,
+                text=tokenizer.decode(answer, skip_special_tokens=True),
+                log_probs=[round(value, 6) for value in log_probs.gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist()],
+                leads=[round(value, 6) for value in (best - second).tolist()],
+            )
+        )
+    return golden
 
 
 def save_golden(golden: Sequence[GoldenPrompt], file: Path) -> None:
@@ -82,16 +90,17 @@ def load_golden(file: Path) -> list[GoldenPrompt]:
     Raises:
         DataError: a row cannot be read or lacks a field.
     """
-    rows = list(read_rows(file))
-    for row in rows:
+    golden = []
+    for row in read_rows(file):
         _check_readable(row)
         missing = set(GoldenPrompt._fields) - set(row.values)
         if missing:
             raise DataError(f"{row.where}: no golden prompt, {', '.join(sorted(missing))} is missing")
-    return [GoldenPrompt(**{key: row.values[key] for key in GoldenPrompt._fields}) for row in rows]
+        golden.append(GoldenPrompt(**{key: row.values[key] for key in GoldenPrompt._fields}))
+    return golden
 
 
-def check_golden(model: Any, tokenizer: Any, file: Path, *, near_tie: float = NEAR_TIE) -> GoldenResult:
+def check_golden(model: Any, tokenizer: Any, file: Path, *, near_tie: float = NEAR_TIE) -> tuple[int, int, list[str]]:
     """Return whether a model answers golden prompts as the file says.
 
     Prompt ids must be equal. Answers must be equal up to the first token whose lead is below `near_tie` and at which the model
@@ -102,6 +111,10 @@ def check_golden(model: Any, tokenizer: Any, file: Path, *, near_tie: float = NE
         tokenizer: of the model.
         file: golden_prompts.jsonl.
         near_tie: nats.
+
+    Returns:
+        How many tokens were compared, up to the first near-tie of each prompt at which the model chose otherwise; how many
+        prompts left the golden answer at one; and what is wrong, empty when the model passes.
     """
     golden = load_golden(file)
     compared, near_ties, differences = 0, 0, []
@@ -118,7 +131,7 @@ def check_golden(model: Any, tokenizer: Any, file: Path, *, near_tie: float = NE
                 f"{one.prompt!r}: token {place + 1} is {chosen[place]}, not {one.token_ids[place]}, which led by "
                 f"{one.leads[place]:.3f} nats"
             )
-    return GoldenResult(len(golden), compared, near_ties, tuple(differences))
+    return compared, near_ties, differences
 
 
 def answer_log_probs(model: Any, golden: Sequence[GoldenPrompt]) -> Iterator[Tensor]:
@@ -155,7 +168,13 @@ def read_prompts(file: Path, *, count: int = 5) -> list[str]:
     found: dict[str, None] = {}
     for row in read_rows(file):
         _check_readable(row)
-        found.setdefault(_first_user_turn(row.values.get("prompt", row.values.get("chosen")), row.where))
+        value = row.values.get("prompt", row.values.get("chosen"))
+        turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
+        texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
+        first = next((text for text in texts if text), None)
+        if not isinstance(first, str) or not first.strip():
+            raise DataError(f"{row.where}: no prompt there; expected a text or messages in `prompt`, or messages in `chosen`")
+        found.setdefault(first)
         if len(found) == count:
             break
     if not found:
@@ -180,42 +199,8 @@ def _check_readable(row: Row) -> None:
         raise DataError(f"{row.where}: {row.flaw}")
 
 
-def _first_user_turn(value: Any, where: str) -> str:
-    if isinstance(value, str) and value.strip():
-        return value
-    turns = value if isinstance(value, list) else []
-    texts = [turn["content"] for turn in turns if isinstance(turn, dict) and turn.get("role") == "user" and turn.get("content")]
-    if not texts or not isinstance(texts[0], str):
-        raise DataError(f"{where}: no prompt there; expected a text or messages in `prompt`, or messages in `chosen`")
-    return texts[0]
-
-
-def _golden(model: Any, tokenizer: Any, prompt: str, tokens: int, ends: list[int]) -> GoldenPrompt:
-    rendered = _rendered(tokenizer, prompt)
-    prompt_ids = token_ids(tokenizer, rendered)
-    answer = _greedy(model, prompt_ids, tokens, ends)
-    log_probs = _log_probs(model, prompt_ids, answer)
-    best, second = log_probs.topk(2, dim=-1).values.T
-    return GoldenPrompt(
-        prompt=prompt,
-        rendered=rendered,
-        prompt_ids=prompt_ids,
-        token_ids=answer,
-        text=tokenizer.decode(answer, skip_special_tokens=True),
-        log_probs=[round(value, 6) for value in log_probs.gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist()],
-        leads=[round(value, 6) for value in (best - second).tolist()],
-    )
-
-
-def _rendered(tokenizer: Any, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        return prompt
-    chat = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-
-
 @torch.no_grad()
-def _greedy(model: Any, prompt_ids: list[int], tokens: int, ends: list[int]) -> list[int]:
+def _greedy(model: Any, prompt_ids: list[int], tokens: int, ends: set[int]) -> list[int]:
     """The most likely token after each, by argmax alone: no penalty or filter of a generation config takes part."""
     found: list[int] = []
     unread, cache = prompt_ids, None

@@ -15,32 +15,93 @@ Source: https://github.com/ollama/ollama, docs/modelfile.md and docs/template.md
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pe_dpo.errors import UsageError
-from pe_dpo.export.gguf_tokenizer import read_vocabulary
+from pe_dpo.export.gguf_tokenizer import Vocabulary
 from pe_dpo.model.base import end_token_ids, load_tokenizer
 
 Messages = Sequence[dict[str, str]]
 
 _SYSTEM, _USER, _ANSWER = "zqSYSTEMzq", "zqUSERzq", "zqANSWERzq"
+_MARKS = ("{{", '"""')
+"""What the text of a Modelfile's template cannot hold."""
 
 
-class ChatForm(NamedTuple):
-    """The texts around the contents of a chat."""
+class ChatForm:
+    """The texts around the contents of a chat, checked on conversations of several turns.
 
-    first: str
-    """Before the first user message when there is no system message; holds the template's own system prompt, if any."""
-    before_system: str | None
-    """None when the template takes no system message."""
-    after_system: str
-    answer: str
-    """Between a user message and its answer."""
-    next: str
-    """Between an answer and the next user message."""
-    opening: str
-    """After the last user message; the answer follows."""
-    default_system: str | None
+    Args:
+        tokenizer: with a chat template.
+        strips_bos: the file says that BOS is added to every text, so the template must not write it again.
+
+    Raises:
+        UsageError: the template does not have this form.
+    """
+
+    def __init__(self, tokenizer: Any, *, strips_bos: bool) -> None:
+        from jinja2 import TemplateError
+
+        self._tokenizer, self._bos = tokenizer, (tokenizer.bos_token or "") if strips_bos else ""
+        user, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
+        self.first, self.opening = _between(self._chat([user]), _USER)
+        """Before the first user message when there is no system message, with the template's own system prompt, if any; and
+        after the last user message, where the answer follows."""
+        _, self.answer, self.next, _ = _between(self._chat([user, answer, user]), _USER, _ANSWER, _USER)
+        """Between a user message and its answer, and between an answer and the next user message."""
+        self.before_system: str | None = None
+        """None when the template takes no system message: it refuses one, or leaves it out."""
+        self.after_system = ""
+        self.default_system: str | None = None
+        """The system prompt that the template writes when none is given."""
+        try:
+            chat = self._render([{"role": "system", "content": _SYSTEM}, user])
+        except TemplateError:
+            chat = ""
+        if _SYSTEM in chat:
+            before, after, _ = _between(chat, _SYSTEM, _USER)
+            self.before_system, self.after_system = before, after
+            inside = self.first.removeprefix(before).removesuffix(after)
+            if before and inside and before + inside + after == self.first:
+                self.default_system = inside
+        # And now conversations of which the form was not derived.
+        texts = ["What is a tide?", "The sea's rise and fall.\n\nTwice a day.", "Why?", "The moon pulls: 1 + 1.", "Thanks!"]
+        turns = [{"role": "assistant" if at % 2 else "user", "content": text} for at, text in enumerate(texts)]
+        chats = [turns[:1], turns[:3], turns]
+        if self.before_system is not None:
+            chats += [[{"role": "system", "content": "Answer briefly.\nBe kind."}, *messages] for messages in chats]
+        template = self.go_template()
+        for messages in chats:
+            expected, written = self._chat(messages), run_go_template(template, messages)
+            if expected != written:
+                raise _other_form(f"a chat of {len(messages)} messages would be {written!r}, not {expected!r}")
+
+    def go_template(self) -> str:
+        """Return the Go template of this form."""
+        before, after = self.before_system, self.after_system
+        if any(
+            mark in text for text in (self.first, before or "", after, self.answer, self.next, self.opening) for mark in _MARKS
+        ):
+            raise _other_form('it writes {{ or """ into the text')
+        system, second = "", self.first
+        if before is not None:
+            system, second = '{{ if eq .Role "system" }}' + before + "{{ .Content }}" + after + "{{ end }}", ""
+        user = '{{ if eq .Role "user" }}{{ if eq $i 0 }}' + self.first + "{{ else if and (eq $i 1) $.System }}" + second
+        user += "{{ else }}" + self.next + "{{ end }}{{ .Content }}{{ end }}"
+        answer = '{{ if eq .Role "assistant" }}' + self.answer + "{{ .Content }}{{ end }}"
+        return "{{ range $i, $m := .Messages }}" + system + user + answer + "{{ end }}" + self.opening
+
+    def _chat(self, messages: Messages) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._render(messages)
+        except TemplateError as error:
+            raise _other_form(f"it refuses a chat of {len(messages)} messages: {error}") from error
+
+    def _render(self, messages: Messages) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text.removeprefix(self._bos)
 
 
 def modelfile(model: Path, gguf_name: str) -> str:
@@ -53,52 +114,28 @@ def modelfile(model: Path, gguf_name: str) -> str:
     Raises:
         UsageError: the chat template is not of the form that a Go template can follow, or llama.cpp has no such tokenizer.
     """
+    from transformers import AutoConfig
+
     tokenizer = load_tokenizer(str(model))
+    ids = {*end_token_ids(str(model)), tokenizer.eos_token_id} - {None}
+    stops = [tokenizer.convert_ids_to_tokens(index) for index in sorted(ids)]
     lines = [f"FROM ./{gguf_name}"]
-    if not tokenizer.chat_template:
-        return "\n".join([*lines, "TEMPLATE {{ .Prompt }}", *_stops(model, tokenizer, None)]) + "\n"
-    form = chat_form(tokenizer, strips_bos=_adds_bos(model))
-    lines.append(f"TEMPLATE {_quoted(go_template(form))}")
-    if form.default_system:
-        lines.append(f"SYSTEM {_quoted(form.default_system)}")
-    if form.before_system is None:
-        lines.append("# The chat template takes no system message; one that is given is left out.")
-    return "\n".join([*lines, *_stops(model, tokenizer, form)]) + "\n"
-
-
-def chat_form(tokenizer: Any, *, strips_bos: bool) -> ChatForm:
-    """Return the texts around the contents, checked on conversations of several turns.
-
-    Args:
-        tokenizer: with a chat template.
-        strips_bos: the file says that BOS is added to every text, so the template must not write it again.
-
-    Raises:
-        UsageError: the template does not have this form.
-    """
-    form = _derive(tokenizer, strips_bos=strips_bos)
-    written = go_template(form)
-    for messages in _conversations(has_system=form.before_system is not None):
-        wanted = _chat(tokenizer, messages, strips_bos=strips_bos)
-        found = run_go_template(written, messages)
-        if wanted != found:
-            raise _other_form(f"a chat of {len(messages)} messages would be {found!r}, not {wanted!r}")
-    return form
-
-
-def go_template(form: ChatForm) -> str:
-    """Return the Go template of a form."""
-    texts = [text for text in form if text is not None]
-    if any("{{" in text or '"""' in text for text in texts):
-        raise _other_form('it writes {{ or """ into the text')
-    system, second = "", form.first
-    if form.before_system is not None:
-        system = '{{ if eq .Role "system" }}' + form.before_system + "{{ .Content }}" + form.after_system + "{{ end }}"
-        second = ""
-    user = '{{ if eq .Role "user" }}{{ if eq $i 0 }}' + form.first + "{{ else if and (eq $i 1) $.System }}" + second
-    user += "{{ else }}" + form.next + "{{ end }}{{ .Content }}{{ end }}"
-    answer = '{{ if eq .Role "assistant" }}' + form.answer + "{{ .Content }}{{ end }}"
-    return "{{ range $i, $m := .Messages }}" + system + user + answer + "{{ end }}" + form.opening
+    if tokenizer.chat_template:
+        size = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False).vocab_size
+        form = ChatForm(tokenizer, strips_bos=Vocabulary(model, size).adds_bos)
+        lines.append(f"TEMPLATE {_quoted(form.go_template())}")
+        if form.default_system:
+            lines.append(f"SYSTEM {_quoted(form.default_system)}")
+        if form.before_system is None:
+            lines.append("# The chat template takes no system message; one that is given is left out.")
+        # What ends an answer: the special token behind it, or else the text that begins the next turn.
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {tokenizer.bos_token}
+        by_length = sorted(special, key=len, reverse=True)
+        stops.append(next((token for token in by_length if form.next.lstrip().startswith(token)), form.next.rstrip()))
+    else:
+        lines.append("TEMPLATE {{ .Prompt }}")
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys(stops) if stop]
+    return "\n".join(lines) + "\n"
 
 
 def run_go_template(template: str, messages: Messages) -> str:
@@ -109,38 +146,29 @@ def run_go_template(template: str, messages: Messages) -> str:
         messages: with role and content.
     """
     pieces = re.split(r"\{\{ (.*?) \}\}", template)
-    head, body, tail = _range_parts(pieces)
-    has_system = any(message["role"] == "system" for message in messages)
-    texts = [_run(body, index, message, has_system) for index, message in enumerate(messages)]
-    return head + "".join(texts) + tail
-
-
-def _range_parts(pieces: Sequence[str]) -> tuple[str, list[str], str]:
-    """Text before the loop, the pieces inside it (texts at even places, actions at odd), text behind it."""
+    # Text before the loop, the pieces inside it (texts at even places, actions at odd), text behind it.
     assert pieces[1].startswith("range ") and pieces[-2] == "end", "a template is one loop"
-    return pieces[0], list(pieces[2:-2]), pieces[-1]
-
-
-def _run(pieces: Sequence[str], index: int, message: dict[str, str], has_system: bool) -> str:
-    """One pass of the loop; the stack holds, for each open if, whether its branch runs and whether one has run."""
-    text = ""
-    stack: list[tuple[bool, bool]] = []
-    for place, piece in enumerate(pieces):
-        runs = all(branch for branch, _ in stack)
-        if place % 2 == 0:
-            text += piece if runs else ""
-        elif piece == ".Content":
-            text += message["content"] if runs else ""
-        elif piece == "end":
-            stack.pop()
-        elif piece.startswith("if "):
-            holds = _holds(piece.removeprefix("if "), index, message, has_system)
-            stack.append((holds, holds))
-        else:
-            _, had = stack.pop()
-            holds = not had and (piece == "else" or _holds(piece.removeprefix("else if "), index, message, has_system))
-            stack.append((holds, had or holds))
-    return text
+    head, body, tail = pieces[0], pieces[2:-2], pieces[-1]
+    has_system = any(message["role"] == "system" for message in messages)
+    text = head
+    for index, message in enumerate(messages):
+        stack: list[tuple[bool, bool]] = []  # for each open if, whether its branch runs and whether one has run
+        for place, piece in enumerate(body):
+            runs = all(branch for branch, _ in stack)
+            if place % 2 == 0:
+                text += piece if runs else ""
+            elif piece == ".Content":
+                text += message["content"] if runs else ""
+            elif piece == "end":
+                stack.pop()
+            elif piece.startswith("if "):
+                holds = _holds(piece.removeprefix("if "), index, message, has_system)
+                stack.append((holds, holds))
+            else:
+                _, had = stack.pop()
+                holds = not had and (piece == "else" or _holds(piece.removeprefix("else if "), index, message, has_system))
+                stack.append((holds, had or holds))
+    return text + tail
 
 
 def _holds(condition: str, index: int, message: dict[str, str], has_system: bool) -> bool:
@@ -153,97 +181,12 @@ def _holds(condition: str, index: int, message: dict[str, str], has_system: bool
     return message["role"] == role[1]
 
 
-def _derive(tokenizer: Any, *, strips_bos: bool) -> ChatForm:
-    user, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
-    alone = _between(_chat(tokenizer, [user], strips_bos=strips_bos), _USER)
-    turns = _between(_chat(tokenizer, [user, answer, user], strips_bos=strips_bos), _USER, _ANSWER, _USER)
-    system = _system_parts(tokenizer, user, strips_bos=strips_bos)
-    before, after = system or (None, "")
-    return ChatForm(
-        first=alone[0],
-        before_system=before,
-        after_system=after,
-        answer=turns[1],
-        next=turns[2],
-        opening=alone[1],
-        default_system=_inside(alone[0], before, after) if before is not None else None,
-    )
-
-
-def _system_parts(tokenizer: Any, user: dict[str, str], *, strips_bos: bool) -> tuple[str, str] | None:
-    """Text before and after a system message; None when the template refuses or leaves it out."""
-    from jinja2 import TemplateError
-
-    try:
-        chat = _render(tokenizer, [{"role": "system", "content": _SYSTEM}, user], strips_bos=strips_bos)
-    except TemplateError:
-        return None
-    if _SYSTEM not in chat:
-        return None
-    before, after, _ = _between(chat, _SYSTEM, _USER)
-    return before, after
-
-
-def _inside(first: str, before: str, after: str) -> str | None:
-    """The system prompt that the template writes when none is given."""
-    is_written = first.startswith(before) and first.endswith(after) and len(first) > len(before) + len(after)
-    return first[len(before) : len(first) - len(after)] if is_written and before else None
-
-
-def _conversations(*, has_system: bool) -> list[Messages]:
-    """Conversations of which the form was not derived, besides the shortest."""
-    texts = ["What is a tide?", "The sea's rise and fall.\n\nTwice a day.", "Why?", "The moon pulls: 1 + 1.", "Thanks!"]
-    roles = ["user", "assistant"] * 3
-    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    system = {"role": "system", "content": "Answer briefly.\nBe kind."}
-    plain: list[Messages] = [turns[:1], turns[:3], turns]
-    return plain + ([[system, *turns[:1]], [system, *turns[:3]], [system, *turns]] if has_system else [])
-
-
-def _chat(tokenizer: Any, messages: Messages, *, strips_bos: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return _render(tokenizer, messages, strips_bos=strips_bos)
-    except TemplateError as error:
-        raise _other_form(f"it refuses a chat of {len(messages)} messages: {error}") from error
-
-
-def _render(tokenizer: Any, messages: Messages, *, strips_bos: bool) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token) if strips_bos and tokenizer.bos_token else text
-
-
 def _between(text: str, *contents: str) -> list[str]:
     """The texts before, between and after contents that occur once each, in this order."""
     found = re.fullmatch("(.*)" + "(.*)".join(map(re.escape, contents)) + "(.*)", text, re.DOTALL)
     if found is None or sum(text.count(content) for content in set(contents)) != len(contents):
         raise _other_form(f"the contents are not found once each, in order, in {text!r}")
     return list(found.groups())
-
-
-def _adds_bos(model: Path) -> bool:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    return read_vocabulary(model, config.vocab_size).adds_bos
-
-
-def _stops(model: Path, tokenizer: Any, form: ChatForm | None) -> list[str]:
-    """PARAMETER lines: the ends that the generation config names, EOS, and what follows an answer in a chat."""
-    ids = {*end_token_ids(str(model)), tokenizer.eos_token_id} - {None}
-    stops = [tokenizer.convert_ids_to_tokens(index) for index in sorted(ids)]
-    if form is not None:
-        stops.append(_turn_end(tokenizer, form))
-    return [f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys(stops) if stop]
-
-
-def _turn_end(tokenizer: Any, form: ChatForm) -> str:
-    """What ends an answer: the special token behind it, or else the text that begins the next turn."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {tokenizer.bos_token}
-    after = form.next.lstrip()
-    token = next((token for token in sorted(special, key=len, reverse=True) if after.startswith(token)), None)
-    return token or form.next.rstrip()
 
 
 def _quoted(text: str) -> str:

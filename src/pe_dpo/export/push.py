@@ -4,7 +4,8 @@ check name, folder, card, token  →  create or find the repository  →  is it 
 """
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from pe_dpo.errors import ModelError, PeDpoError, UsageError
 from pe_dpo.hub import is_hub_name
 from pe_dpo.model.tensor_files import TensorFiles
+
+logger = logging.getLogger(__name__)
 
 HIDDEN = (".*", "*/.*")
 NOT_FINISHED = ("checkpoint-*", "*/checkpoint-*", "*.partial", "*.lock", "*.tmp")
@@ -49,21 +52,13 @@ def check_access(name: str) -> str:
     return token
 
 
-def push_folder(
-    folder: Path,
-    name: str,
-    *,
-    private: bool = True,
-    say: Callable[[str], None] = lambda line: None,
-    endpoint: str | None = None,
-) -> str:
+def push_folder(folder: Path, name: str, *, private: bool = True, endpoint: str | None = None) -> str:
     """Upload a merged model, an adapter or an export to the hub, and return its address.
 
     Args:
         folder: finished, with a README.md; what `LEFT_OUT` names stays here.
         name: ORG/NAME; made if it is not there.
         private: whether only its owners may see it. A repository that is there keeps what it is.
-        say: gets lines of facts.
         endpoint: of another hub.
 
     Raises:
@@ -75,13 +70,16 @@ def push_folder(
 
     token = check_access(name)
     _check_folder(folder)
-    files = files_to_push(folder)
-    left_out = sorted({path.relative_to(folder).parts[0] for path in {*_all_files(folder)} - {*files}})
-    say(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB, to {name}")
+    sizes, left_out = dict[str, int](), set[str]()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        inside = path.relative_to(folder)
+        if any(fnmatch(inside.as_posix(), pattern) for pattern in LEFT_OUT):
+            left_out.add(inside.parts[0])
+        else:
+            sizes[inside.as_posix()] = path.stat().st_size
+    logger.info(f"{folder}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, to {name}")
     if left_out:
-        say(f"stays here: {', '.join(left_out)}")
-    for line in _remarks(folder):
-        say(line)
+        logger.info(f"stays here: {', '.join(sorted(left_out))}")
     api = HfApi(endpoint=endpoint, token=token)
     with _hub_errors(name):
         api.whoami()
@@ -92,58 +90,9 @@ def push_folder(
                 f"{name}: is there already and is public; nothing was pushed. Name another, or ask for a public one"
             )
         if is_private and not private:
-            say(f"look: {name} is there already and stays private; its owners can change that on the hub")
+            logger.warning(f"{name} is there already and stays private; its owners can change that on the hub")
         api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="Upload with pe-dpo")
         there = {entry.rfilename: entry.size for entry in api.model_info(name, files_metadata=True).siblings or []}
-    _check_arrived(folder, files, name, there, say)
-    return f"{api.endpoint}/{name}"
-
-
-def files_to_push(folder: Path) -> list[Path]:
-    """Return the files of a folder that are pushed, sorted."""
-    return [path for path in _all_files(folder) if not _stays(path.relative_to(folder).as_posix())]
-
-
-def _all_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _stays(path: str) -> bool:
-    return any(fnmatch(path, pattern) for pattern in LEFT_OUT)
-
-
-def _check_folder(folder: Path) -> None:
-    """Check that a folder holds something whole to push, with a card."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; name a merged model, an adapter or an export")
-    is_model = (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
-    is_adapter = (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()
-    if not (is_model or is_adapter or any(folder.glob("*.gguf"))):
-        raise UsageError(f"{folder}: holds neither a model, an adapter (safetensors) nor a GGUF file; nothing to push")
-    if is_model:
-        TensorFiles(folder)  # all shards are there
-    card = folder / "README.md"
-    if not card.is_file() or not card.read_text(encoding="utf-8").strip():
-        raise UsageError(f"{card}: is missing or empty; others must read what this is and how it was made: write a model card")
-
-
-def _remarks(folder: Path) -> Iterator[str]:
-    """What others will stumble over."""
-    config = folder / "adapter_config.json"
-    if not config.is_file():
-        return
-    try:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{config}: cannot be read: {error}") from error
-    if base and (Path(base).exists() or not is_hub_name(base)):
-        yield f"look: {config.name} names the base by a path on this machine ({base}), which nobody else has; write its hub id"
-
-
-def _check_arrived(
-    folder: Path, files: list[Path], name: str, there: dict[str, int | None], say: Callable[[str], None]
-) -> None:
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     lost = [path for path, size in sizes.items() if there.get(path) != size]
     if lost:
         raise ModelError(
@@ -152,7 +101,32 @@ def _check_arrived(
         )
     older = sorted(there.keys() - sizes.keys() - {".gitattributes"})
     if older:
-        say(f"look: {name} also holds {len(older)} files from before ({', '.join(older[:3])}); they were left as they are")
+        logger.warning(f"{name} also holds {len(older)} files from before ({', '.join(older[:3])}); they were left as they are")
+    return f"{api.endpoint}/{name}"
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that a folder holds something whole to push, with a card; warn of a base that others cannot find."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; name a merged model, an adapter or an export")
+    config = folder / "adapter_config.json"
+    is_model = (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+    is_adapter = config.is_file() and (folder / "adapter_model.safetensors").is_file()
+    if not (is_model or is_adapter or any(folder.glob("*.gguf"))):
+        raise UsageError(f"{folder}: holds neither a model, an adapter (safetensors) nor a GGUF file; nothing to push")
+    if is_model:
+        TensorFiles(folder)  # all shards are there
+    card = folder / "README.md"
+    if not card.is_file() or not card.read_text(encoding="utf-8").strip():
+        raise UsageError(f"{card}: is missing or empty; others must read what this is and how it was made: write a model card")
+    if config.is_file():
+        try:
+            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError) as error:
+            raise ModelError(f"{config}: cannot be read: {error}") from error
+        if base and (Path(base).exists() or not is_hub_name(base)):
+            what = f"{config.name} names the base by a path on this machine ({base}), which nobody else has"
+            logger.warning(f"{what}; write its hub id")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ staging    renamed to OUT only if all of this is in its band
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from pe_dpo.errors import MergeRefused, UsageError
 from pe_dpo.merging.card import merged_card
@@ -23,15 +22,6 @@ from pe_dpo.merging.write import write
 from pe_dpo.runs.staging import check_free, staged
 
 REPORT_FILE = "merge_report.json"
-
-
-class MergeResult(NamedTuple):
-    """A merge that was written."""
-
-    folder: Path
-    verdict: Verdict
-    report: dict[str, Any]
-    """As in merge_report.json."""
 
 
 def merge(
@@ -50,7 +40,7 @@ def merge(
     scale: float = 1.0,
     allow_base_mismatch: bool = False,
     force: bool = False,
-) -> MergeResult:
+) -> Verdict:
     """Merge an adapter into its base, verify it, and return what was found; `output` loads in transformers and vLLM.
 
     Args:
@@ -91,12 +81,12 @@ def merge(
             if as_trained is not None and onto == "original" and source.facts.quantize != "none":
                 expected = Unmerged(source, source.facts._replace(quantize="none"), dtype=plan.dtype)
             tensors, hashes = write(plan, folder, as_trained.base if as_trained is not None else None)
-            verdict = Verdict(plan, folder, tensors, expected, as_trained)
+            verdict = Verdict(plan, folder, tensors, hashes, expected=expected, as_trained=as_trained)
             if verdict.faults and not force:
                 wanted = "what was trained" + (f", {describe_scale(source.scale)}" if source.scale != 1 else "")
                 raise MergeRefused("\n  ".join([f"{output}: was not written: the merge is not {wanted}:", *verdict.faults]))
-            report = verdict.report(hashes)
-            text = json.dumps(report, indent=1, ensure_ascii=False)
+            text = json.dumps(verdict.report, indent=1, ensure_ascii=False)
             (folder / REPORT_FILE).write_text(text, encoding="utf-8")
-            (folder / "README.md").write_text(merged_card(source, report), encoding="utf-8")
-    return MergeResult(output, verdict, report)
+            (folder / "README.md").write_text(merged_card(source, verdict.report), encoding="utf-8")
+    verdict.folder = output
+    return verdict

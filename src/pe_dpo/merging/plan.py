@@ -80,13 +80,22 @@ class Plan:
         for tensor in files:
             if names.is_tied and tensor.name == names.head:
                 continue  # transformers ignores it
-            module_name = places.get(tensor.name) or names.in_model(tensor.name)
+            long = f"{names.prefix}.{tensor.name}"
+            is_short = tensor.name not in names.tensors and long in names.tensors
+            module_name = places.get(tensor.name, long if is_short else tensor.name)
             self._add(tensor, tensor.name, module_name, changes.get(module_name), names)
         self.config_changes: dict[str, Any] = {} if names.is_tied else {"tie_word_embeddings": False}
         if head_change is not None and names.head is not None:
             self._add(files.facts(names.in_files(names.embedding)), names.head, names.embedding, head_change, names)
             self.config_changes["tie_word_embeddings"] = False
-        self._check_every_update_is_used()
+        used = [key for planned in self.tensors if planned.change for key in planned.change.keys]
+        # Each once; a whole tensor may serve embedding and head, or be there twice with equal values.
+        each = [(key, name, change) for name, change in adapter.changes.items() for key in change.keys]
+        odd = next(((key, name) for key, name, change in each if used.count(key) != 1 and key != change.replacement), None)
+        if odd is not None:
+            raise ModelError(
+                f"{adapter.folder}: {odd[0]} would be used {used.count(odd[0])} times ({odd[1]}); use --onto adapter"
+            )
         rows = {one.facts.shape[0] for one in self.tensors if one.module_name in (names.embedding, names.head)}
         if len(rows) > 1:
             raise ModelError(f"{adapter.folder}: embedding and head would have {' and '.join(map(str, sorted(rows)))} rows")
@@ -117,16 +126,6 @@ class Plan:
         dtype = self.dtype if stored.dtype.is_floating_point and not is_wide else stored.dtype
         facts = TensorFacts(name, shape, dtype)
         self.tensors.append(PlannedTensor(facts, stored.name, module_name, change, names.recorded_as(module_name)))
-
-    def _check_every_update_is_used(self) -> None:
-        """Each once; a whole tensor may serve embedding and head, or be there twice with equal values."""
-        adapter = self.source.adapter
-        used = [key for planned in self.tensors if planned.change for key in planned.change.keys]
-        for name, change in adapter.changes.items():
-            for key in change.keys:
-                if used.count(key) != 1 and key != change.replacement:
-                    times = f"{key} would be used {used.count(key)} times ({name})"
-                    raise ModelError(f"{adapter.folder}: {times}; use --onto adapter")
 
     def _check_base(self) -> None:
         """Check what can be checked of the base without reading it into a model."""
@@ -196,8 +195,8 @@ class _BaseNames:
                 "files; that cannot be merged, use --onto adapter"
             )
         self.parameters = {name for name, _ in model.named_parameters()}
-        self._tensors = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-        self._prefix = model.base_model_prefix
+        self.tensors = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+        self.prefix = model.base_model_prefix
         by_module = {id(module): name for name, module in model.named_modules()}
         head = model.get_output_embeddings()
         self.embedding = f"{by_module[id(model.get_input_embeddings())]}.weight"
@@ -209,13 +208,8 @@ class _BaseNames:
 
     def in_files(self, name: str) -> str:
         """Return the files' name of a tensor: its module's, or that with or without the prefix of the bare model."""
-        short = name.removeprefix(f"{self._prefix}.")
-        return next((known for known in (name, short, f"{self._prefix}.{name}") if known in self._files), name)
-
-    def in_model(self, name: str) -> str:
-        """Return the model's name of a tensor of the files."""
-        long = f"{self._prefix}.{name}"
-        return long if name not in self._tensors and long in self._tensors else name
+        short = name.removeprefix(f"{self.prefix}.")
+        return next((known for known in (name, short, f"{self.prefix}.{name}") if known in self._files), name)
 
     def recorded_as(self, module_name: str) -> str:
         """Return the name of a tensor among fingerprints, which have tied tensors once, under the first of their names."""

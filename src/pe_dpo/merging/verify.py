@@ -1,5 +1,6 @@
 """The verdict on a merge: what it is held against, and what was found."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Verdict:
         plan: of the merge.
         folder: with the merged model.
         tensors: what became of each.
+        files: sha256 of the weights' files.
         expected: base (original if that is merged onto) and adapter, unmerged; None where no pairs were asked for.
         as_trained: the same on the base as in training.
     """
@@ -31,26 +33,28 @@ class Verdict:
         plan: Plan,
         folder: Path,
         tensors: list[MergedTensor],
+        files: Mapping[str, str],
+        *,
         expected: Unmerged | None,
         as_trained: Unmerged | None,
     ) -> None:
-        self.plan, self.folder, self.tensors = plan, folder, tensors
-        self.expected = expected
+        self.plan, self.folder, self.tensors, self.expected = plan, folder, tensors, expected
         self.faults = tensor_failures(tensors)
         """What is out of its band, in words; empty for a merge that serves what was trained."""
         self.held_out: Agreement | None = None
         """With what is expected; None where no pairs were asked for."""
         self.change: Agreement | None = None
         """Merged onto the original: how far that is from what was trained on the quantized base."""
-        if expected is None or as_trained is None:
-            return
-        merged = measure_served(plan.source, expected.computed_in, merged=folder)
-        self.held_out = expected.agreement(merged)
-        self.faults += expected.failures(self.held_out)
-        if mean_kept(tensors) is None and self.held_out.shift_kept is not None:
-            self.faults.append("no tensor of the adapter changes anything, but the unmerged model does")
-        if as_trained is not expected:
-            self.change = as_trained.agreement(merged)
+        if expected is not None and as_trained is not None:
+            merged = measure_served(plan.source, expected.computed_in, merged=folder)
+            self.held_out = expected.agreement(merged)
+            self.faults += expected.failures(self.held_out)
+            if mean_kept(tensors) is None and self.held_out.shift_kept is not None:
+                self.faults.append("no tensor of the adapter changes anything, but the unmerged model does")
+            if as_trained is not expected:
+                self.change = as_trained.agreement(merged)
+        self.report = self._report(files)
+        """As in merge_report.json."""
 
     def describe(self) -> str:
         """Return the verdict in words."""
@@ -66,12 +70,7 @@ class Verdict:
             return f"has the update in its files{scaled}; it is within the noise of rounding, and the pairs cannot tell it"
         return f"serves the update{scaled}: on purpose not what was trained" if is_scaled else "serves what was trained"
 
-    def report(self, files: dict[str, str]) -> dict[str, Any]:
-        """Return what merge_report.json says.
-
-        Args:
-            files: sha256 of the weights' files.
-        """
+    def _report(self, files: Mapping[str, str]) -> dict[str, Any]:
         plan, source, expected = self.plan, self.plan.source, self.expected
         weights = "adapter_model.safetensors"
         served, trained = (file_fingerprints(one, [weights])[weights] for one in (source.adapter.folder, source.trained))
@@ -103,7 +102,7 @@ class Verdict:
             "against_the_quantized_base": self.change.to_dict() if self.change else None,
             "computed_in": str(computed_in).removeprefix("torch."),
             "tensors": [tensor._asdict() for tensor in self.tensors],
-            "files": files,
+            "files": dict(files),
             "versions": versions(),
         }
         # A tensor of zeros has an update of infinite relative size, which JSON does not know.
