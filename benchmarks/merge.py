@@ -23,13 +23,12 @@ from torch import Tensor
 from benchmarks.merge_cost import cost, markdown_cost
 from benchmarks.results import Settings, load, machine, save, temporary_folder
 from pe_dpo.inference.scorer import choose_scorer
-from pe_dpo.merging.carry import carry
-from pe_dpo.merging.merge import DTYPES, write_model
-from pe_dpo.merging.plan import plan_merge
+from pe_dpo.merging.behaviour import Behaviour, measure
+from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, tensor_failures
+from pe_dpo.merging.plan import Plan
 from pe_dpo.merging.source import Source, open_source
-from pe_dpo.merging.stream import MergedTensor, faults, mean_kept
-from pe_dpo.merging.trained import Trained, free, measure, measure_merged, measure_trained
-from pe_dpo.merging.verify import Behaviour, agreement, doubts
+from pe_dpo.merging.unmerged import Unmerged, free, measure_served
+from pe_dpo.merging.write import copy_support_files, write
 from pe_dpo.model.base import load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers
 from pe_dpo.quickstart import demo
@@ -56,7 +55,7 @@ class Way(NamedTuple):
 
     title: str
     is_onto_original: bool
-    make: Callable[[Source, Trained, Path], list[MergedTensor] | tuple[list[MergedTensor], Behaviour]]
+    make: Callable[[Source, Unmerged, Path], list[MergedTensor] | tuple[list[MergedTensor], Behaviour]]
     """Writes a model into the folder; or returns its behaviour, where it is none that can be loaded as 16 bit."""
 
 
@@ -156,15 +155,12 @@ def updates_of(adapter: Path) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------------- ways of merging
 
 
-def our_way(onto: Any, dtype: str, rounding: Any = "auto") -> Way:
+def our_way(onto: Any, dtype: Any, rounding: Any = "auto") -> Way:
     """Return one of our merges, as `pe-dpo merge` writes it."""
 
-    def make(source: Source, truth: Trained, folder: Path) -> list[MergedTensor]:
-        plan = plan_merge(source.files, source.adapter, source.facts, dtype=DTYPES[dtype])
-        nothing = lambda what, done, total: None  # noqa: E731
-        return write_model(
-            source, plan, folder, truth.base, onto=onto, dtype=DTYPES[dtype], rounding=rounding, seed=0, progress=nothing
-        )[0]
+    def make(source: Source, expected: Unmerged, folder: Path) -> list[MergedTensor]:
+        plan = Plan(source, onto=onto, dtype=dtype, rounding=rounding)
+        return write(plan, folder, expected.base)[0]
 
     words = "dequantized fp32 + ΔW" if onto == "dequantized" else "original + ΔW"
     return Way(f"ours: {words} → {dtype}" + f", {rounding}" * (rounding != "auto"), onto == "original", make)
@@ -187,11 +183,13 @@ def others_way(title: str, *, start: str, also_embeddings: bool = False) -> Way:
         also_embeddings: every matrix makes the round trip through 4 bits, those that training never quantized too.
     """
 
-    def make(source: Source, truth: Trained, folder: Path) -> list[MergedTensor]:
+    def make(source: Source, expected: Unmerged, folder: Path) -> list[MergedTensor]:
         updates = updates_of(source.adapter.folder)
         tensors, found = load_file(source.base_folder / "model.safetensors"), []
         for name, weight in tensors.items():
-            is_quantized = name.removesuffix(".weight") in truth.base.quantized_layers or (also_embeddings and weight.ndim == 2)
+            is_quantized = name.removesuffix(".weight") in expected.base.quantized_layers or (
+                also_embeddings and weight.ndim == 2
+            )
             if start == "bf16" and is_quantized:
                 weight = bf16_dequantized(weight, source.facts.quantize)
             tensors[name] = weight.bfloat16()
@@ -199,7 +197,7 @@ def others_way(title: str, *, start: str, also_embeddings: bool = False) -> Way:
                 tensors[name] = (weight.float() + updates[name]).bfloat16()
                 found.append(_kept(name, weight.float(), updates[name], tensors[name].float()))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        carry(source, folder, dtype=torch.bfloat16, config_changes={})
+        copy_support_files(source, folder, dtype=torch.bfloat16, config_changes={})
         return found
 
     return Way(title, start == "original", make)
@@ -208,7 +206,7 @@ def others_way(title: str, *, start: str, also_embeddings: bool = False) -> Way:
 def peft_way() -> Way:
     """Return PEFT's own `merge_and_unload` of the 4-bit model, which quantizes again."""
 
-    def make(source: Source, truth: Trained, folder: Path) -> tuple[list[MergedTensor], Behaviour]:
+    def make(source: Source, expected: Unmerged, folder: Path) -> tuple[list[MergedTensor], Behaviour]:
         from peft import PeftModel
 
         model: Any = load_base(source.facts)
@@ -216,7 +214,7 @@ def peft_way() -> Way:
         model = PeftModel.from_pretrained(model, str(source.adapter.folder)).merge_and_unload().eval()
         after = {f"{name}.weight": dequantized(layer.weight) for name, layer in four_bit_layers(model)}
         found = [_kept(name, before[name], delta, after[name]) for name, delta in updates_of(source.adapter.folder).items()]
-        return found, measure(model, source, choose_scorer(model, source.pairs, device="cpu"))
+        return found, measure(model, source.pairs, choose_scorer(model, source.pairs, device="cpu"))
 
     return Way("PEFT merge_and_unload: → nf4 again", False, make)
 
@@ -250,8 +248,7 @@ WAYS = (
 
 def measure_adapter(work: Path, kind: str, quantize: str, size: str) -> dict[str, Any]:
     """Return what each way does with one adapter that is trained for it."""
-    with _quietly():
-        source = open_source(trained_adapter(work, kind, quantize, SIZES[size]), pairs=PAIRS)
+    with _quietly(), open_source(trained_adapter(work, kind, quantize, SIZES[size]), pairs=PAIRS) as source:
         found = measure_ways(source, WAYS)
     name = f"{size}, {quantize}, {kind}"
     print(f"  {name}: |ΔW|/|W| {found['relative_size']:.1e}, shift {found['shift_trained']:+.4f}", flush=True)
@@ -265,23 +262,22 @@ def measure_ways(source: Source, ways: Iterable[Way]) -> dict[str, Any]:
     which our merge judges --onto original too.
     """
     ways = tuple(ways)
-    truth = measure_trained(source, source.facts, dtype=torch.bfloat16)
-    plain = truth
+    expected = Unmerged(source, source.facts, dtype=torch.bfloat16)
+    plain = expected
     if any(way.is_onto_original for way in ways):
-        plain = measure_trained(source, source.facts._replace(quantize="none"), dtype=torch.bfloat16)
-    trained = agreement(truth.trained, truth.trained, truth.reference)
+        plain = Unmerged(source, source.facts._replace(quantize="none"), dtype=torch.bfloat16)
+    trained = expected.agreement(expected.trained)
     rows, size = [], 0.0
     for way in ways:
         folder = temporary_folder()
-        made = way.make(source, truth, folder)
+        made = way.make(source, expected, folder)
         tensors, merged = made if isinstance(made, tuple) else (made, None)
         if merged is None:
-            merged = measure_merged(folder, source, torch.float32)
+            merged = measure_served(source, torch.float32, merged=folder)
         shutil.rmtree(folder)
         free()
-        own = plain if way.is_onto_original else truth
-        against, against_own = (agreement(merged, one.trained, one.reference) for one in (truth, own))
-        floor = agreement(own.floor, own.trained, own.reference) if own.floor else None
+        own = plain if way.is_onto_original else expected
+        against, against_own = expected.agreement(merged), own.agreement(merged)
         size = size or (sum(t.energy for t in tensors) / sum(t.energy / t.relative_size**2 for t in tensors)) ** 0.5
         shares = [tensor.kept for tensor in tensors if tensor.kept is not None]
         rows.append(
@@ -294,7 +290,7 @@ def measure_ways(source: Source, ways: Iterable[Way]) -> dict[str, Any]:
                 "own_relative_kl": against_own.relative_kl,
                 "kept": mean_kept(tensors),
                 "kept_tensors": [min(shares), max(shares)],
-                "refused": len(faults(tensors)) + len(doubts(against_own, floor)),
+                "refused": len(tensor_failures(tensors)) + len(own.failures(against_own)),
             }
         )
     return {
@@ -323,8 +319,7 @@ def curve(work: Path, scales: Iterable[float]) -> list[dict[str, Any]]:
         save_file(scaled, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         for name in ("adapter_config.json", "base.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(run / name, folder)
-        with _quietly():
-            source = open_source(folder, data=str(work / "pairs" / "test.jsonl"), pairs=PAIRS)
+        with _quietly(), open_source(folder, data=str(work / "pairs" / "test.jsonl"), pairs=PAIRS) as source:
             ways = measure_ways(source, (DEFAULT, STOCHASTIC, SIXTEEN_BIT, ONTO_ORIGINAL, REQUANTIZED))
         found.append({"scale": scale, **ways})
         print(f"  |ΔW|/|W| {scale:.0e}: " + ", ".join(f"{row['kept']:.3f}" for row in ways["rows"]), flush=True)
