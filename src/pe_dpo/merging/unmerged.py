@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from pe_dpo.errors import ModelError
-from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.inference.scorer import Scorer, choose_scorer
+from pe_dpo.log import quiet
 from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, is_inconclusive, measure, verification_failures
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.training_base import TrainingBase
@@ -58,7 +59,7 @@ class Unmerged:
         model.eval()
         if source.reference:
             model = add_finished_adapter(model, source.reference, REFERENCE)
-        scorer = choose_scorer(model, source.pairs, device=device)
+        scorer = _choose_scorer(model, source, device)
         self.reference = measure(model, source.pairs, scorer)
         model = add_finished_adapter(model, source.trained)
         _weigh_adapters(model, source.weights)
@@ -69,7 +70,7 @@ class Unmerged:
         with suppress(torch.OutOfMemoryError):
             if self.computed_in != torch.float32:  # already rounded, and its arithmetic too: that in float32 instead
                 compute_in(model, torch.float32)
-                scorer = choose_scorer(model, source.pairs, device=device)  # attention kernels of 16 bits do not take it
+                scorer = _choose_scorer(model, source, device)  # attention kernels of 16 bits do not take it
                 self.noisy = measure(model, source.pairs, scorer)
             elif dtype != torch.float32:
                 add_rounding_noise(model, dtype)
@@ -127,6 +128,12 @@ class Unmerged:
             model.resize_token_embeddings(shape[0], mean_resizing=False)
 
 
+def _choose_scorer(model: Any, source: Source, device: torch.device) -> Scorer:
+    """The way to log-probs of the pairs; which it is concerns the measurement, not the merge, and is not said."""
+    with quiet():
+        return choose_scorer(model, source.pairs, device=device)
+
+
 def _weigh_adapters(model: Any, weights: tuple[float, float]) -> None:
     """Let reference and trained adapter act as much as they do in what is served, by PEFT's own scalings."""
     for module in model.modules():
@@ -156,7 +163,7 @@ def measure_served(source: Source, computed_in: torch.dtype, *, merged: Path | N
         compute_in(model, computed_in)
         model = add_finished_adapter(model, source.adapter.folder)
     model.eval()
-    found = measure(model, source.pairs, choose_scorer(model, source.pairs, device=device))
+    found = measure(model, source.pairs, _choose_scorer(model, source, device))
     del model
     free()
     return found
