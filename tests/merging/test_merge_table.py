@@ -20,6 +20,7 @@ from torch import Tensor
 from world import write_pairs
 
 from pe_dpo.errors import MergeRefused
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, measure, verification_failures
 from pe_dpo.merging.merge import merge
@@ -27,7 +28,6 @@ from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, stochastically
 from pe_dpo.merging.plan import Dtype, Plan
 from pe_dpo.merging.source import Source, open_source
 from pe_dpo.merging.write import write
-from pe_dpo.metrics.table import score_pairs
 from pe_dpo.model.adapter import add_finished_adapter
 from pe_dpo.model.base import compute_in, inspect_base, load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, is_inconclusive, verification_failures
 from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, tensor_failures
+from pe_dpo.objective import PairLogprobs
 
 
 def behaves(chosen: list[float], rejected: list[float], probabilities: list[list[float]]) -> Behaviour:

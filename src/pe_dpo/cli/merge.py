@@ -156,7 +156,7 @@ def _compare(target: Path, place: Path | None, settings: dict[str, Any], plan: d
     from pe_dpo.cli import console
     from pe_dpo.merging.compare import compare_merges
     from pe_dpo.merging.source import describe_scale, open_source
-    from pe_dpo.metrics.table import wilson_interval
+    from pe_dpo.metrics.estimates import wilson_interval
 
     with open_source(target, **settings) as source:
         candidates = compare_merges(source, work=place, **plan)

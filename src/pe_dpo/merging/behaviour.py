@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pe_dpo.data import EncodedPair
-from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.regimes import share_right
-from pe_dpo.metrics.table import score_pairs
+from pe_dpo.metrics.estimates import share_right
+from pe_dpo.objective import PairLogprobs
 
 KL_BAND = 0.1
 """Largest relative KL, where the noise of rounding is not more."""
@@ -163,7 +163,7 @@ def agreement(this: Behaviour, trained: Behaviour, reference: Behaviour) -> Agre
         shift=float(shift.mean()),
         shift_trained=float(shift_trained.mean()),
         top1=sum(int((p.argmax(-1) == q.argmax(-1)).sum()) for p, q in pieces) / sum(len(p) for p, _ in pieces),
-        accuracy=share_right(this.preference),
+        accuracy=share_right(this.preference.numpy()),
         nll=float(-this.logprobs.chosen.sum() / this.logprobs.chosen_lengths.sum()),
     )
 
