@@ -189,6 +189,39 @@ def test_a_fault_of_this_program_is_not_dressed_up_as_the_users(monkeypatch):
         main()
 
 
+@pytest.mark.parametrize(("arguments", "both"), [
+    (["--set", "loss.beta=1", "--set", "loss.beta=2"], "--set loss.beta=1 and --set loss.beta=2"),
+    (["--beta", 1, "--set", "loss.beta=2"], "--set loss.beta=2 and --beta 1"),
+    (["--beta", 1, "--set", " loss.beta =1"], "--set  loss.beta =1 and --beta 1"),
+    (["--set", "loss={beta: 2}", "--set", "loss.beta=1"], "--set loss={beta: 2} and --set loss.beta=1"),
+    (["--beta", 1, "--beta=2"], "--beta 1 and --beta 2"),
+    (["-o", "here", "--output", "there"], "-o here and --output there"),
+    (["-o", "here", "--set", "output=there"], "--set output=there and --output here"),
+])  # fmt: skip
+def test_a_setting_that_is_given_twice_is_an_error_that_names_both(pe_dpo, recipe_file, tmp_path, monkeypatch, arguments, both):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(pe_dpo("train", recipe_file, *arguments), 2, f"{both}: ", "is given twice; give it once")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("arguments", "both"), [
+    (["sweep", "RECIPE", "--plan", "--prompts", 5, "--set", "generation.prompts=6"],
+     "--set generation.prompts=6 and --prompts 5"),
+    (["sweep", "RECIPE", "--plan", "--set", "loss.beta=5", "--set", "loss.beta=6"], "--set loss.beta=5 and --set loss.beta=6"),
+    (["check", "RECIPE", "--gamma", 0, "--set", "loss.gamma=1"], "--set loss.gamma=1 and --gamma 0"),
+    (["audit", "RECIPE", "--loss", "dpo", "--loss", "simpo"], "--loss dpo and --loss simpo"),
+    (["eval", "RUN", "--seed", 1, "--seed", 2], "--seed 1 and --seed 2"),
+])  # fmt: skip
+def test_no_command_takes_a_setting_twice(pe_dpo, recipe_file, trained, arguments, both):
+    places = {"RECIPE": recipe_file, "RUN": trained[0]}
+    assert_refused(pe_dpo(*(places.get(word, word) for word in arguments)), 2, f"{both}: ", "is given twice; give it once")
+
+
+def test_a_value_that_looks_like_an_option_is_not_counted(pe_dpo, recipe_file, tmp_path):
+    done = pe_dpo("check", recipe_file, "--beta", "0.2", "--set", "output=--beta")
+    assert (done.code, done.err) == (0, "")
+
+
 # ---------------------------------------------------------------- eval
 
 

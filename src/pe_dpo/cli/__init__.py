@@ -13,6 +13,7 @@ from pe_dpo.cli.chat import chat
 from pe_dpo.cli.check import check
 from pe_dpo.cli.compare import compare
 from pe_dpo.cli.console import command
+from pe_dpo.cli.dials import OnceEach
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
 from pe_dpo.cli.merge import merge
@@ -31,18 +32,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(command(quickstart))
+app.command(cls=OnceEach)(command(quickstart))
 app.add_typer(recipes, name="recipes")
-app.command()(command(check))
-app.command()(command(audit))
-app.command()(command(train))
-app.command("eval")(command(evaluate))
-app.command()(command(sweep))
-app.command()(command(compare))
-app.command()(command(report))
-app.command()(command(merge))
-app.command()(command(export))
-app.command()(command(chat))
+app.command(cls=OnceEach)(command(check))
+app.command(cls=OnceEach)(command(audit))
+app.command(cls=OnceEach)(command(train))
+app.command("eval", cls=OnceEach)(command(evaluate))
+app.command(cls=OnceEach)(command(sweep))
+app.command(cls=OnceEach)(command(compare))
+app.command(cls=OnceEach)(command(report))
+app.command(cls=OnceEach)(command(merge))
+app.command(cls=OnceEach)(command(export))
+app.command(cls=OnceEach)(command(chat))
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
 """The options that several commands share, and how they become overrides of a recipe."""
 
+import itertools
 import json
-from typing import Annotated, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from pe_dpo.links import LinkName
 
@@ -47,10 +50,55 @@ def scales(option: str, text: str | None) -> list[float] | None:
 
 
 def overrides(settings: list[str] | None, **dials: str | float | int | None) -> list[str]:
-    """Return "section.key=value" for every dial that was turned, after the plain settings."""
+    """Return "section.key=value" for every dial that was turned, after the plain settings.
+
+    Raises:
+        UsageError: a key is set twice.
+    """
     from pe_dpo.recipe.names import SHORT_NAMES
 
     turned = {name: value for name, value in dials.items() if value is not None}
+    words = {name: f"{value:g}" if isinstance(value, float) else value for name, value in turned.items()}
+    check_once(settings, {f"--{name} {words[name]}": SHORT_NAMES[name] for name in turned})
     if "output" in turned:  # a path is taken as it is, not read as YAML
         turned["output"] = json.dumps(turned["output"], ensure_ascii=False)
     return [*(settings or []), *(f"{SHORT_NAMES[name]}={value}" for name, value in turned.items())]
+
+
+def check_once(settings: list[str] | None, options: Mapping[str, str]) -> None:
+    """Check that no key of the recipe is set twice; of two values one would be dropped in silence.
+
+    Args:
+        settings: "section.key=value", as given to --set.
+        options: other options as they were given, and the key that each sets.
+
+    Raises:
+        UsageError: naming both.
+    """
+    from pe_dpo.errors import UsageError
+
+    given = [(f"--set {setting}", setting.partition("=")[0].strip()) for setting in settings or []]
+    for (one, key), (other, again) in itertools.combinations([*given, *options.items()], 2):
+        if f"{again}.".startswith(f"{key}.") or f"{key}.".startswith(f"{again}."):  # the same, or a section and a key of it
+            raise UsageError(f"{one} and {other}: {max(key, again, key=len)} is given twice; give it once")
+
+
+class OnceEach(TyperCommand):
+    """A command that refuses an option with a value that is given twice, unless it is a repeatable one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Return what is left of the arguments.
+
+        Raises:
+            UsageError: an option is given twice.
+        """
+        from pe_dpo.errors import UsageError
+
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for option in order:
+            if order.count(option) > 1 and not (getattr(option, "multiple", True) or getattr(option, "is_flag", True)):
+                words = zip(args, [*args[1:], ""], strict=True)
+                given = [f"{word} {value}" if word in option.opts else word.replace("=", " ", 1) for word, value in words
+                         if word in option.opts or word.partition("=")[0] in option.opts]  # fmt: skip
+                raise UsageError(f"{' and '.join(given)}: {option.opts[0]} is given twice; give it once")
+        return super().parse_args(ctx, args)

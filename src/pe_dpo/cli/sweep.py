@@ -46,6 +46,12 @@ def sweep(
     from pe_dpo.experiments.plan import make_plan
     from pe_dpo.recipe import load_recipe
 
+    options = {
+        f"--prompts {prompts}": "generation.prompts",
+        f"--snapshots {snapshots}": "generation.snapshots",
+        f"--scale-control {scale_control}": "generation.scales",
+    }
+    dials.check_once(set_, {words: key for words, key in options.items() if not words.endswith(" None")})
     base = load_recipe(recipe, set_ or [])
     measured = {
         "prompts": (base.generation.prompts or 64) if prompts is None else prompts,
