@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 
-from pe_dpo.audit.dynamics import ideal_preference, label_optimum, time_to_pass
+from pe_dpo.audit.dynamics import ideal_preference, time_to_pass
 from pe_dpo.audit.forecast import forecast
 from pe_dpo.objective import Loss, PairLogprobs, preference_loss
 
@@ -137,25 +137,29 @@ def test_a_hinge_without_margin_ends_with_the_references_own_accuracy():
 # ---------------------------------------------------------------- optima under noisy labels
 
 
+def label_optimum(agreement: float, margin: np.ndarray, **options: Any) -> np.ndarray:
+    """d* of pairs without a reference, whose score at a tie is minus the margin either way; β = 1."""
+    return ideal_preference(agreement, -margin, -margin, Loss(1.0, 0.0, **options))
+
+
 @pytest.mark.real
 def test_the_published_optima_are_reproduced(testbed):
     rows = [row for row in testbed["two_arm_optimum"] if row["link"] in LINKS]
     assert len(rows) == 42
     for row in rows:
         smoothing = {"label_smoothing": row.get("flip", 0.0), "label_smoothing_mode": row.get("flip_mode", "conservative")}
-        found = label_optimum(row["p"], nats(row["margin"]), Loss(1.0, 1.0, link=row["link"], **smoothing)).item()
+        found = label_optimum(row["p"], nats(row["margin"]), link=row["link"], **smoothing).item()
         assert found == pytest.approx(row["d_star"], rel=1e-12, abs=1e-12), row
 
 
 def test_a_margin_of_hundreds_does_not_overflow():
     """For large m the optimum of a logistic pair nears m + log((2p−1)/(1−p))."""
-    found = label_optimum(0.75, nats(20.0, 299.0, 301.0, 900.0), Loss(1.0, 1.0))
+    found = label_optimum(0.75, nats(20.0, 299.0, 301.0, 900.0))
     assert np.allclose(found, nats(20.0, 299.0, 301.0, 900.0) + math.log(0.5 / 0.25), atol=1e-9)
 
 
 def test_smoothing_that_takes_off_more_noise_than_there_is_holds_nothing():
-    loss = Loss(1.0, 1.0, label_smoothing=0.2, label_smoothing_mode="unbiased")
-    assert label_optimum(0.9, nats(0.0), loss).item() == math.inf
+    assert label_optimum(0.9, nats(0.0), label_smoothing=0.2, label_smoothing_mode="unbiased").item() == math.inf
 
 
 IDEAL = [

@@ -50,44 +50,10 @@ def time_to_pass(start: np.ndarray, goal: np.ndarray, *, beta: float, link: Link
         return np.where(rise <= 0, 0.0, units) / (2 * beta**2)
 
 
-def label_optimum(agreement: float, margin: np.ndarray, loss: Loss) -> np.ndarray:
-    """Return d* = z + margin at which the mean loss is least, for a pair that a share of annotators labels as it is labelled.
-
-    Args:
-        agreement: share p in (0, 1) of labels that say so.
-        margin: (B,).
-        loss: whose link and label smoothing are meant.
-
-    Returns:
-        (B,); infinite where nothing holds it (unbiased smoothing that takes off more noise than there is).
-
-    Example:
-        Logistic with margin 0: the Bradley–Terry log-odds log(p/(1−p)), 1.10 for p = 0.75.
-    """
-    smoothing = loss.label_smoothing
-    if loss.label_smoothing_mode == "conservative":  # p is the share with which the plain loss has the same optimum
-        p = (1 - smoothing) * agreement + smoothing * (1 - agreement)
-    else:
-        p = (agreement - smoothing) / (1 - 2 * smoothing)
-    match loss.link:
-        case "logistic":
-            if p >= 1:
-                return np.full_like(margin, math.inf)
-            # e^d solves (1−p)·u² − (2p−1)·e^m·u − p = 0; written with asinh so that e^m may be large.
-            half = 0.5 * math.log(p / (1 - p))
-            slope = abs(2 * p - 1) / (2 * math.sqrt(p * (1 - p)))
-            grown = np.arcsinh(slope * np.exp(np.minimum(margin, 300))) + np.maximum(margin - 300, 0) * (slope > 0)
-            return half + math.copysign(1.0, half) * grown
-        case "hinge":
-            return math.copysign(1.0, p - 0.5) * np.maximum(margin, 0)
-        case "squared":
-            return (2 * p - 1) * margin
-        case _:
-            assert_never(loss.link)
-
-
 def ideal_preference(agreement: float, score_at_tie: np.ndarray, swapped_at_tie: np.ndarray, loss: Loss) -> np.ndarray:
-    """Return Δπ at each pair's own optimum: κ·Δ0 + d*/β, where a floor, a length penalty or pair margins do not change it.
+    """Return Δπ at each pair's own optimum, where the mean loss is least over annotators of whom a share labels it as it is.
+
+    It is κ·Δ0 + d*/β where a floor, a length penalty or pair margins do not change it, with d* = z + m at the optimum.
 
     Args:
         agreement: share in (0, 1) of annotators that label a pair as it is labelled.
@@ -95,8 +61,33 @@ def ideal_preference(agreement: float, score_at_tie: np.ndarray, swapped_at_tie:
         swapped_at_tie: the same for the pair with its labels swapped, (B,).
         loss: that gives these scores.
 
+    Returns:
+        (B,); infinite where nothing holds it (unbiased smoothing that takes off more noise than there is).
+
+    Example:
+        Logistic with margin 0: d* is the Bradley–Terry log-odds log(p/(1−p)), 1.10 for p = 0.75.
+
     Source:
         Chen et al. 2024 (arXiv 2405.19534), idealized ranking accuracy; here with a reference coefficient of its own.
     """
-    optimum = label_optimum(agreement, -(score_at_tie + swapped_at_tie) / 2, loss)
+    smoothing, margin = loss.label_smoothing, -(score_at_tie + swapped_at_tie) / 2
+    if loss.label_smoothing_mode == "conservative":  # p is the share with which the plain loss has the same optimum
+        p = (1 - smoothing) * agreement + smoothing * (1 - agreement)
+    else:
+        p = (agreement - smoothing) / (1 - 2 * smoothing)
+    match loss.link:
+        case "logistic" if p >= 1:
+            optimum = np.full_like(margin, math.inf)
+        case "logistic":
+            # e^d solves (1−p)·u² − (2p−1)·e^m·u − p = 0; written with asinh so that e^m may be large.
+            half = 0.5 * math.log(p / (1 - p))
+            slope = abs(2 * p - 1) / (2 * math.sqrt(p * (1 - p)))
+            grown = np.arcsinh(slope * np.exp(np.minimum(margin, 300))) + np.maximum(margin - 300, 0) * (slope > 0)
+            optimum = half + math.copysign(1.0, half) * grown
+        case "hinge":
+            optimum = math.copysign(1.0, p - 0.5) * np.maximum(margin, 0)
+        case "squared":
+            optimum = (2 * p - 1) * margin
+        case _:
+            assert_never(loss.link)
     return ((swapped_at_tie - score_at_tie) / 2 + optimum) / loss.beta

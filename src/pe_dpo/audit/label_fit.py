@@ -108,6 +108,8 @@ def _intervals(preference: np.ndarray, right: np.ndarray, owner: np.ndarray, sca
 def _platt_scales(preference: np.ndarray, weights: np.ndarray, start: float = 0.0) -> np.ndarray:
     """Return argmax_τ Σ w·log σ(τ·Δ0) for every row of weights, by Newton's method on all rows at once.
 
+    Where its steps run away, a bracket holds the root: the slope falls.
+
     Args:
         preference: (B,).
         weights: (R, B), >= 0.
@@ -127,22 +129,18 @@ def _platt_scales(preference: np.ndarray, weights: np.ndarray, start: float = 0.
             scales = scales + step
             if np.all(np.abs(step) <= 1e-6 * (1 + np.abs(scales))):  # what is left is of the order of its square
                 break
+
+    def slope(scale: float, row: int) -> float:
+        return float((weights[row] * expit(-scale * values)) @ values)
+
     some_right, some_wrong = weights @ (values > 0) > 0, weights @ (values < 0) > 0
-    for row in np.flatnonzero(some_right & some_wrong & ~(np.abs(step) <= 1e-6 * (1 + np.abs(scales)))):
-        scales[row] = _bracketed_scale(values, weights[row])
+    for row in np.flatnonzero(some_right & some_wrong & ~(np.abs(step) <= 1e-6 * (1 + np.abs(scales)))).tolist():
+        from scipy.optimize import brentq  # dear to import, and rarely needed
+
+        reach = 1.0
+        while slope(reach, row) > 0 or slope(-reach, row) < 0:
+            reach *= 2
+        scales[row] = brentq(slope, -reach, reach, args=(row,), xtol=1e-14)
     scales[some_right & ~some_wrong], scales[some_wrong & ~some_right] = math.inf, -math.inf
     scales[~some_right & ~some_wrong] = math.nan
     return scales / unit
-
-
-def _bracketed_scale(values: np.ndarray, weights: np.ndarray) -> float:
-    """The same for one row where Newton's steps run away: the slope falls, so a bracket of both signs holds the root."""
-    from scipy.optimize import brentq  # dear to import, and rarely needed
-
-    def slope(scale: float) -> float:
-        return float((weights * expit(-scale * values)) @ values)
-
-    reach = 1.0
-    while slope(reach) > 0 or slope(-reach) < 0:
-        reach *= 2
-    return float(brentq(slope, -reach, reach, xtol=1e-14))

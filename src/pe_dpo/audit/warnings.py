@@ -3,8 +3,6 @@
 import math
 from typing import TYPE_CHECKING
 
-from pe_dpo.audit.forecast import Forecast
-
 if TYPE_CHECKING:
     from pe_dpo.audit.audit import Audit
 
@@ -21,28 +19,41 @@ SLOWEST_FLIP = 1000
 
 def warnings(audit: "Audit") -> list[str]:
     """Return what looks off: in the gradient of step 0, in how the reference ranks the pairs, in where the loss leads."""
-    return [*_of_step_0(audit.recipe, audit.loss.reduce), *_of_labels(audit), *_of_flips(audit)]
-
-
-def _of_step_0(plan: Forecast, reduce: str) -> list[str]:
-    if math.isnan(plan.effective):
-        return ["no pair has a gradient at step 0, so nothing would be learned; set margin > 0, or gamma different from beta"]
+    plan, without_reference = audit.recipe, audit.kappas[0]
     lines = []
-    if abs(plan.delta) > LARGEST_DELTA:
+    if math.isnan(plan.effective):
+        lines.append(
+            "no pair has a gradient at step 0, so nothing would be learned; set margin > 0, or gamma different from beta"
+        )
+    if abs(plan.delta) > LARGEST_DELTA and not math.isnan(plan.effective):
         lines.append(
             f"δ = (γ−β)·sd(Δ0) = {plan.delta:.3g}: at step 0 scores spread so wide that pairs which the reference ranks right "
             f"have {plan.weight_right:.0%} of the gradient and those it ranks wrong {plan.weight_wrong:.0%}; bring gamma "
-            f"closer to beta, lower both{', or use reduce: mean' if reduce == 'sum' else ''}"
+            f"closer to beta, lower both{', or use reduce: mean' if audit.loss.reduce == 'sum' else ''}"
         )
     if plan.effective < SMALLEST_EFFECTIVE:
         lines.append(
             f"at step 0 the gradient is as uneven as if {plan.effective:.0%} of the pairs pulled alike and the others not at "
             "all; bring gamma closer to beta, or lower both"
         )
+    lines += _of_labels(audit)
+    usual = without_reference.flip_times[1]
+    slower = plan.flip_times[1] / usual if usual > 0 else math.nan
+    if plan.never_flips > 0.5:
+        lines.append(
+            f"{plan.never_flips:.0%} of the pairs that the reference ranks wrong stay wrong for good, since the "
+            f"{audit.loss.link} link is content before they flip; raise margin above γ·|Δ0|, or lower gamma"
+        )
+    elif slower > SLOWEST_FLIP:
+        lines.append(
+            f"half of the pairs that the reference ranks wrong take {slower:.0e} times as long to flip as with gamma 0, longer "
+            "than any run; lower gamma, or set reference_floor: 0"
+        )
     return lines
 
 
 def _of_labels(audit: "Audit") -> list[str]:
+    """What looks off in the data, whatever the loss does with them."""
     lines = []
     correlation, fit = audit.ranking.length_correlation, audit.label_fit
     if abs(correlation) > LARGEST_CORRELATION:
@@ -71,20 +82,3 @@ def _of_labels(audit: "Audit") -> list[str]:
             "gamma: auto would weigh length, so consider reduce: mean or length_penalty"
         )
     return lines
-
-
-def _of_flips(audit: "Audit") -> list[str]:
-    plan, without_reference = audit.recipe, audit.kappas[0]
-    if plan.never_flips > 0.5:
-        return [
-            f"{plan.never_flips:.0%} of the pairs that the reference ranks wrong stay wrong for good, since the "
-            f"{audit.loss.link} link is content before they flip; raise margin above γ·|Δ0|, or lower gamma"
-        ]
-    usual = without_reference.flip_times[1]
-    slower = plan.flip_times[1] / usual if usual > 0 else math.nan
-    if slower > SLOWEST_FLIP:
-        return [
-            f"half of the pairs that the reference ranks wrong take {slower:.0e} times as long to flip as with gamma 0, longer "
-            "than any run; lower gamma, or set reference_floor: 0"
-        ]
-    return []

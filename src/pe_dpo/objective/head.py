@@ -128,7 +128,11 @@ def _tile(
         total = total * fade + mass.sum(dim=1)
         if wants_gradient:
             pull *= fade.unsqueeze(1)
-            _add_product(pull, mass if isinstance(slope, float) else mass * slope, block)
+            push = mass if isinstance(slope, float) else mass * slope
+            if block.dtype == pull.dtype:
+                pull.addmm_(push, block)
+            else:  # the product in the dtype of the head
+                pull += push.to(block.dtype) @ block
         peak = higher
     logprob = target - peak - total.log()
     if not wants_gradient:
@@ -136,14 +140,6 @@ def _tile(
     at_target, factor = transform.slope(target), transform.scale if transform.softcap is None else 1.0
     own = _wide(weight[targets]) * (at_target if isinstance(at_target, float) else at_target.unsqueeze(1))
     return logprob, (own - pull * (factor / total).unsqueeze(1)).to(hidden.dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total` in place; the product in the dtype of `right`."""
-    if right.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left.to(right.dtype) @ right
 
 
 def _wide(tensor: Tensor) -> Tensor:

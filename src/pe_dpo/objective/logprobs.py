@@ -52,7 +52,15 @@ def completion_logprobs(
     Raises:
         ValueError: shapes differ, padding is not on the right, or `completion_mask` marks position 0 or padding.
     """
-    _check_masks(input_ids, attention_mask, completion_mask)
+    shapes = {tuple(tensor.shape) for tensor in (input_ids, attention_mask, completion_mask)}
+    if len(shapes) != 1 or input_ids.dim() != 2:
+        raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T); found {shapes}")
+    if completion_mask[:, 0].any():
+        raise ValueError("completion_mask marks position 0, which nothing precedes: an answer needs a prompt or a BOS")
+    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask has padding before tokens: rows must be padded on the right")
+    if (completion_mask.bool() & ~attention_mask.bool()).any():
+        raise ValueError("completion_mask marks padding: it must be 0 wherever attention_mask is 0")
     scored = completion_mask[:, 1:].bool()
     positions = scored.any(dim=0).nonzero().squeeze(1)
     scored, targets = scored[:, positions], input_ids[:, 1:][:, positions]
@@ -60,6 +68,10 @@ def completion_logprobs(
     per_token = torch.zeros(scored.shape, dtype=torch.float64, device=input_ids.device)
     per_token[scored] = token_logprobs(logits[scored], targets[scored]).double()
     return AnswerLogprobs(logprob=per_token.sum(dim=1), length=completion_mask.sum(dim=1))
+
+
+answer_logprobs = completion_logprobs
+"""The same function by an earlier name."""
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,19 +86,3 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -F.cross_entropy(wide, targets, reduction="none")
-
-
-answer_logprobs = completion_logprobs
-"""An alias."""
-
-
-def _check_masks(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> None:
-    shapes = {tuple(t.shape) for t in (input_ids, attention_mask, completion_mask)}
-    if len(shapes) != 1 or input_ids.dim() != 2:
-        raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T); found {shapes}")
-    if completion_mask[:, 0].any():
-        raise ValueError("completion_mask marks position 0, which nothing precedes: an answer needs a prompt or a BOS")
-    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-        raise ValueError("attention_mask has padding before tokens: rows must be padded on the right")
-    if (completion_mask.bool() & ~attention_mask.bool()).any():
-        raise ValueError("completion_mask marks padding: it must be 0 wherever attention_mask is 0")
