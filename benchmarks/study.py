@@ -22,9 +22,7 @@ import torch
 from pe_dpo.experiments.plan import read_plan
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import recipe_to_yaml
-from pe_dpo.runs.files import SWEEP_FILE
-from pe_dpo.runs.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE
-from pe_dpo.runs.scaled import scaled_folders
+from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE, SWEEP_FILE
 
 PAIR_NUMBERS = (
     *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_lengths", "rejected_lengths"),
@@ -50,7 +48,7 @@ def pack(sweep: Path, folder: Path) -> None:
         for state in _states(run):
             name = str(state.relative_to(sweep))
             pairs.append(_thin(pq.read_table(state / PAIRS_FILE), name, PAIR_NUMBERS, ["where", "prompt_key"]))
-            answers.append(_thin(pq.read_table(state / GENERATIONS_FILE), name, ANSWER_NUMBERS,
+            answers.append(_thin(pq.read_table(state / ANSWERS_FILE), name, ANSWER_NUMBERS,
                                  ["prompt_key", "sample", "tokens", "ended"]))  # fmt: skip
             runs[point.folder].setdefault("evaluations", {})[name] = _without_intervals(state / EVALUATION_FILE)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +81,7 @@ def unpack(folder: Path, sweep: Path) -> None:
             pairs, answers = (_of(tables[kind], name) for kind in ("pairs", "answers"))
             pq.write_table(_with_loss(pairs, recipe), state / PAIRS_FILE)
             empty = pa.array([""] * len(answers))
-            pq.write_table(answers.append_column("prompt", empty).append_column("answer", empty), state / GENERATIONS_FILE)
+            pq.write_table(answers.append_column("prompt", empty).append_column("answer", empty), state / ANSWERS_FILE)
 
 
 def table(sweep: Path, metrics: list[str]) -> str:

@@ -15,8 +15,8 @@ from pe_dpo.errors import UsageError
 from pe_dpo.experiments.compare import compare
 from pe_dpo.experiments.comparison import Comparison
 from pe_dpo.experiments.summary import setting_name
+from pe_dpo.runs.files import scaled_folder
 from pe_dpo.runs.observations import read_observations
-from pe_dpo.runs.scaled import scaled_folder
 
 SCALES = (0.5, 0.75)
 FILES = ("eval_pairs.parquet", "generations.parquet", "evaluation.json")

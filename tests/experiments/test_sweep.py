@@ -19,7 +19,8 @@ from pe_dpo.experiments.plan import Point, make_plan, save_plan
 from pe_dpo.experiments.sweep import PointState, sweep
 from pe_dpo.inference.reference import Reference
 from pe_dpo.recipe import load_recipe
-from pe_dpo.runs.folder import locked, read_run, update_run
+from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.folder import locked, update_run
 from pe_dpo.training.train import train
 
 
@@ -56,11 +57,11 @@ def test_every_point_is_the_run_that_train_makes(source, tmp_path):
     for recipe in plan.recipes:
         alone = recipe.model_copy(update={"output": str(tmp_path / "alone" / Path(recipe.output).parent.name)})
         assert_same_adapter(recipe.output, train(alone).folder)
-        ours, its = (read_run(Path(folder)) for folder in (recipe.output, alone.output))
+        ours, its = (read_object(Path(folder) / RUN_FILE) for folder in (recipe.output, alone.output))
         assert [ours[key] for key in ("before", "after", "start", "loss", "pairs", "hashes", "remarks", "step")] == [
             its[key] for key in ("before", "after", "start", "loss", "pairs", "hashes", "remarks", "step")
         ]
-    before = [read_run(Path(recipe.output))["hashes"]["base"] for recipe in plan.recipes]
+    before = [read_object(Path(recipe.output) / RUN_FILE)["hashes"]["base"] for recipe in plan.recipes]
     assert len(set(before)) == 1
 
 
@@ -91,7 +92,7 @@ def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path):
     states = sweep(plan)
     assert [state.status for state in states] == ["finished", "failed", "finished"]
     assert "not finite" in states[1].why
-    assert read_run(Path(plan.recipes[1].output))["status"] == "failed"
+    assert read_object(Path(plan.recipes[1].output) / RUN_FILE)["status"] == "failed"
     alone = plan.recipes[2].model_copy(update={"output": str(tmp_path / "alone")})
     assert_same_adapter(plan.recipes[2].output, train(alone).folder)
 
@@ -99,7 +100,7 @@ def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path):
 def test_a_point_that_cannot_begin_leaves_its_recipe_and_the_reason(source, tmp_path):
     plan = make_plan(source, [["adapter.targets=[q_proj],[no_such_layer]"]], folder=tmp_path / "sweep")
     assert [state.status for state in sweep(plan)] == ["finished", "failed"]
-    record = read_run(Path(plan.recipes[1].output))
+    record = read_object(Path(plan.recipes[1].output) / RUN_FILE)
     assert record["status"] == "failed"
     assert "no_such_layer" in record["why"]
     assert load_recipe(Path(plan.recipes[1].output) / "recipe.yaml").adapter.targets == ["no_such_layer"]
@@ -234,7 +235,7 @@ def test_a_run_that_another_process_writes_is_left_alone(source, tmp_path):
         states = sweep(plan)
         assert [state.status for state in states] == ["failed"]
         assert "another run is writing there" in states[0].why
-        assert read_run(folder) == {"status": "training"}
+        assert read_object(folder / RUN_FILE) == {"status": "training"}
 
 
 def test_the_outcome_of_a_point_has_its_kl_where_answers_were_sampled(source, tmp_path):
@@ -243,7 +244,7 @@ def test_the_outcome_of_a_point_has_its_kl_where_answers_were_sampled(source, tm
     first, again = sweep(plan), sweep(plan)
     written = json.loads((Path(plan.recipes[0].output) / "evaluation.json").read_text())
     assert first[0].metrics["kl"] == again[0].metrics["kl"] == written["generation"]["kl"]["mean"] > 0
-    assert written["pairs"] == read_run(Path(plan.recipes[0].output))["after"]
+    assert written["pairs"] == read_object(Path(plan.recipes[0].output) / RUN_FILE)["after"]
 
 
 def test_states_go_between_processes():

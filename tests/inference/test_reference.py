@@ -19,7 +19,8 @@ from pe_dpo.inference.reference_store import ReferenceStore
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.recipe import recipe_to_yaml
-from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.run import Run
 from pe_dpo.training.train import prepare_run, train
 
 
@@ -426,6 +427,6 @@ def test_two_runs_fill_one_store_at_once(make_recipe, make_reference, tmp_path):
 
 def test_the_run_writes_down_which_way_its_pairs_went_and_what_the_reference_cost(make_recipe):
     result = train(make_recipe(f"reference.store={make_recipe().output}.sqlite", "train.max_steps=1"))
-    record = read_run(result.folder)
+    record = read_object(result.folder / RUN_FILE)
     assert record["scoring"] == {"path": "segments", "tokens_per_forward": 1024, "reference_pairs_computed": 8 + 9}
-    assert len(read_metrics(result.folder)) >= 2
+    assert len(Run(result.folder).metrics) >= 2

@@ -9,7 +9,7 @@ import pytest
 from pe_dpo.report.run_report import report_run
 from pe_dpo.report.style import BROWN, CROSS, SERIES
 from pe_dpo.report.sweep_report import report_sweep
-from pe_dpo.runs.scaled import scaled_folder
+from pe_dpo.runs.files import scaled_folder
 
 SCALES = (0.5, 0.75)
 GRID = ({}, {"loss.beta": 0.025}, {"loss.beta": 0.4}, {"loss.gamma": "0x"})

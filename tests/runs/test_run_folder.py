@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from pe_dpo.errors import RecipeError, RunFolderError
-from pe_dpo.runs.folder import read_metrics
+from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
 
 SHORT = ("train.max_steps=1",)
@@ -74,7 +74,7 @@ def test_a_run_of_one_step_still_learns(make_recipe):
     """A tenth of one step rounds up to one step of warm-up, which would leave a learning rate of zero."""
     result = train(make_recipe("train.pairs_per_step=64", "train.epochs=1", "train.warmup=0.1"))
     assert result.steps == 1
-    assert read_metrics(result.folder)[1]["learning_rate"] > 0
+    assert Run(result.folder).metrics[1]["learning_rate"] > 0
     assert result.after["loss"] < result.before["loss"]
 
 

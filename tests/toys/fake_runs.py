@@ -24,7 +24,7 @@ from pe_dpo.metrics.table import PairTable
 from pe_dpo.objective import Loss
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.recipe.names import SHORT_NAMES
-from pe_dpo.runs.scaled import scaled_folder
+from pe_dpo.runs.files import scaled_folder
 
 GRID: tuple[dict[str, Any], ...] = (
     {},

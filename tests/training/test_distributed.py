@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
 
 
@@ -16,8 +17,8 @@ def test_two_processes_give_the_run_of_one(make_recipe, mixout, train_on_two):
     settings += (f"mixout.p={mixout}",)
     alone = train(make_recipe(*settings, output="alone"))
     together = train_on_two(make_recipe(*settings, output="together"))
-    assert read_run(together)["status"] == "finished"
-    left, right = read_metrics(alone.folder), read_metrics(together)
+    assert read_object(together / RUN_FILE)["status"] == "finished"
+    left, right = Run(alone.folder).metrics, Run(together).metrics
     assert [line["step"] for line in left] == [line["step"] for line in right]
     for one, two in zip(left, right, strict=True):
         for key in one.keys() - {"tokens_per_second", "grad_norm"}:

@@ -11,7 +11,8 @@ from pe_dpo.audit.audit import audit
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
 from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import recipe_from_yaml, recipe_to_yaml
-from pe_dpo.runs.folder import read_run, update_run
+from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.folder import update_run
 from pe_dpo.training.train import train
 
 WAYS = ["auto", "balance:0.8", "scale:1"]
@@ -65,7 +66,7 @@ def test_the_run_takes_the_gamma_that_the_audit_tells(make_recipe, store, mixed,
     gamma = audit(recipe).recipe.gamma
     lines = logged
     folder = train(recipe).folder
-    record = read_run(folder)
+    record = read_object(folder / RUN_FILE)
     assert record["gamma_calibration"]["asked"] == way
     assert record["gamma_calibration"]["gamma"] == pytest.approx(gamma, rel=1e-9, abs=1e-12)
     assert written(folder).loss.gamma == record["gamma_calibration"]["gamma"]
@@ -79,13 +80,13 @@ def test_the_run_is_that_of_the_number(make_recipe, store):
     given = train(make_recipe(store, f"loss.gamma={gamma!r}", "train.epochs=1", output="given")).folder
     assert gamma > 0
     assert same_adapters(found, given)
-    assert "gamma_calibration" not in read_run(given)
-    assert read_run(found)["after"] == read_run(given)["after"]
+    assert "gamma_calibration" not in read_object(given / RUN_FILE)
+    assert read_object(found / RUN_FILE)["after"] == read_object(given / RUN_FILE)["after"]
 
 
 def test_a_finished_run_is_evaluated_with_its_number(make_recipe, store):
     folder = train(make_recipe(store, "loss.gamma=scale:1", "train.epochs=1")).folder
-    assert evaluate(folder).metrics["loss"] == pytest.approx(read_run(folder)["after"]["loss"], rel=1e-6)
+    assert evaluate(folder).metrics["loss"] == pytest.approx(read_object(folder / RUN_FILE)["after"]["loss"], rel=1e-6)
 
 
 def test_a_killed_run_goes_on_with_the_gamma_that_it_found(make_recipe, store, monkeypatch):
@@ -94,7 +95,7 @@ def test_a_killed_run_goes_on_with_the_gamma_that_it_found(make_recipe, store, m
     recipe = make_recipe(*settings, output="killed")
     with pytest.raises(Killed):
         train(recipe, callbacks=[kill_at(2)])
-    gamma = read_run(Path(recipe.output))["gamma_calibration"]["gamma"]
+    gamma = read_object(Path(recipe.output) / RUN_FILE)["gamma_calibration"]["gamma"]
     from pe_dpo.training import gamma as module
 
     def refuse(*arguments, **keywords):
@@ -121,7 +122,7 @@ def test_a_kill_between_the_record_and_the_recipe_is_repaired(make_recipe, store
     (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     assert written(folder).loss.is_calibrated
     train(recipe, resume=True)
-    assert written(folder).loss.gamma == read_run(folder)["gamma_calibration"]["gamma"]
+    assert written(folder).loss.gamma == read_object(folder / RUN_FILE)["gamma_calibration"]["gamma"]
 
 
 def test_a_kill_before_anything_was_found_begins_anew(make_recipe, store):

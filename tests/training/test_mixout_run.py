@@ -9,7 +9,7 @@ from pe_dpo.data.batches import row_length
 from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.mixout import Mixout
-from pe_dpo.runs.folder import read_metrics
+from pe_dpo.runs.run import Run
 from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.start import check_start
 from pe_dpo.training.train import train
@@ -140,7 +140,7 @@ def test_a_resumed_run_is_the_straight_one_to_the_bit(make_recipe, step):
     resumed = train(make_recipe(*settings), resume=True).folder
     left, right = weights(resumed), weights(straight)
     assert all(torch.equal(left[name], right[name]) for name in right)
-    one, other = ([line | {"tokens_per_second": 0} for line in read_metrics(folder)] for folder in (resumed, straight))
+    one, other = ([line | {"tokens_per_second": 0} for line in Run(folder).metrics] for folder in (resumed, straight))
     assert one == other
 
 

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from pe_dpo.errors import ModelError, TrainingError
 from pe_dpo.runs.checkpoints import checkpoints
-from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
 
 
@@ -102,7 +103,7 @@ def test_a_run_whose_adapter_is_not_finite_at_its_end_has_failed(make_recipe, tm
     recipe = make_recipe("train.max_steps=2", *held_out)
     with pytest.raises(TrainingError, match="not finite"):
         train(recipe, callbacks=[At(2, spoil(value))])
-    record = read_run(tmp_path / "run")
+    record = read_object(tmp_path / "run" / RUN_FILE)
     assert record["status"] == "failed"
     assert "not finite" in record["why"]
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
@@ -118,19 +119,19 @@ def test_a_run_whose_last_log_probs_are_not_finite_has_failed(make_recipe, tmp_p
 
     with pytest.raises(TrainingError, match=r"not finite.*test\.jsonl:1"):
         train(make_recipe("train.max_steps=2"), callbacks=[At(2, blow_up)])
-    assert read_run(tmp_path / "run")["status"] == "failed"
+    assert read_object(tmp_path / "run" / RUN_FILE)["status"] == "failed"
 
 
 def test_a_run_that_cannot_go_on_has_failed_and_is_no_longer_so_when_it_was_resumed(make_recipe, tmp_path):
     recipe = make_recipe("train.max_steps=3", "train.save_every=1")
     with pytest.raises(TrainingError, match="not finite"):
         train(recipe, callbacks=[At(2, spoil(math.nan))])
-    record = read_run(tmp_path / "run")
+    record = read_object(tmp_path / "run" / RUN_FILE)
     assert record["status"] == "failed"
     assert record["why"].startswith("step 2: the adapter is not finite")
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1"]  # nothing to go on with was lost
     train(recipe, resume=True)
-    record = read_run(tmp_path / "run")
+    record = read_object(tmp_path / "run" / RUN_FILE)
     assert record["status"] == "finished"
     assert "why" not in record
 
@@ -138,7 +139,7 @@ def test_a_run_that_cannot_go_on_has_failed_and_is_no_longer_so_when_it_was_resu
 @pytest.mark.parametrize("log_every", [2, 100])
 def test_the_last_step_is_always_logged(make_recipe, log_every):
     folder = train(make_recipe("train.max_steps=3", f"train.log_every={log_every}")).folder
-    logged = [line["step"] for line in read_metrics(folder) if "loss" in line]
+    logged = [line["step"] for line in Run(folder).metrics if "loss" in line]
     assert logged == [2, 3] if log_every == 2 else [3]
 
 
@@ -148,8 +149,8 @@ def test_a_signal_finishes_the_step_saves_and_logs_it(make_recipe, number):
     result = train(recipe, callbacks=[Within(2, lambda model: os.kill(os.getpid(), number))])
     assert (result.interrupted_by, result.steps) == (number, 2)
     assert (result.folder / "checkpoint-2").is_dir()
-    assert read_run(result.folder)["status"] == "interrupted"
-    assert [line["step"] for line in read_metrics(result.folder) if "loss" in line] == [2]
+    assert read_object(result.folder / RUN_FILE)["status"] == "interrupted"
+    assert [line["step"] for line in Run(result.folder).metrics if "loss" in line] == [2]
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
@@ -211,6 +212,6 @@ def test_overwriting_removes_the_old_run_only_once_the_new_one_s_base_and_adapte
     for fault in (f"model.base={torn}", "adapter.targets=[no_such_layer]"):
         with pytest.raises(ModelError):
             train(make_recipe("train.max_steps=1", fault), overwrite=True)
-        assert read_run(old.folder)["status"] == "finished"
+        assert read_object(old.folder / RUN_FILE)["status"] == "finished"
         assert (old.folder / "adapter_model.safetensors").is_file()
     assert torch.isfinite(torch.tensor(train(make_recipe("train.max_steps=1"), overwrite=True).after["loss"]))

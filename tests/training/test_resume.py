@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.runs.checkpoints import checkpoints, faults, newest_whole_checkpoint
-from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
 
 TIMES = ("tokens_per_second",)
@@ -25,7 +26,7 @@ SETTINGS = ("adapter.dropout=0.1", "train.save_every=1", "train.eval_every=2", "
 
 def trace(folder):
     """Every logged line without the clock."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder)]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in Run(folder).metrics]
 
 
 def adapter(folder):
@@ -33,7 +34,7 @@ def adapter(folder):
 
 
 def assert_same_run(folder, straight):
-    assert read_run(folder)["status"] == "finished"
+    assert read_object(folder / RUN_FILE)["status"] == "finished"
     assert trace(folder) == trace(straight)
     left, right = adapter(folder), adapter(straight)
     assert left.keys() == right.keys()
@@ -203,17 +204,17 @@ def test_resuming_from_another_start_adapter_is_refused(make_recipe, start, refe
 
 def test_every_checkpoint_is_sealed_with_its_run_and_what_the_run_started_from(make_recipe, start):
     folder = train(make_recipe(*from_start(start, "adapter"), "train.max_steps=2")).folder
-    record = read_run(folder)
+    record = read_object(folder / RUN_FILE)
     sealed = [json.loads((checkpoint / "MANIFEST.json").read_text())["inputs"] for checkpoint in checkpoints(folder)]
     inputs = {name: record["hashes"][name] for name in ("data", "held_out", "base", "start")}
     assert sealed == [{"run": record["id"], **inputs}] * 2
 
 
 def test_every_run_has_an_id_of_its_own_which_resuming_keeps(make_recipe, finished):
-    first, recipe = read_run(finished)["id"], make_recipe(*SETTINGS, "train.max_steps=1")
-    assert read_run(train(recipe, overwrite=True).folder)["id"] != first
-    second = read_run(finished)["id"]
-    assert read_run(train(recipe, resume=True).folder)["id"] == second
+    first, recipe = read_object(finished / RUN_FILE)["id"], make_recipe(*SETTINGS, "train.max_steps=1")
+    assert read_object(train(recipe, overwrite=True).folder / RUN_FILE)["id"] != first
+    second = read_object(finished / RUN_FILE)["id"]
+    assert read_object(train(recipe, resume=True).folder / RUN_FILE)["id"] == second
 
 
 def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe, straight, finished, logged: list[str]):
@@ -239,7 +240,7 @@ def test_a_run_with_checkpoints_of_another_alone_says_so(make_recipe, finished):
 
 def without_id(folder):
     """Make a run what runs were before they had an id."""
-    record = read_run(folder)
+    record = read_object(folder / RUN_FILE)
     del record["id"]
     (folder / "run.json").write_text(json.dumps(record))
     for checkpoint in checkpoints(folder):
@@ -312,7 +313,7 @@ def test_a_run_whose_memory_ran_out_is_resumed_although_what_it_draws_depends_on
 def test_a_finished_run_is_not_overwritten_in_silence(make_recipe, finished):
     with pytest.raises(RunFolderError, match="holds a run; --resume"):
         train(make_recipe(*SETTINGS))
-    assert read_run(finished)["status"] == "finished"
+    assert read_object(finished / RUN_FILE)["status"] == "finished"
 
 
 def test_a_folder_that_is_no_run_is_never_emptied(make_recipe, tmp_path):
@@ -343,7 +344,7 @@ sys.exit(128 + result.interrupted_by if result.interrupted_by else 0)
 
 def wait_for_steps(folder, steps, process):
     """Wait until a step's metrics are there, or the process has ended."""
-    while process.exitcode is None and sum("loss" in line for line in read_metrics(folder)) < steps:
+    while process.exitcode is None and sum("loss" in line for line in Run(folder).metrics) < steps:
         time.sleep(0.01)
 
 
@@ -386,7 +387,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves_a_run_to_resume(make_recipe
     os.kill(process.pid, number)
     code, said = ended(process, tmp_path)
     assert code == 128 + number, said
-    logged = max(line["step"] for line in read_metrics(tmp_path / "run"))
+    logged = max(line["step"] for line in Run(tmp_path / "run").metrics)
     assert [path.name for path in checkpoints(tmp_path / "run")] == [f"checkpoint-{logged}"]
-    assert read_run(tmp_path / "run")["status"] == "interrupted"
+    assert read_object(tmp_path / "run" / RUN_FILE)["status"] == "interrupted"
     assert_same_run(train(recipe, resume=True).folder, straight)

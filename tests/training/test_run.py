@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import load_recipe
-from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
 
 
@@ -46,7 +47,7 @@ def test_the_resolved_recipe_repeats_the_run_to_the_bit(run, tmp_path):
 
 
 def test_the_record_says_what_the_reference_was_and_what_everything_was_made_of(run):
-    record = read_run(run.folder)
+    record = read_object(run.folder / RUN_FILE)
     assert record["status"] == "finished"
     assert record["reference_card"]["is"] == "the base with adapters off"
     assert record["reference_card"]["base_sha256"] == record["hashes"]["base"]
@@ -57,7 +58,7 @@ def test_the_record_says_what_the_reference_was_and_what_everything_was_made_of(
 
 
 def test_metrics_carry_trls_names_and_the_2x2_table(run):
-    first = read_metrics(run.folder)[1]
+    first = Run(run.folder).metrics[1]
     assert first.keys() >= {
         "step", "loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
         "rewards/margins", "logps/chosen", "logps/rejected", "accuracy/policy", "displacement/chosen",
@@ -68,7 +69,7 @@ def test_metrics_carry_trls_names_and_the_2x2_table(run):
 
 
 def test_at_step_0_the_off_diagonal_of_the_table_is_empty_and_shares_are_those_of_the_pairs(run):
-    zero = read_metrics(run.folder)[0]
+    zero = Run(run.folder).metrics[0]
     assert zero["step"] == 0
     assert zero["eval_regimes/policy_right_reference_wrong/pairs"] == 0
     assert zero["eval_regimes/policy_wrong_reference_right/pairs"] == 0
@@ -162,7 +163,7 @@ def test_metrics_of_held_out_pairs_do_not_depend_on_the_batch_size(run):
 def test_training_on_from_an_sft_adapter_uses_the_reference_that_was_named(run, make_recipe, reference):
     start = (f"adapter.start={run.folder}", f"adapter.reference={reference}", "adapter.rank=16", "adapter.alpha=32")
     result = train(make_recipe(*start, "adapter.dropout=0.3", "train.max_steps=1", output=reference))
-    zero = read_metrics(result.folder)[0]
+    zero = Run(result.folder).metrics[0]
     if reference == "adapter":
         assert zero["eval_displacement/chosen"] == 0.0
         assert zero["eval_logps/chosen"] == pytest.approx(run.after["logps/chosen"], rel=1e-9)

@@ -12,8 +12,8 @@ from pyarrow import parquet
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import recipe_to_yaml
-from pe_dpo.runs.folder import read_run, update_run
-from pe_dpo.runs.scaled import scaled_folder, scaled_folders
+from pe_dpo.runs.files import RUN_FILE, read_object, scaled_folder
+from pe_dpo.runs.folder import update_run
 from pe_dpo.training import trainer as trainer_module
 from pe_dpo.training.callbacks import StopOnSignal
 from pe_dpo.training.train import train
@@ -61,7 +61,7 @@ def test_what_else_the_run_leaves_is_that_of_a_run_without_scales(run, make_reci
     for name in ("adapter_model.safetensors", *FILES):
         assert (plain / name).read_bytes() == (run / name).read_bytes()
     kept = ("before", "after", "remarks", "step", "loss", "pairs")
-    assert {key: read_run(plain)[key] for key in kept} == {key: read_run(run)[key] for key in kept}
+    assert {key: read_object(plain / RUN_FILE)[key] for key in kept} == {key: read_object(run / RUN_FILE)[key] for key in kept}
 
 
 def test_evaluating_a_finished_run_gives_the_files_that_it_would_have_written(run, make_recipe):
@@ -98,7 +98,7 @@ def test_a_run_that_was_killed_before_it_measured_goes_on(run, make_recipe):
     (folder / "scaled" / "a-0.5" / "evaluation.json").unlink()
     update_run(folder, status="training")
     train(recipe, resume=True)
-    assert read_run(folder)["status"] == "finished"
+    assert read_object(folder / RUN_FILE)["status"] == "finished"
     assert contents(folder) == contents(run)
 
 

@@ -16,7 +16,8 @@ from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.objective import Loss
 from pe_dpo.recipe.loss_section import LossSection
-from pe_dpo.runs.folder import read_metrics, read_run
+from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.run import Run
 from pe_dpo.training.remarks import set_remarks
 from pe_dpo.training.train import train
 from pe_dpo.training.watch import PATIENCE, Watch, probe_pairs
@@ -214,7 +215,7 @@ def wrong_way(make_wrong_way, tmp_path_factory):
 
 
 def remark_lines(folder):
-    return [line for line in read_metrics(folder) if "remark" in line]
+    return [line for line in Run(folder).metrics if "remark" in line]
 
 
 def test_a_run_says_a_remark_once_and_keeps_it_with_its_step(wrong_way):
@@ -224,7 +225,7 @@ def test_a_run_says_a_remark_once_and_keeps_it_with_its_step(wrong_way):
     for line in written:
         assert lines.count(f"warning: step {line['step']}: {line['words']}") == (line["step"] < run.steps)
     assert len({line["remark"] for line in written}) == len(written)
-    assert read_run(run.folder)["remarks"] == run.remarks
+    assert read_object(run.folder / RUN_FILE)["remarks"] == run.remarks
     assert any(remark.startswith("the loss of the watched pairs is above") for remark in run.remarks)
 
 
@@ -264,7 +265,7 @@ class StopAfter(TrainerCallback):
 
 def test_a_run_that_holds_nothing_out_watches_training_pairs(make_recipe):
     run = train(make_recipe("data.eval=0", "train.eval_every=2"))
-    lines = [line for line in read_metrics(run.folder) if "probe_loss" in line]
+    lines = [line for line in Run(run.folder).metrics if "probe_loss" in line]
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
     assert lines[0]["probe_loss"] == pytest.approx(math.log(2))
     assert lines[0]["probe_pairs"] == 24
@@ -288,7 +289,7 @@ def test_a_run_that_cannot_learn_says_why(make_recipe, overrides, name):
 def test_training_windows_know_how_far_their_pairs_moved_since_step_0(wrong_way):
     """The first step's pairs have not moved yet, the last one's have."""
     run, _ = wrong_way
-    windows = [line for line in read_metrics(run.folder) if "loss" in line]
+    windows = [line for line in Run(run.folder).metrics if "loss" in line]
     changes = [[value for key, value in line.items() if "/mean_change" in key] for line in (windows[0], windows[-1])]
     assert set(changes[0]) == {0.0}
     assert all(changes[1])

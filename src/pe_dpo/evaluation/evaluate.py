@@ -23,7 +23,7 @@ from pe_dpo.evaluation.measuring import Measured, Work, measure_adapter, measure
 from pe_dpo.inference.drift import Drift, questions, save_generations
 from pe_dpo.inference.pairs import pair_table, with_texts
 from pe_dpo.inference.scorer import TOLERANCE
-from pe_dpo.inference.target import Kind, Target, find_target, load_target_tokenizer, read_record
+from pe_dpo.inference.target import Kind, Target, find_target, load_target_tokenizer
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter_config import check_adapter
@@ -32,15 +32,9 @@ from pe_dpo.objective import Loss
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import GenerationSection, check_scales
-from pe_dpo.runs.held_out import (
-    EVALUATION_FILE,
-    GENERATIONS_FILE,
-    PAIRS_FILE,
-    read_generation,
-    save_evaluation,
-    with_initial,
-)
-from pe_dpo.runs.scaled import scaled_folder
+from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE, scaled_folder
+from pe_dpo.runs.held_out import read_generation, save_evaluation, with_initial
+from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +85,7 @@ class Evaluation:
         self.save_pairs(folder / PAIRS_FILE)
         if self.drift is not None:
             columns = {} if self.judgement is None else self.judgement.columns()
-            save_generations(self.drift, folder / GENERATIONS_FILE, **columns)
+            save_generations(self.drift, folder / ANSWERS_FILE, **columns)
         generation = self.generation or read_generation(folder)
         save_evaluation(folder / EVALUATION_FILE, self.metrics, self.intervals, generation)
         for scale, found in self.scaled.items():
@@ -273,7 +267,7 @@ def _settings(target: Path, found: Target, data: str | None) -> Recipe:
 
 
 def _check_same_pairs(run: Path, pairs: list[EncodedPair]) -> None:
-    recorded = read_record(run).get("hashes", {}).get("held_out")
+    recorded = Run(run).info.hashes.held_out
     if recorded is not None and recorded != data_hash(pairs):
         raise UsageError(
             f"{run}: the data are not those of the run any more, so its held-out pairs cannot be told from those it "

@@ -18,11 +18,12 @@ from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.reference import Policy, open_reference
 from pe_dpo.inference.scorer import Scorer, choose_scorer
-from pe_dpo.inference.target import check_same_base, read_record
+from pe_dpo.inference.target import check_same_base
 from pe_dpo.model.adapter import as_reference, load_adapter_for_evaluation, scaled
 from pe_dpo.model.base import BaseFacts, load_base
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe
+from pe_dpo.runs.run import Run
 
 TOKENS = 4096
 """Most tokens of one forward, unless the recipe says: without gradients little has to be kept of them."""
@@ -128,7 +129,7 @@ def _measure_scaled(work: Work, model: Any, scorer: Scorer, found: Measured, sca
 
 def _tokens_of(run: Path | None, work: Work) -> int:
     """Tokens per forward with which a run measured, for the same rounding errors, unless they are many; else as asked."""
-    tokens = read_record(run).get("scoring", {}).get("tokens_per_forward") if run else None
+    tokens = Run(run).info.scoring.get("tokens_per_forward") if run else None
     return min(int(tokens), max(TOKENS, work.budget)) if tokens else work.budget
 
 

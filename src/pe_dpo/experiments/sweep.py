@@ -23,18 +23,12 @@ from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.log import logged_to
 from pe_dpo.model.base import load_base
 from pe_dpo.model.provenance import adapter_fingerprint
-from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml, with_absolute_paths
+from pe_dpo.recipe import Recipe, recipe_difference, recipe_to_yaml, with_absolute_paths
 from pe_dpo.runs.checkpoints import checkpoints
-from pe_dpo.runs.folder import (
-    RECIPE_FILE,
-    RUN_FILE,
-    check_same_inputs,
-    free_to_change,
-    locked,
-    read_run,
-    update_run,
-)
+from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE
+from pe_dpo.runs.folder import check_same_inputs, free_to_change, locked, update_run
 from pe_dpo.runs.held_out import read_generation
+from pe_dpo.runs.run import Run
 from pe_dpo.training.gamma import with_recorded_gamma
 from pe_dpo.training.train import SharedRun, prepare_run, train
 
@@ -152,21 +146,18 @@ def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
     folder = plan.folder / point.folder
     if not (folder / RUN_FILE).is_file():
         return PointState(point, "waiting")
-    record = read_run(folder)
-    if record.get("status") != "finished":
+    run = Run(folder)
+    info = run.info
+    if not info.is_finished:
         return PointState(point, "waiting")
-    try:
-        text = (folder / RECIPE_FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{folder / RECIPE_FILE}: cannot be read: {error}; move the run away to train it again") from error
-    old = recipe_from_yaml(text, str(folder / RECIPE_FILE))
+    old = run.recipe
     asked = with_recorded_gamma(folder, with_absolute_paths(recipe))
     difference = recipe_difference(old, asked, ignore=free_to_change(old))
     if difference:
         raise RunFolderError(f"{folder}: was trained with other settings ({'; '.join(difference)}); move it away")
     if asked.adapter.start:
         check_same_inputs(folder, {"start": adapter_fingerprint(Path(asked.adapter.start))})
-    return PointState(point, "finished", float(record.get("seconds", 0.0)), _metrics(folder, record.get("after", {})))
+    return PointState(point, "finished", info.seconds, _metrics(folder, info.after))
 
 
 def _pairs(plan: SweepPlan) -> list[tuple[Point, Recipe]]:

@@ -5,7 +5,6 @@ adapter_config.json               any LoRA adapter: names its base, at best
 config.json                       a whole (merged) model
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 from pe_dpo.errors import UsageError
 from pe_dpo.model.adapter_config import read_adapter_config
 from pe_dpo.model.base import BaseFacts, load_tokenizer
-from pe_dpo.recipe import Recipe, recipe_from_yaml
+from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import ModelSection
+from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def find_target(target: Path, *, base: str | None = None, quantize: str | None =
         UsageError: none of the three, a run that has no adapter yet, or an adapter that names no base.
         ModelError: the adapter is no LoRA adapter.
     """
-    if (target / "run.json").is_file() and (target / "recipe.yaml").is_file():
+    if Run(target).exists:
         return _find_run(target, base, quantize)
     if (target / "adapter_config.json").is_file():
         config = read_adapter_config(target)
@@ -72,19 +72,6 @@ def load_target_tokenizer(target: Target) -> Any:
     return load_tokenizer(target.model.base, revision=target.model.revision)
 
 
-def read_record(run: Path) -> dict[str, Any]:
-    """Return what run.json of a run says; empty if it is no object.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    try:
-        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{run / 'run.json'}: cannot be read: {error}; evaluate the adapter with --data and --base") from error
-    return content if isinstance(content, dict) else {}
-
-
 def check_same_base(run: Path, facts: BaseFacts, fingerprint: str) -> None:
     """Check that a loaded base is the one that a run was trained on, where the run says which that was.
 
@@ -96,8 +83,8 @@ def check_same_base(run: Path, facts: BaseFacts, fingerprint: str) -> None:
     Raises:
         UsageError: it is another one.
     """
-    record = read_record(run)
-    recorded, trained = record.get("hashes", {}).get("base"), record.get("base", {})
+    info = Run(run).info
+    recorded, trained = info.hashes.base, info.base
     if recorded is None or recorded == fingerprint:
         return
     dtype = str(facts.dtype).removeprefix("torch.")
@@ -107,9 +94,9 @@ def check_same_base(run: Path, facts: BaseFacts, fingerprint: str) -> None:
 
 
 def _find_run(run: Path, base: str | None, quantize: str | None) -> Target:
-    recipe = recipe_from_yaml((run / "recipe.yaml").read_text(encoding="utf-8"), str(run / "recipe.yaml"))
+    recipe = Run(run).recipe
     if not (run / "adapter_model.safetensors").is_file():
-        status = read_record(run).get("status", "unknown")
+        status = Run(run).info.status
         again = f"pe-dpo train {run / 'recipe.yaml'} --resume"
         raise UsageError(f"{run}: this run has no adapter yet (status: {status}); finish it with: {again}")
     wishes: dict[str, str | None] = {key: value for key, value in (("base", base), ("quantize", quantize)) if value is not None}

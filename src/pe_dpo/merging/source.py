@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pe_dpo.data import EncodedPair, data_hash
 from pe_dpo.data.settings import prepare_from_settings
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.inference.target import Target, find_target, load_target_tokenizer, read_record
+from pe_dpo.inference.target import Target, find_target, load_target_tokenizer
 from pe_dpo.merging.adapter_files import AdapterFiles, save_fused_adapter, save_scaled_adapter
 from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.adapter_config import expected_tensors
@@ -39,6 +39,7 @@ from pe_dpo.model.provenance import adapter_fingerprints, base_folder, template_
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.schema import DataSection
+from pe_dpo.runs.run import Hashes, Run
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +109,10 @@ class Source:
         self.facts = inspect_base(**how)
         _check_adapter_tensors(self.adapter, self.facts)
         self.recipe = found.recipe
-        self.run: Mapping[str, Any] = read_record(target) if found.recipe else {}
+        run = Run(target).info.hashes if found.recipe else Hashes()
+        self.held_out_hash = run.held_out
         """run.json; empty for an adapter that was not trained here."""
-        then = self.run.get("hashes", {}).get("adapter", {})
+        then = run.adapter
         now = adapter_fingerprints(target) if then else {}
         changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
         if changed:
@@ -178,7 +180,7 @@ class Source:
             only=data,
         )
         pairs = prepared.train if data else prepared.held_out
-        recorded = None if data else self.run.get("hashes", {}).get("held_out")
+        recorded = None if data else self.held_out_hash
         if recorded is not None and recorded != data_hash(pairs):
             logger.warning("the data are not those of the run any more; what is held out now may have been trained on")
         if not pairs:

@@ -32,7 +32,7 @@ def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any]) -> Path:
     Args:
         run: folder of the run.
         step: of the checkpoint.
-        inputs: of the run, see `runs.folder.run_inputs`.
+        inputs: of the run, see `Run.inputs`.
     """
     final = run / f"{_PREFIX}{step}"
     staged = staging_folder(run) / final.name
@@ -100,7 +100,7 @@ def newest_whole_checkpoint(run: Path, inputs: Mapping[str, Any] | None = None) 
 
     Args:
         run: folder of the run.
-        inputs: of the run, see `runs.folder.run_inputs`, of which the checkpoint must be; None: it need only be whole.
+        inputs: of the run, see `Run.inputs`, of which the checkpoint must be; None: it need only be whole.
 
     Raises:
         RunFolderError: there are checkpoints, but not one of them is whole and of this run.

@@ -1,53 +1,67 @@
-"""What a run left on disk of what was measured: JSON as objects, and what to do where one is torn."""
+"""What the files of a run are called, where they lie, and how a JSON file of one is read.
+
+adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEFT loads
+README.md            model card
+recipe.yaml          resolved; training it again repeats the run
+run.json             id, status, versions, hashes, reference card, held-out metrics before and after
+base.json            what the base was, file by file and tensor by tensor
+metrics.jsonl        one line per logged step and per evaluation
+data_report.json     what became of every row
+eval_pairs.parquet   held-out pairs one by one; generations.parquet sampled answers; evaluation.json what they come to
+snapshots/step-N/    the same along the way
+scaled/a-X/          the same of the adapter scaled toward the reference, π_a = W0 + a·ΔW
+checkpoint-N/        to resume from
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.errors import UsageError
-from pe_dpo.runs.scaled import FOLDER as SCALED
+from pe_dpo.errors import RunFolderError
 
-SWEEP_FILE, EVALUATION_FILE = "sweep.json", "evaluation.json"
-
-
-def read_evaluation(place: Path) -> dict[str, dict[str, Any]]:
-    """Return what evaluation.json in a folder says of its pairs and of sampled answers; each may be empty.
-
-    Raises:
-        UsageError: it cannot be read, or has another shape.
-    """
-    content = read_object(place / EVALUATION_FILE)
-    parts = {name: content.get(name) or {} for name in ("pairs", "generation")}
-    for name, part in parts.items():
-        if not isinstance(part, dict):
-            raise UsageError(
-                f"{place / EVALUATION_FILE}: {name} is {part!r}, not an object; write it again with: pe-dpo eval, or restore it"
-            )
-    return {**content, **parts}
+RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "base.json"
+SWEEP_FILE = "sweep.json"
+PAIRS_FILE, ANSWERS_FILE, EVALUATION_FILE = "eval_pairs.parquet", "generations.parquet", "evaluation.json"
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object; an empty one where there is no file.
 
     Raises:
-        UsageError: it cannot be read, or is no object.
+        RunFolderError: it cannot be read, or is no object.
     """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}; restore the file, or move its folder away") from error
+        raise RunFolderError(f"{path}: cannot be read: {error}; restore the file, or move its folder away") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: is not a JSON object; restore the file")
+        raise RunFolderError(f"{path}: is not a JSON object; restore the file, or move its folder away")
     return content
+
+
+def snapshot_folder(run: Path, step: int) -> Path:
+    """Return where what was measured after a step lies."""
+    return run / "snapshots" / f"step-{step:06d}"
+
+
+def scaled_folder(run: Path, scale: float) -> Path:
+    """Return where what was measured of the adapter scaled toward the reference lies.
+
+    Scaling takes no training, so whatever trains for a smaller KL has to be better than it.
+
+    Source:
+        Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT, arXiv 2109.01903).
+    """
+    return run / "scaled" / f"a-{float(scale)!r}"
 
 
 def remedy(place: Path, scales: Sequence[str] = ()) -> str:
     """Return how what was measured of a run, or lies in a folder below it, is measured again, in words."""
     if place.parent.name == "snapshots":
         return f"a snapshot cannot be measured again: move {place} away"
-    if place.parent.name == SCALED:
+    if place.parent.name == "scaled":
         return remedy(place.parents[1], [place.name.removeprefix("a-")])
     return f"measure it again with: pe-dpo eval {place}" + (f" --scale {','.join(scales)}" if scales else "")

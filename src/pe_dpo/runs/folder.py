@@ -1,17 +1,4 @@
-"""The folder of one run: who may write into it, what stands in run.json, and how its metrics are kept.
-
-adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEFT loads
-README.md            model card
-recipe.yaml          resolved; training it again repeats the run
-run.json             id, status, versions, hashes, reference card, held-out metrics before and after
-base.json            what the base was, file by file and tensor by tensor
-metrics.jsonl        one line per logged step and per evaluation
-data_report.json     what became of every row
-eval_pairs.parquet   held-out pairs one by one; generations.parquet sampled answers; evaluation.json what they come to
-snapshots/step-N/    the same along the way
-scaled/a-X/          the same of the adapter scaled toward the reference
-checkpoint-N/        to resume from
-"""
+"""The folder of one run as it is written: who may write into it, and how its record and metrics are kept."""
 
 import importlib.metadata
 import json
@@ -26,10 +13,9 @@ from typing import Any
 
 from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.errors import RunFolderError
-from pe_dpo.recipe import Recipe, recipe_difference, recipe_from_yaml, recipe_to_yaml
-from pe_dpo.runs.checkpoints import checkpoints
-
-RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "base.json"
+from pe_dpo.recipe import Recipe, recipe_difference, recipe_to_yaml
+from pe_dpo.runs.files import BASE_FILE, METRICS_FILE, RECIPE_FILE, RUN_FILE, read_object
+from pe_dpo.runs.run import Run
 
 FREE_TO_CHANGE = (
     "output",
@@ -47,8 +33,6 @@ FREE_TO_CHANGE = (
 """Settings that a resumed run may have otherwise: none of them changes what is learned; but see `free_to_change`."""
 _SPLIT = ("train.packing", "train.tokens_per_microbatch")
 """Settings that decide how the pairs of a step are split into forwards."""
-_INPUTS = ("data", "held_out", "base", "start")
-"""Hashes of what a run started from."""
 
 
 def free_to_change(recipe: Recipe) -> set[str]:
@@ -120,7 +104,7 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
         return
     if not _is_run(folder):
         raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
-    if not overwrite and (checkpoints(folder) or (folder / "adapter_model.safetensors").is_file()):
+    if not overwrite and (Run(folder).checkpoints() or (folder / "adapter_model.safetensors").is_file()):
         raise RunFolderError(f"{folder}: holds a run; --resume goes on with it, --overwrite removes it, --output moves")
 
 
@@ -144,7 +128,7 @@ def _content(folder: Path) -> list[Path]:
 def _is_run(folder: Path) -> bool:
     """Whether run.json is one of ours; anything else of that name is somebody's."""
     try:
-        return "status" in read_run(folder)
+        return "status" in read_object(folder / RUN_FILE)
     except RunFolderError:
         return False
 
@@ -167,7 +151,7 @@ def _check_inputs_outside(folder: Path, recipe: Recipe) -> None:
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
     if not (folder / RECIPE_FILE).is_file():
         raise RunFolderError(f"{folder}: there is no run to resume; leave --resume out")
-    old = recipe_from_yaml((folder / RECIPE_FILE).read_text(encoding="utf-8"), str(folder / RECIPE_FILE))
+    old = Run(folder).recipe
     difference = recipe_difference(old, recipe, ignore=free_to_change(old))
     if difference:
         raise RunFolderError(
@@ -177,20 +161,13 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def run_inputs(folder: Path) -> dict[str, str | None]:
-    """Return what tells a run from all others: its id (None for one from before runs had ids), and hashes of its inputs."""
-    record = read_run(folder)
-    hashes = record.get("hashes", {})
-    return {"run": record.get("id"), **{name: hashes[name] for name in _INPUTS if name in hashes}}
-
-
 def check_same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
     """Check that a resumed run sees the data, the base and the start adapter that it started with.
 
     Raises:
         RunFolderError: naming what differs.
     """
-    recorded = read_run(folder).get("hashes", {})
+    recorded = Run(folder).info.hashes.inputs
     changed = [name for name, value in hashes.items() if name in recorded and recorded[name] != value]
     if changed:
         lines = "\n".join(f"  {name}: {recorded[name][:12]} → {hashes[name][:12]}" for name in changed)
@@ -199,26 +176,9 @@ def check_same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
         )
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return what run.json says.
-
-    Raises:
-        RunFolderError: there is none, or it is not readable.
-    """
-    try:
-        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunFolderError(
-            f"{folder / RUN_FILE}: cannot be read: {error}; restore the file, or move its folder away"
-        ) from error
-    if not isinstance(content, dict):
-        raise RunFolderError(f"{folder / RUN_FILE}: is not a run record")
-    return content
-
-
 def update_run(folder: Path, **entries: Any) -> None:
     """Set entries of run.json, atomically; one of None is taken out."""
-    current = read_run(folder) if (folder / RUN_FILE).is_file() else {}
+    current = read_object(folder / RUN_FILE)
     write_json(folder / RUN_FILE, {key: value for key, value in {**current, **entries}.items() if value is not None})
 
 
@@ -235,19 +195,7 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; a last line cut off by a kill is left out."""
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise RunFolderError(f"{path}: has a line that is not JSON ({error}); remove that line") from error
-
-
 def rewind_metrics(folder: Path, step: int) -> None:
     """Drop the lines after a step, which the resumed run will write again."""
-    kept = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
+    kept = [json.dumps(line) + "\n" for line in Run(folder).metrics if line["step"] <= step]
     write_atomically(folder / METRICS_FILE, "".join(kept))

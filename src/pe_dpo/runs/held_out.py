@@ -8,9 +8,7 @@ from typing import Any
 
 from pe_dpo.disk import write_json
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.runs.files import remedy
-
-PAIRS_FILE, GENERATIONS_FILE, EVALUATION_FILE = "eval_pairs.parquet", "generations.parquet", "evaluation.json"
+from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, remedy
 
 
 def with_initial(path: Path, table: PairTable) -> PairTable | None:
@@ -56,7 +54,7 @@ def save_evaluation(
 def read_generation(folder: Path) -> dict[str, Any] | None:
     """Return what evaluation.json in a folder says of sampled answers, if they still lie beside it."""
     path = folder / EVALUATION_FILE
-    if not (path.is_file() and (folder / GENERATIONS_FILE).is_file()):
+    if not (path.is_file() and (folder / ANSWERS_FILE).is_file()):
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -9,9 +9,11 @@ from pe_dpo.data import PreparedData
 from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.model.provenance import adapter_fingerprints
 from pe_dpo.recipe import Recipe, describe
-from pe_dpo.runs.checkpoints import checkpoint_step, newest_whole_checkpoint
-from pe_dpo.runs.folder import BASE_FILE, check_same_inputs, read_run, rewind_metrics, run_inputs, update_run, versions
+from pe_dpo.runs.checkpoints import checkpoint_step
+from pe_dpo.runs.files import BASE_FILE
+from pe_dpo.runs.folder import check_same_inputs, rewind_metrics, update_run, versions
 from pe_dpo.runs.model_card import model_card
+from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +30,15 @@ def start_records(
     Raises:
         RunFolderError: the run started with other data, another base or start adapter, or no checkpoint is whole and its own.
     """
-    if "hashes" in read_run(folder):
+    run = Run(folder)
+    if run.info.hashes.data is not None:
         check_same_inputs(folder, hashes)
-        checkpoint, passed_over = newest_whole_checkpoint(folder, run_inputs(folder))
+        checkpoint, passed_over = run.resume_point()
         for line in passed_over:
             logger.info(line)
         logger.info(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
         rewind_metrics(folder, checkpoint_step(checkpoint) if checkpoint else -1)
-        if read_run(folder).get("status") == "failed":
+        if run.info.status == "failed":
             update_run(folder, status="training", why=None)
         return checkpoint
     is_base = recipe.adapter.reference != "adapter"
@@ -69,6 +72,6 @@ def finish_records(
 ) -> None:
     """Write what a finished run came to: the model card, run.json."""
     write_atomically(folder / "README.md", model_card(recipe, before, after))
-    hashes = {**read_run(folder)["hashes"], "adapter": adapter_fingerprints(folder)}
+    hashes = {**Run(folder).info.hashes.inputs, "adapter": adapter_fingerprints(folder)}
     measured = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
     update_run(folder, status="finished", step=step, **measured, hashes=hashes)

@@ -1,6 +1,5 @@
 """What a run folder says of its run, read once; whatever the run did not write is None or empty."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +9,8 @@ from numpy.typing import NDArray
 
 from pe_dpo.errors import UsageError
 from pe_dpo.recipe import Recipe, recipe_from_yaml
-from pe_dpo.runs.files import read_evaluation, read_object
-from pe_dpo.runs.scaled import scaled_folders
+from pe_dpo.runs.files import read_object
+from pe_dpo.runs.run import Run
 
 Floats = NDArray[np.float64]
 
@@ -144,12 +143,12 @@ def read_run_record(folder: Path) -> RunRecord:
         folder=folder,
         recipe=recipe,
         facts=read_object(folder / "run.json"),
-        lines=_read_lines(folder / "metrics.jsonl"),
+        lines=Run(folder).metrics,
         held_out=_read_held_out(folder / "eval_pairs.parquet", recipe),
-        evaluation=read_evaluation(folder),
+        evaluation=Run(folder).evaluation,
         answers=_read_columns(folder / "generations.parquet", _ANSWER_COLUMNS),
-        snapshots=_read_snapshots(folder / "snapshots"),
-        scaled={scale: read_evaluation(place) for scale, place in scaled_folders(folder).items()},
+        snapshots={state.step: state.evaluation for state in Run(folder).snapshots if state.evaluation["pairs"]},
+        scaled={state.scale: state.evaluation for state in Run(folder).scaled if state.scale is not None},
     )
 
 
@@ -184,15 +183,6 @@ def _read_held_out(path: Path, recipe: Recipe) -> HeldOut | None:
     return HeldOut(columns["where"], columns["prompt_key"], texts, policy, start, reference, *lengths, floats("score"))
 
 
-def _read_snapshots(folder: Path) -> dict[int, dict[str, Any]]:
-    found = {}
-    for path in sorted(folder.glob("step-*/evaluation.json")):
-        step = path.parent.name.removeprefix("step-")
-        if step.isdigit():
-            found[int(step)] = read_evaluation(path.parent)
-    return dict(sorted(found.items()))
-
-
 def _read_columns(path: Path, needed: tuple[str, ...]) -> dict[str, list[Any]]:
     """A parquet file by column; empty where there is none."""
     from pyarrow import parquet
@@ -207,20 +197,6 @@ def _read_columns(path: Path, needed: tuple[str, ...]) -> dict[str, list[Any]]:
     if missing:
         raise UsageError(f"{path}: has no column {', '.join(missing)}; write it again with: pe-dpo eval {path.parent}")
     return columns
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of JSON objects; a last one that a kill cut off is left out."""
-    if not path.is_file():
-        return []
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            if line.endswith("\n"):
-                raise UsageError(f"{path}:{number}: is not JSON ({error}); remove that line") from error
-    return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
 def _has(lines: list[dict[str, Any]], key: str) -> bool:

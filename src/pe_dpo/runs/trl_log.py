@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pe_dpo.errors import UsageError
-from pe_dpo.runs.files import SWEEP_FILE, read_object
-from pe_dpo.runs.folder import RUN_FILE
+from pe_dpo.runs.files import RUN_FILE, SWEEP_FILE, read_object
 
 TRL_FILE = "trainer_state.json"
 

@@ -16,8 +16,10 @@ from pe_dpo.disk import write_atomically
 from pe_dpo.inference.reference import Reference
 from pe_dpo.inference.reference_pass import check_finite
 from pe_dpo.progress import progress
-from pe_dpo.recipe import Recipe, recipe_from_yaml, recipe_to_yaml, warnings, with_gamma
-from pe_dpo.runs.folder import RECIPE_FILE, RUN_FILE, read_run, update_run
+from pe_dpo.recipe import Recipe, recipe_to_yaml, warnings, with_gamma
+from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE
+from pe_dpo.runs.folder import update_run
+from pe_dpo.runs.run import Run
 from pe_dpo.training.trainer import forget_if_any
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ def with_recorded_gamma(folder: Path, recipe: Recipe) -> Recipe:
     """Return a recipe with the γ that the run in this folder found, where both ask for it in the same way; else as it is."""
     if not recipe.loss.is_calibrated or not (folder / RUN_FILE).is_file():
         return recipe
-    record = read_run(folder).get("gamma_calibration", {})
+    record = Run(folder).info.calibration
     return with_gamma(recipe, record["gamma"]) if record.get("asked") == recipe.loss.gamma else recipe
 
 
@@ -84,7 +86,7 @@ def repair_recipe(folder: Path) -> None:
     """Write the γ that was found into recipe.yaml, should a kill have come between the record and it."""
     path = folder / RECIPE_FILE
     if path.is_file():
-        written = recipe_from_yaml(path.read_text(encoding="utf-8"), str(path))
+        written = Run(folder).recipe
         found = with_recorded_gamma(folder, written)
         if found != written:
             write_atomically(path, recipe_to_yaml(found))

@@ -20,8 +20,8 @@ from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import scaled
 from pe_dpo.progress import progress
 from pe_dpo.recipe.schema import GenerationSection
-from pe_dpo.runs.held_out import EVALUATION_FILE, GENERATIONS_FILE, PAIRS_FILE, save_evaluation
-from pe_dpo.runs.scaled import scaled_folder
+from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE, scaled_folder
+from pe_dpo.runs.held_out import save_evaluation
 from pe_dpo.training.trainer import PairTrainer
 
 GENERATION_SEED = 0
@@ -43,11 +43,6 @@ class Snapshots(TrainerCallback):
 def snapshot_steps(count: int, steps: int) -> list[int]:
     """Return `count` steps that divide a run of `steps` evenly, its end left out; fewer where there are not so many."""
     return sorted({round(steps * part / (count + 1)) for part in range(1, count + 1)} - {0, steps})
-
-
-def snapshot_folder(run: Path, step: int) -> Path:
-    """Return where the snapshot of a step lies."""
-    return run / "snapshots" / f"step-{step:06d}"
 
 
 def keep_measurements(
@@ -72,7 +67,7 @@ def keep_measurements(
     drift = sample_drift(trainer, settings, end_tokens) if settings.prompts else None
     with_texts(scored, trainer.held_out, trainer.processing_class).save(folder / PAIRS_FILE)
     if drift:
-        save_generations(drift, folder / GENERATIONS_FILE)
+        save_generations(drift, folder / ANSWERS_FILE)
     metrics = pair_metrics(scored, is_fixed_set=True)
     intervals = share_intervals(metrics, len(scored))
     save_evaluation(folder / EVALUATION_FILE, metrics, intervals, drift.summary() if drift else None)

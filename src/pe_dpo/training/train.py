@@ -26,12 +26,13 @@ from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths, with_gamma
+from pe_dpo.runs.files import snapshot_folder
 from pe_dpo.runs.folder import append_metrics, check_run_folder, locked, open_run_folder, update_run
 from pe_dpo.runs.records import finish_records, start_records
 from pe_dpo.training.arguments import check_trackers, total_steps, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
 from pe_dpo.training.gamma import find_gamma, record_gamma, repair_recipe, with_recorded_gamma
-from pe_dpo.training.measurements import Snapshots, keep_measurements, keep_scaled, snapshot_folder, snapshot_steps
+from pe_dpo.training.measurements import Snapshots, keep_measurements, keep_scaled, snapshot_steps
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing, mixout_warnings
 from pe_dpo.training.remarks import scale_remarks

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.recipe.loss_section import LossSection
-from pe_dpo.runs.folder import append_metrics, read_metrics
+from pe_dpo.runs.folder import append_metrics
+from pe_dpo.runs.run import Run
 from pe_dpo.training.remarks import batch_remarks, set_remarks, stillness_remark
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Catch up with what a resumed run has seen and said."""
         if state.is_world_process_zero and state.global_step:
-            for line in read_metrics(self.folder):
+            for line in Run(self.folder).metrics:
                 self.look(line["step"], line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -1,0 +1,327 @@
+"""A run as its folder tells it: `Run("runs/mine")`, finished or not. Nothing is read before it is asked for, and no torch.
+
+    run.recipe    run.info.status    run.info.hashes.base    run.metrics    run.pairs()    run.checkpoints()
+
+What was measured of a policy lies in one folder, three files each time: the end of a run in the run's own, snapshots along the
+way below snapshots/, and the end scaled toward the reference below scaled/. `Run` is the first of them.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pe_dpo.errors import RunFolderError, UsageError
+from pe_dpo.metrics.table import AnswerTable, PairTable
+from pe_dpo.recipe import Recipe, recipe_from_yaml
+from pe_dpo.runs import checkpoints
+from pe_dpo.runs.files import (
+    ANSWERS_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    PAIRS_FILE,
+    RECIPE_FILE,
+    RUN_FILE,
+    read_object,
+    remedy,
+    scaled_folder,
+)
+
+
+class Hashes(BaseModel):
+    """SHA-256 of what a run started from, and of what it came to; None where the run does not say."""
+
+    model_config = ConfigDict(extra="allow")
+
+    data: str | None = None
+    held_out: str | None = None
+    base: str | None = None
+    start: str | None = None
+    """The adapter that training started from."""
+    adapter: dict[str, str] = {}
+    """The files of the trained adapter."""
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Those of what the run started from."""
+        return self.model_dump(include={"data", "held_out", "base", "start"}, exclude_none=True)
+
+
+class RunInfo(BaseModel):
+    """run.json; what a run has not written yet, or an older version did not write, has its default."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str | None = None
+    """None for a run from before runs had ids."""
+    status: str = "not started"
+    """starting, training, interrupted, failed or finished."""
+    why: str = ""
+    """Of a failed run."""
+    hashes: Hashes = Hashes()
+    base: dict[str, Any] = {}
+    """What the base was: id, revision, quantize, dtype, parameters, quantized_layers."""
+    loss: dict[str, Any] = {}
+    pairs: dict[str, int] = {}
+    """How many: train, held_out."""
+    before: dict[str, float] = {}
+    """Held-out metrics at step 0."""
+    after: dict[str, float] = {}
+    """Held-out metrics at the end."""
+    step: int = 0
+    """The last optimizer step."""
+    seconds: float = 0.0
+    remarks: list[str] | None = None
+    scoring: dict[str, Any] = {}
+    mixout: dict[str, Any] = {}
+    calibration: dict[str, Any] = Field({}, alias="gamma_calibration")
+    """How γ was found, where the recipe asked for that."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.status == "finished"
+
+
+class Curve(NamedTuple):
+    """A metric over steps, without the steps at which it was not finite or not measured."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class Measurements:
+    """What was measured of one policy of a run: held-out pairs, sampled answers, and what they come to.
+
+    Args:
+        run: of which it is a policy; None for the run itself.
+        folder: in which the files lie.
+        step: after which optimizer step.
+        scale: of the end scaled toward the reference; None for what was trained.
+    """
+
+    def __init__(self, run: "Run", folder: Path, *, step: int, scale: float | None = None) -> None:
+        self.run, self.folder, self.step, self.scale = run, folder, step, scale
+
+    def pairs(self, *, with_texts: bool = True) -> PairTable | None:
+        """Return the held-out pairs one by one, with the numbers of the run's loss; None where there are none.
+
+        Where the log-probs of step 0 were not kept but the run started at the reference, they are the reference's.
+
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        table = PairTable.load(
+            self.folder / PAIRS_FILE, remedy=remedy(self.folder), needs=("policy_chosen", "score"), with_texts=with_texts
+        )
+        if table is None:
+            return None
+        recipe, kappa = self.run.recipe, self.run.kappa
+        if not table.knows("initial_chosen") and table.has_reference and recipe.policy_starts_as_reference:
+            table = table.since(None)
+        gamma = None if math.isnan(kappa) else kappa * recipe.loss.beta
+        floor, link = recipe.loss.reference_floor, recipe.loss.link
+        return replace(table, beta=recipe.loss.beta, gamma=gamma, reduce=recipe.loss.reduce, reference_floor=floor, link=link)
+
+    def answers(self, *, with_texts: bool = True) -> AnswerTable | None:
+        """Return the sampled answers one by one; None where there are none.
+
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        return AnswerTable.load(
+            self.folder / ANSWERS_FILE, remedy=remedy(self.folder), needs=("tokens", "kl", "entropy"), with_texts=with_texts
+        )
+
+    @cached_property
+    def evaluation(self) -> dict[str, dict[str, Any]]:
+        """What the pairs and the sampled answers come to, under "pairs" and "generation"; each may be empty.
+
+        Raises:
+            UsageError: the file cannot be read, or has another shape.
+        """
+        path = self.folder / EVALUATION_FILE
+        content = read_object(path)
+        parts = {name: content.get(name) or {} for name in ("pairs", "generation")}
+        for name, part in parts.items():
+            if not isinstance(part, dict):
+                again = "write it again with: pe-dpo eval, or restore it"
+                raise UsageError(f"{path}: {name} is {part!r}, not an object; {again}")
+        return {**content, **parts}
+
+    @property
+    def metrics_of_pairs(self) -> dict[str, float]:
+        """Means over the held-out pairs."""
+        return {key: float(value) for key, value in self.evaluation["pairs"].items()}
+
+    @property
+    def answer_limit(self) -> int | None:
+        """After how many tokens sampled answers were cut; None without any."""
+        limit: int | None = self.evaluation["generation"].get("max_new_tokens")
+        return limit
+
+    def estimate(self, name: str) -> tuple[float, float] | None:
+        """Return mean and standard error of what was measured on sampled answers; the error may be NaN; None if it was not.
+
+        Args:
+            name: "kl", "kl_per_token", "entropy_per_token", "tokens", "win_rate".
+        """
+        found = self.evaluation["generation"].get(name)
+        if isinstance(found, Mapping):
+            error = found.get("standard_error")
+            return float(found["mean"]), math.nan if error is None else float(error)
+        return None if found is None else (float(found), math.nan)
+
+
+class Run(Measurements):
+    """A run folder, finished or not; what was measured of its end is its own.
+
+    Args:
+        folder: need not exist yet.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(self, Path(folder), step=0)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder is one of a run: there are a record and a recipe."""
+        return (self.folder / RUN_FILE).is_file() and (self.folder / RECIPE_FILE).is_file()
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe, resolved.
+
+        Raises:
+            RunFolderError: there is none, or it cannot be read.
+            RecipeError: it is none.
+        """
+        path = self.folder / RECIPE_FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{path}: cannot be read: {error}; it is part of every run") from error
+        return recipe_from_yaml(text, str(path))
+
+    @property
+    def info(self) -> RunInfo:
+        """What run.json says now; all defaults where there is none. It is read anew each time, since a run writes it.
+
+        Raises:
+            RunFolderError: it cannot be read, or is no record of a run.
+        """
+        path = self.folder / RUN_FILE
+        try:
+            info = RunInfo.model_validate(read_object(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RunFolderError(f"{path}: {where}: {first['msg']}; restore the file, or move its folder away") from error
+        self.step = info.step
+        return info
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """What tells the run from all others: its id (None for one from before runs had ids), and hashes of its inputs."""
+        info = self.info
+        return {"run": info.id, **info.hashes.inputs}
+
+    @property
+    def kappa(self) -> float:
+        """γ/β as it was trained with; NaN while γ is still to be found from data."""
+        recorded = self.info.loss.get("kappa")
+        if recorded is not None:
+            return float(recorded)
+        loss = self.recipe.loss
+        return math.nan if loss.is_calibrated else loss.gamma_value / loss.beta
+
+    @property
+    def asked_gamma(self) -> float | str:
+        """γ as the run was asked for it: one that it found by itself is a number in its recipe by now."""
+        asked: float | str = self.info.calibration.get("asked", self.recipe.loss.gamma)
+        return asked
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, each with its step; a last one that a kill cut off is left out.
+
+        Raises:
+            RunFolderError: a line is not JSON.
+        """
+        path = self.folder / METRICS_FILE
+        if not path.is_file():
+            return []
+        found = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                if line.endswith("\n"):
+                    raise RunFolderError(f"{path}:{number}: is not JSON ({error}); remove that line") from error
+        return [line for line in found if isinstance(line, dict) and "step" in line]
+
+    @cached_property
+    def has_held_out(self) -> bool:
+        """Whether the pairs that were measured along the way are held out; else they are some of the training pairs."""
+        keys = {key for line in self.metrics for key in line}
+        return "eval_loss" in keys or "probe_loss" not in keys
+
+    def curve(self, key: str) -> Curve:
+        """Return a metric over steps: "loss", or with "watched/" in front of it that of the pairs measured along the way."""
+        if key.startswith("watched/"):
+            key = ("eval_" if self.has_held_out else "probe_") + key.removeprefix("watched/")
+        points = {int(line["step"]): float(line[key]) for line in self.metrics if isinstance(line.get(key), int | float)}
+        kept = {step: value for step, value in sorted(points.items()) if math.isfinite(value)}
+        return Curve(list(kept), list(kept.values()))
+
+    @property
+    def remarks(self) -> list[str]:
+        """What looked off, in words: at the end, or so far."""
+        remarks = self.info.remarks
+        if remarks is not None:
+            return remarks
+        return [f"step {line['step']}: {line['words']}" for line in self.metrics if "words" in line]
+
+    @property
+    def snapshots(self) -> list[Measurements]:
+        """What was measured along the way, by its step."""
+        found: dict[float, Path] = {}
+        for path in sorted(self.folder.glob("snapshots/step-*")):
+            number = path.name.removeprefix("step-")
+            if number.isdigit():
+                found.setdefault(int(number), path)
+        return [Measurements(self, found[step], step=step) for step in sorted(found)]
+
+    @property
+    def scaled(self) -> list[Measurements]:
+        """What was measured of the end scaled toward the reference, by its scale; whatever else lies there is left out."""
+        found: dict[Any, Path] = {}
+        for path in self.folder.glob("scaled/a-*"):
+            try:
+                scale = float(path.name.removeprefix("a-"))
+            except ValueError:
+                continue
+            if scaled_folder(self.folder, scale) == path:
+                found[scale] = path
+        last = self.info.step
+        return [Measurements(self, found[scale], step=last, scale=scale) for scale in sorted(found)]
+
+    def checkpoints(self) -> list[Path]:
+        """Return the sealed checkpoints, oldest first."""
+        return checkpoints.checkpoints(self.folder)
+
+    def resume_point(self) -> tuple[Path | None, list[str]]:
+        """Return the newest checkpoint that is whole and the run's own, and a line for each newer one that is passed over.
+
+        Raises:
+            RunFolderError: there are checkpoints, but not one of them is whole and the run's own.
+        """
+        return checkpoints.newest_whole_checkpoint(self.folder, self.inputs)
