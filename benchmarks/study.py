@@ -113,7 +113,7 @@ def _at_equal_kl(arm: Any) -> str:
 def _states(run: Path) -> Iterator[Path]:
     yield run
     yield from sorted(run.glob("snapshots/*"))
-    yield from scaled_folders(run).values()
+    yield from (state.folder for state in Run(run).scaled)
 
 
 def _without_intervals(path: Path) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_pairs_are_matched_whatever_their_order(write_run: Callable[..., Path]) 
     one, two = read_observations([first, second]).observations
     assert one.pairs is not None
     assert two.pairs is not None
-    assert (one.pairs.prompts, one.pairs.names) == (two.pairs.prompts, two.pairs.names)
+    assert (one.pairs.prompt_key, one.pairs.where) == (two.pairs.prompt_key, two.pairs.where)
     assert (one.pairs.columns["reference_chosen"] == two.pairs.columns["reference_chosen"]).all()
 
 

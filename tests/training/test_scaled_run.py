@@ -39,7 +39,9 @@ def kl_of(folder):
 
 
 def test_a_run_measures_its_adapter_at_each_scale(run):
-    assert scaled_folders(run) == {scale: run / "scaled" / f"a-{scale}" for scale in SCALES}
+    assert {state.scale: state.folder for state in Run(run).scaled} == {
+        scale: run / "scaled" / f"a-{scale}" for scale in SCALES
+    }
     assert set(contents(run)) == {(f"a-{scale}", name) for scale in SCALES for name in FILES}
     whole = parquet.read_table(run / "eval_pairs.parquet").to_pydict()
     for scale in SCALES:
@@ -105,7 +107,7 @@ def test_a_run_that_was_killed_before_it_measured_goes_on(run, make_recipe):
 def test_a_run_started_anew_leaves_no_old_measurements(run, make_recipe):
     shutil.copytree(run, make_recipe().output)
     folder = train(make_recipe("train.max_steps=1"), overwrite=True).folder
-    assert scaled_folders(folder) == {}
+    assert Run(folder).scaled == []
 
 
 def test_out_of_memory_at_a_scale_begins_it_again_with_smaller_rows(run, make_recipe, monkeypatch, logged: list[str]):
@@ -159,7 +161,7 @@ def test_scales_that_are_no_fractions_are_refused(run, scales, words):
 def test_folders_of_others_are_no_scales(tmp_path):
     for name in ("a-0.5", "a-0.50", "a-half", "b-0.5"):
         (tmp_path / "scaled" / name).mkdir(parents=True)
-    assert scaled_folders(tmp_path) == {0.5: tmp_path / "scaled" / "a-0.5"}
+    assert {state.scale: state.folder for state in Run(tmp_path).scaled} == {0.5: tmp_path / "scaled" / "a-0.5"}
 
 
 def test_a_signal_that_another_process_got_after_the_last_step_counts_here_too(monkeypatch):

@@ -293,7 +293,7 @@ class Run(Measurements):
     @property
     def snapshots(self) -> list[Measurements]:
         """What was measured along the way, by its step."""
-        found: dict[float, Path] = {}
+        found: dict[int, Path] = {}
         for path in sorted(self.folder.glob("snapshots/step-*")):
             number = path.name.removeprefix("step-")
             if number.isdigit():
@@ -303,7 +303,7 @@ class Run(Measurements):
     @property
     def scaled(self) -> list[Measurements]:
         """What was measured of the end scaled toward the reference, by its scale; whatever else lies there is left out."""
-        found: dict[Any, Path] = {}
+        found: dict[int, Path] = {}
         for path in self.folder.glob("scaled/a-*"):
             try:
                 scale = float(path.name.removeprefix("a-"))
