@@ -23,6 +23,7 @@ from pe_dpo.experiments.plan import read_plan
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE, SWEEP_FILE
+from pe_dpo.runs.run import Run
 
 PAIR_NUMBERS = (
     *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_lengths", "rejected_lengths"),

@@ -173,7 +173,7 @@ def test_pairs_are_matched_whatever_their_order(write_run: Callable[..., Path]) 
     assert one.pairs is not None
     assert two.pairs is not None
     assert (one.pairs.prompt_key, one.pairs.where) == (two.pairs.prompt_key, two.pairs.where)
-    assert (one.pairs.columns["reference_chosen"] == two.pairs.columns["reference_chosen"]).all()
+    assert (one.pairs.reference_chosen == two.pairs.reference_chosen).all()
 
 
 @pytest.mark.parametrize(

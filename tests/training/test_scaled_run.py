@@ -14,6 +14,7 @@ from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.runs.files import RUN_FILE, read_object, scaled_folder
 from pe_dpo.runs.folder import update_run
+from pe_dpo.runs.run import Run
 from pe_dpo.training import trainer as trainer_module
 from pe_dpo.training.callbacks import StopOnSignal
 from pe_dpo.training.train import train

@@ -24,8 +24,8 @@ def merged_card(source: Source, report: Mapping[str, Any]) -> str:
     intro = [f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. A LoRA adapter, merged in {report['dtype']}."]
     training = ["The adapter was not trained by pe-dpo; nothing is known here of its data and loss.", ""]
     if recipe is not None:
-        data = source.run.get("hashes", {}).get("data", "unknown")
-        table = held_out_table(source.run.get("before", {}), source.run.get("after", {}))
+        data = source.run.hashes.data or "unknown"
+        table = held_out_table(source.run.before, source.run.after)
         training = ["## Loss", "", *(f"- {line}" for line in describe(recipe.loss).lines()), ""]
         training += ["## Data", "", f"`{recipe.data.train}`, sha256 of the encoded pairs `{data}`.", ""]
         training += ["## Held-out pairs, before and after training", "", *table, ""]

@@ -19,11 +19,11 @@ Wortsman et al. 2022 (WiSE-FT, arXiv 2109.01903): interpolated weights. It is th
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -39,7 +39,7 @@ from pe_dpo.model.provenance import adapter_fingerprints, base_folder, template_
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.schema import DataSection
-from pe_dpo.runs.run import Hashes, Run
+from pe_dpo.runs.run import Run, RunInfo
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +109,9 @@ class Source:
         self.facts = inspect_base(**how)
         _check_adapter_tensors(self.adapter, self.facts)
         self.recipe = found.recipe
-        run = Run(target).info.hashes if found.recipe else Hashes()
-        self.held_out_hash = run.held_out
+        self.run = Run(target).info if found.recipe else RunInfo()
         """run.json; empty for an adapter that was not trained here."""
-        then = run.adapter
+        then = self.run.hashes.adapter
         now = adapter_fingerprints(target) if then else {}
         changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
         if changed:
@@ -180,7 +179,7 @@ class Source:
             only=data,
         )
         pairs = prepared.train if data else prepared.held_out
-        recorded = None if data else self.held_out_hash
+        recorded = None if data else self.run.hashes.held_out
         if recorded is not None and recorded != data_hash(pairs):
             logger.warning("the data are not those of the run any more; what is held out now may have been trained on")
         if not pairs:

@@ -303,7 +303,7 @@ class Run(Measurements):
     @property
     def scaled(self) -> list[Measurements]:
         """What was measured of the end scaled toward the reference, by its scale; whatever else lies there is left out."""
-        found: dict[int, Path] = {}
+        found: dict[float, Path] = {}
         for path in self.folder.glob("scaled/a-*"):
             try:
                 scale = float(path.name.removeprefix("a-"))
