@@ -112,8 +112,11 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
     }
 
 
-@pytest.mark.parametrize("module", ["pe_dpo.experiments.compare", "pe_dpo.metrics.catalogue"])
-def test_a_comparison_needs_neither_torch_nor_training(module: str) -> None:
+REPORT = ", ".join(f"pe_dpo.{file.removesuffix('.py').replace('/', '.')}" for file in FILES if room(file) == "report")
+
+
+@pytest.mark.parametrize("module", ["pe_dpo.experiments.compare", "pe_dpo.metrics.catalogue", REPORT])
+def test_a_comparison_and_a_report_need_neither_torch_nor_training(module: str) -> None:
     """Transitively, in a process of its own: what a room imports may import more."""
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split())

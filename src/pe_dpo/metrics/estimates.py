@@ -144,6 +144,20 @@ def correlation(one: ArrayLike, other: ArrayLike) -> float:
     return float((left * right).sum()) / spread if spread else math.nan
 
 
+def correlation_interval(r: float, pairs: int) -> tuple[float, float]:
+    """Return the 95 % interval of a correlation of independent pairs, by Fisher's z.
+
+    Args:
+        r: in [-1, 1].
+        pairs: how many; at least 4.
+
+    Source:
+        Fisher 1921, "On the probable error of a coefficient of correlation deduced from a small sample".
+    """
+    centre, half = math.atanh(min(max(r, -0.999999), 0.999999)), NormalDist().inv_cdf(0.975) / math.sqrt(pairs - 3)
+    return math.tanh(centre - half), math.tanh(centre + half)
+
+
 def length_slope(preference: Floats, length_difference: Floats) -> float:
     """Return by how many nats a preference changes with each token that the chosen answer is longer; 0 if all differ alike.
 

@@ -1,13 +1,15 @@
 """The plots of one run: which pairs drive the learning, policy against reference, likelihood, loss, drift and length."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from pe_dpo.metrics.estimates import wilson_interval
+from pe_dpo.metrics.estimates import correlation, correlation_interval, length_slope, wilson_interval
 from pe_dpo.metrics.quadrants import QUADRANTS
+from pe_dpo.metrics.table import Floats, PairTable
 from pe_dpo.report.content import Plot, Section
 from pe_dpo.report.style import (
     BLUE,
@@ -24,7 +26,7 @@ from pe_dpo.report.style import (
     panel,
     scatter_points,
 )
-from pe_dpo.runs.run_record import Curve, Floats, HeldOut, RunRecord, measured
+from pe_dpo.runs.run import Curve, Run
 
 NO_PAIRS = "held-out pairs were not measured one by one (eval_pairs.parquet); set data.eval and train again."
 
@@ -85,29 +87,29 @@ def length_scatter(difference: Floats, preference: Floats, ylabel: str, label: s
         axes.axvline(0, color=QUIET, linewidth=0.8)
         scatter_points(axes, difference, preference, BLUE, label, total=len(preference))
         if len(preference) > 2 and np.ptp(difference) > 0:
-            slope, intercept = np.polyfit(difference, preference, 1)
-            ends = np.asarray([difference.min(), difference.max()])
-            words = f"least squares: {fmt(slope, '+.3g')} nats per token"
-            axes.plot(ends, intercept + slope * ends, color=VERMILLION, label=words)
+            slope, ends = length_slope(preference, difference), np.asarray([difference.min(), difference.max()])
+            line = preference.mean() + slope * (ends - difference.mean())
+            axes.plot(ends, line, color=VERMILLION, label=f"least squares: {fmt(slope, '+.3g')} nats per token")
     return figure
 
 
 # ---------------------------------------------------------------- over steps
 
 
-def regime_section(run: RunRecord) -> Section:
+def regime_section(run: Run, pairs: PairTable | None) -> Section:
     """Return which of the four quadrants hold the pairs and the gradient weight, over steps."""
     title = "Which pairs drive the learning"
     plots = []
+    watched = "held-out pairs" if run.has_held_out else "watched training pairs"
     for prefix, name, words in (
         ("regimes", "sum", "summed log-probs"),
         ("regimes_per_token", "per-token", "log-probs per token"),
         ("regimes_length_matched", "length-matched", "summed log-probs as if answers were of equal length"),
     ):
         for kind, ylabel in (("pairs", "share of pairs"), ("weight_share", "share of gradient weight")):
-            source, (steps, shares) = run.probed, _quadrant_shares(run.probe, prefix, kind)
+            source, (steps, shares) = watched, _quadrant_shares(run, f"watched/{prefix}", "watched/pairs", kind)
             if len(steps) < 2:
-                source, (steps, shares) = "pairs of each training window", _quadrant_shares(run.training, prefix, kind)
+                source, (steps, shares) = "pairs of each training window", _quadrant_shares(run, prefix, "pairs", kind)
             if len(steps) < 2:
                 continue
             with panel("optimizer step", ylabel, has_whole_x=True) as (figure, axes):
@@ -128,7 +130,7 @@ def regime_section(run: RunRecord) -> Section:
                 )
             )
     if not plots:
-        return Section("regimes", title, missing=[_no_regimes(run)])
+        return Section("regimes", title, missing=[_no_regimes(run, pairs)])
     sentences = [
         "Every pair is in one of four quadrants: policy π right or wrong, reference π0 right or wrong (right: chosen is "
         "likelier than rejected). The share of pairs says where they are, the share of gradient weight where the loss still "
@@ -138,24 +140,29 @@ def regime_section(run: RunRecord) -> Section:
     return Section("regimes", title, sentences, plots=plots)
 
 
-def _quadrant_shares(curve: Callable[[str], Curve], prefix: str, kind: str) -> tuple[list[int], dict[str, list[float]]]:
+def _quadrant_shares(run: Run, prefix: str, pairs: str, kind: str) -> tuple[list[int], dict[str, list[float]]]:
     """The steps at which all quadrants were measured, and the share of each in pairs or in gradient weight, by QUADRANTS."""
-    found = {key: dict(zip(*curve(f"{prefix}/{key}/{kind}"), strict=True)) for key in QUADRANTS}
-    total = dict(zip(*curve("pairs"), strict=True))
+    found = {key: dict(zip(*run.curve(f"{prefix}/{key}/{kind}"), strict=True)) for key in QUADRANTS}
+    total = dict(zip(*run.curve(pairs), strict=True))
     steps = sorted(set.intersection(set(total), *(set(values) for values in found.values())))
     divisor = total if kind == "pairs" else dict.fromkeys(steps, 1.0)
     return steps, {key: [values[step] / divisor[step] for step in steps] for key, values in found.items()}
 
 
-def _no_regimes(run: RunRecord) -> str:
-    if not run.lines:
+def _no_regimes(run: Run, pairs: PairTable | None) -> str:
+    if not run.metrics:
         return "the run wrote no metrics yet (metrics.jsonl)."
-    if run.kappa == 0 and run.held_out is None:
+    if run.kappa == 0 and pairs is None:
         return "with gamma 0 the reference is not run in training, and no pairs were held out; set data.eval and train again."
     return "regimes were measured at fewer than two steps; set train.eval_every to measure held-out pairs more often."
 
 
-def movement_section(run: RunRecord) -> Section:
+def sampling_command(run: Run) -> str:
+    """Return what samples answers of the run as it is: without pairs of its own it has to be told whose prompts to take."""
+    return f"pe-dpo eval {run.folder} --prompts 64" + (" --data FILE" if run.info.pairs.get("held_out") == 0 else "")
+
+
+def movement_section(run: Run, pairs: PairTable | None) -> Section:
     """Return how far the likelihood of chosen and rejected answers moved from the reference, over steps."""
     title = "Where the likelihood went"
     lines = [
@@ -163,9 +170,9 @@ def movement_section(run: RunRecord) -> Section:
         *_lines(run, "displacement/rejected", "rejected", VERMILLION, MARKERS[1]),
     ]
     if not any(len(line.curve.steps) > 1 for line in lines):
-        return Section("movement", title, missing=[_no_regimes(run)])
+        return Section("movement", title, missing=[_no_regimes(run, pairs)])
     ends = ", ".join(f"{line.label} {fmt(line.curve.values[-1], '+.2f')} nats" for line in lines)
-    fell = run.probe("displacement/chosen_fell").values
+    fell = run.curve("watched/displacement/chosen_fell").values
     plot = Plot(
         "displacement",
         over_steps(lines, "log π − log π0, nats per answer", level=0),
@@ -177,14 +184,14 @@ def movement_section(run: RunRecord) -> Section:
     return Section("movement", title, plots=[plot])
 
 
-def learning_section(run: RunRecord) -> Section:
+def learning_section(run: Run) -> Section:
     """Return loss and accuracies over steps, on training windows and on the fixed held-out pairs."""
     loss = _lines(run, "loss", "loss", BLUE, MARKERS[0])
     reward = _lines(run, "rewards/accuracies", "accuracy", GREEN, MARKERS[2])
     policy = _lines(run, "accuracy/policy", "summed", PURPLE, MARKERS[2])
     policy += _lines(run, "accuracy/policy_per_token", "per token", BLUE, MARKERS[3])
     policy = [line for line in policy if not line.is_training] or policy
-    pairs = dict(zip(*run.probe("pairs"), strict=True))
+    pairs = dict(zip(*run.curve("watched/pairs"), strict=True))
     plots = []
     for name, ylabel, lines, words in (
         ("loss", "loss per pair", loss, "Loss. Thin: pairs of each step; marked: the same held-out pairs every time."),
@@ -216,11 +223,11 @@ def learning_section(run: RunRecord) -> Section:
     return Section("learning", "Loss and accuracy", plots=plots, missing=missing)
 
 
-def drift_section(run: RunRecord) -> Section:
+def drift_section(run: Run) -> Section:
     """Return KL from the reference and entropy along the run, where answers were sampled."""
-    last = {int(run.facts["step"]): run.evaluation} if run.evaluation and "step" in run.facts else {}
+    states = {state.step: state for state in (*run.snapshots, run) if state.step}
     kl, entropy = (
-        [(step, *found) for step, evaluation in {**run.snapshots, **last}.items() if (found := measured(evaluation, name))]
+        [(step, *found) for step, state in states.items() if (found := state.estimate(name))]
         for name in ("kl", "entropy_per_token")
     )
     plots = []
@@ -251,7 +258,7 @@ def drift_section(run: RunRecord) -> Section:
     if not kl:
         missing.append(
             "KL(π‖π0) and entropy need answers of the policy; set generation.prompts (say 64) and train again, or measure the "
-            f"end alone: `{run.sampling_command}`"
+            f"end alone: `{sampling_command(run)}`"
         )
     elif len(kl) == 1:
         missing.append("the way between start and end was not measured; set generation.snapshots (say 4) and train again.")
@@ -264,31 +271,36 @@ def _measured_line(label: str, found: Sequence[tuple[int, float, float]], colour
     return Line(label, Curve(steps, means), colour, marker, errors=[1.96 * error for error in errors])
 
 
-def _lines(run: RunRecord, key: str, label: str, colour: str, marker: str) -> list[Line]:
+def _lines(run: Run, key: str, label: str, colour: str, marker: str) -> list[Line]:
     """A metric on training windows and on the pairs that were measured again and again, where measured."""
-    training, probe = run.training(key), run.probe(key)
+    training, probe = run.curve(key), run.curve(f"watched/{key}")
     lines = [Line(f"{label}, training", training, colour, is_training=True)] if training.steps else []
-    where = "held out" if run.probed == "held-out pairs" else "watched"
+    where = "held out" if run.has_held_out else "watched"
     return lines + ([Line(f"{label}, {where}", probe, colour, marker)] if probe.steps else [])
 
 
 # ---------------------------------------------------------------- pair by pair
 
 
-def preference_section(run: RunRecord, flips: dict[bool, dict[str, float]]) -> Section:
-    """Return Δ0 against Δπ at start and end, and the 2×2 tables of pairs that changed sides."""
+def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, Mapping[str, float]]) -> Section:
+    """Return Δ0 against Δπ at start and end, and the 2×2 tables of pairs that changed sides.
+
+    Args:
+        run: whose pairs they are.
+        pairs: held out, if any.
+        sides: `clustered_transitions` of the pairs, by whether log-probs are taken per token.
+    """
     title = "Policy against reference, pair by pair"
-    pairs = run.held_out
     if pairs is None:
         return Section("preferences", title, missing=[NO_PAIRS])
     plots, missing = [], []
-    if pairs.reference is None:
-        missing.append(f"the reference was not run on the held-out pairs; measure it with `pe-dpo eval {run.folder}`")
-    else:
+    if pairs.has_reference:
         plots += _preference_scatters(run, pairs)
-    if pairs.start is None:
+    else:
+        missing.append(f"the reference was not run on the held-out pairs; measure it with `pe-dpo eval {run.folder}`")
+    if not pairs.knows("initial_chosen"):
         missing.append("the policy's log-probs at the start were not kept, so who changed sides is not known; train again.")
-    for per_token, found in flips.items():
+    for per_token, found in sides.items():
         by = "log-probs per token" if per_token else "summed log-probs"
         tied = f" {found['tied']} more pairs are tied at the start or the end." if found["tied"] else ""
         words = f"{found['kept']} kept, {found['gained']} gained, {found['lost']} lost, {found['not_yet']} still wrong"
@@ -331,25 +343,25 @@ def preference_section(run: RunRecord, flips: dict[bool, dict[str, float]]) -> S
     return Section("preferences", title, sentences if plots else [], plots=plots, missing=missing)
 
 
-def _preference_scatters(run: RunRecord, pairs: HeldOut) -> list[Plot]:
+def _preference_scatters(run: Run, pairs: PairTable) -> list[Plot]:
     """Δ0 against Δπ at the start, if it is known, and at the end, on the same axes, with the line on which z is 0."""
-    loss = run.recipe.loss
-    per_token = loss.reduce == "mean"
-    assert pairs.reference is not None, "checked by the caller"
-    reference, policy = (pairs.preference(model, per_token=per_token) for model in (pairs.reference, pairs.policy))
-    start = None if pairs.start is None else pairs.preference(pairs.start, per_token=per_token)
+    loss, kappa = run.recipe.loss, run.kappa
+    per_token = pairs.reduce == "mean"
+    reference, policy = (pairs.delta(model, per_token=per_token) for model in ("reference", "policy"))
+    start = pairs.delta("initial", per_token=per_token) if pairs.knows("initial_chosen") else None
 
     def line(values: Floats) -> Floats:
-        """Δπ at which a pair of this Δ0 has z = offset."""
-        return run.kappa * (values if loss.reference_floor is None else np.maximum(values, loss.reference_floor))
+        """κ·max(Δ0, floor): Δπ at which a pair has z = 0, but for the margin."""
+        floored = values if loss.reference_floor is None else np.maximum(values, loss.reference_floor)
+        return kappa * np.asarray(floored, dtype=np.float64)
 
     offset, note = loss.margin / loss.beta, ""
     if loss.margin_scale or loss.length_penalty:
-        offset = float(np.median(policy - line(reference) - pairs.score / loss.beta))
+        offset = float(np.median(pairs.effective_margin - line(reference)))
         note = " Margins differ between pairs; the line is that of the median margin."
     floored = "Δ0" if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
     plus = f" {'+' if offset >= 0 else '−'} {abs(offset):.3g}" if offset else ""
-    label = f"z = 0: Δπ = {f'{run.kappa:.3g}·{floored}{plus}' if run.kappa else f'{offset:.3g}'}"
+    label = f"z = 0: Δπ = {f'{kappa:.3g}·{floored}{plus}' if kappa else f'{offset:.3g}'}"
     xlim = padded(reference)
     ylim = padded(policy if start is None else np.concatenate([start, policy]))
     unit = "nats per token" if per_token else "nats"
@@ -392,21 +404,21 @@ def padded(values: Floats) -> tuple[float, float]:
     return low - room, high + room
 
 
-def length_section(run: RunRecord) -> Section:
+def length_section(run: Run, pairs: PairTable | None) -> Section:
     """Return what length had to do with it: answers' tokens, and training's shift against the difference in length."""
-    pairs = run.held_out
     plots, sentences, missing = [], [], []
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, Floats] = {}
+    answers = run.answers(with_texts=False)
     if pairs is not None:
-        groups |= {"chosen": pairs.chosen_lengths.tolist(), "rejected": pairs.rejected_lengths.tolist()}
-    if run.answers:
-        groups["sampled from π"] = [float(tokens) for tokens in run.answers["tokens"]]
-        if "reference_tokens" in run.answers:
-            groups["sampled from π0"] = [float(tokens) for tokens in run.answers["reference_tokens"]]
+        groups |= {"chosen": pairs.chosen_lengths, "rejected": pairs.rejected_lengths}
+    if answers is not None:
+        groups["sampled from π"] = answers.tokens
+        if answers.reference_tokens is not None:
+            groups["sampled from π0"] = answers.reference_tokens
     else:
         missing.append(
             "how long the policy's own answers are; set generation.prompts (say 64) and train again, or measure the end: "
-            f"`{run.sampling_command}`"
+            f"`{sampling_command(run)}`"
         )
     if groups:
         means = ", ".join(f"{label} {np.mean(values):.1f}" for label, values in groups.items())
@@ -430,28 +442,23 @@ def length_section(run: RunRecord) -> Section:
         )
     if pairs is None:
         missing.append(NO_PAIRS)
-    elif pairs.start is not None:
-        difference = pairs.chosen_lengths - pairs.rejected_lengths
-        shift = pairs.preference(pairs.policy) - pairs.preference(pairs.start)
-        words = correlation_words(difference, shift)
+    elif pairs.knows("initial_chosen"):
+        shift = pairs.delta() - pairs.delta("initial")
+        r = correlation(pairs.length_difference, shift)
+        words = "Too few pairs, or no differences, for a correlation with length."
+        if len(pairs) > 3 and not math.isnan(r):
+            low, high = correlation_interval(r, len(pairs))
+            words = (
+                f"Correlation with tokens of chosen − rejected: {fmt(r, '+.2f')} [{fmt(low, '+.2f')}, {fmt(high, '+.2f')}]; "
+                f"length explains {r * r:.0%} of what training moved."
+            )
         sentences.append(words)
         plots.append(
             Plot(
                 "length-shift",
-                length_scatter(difference, shift, "Δπ now − Δπ at the start, nats", "a held-out pair"),
+                length_scatter(pairs.length_difference, shift, "Δπ now − Δπ at the start, nats", "a held-out pair"),
                 f"How far training moved each held-out pair, against the difference in length. {words}",
                 f"Scatter of the shift of Δπ against the length difference of the answers. {words}",
             )
         )
     return Section("length", "Length", sentences, plots=plots, missing=missing)
-
-
-def correlation_words(difference: Floats, shift: Floats) -> str:
-    """Return what the correlation of training's shift with length says, with its 95 % interval (Fisher's z)."""
-    if len(shift) < 4 or np.ptp(difference) == 0 or np.ptp(shift) == 0:
-        return "Too few pairs, or no differences, for a correlation with length."
-    r = float(np.corrcoef(difference, shift)[0, 1])
-    centre, half = np.arctanh(np.clip(r, -0.999999, 0.999999)), 1.96 / np.sqrt(len(shift) - 3)
-    low, high = np.tanh([centre - half, centre + half])
-    interval = f"{fmt(r, '+.2f')} [{fmt(low, '+.2f')}, {fmt(high, '+.2f')}]"
-    return f"Correlation with tokens of chosen − rejected: {interval}; length explains {r * r:.0%} of what training moved."

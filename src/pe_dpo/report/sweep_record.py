@@ -1,22 +1,21 @@
 """What a sweep folder says of its runs: every one that was planned, how it stands, and what comparing them came to."""
 
-import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments.compare import check_names, compare, why_missing
 from pe_dpo.experiments.comparison import Arm, Comparison, RunRow, with_state
+from pe_dpo.experiments.plan import read_plan
 from pe_dpo.experiments.resampled import resample, settings_of
 from pe_dpo.experiments.summary import setting_name
 from pe_dpo.metrics.bootstrap import Effect, effect
 from pe_dpo.metrics.catalogue import METRICS
-from pe_dpo.recipe import recipe_from_yaml
-from pe_dpo.runs.files import SWEEP_FILE
 from pe_dpo.runs.observations import Observation, read_observations
+from pe_dpo.runs.run import Run, RunInfo
 
 REPEATS = 2000
 """Replicates of the intervals that are drawn as crosses."""
@@ -29,29 +28,21 @@ class PlannedRun(NamedTuple):
     """The name of its point, in words."""
     seed: int
     folder: Path
-    facts: dict[str, Any]
-    """run.json; empty before the run is started."""
+    info: RunInfo
     row: RunRow | None
     """What was measured at its end."""
     kappa: float
     """γ/β as trained; NaN where not known."""
 
-    @property
-    def status(self) -> str:
-        """One of finished, failed, interrupted, training, starting, and "not started"."""
-        return str(self.facts.get("status", "not started"))
-
     def measured(self, key: str) -> float:
         """Return a metric of its end, by the comparison or else as the run wrote it; NaN where it was not measured."""
         known = {"kl": self.row.kl, **self.row.metrics} if self.row else {}
-        value = known.get(key, (self.facts.get("after") or {}).get(key))
-        return math.nan if value is None else float(value)
+        return known.get(key, self.info.after.get(key, math.nan))
 
     @property
     def margin_noise(self) -> float:
         """How far a mask of mixout moves scores, in units of what training moved them; NaN without mixout."""
-        value = (self.facts.get("mixout") or {}).get("margin_noise")
-        return math.nan if value is None else float(value)
+        return float(self.info.mixout.get("margin_noise", math.nan))
 
 
 class SweepRecord:
@@ -80,15 +71,14 @@ class SweepRecord:
             RecipeError: its recipe.yaml is none.
         """
         check_names(metric, baseline)
-        self.folder = folder
-        points = _read_points(folder / SWEEP_FILE)
-        self.recipe = recipe_from_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
-        facts = [_read_facts(folder / point["folder"]) for point in points]
+        plan = read_plan(folder)
+        self.folder, self.recipe = folder, plan.recipe
+        infos = [_info(folder / point.folder) for point in plan.points]
         self.comparison: Comparison | None = None
         self.why_not = "no run of this sweep is finished; start the same `pe-dpo sweep` again to go on with it"
         self.crosses: list[tuple[Effect | None, Effect | None]] = []
         observations: list[Observation] = []
-        if any(found.get("status") == "finished" for found in facts):
+        if any(info.is_finished for info in infos):
             try:
                 self.comparison, self.why_not = compare([folder], metric=metric, baseline=baseline), ""
                 observations = read_observations([folder]).observations
@@ -98,16 +88,16 @@ class SweepRecord:
         kappas = {one.run: one.kappa for one in observations if one.is_final and one.kappa is not None}
         rows = {row.run: row for row in (self.comparison.runs if self.comparison else []) if row.is_final}
         self.runs = []
-        for point, found in zip(points, facts, strict=True):
-            run = folder / point["folder"]
+        for point, info in zip(plan.points, infos, strict=True):
+            run = folder / point.folder
             row = rows.get(str(run))
-            name = row.name if row else setting_name(point["settings"])
-            self.runs.append(PlannedRun(name, int(point["seed"]), run, found, row, kappas.get(str(run), math.nan)))
+            name = row.name if row else setting_name(point.settings)
+            self.runs.append(PlannedRun(name, point.seed, run, info, row, kappas.get(str(run), math.nan)))
 
     @property
     def finished(self) -> list[PlannedRun]:
         """Runs that came to their end."""
-        return [run for run in self.runs if run.status == "finished"]
+        return [run for run in self.runs if run.info.is_finished]
 
     def runs_of(self, arm: Arm) -> list[PlannedRun]:
         """Return the finished runs of an arm; none for an arm of earlier or scaled states of runs."""
@@ -123,23 +113,12 @@ class SweepRecord:
         ]
 
 
-def _read_points(path: Path) -> list[dict[str, Any]]:
+def _info(folder: Path) -> RunInfo:
+    """What a run says of itself; one whose record cannot be read has failed for that."""
     try:
-        points = json.loads(path.read_text(encoding="utf-8"))["points"]
-        return [
-            {"folder": str(point["folder"]), "settings": dict(point["settings"]), "seed": point["seed"]} for point in points
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: is not the plan of a sweep ({error!r}); restore the file") from error
-
-
-def _read_facts(run: Path) -> dict[str, Any]:
-    """run.json; empty where there is none, or only a part of it."""
-    try:
-        found = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return Run(folder).info
+    except UsageError as error:
+        return RunInfo(status="failed", why=str(error))
 
 
 def _crosses(comparison: Comparison, observations: list[Observation]) -> list[tuple[Effect | None, Effect | None]]:

@@ -18,6 +18,7 @@ from pe_dpo.report.sweep_plots import (
     seeds_section,
 )
 from pe_dpo.report.sweep_record import SweepRecord
+from pe_dpo.runs.run import RunInfo
 
 
 def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "beta") -> Page:
@@ -33,7 +34,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
     """
     sweep = SweepRecord(folder, metric=metric, baseline=baseline)
     comparison = sweep.comparison
-    rest = [run.status for run in sweep.runs if run.status != "finished"]
+    rest = [run.info.status for run in sweep.runs if run.info.status != "finished"]
     standing = f"All {len(sweep.runs)} planned runs are finished and shown below."
     if rest:
         counts = ", ".join(f"{rest.count(status)} {status}" for status in dict.fromkeys(rest))
@@ -58,8 +59,8 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
 def _plan_section(sweep: SweepRecord) -> Section:
     recipe = sweep.recipe
     loss = describe(recipe.loss)
-    facts = sweep.finished[0].facts if sweep.finished else {}
-    pairs = facts.get("pairs", {})
+    info = sweep.finished[0].info if sweep.finished else RunInfo()
+    pairs, versions = info.pairs, (info.model_extra or {}).get("versions", {})
     turned: dict[str, list[str]] = {}
     for run in sweep.runs:
         for key, value in (run.row.settings if run.row else {}).items():
@@ -73,7 +74,7 @@ def _plan_section(sweep: SweepRecord) -> Section:
         ("Dials turned", "; ".join(f"{name} {', '.join(dict.fromkeys(values))}" for name, values in turned.items())),
         ("Seeds", ", ".join(map(str, sorted({run.seed for run in sweep.runs})))),
         ("Runs", str(len(sweep.runs))),
-        ("Versions", ", ".join(f"{key} {value}" for key, value in facts.get("versions", {}).items() if key != "platform")),
+        ("Versions", ", ".join(f"{key} {value}" for key, value in versions.items() if key != "platform")),
     ]
     folded = [("Base recipe", recipe_to_yaml(recipe).rstrip())]
     return Section("plan", "What was run", facts=[row for row in rows if row[1]], folded=folded)
@@ -88,7 +89,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
     rows = []
     for number, arm in enumerate(comparison.arms, start=1):
         measured = sweep.rows_of(arm)
-        seconds = [float(run.facts.get("seconds") or math.nan) for run in sweep.runs_of(arm)]
+        seconds = [run.info.seconds or math.nan for run in sweep.runs_of(arm)]
         tokens = _mean(measured, "tokens")
         effect = "baseline" if arm.is_baseline else "–"
         if arm.matched is not None:
@@ -144,19 +145,18 @@ def _runs_section(sweep: SweepRecord) -> Section:
     for run in sweep.runs:
         kl = run.row.kl if run.row else math.nan
         value = run.row.value if run.row else run.measured(metric)
-        seconds = float(run.facts.get("seconds", math.nan))
         rows.append([
             run.name,
             str(run.seed),
-            run.status,
-            str(run.facts.get("step", "–")),
+            run.info.status,
+            str(run.info.step or "–"),
             fmt(value, ".4f"),
             fmt(kl, ".4f"),
             *(fmt(run.measured(key), ".3f") for key in ("accuracy/policy", "accuracy/policy_per_token")),
             fmt(run.measured("loss"), ".4f"),
             fmt(run.measured("tokens"), ".2f"),
             fmt(run.measured("entropy_per_token"), ".3f"),
-            fmt(seconds, ".0f"),
+            fmt(run.info.seconds or math.nan, ".0f"),
         ])  # fmt: skip
     note = "– stands for what was not measured."
     if any(math.isfinite(run.margin_noise) for run in sweep.runs):
@@ -185,10 +185,10 @@ def _runs_section(sweep: SweepRecord) -> Section:
             tables.append(Table(name, f"{len(rest)} {words}", header, cells, is_folded=True))
     missing = []
     for run in sweep.runs:
-        if run.status != "finished":
-            why = f" ({run.facts['why']})" if run.facts.get("why") else ""
+        if run.info.status != "finished":
+            why = f" ({run.info.why})" if run.info.why else ""
             place = run.folder.relative_to(sweep.folder)
-            missing.append(f"{place}: {run.status}{why}; start the same `pe-dpo sweep` again to go on with it.")
+            missing.append(f"{place}: {run.info.status}{why}; start the same `pe-dpo sweep` again to go on with it.")
     return Section("runs-table", "All runs", tables=tables, missing=missing)
 
 
@@ -202,10 +202,10 @@ def _records(sweep: SweepRecord) -> list[dict[str, Any]]:
             "settings": run.row.settings if run.row else None,
             "seed": run.seed,
             "folder": str(run.folder.relative_to(sweep.folder)),
-            "status": run.status,
-            "why": run.facts.get("why") or None,
-            "steps": run.facts.get("step"),
-            "seconds": run.facts.get("seconds"),
+            "status": run.info.status,
+            "why": run.info.why or None,
+            "steps": run.info.step or None,
+            "seconds": run.info.seconds or None,
             "kappa": None if math.isnan(run.kappa) else run.kappa,
             "metrics": {key: value for key, value in measured.items() if math.isfinite(value)},
         })  # fmt: skip
