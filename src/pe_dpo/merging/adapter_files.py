@@ -67,7 +67,30 @@ class AdapterFiles:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_adapter_config(folder)
-        _check_supported(self.folder, self.config)
+        plain = type(self.config)()
+        written = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        unknown = sorted(key for key, value in written.items() if not hasattr(plain, key) and value)
+        if unknown:
+            raise ModelError(
+                f"{self.folder / 'adapter_config.json'}: has {', '.join(unknown)}, which the installed peft does not know; "
+                "install a newer one, or merge where the adapter was trained"
+            )
+        for name, value in vars(self.config).items():
+            if name in _UNDERSTOOD or not hasattr(plain, name) or value == getattr(plain, name) or not value:
+                continue
+            raise ModelError(
+                f"{self.folder}: was trained with {name} = {value!r}, which this version cannot merge; use onto=adapter"
+            )
+        init = str(self.config.init_lora_weights).lower()
+        if init.startswith(MOVING_INITS):
+            raise ModelError(
+                f"{self.folder}: was initialised by {init}, which changed its base; convert it with PEFT's "
+                "path_initial_model_for_weight_conversion, then merge"
+            )
+        if self.config.use_dora and self.config.fan_in_fan_out:
+            raise ModelError(
+                f"{self.folder}: is DoRA on transposed layers (Conv1D), which cannot be merged here; use onto=adapter"
+            )
         self.tensors = TensorFiles(folder, "adapter_model")
         self.changes = self._changes()
         """By name of the base's tensor, as its modules are called."""
@@ -123,7 +146,7 @@ class AdapterFiles:
                 continue  # PEFT saves whole modules under their plain names as well where the vocabulary was resized
             name, part = _target(key)
             if name is None:
-                raise ModelError(f"{self.folder}: {key} is no tensor of a LoRA adapter that can be merged; use --onto adapter")
+                raise ModelError(f"{self.folder}: {key} is no tensor of a LoRA adapter that can be merged; use onto=adapter")
             old = changes.get(name, Change())
             if getattr(old, part) is not None:
                 raise ModelError(f"{self.folder}: two tensors are the {part} of {name}; take another copy of the adapter")
@@ -133,7 +156,7 @@ class AdapterFiles:
             changes[name] = old._replace(**fields)
         for name, change in changes.items():
             if change.magnitude and change.is_transposed:
-                raise ModelError(f"{self.folder}: {name} is DoRA on an embedding, which cannot be merged; use --onto adapter")
+                raise ModelError(f"{self.folder}: {name} is DoRA on an embedding, which cannot be merged; use onto=adapter")
             if (change.a is None) != (change.b is None) or (change.magnitude and not change.a):
                 raise ModelError(
                     f"{self.folder}: the update of {name} is incomplete, there is only {', '.join(change.keys)}; take another "
@@ -244,26 +267,3 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _check_supported(folder: Path, config: Any) -> None:
-    plain = type(config)()
-    written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    unknown = sorted(key for key, value in written.items() if not hasattr(plain, key) and value)
-    if unknown:
-        raise ModelError(
-            f"{folder / 'adapter_config.json'}: has {', '.join(unknown)}, which the installed peft does not know; install a "
-            "newer one, or merge where the adapter was trained"
-        )
-    for name, value in vars(config).items():
-        if name in _UNDERSTOOD or not hasattr(plain, name) or value == getattr(plain, name) or not value:
-            continue
-        raise ModelError(f"{folder}: was trained with {name} = {value!r}, which this version cannot merge; use --onto adapter")
-    init = str(config.init_lora_weights).lower()
-    if init.startswith(MOVING_INITS):
-        raise ModelError(
-            f"{folder}: was initialised by {init}, which changed its base; convert it with PEFT's "
-            "path_initial_model_for_weight_conversion, then merge"
-        )
-    if config.use_dora and config.fan_in_fan_out:
-        raise ModelError(f"{folder}: is DoRA on transposed layers (Conv1D), which cannot be merged here; use --onto adapter")

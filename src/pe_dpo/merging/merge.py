@@ -68,7 +68,7 @@ def merge(
     output, target = Path(output), Path(target)
     check_free(output)
     if output.absolute().resolve().is_relative_to(target.resolve()):
-        raise UsageError(f"{output}: lies in {target}, which is to be merged; choose another -o")
+        raise UsageError(f"{output}: lies in {target}, which is to be merged; choose another output")
     with open_source(
         target, data=data, pairs=pairs, base=base, quantize=quantize, sft=sft, scale=scale,
         allow_base_mismatch=allow_base_mismatch,

@@ -94,10 +94,10 @@ class Source:
         if self.record is None and quantize is None:
             raise UsageError(
                 f"{target}: nothing there says how its base was loaded in training, and that decides what is served; say it "
-                "with --quantize nf4, nf4-single (without double quantization), int8 or none"
+                "with quantize: nf4, nf4-single (without double quantization), int8 or none"
             )
         if self.record is not None and quantize not in (None, self.record.quantize):
-            raise UsageError(f"{target}: was trained on {self.record.quantize}, as base.json says; leave --quantize out")
+            raise UsageError(f"{target}: was trained on {self.record.quantize}, as base.json says; leave quantize out")
         self.trained: Path = found.adapter
         """The adapter that was trained."""
         self.adapter = AdapterFiles(found.adapter)
@@ -137,39 +137,11 @@ class Source:
         self.files = TensorFiles(self.base_folder)
         """The base's weights."""
 
-    def fuse_or_scale(self, sft: str | Path | None, scale: float, folder: Path) -> None:
-        """Serve the adapter fused with the one under it, or scaled toward its reference; its files are written into the folder.
-
-        Raises:
-            UsageError: the adapter has the other one in it already, or is scaled already.
-            ModelError: an adapter is not of a kind that can be scaled or be fused with another.
-        """
-        if sft is not None and (self.recipe is not None or self.reference is not None):
-            raise UsageError(
-                f"{self.folder}: a run goes on with the adapter that it starts from, so that is in it already; leave --sft out"
-            )
-        if scale != 1:
-            if self.scale != 1:
-                already = describe_scale(self.scale)
-                raise UsageError(f"{self.folder}: is {already} already (base.json); scale the run it was made from")
-            words = f"what is served is not what was trained, but a = {scale} times as far from the reference"
-            logger.info(f"{describe_scale(scale)}: {words}")
-            if scale > 1:
-                logger.warning(f"a = {scale} goes beyond what was trained (extrapolation)")
-        if sft is not None:
-            self.reference = Path(sft)
-        weight = 1.0 if sft is not None else 1 - scale if self.reference else 0.0
-        if self.reference is not None and weight:
-            save_fused_adapter((AdapterFiles(self.reference), self.adapter), (weight, scale), folder)
-        else:
-            save_scaled_adapter(self.adapter, scale, folder)
-        self.adapter, self.weights, self.scale = AdapterFiles(folder), (weight, scale), scale * self.scale
-
     def _held_out_pairs(self, found: Target, data: str | None, count: int) -> list[EncodedPair]:
         """`count` pairs, evenly spread over those held out, or over `data`."""
         if data is None and self.recipe is None:
             raise UsageError(
-                "an adapter has no held-out pairs of its own to be verified on; name some with --data, or --pairs 0"
+                "an adapter has no held-out pairs of its own to be verified on; name some with data, or set pairs to 0"
             )
         prepared = prepare_from_settings(
             self.recipe.data if self.recipe else DataSection(train=str(data)),
@@ -183,7 +155,7 @@ class Source:
         if recorded is not None and recorded != data_hash(pairs):
             logger.warning("the data are not those of the run any more; what is held out now may have been trained on")
         if not pairs:
-            raise UsageError("the run held no pairs out to verify the merge on; name some with --data, or --pairs 0")
+            raise UsageError("the run held no pairs out to verify the merge on; name some with data, or set pairs to 0")
         logger.info(f"verified on {min(count, len(pairs))} of {len(pairs)} held-out pairs")
         return [pairs[index * len(pairs) // count] for index in range(count)] if len(pairs) > count else list(pairs)
 
@@ -208,20 +180,40 @@ def open_source(
         scale: a; see above.
 
     Raises:
-        UsageError: the scale is not above 0. Otherwise as `Source` and its `fuse_or_scale`.
+        UsageError: the scale is not above 0, or the adapter has the other one in it already, or is scaled already. Otherwise as
+            `Source`.
+        ModelError: an adapter is not of a kind that can be scaled or be fused with another. Otherwise as `Source`.
     """
     if not math.isfinite(scale) or scale < 0:
-        raise UsageError(f"--scale {scale}: write a number above 0; 1 is what was trained, 0.5 half the way there")
+        raise UsageError(f"scale {scale}: write a number above 0; 1 is what was trained, 0.5 half the way there")
     if scale == 0:
-        raise UsageError("--scale 0: is the reference itself, with nothing of what was trained; write a number above 0")
+        raise UsageError("scale 0: is the reference itself, with nothing of what was trained; write a number above 0")
     source = Source(
         Path(target), data=data, pairs=pairs, base=base, quantize=quantize, allow_base_mismatch=allow_base_mismatch
     )  # fmt: skip
     if sft is None and scale == 1:
         yield source
         return
+    if sft is not None and (source.recipe is not None or source.reference is not None):
+        raise UsageError(
+            f"{target}: a run goes on with the adapter that it starts from, so that is in it already; leave sft out"
+        )
+    if scale != 1:
+        if source.scale != 1:
+            already = describe_scale(source.scale)
+            raise UsageError(f"{target}: is {already} already (base.json); scale the run it was made from")
+        words = f"what is served is not what was trained, but a = {scale} times as far from the reference"
+        logger.info(f"{describe_scale(scale)}: {words}")
+        if scale > 1:
+            logger.warning(f"a = {scale} goes beyond what was trained (extrapolation)")
+    source.reference = Path(sft) if sft is not None else source.reference
+    weight = 1.0 if sft is not None else 1 - scale if source.reference else 0.0
     with TemporaryDirectory() as scratch:
-        source.fuse_or_scale(sft, scale, Path(scratch))
+        if source.reference is not None and weight:
+            save_fused_adapter((AdapterFiles(source.reference), source.adapter), (weight, scale), Path(scratch))
+        else:
+            save_scaled_adapter(source.adapter, scale, Path(scratch))
+        source.adapter, source.weights, source.scale = AdapterFiles(scratch), (weight, scale), scale * source.scale
         yield source
 
 

@@ -49,7 +49,13 @@ class Unmerged:
         self.base = TrainingBase(source, layers, parameter_fingerprints(model), device)
         """As it was just loaded."""
         self._check_base(facts)
-        self._resize_vocabulary(model)
+        # An adapter may have been trained on more tokens than the base has.
+        embedding = model.get_input_embeddings()
+        name = next((name for name, module in model.named_modules() if module is embedding), "")
+        change = source.adapter.changes.get(f"{name}.weight")
+        shape = source.adapter.shape(change) if change else None
+        if shape is not None and shape[0] != embedding.weight.shape[0]:
+            model.resize_token_embeddings(shape[0], mean_resizing=False)
         # float32 where a whole model of it fits where the merged one will be measured; else as in training.
         fits = not torch.cuda.is_available() or device_for(facts._replace(quantize="none"), torch.float32).type == "cuda"
         self.computed_in = torch.float32 if fits else facts.dtype
@@ -77,7 +83,7 @@ class Unmerged:
                 self.noisy = measure(model, source.pairs, scorer)
         if self.noisy is None and not self.computed_in == dtype == torch.float32:
             logger.warning("no memory to measure the noise of the dtype; the merge is judged without it")
-        del model
+        del model, embedding
         free()
 
     def agreement(self, served: Behaviour) -> Agreement:
@@ -113,19 +119,10 @@ class Unmerged:
             raise ModelError(
                 f"{facts.base}: is not the base of training: {len(changed)} of its tensors differ as loaded (sha256), the "
                 f"first is {changed[0]}; restore the base, or merge with the device ({record.device}) and versions of "
-                "training; --allow-base-mismatch merges all the same"
+                "training; allow_base_mismatch merges all the same"
             )
         if changed:
             logger.warning(f"{len(changed)} tensors of the base are not those of training ({changed[0]}, …)")
-
-    def _resize_vocabulary(self, model: Any) -> None:
-        """Give a loaded base the vocabulary of an adapter that was trained on more tokens."""
-        adapter, embedding = self.base.source.adapter, model.get_input_embeddings()
-        name = next((name for name, module in model.named_modules() if module is embedding), "")
-        change = adapter.changes.get(f"{name}.weight")
-        shape = adapter.shape(change) if change else None
-        if shape is not None and shape[0] != embedding.weight.shape[0]:
-            model.resize_token_embeddings(shape[0], mean_resizing=False)
 
 
 def _choose_scorer(model: Any, source: Source, device: torch.device) -> Scorer:
