@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -175,7 +176,7 @@ def show_result(result: Any) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if result.interrupted_by is not None:
-        again = f"pe-dpo train {result.folder / 'recipe.yaml'} --resume"
+        again = f"pe-dpo train {shlex.quote(str(result.folder / 'recipe.yaml'))} --resume"
         say(f"stopped by a signal after step {result.steps}, checkpoint saved; go on with: {again}")
         raise typer.Exit(128 + result.interrupted_by)
     if result.after:

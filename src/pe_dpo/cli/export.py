@@ -1,5 +1,6 @@
 """`pe-dpo export`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +52,9 @@ def _check_request(model: Path, output: Path | None, gguf: str | None, prompts: 
         raise UsageError(f"{model}: no such folder; name a model on disk")
     for name, what in (("run.json", "a run"), ("adapter_config.json", "an adapter")):
         if (model / name).is_file():
-            raise UsageError(f"{model}: is {what}, not a whole model; merge it first: pe-dpo merge {model} -o MODEL")
+            raise UsageError(
+                f"{model}: is {what}, not a whole model; merge it first: pe-dpo merge {shlex.quote(str(model))} -o MODEL"
+            )
     if gguf is None and push is None:
         raise UsageError("nothing to do: write --gguf f16 -o FOLDER, or --push ORG/NAME")
     if gguf is not None and gguf not in KINDS:
@@ -153,14 +156,14 @@ def _compare_prompts(gguf_file: Path) -> list[str]:
 def _tell(output: Path, facts: "GgufFacts", verdict: str, remarks: list[str]) -> None:
     from pe_dpo.cli.console import say, warn
 
-    name = output.name.lower()
+    quoted, quoted_name = shlex.quote(str(output)), shlex.quote(output.name.lower())
     files = ", ".join(sorted(file.name for file in output.iterdir()))
     say(f"{output}: {files} ({facts.kind}, {facts.tensors} tensors, {facts.bytes / 1e6:.1f} MB)")
     say(verdict)
     for remark in remarks:
         warn(remark)
     if (output / "Modelfile").is_file():
-        say(f"Ollama:       cd {output} && ollama create {name} -f Modelfile && ollama run {name}")
-    say(f"llama.cpp:    llama-server -m {output / facts.path.name}")
+        say(f"Ollama:       cd {quoted} && ollama create {quoted_name} -f Modelfile && ollama run {quoted_name}")
+    say(f"llama.cpp:    llama-server -m {shlex.quote(str(output / facts.path.name))}")
     say("check there:  for each line of golden_prompts.jsonl, /tokenize of `rendered` must give `prompt_ids` (with add_special")
     say("              where there is no chat template), and /completion of these, at temperature 0, `text` up to a small lead")

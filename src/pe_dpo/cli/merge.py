@@ -1,6 +1,7 @@
 """`pe-dpo merge`."""
 
 import json as json_module
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,7 +103,10 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
     for fault in report["faults"]:
         console.warn(fault)
     console.say(f"{report['verdict']}: {output}")
-    for command in (*model_commands(str(output)), f"pe-dpo export {output} -o {output}-gguf --gguf q8_0"):
+    for command in (
+        *model_commands(str(output)),
+        shlex.join(["pe-dpo", "export", str(output), "-o", f"{output}-gguf", "--gguf", "q8_0"]),
+    ):
         console.say(f"next: {command}")
     return report
 

@@ -1,5 +1,6 @@
 """`pe-dpo quickstart`."""
 
+import shlex
 import time
 
 from pe_dpo.cli import console, dials
@@ -40,4 +41,5 @@ def quickstart(
         console.say(f"\nquestion  {answer.question}\nchosen    {answer.expected}")
         console.say(f"base      {answer.base}\ntuned     {answer.tuned}")
     console.say(f"\nthe run lies in {result.folder} ({time.perf_counter() - started:.0f} s)")
-    console.say(f"next: pe-dpo merge {result.folder} -o MODEL, or another loss: pe-dpo quickstart --gamma 0 --margin 1")
+    again = "pe-dpo quickstart --gamma 0 --margin 1"
+    console.say(f"next: pe-dpo merge {shlex.quote(str(result.folder))} -o MODEL, or another loss: {again}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -162,4 +163,4 @@ def _say_what_is_next(states: Sequence[Any], folder: str) -> None:
     if waiting:
         console.say(f"{len(waiting)} runs are still to do; start the same command again to go on")
     elif any(state.status == "finished" for state in states):
-        console.say(f"next: pe-dpo compare {folder}; pe-dpo report {folder}")
+        console.say(f"next: pe-dpo compare {shlex.quote(folder)}; pe-dpo report {shlex.quote(folder)}")

@@ -1,6 +1,7 @@
 """`pe-dpo train`."""
 
 import os
+import shlex
 from typing import Annotated
 
 import typer
@@ -39,4 +40,4 @@ def train(
     result = run(plan, resume=resume, overwrite=overwrite, callbacks=[console.progress_callback()])
     console.show_result(result)
     if os.environ.get("RANK", "0") == "0":
-        console.say(f"the adapter lies in {result.folder}; next: pe-dpo merge {result.folder} -o MODEL")
+        console.say(f"the adapter lies in {result.folder}; next: pe-dpo merge {shlex.quote(str(result.folder))} -o MODEL")

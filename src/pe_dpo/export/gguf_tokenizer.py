@@ -9,6 +9,7 @@ splits text elsewhere than the model was trained on. So only pre-tokenizers that
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -52,9 +53,10 @@ _MORE_SPACES = (
 
 def refuse(model: Path, why: str) -> UsageError:
     """Return the error for what is not exported here, with the commands that export it."""
+    quoted, quoted_f16, quoted_q4 = map(shlex.quote, (str(model), f"{model.name}-f16.gguf", f"{model.name}-Q4_K_M.gguf"))
     return UsageError(
-        f"{model}: {why}; llama.cpp converts it: python convert_hf_to_gguf.py {model} --outfile {model.name}-f16.gguf "
-        f"--outtype f16, and for K-quants then: llama-quantize {model.name}-f16.gguf {model.name}-Q4_K_M.gguf Q4_K_M"
+        f"{model}: {why}; llama.cpp converts it: python convert_hf_to_gguf.py {quoted} --outfile {quoted_f16} "
+        f"--outtype f16, and for K-quants then: llama-quantize {quoted_f16} {quoted_q4} Q4_K_M"
     )
 
 

@@ -6,6 +6,7 @@ config.json                       a whole (merged) model
 """
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -97,7 +98,7 @@ def _find_run(run: Path, base: str | None, quantize: str | None) -> Target:
     recipe = Run(run).recipe
     if not (run / "adapter_model.safetensors").is_file():
         status = Run(run).info.status
-        again = f"pe-dpo train {run / 'recipe.yaml'} --resume"
+        again = f"pe-dpo train {shlex.quote(str(run / 'recipe.yaml'))} --resume"
         raise UsageError(f"{run}: this run has no adapter yet (status: {status}); finish it with: {again}")
     wishes: dict[str, str | None] = {key: value for key, value in (("base", base), ("quantize", quantize)) if value is not None}
     if base is not None:

@@ -4,6 +4,7 @@ As it was trained it is copied, bit for bit. Two adapters in one, or a scaled on
 """
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,9 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
         changes = source.adapter.changes.values()
         rank = max((source.adapter.tensors.facts(change.a).shape[0] for change in changes if change.a is not None), default=1)
         bound = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
-        revision = f" --revision {base['revision']}" if base["revision"] else ""
+        revision = f" --revision {shlex.quote(base['revision'])}" if base["revision"] else ""
         four_bit = " --quantization bitsandbytes" if is_four_bit(facts.quantize) else ""
-        commands = [
-            f"vllm serve {base['id']}{revision}{four_bit} --enable-lora --max-lora-rank {bound} --lora-modules tuned={output}"
-        ]
+        serve = f"vllm serve {shlex.quote(base['id'])}{revision}{four_bit} --enable-lora --max-lora-rank {bound}"
+        commands = [f"{serve} --lora-modules {shlex.quote(f'tuned={output}')}"]
         (folder / "README.md").write_text(adapter_card(source, base, commands), encoding="utf-8")
     return commands, held_out

@@ -1,5 +1,6 @@
 """The model card of what a merge writes, a merged model or an adapter: where it comes from, the proof, and how to serve it."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str
 
 def model_commands(folder: str) -> list[str]:
     """Return the commands that serve a whole model, as people paste them."""
-    return [f"vllm serve {folder}", f"transformers serve {folder}"]
+    return [f"vllm serve {shlex.quote(folder)}", f"transformers serve {shlex.quote(folder)}"]
 
 
 def _card(source: Source, title: str, intro: Sequence[str], body: Sequence[str], *, library: str, relation: str) -> str:

@@ -1,6 +1,7 @@
 """The plots of one run: which pairs drive the learning, policy against reference, likelihood, loss, drift and length."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -159,7 +160,9 @@ def _no_regimes(run: Run, pairs: PairTable | None) -> str:
 
 def sampling_command(run: Run) -> str:
     """Return what samples answers of the run as it is: without pairs of its own it has to be told whose prompts to take."""
-    return f"pe-dpo eval {run.folder} --prompts 64" + (" --data FILE" if run.info.pairs.get("held_out") == 0 else "")
+    return f"pe-dpo eval {shlex.quote(str(run.folder))} --prompts 64" + (
+        " --data FILE" if run.info.pairs.get("held_out") == 0 else ""
+    )
 
 
 def movement_section(run: Run, pairs: PairTable | None) -> Section:
@@ -297,7 +300,8 @@ def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, M
     if pairs.has_reference:
         plots += _preference_scatters(run, pairs)
     else:
-        missing.append(f"the reference was not run on the held-out pairs; measure it with `pe-dpo eval {run.folder}`")
+        again = f"pe-dpo eval {shlex.quote(str(run.folder))}"
+        missing.append(f"the reference was not run on the held-out pairs; measure it with `{again}`")
     if not pairs.knows("initial_chosen"):
         missing.append("the policy's log-probs at the start were not kept, so who changed sides is not known; train again.")
     for per_token, found in sides.items():

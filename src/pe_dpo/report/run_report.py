@@ -1,5 +1,6 @@
 """The page of one run: what was trained, what it changed on held-out pairs, and what cannot be told from it."""
 
+import shlex
 from dataclasses import replace
 from math import isnan, nan
 from pathlib import Path
@@ -187,7 +188,8 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> Sectio
     elif info.is_finished:
         missing.append("no pairs were held out, so there is no before and after; set data.eval and train again.")
     else:
-        missing.append(f"the run has not reached its end; go on with `pe-dpo train {run.folder / 'recipe.yaml'} --resume`")
+        again = f"pe-dpo train {shlex.quote(str(run.folder / 'recipe.yaml'))} --resume"
+        missing.append(f"the run has not reached its end; go on with `{again}`")
     generation = run.evaluation["generation"]
     if generation:
         known = [(title, form, estimate) for key, title, form in OF_ANSWERS if (estimate := run.estimate(key))]
@@ -256,7 +258,7 @@ def _texts_section(run: Run, pairs: PairTable | None) -> Section:
     if pairs is None or not pairs.knows("initial_chosen"):
         return Section("texts", title, missing=[NO_PAIRS])
     if pairs.prompt is None or pairs.chosen is None or pairs.rejected is None:
-        again = f"the texts of the pairs were not kept with them; write them with `pe-dpo eval {run.folder}`"
+        again = f"the texts of the pairs were not kept with them; write them with `pe-dpo eval {shlex.quote(str(run.folder))}`"
         return Section("texts", title, missing=[again])
     per_token = pairs.reduce == "mean"
     unit = "nats per token" if per_token else "nats"

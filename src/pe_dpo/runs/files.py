@@ -14,6 +14,7 @@ checkpoint-N/        to resume from
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,4 +65,4 @@ def remedy(place: Path, scales: Sequence[str] = ()) -> str:
         return f"a snapshot cannot be measured again: move {place} away"
     if place.parent.name == "scaled":
         return remedy(place.parents[1], [place.name.removeprefix("a-")])
-    return f"measure it again with: pe-dpo eval {place}" + (f" --scale {','.join(scales)}" if scales else "")
+    return f"measure it again with: pe-dpo eval {shlex.quote(str(place))}" + (f" --scale {','.join(scales)}" if scales else "")

@@ -7,6 +7,7 @@ trainer_state.json gives means of the last evaluation alone.
 """
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ def read_observations(targets: Sequence[str | Path]) -> Observations:
         if not run.info.is_finished:
             raise UsageError(
                 f"{run.folder}: is not finished (status {run.info.status}); finish it with "
-                f"pe-dpo train {run.folder / RECIPE_FILE} --resume, or leave it out"
+                f"pe-dpo train {shlex.quote(str(run.folder / RECIPE_FILE))} --resume, or leave it out"
             )
         found = list(_observations_of_run(run, base, remarks))
         ends.append((run, found[0]))
