@@ -173,7 +173,7 @@ def test_a_terminal_that_is_gone_does_not_keep_the_last_checkpoint_from_being_sa
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("typer.echo", gone)
-    with console._logging_to(console._Terminal(is_silent=False)):
+    with console._logging_to(console.Terminal(is_silent=False)):
         result = train(make_recipe("train.max_steps=2"), callbacks=[console.progress_callback()])
     assert (result.folder / "checkpoint-2").is_dir()
 
