@@ -117,7 +117,7 @@ def _parts(path: Path) -> dict[str, float]:
     import torch
 
     from pe_dpo.audit.audit import Audit
-    from pe_dpo.data.settings import prepare_from_settings
+    from pe_dpo.data import prepare_pairs
     from pe_dpo.inference.reference import stored_logprobs
     from pe_dpo.model.base import end_token_ids, inspect_base, load_tokenizer
     from pe_dpo.recipe import load_recipe
@@ -133,7 +133,7 @@ def _parts(path: Path) -> dict[str, float]:
     recipe = load_recipe(path)
     facts = part("base inspected", lambda: inspect_base(**recipe.model.model_dump()))
     tokenizer = part("tokenizer", lambda: load_tokenizer(recipe.model.base))
-    prepare = partial(prepare_from_settings, recipe.data, tokenizer=tokenizer, context_length=facts.context_length)
+    prepare = partial(prepare_pairs, recipe.data, tokenizer=tokenizer, context_length=facts.context_length)
     data = part("pairs read and tokenized", lambda: prepare(end_token_ids=end_token_ids(recipe.model.base)))
     reference = part("log-probs from the store", lambda: stored_logprobs(facts, data.train, device="cpu"))
     keys, margins = [pair.prompt_key for pair in data.train], torch.zeros(len(data.train), dtype=torch.float64)

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.models import BETA, Dtype, ModelName, load_policy
-from pe_dpo.data.batches import PaddedBatch, pad
-from pe_dpo.data.packing import pack
+from pe_dpo.data.batches import pack, pad
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs
 from pe_dpo.inference.scorer import Scorer
@@ -121,10 +120,10 @@ def reference_of(score: Score, model: Any, pairs: Sequence[EncodedPair]) -> Pair
 
 def naive(model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
     """Score a padded batch from the logits of all positions."""
-    batch = pad(pairs)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    logprobs = logits[:, :-1].float().log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    return _by_pair(logprobs.double() * batch.completion_mask[:, 1:], batch)
+    input_ids, attention_mask, completion_mask = pad(pairs)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logprobs = logits[:, :-1].float().log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
+    return _by_pair(logprobs.double() * completion_mask[:, 1:], completion_mask)
 
 
 def answers_only(model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
@@ -143,17 +142,17 @@ def prompts_twice(model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
 
 
 def _padded(model: Any, pairs: Sequence[EncodedPair], head: Callable[..., torch.Tensor]) -> PairLogprobs:
-    batch = pad(pairs)
+    input_ids, attention_mask, completion_mask = pad(pairs)
     decoder = model.get_base_model().get_decoder()
-    hidden = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
-    scored = batch.completion_mask[:, 1:].bool()
+    hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    scored = completion_mask[:, 1:].bool()
     per_token = torch.zeros(scored.shape, dtype=torch.float64)
-    found = head(hidden[:, :-1][scored], batch.input_ids[:, 1:][scored], model.get_output_embeddings())
+    found = head(hidden[:, :-1][scored], input_ids[:, 1:][scored], model.get_output_embeddings())
     per_token[scored] = found.double()
-    return _by_pair(per_token, batch)
+    return _by_pair(per_token, completion_mask)
 
 
-def _by_pair(per_token: torch.Tensor, batch: PaddedBatch) -> PairLogprobs:
+def _by_pair(per_token: torch.Tensor, completion_mask: torch.Tensor) -> PairLogprobs:
     chosen, rejected = per_token.sum(1).chunk(2)
-    chosen_lengths, rejected_lengths = batch.completion_mask.sum(1).chunk(2)
+    chosen_lengths, rejected_lengths = completion_mask.sum(1).chunk(2)
     return PairLogprobs(chosen, rejected, chosen_lengths, rejected_lengths)

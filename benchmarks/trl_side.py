@@ -18,8 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.models import ALPHA, BETA, LEARNING_RATE, RANK, Dtype, ModelName, fill_adapter, saved_base
 from benchmarks.pairs import PAIRS_PER_STEP, ShapeName, tokenizer
 from benchmarks.results import temporary_folder
-from pe_dpo.data.batches import row_length
-from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.data.pairs import EncodedPair, row_length
 from pe_dpo.model.quantization import keep_weights_unpacked
 
 Precision = Literal["fp32", "fp32 autocast", "bf16", "bf16 autocast", "nf4/fp32 autocast", "nf4/bf16", "nf4/bf16 autocast"]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pe_dpo import completion_logprobs, preference_loss
 from pe_dpo.data import EncodedPair, prepare_pairs
+from pe_dpo.recipe import DataSection
 
 
 def rows(pairs: list[EncodedPair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -70,6 +71,7 @@ if __name__ == "__main__":
     base, data = sys.argv[1:3]
     plain = AutoModelForCausalLM.from_pretrained(base)
     policy = get_peft_model(plain, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    found = prepare_pairs(data, tokenizer=AutoTokenizer.from_pretrained(base), max_length=512)
+    settings = DataSection(train=data, max_length=512)
+    found = prepare_pairs(settings, tokenizer=AutoTokenizer.from_pretrained(base))
     for step, loss in enumerate(train(policy, found.train), start=1):
         print(f"step {step}  loss {loss:.4f}")

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from pe_dpo.data import EncodedPair
-from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.data import EncodedPair, prepare_pairs
 from pe_dpo.model.base import end_token_ids, load_tokenizer
 from pe_dpo.recipe import Recipe, find_recipe, load_recipe, recipe_header, recipe_names
 from pe_dpo.recipe.strict_yaml import parse_document
@@ -179,7 +178,7 @@ def run(
 def encode(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[EncodedPair]:
     """The recipe's pairs as it trains and evaluates on them."""
     base = recipe.model.base
-    data = prepare_from_settings(recipe.data, tokenizer=tokenizer, context_length=4096, end_token_ids=end_token_ids(base))
+    data = prepare_pairs(recipe.data, tokenizer=tokenizer, context_length=4096, end_token_ids=end_token_ids(base))
     return [*data.train, *data.held_out]
 
 

@@ -28,12 +28,13 @@ from pe_dpo.chat.side_by_side import (
     stream_both,
 )
 from pe_dpo.cli.chat import chat
-from pe_dpo.data import DataReport, Pair, encode_pairs
-from pe_dpo.data.pairs import RowFlaw
+from pe_dpo.data import DataReport, Encoder, Pair
+from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError, UsageError
 from pe_dpo.inference.decoding import GREEDY, Answer, Sampling, next_token, stream_answer
 from pe_dpo.inference.generation import greedy_answers
 from pe_dpo.model.adapter import as_reference
+from pe_dpo.recipe import DataSection
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.train import train
 
@@ -321,13 +322,9 @@ def toy_pair(tokenizer, *, is_chat):
 ])  # fmt: skip
 def test_prompts_are_encoded_as_in_training(prompt, tokenizer, is_chat):
     sides = ("yes", "no") if isinstance(prompt, str) else tuple(({"role": "assistant", "content": x},) for x in ("yes", "no"))
-    trained = encode_pairs(
-        [Pair(prompt, *sides, None, None, "x:1")],
-        tokenizer=tokenizer,
-        max_length=500,
-        report=DataReport(),
-        template="chat" if is_chat else "plain",
-    )
+    settings = DataSection(train="x", template="chat" if is_chat else "plain")
+    encoder = Encoder(tokenizer, settings, max_length=500, report=DataReport())
+    trained = encoder.encode([Pair(prompt, *sides, None, None, "x:1")])
     assert encode_prompt(toy_pair(tokenizer, is_chat=is_chat), prompt) == trained[0].prompt_ids.tolist()
 
 
@@ -339,13 +336,13 @@ def test_prompts_are_encoded_as_in_training(prompt, tokenizer, is_chat):
     (({"role": "user", "content": "a"},), False, "is a list of messages"),
 ])  # fmt: skip
 def test_a_prompt_that_cannot_be_asked_is_refused(prompt, is_chat, words):
-    with pytest.raises(RowFlaw, match=words.replace("|", r"\|")):
+    with pytest.raises(RowError, match=words.replace("|", r"\|")):
         encode_prompt(toy_pair(build_tokenizer(template=CHATML), is_chat=is_chat), prompt)
 
 
 def test_what_the_template_refuses_is_told():
     picky = build_tokenizer(template="{{ raise_exception('no system turn here') }}" + CHATML)
-    with pytest.raises(RowFlaw, match=r"refused by the chat template \(no system turn here\)"):
+    with pytest.raises(RowError, match=r"refused by the chat template \(no system turn here\)"):
         encode_prompt(toy_pair(picky, is_chat=True), "hi")
 
 
@@ -353,7 +350,7 @@ def test_an_answer_has_the_room_that_the_context_leaves():
     pair = toy_pair(build_tokenizer(), is_chat=False)
     assert [room_for_answer(pair, [0] * size, 16) for size in (10, 24, 30, 39)] == [16, 16, 10, 1]
     assert room_for_answer(pair._replace(context_length=None), [0] * 99, 16) == 16
-    with pytest.raises(RowFlaw, match="has 40 tokens, and the model's context is 40"):
+    with pytest.raises(RowError, match="has 40 tokens, and the model's context is 40"):
         room_for_answer(pair, [0] * 40, 16)
 
 
@@ -418,7 +415,7 @@ def test_prompts_come_as_text_messages_or_lines(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("q.jsonl", b'{"prompt": "a"}\n{"prompt": 3}\n', "q.jsonl:2: column 'prompt' is the number 3; text or a list of messages"),
-    ("q.jsonl", b'{"messages": "a"}\n', "q.jsonl:1: column 'messages' is text; a list of messages is due"),
+    ("q.jsonl", b'{"messages": "a"}\n', "q.jsonl:1: column 'messages' is text; a list of messages is expected"),
     ("q.jsonl", b'{"prompt": []}\n', "q.jsonl:1: column 'prompt' is an empty list"),
     ("q.jsonl", b'{"prompt": "a"}\n{"pro', "q.jsonl:2: is not valid JSON"),
     ("q.jsonl", b'{"question": "a"}\n', "q.jsonl:1: has neither 'prompt' nor 'messages'; its columns are question"),

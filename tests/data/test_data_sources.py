@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from paths_to_pairs import load_pairs
 
-from pe_dpo.data import load_pairs
-from pe_dpo.data.sources import divide_names, find_sources
+from pe_dpo.data.files import divide_names, find_sources
 from pe_dpo.errors import DataError
 
 ROWS = [
@@ -40,10 +40,8 @@ def test_a_folder_uses_its_train_and_test_files_and_names_the_others(write_lines
     for name in ("train.jsonl", "test.jsonl", "all.jsonl"):
         folder = write_lines(TEXT_ROW, name=name).parent
     (folder / "LICENSE").write_text("not data")
-    sources = find_sources(folder)
-    assert [part.name for part in sources.train] == ["train.jsonl"]
-    assert [part.name for part in sources.held_out] == ["test.jsonl"]
-    assert sources.unused == ["all.jsonl"]
+    train, held_out, unused = find_sources(folder)
+    assert ([*train], [*held_out], unused) == (["train.jsonl"], ["test.jsonl"], ["all.jsonl"])
 
 
 def test_the_held_out_side_of_a_folder_is_read_when_asked(write_lines: Callable[..., Path]) -> None:
@@ -53,8 +51,8 @@ def test_the_held_out_side_of_a_folder_is_read_when_asked(write_lines: Callable[
 
 
 def test_a_file_has_no_held_out_side(write_lines: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match="no held-out file or split"):
-        load_pairs(write_lines(TEXT_ROW), split="held_out")
+    _, held_out, unused = find_sources(write_lines(TEXT_ROW))
+    assert (held_out, unused) == ({}, [])
 
 
 def test_two_training_files_that_differ_in_their_suffix_are_refused(write_lines: Callable[..., Path]) -> None:
@@ -108,9 +106,9 @@ def test_a_saved_dataset_with_splits_is_divided_by_their_names(tmp_path: Path) -
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": data, "test": data, "extra": data}).save_to_disk(str(tmp_path / "saved"))
-    sources = find_sources(tmp_path / "saved")
-    assert [part.name for part in sources.train + sources.held_out] == ["saved/train", "saved/test"]
-    assert sources.unused == ["saved/extra"]
+    train, held_out, unused = find_sources(tmp_path / "saved")
+    assert ([*train], [*held_out], unused) == (["saved/train"], ["saved/test"], ["saved/extra"])
+    assert [where for where, _ in held_out["saved/test"]] == ["saved/test row 1", "saved/test row 2"]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/folder", "a/b/c", "~/missing"])
@@ -120,7 +118,7 @@ def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(name: str) -> None
 
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("pe_dpo.data.files.hub_is_reachable", lambda: False)
     with pytest.raises(DataError, match=r"nobody/nothing: there is no such file or folder.*the Hub cannot be reached"):
         find_sources("nobody/nothing")
 
@@ -128,7 +126,7 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -
 def test_a_hub_dataset_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("pe_dpo.data.files.hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": data}))
     assert [pair.where for pair in load_pairs("owner/name")[0]] == ["owner/name/train row 1", "owner/name/train row 2"]
 
@@ -139,7 +137,7 @@ def test_a_name_that_the_hub_does_not_know_is_an_error(monkeypatch: pytest.Monke
     def refuse(name: str) -> None:
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist")
 
-    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("pe_dpo.data.files.hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"owner/name: there is no such file.*doesn't exist.*check the name"):
         find_sources("owner/name")

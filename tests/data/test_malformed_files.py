@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from paths_to_pairs import load_pairs
 
-from pe_dpo.data import load_pairs
 from pe_dpo.errors import DataError
 
 GOOD = b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
@@ -39,8 +39,8 @@ MALFORMED = {
     "true margin": ("x.jsonl", GOOD + row(rest=b', "margin": true'), "x.jsonl:2", "'margin' is True", "finite number"),
     "text for a score": ("x.jsonl", row(rest=b', "chosen_score": "good", "rejected_score": 1'), "x.jsonl:1",
                          "'chosen_score' is 'good'", "finite number"),
-    "empty file": ("x.jsonl", b"", "x.jsonl", "the file is empty", "pairs are due"),
-    "empty array": ("x.json", b"[]", "x.json", "the file is empty", "pairs are due"),
+    "empty file": ("x.jsonl", b"", "x.jsonl", "the file is empty", "pairs are expected"),
+    "empty array": ("x.json", b"[]", "x.json", "the file is empty", "pairs are expected"),
     "cut array": ("x.json", b"[" + GOOD + b",", "x.json:2", "not valid JSON", "fetch it again"),
     "text for a document": ("x.json", b'"hello"', "x.json", "holds text", "a list of objects"),
     "nested without end": ("x.jsonl", GOOD + b"[" * 100_000 + b"\n", "x.jsonl:2", "nested too deeply", "flat object"),
@@ -96,8 +96,8 @@ def test_malformed_rows_are_dropped_and_named_when_asked(tmp_path: Path, bad: by
     pairs, report = load_pairs(tmp_path / "x.jsonl", bad_rows="drop")
     assert [pair.where for pair in pairs] == ["x.jsonl:1", "x.jsonl:3"]
     assert report.rows_read == 3
-    assert report.dropped["malformed"].count == 1
-    assert report.dropped["malformed"].rows[0].startswith("x.jsonl:2: ")
+    assert len(report.dropped["malformed"]) == 1
+    assert report.dropped["malformed"][0].startswith("x.jsonl:2: ")
 
 
 def test_a_file_of_malformed_rows_alone_says_the_first_flaw(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pe_dpo.data import EncodedPair
-from pe_dpo.data.packing import Tree, common_start, pack, shared_tokens, split_into_rows
+from pe_dpo.data.batches import pack, shared_tokens, split_into_rows
+from pe_dpo.data.pairs import common_start
 
 
 def pair(prompt, chosen, rejected, margin=0.0, where="x:1"):
@@ -27,7 +28,7 @@ def written_out(row):
 # ---------------------------------------------------------------- token by token
 
 
-def test_a_common_start_stands_in_the_trunk_and_last_tokens_stand_nowhere():
+def test_a_common_start_stands_in_the_prefix_and_last_tokens_stand_nowhere():
     """Prompt 1 2, answers 5 6 7 and 5 8: after 1 2 comes 5, after that 6 or 8, after 6 comes 7."""
     row = pack([pair([1, 2], [5, 6, 7], [5, 8])])
     assert written_out(row) == {
@@ -41,10 +42,10 @@ def test_a_common_start_stands_in_the_trunk_and_last_tokens_stand_nowhere():
         "chosen": [0],
         "rejected": [1],
     }
-    assert row.trees == (Tree((0, 3), ((3, 4),)),)
+    assert row.trees == (((0, 3), ((3, 4),)),)
 
 
-def test_branches_go_on_at_the_position_where_their_trunk_ends():
+def test_suffixes_go_on_at_the_position_where_their_prefix_ends():
     """Prompt 1 2 3, answers 4 5 6 and 7 8 9 10; a second prompt starts at 0 again; one-token answers take no room."""
     row = pack([pair([1, 2, 3], [4, 5, 6], [7, 8, 9, 10]), pair([11, 12], [13], [14])])
     assert written_out(row) == {
@@ -58,10 +59,10 @@ def test_branches_go_on_at_the_position_where_their_trunk_ends():
         "chosen": [0, 2],
         "rejected": [1, 3],
     }
-    assert row.trees == (Tree((0, 3), ((3, 5), (5, 8))), Tree((8, 10), ()))
+    assert row.trees == (((0, 3), ((3, 5), (5, 8))), ((8, 10), ()))
 
 
-def test_an_answer_that_is_the_beginning_of_the_other_lies_in_the_trunk():
+def test_an_answer_that_is_the_beginning_of_the_other_lies_in_the_prefix():
     """Prompt 3, answers 4 9 and 4 9 2 6: the second goes on from the last token of the first."""
     row = pack([pair([3], [4, 9], [4, 9, 2, 6])])
     assert written_out(row) == {
@@ -75,7 +76,7 @@ def test_an_answer_that_is_the_beginning_of_the_other_lies_in_the_trunk():
         "chosen": [0],
         "rejected": [1],
     }
-    assert row.trees == (Tree((0, 3), ((3, 4),)),)
+    assert row.trees == (((0, 3), ((3, 4),)),)
 
 
 def test_four_answers_to_one_prompt_stand_once_and_their_six_pairs_are_edges():
@@ -95,10 +96,10 @@ def test_four_answers_to_one_prompt_stand_once_and_their_six_pairs_are_edges():
         "chosen": [0, 0, 4, 0, 1, 3, 3],
         "rejected": [1, 2, 5, 3, 2, 1, 2],
     }
-    assert row.trees == (Tree((0, 2), ((2, 3), (3, 5), (5, 7))), Tree((7, 8), ((8, 9), (9, 10))))
+    assert row.trees == (((0, 2), ((2, 3), (3, 5), (5, 7))), ((7, 8), ((8, 9), (9, 10))))
 
 
-def test_without_sharing_every_answer_has_its_own_prompt_and_no_branches():
+def test_without_sharing_every_answer_has_its_own_prompt_and_no_suffixes():
     """Prompt 1 2, answers 5 6 7 and 5 8, each read up to its last token but one."""
     row = pack([pair([1, 2], [5, 6, 7], [5, 8])], share=False)
     assert written_out(row) == {
@@ -112,7 +113,7 @@ def test_without_sharing_every_answer_has_its_own_prompt_and_no_branches():
         "chosen": [0],
         "rejected": [1],
     }
-    assert row.trees == (Tree((0, 4), ()), Tree((4, 7), ()))
+    assert row.trees == (((0, 4), ()), ((4, 7), ()))
 
 
 def test_a_pair_of_equal_answers_is_one_answer():
@@ -136,7 +137,7 @@ def test_a_row_moves_to_a_device_with_all_its_tensors():
 
 @pytest.mark.parametrize(
     ("texts", "common"),
-    [([[5, 6], [5, 7]], 1), ([[5], [6]], 0), ([[5, 6], [5, 6, 7]], 2), ([[5, 6, 7], [5, 6, 8], [5, 9]], 1), ([[5, 6, 7]], 2)],
+    [([[5, 6], [5, 7]], 1), ([[5], [6]], 0), ([[5, 6], [5, 6, 7]], 2), ([[5, 6, 7], [5, 6, 8], [5, 9]], 1), ([[5, 6, 7]], 3)],
 )
 def test_answers_have_their_longest_common_start_in_common(texts, common):
     assert common_start([np.array(ids) for ids in texts]) == common
@@ -150,13 +151,13 @@ any_pairs = st.lists(st.builds(pair, prompts, answers, answers), min_size=1, max
 
 
 def contexts(row):
-    """What each token of the row has read, itself included: its trunk, and its branch up to it."""
+    """What each token of the row has read, itself included: its prefix, and its suffix up to it."""
     ids = row.input_ids[0].tolist()
     read = []
-    for (start, end), branches in row.trees:
+    for (start, end), suffixes in row.trees:
         assert start == len(read)
         read += [ids[start : index + 1] for index in range(start, end)]
-        for first, last in branches:
+        for first, last in suffixes:
             assert first == len(read) and last > first
             read += [ids[start:end] + ids[first : index + 1] for index in range(first, last)]
     assert len(read) == len(ids)

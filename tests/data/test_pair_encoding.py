@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_tokenizers import CHATML, THINK_IN_ANSWERS, THINK_IN_GENERATION_PROMPT, build_tokenizer
 
-from pe_dpo.data import DataReport, EncodedPair, Pair, data_hash, encode_pairs
+from pe_dpo.data import DataReport, EncodedPair, Encoder, Pair, data_hash
 from pe_dpo.errors import DataError
 from pe_dpo.progress import showing
+from pe_dpo.recipe import DataSection
 
 ASK = "\n\nHuman: Hi\n\nAssistant:"
 
@@ -24,8 +25,10 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def encode(*pairs: Pair, tokenizer: Any, **options: Any) -> tuple[list[EncodedPair], DataReport]:
-    report = DataReport()
-    return encode_pairs(pairs, tokenizer=tokenizer, report=report, **{"max_length": 10_000, **options}), report
+    report, ends = DataReport(), options.pop("end_token_ids", ())
+    limit = options.pop("max_length", 10_000)
+    encoder = Encoder(tokenizer, DataSection(train="x", **options), max_length=limit, report=report, end_token_ids=ends)
+    return encoder.encode(pairs), report
 
 
 def texts(encoded: EncodedPair, tokenizer: Any) -> tuple[str, str, str]:
@@ -45,7 +48,7 @@ def test_a_token_across_the_border_belongs_to_the_answers_and_is_counted() -> No
     assert tokenizer.convert_ids_to_tokens(encoded.prompt_ids.tolist()) == ["a"]
     assert tokenizer.convert_ids_to_tokens(encoded.chosen_ids.tolist()) == ["bc", "d", "<e>"]
     assert tokenizer.convert_ids_to_tokens(encoded.rejected_ids.tolist()) == ["b", "x", "d", "<e>"]
-    assert report.noted["token that spans the border of prompt and answer"].rows == ["x:1"]
+    assert report.noted["token that spans the border of prompt and answer"] == ["x:1"]
 
 
 def test_answers_that_begin_alike_do_not_lengthen_the_prompt(tokenizer: Any) -> None:
@@ -139,7 +142,7 @@ def test_a_generation_prompt_that_answers_do_not_have_is_cut_and_counted() -> No
     (encoded,), report = encode(pair_of("Hi", "yes", "no"), tokenizer=tokenizer)
     assert texts(encoded, tokenizer)[0].endswith("<|im_start|>assistant\n")
     assert texts(encoded, tokenizer)[1] == "yes<|im_end|>"
-    assert report.noted["rendered answer that does not begin with the rendered prompt"].count == 1
+    assert len(report.noted["rendered answer that does not begin with the rendered prompt"]) == 1
     assert "not prefix-preserving: its generation prompt ends with '<think>\\n' (8 characters)" in report.remarks[0]
 
 
@@ -162,7 +165,7 @@ def test_rows_with_control_tokens_are_dropped_and_counted_when_asked(chat_tokeni
     pairs = pair_of("<|im_start|>", "yes", "no"), pair_of("Hi", "yes", "no", "x:2")
     encoded, report = encode(*pairs, tokenizer=chat_tokenizer, bad_rows="drop")
     assert [pair.where for pair in encoded] == ["x:2"]
-    assert report.dropped["malformed"].count == 1
+    assert len(report.dropped["malformed"]) == 1
 
 
 def test_an_answer_that_brings_its_end_token_gets_no_second_one(tokenizer: Any) -> None:
@@ -195,22 +198,22 @@ def test_empty_and_identical_answers_are_dropped_by_name(tokenizer: Any) -> None
     pairs = pair_of("a", " \n", "b"), pair_of("a", "b", "b", "x:2"), pair_of("a", "b", "b<e>", "x:3")
     encoded, report = encode(*pairs, tokenizer=tokenizer)
     assert encoded == []
-    assert report.dropped["empty answer"].rows == ["x:1"]
-    assert report.dropped["identical answers"].rows == ["x:2", "x:3"]
+    assert report.dropped["empty answer"] == ["x:1"]
+    assert report.dropped["identical answers"] == ["x:2", "x:3"]
 
 
 def test_a_pair_of_max_length_tokens_stays_and_one_more_is_dropped(tokenizer: Any) -> None:
     pairs = pair_of("abc", "de", "f"), pair_of("abcd", "de", "f", "x:2")  # 3 + 3 and 4 + 3 tokens, EOS counted
     encoded, report = encode(*pairs, tokenizer=tokenizer, max_length=6)
     assert [pair.where for pair in encoded] == ["x:1"]
-    assert report.dropped["longer than max_length"].rows == ["x:2"]
+    assert report.dropped["longer than max_length"] == ["x:2"]
 
 
 def test_a_truncated_prompt_keeps_bos_its_end_and_whole_answers() -> None:
     tokenizer = build_tokenizer(bos="<s>")
     (encoded,), report = encode(pair_of("abcdef", "gh", "i"), tokenizer=tokenizer, max_length=6, overlong="truncate_prompt")
     assert texts(encoded, tokenizer) == ("<s>ef", "gh<e>", "i<e>")
-    assert report.noted["prompt cut at its beginning"].rows == ["x:1"]
+    assert report.noted["prompt cut at its beginning"] == ["x:1"]
 
 
 @pytest.mark.parametrize(("max_length", "kept"), [(5, 1), (4, 0)])
@@ -231,7 +234,7 @@ def test_answers_of_several_turns_are_noted(chat_tokenizer: Any) -> None:
     (encoded,), report = encode(pair_of(ASK, " a\n\nHuman: b\n\nAssistant: c", " d"), tokenizer=chat_tokenizer)
     assert texts(encoded, chat_tokenizer)[1] == (
         "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>")  # fmt: skip
-    assert report.noted["an answer of several turns, all of them scored"].count == 1
+    assert len(report.noted["an answer of several turns, all of them scored"]) == 1
 
 
 def test_progress_reaches_the_number_of_pairs(tokenizer: Any) -> None:
@@ -239,7 +242,7 @@ def test_progress_reaches_the_number_of_pairs(tokenizer: Any) -> None:
     pairs = [pair_of("a", "b", "c" if row else "", f"x:{row}") for row in range(300)]
     with showing(lambda *call: calls.append(call)):
         encode(*pairs, tokenizer=tokenizer)
-    assert calls == [("encoding", 256, 300), ("encoding", 299, 300), ("encoding", 300, 300)]
+    assert calls == [("encoding", 256, 300), ("encoding", 300, 300)]
 
 
 def test_the_data_hash_changes_with_ids_margin_and_order_and_not_with_names(tokenizer: Any) -> None:

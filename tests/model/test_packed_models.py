@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from paths_to_pairs import prepare_pairs
 from recorded import recording
 from torch import Tensor
 
-from pe_dpo.data import EncodedPair, prepare_pairs
-from pe_dpo.data.batches import row_length
-from pe_dpo.data.packing import PackedRow, pack
+from pe_dpo.data import EncodedPair
+from pe_dpo.data.batches import PackedRow, pack
+from pe_dpo.data.pairs import row_length
 from pe_dpo.errors import ModelError
 from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs
 from pe_dpo.inference.pairs import score_pairs

@@ -140,10 +140,10 @@ def renew_noise() -> Callable[[Any], Any]:
 @pytest.fixture
 def encode(write_lines: Callable[..., Path], tokenizer: Any) -> Callable[..., list[Any]]:
     """Read rows as pe-dpo reads them from a file, all of them to train on."""
-    from pe_dpo.data import prepare_pairs
+    from paths_to_pairs import prepare_pairs
 
     def encode(rows: Sequence[dict[str, Any]], **options: Any) -> list[Any]:
-        given = {"tokenizer": tokenizer, "max_length": 200, "held_out": 0.0} | options
+        given = {"tokenizer": tokenizer, "max_length": 200, "eval": 0.0} | options
         return prepare_pairs(write_lines(rows), **given).train
 
     return encode

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths_to_pairs import load_pairs, prepare_pairs
 
-from pe_dpo.data import load_pairs, prepare_pairs
 from pe_dpo.errors import DataError, RecipeError
 from pe_dpo.recipe import load_recipe
 
@@ -54,22 +54,22 @@ def test_trl_leaves_out_rows_whose_prompt_fills_the_budget_without_a_message(
 def test_pairs_that_are_too_long_are_left_out_with_their_count_and_rows(
     write_lines: Callable[..., Path], tokenizer: Any
 ) -> None:
-    data = prepare_pairs(write_lines(TOO_LONG), tokenizer=tokenizer, max_length=21, held_out=0.0)
+    data = prepare_pairs(write_lines(TOO_LONG), tokenizer=tokenizer, max_length=21, eval=0.0)
     assert [pair.where for pair in data.train] == ["train.jsonl:3"]
     dropped = data.report.dropped["longer than max_length"]
-    assert (dropped.count, dropped.rows) == (2, ["train.jsonl:1", "train.jsonl:2"])
+    assert dropped == ["train.jsonl:1", "train.jsonl:2"]
     assert "left out: 2 longer than max_length (train.jsonl:1, train.jsonl:2)" in data.report.lines()
 
 
 def test_cutting_prompts_keeps_answers_whole_and_says_which(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     path = write_lines(TOO_LONG)
-    data = prepare_pairs(path, tokenizer=tokenizer, max_length=21, held_out=0.0, overlong="truncate_prompt")
+    data = prepare_pairs(path, tokenizer=tokenizer, max_length=21, eval=0.0, overlong="truncate_prompt")
     kept = {pair.where: pair for pair in data.train}
     assert list(kept) == ["train.jsonl:2", "train.jsonl:3"]
     assert tokenizer.decode(kept["train.jsonl:2"].prompt_ids) == "<s>" + "p" * 18
     assert tokenizer.decode(kept["train.jsonl:2"].chosen_ids) == "x</s>"
-    assert data.report.noted["prompt cut at its beginning"].rows == ["train.jsonl:2"]
-    assert data.report.dropped["answers alone longer than max_length"].rows == ["train.jsonl:1"]
+    assert data.report.noted["prompt cut at its beginning"] == ["train.jsonl:2"]
+    assert data.report.dropped["answers alone longer than max_length"] == ["train.jsonl:1"]
 
 
 # BOS, when the prompts are rendered already
@@ -121,9 +121,9 @@ def test_trl_trains_on_pairs_that_teach_nothing_without_a_message(
 
 def test_identical_and_empty_pairs_never_train_and_are_named(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     path = write_lines([row("p", "x", "x"), row("p", "", "y"), SHORT, row("p", "y", " ")])
-    data = prepare_pairs(path, tokenizer=tokenizer, max_length=99, held_out=0.0)
+    data = prepare_pairs(path, tokenizer=tokenizer, max_length=99, eval=0.0)
     assert [pair.where for pair in data.train] == ["train.jsonl:3"]
-    assert {reason: tally.rows for reason, tally in data.report.dropped.items()} == {
+    assert data.report.dropped == {
         "identical answers": ["train.jsonl:1"],
         "empty answer": ["train.jsonl:2", "train.jsonl:4"],
     }
@@ -131,8 +131,8 @@ def test_identical_and_empty_pairs_never_train_and_are_named(write_lines: Callab
 
 def test_duplicated_and_contradictory_pairs_are_named(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     path = write_lines([row("p", "x", "y"), row("p", "x", "y"), row("p", "y", "x")])
-    data = prepare_pairs(path, tokenizer=tokenizer, max_length=99, held_out=0.0)
-    assert {fact: tally.rows for fact, tally in data.report.noted.items()} == {
+    data = prepare_pairs(path, tokenizer=tokenizer, max_length=99, eval=0.0)
+    assert data.report.noted == {
         "exact duplicate": ["train.jsonl:2"],
         "contradicts an earlier pair (a over b, b over a)": ["train.jsonl:3"],
     }

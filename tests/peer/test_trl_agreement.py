@@ -186,8 +186,8 @@ def test_the_token_ids_that_are_scored_are_those_of_trl(
     tokenizer = make_tokenizer(bos=bos)
     peer = peer_trainer(make_base(), rows, kind=kind, data={"processing_class": tokenizer})
     batch = peer_batch(peer)
-    ours = pad(encode(rows, tokenizer=tokenizer))
-    read, scored = (ours.input_ids, ours.attention_mask), (ours.input_ids, ours.completion_mask)
+    input_ids, attention_mask, completion_mask = pad(encode(rows, tokenizer=tokenizer))
+    read, scored = (input_ids, attention_mask), (input_ids, completion_mask)
     assert marked(*read) == their_rows(batch, kind, "attention_mask")
     assert marked(*scored) == their_rows(batch, kind, "completion_mask")
     assert {row[-1] for row in marked(*scored)} == {tokenizer.eos_token_id}

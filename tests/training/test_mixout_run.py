@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from pe_dpo.data.batches import row_length
+from pe_dpo.data.pairs import row_length
 from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.mixout import Mixout

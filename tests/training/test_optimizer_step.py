@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pe_dpo.data.batches import row_length, split_by_tokens
+from pe_dpo.data.batches import split_by_tokens
+from pe_dpo.data.pairs import row_length
 from pe_dpo.errors import TrainingError, UsageError
 from pe_dpo.model.adapter import adapter_parameters
 

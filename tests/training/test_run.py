@@ -142,14 +142,14 @@ def test_an_adapter_and_a_merged_model_are_evaluated_like_the_run(run, tiny_base
 
 
 def test_metrics_of_held_out_pairs_do_not_depend_on_the_batch_size(run):
-    from pe_dpo.data.settings import prepare_from_settings
+    from pe_dpo.data import prepare_pairs
     from pe_dpo.inference.pairs import score_pairs
     from pe_dpo.inference.scorer import Scorer
     from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 
     recipe = load_recipe(run.folder / "recipe.yaml")
     model = load_base(inspect_base(**recipe.model.model_dump()))
-    pairs = prepare_from_settings(
+    pairs = prepare_pairs(
         recipe.data, tokenizer=load_tokenizer(recipe.model.base), context_length=256, end_token_ids=()
     ).held_out
     padded = Scorer("padded", torch.device("cpu"))

@@ -22,8 +22,8 @@ from pe_dpo.chat.side_by_side import (
     stream_both,
 )
 from pe_dpo.data.dialogues import read_messages, read_text
-from pe_dpo.data.files import SUFFIXES, Row, read_rows
-from pe_dpo.data.pairs import RowFlaw, Text, kind_words
+from pe_dpo.data.files import SUFFIXES, read_rows
+from pe_dpo.data.pairs import RowError, Text, describe_value
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import DataError
 from pe_dpo.inference.decoding import GREEDY, Answer, Sampling
@@ -141,25 +141,25 @@ def as_text(prompt: Text) -> str:
 
 
 def _from_rows(path: Path) -> Iterator[Prompt]:
-    for row in read_rows(path):
+    for where, values in read_rows(path):
         try:
-            yield Prompt(row.where, _read_prompt(row))
-        except RowFlaw as flaw:
-            raise DataError(f"{row.where}: {flaw}") from flaw
+            if isinstance(values, RowError):
+                raise values
+            yield Prompt(where, _read_prompt(values))
+        except RowError as error:
+            raise DataError(f"{where}: {error}") from error
 
 
-def _read_prompt(row: Row) -> Text:
-    if row.flaw is not None:
-        raise RowFlaw(row.flaw)
-    column = next((name for name in ("prompt", "messages") if name in row.values), None)
+def _read_prompt(values: dict[str, Any]) -> Text:
+    column = next((name for name in ("prompt", "messages") if name in values), None)
     if column is None:
-        raise RowFlaw(f"has neither 'prompt' nor 'messages'; its columns are {', '.join(row.values) or 'none'}")
-    value = row.values[column]
+        raise RowError(f"has neither 'prompt' nor 'messages'; its columns are {', '.join(values) or 'none'}")
+    value = values[column]
     if isinstance(value, list | dict):
         return read_messages(value, column)
     if column == "messages" or not isinstance(value, str):
         wanted = "a list of messages" if column == "messages" else "text or a list of messages"
-        raise RowFlaw(f"column '{column}' is {kind_words(value)}; {wanted} is due")
+        raise RowError(f"column '{column}' is {describe_value(value)}; {wanted} is expected")
     return read_text(value, column)
 
 
@@ -174,8 +174,8 @@ def _from_lines(path: Path) -> Iterator[Prompt]:
             text = read_text(line.decode("utf-8"), "prompt")
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: is not valid UTF-8 at byte {error.start}; save the file as UTF-8") from error
-        except RowFlaw as flaw:
-            raise DataError(f"{where}: {flaw}") from flaw
+        except RowError as error:
+            raise DataError(f"{where}: {error}") from error
         if text.strip():
             yield Prompt(where, text)
 
@@ -184,8 +184,8 @@ def _encode(pair: SideBySide, prompt: Prompt, max_new_tokens: int) -> list[int]:
     try:
         ids = encode_prompt(pair, prompt.prompt)
         room_for_answer(pair, ids, max_new_tokens)
-    except RowFlaw as flaw:
-        raise DataError(f"{prompt.where}: {flaw}") from flaw
+    except RowError as error:
+        raise DataError(f"{prompt.where}: {error}") from error
     return ids
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pe_dpo.data.encoding import begin_token
-from pe_dpo.data.pairs import RowFlaw, Text, Turns
+from pe_dpo.data.pairs import RowError, Text, Turns
 from pe_dpo.data.rendering import as_messages, control_tokens, uses_chat_template
 from pe_dpo.errors import StoreUnavailable, UsageError
 from pe_dpo.inference.decoding import GREEDY, Answer, Sampling, stream_answer
@@ -132,7 +132,7 @@ def encode_prompt(pair: SideBySide, prompt: Text) -> list[int]:
         prompt: plain text, or messages of which the last is not the assistant's.
 
     Raises:
-        RowFlaw: the prompt is blank, fakes a turn, or is refused by the template; or messages without a chat template.
+        RowError: the prompt is blank, fakes a turn, or is refused by the template; or messages without a chat template.
     """
     if not pair.is_chat:
         return _encode_plain(pair.tokenizer, prompt)
@@ -143,7 +143,7 @@ def encode_prompt(pair: SideBySide, prompt: Text) -> list[int]:
     try:
         text = pair.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError) as error:
-        raise RowFlaw(f"is refused by the chat template ({error}); see which roles and turns it wants") from error
+        raise RowError(f"is refused by the chat template ({error}); see which roles and turns it wants") from error
     return list(pair.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -151,13 +151,13 @@ def room_for_answer(pair: SideBySide, prompt_ids: Sequence[int], max_new_tokens:
     """Return how many tokens an answer may have: the wish, or what the context leaves.
 
     Raises:
-        RowFlaw: the prompt alone fills the context.
+        RowError: the prompt alone fills the context.
     """
     if pair.context_length is None:
         return max_new_tokens
     left = pair.context_length - len(prompt_ids)
     if left < 1:
-        raise RowFlaw(f"has {len(prompt_ids)} tokens, and the model's context is {pair.context_length}; shorten it")
+        raise RowError(f"has {len(prompt_ids)} tokens, and the model's context is {pair.context_length}; shorten it")
     return min(max_new_tokens, left)
 
 
@@ -173,7 +173,7 @@ def stream_both(
         sampling: how tokens are chosen.
 
     Raises:
-        RowFlaw: a prompt fills the context.
+        RowError: a prompt fills the context.
     """
     growing = {
         side: stream_answer(
@@ -277,9 +277,11 @@ def _fingerprint(model: Any, facts: BaseFacts, found: Target) -> str:
 
 def _encode_plain(tokenizer: Any, prompt: Text) -> list[int]:
     if not isinstance(prompt, str):
-        raise RowFlaw("is a list of messages, and the tokenizer has no chat template, or the run was of plain text; write text")
+        raise RowError(
+            "is a list of messages, and the tokenizer has no chat template, or the run was of plain text; write text"
+        )
     if not prompt.strip():
-        raise RowFlaw("is blank; write a prompt")
+        raise RowError("is blank; write a prompt")
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     begin = begin_token(tokenizer)
     return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
@@ -287,13 +289,13 @@ def _encode_plain(tokenizer: Any, prompt: Text) -> list[int]:
 
 def _check_turns(turns: Turns, tokenizer: Any) -> None:
     if turns[-1]["role"] == "assistant":
-        raise RowFlaw("ends with an assistant turn; the turn before an answer is a user or tool turn")
+        raise RowError("ends with an assistant turn; the turn before an answer is a user or tool turn")
     if not turns[-1]["content"].strip():
-        raise RowFlaw("ends with a blank turn; write a prompt")
+        raise RowError("ends with a blank turn; write a prompt")
     pattern = control_tokens(tokenizer)
     for turn in turns:
         if pattern and (held := pattern.search(turn["content"])):
-            raise RowFlaw(
+            raise RowError(
                 f"holds the control token {held[0]!r} as text ({turn['role']} turn), which the tokenizer would take for a turn "
                 "of its own; remove it"
             )

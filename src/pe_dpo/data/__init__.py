@@ -1,12 +1,11 @@
 """Preference data: from files in the shapes that people have to token ids, with every row accounted for.
 
-    sources -> rows (files) -> pairs (shapes, dialogues) -> text (rendering) -> token ids (encoding) -> two sides
+    files -> rows -> pairs (shapes, dialogues) -> text (rendering) -> token ids (encoding) -> two sides -> batches
 
-Knows no model: the tokenizer is handed in. Importing it imports numpy and nothing heavier.
+Knows no model: the tokenizer is handed in. Importing it imports neither torch nor transformers.
 """
 
-from pe_dpo.data.encoding import encode_pairs
-from pe_dpo.data.loading import load_pairs
+from pe_dpo.data.encoding import Encoder
 from pe_dpo.data.pairs import EncodedPair, Message, Pair, data_hash
 from pe_dpo.data.preparation import PreparedData, prepare_pairs, split_by_prompt
 from pe_dpo.data.report import DataReport
@@ -14,12 +13,11 @@ from pe_dpo.data.report import DataReport
 __all__ = [
     "DataReport",
     "EncodedPair",
+    "Encoder",
     "Message",
     "Pair",
     "PreparedData",
     "data_hash",
-    "encode_pairs",
-    "load_pairs",
     "prepare_pairs",
     "split_by_prompt",
 ]

@@ -1,43 +1,71 @@
-"""Batches of pairs: split by a token budget, padded on the right.
+"""Pairs as rows of a batch: padded on the right, or packed without padding so that what answers have in common stands once.
 
-budget counts what a forward really processes: 2 answers × pairs × the longest row, padding included
+    padded        chosen a    prompt a  chosen a              two rows a pair; a budget counts what a forward really
+                  chosen b    prompt b  chosen b  0 0         processes: 2 × pairs × the longest row, padding included
+                  rejected a  prompt a  rejected a  0
+                  rejected b  prompt b  rejected b
+
+    packed        pairs of one prompt   prefix: prompt + common start of its answers     suffixes: the rest of each answer
+                  row                   prefix a  chosen a  rejected a  prefix b  answer 1  answer 2  answer 3  …
+                  positions             0 1 2 3   4 5 6     4 5 6 7     0 1 …    (each suffix goes on where its prefix ends)
+
+In a packed row several answers to one prompt stand once each, and pairs are edges between them. The last token of an answer is
+scored but not read, so it is no part of the row.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from heapq import heappush, heapreplace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.data.pairs import EncodedPair, common_start, row_length
+
+Span = tuple[int, int]
+"""[start, end) in a row."""
+Tree = tuple[Span, tuple[Span, ...]]
+"""Where one prompt and its answers lie in a row: the prefix, then the suffixes that are not empty."""
 
 
-class PaddedBatch(NamedTuple):
-    """2B rows, first the chosen then the rejected answers; every field (2B, T) int64."""
+def pad_rows(rows: Sequence[np.ndarray], *, on_the_left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of token ids as one rectangle, and 1 where it has tokens; both (rows, longest) int64.
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    completion_mask: torch.Tensor
+    Padding is token 0: no mask lets it through, whatever it means.
+    """
+    width = max(map(len, rows))
+    input_ids, attention_mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if on_the_left else slice(0, len(row))
+        input_ids[number, place] = torch.as_tensor(row, dtype=torch.int64)
+        attention_mask[number, place] = 1
+    return input_ids, attention_mask
 
-    def to(self, device: torch.device | str) -> "PaddedBatch":
-        """Return the batch on a device."""
-        return PaddedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+def pad(pairs: Sequence[EncodedPair], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return pairs as one right-padded batch: first the chosen, then the rejected rows.
 
-def row_length(pair: EncodedPair) -> int:
-    """Return the tokens of the longer of a pair's two rows."""
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+    Returns:
+        Token ids, attention mask, and the mask of the answers; each (2B, T) int64 on the device.
+    """
+    rows = [np.concatenate([pair.prompt_ids, pair.chosen_ids]) for pair in pairs]
+    rows += [np.concatenate([pair.prompt_ids, pair.rejected_ids]) for pair in pairs]
+    input_ids, attention_mask = pad_rows(rows)
+    prompts = torch.tensor([len(pair.prompt_ids) for pair in pairs] * 2)[:, None]
+    completion_mask = attention_mask * (torch.arange(input_ids.shape[1]) >= prompts)
+    ids, attention, completion = (one.to(device, non_blocking=True) for one in (input_ids, attention_mask, completion_mask))
+    return ids, attention, completion
 
 
 def split_by_tokens(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
-    """Return micro-batches as lists of indices into `pairs`, each index once.
+    """Return micro-batches of padded rows as lists of indices into `pairs`, each index once.
 
     Pairs of like length go together, the longest first (so that a batch that does not fit in memory shows at once); a pair
     that alone exceeds the budget goes alone.
 
     Args:
-        pairs: the pairs of one optimizer step, or of an evaluation.
-        token_budget: most tokens of one micro-batch, padding included.
+        pairs: The pairs of one optimizer step, or of an evaluation.
+        token_budget: Most tokens of one micro-batch, padding included.
     """
     order = sorted(range(len(pairs)), key=lambda index: (-row_length(pairs[index]), index))
     batches: list[list[int]] = []
@@ -51,16 +79,180 @@ def split_by_tokens(pairs: Sequence[EncodedPair], token_budget: int) -> list[lis
     return batches
 
 
-def pad(pairs: Sequence[EncodedPair]) -> PaddedBatch:
-    """Return the pairs as one right-padded batch. Padding is token 0: no mask lets it through, whatever it means."""
-    answers = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    prompts = [pair.prompt_ids for pair in pairs] * 2
-    shape = (len(answers), max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)))
-    input_ids, attention_mask, completion_mask = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        input_ids[row, : len(prompt)] = prompt
-        input_ids[row, len(prompt) : end] = answer
-        attention_mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = 1
-    return PaddedBatch(*map(torch.from_numpy, (input_ids, attention_mask, completion_mask)))
+class PackedRow(NamedTuple):
+    """T tokens of one row, N predictions that the head makes, A answers, B pairs; all integers are int64."""
+
+    input_ids: torch.Tensor
+    """(1, T)."""
+    position_ids: torch.Tensor
+    """(1, T)."""
+    trees: tuple[Tree, ...]
+    predicting: torch.Tensor
+    """(N,) index in the row of the token that predicts."""
+    targets: torch.Tensor
+    """(N,) the token id that is predicted."""
+    members: torch.Tensor
+    """(M,) prediction, M >= N: a token of a common start belongs to several answers."""
+    owners: torch.Tensor
+    """(M,) answer that the prediction belongs to."""
+    lengths: torch.Tensor
+    """(A,) tokens of each answer."""
+    chosen: torch.Tensor
+    """(B,) answer."""
+    rejected: torch.Tensor
+    """(B,) answer."""
+
+    def to(self, device: torch.device | str) -> "PackedRow":
+        """Return the row on a device."""
+        moved: dict[str, Any] = {name: field.to(device) for name, field in self._asdict().items() if torch.is_tensor(field)}
+        return self._replace(**moved)
+
+
+def pack(pairs: Sequence[EncodedPair], *, share: bool = True) -> PackedRow:
+    """Return pairs as one row.
+
+    Args:
+        pairs: At least one, in any order; pairs of one prompt need not be neighbours.
+        share: False repeats the prompt for every answer, for comparison; the numbers are the same.
+    """
+    row = _RowBuilder()
+    chosen, rejected = [0] * len(pairs), [0] * len(pairs)
+    for members in _by_prompt(pairs):
+        prompt, (answers, start) = pairs[members[0]].prompt_ids, _answers(pairs, members)
+        numbers: dict[bytes, int] = {}
+        for some, common in [(answers, start)] if share else [({key: ids}, len(ids) - 1) for key, ids in answers.items()]:
+            numbers |= row.add(prompt, some, common)
+        for index in members:
+            chosen[index] = numbers[pairs[index].chosen_ids.tobytes()]
+            rejected[index] = numbers[pairs[index].rejected_ids.tobytes()]
+
+    def joined(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    return PackedRow(
+        input_ids=joined(row.tokens).unsqueeze(0),
+        position_ids=joined(row.positions).unsqueeze(0),
+        trees=tuple(row.trees),
+        predicting=joined(row.predicting),
+        targets=joined(row.targets),
+        members=joined(row.members),
+        owners=joined(row.owners),
+        lengths=torch.tensor(row.lengths),
+        chosen=torch.tensor(chosen),
+        rejected=torch.tensor(rejected),
+    )
+
+
+def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
+    """Return packed rows as lists of indices into `pairs`, each index once, each list in ascending order.
+
+    Pairs of one prompt stay together as long as they fit. Rows are filled evenly, largest prompt first, so that the fullest is
+    as small as it can easily be; it comes first (what does not fit in memory shows at once). A pair that alone exceeds the
+    budget goes alone.
+
+    Args:
+        pairs: The pairs of one optimizer step, or of an evaluation.
+        token_budget: Most tokens of one row.
+    """
+    blocks: list[tuple[int, list[int]]] = []  # tokens and members of the parts of each prompt's pairs that stay together
+    for members in _by_prompt(pairs):
+        block: list[int] = []
+        size = 0
+        for index in members:
+            grown = _tree_tokens(pairs, [*block, index])
+            if block and grown > token_budget:
+                blocks.append((size, block))
+                block, grown = [], _tree_tokens(pairs, [index])
+            block.append(index)
+            size = grown
+        blocks.append((size, block))
+    blocks.sort(key=lambda block: (-block[0], block[1][0]))
+    rows_needed = -(-sum(min(size, token_budget) for size, _ in blocks) // token_budget)
+    rows: list[list[int]] = []
+    filled: list[tuple[int, int]] = []  # tokens and number of each row, the emptiest first
+    for size, members in blocks:
+        if len(rows) < rows_needed or filled[0][0] + size > token_budget:
+            rows.append([*members])
+            heappush(filled, (size, len(rows) - 1))
+        else:
+            tokens, row = filled[0]
+            rows[row].extend(members)
+            heapreplace(filled, (tokens + size, row))
+    return [sorted(rows[row]) for _, row in sorted(filled, key=lambda entry: (-entry[0], entry[1]))]
+
+
+def shared_tokens(pairs: Sequence[EncodedPair]) -> int:
+    """Return the tokens of a packed row that holds these pairs."""
+    return sum(_tree_tokens(pairs, members) for members in _by_prompt(pairs))
+
+
+def _by_prompt(pairs: Sequence[EncodedPair]) -> list[list[int]]:
+    """Return the indices of the pairs that have the same prompt ids, in order of first appearance."""
+    groups: dict[bytes, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault(pair.prompt_ids.tobytes(), []).append(index)
+    return list(groups.values())
+
+
+def _answers(pairs: Sequence[EncodedPair], members: Sequence[int]) -> tuple[dict[bytes, np.ndarray], int]:
+    """Return the different answers of some pairs by their bytes, and how many tokens of each belong to the prefix.
+
+    A lone answer belongs to it but for its last token.
+    """
+    answers = {ids.tobytes(): ids for index in members for ids in (pairs[index].chosen_ids, pairs[index].rejected_ids)}
+    texts = list(answers.values())
+    return answers, common_start(texts) if len(texts) > 1 else len(texts[0]) - 1
+
+
+def _tree_tokens(pairs: Sequence[EncodedPair], members: Sequence[int]) -> int:
+    """Return the tokens of one prompt's tree in a row."""
+    answers, start = _answers(pairs, members)
+    return len(pairs[members[0]].prompt_ids) + start + sum(max(0, len(ids) - start - 1) for ids in answers.values())
+
+
+class _RowBuilder:
+    """Puts trees one after another and remembers who predicts what."""
+
+    def __init__(self) -> None:
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.trees: list[Tree] = []
+        self.predicting: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+        self.members: list[np.ndarray] = []
+        self.owners: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self.end = 0
+        self.predictions = 0
+
+    def add(self, prompt: np.ndarray, answers: dict[bytes, np.ndarray], start: int) -> dict[bytes, int]:
+        """Add a prompt with its answers, which have their first `start` tokens in common; return the answers' numbers."""
+        beginning = next(iter(answers.values()))[:start]
+        prefix = self._place(np.concatenate([prompt, beginning]), 0)
+        common = self._predict(np.arange(prefix[0] + len(prompt) - 1, prefix[1] - 1), beginning)
+        suffixes, numbers = [], {}
+        for key, ids in answers.items():
+            rest = ids[start:]
+            suffix = self._place(rest[:-1], prefix[1] - prefix[0])
+            readers = np.concatenate([[prefix[1] - 1], np.arange(*suffix)])[: len(rest)]
+            own = self._predict(readers, rest)
+            numbers[key] = len(self.lengths)
+            self.members.append(np.concatenate([common, own]))
+            self.owners.append(np.full(len(ids), len(self.lengths)))
+            self.lengths.append(len(ids))
+            if suffix[1] > suffix[0]:
+                suffixes.append(suffix)
+        self.trees.append((prefix, tuple(suffixes)))
+        return numbers
+
+    def _place(self, ids: np.ndarray, position: int) -> Span:
+        self.tokens.append(ids)
+        self.positions.append(np.arange(position, position + len(ids)))
+        self.end += len(ids)
+        return self.end - len(ids), self.end
+
+    def _predict(self, readers: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        self.predicting.append(readers)
+        self.targets.append(ids)
+        self.predictions += len(ids)
+        return np.arange(self.predictions - len(ids), self.predictions)

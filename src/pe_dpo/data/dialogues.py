@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pe_dpo.data.pairs import Message, RowFlaw, Turns, kind_words
+from pe_dpo.data.pairs import Message, RowError, Turns, describe_value
 
 ASSISTANT_TAG = "\n\nAssistant:"
 ROLES = {
@@ -23,27 +23,24 @@ _TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def read_text(value: Any, column: str) -> str:
-    """The value, which must be text that a tokenizer can read.
+    """Return a cell that must be text which a tokenizer can read.
 
     Args:
-        value: A cell.
+        value: The cell.
         column: Its name, for messages.
 
-    Returns:
-        The same text.
-
     Raises:
-        RowFlaw: When it is not text, or holds a NUL or half of a surrogate pair.
+        RowError: It is not text, or holds a NUL or half of a surrogate pair.
     """
     if not isinstance(value, str):
-        raise RowFlaw(f"column '{column}' is {kind_words(value)}; text is due")
+        raise RowError(f"column '{column}' is {describe_value(value)}; text is expected")
     if "\0" in value:
-        raise RowFlaw(f"column '{column}' holds a NUL character at {value.index(chr(0)) + 1}; remove it")
+        raise RowError(f"column '{column}' holds a NUL character at {value.index(chr(0)) + 1}; remove it")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"U+{ord(value[error.start]):04X}"
-        raise RowFlaw(
+        raise RowError(
             f"column '{column}' holds half a surrogate pair ({half}) at {error.start + 1}; "
             "remove it or write the whole character"
         ) from error
@@ -51,7 +48,7 @@ def read_text(value: Any, column: str) -> str:
 
 
 def read_messages(value: Any, column: str) -> Turns:
-    """The messages of one cell with `role` and `content`, whatever their spelling was.
+    """Return the messages of one cell with `role` and `content`, whatever their spelling was.
 
     Args:
         value: A list of messages or one message, as {role, content} or ShareGPT's {from, value}.
@@ -61,51 +58,83 @@ def read_messages(value: Any, column: str) -> Turns:
         The messages; keys without a value are left out.
 
     Raises:
-        RowFlaw: When it is empty or something is not a message.
+        RowError: It is empty, or something in it is not a message.
     """
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list) or not turns:
-        raise RowFlaw(f"column '{column}' is {kind_words(value)}; a list of messages is due")
+        raise RowError(f"column '{column}' is {describe_value(value)}; a list of messages is expected")
     return tuple(_read_message(turn, f"{column}[{number}]") for number, turn in enumerate(turns))
 
 
-def check_dialogue(prompt: Turns, answer: Turns, column: str) -> None:
-    """Raise unless an answer begins and ends with the assistant, and the prompt does not end with it."""
-    if prompt and prompt[-1]["role"] == "assistant":
-        raise RowFlaw("the prompt ends with an assistant turn; the turn before the answers is a user or tool turn")
-    for place, turn in (("begins", answer[0]), ("ends", answer[-1])):
-        if turn["role"] != "assistant":
-            raise RowFlaw(
-                f"the answer in column '{column}' {place} with a turn of the role '{turn['role']}'; an assistant turn is due"
-            )
+def _read_message(turn: Any, place: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RowError(f"column '{place}' is {describe_value(turn)}; a message with role and content is expected")
+    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+    role, content = turn.get(role_key), turn.get(content_key)
+    if not isinstance(role, str) or role not in ROLES:
+        raise RowError(f"column '{place}' has the {role_key} {role!r}; one of {', '.join(ROLES)} is expected")
+    message = {key: value for key, value in turn.items() if value is not None and key not in (role_key, content_key)}
+    if role == "function_call":  # ShareGPT's turn whose value is JSON with name and arguments
+        try:
+            function = json.loads(read_text(content, place))
+        except json.JSONDecodeError as error:
+            raise RowError(
+                f"column '{place}' is a function call that is not JSON ({error.msg}); "
+                "write name and arguments as one JSON object"
+            ) from error
+        message["tool_calls"], content = [_read_call({"type": "function", "function": function}, place)], None
+    elif "tool_calls" in message:
+        calls = message["tool_calls"]
+        if not isinstance(calls, list):
+            raise RowError(f"column '{place}' has tool_calls that are {describe_value(calls)}; a list is expected")
+        message["tool_calls"] = [_read_call(call, place) for call in calls]
+    place = f"{place}.{content_key}"
+    if content is None and "tool_calls" in message:
+        text = ""
+    elif isinstance(content, list) and content:  # OpenAI's content parts
+        kinds = [part.get("type") if isinstance(part, Mapping) else describe_value(part) for part in content]
+        if set(kinds) != {"text"}:
+            raise RowError(f"column '{place}' has a part that is not text ({', '.join(map(str, kinds))}); only text is read")
+        text = "".join(read_text(part.get("text"), place) for part in content)
+    else:
+        text = read_text(content, place)
+    return {"role": ROLES[role], "content": text, **message}
+
+
+def _read_call(call: Any, place: str) -> dict[str, Any]:
+    """Return a tool call whose arguments are an object, which chat templates expect, rather than OpenAI's JSON text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        raise RowError(f"column '{place}' has a tool call without function and name; found {str(call)[:60]!r}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError as error:
+            raise RowError(f"column '{place}' has tool call arguments that are not JSON ({error.msg}); correct them") from error
+    return {**call, "function": {**function, "arguments": arguments if arguments is not None else {}}}
 
 
 def split_dialogues(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
-    """The prompt that two whole dialogues share, and the answer of each.
+    """Return the prompt that two whole dialogues share, and the answer of each.
 
-    Args:
-        chosen: All messages of the preferred dialogue.
-        rejected: All messages of the other one.
-
-    Returns:
-        (prompt, chosen answer, rejected answer): the longest shared beginning after which both go on with an
-        assistant turn.
+    The prompt is the longest shared beginning after which both go on with an assistant turn.
 
     Raises:
-        RowFlaw: When there is none; the message shows where the prompts differ.
+        RowError: There is none; the message shows where the prompts differ.
     """
     shared = shared_length(chosen, rejected)
     for end in range(min(shared, len(chosen) - 1, len(rejected) - 1), 0, -1):
         if chosen[end]["role"] == rejected[end]["role"] == "assistant" != chosen[end - 1]["role"]:
             return chosen[:end], chosen[end:], rejected[end:]
     if shared == 0 and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        raise RowFlaw("columns 'chosen' and 'rejected' begin with the answer and there is no prompt; add column 'prompt'")
+        raise RowError("columns 'chosen' and 'rejected' begin with the answer and there is no prompt; add column 'prompt'")
     difference = describe_difference(chosen[: shared + 1], rejected[: shared + 1], "chosen", "rejected")
-    raise RowFlaw(f"the prompts inside columns 'chosen' and 'rejected' differ: {difference}; make them equal")
+    raise RowError(f"the prompts inside columns 'chosen' and 'rejected' differ: {difference}; make them equal")
 
 
 def describe_difference(one: Turns, other: Turns, one_name: str, other_name: str) -> str:
-    """Where two dialogues differ first, for people."""
+    """Return where two dialogues differ first, for people."""
     for number, (left, right) in enumerate(zip(one, other, strict=False)):
         if left["role"] != right["role"]:
             return f"turn {number + 1} is a {left['role']} turn in {one_name}, a {right['role']} turn in {other_name}"
@@ -120,23 +149,17 @@ def describe_difference(one: Turns, other: Turns, one_name: str, other_name: str
 
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The prompt that two whole transcripts share, and the answer of each, as raw text.
+    """Return the prompt that two whole transcripts share, and the answer of each, as raw text.
 
-    Args:
-        chosen: The preferred transcript.
-        rejected: The other one.
-
-    Returns:
-        (prompt up to and with the last shared Assistant tag, chosen answer, rejected answer); answers keep their
-        leading space.
+    The prompt goes up to and with the last Assistant tag that both share; answers keep their leading space.
 
     Raises:
-        RowFlaw: When the texts share no Assistant tag.
+        RowError: The texts share no Assistant tag.
     """
     start = shared_length(chosen, rejected)
     end = chosen.rfind(ASSISTANT_TAG, 0, start)
     if end < 0:
-        raise RowFlaw(
+        raise RowError(
             f"columns 'chosen' and 'rejected' share no Assistant tag: they differ from character {start + 1}, "
             f"{chosen[start : start + 20]!r} against {rejected[start : start + 20]!r}; make the prompts equal, "
             "or add column 'prompt'"
@@ -146,12 +169,12 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def is_transcript(text: str) -> bool:
-    """Does the text begin with a Human tag and have an Assistant tag?"""
+    """Return whether a text begins with a Human tag and has an Assistant tag."""
     return text.lstrip().startswith("Human:") and ASSISTANT_TAG in text
 
 
 def messages_from_transcript(prompt: str, answer: str) -> Turns:
-    """The messages of a transcript and its answer, without the spaces around the texts.
+    """Return the messages of a transcript and its answer, without the spaces around the texts.
 
     Args:
         prompt: A text for which `is_transcript` holds and that ends with the Assistant tag.
@@ -167,62 +190,6 @@ def messages_from_transcript(prompt: str, answer: str) -> Turns:
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items (characters, turns) two sequences share from their beginning."""
+    """Return how many items (characters, turns) two sequences share from their beginning."""
     differences = (place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
     return next(differences, min(len(one), len(other)))
-
-
-def _read_message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowFlaw(f"column '{place}' is {kind_words(turn)}; a message with role and content is due")
-    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    role = turn.get(role_key)
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowFlaw(f"column '{place}' has the {role_key} {role!r}; one of {', '.join(ROLES)} is due")
-    message = {key: value for key, value in turn.items() if value is not None and key not in (role_key, content_key)}
-    content = turn.get(content_key)
-    if role == "function_call":
-        message["tool_calls"] = [_called_function(content, place)]
-        content = None
-    elif "tool_calls" in message:
-        if not isinstance(message["tool_calls"], list):
-            raise RowFlaw(f"column '{place}' has tool_calls that are {kind_words(message['tool_calls'])}; a list is due")
-        message["tool_calls"] = [_readable_call(call, place) for call in message["tool_calls"]]
-    if content is None and "tool_calls" in message:
-        content = ""
-    return {"role": ROLES[role], "content": _content_text(content, f"{place}.{content_key}"), **message}
-
-
-def _content_text(content: Any, place: str) -> str:
-    """Text, or the texts of OpenAI's content parts joined."""
-    if not isinstance(content, list) or not content:
-        return read_text(content, place)
-    kinds = [part.get("type") if isinstance(part, Mapping) else kind_words(part) for part in content]
-    if set(kinds) != {"text"}:
-        raise RowFlaw(f"column '{place}' has a part that is not text ({', '.join(map(str, kinds))}); only text is read")
-    return "".join(read_text(part.get("text"), place) for part in content)
-
-
-def _called_function(content: Any, place: str) -> dict[str, Any]:
-    """ShareGPT's function_call turn, whose value is JSON with name and arguments, as a tool call."""
-    try:
-        function = json.loads(read_text(content, place))
-    except json.JSONDecodeError as error:
-        raise RowFlaw(
-            f"column '{place}' is a function call that is not JSON ({error.msg}); write name and arguments as one JSON object"
-        ) from error
-    return _readable_call({"type": "function", "function": function}, place)
-
-
-def _readable_call(call: Any, place: str) -> dict[str, Any]:
-    """A tool call whose arguments are an object, which chat templates expect, rather than OpenAI's JSON text."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or "name" not in function:
-        raise RowFlaw(f"column '{place}' has a tool call without function and name; found {str(call)[:60]!r}")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise RowFlaw(f"column '{place}' has tool call arguments that are not JSON ({error.msg}); correct them") from error
-    return {**call, "function": {**function, "arguments": arguments if arguments is not None else {}}}

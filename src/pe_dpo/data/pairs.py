@@ -18,7 +18,7 @@ Turns = tuple[Message, ...]
 Text = str | Turns
 
 
-class RowFlaw(DataError):
+class RowError(DataError):
     """One row cannot be used; the message says what was found and what to do, its reader adds where."""
 
 
@@ -54,7 +54,7 @@ class EncodedPair:
         rejected_ids: int32 (R,), as `chosen_ids`.
         margin: The pair's margin, 0.0 when its row gives none.
         where: The row for people.
-        prompt_key: sha256 of the prompt as the row says it; equal for all pairs of one prompt.
+        prompt_key: The sha256 of the prompt as the row says it; equal for all pairs of one prompt.
     """
 
     prompt_ids: np.ndarray
@@ -65,31 +65,30 @@ class EncodedPair:
     prompt_key: str
 
 
-def kind_words(value: Any) -> str:
-    """What a cell is, for people: `text`, `a list`, `the number 5`."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return "text" if isinstance(value, str) else "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
+def row_length(pair: EncodedPair) -> int:
+    """Return the tokens of the prompt with the longer answer."""
+    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def common_start(rows: Sequence[np.ndarray]) -> int:
+    """Return how many tokens all rows have in common at their start."""
+    first, shortest = rows[0], min(map(len, rows))
+    for ids in rows[1:]:
+        differs = np.flatnonzero(first[:shortest] != ids[:shortest])
+        shortest = int(differs[0]) if len(differs) else shortest
+    return shortest
 
 
 def prompt_key(prompt: Text) -> str:
-    """The sha256, in hex, of a prompt's canonical form: the text itself, or its messages as sorted JSON."""
+    """Return the sha256, in hex, of a prompt's canonical form: the text itself, or its messages as sorted JSON."""
     canonical = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def data_hash(encoded: Sequence[EncodedPair]) -> str:
-    """The sha256, in hex, over the token ids and margins of all pairs in their order.
+    """Return the sha256, in 64 hex digits, over the token ids and margins of all pairs in their order.
 
-    Args:
-        encoded: The pairs of one side.
-
-    Returns:
-        64 hex digits; the same data through another file format or row name hashes the same.
+    The same data through another file format or row name hashes the same.
     """
     digest = hashlib.sha256()
     for pair in encoded:
@@ -98,3 +97,14 @@ def data_hash(encoded: Sequence[EncodedPair]) -> str:
             digest.update(ids.astype("<i4").tobytes())
         digest.update(np.float64(pair.margin).tobytes())
     return digest.hexdigest()
+
+
+def describe_value(value: Any) -> str:
+    """Return what a cell is, for people: `text`, `a list`, `the number 5`."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "text" if isinstance(value, str) else "an object" if isinstance(value, dict) else f"a {type(value).__name__}"

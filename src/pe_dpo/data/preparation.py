@@ -1,26 +1,27 @@
-"""From a path to the two sides of a run: read, encode, hold out by prompt, and report.
+"""From the data section of a recipe to the two sides of a run: read, encode, hold out by prompt, and report.
 
 files -> pairs -> token ids -+-> train
                              +-> held out   (no prompt is on both sides)
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from itertools import chain, islice
+from typing import Any
 
-from pe_dpo.data.encoding import Overlong, encode_pairs
-from pe_dpo.data.loading import read_pairs
-from pe_dpo.data.pairs import EncodedPair, Pair
-from pe_dpo.data.rendering import Template
-from pe_dpo.data.report import OVERLONG, PROMPT_IN_TRAINING, BadRows, DataReport
-from pe_dpo.data.sources import Part, Sources, find_sources
+from pe_dpo.data.encoding import Encoder
+from pe_dpo.data.files import Parts, find_sources
+from pe_dpo.data.pairs import EncodedPair, Pair, RowError
+from pe_dpo.data.report import OVERLONG, PROMPT_IN_TRAINING, DataReport
+from pe_dpo.data.shapes import Shape
 from pe_dpo.errors import DataError
+from pe_dpo.recipe.schema import DataSection
 
-_Kind = TypeVar("_Kind", Pair, EncodedPair)
-
-HELD_OUT_SHARE = 0.05  # of the pairs, where the data brings no held-out side of its own
+DEFAULT_MAX_LENGTH = 2048
+"""Tokens of prompt and answer where recipe and context allow more; as the DPO recipes of Zephyr and Tülu 3."""
+HELD_OUT_SHARE = 0.05
+"""Of the pairs, where the data brings no held-out side of its own."""
+_FIRST_ROWS = 20  # the shape is recognised from these
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,85 +34,128 @@ class PreparedData:
 
 
 def prepare_pairs(
-    train: str | Path,
+    settings: DataSection,
     *,
     tokenizer: Any,
-    max_length: int,
-    held_out: float | str | None = None,
-    columns: Mapping[str, str] | None = None,
-    template: Template = "auto",
-    overlong: Overlong = "drop",
-    bad_rows: BadRows = "error",
+    context_length: int | None = None,
     end_token_ids: Collection[int] = (),
-    limit: int | None = None,
+    only: str | None = None,
 ) -> PreparedData:
-    """Both sides of a run as token ids.
+    """Return the pairs that the data section of a recipe asks for, training and held out, as token ids.
 
     Args:
-        train: A file, a folder, or a Hub name; see `pe_dpo.data.sources`.
-        tokenizer: A transformers tokenizer.
-        max_length: Most tokens of a prompt with its longer answer.
-        held_out: A path to held-out pairs; a share of the pairs in (0, 1), split off by prompt; 0 for none; None for
-            the held-out file or split that `train` brings, else a share of 0.05.
-        columns: From `prompt`, `chosen`, `rejected`, ... to the names of the columns that hold them.
-        template: `chat`, `plain`, or `auto`: the chat template where the tokenizer has one.
-        overlong: `drop`, `truncate_prompt` or `error`, for pairs longer than `max_length`.
-        bad_rows: `error` stops at the first malformed row, `drop` leaves such rows out and counts them.
-        end_token_ids: Further ids that end an answer, beside the tokenizer's EOS.
-        limit: Read at most so many rows of each side.
-
-    Returns:
-        The two sides and the report.
+        settings: The section; `DataSection(train="pairs.jsonl", max_length=512)` serves without a recipe.
+        tokenizer: A transformers tokenizer, that of the model.
+        context_length: The most tokens that the model takes, if it has a bound.
+        end_token_ids: Further ids that end an answer, beside the tokenizer's EOS; from the generation config.
+        only: Another path or hub id, all of whose pairs become `train` and none held out (to evaluate on).
 
     Raises:
-        DataError: When the data cannot be found, read, understood or encoded, or nothing of it is left.
+        DataError: The data cannot be found, read, understood or encoded, nothing of it is left, or `max_length` exceeds the
+            model's context.
     """
+    if only is not None:
+        settings = settings.model_copy(update={"train": only, "eval": 0.0, "limit": None})
+    if settings.max_length and context_length and settings.max_length > context_length:
+        raise DataError(f"data.max_length: {settings.max_length} tokens, but the model's context is {context_length}; lower it")
+    max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
     report = DataReport()
-    sources = find_sources(train)
-    read = partial(read_pairs, columns=columns, bad_rows=bad_rows, limit=limit, report=report)
-    encode = partial(
-        encode_pairs,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        report=report,
-        template=template,
-        overlong=overlong,
-        bad_rows=bad_rows,
-        end_token_ids=end_token_ids,
-    )
-    parts = _held_out_parts(sources, held_out)
-    report.unused_files = sources.unused + ([] if parts else [part.name for part in sources.held_out])
-    share = 0.0 if parts else _held_out_share(held_out)
-    encoded = _some(encode(read(sources.train)), train, max_length, report)
-    kept, held = split_by_prompt(encoded, share)
+    parts, brought, unused = find_sources(settings.train)
+    if isinstance(settings.eval, str):
+        named, named_held_out, _ = find_sources(settings.eval)
+        held_out_parts = named_held_out or named
+    else:
+        held_out_parts = brought if settings.eval is None else {}
+    report.unused_files = [*unused, *([] if held_out_parts else brought)]
+    share = 0.0
+    if not held_out_parts:
+        share = HELD_OUT_SHARE if settings.eval is None else float(settings.eval)
+
+    pairs = read_pairs(parts, settings, report)
+    encoder = Encoder(tokenizer, settings, max_length=max_length, report=report, end_token_ids=end_token_ids)
+    encoded = encoder.encode(pairs)
+    _check_some_are_left(encoded, settings.train, max_length, report)
+    train, held_out = split_by_prompt(encoded, share)
     if share:
         report.held_out_from = f"{share:.1%} of the pairs, split by prompt"
-    if parts:
-        held = _unseen(encode(_some(read(parts), held_out, max_length, report)), kept, report)
-        report.held_out_from = ", ".join(part.name for part in parts)
-    if not held and (share or parts):
-        report.remark(
-            "no pair is held out: "
-            + ("every prompt of the held-out data is in training or was dropped" if parts else "all pairs have one prompt")
-            + "; name other held-out data to measure what is learned"
+    if held_out_parts:
+        pairs = read_pairs(held_out_parts, settings, report)
+        _check_some_are_left(pairs, settings.eval, max_length, report)
+        trained = {pair.prompt_key for pair in train}
+        for pair in encoder.encode(pairs):
+            if pair.prompt_key in trained:
+                report.dropped[PROMPT_IN_TRAINING].append(pair.where)
+            else:
+                held_out.append(pair)
+        report.held_out_from = ", ".join(held_out_parts)
+    if not held_out and (share or held_out_parts):
+        why = (
+            "every prompt of the held-out data is in training or was dropped" if held_out_parts else "all pairs have one prompt"
         )
-    report.kept, report.held_out = len(kept), len(held)
-    _note_oddities([*kept, *held], report)
-    report.measure(kept)
-    return PreparedData(kept, held, report)
+        report.remarks.append(f"no pair is held out: {why}; name other held-out data to measure what is learned")
+    report.kept, report.held_out = len(train), len(held_out)
+    _note_suspicious([*train, *held_out], report)
+    report.measure(train)
+    return PreparedData(train, held_out, report)
+
+
+def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[Pair]:
+    """Return the pairs of some files before tokenization, one for every well-formed row, in order.
+
+    Args:
+        parts: The files or splits, see `find_sources`; all must have one shape.
+        settings: Its `columns`, `bad_rows` and `limit` (over all parts) count here.
+        report: Files, shape and malformed rows are added to it.
+
+    Raises:
+        DataError: A file cannot be read, its rows are of no known shape, or a row is malformed.
+    """
+    names = ", ".join(parts)
+    rows = _good_rows(parts, settings, report)
+    first = list(islice(rows, _FIRST_ROWS))
+    if not first:
+        found = next(iter(report.dropped.values()), ["the file is empty"])[0]
+        raise DataError(f"{names}: no row can be used of {report.rows_read} read: {found}; pairs are expected, one a row")
+    shape = Shape([values for _, values in first], where=names, columns=settings.columns)
+    if shape.words not in report.shape:
+        report.shape = f"{report.shape} | {shape.words}" if report.shape else shape.words
+    pairs = []
+    for where, values in chain(first, rows):
+        try:
+            pairs.append(shape.read(values, where=where))
+        except RowError as error:
+            report.refuse(where, error, settings.bad_rows)
+    without_margin = [pair for pair in pairs if pair.margin is None]
+    if len(without_margin) < len(pairs):  # they count as 0, which the user may not mean
+        for pair in without_margin:
+            report.noted["without a margin where others have one"].append(pair.where)
+    return pairs
+
+
+def _good_rows(parts: Parts, settings: DataSection, report: DataReport) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each well-formed row is and its columns; count what is read, refuse the others."""
+    left = settings.limit
+    for name, rows in parts.items():
+        before = report.files.setdefault(name, 0)
+        for where, values in islice(rows, left):
+            report.files[name] += 1
+            if isinstance(values, RowError):
+                report.refuse(where, values, settings.bad_rows)
+            else:
+                yield where, values
+        left = None if left is None else left - report.files[name] + before
+        if left == 0:
+            return
 
 
 def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """Pairs to train on and pairs held out, with no prompt on both sides.
+    """Return pairs to train on and pairs held out, each in the order of the rows, with no prompt on both sides.
 
     Args:
         encoded: All pairs.
         share: Of the pairs to hold out, in [0, 1). Prompts are taken in the order of their hashes until it is reached,
             so the split depends on no seed and no row order. A prompt with so many pairs that it would take more than
             twice the share, and more than half of what is left, stays to train on; one prompt always does.
-
-    Returns:
-        (train, held out), each in the order of the rows.
     """
     counts: dict[str, int] = {}
     for pair in encoded:
@@ -128,25 +172,11 @@ def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[
     return ([pair for pair in encoded if pair.prompt_key not in taken], [pair for pair in encoded if pair.prompt_key in taken])
 
 
-def _held_out_parts(sources: Sources, held_out: float | str | None) -> list[Part]:
-    if isinstance(held_out, str | Path):
-        named = find_sources(held_out)
-        return named.held_out or named.train
-    return sources.held_out if held_out is None else []
-
-
-def _held_out_share(held_out: float | str | None) -> float:
-    share = HELD_OUT_SHARE if held_out is None else float(held_out)
-    if not 0 <= share < 1:
-        raise DataError(f"data.eval: {held_out}: a share of the pairs, at least 0 and less than 1, or a path is due")
-    return share
-
-
-def _some(pairs: list[_Kind], source: object, max_length: int, report: DataReport) -> list[_Kind]:
+def _check_some_are_left(pairs: Sequence[object], source: object, max_length: int, report: DataReport) -> None:
     if pairs:
-        return pairs
-    reasons = ", ".join(f"{tally.count} {reason}" for reason, tally in report.dropped.items())
-    first = next((tally.rows[0] for tally in report.dropped.values()), "none")
+        return
+    reasons = ", ".join(f"{len(rows)} {reason}" for reason, rows in report.dropped.items())
+    first = next(iter(report.dropped.values()), ["none"])[0]
     remedy = (
         f"raise data.max_length ({max_length}) or set data.overlong: truncate_prompt"
         if OVERLONG in report.dropped
@@ -155,26 +185,17 @@ def _some(pairs: list[_Kind], source: object, max_length: int, report: DataRepor
     raise DataError(f"{source}: no pair is left of {report.rows_read} rows: {reasons}; {remedy}")
 
 
-def _unseen(held: Sequence[EncodedPair], train: Sequence[EncodedPair], report: DataReport) -> list[EncodedPair]:
-    """The held-out pairs whose prompt is not trained on."""
-    trained = {pair.prompt_key for pair in train}
-    for pair in held:
-        if pair.prompt_key in trained:
-            report.drop(PROMPT_IN_TRAINING, pair.where)
-    return [pair for pair in held if pair.prompt_key not in trained]
-
-
-def _note_oddities(encoded: Sequence[EncodedPair], report: DataReport) -> None:
+def _note_suspicious(encoded: Sequence[EncodedPair], report: DataReport) -> None:
     """Note duplicates, contradictory pairs, and answers that begin with the whole other answer."""
     seen: set[tuple[str, bytes, bytes]] = set()
     for pair in encoded:
         chosen, rejected = pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()
         if (pair.prompt_key, chosen, rejected) in seen:
-            report.note("exact duplicate", pair.where)
+            report.noted["exact duplicate"].append(pair.where)
         if (pair.prompt_key, rejected, chosen) in seen:
-            report.note("contradicts an earlier pair (a over b, b over a)", pair.where)
+            report.noted["contradicts an earlier pair (a over b, b over a)"].append(pair.where)
         seen.add((pair.prompt_key, chosen, rejected))
         shorter, longer = sorted((pair.chosen_ids, pair.rejected_ids), key=len)
         size = len(shorter) - (1 if shorter[-1] == longer[-1] else 0)  # without the end token
         if (shorter[:size] == longer[:size]).all():
-            report.note("one answer is the beginning of the other", pair.where)
+            report.noted["one answer is the beginning of the other"].append(pair.where)

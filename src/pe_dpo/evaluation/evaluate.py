@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pe_dpo.data import EncodedPair, data_hash
-from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.data import EncodedPair, data_hash, prepare_pairs
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.judge import Judgement, judge, open_scorer, prompts_as_written, win_rate
 from pe_dpo.evaluation.measuring import Measured, Work, measure_adapter, measure_models
@@ -281,7 +280,7 @@ def _held_out_pairs(
     context_length: int | None,
     data: str | None,
 ) -> list[EncodedPair]:
-    prepared = prepare_from_settings(
+    prepared = prepare_pairs(
         recipe.data,
         tokenizer=tokenizer,
         context_length=context_length,

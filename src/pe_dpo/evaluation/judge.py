@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pe_dpo.data.loading import read_pairs
+from pe_dpo.data.files import find_sources
 from pe_dpo.data.pairs import Text, prompt_key
+from pe_dpo.data.preparation import read_pairs
 from pe_dpo.data.rendering import as_messages
 from pe_dpo.data.report import DataReport
-from pe_dpo.data.sources import find_sources
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.drift import Drift
 from pe_dpo.metrics.estimates import clustered_mean, wilson_interval
@@ -109,12 +109,12 @@ def prompts_as_written(data: DataSection, only: str | None = None) -> dict[str, 
         data: where the pairs are.
         only: other pairs instead.
     """
-    columns = None if data.columns is None else {str(ours): theirs for ours, theirs in data.columns.items()}
+    forgiving = data.model_copy(update={"bad_rows": "drop", "limit": None})
     places = [only] if only else [data.train, *([data.eval] if isinstance(data.eval, str) else [])]
     found: dict[str, Text] = {}
-    for sources in map(find_sources, places):
-        for parts in (sources.train, sources.held_out):
-            pairs = read_pairs(parts, columns=columns, bad_rows="drop", limit=None, report=DataReport()) if parts else []
+    for train, held_out, _ in map(find_sources, places):
+        for parts in (train, held_out):
+            pairs = read_pairs(parts, forgiving, DataReport()) if parts else []
             found |= {prompt_key(pair.prompt): pair.prompt for pair in pairs}
     return found
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pe_dpo.data.encoding import begin_token
-from pe_dpo.data.files import Row, read_rows
+from pe_dpo.data.files import read_rows
+from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError
 
 QUESTIONS = (
@@ -91,12 +92,13 @@ def load_golden(file: Path) -> list[GoldenPrompt]:
         DataError: a row cannot be read or lacks a field.
     """
     golden = []
-    for row in read_rows(file):
-        _check_readable(row)
-        missing = set(GoldenPrompt._fields) - set(row.values)
+    for where, values in read_rows(file):
+        if isinstance(values, RowError):
+            raise DataError(f"{where}: {values}")
+        missing = set(GoldenPrompt._fields) - set(values)
         if missing:
-            raise DataError(f"{row.where}: no golden prompt, {', '.join(sorted(missing))} is missing")
-        golden.append(GoldenPrompt(**{key: row.values[key] for key in GoldenPrompt._fields}))
+            raise DataError(f"{where}: no golden prompt, {', '.join(sorted(missing))} is missing")
+        golden.append(GoldenPrompt(**{key: values[key] for key in GoldenPrompt._fields}))
     return golden
 
 
@@ -166,14 +168,15 @@ def read_prompts(file: Path, *, count: int = 5) -> list[str]:
         DataError: a row has neither, or there is no row.
     """
     found: dict[str, None] = {}
-    for row in read_rows(file):
-        _check_readable(row)
-        value = row.values.get("prompt", row.values.get("chosen"))
+    for where, values in read_rows(file):
+        if isinstance(values, RowError):
+            raise DataError(f"{where}: {values}")
+        value = values.get("prompt", values.get("chosen"))
         turns = value if isinstance(value, list) else [{"role": "user", "content": value}]
         texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
         first = next((text for text in texts if text), None)
         if not isinstance(first, str) or not first.strip():
-            raise DataError(f"{row.where}: no prompt there; expected a text or messages in `prompt`, or messages in `chosen`")
+            raise DataError(f"{where}: no prompt there; expected a text or messages in `prompt`, or messages in `chosen`")
         found.setdefault(first)
         if len(found) == count:
             break
@@ -192,11 +195,6 @@ def token_ids(tokenizer: Any, rendered: str) -> list[int]:
     ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     begin = None if tokenizer.chat_template else begin_token(tokenizer)
     return ids if begin is None else [begin, *ids]
-
-
-def _check_readable(row: Row) -> None:
-    if row.flaw is not None:
-        raise DataError(f"{row.where}: {row.flaw}")
 
 
 @torch.no_grad()

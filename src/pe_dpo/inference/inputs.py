@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pe_dpo.data import PreparedData
-from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.data import PreparedData, prepare_pairs
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import adapter_parameters, attach_adapter, start_from_adapter
 from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base, load_tokenizer
@@ -29,11 +28,11 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
     Raises:
         ModelError: see `inspect_base` and `load_tokenizer`; or the tokenizer is not the model's.
-        DataError: see `prepare_from_settings`.
+        DataError: see `prepare_pairs`.
     """
     facts = inspect_base(**recipe.model.model_dump())
     tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
-    data = prepare_from_settings(
+    data = prepare_pairs(
         recipe.data,
         tokenizer=tokenizer,
         context_length=facts.context_length,

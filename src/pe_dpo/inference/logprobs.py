@@ -32,7 +32,7 @@ def packed_pair_logprobs(model: Any, row: Any, *, kind: Kind) -> PairLogprobs:
 
     Args:
         model: a causal LM whose attention is switched to `model.attention.NAME`, under PEFT or not.
-        row: a `data.packing.PackedRow` on the model's device.
+        row: a `data.batches.PackedRow` on the model's device.
         kind: how attention is computed.
 
     Raises:

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pe_dpo.data.batches import pad, row_length, split_by_tokens
-from pe_dpo.data.packing import common_start, pack, shared_tokens, split_into_rows
-from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.data.batches import pack, pad, shared_tokens, split_by_tokens, split_into_rows
+from pe_dpo.data.pairs import EncodedPair, common_start, row_length
 from pe_dpo.errors import ModelError
 from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs, pair_logprobs
 from pe_dpo.model.adapter import adapter_parameters
@@ -60,7 +59,7 @@ class Scorer(NamedTuple):
     def logprobs(self, model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
         """Return the pairs' log-probs in their order, on the model's device; with gradients where they are enabled."""
         if self.path == "padded":
-            return pair_logprobs(model, *pad(pairs).to(self.device))
+            return pair_logprobs(model, *pad(pairs, self.device))
         return packed_pair_logprobs(model, pack(pairs).to(self.device), kind=self.path)
 
 

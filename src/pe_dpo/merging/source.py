@@ -27,8 +27,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pe_dpo.data import EncodedPair, data_hash
-from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.data import EncodedPair, data_hash, prepare_pairs
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.target import Target, find_target, load_target_tokenizer
 from pe_dpo.merging.adapter_files import AdapterFiles, save_fused_adapter, save_scaled_adapter
@@ -143,7 +142,7 @@ class Source:
             raise UsageError(
                 "an adapter has no held-out pairs of its own to be verified on; name some with data, or set pairs to 0"
             )
-        prepared = prepare_from_settings(
+        prepared = prepare_pairs(
             self.recipe.data if self.recipe else DataSection(train=str(data)),
             tokenizer=self.tokenizer,
             context_length=self.facts.context_length,

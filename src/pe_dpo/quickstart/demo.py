@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pe_dpo.data.settings import prepare_from_settings
+from pe_dpo.data import prepare_pairs
 from pe_dpo.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent
@@ -51,15 +51,13 @@ def compare_answers(recipe: Recipe, *, count: int) -> list[Answers]:
     """
     from pe_dpo.inference.generation import greedy_answers
     from pe_dpo.model.adapter import as_reference, load_adapter_for_evaluation
-    from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
+    from pe_dpo.model.base import answer_end_tokens, inspect_base, load_base, load_tokenizer
 
-    base, tokenizer = recipe.model.base, load_tokenizer(recipe.model.base)
+    tokenizer = load_tokenizer(recipe.model.base)
     facts = inspect_base(**recipe.model.model_dump())
-    ends = {tokenizer.eos_token_id, *end_token_ids(base)}
-    held_out = prepare_from_settings(
-        recipe.data, tokenizer=tokenizer, context_length=facts.context_length, end_token_ids=ends
-    ).held_out
-    pairs = [held_out[index * len(held_out) // count] for index in range(count)]
+    ends = answer_end_tokens(tokenizer, recipe.model.base)
+    data = prepare_pairs(recipe.data, tokenizer=tokenizer, context_length=facts.context_length, end_token_ids=ends)
+    pairs = [data.held_out[index * len(data.held_out) // count] for index in range(count)]
     model: Any = load_adapter_for_evaluation(load_base(facts), recipe.output)
 
     def answers() -> list[str]:

@@ -12,12 +12,13 @@ from pe_dpo.recipe.load import (
 )
 from pe_dpo.recipe.names import SHORT_NAMES, known_keys
 from pe_dpo.recipe.presets import PRESETS
-from pe_dpo.recipe.schema import Recipe, warnings
+from pe_dpo.recipe.schema import DataSection, Recipe, warnings
 from pe_dpo.recipe.shipped import copy_recipe, find_recipe, recipe_header, recipe_names
 
 __all__ = [
     "PRESETS",
     "SHORT_NAMES",
+    "DataSection",
     "LossDescription",
     "Recipe",
     "changed_settings",

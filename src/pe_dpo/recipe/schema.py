@@ -18,6 +18,9 @@ from pe_dpo.recipe.section import Count, Fraction, Location, NonNegative, Positi
 MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings, in small letters, of initialisations that change the base weights, so that the reference is not the base."""
 
+Column = Literal["prompt", "chosen", "rejected", "margin", "system", "chosen_score", "rejected_score"]
+"""Names of columns of preference data that `data.columns` may map to a file's own."""
+
 
 class ModelSection(Section):
     """The base model, loaded once: policy and reference share it."""
@@ -97,8 +100,8 @@ class DataSection(Section):
     max_length: Count | None = Field(
         None, description="Most tokens of prompt plus the longer answer; default: 2048, or the model's context if shorter."
     )
-    columns: dict[Literal["prompt", "chosen", "rejected", "margin", "system", "chosen_score", "rejected_score"], str] | None = (
-        Field(None, description="Our name: the file's column name, for files in a shape of their own.")
+    columns: dict[Column, str] | None = Field(
+        None, description="Our name: the file's column name, for files in a shape of their own."
     )
     template: Literal["auto", "chat", "plain"] = Field(
         "auto", description="auto: the tokenizer's chat template if it has one; plain: text as it is."

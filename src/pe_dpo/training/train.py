@@ -127,7 +127,7 @@ def prepare_run(
 
     Raises:
         ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
-        DataError: see `prepare_from_settings`; or the loss asks for margins and no pair has one.
+        DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one.
     """
     check_trackers(recipe.train.report_to)
     for line in describe(recipe.loss).lines():
