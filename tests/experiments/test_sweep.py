@@ -20,7 +20,7 @@ from pe_dpo.experiments.sweep import PointState, sweep
 from pe_dpo.inference.reference import Reference
 from pe_dpo.recipe import load_recipe
 from pe_dpo.runs.files import RUN_FILE, read_object
-from pe_dpo.runs.folder import locked, update_run
+from pe_dpo.runs.writing import RunWriter, locked
 from pe_dpo.training.train import train
 
 
@@ -191,7 +191,7 @@ def test_without_ray_its_engine_is_refused_in_words(source, tmp_path, monkeypatc
 def test_an_interrupted_point_is_told_from_a_finished_one(source, tmp_path):
     plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
     sweep(plan)
-    update_run(Path(plan.recipes[0].output), status="interrupted")
+    RunWriter(Path(plan.recipes[0].output)).update(status="interrupted")
     told = []
     assert [state.status for state in sweep(plan, tell=told.append)] == ["finished"]
     assert [states[0].status for states in told] == ["waiting", "running", "finished"]
@@ -231,7 +231,7 @@ def test_a_run_that_another_process_writes_is_left_alone(source, tmp_path):
     plan = save_plan(make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep"))
     folder = Path(plan.recipes[0].output)
     with locked(folder):
-        update_run(folder, status="training")
+        RunWriter(folder).update(status="training")
         states = sweep(plan)
         assert [state.status for state in states] == ["failed"]
         assert "another run is writing there" in states[0].why

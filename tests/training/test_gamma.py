@@ -12,7 +12,7 @@ from pe_dpo.errors import RecipeError, RunFolderError, UsageError
 from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import recipe_from_yaml, recipe_to_yaml
 from pe_dpo.runs.files import RUN_FILE, read_object
-from pe_dpo.runs.folder import update_run
+from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training.train import train
 
 WAYS = ["auto", "balance:0.8", "scale:1"]
@@ -130,7 +130,7 @@ def test_a_kill_before_anything_was_found_begins_anew(make_recipe, store):
     folder = Path(recipe.output)
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-    update_run(folder, status="starting")
+    RunWriter(folder).update(status="starting")
     assert train(recipe, resume=True).steps == 6
 
 

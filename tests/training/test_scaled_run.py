@@ -13,8 +13,8 @@ from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.runs.files import RUN_FILE, read_object, scaled_folder
-from pe_dpo.runs.folder import update_run
 from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training import trainer as trainer_module
 from pe_dpo.training.callbacks import StopOnSignal
 from pe_dpo.training.train import train
@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_before_it_measured_goes_on(run, make_recipe):
     (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     shutil.rmtree(folder / "scaled" / "a-0.75")
     (folder / "scaled" / "a-0.5" / "evaluation.json").unlink()
-    update_run(folder, status="training")
+    RunWriter(folder).update(status="training")
     train(recipe, resume=True)
     assert read_object(folder / RUN_FILE)["status"] == "finished"
     assert contents(folder) == contents(run)

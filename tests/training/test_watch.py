@@ -18,6 +18,7 @@ from pe_dpo.objective import Loss
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training.remarks import set_remarks
 from pe_dpo.training.train import train
 from pe_dpo.training.watch import PATIENCE, Watch, probe_pairs
@@ -144,7 +145,7 @@ def test_the_same_log_probs_without_any_pull_are_not_called_frozen():
 
 @pytest.fixture
 def watch(tmp_path: Path) -> Watch:
-    return Watch(tmp_path, LossSection(), metrics())
+    return Watch(RunWriter(tmp_path), LossSection(), metrics())
 
 
 def evaluation(*shifts):

@@ -26,9 +26,9 @@ from pe_dpo.model.provenance import adapter_fingerprint
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_to_yaml, with_absolute_paths
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE
-from pe_dpo.runs.folder import check_same_inputs, free_to_change, locked, update_run
 from pe_dpo.runs.held_out import read_generation
 from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import RunWriter, check_same_inputs, free_to_change, locked
 from pe_dpo.training.gamma import with_recorded_gamma
 from pe_dpo.training.train import SharedRun, prepare_run, train
 
@@ -110,7 +110,7 @@ def share(recipe: Recipe, like: Path | None = None) -> SharedRun:
     """
     prepared = prepare_run(recipe)
     if like is not None:
-        check_same_inputs(like, {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
+        check_same_inputs(Run(like), {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
     for line in prepared.data.report.lines():
         logger.info(line)
     return SharedRun(prepared, load_base(prepared.facts, device="cuda" if torch.cuda.is_available() else "cpu"))
@@ -128,7 +128,7 @@ def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
         if is_ours and folder.is_dir():
             if not (folder / RECIPE_FILE).is_file():  # it did not come to that
                 write_atomically(folder / RECIPE_FILE, recipe_to_yaml(with_absolute_paths(recipe)))
-            update_run(folder, status="failed", why=str(error))
+            RunWriter(folder).update(status="failed", why=str(error))
         return PointState(point, "failed", time.perf_counter() - began, {}, str(error))
     if result.interrupted_by is not None:
         return PointState(point, "interrupted", time.perf_counter() - began)
@@ -151,12 +151,12 @@ def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
     if not info.is_finished:
         return PointState(point, "waiting")
     old = run.recipe
-    asked = with_recorded_gamma(folder, with_absolute_paths(recipe))
+    asked = with_recorded_gamma(run, with_absolute_paths(recipe))
     difference = recipe_difference(old, asked, ignore=free_to_change(old))
     if difference:
         raise RunFolderError(f"{folder}: was trained with other settings ({'; '.join(difference)}); move it away")
     if asked.adapter.start:
-        check_same_inputs(folder, {"start": adapter_fingerprint(Path(asked.adapter.start))})
+        check_same_inputs(run, {"start": adapter_fingerprint(Path(asked.adapter.start))})
     return PointState(point, "finished", info.seconds, _metrics(folder, info.after))
 
 

@@ -13,7 +13,7 @@ from pe_dpo.merging.plan import Plan
 from pe_dpo.merging.source import describe_scale
 from pe_dpo.merging.unmerged import Unmerged, measure_served
 from pe_dpo.model.fingerprint import file_fingerprints
-from pe_dpo.runs.folder import versions
+from pe_dpo.runs.writing import versions
 
 
 class Verdict:

@@ -18,9 +18,9 @@ from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.recipe import Recipe, changed_settings
 from pe_dpo.recipe.loss_section import CALIBRATED
 from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE, SWEEP_FILE, read_object, remedy
-from pe_dpo.runs.folder import FREE_TO_CHANGE
 from pe_dpo.runs.run import Measurements, Run
 from pe_dpo.runs.trl_log import read_trl_log
+from pe_dpo.runs.writing import FREE_TO_CHANGE
 
 _NO_DIALS = ("train.seed", "loss.preset", *FREE_TO_CHANGE)
 """Settings that do not make another point: what a preset says is in the other keys."""

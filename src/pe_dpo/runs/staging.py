@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pe_dpo.disk import sync
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.runs.folder import locked
+from pe_dpo.runs.writing import locked
 
 
 def check_free(output: Path) -> None:

@@ -3,26 +3,25 @@
 import signal
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from pe_dpo.runs.folder import append_metrics
+from pe_dpo.runs.writing import RunWriter
 
 
 class MetricsFile(TrainerCallback):
     """Writes every logged line to metrics.jsonl of the main process; the last step of a run is always logged."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, writer: RunWriter) -> None:
+        self.writer = writer
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append the line with its step."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            append_metrics(self.folder, {"step": state.global_step, **logs})
+            self.writer.log({"step": state.global_step, **logs})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a line of the last step, whatever `logging_steps`: a resumed run forgets what was not logged."""

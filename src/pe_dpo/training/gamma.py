@@ -6,7 +6,6 @@ recipe: gamma: auto ── log-probs of the training pairs ── γ ──► r
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -17,9 +16,9 @@ from pe_dpo.inference.reference import Reference
 from pe_dpo.inference.reference_pass import check_finite
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, recipe_to_yaml, warnings, with_gamma
-from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE
-from pe_dpo.runs.folder import update_run
+from pe_dpo.runs.files import RECIPE_FILE
 from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training.trainer import forget_if_any
 
 logger = logging.getLogger(__name__)
@@ -68,27 +67,27 @@ def find_gamma(
     return recipe, found
 
 
-def record_gamma(folder: Path, recipe: Recipe, found: Calibration) -> None:
+def record_gamma(writer: RunWriter, recipe: Recipe, found: Calibration) -> None:
     """Write down what γ came to, and the recipe that has it."""
-    update_run(folder, gamma_calibration=found.to_dict())
-    write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
+    if writer.writes:
+        writer.update(gamma_calibration=found.to_dict())
+        write_atomically(writer.folder / RECIPE_FILE, recipe_to_yaml(recipe))
 
 
-def with_recorded_gamma(folder: Path, recipe: Recipe) -> Recipe:
-    """Return a recipe with the γ that the run in this folder found, where both ask for it in the same way; else as it is."""
-    if not recipe.loss.is_calibrated or not (folder / RUN_FILE).is_file():
+def with_recorded_gamma(run: Run, recipe: Recipe) -> Recipe:
+    """Return a recipe with the γ that a run found, where both ask for it in the same way; else as it is."""
+    if not recipe.loss.is_calibrated:
         return recipe
-    record = Run(folder).info.calibration
+    record = run.info.calibration
     return with_gamma(recipe, record["gamma"]) if record.get("asked") == recipe.loss.gamma else recipe
 
 
-def repair_recipe(folder: Path) -> None:
+def repair_recipe(run: Run) -> None:
     """Write the γ that was found into recipe.yaml, should a kill have come between the record and it."""
-    path = folder / RECIPE_FILE
+    path = run.folder / RECIPE_FILE
     if path.is_file():
-        written = Run(folder).recipe
-        found = with_recorded_gamma(folder, written)
-        if found != written:
+        found = with_recorded_gamma(run, run.recipe)
+        if found != run.recipe:
             write_atomically(path, recipe_to_yaml(found))
 
 

@@ -6,21 +6,18 @@ generations.parquet    answers sampled from the policy, with KL(π‖π0), entro
 evaluation.json        the metrics of both
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.inference.drift import Drift, measure_drift, save_generations
+from pe_dpo.inference.drift import measure_drift, save_generations
 from pe_dpo.inference.pairs import with_texts
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import scaled
-from pe_dpo.progress import progress
 from pe_dpo.recipe.schema import GenerationSection
-from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE, scaled_folder
+from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE
 from pe_dpo.runs.held_out import save_evaluation
 from pe_dpo.training.trainer import PairTrainer
 
@@ -46,7 +43,7 @@ def snapshot_steps(count: int, steps: int) -> list[int]:
 
 
 def keep_measurements(
-    folder: Path | None,
+    folder: Path,
     trainer: PairTrainer,
     scored: PairTable,
     settings: GenerationSection,
@@ -55,63 +52,33 @@ def keep_measurements(
     """Sample answers if they are asked for, and write all that is known of the policy as it is now.
 
     Args:
-        folder: where to; None in every process but the one that writes.
+        folder: where to.
         trainer: with the policy.
         scored: the held-out pairs as they are now.
         settings: what to sample.
         end_tokens: token ids that end an answer.
     """
-    if folder is None:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    drift = sample_drift(trainer, settings, end_tokens) if settings.prompts else None
+    drift = None
+    if settings.prompts:
+        drift = trainer.with_smaller_rows(
+            trainer.held_out,
+            lambda: measure_drift(
+                trainer.model,
+                trainer.processing_class,
+                trainer.held_out,
+                prompts=settings.prompts,
+                samples=settings.samples,
+                max_new_tokens=settings.max_new_tokens,
+                end_token_ids=end_tokens,
+                seed=GENERATION_SEED,
+                device=trainer.args.device,
+                token_budget=trainer.token_budget,
+            ),
+        )
     with_texts(scored, trainer.held_out, trainer.processing_class).save(folder / PAIRS_FILE)
     if drift:
         save_generations(drift, folder / ANSWERS_FILE)
     metrics = pair_metrics(scored, is_fixed_set=True)
     intervals = share_intervals(metrics, len(scored))
     save_evaluation(folder / EVALUATION_FILE, metrics, intervals, drift.summary() if drift else None)
-
-
-def keep_scaled(
-    keep: Callable[..., None],
-    trainer: PairTrainer,
-    folder: Path | None,
-    scales: Sequence[float],
-) -> None:
-    """Measure the policy scaled toward the reference, once for each scale; to be called in every process, which share the work.
-
-    Without held-out pairs there is nothing to measure it on.
-
-    Args:
-        keep: `keep_measurements` of this run.
-        trainer: with the policy.
-        folder: of the run; None in every process but the one that writes.
-        scales: see `model.adapter.scaled`.
-    """
-    for scale in scales if trainer.held_out else ():
-        with scaled(trainer.model, scale):
-            scored = trainer.score_held_out()
-            with progress("sampling"):
-                keep(folder and scaled_folder(folder, scale), scored=scored)
-
-
-def sample_drift(trainer: PairTrainer, settings: GenerationSection, end_tokens: Collection[int]) -> Drift:
-    """Return answers of the policy to held-out prompts, with what they say of its distance from the reference."""
-    pairs: list[EncodedPair] = list(trainer.held_out)
-
-    def measured() -> Drift:
-        return measure_drift(
-            trainer.model,
-            trainer.processing_class,
-            pairs,
-            prompts=settings.prompts,
-            samples=settings.samples,
-            max_new_tokens=settings.max_new_tokens,
-            end_token_ids=end_tokens,
-            seed=GENERATION_SEED,
-            device=trainer.args.device,
-            token_budget=trainer.token_budget,
-        )
-
-    return trainer.with_smaller_rows(pairs, measured)

@@ -2,7 +2,6 @@
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -13,7 +12,7 @@ from pe_dpo.model.base import BaseFacts, empty_model
 from pe_dpo.model.mixout import Mixout, attach_mixout
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import MixoutSection
-from pe_dpo.runs.folder import update_run
+from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training.trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -30,10 +29,13 @@ class Mixing(TrainerCallback):
         settings: of the recipe.
         steps: of the whole run.
         trainer: that trains the model.
+        writer: of the run; None outside of one.
     """
 
-    def __init__(self, mixout: Mixout, settings: MixoutSection, steps: int, trainer: PairTrainer) -> None:
-        self.mixout, self.settings, self.trainer = mixout, settings, trainer
+    def __init__(
+        self, mixout: Mixout, settings: MixoutSection, steps: int, trainer: PairTrainer, writer: RunWriter | None
+    ) -> None:
+        self.mixout, self.settings, self.trainer, self.writer = mixout, settings, trainer, writer
         self._rise = min(round(settings.warmup * steps), steps - 1)  # the last step has all of p
         self._microbatch = 0
 
@@ -58,7 +60,8 @@ class Mixing(TrainerCallback):
         if state.global_step < state.max_steps or not state.is_world_process_zero:
             return
         noise = self.measure()
-        update_run(Path(args.output_dir), mixout={**self.settings.model_dump(), **noise._asdict()})
+        if self.writer:
+            self.writer.update(mixout={**self.settings.model_dump(), **noise._asdict()})
         logger.info(f"mixout {self.settings.p:g} ({self.settings.form}): {noise.words()}")
 
     def measure(self) -> MixoutNoise:

@@ -27,6 +27,11 @@ class StartCheck(NamedTuple):
     score: float
     """Mean z."""
 
+    def describe(self) -> str:
+        """Return step 0 as a line for a person."""
+        same = "" if self.largest_difference is None else f"max |log π − log π0| {self.largest_difference:g}, "
+        return f"step 0: {same}loss {self.loss:.4f}, mean score {self.score:.4g}"
+
 
 def check_start(
     model: Any,

@@ -3,8 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,22 +16,22 @@ from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, lent, parameter_targets, save_adapter
+from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, lent, parameter_targets, save_adapter, scaled
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import answer_end_tokens, empty_model
 from pe_dpo.model.mixout import attach_mixout
-from pe_dpo.model.provenance import adapter_fingerprint, base_record
+from pe_dpo.model.provenance import adapter_fingerprint, adapter_fingerprints, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths, with_gamma
-from pe_dpo.runs.files import snapshot_folder
-from pe_dpo.runs.folder import append_metrics, check_run_folder, locked, open_run_folder, update_run
-from pe_dpo.runs.records import finish_records, start_records
+from pe_dpo.runs.files import scaled_folder, snapshot_folder
+from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
 from pe_dpo.training.arguments import check_trackers, total_steps, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
 from pe_dpo.training.gamma import find_gamma, record_gamma, repair_recipe, with_recorded_gamma
-from pe_dpo.training.measurements import Snapshots, keep_measurements, keep_scaled, snapshot_steps
+from pe_dpo.training.measurements import Snapshots, keep_measurements, snapshot_steps
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing, mixout_warnings
 from pe_dpo.training.remarks import scale_remarks
@@ -88,25 +87,28 @@ def train(
 
     state = PartialState(cpu=not torch.cuda.is_available())
     recipe = with_absolute_paths(recipe)
+    run = Run(recipe.output)
     if resume:
-        recipe = with_recorded_gamma(Path(recipe.output), recipe)
-    if not state.is_main_process:
-        with quiet(), lent(shared.base) if shared else nullcontext():
-            prepared, base = prepare_run(recipe, shared=shared), shared.base if shared else None
-            return _train(recipe, prepared, None, base, callbacks=callbacks)
-    folder = Path(recipe.output)
-    if resume:
-        repair_recipe(folder)
-    check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
-    prepared = prepare_run(recipe, shared=shared)
-    with locked(folder), lent(shared.base) if shared else nullcontext():
-        # Again, since another run may have come and gone while the pairs were prepared.
-        check_run_folder(folder, recipe, resume=resume, overwrite=overwrite)
-        base = shared.base if shared else None
+        recipe = with_recorded_gamma(run, recipe)
+    with ExitStack() as stack:
+        if not state.is_main_process:
+            stack.enter_context(quiet())
+            prepared = prepare_run(recipe, shared=shared)
+        else:
+            if resume:
+                repair_recipe(run)
+            check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
+            prepared = prepare_run(recipe, shared=shared)
+            stack.enter_context(locked(run.folder))
+            # Again, since another run may have come and gone while the pairs were prepared.
+            check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
+        if shared:
+            stack.enter_context(lent(shared.base))
+        writer = RunWriter(run.folder, writes=state.is_main_process)
         try:
-            return _train(recipe, prepared, folder, base, resume=resume, callbacks=callbacks)
+            return _train(recipe, prepared, writer, shared.base if shared else None, resume=resume, callbacks=callbacks)
         except TrainingError as error:
-            update_run(folder, status="failed", why=str(error))
+            writer.update(status="failed", why=str(error))
             raise
 
 
@@ -155,86 +157,103 @@ def prepare_run(
 
 
 def _train(
-    recipe: Recipe,
-    prepared: Inputs,
-    folder: Path | None,
-    base: Any,
-    *,
-    resume: bool = False,
-    callbacks: Sequence[Any],
+    recipe: Recipe, prepared: Inputs, writer: RunWriter, base: Any, *, resume: bool, callbacks: Sequence[Any]
 ) -> TrainResult:
-    """Load, check, train, measure; `folder` is None in every process but the one that writes."""
-    from accelerate.utils import broadcast_object_list
-
-    facts, tokenizer, data = prepared
-    stop = StopOnSignal()
+    """Load, check, train, measure."""
     began = time.perf_counter()
-    listeners = [stop, MetricsFile(Path(recipe.output)), *callbacks]
-    trainer = build_trainer(recipe, prepared, folder, resume=resume, base=base, callbacks=listeners)
+    _, tokenizer, data = prepared
+    folder, steps = writer.folder, total_steps(recipe, data)
+    stop = StopOnSignal()
+    trainer = build_trainer(
+        recipe, prepared, writer, resume=resume, base=base, callbacks=[stop, MetricsFile(writer), *callbacks]
+    )
     if recipe.loss.is_calibrated:
         recipe = with_gamma(recipe, trainer.loss.gamma)
-    model, reference = trainer.model, trainer.reference
-    hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": reference.base_fingerprint}
-    if recipe.adapter.start:
-        hashes["start"] = adapter_fingerprint(Path(recipe.adapter.start))
-    describe_base = partial(base_record, model, facts, tokenizer)
-    checkpoint = start_records(folder, recipe, describe_base, data, hashes) if folder else None
-    checkpoint = broadcast_object_list([checkpoint])[0]
-    start = _check_start(trainer, recipe)
-    logger.info(_start_line(start))
+    checkpoint = _record_start(writer, recipe, prepared, trainer)
+
+    # What must hold before the first step, and how the watched pairs are scored then.
+    start = check_start(
+        trainer.model,
+        [data.train[index] for index in next(iter(trainer.optimizer_batches()))],
+        trainer.scorer,
+        token_budget=trainer.token_budget,
+        loss=trainer.loss,
+        policy_is_reference=recipe.policy_starts_as_reference,
+        is_fresh=recipe.adapter.start is None,
+    )
+    logger.info(start.describe())
     first = _score_before(trainer, recipe)
     first = trainer.first = first.since(first)
     if recipe.policy_starts_as_reference:
         check_diagonal(first)
     at_start = trainer.watched_metrics(first)
     before = at_start if data.held_out else {}
-    if folder and checkpoint is None:
-        update_run(folder, status="training", start=start._asdict(), before=before)
-        append_metrics(folder, {"step": 0, **{f"{trainer.prefix}_{key}": value for key, value in at_start.items()}})
+    if checkpoint is None:
+        writer.update(status="training", start=start._asdict(), before=before)
+        writer.log({"step": 0, **{f"{trainer.prefix}_{key}": value for key, value in at_start.items()}})
     scale = scale_remarks(recipe, first, of="held-out" if data.held_out else "watched training")
     for line in scale:
         logger.warning(line)
-    watch = Watch(Path(recipe.output), recipe.loss, at_start)
-    trainer.add_callback(watch)
 
+    watch = Watch(writer, recipe.loss, at_start)
+    trainer.add_callback(watch)
     ends = answer_end_tokens(tokenizer, recipe.model.base, revision=recipe.model.revision)
-    keep = partial(keep_measurements, trainer=trainer, settings=recipe.generation, end_tokens=ends)
+
+    def keep(place: Path, scored: PairTable) -> None:
+        if writer.writes:
+            keep_measurements(place, trainer, scored, recipe.generation, ends)
+
     if data.held_out and recipe.generation.snapshots:
-        trainer.add_callback(
-            Snapshots(
-                snapshot_steps(recipe.generation.snapshots, total_steps(recipe, data)),
-                lambda step: keep(folder and snapshot_folder(folder, step), scored=trainer.score_held_out()),
-            )
-        )
+        points = snapshot_steps(recipe.generation.snapshots, steps)
+        trainer.add_callback(Snapshots(points, lambda step: keep(snapshot_folder(folder, step), trainer.score_held_out())))
     try:
-        trainer.train_to(total_steps(recipe, data), checkpoint)
+        trainer.train_to(steps, checkpoint)
     finally:
         stop.restore()
-        reference.flush()
+        trainer.reference.flush()
 
-    check_weights_unpacked(model)
+    check_weights_unpacked(trainer.model)
     last = trainer.score_held_out() if data.held_out else None
     after = trainer.watched_metrics(last) if last else {}
-    remarks = [*scale, *watch.conclude(after, has_moved=not adapter_is_zero(model))]
-    step, reduce = trainer.state.global_step, recipe.loss.reduce
-    result = TrainResult(Path(recipe.output), before, after, start, step, stop.received, remarks, reduce)
-    if folder:
-        update_run(folder, scoring=_scoring_facts(trainer))
-    if folder and stop.received is not None:
-        update_run(folder, status="interrupted", step=result.steps)
-    if stop.received is None:
-        _keep_outcome(trainer, recipe, folder, result, last, keep, began)
+    remarks = [*scale, *watch.conclude(after, has_moved=not adapter_is_zero(trainer.model))]
+    result = TrainResult(folder, before, after, start, trainer.state.global_step, stop.received, remarks, recipe.loss.reduce)
+    scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.token_budget}
+    writer.update(scoring={**scoring, "reference_pairs_computed": trainer.reference.computed})
+    if stop.received is not None:
+        writer.update(status="interrupted", step=result.steps)
+    else:
+        _finish(writer, recipe, trainer, result, last, keep, began)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
-def _keep_outcome(
-    trainer: PairTrainer,
+def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: PairTrainer) -> Path | None:
+    """Write down what a fresh run starts from, or check it for one that goes on; return the checkpoint to go on from."""
+    from accelerate.utils import broadcast_object_list
+
+    facts, tokenizer, data = prepared
+    base = trainer.reference.base_fingerprint
+    hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base}
+    if recipe.adapter.start:
+        hashes["start"] = adapter_fingerprint(Path(recipe.adapter.start))
+    checkpoint = None
+    if writer.writes and Run(writer.folder).info.hashes.data is not None:
+        checkpoint = writer.resume(hashes)
+    elif writer.writes:
+        pairs = {"train": len(data.train), "held_out": len(data.held_out)}
+        described = base_record(trainer.model, facts, tokenizer)
+        writer.record_start(recipe, hashes, base=described, data_report=data.report.to_dict(), pairs=pairs)
+    found: Path | None = broadcast_object_list([checkpoint])[0]
+    return found
+
+
+def _finish(
+    writer: RunWriter,
     recipe: Recipe,
-    folder: Path | None,
+    trainer: PairTrainer,
     result: TrainResult,
     scored: PairTable | None,
-    keep: Callable[..., None],
+    keep: Callable[[Path, PairTable], None],
     began: float,
 ) -> None:
     """Write the adapter and what a complete run came to; its scaled states are measured in every process.
@@ -244,22 +263,26 @@ def _keep_outcome(
     """
     trainer.check_adapter_is_finite()
     check_end(scored)
-    if folder:
-        save_adapter(trainer.model, folder)
-        trainer.processing_class.save_pretrained(folder)
-        if scored is not None:
+    if writer.writes:
+        save_adapter(trainer.model, result.folder)
+        trainer.processing_class.save_pretrained(result.folder)
+    if scored is not None:
+        with progress("sampling"):
+            keep(result.folder, scored)
+    writer.update(seconds=time.perf_counter() - began)
+    for scale in recipe.generation.scales if trainer.held_out else ():
+        with scaled(trainer.model, scale):
+            at_scale = trainer.score_held_out()
             with progress("sampling"):
-                keep(folder, scored=scored)
-        update_run(folder, seconds=time.perf_counter() - began)
-    keep_scaled(keep, trainer, folder, recipe.generation.scales)
-    if folder:
-        finish_records(folder, recipe, before=result.before, after=result.after, step=result.steps, remarks=result.remarks)
+                keep(scaled_folder(result.folder, scale), at_scale)
+    adapter = adapter_fingerprints(result.folder) if writer.writes else {}
+    writer.finish(recipe, before=result.before, after=result.after, step=result.steps, remarks=result.remarks, adapter=adapter)
 
 
 def build_trainer(
     recipe: Recipe,
     prepared: Inputs,
-    folder: Path | None = None,
+    writer: RunWriter | None = None,
     *,
     resume: bool = False,
     base: Any = None,
@@ -313,27 +336,12 @@ def build_trainer(
         callbacks=callbacks,
     )
     if mixout.layers:
-        trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer))
-    if folder:
-        open_run_folder(folder, asked, resume=resume)
+        trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, writer))
+    if writer:
+        writer.begin(asked, resume=resume)
         if calibration:
-            record_gamma(folder, recipe, calibration)
+            record_gamma(writer, recipe, calibration)
     return trainer
-
-
-def _check_start(trainer: PairTrainer, recipe: Recipe) -> StartCheck:
-    """Check step 0 on the pairs of the first optimizer step."""
-    pairs = trainer.train_dataset
-    first = next(iter(trainer.optimizer_batches()))
-    return check_start(
-        trainer.model,
-        [pairs[index] for index in first],
-        trainer.scorer,
-        token_budget=trainer.token_budget,
-        loss=trainer.loss,
-        policy_is_reference=recipe.policy_starts_as_reference,
-        is_fresh=recipe.adapter.start is None,
-    )
 
 
 def _score_before(trainer: PairTrainer, recipe: Recipe) -> PairTable:
@@ -349,23 +357,9 @@ def _score_before(trainer: PairTrainer, recipe: Recipe) -> PairTable:
     trainer.held_out_reference = trainer.score_reference()
     reference.flush()
     if recipe.policy_starts_as_reference and not trainer.any_process(bool(reference.found)):
-        return trainer.score_held_out(
-            trainer.held_out_reference
-        )  # this very moment's: π is π0, there is nothing to score again
+        # It is this very moment's, and π is π0: there is nothing to score again.
+        return trainer.score_held_out(trainer.held_out_reference)
     policy = trainer.score_model()
     if recipe.policy_starts_as_reference and forget_if_any(reference, reference.difference(watched, policy)):
         trainer.held_out_reference = trainer.score_reference()
     return trainer.score_held_out(policy)
-
-
-def _scoring_facts(trainer: PairTrainer) -> dict[str, Any]:
-    return {
-        "path": trainer.scorer.path,
-        "tokens_per_forward": trainer.token_budget,
-        "reference_pairs_computed": trainer.reference.computed,
-    }
-
-
-def _start_line(start: StartCheck) -> str:
-    same = "" if start.largest_difference is None else f"max |log π − log π0| {start.largest_difference:g}, "
-    return f"step 0: {same}loss {start.loss:.4f}, mean score {start.score:.4g}"

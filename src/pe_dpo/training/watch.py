@@ -9,15 +9,14 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.recipe.loss_section import LossSection
-from pe_dpo.runs.folder import append_metrics
 from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training.remarks import batch_remarks, set_remarks, stillness_remark
 
 logger = logging.getLogger(__name__)
@@ -40,13 +39,13 @@ class Watch(TrainerCallback):
     """Looks at every line of metrics; in the main process only.
 
     Args:
-        folder: of the run.
+        writer: of the run.
         loss: of the recipe.
         before: metrics of the watched pairs at step 0; empty where none are watched.
     """
 
-    def __init__(self, folder: Path, loss: LossSection, before: Mapping[str, float]) -> None:
-        self.folder, self.loss, self.before = folder, loss, before
+    def __init__(self, writer: RunWriter, loss: LossSection, before: Mapping[str, float]) -> None:
+        self.writer, self.loss, self.before = writer, loss, before
         self.last: dict[str, float] = {}
         """Metrics of the watched pairs when they were last looked at."""
         self.said: dict[str, tuple[int, str]] = {}
@@ -56,7 +55,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Catch up with what a resumed run has seen and said."""
         if state.is_world_process_zero and state.global_step:
-            for line in Run(self.folder).metrics:
+            for line in Run(self.writer.folder).metrics:
                 self.look(line["step"], line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -66,7 +65,7 @@ class Watch(TrainerCallback):
         for name, words in self.look(state.global_step, logs or {}).items():
             if state.global_step < state.max_steps:  # at the end all remarks are told together
                 logger.warning(f"step {state.global_step}: {words}")
-            append_metrics(self.folder, {"step": state.global_step, "remark": name, "words": words})
+            self.writer.log({"step": state.global_step, "remark": name, "words": words})
 
     def look(self, step: int, line: Mapping[str, Any]) -> dict[str, str]:
         """Return the remarks that become due with a line of metrics, by name; each comes once.

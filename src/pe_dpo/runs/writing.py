@@ -1,21 +1,26 @@
-"""The folder of one run as it is written: who may write into it, and how its record and metrics are kept."""
+"""Writing a run folder: who may, what is removed for a fresh run, and what stands in run.json and metrics.jsonl."""
 
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.errors import RunFolderError
-from pe_dpo.recipe import Recipe, recipe_difference, recipe_to_yaml
+from pe_dpo.recipe import Recipe, describe, recipe_difference, recipe_to_yaml
+from pe_dpo.runs.checkpoints import checkpoint_step
 from pe_dpo.runs.files import BASE_FILE, METRICS_FILE, RECIPE_FILE, RUN_FILE, read_object
+from pe_dpo.runs.model_card import model_card
 from pe_dpo.runs.run import Run
+
+logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
     "output",
@@ -53,6 +58,125 @@ _OURS = {
     *("snapshots", "scaled", "report", "report.html", "log.txt"),
     "runs",  # what the tensorboard tracker writes
 }
+
+
+class RunWriter:
+    """Writes down what a run does. In every process of a run but the first it is there and writes nothing.
+
+    Args:
+        folder: of the run, locked by `locked`.
+        writes: whether this is the process that writes.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
+
+    def begin(self, recipe: Recipe, *, resume: bool) -> None:
+        """Make a checked folder ready: as it is for a resumed run; else without the last run, and with this recipe.
+
+        Only what a run writes is removed; other files stay.
+        """
+        if not self.writes or (resume and (self.folder / RUN_FILE).is_file()):
+            return
+        for path in filter(_is_ours, _content(self.folder)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.update(id=uuid.uuid4().hex, status="starting")
+        write_atomically(self.folder / RECIPE_FILE, recipe_to_yaml(recipe))
+
+    def update(self, **entries: Any) -> None:
+        """Set entries of run.json, atomically; one of None is taken out."""
+        if self.writes:
+            entries = {**read_object(self.folder / RUN_FILE), **entries}
+            write_json(self.folder / RUN_FILE, {key: value for key, value in entries.items() if value is not None})
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        if self.writes:
+            with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def resume(self, hashes: Mapping[str, str]) -> Path | None:
+        """Return the checkpoint from which the run goes on, None for its beginning; metrics logged after it are dropped.
+
+        Args:
+            hashes: of what the run would start from now, which must be what it started from.
+
+        Raises:
+            RunFolderError: the run started with other data, another base or start adapter, or no checkpoint is whole and its
+                own.
+        """
+        run = Run(self.folder)
+        check_same_inputs(run, hashes)
+        checkpoint, passed_over = run.resume_point()
+        for line in passed_over:
+            logger.info(line)
+        logger.info(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
+        last = checkpoint_step(checkpoint) if checkpoint else -1
+        kept = [json.dumps(line) + "\n" for line in run.metrics if line["step"] <= last]
+        write_atomically(self.folder / METRICS_FILE, "".join(kept))
+        if run.info.status == "failed":
+            self.update(status="training", why=None)
+        return checkpoint
+
+    def record_start(
+        self,
+        recipe: Recipe,
+        hashes: Mapping[str, str],
+        *,
+        base: Mapping[str, Any],
+        data_report: Mapping[str, Any],
+        pairs: Mapping[str, int],
+    ) -> None:
+        """Write down what a fresh run starts from.
+
+        Args:
+            recipe: with γ as a number.
+            hashes: of data, held-out pairs, base and start adapter.
+            base: what the base is, file by file and tensor by tensor.
+            data_report: what became of every row.
+            pairs: how many, to train on and held out.
+        """
+        write_json(self.folder / BASE_FILE, base)
+        write_json(self.folder / "data_report.json", data_report)
+        is_base = recipe.adapter.reference != "adapter"
+        self.update(
+            versions=versions(),
+            hashes=dict(hashes),
+            base={key: base[key] for key in ("id", "revision", "quantize", "dtype", "parameters", "quantized_layers")},
+            reference_card={
+                "is": "the base with adapters off" if is_base else f"a frozen copy of {recipe.adapter.start}",
+                "base_sha256": hashes["base"],
+                "run_in_training": recipe.loss.gamma_value != 0,
+            },
+            loss=describe(recipe.loss)._asdict(),
+            pairs=dict(pairs),
+        )
+
+    def finish(
+        self,
+        recipe: Recipe,
+        *,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        step: int,
+        remarks: Sequence[str],
+        adapter: Mapping[str, str],
+    ) -> None:
+        """Write what a complete run came to: the model card, and run.json.
+
+        Args:
+            recipe: of the run.
+            before: held-out metrics at step 0.
+            after: held-out metrics at the end.
+            step: the last one.
+            remarks: what looks off, in words.
+            adapter: hashes of the adapter's files.
+        """
+        if self.writes:
+            write_atomically(self.folder / "README.md", model_card(recipe, before, after))
+            hashes = {**Run(self.folder).info.hashes.inputs, "adapter": dict(adapter)}
+            outcome = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
+            self.update(status="finished", step=step, **outcome, hashes=hashes)
 
 
 @contextmanager
@@ -108,19 +232,6 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
         raise RunFolderError(f"{folder}: holds a run; --resume goes on with it, --overwrite removes it, --output moves")
 
 
-def open_run_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Make a locked and checked folder ready: as it is for a resumed run; else without the last run, and with this recipe.
-
-    Only what a run writes is removed; other files stay.
-    """
-    if resume and (folder / RUN_FILE).is_file():
-        return
-    for path in filter(_is_ours, _content(folder)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    update_run(folder, id=uuid.uuid4().hex, status="starting")
-    write_atomically(folder / RECIPE_FILE, recipe_to_yaml(recipe))
-
-
 def _content(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != ".lock"]
 
@@ -161,25 +272,20 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def check_same_inputs(folder: Path, hashes: Mapping[str, str]) -> None:
+def check_same_inputs(run: Run, hashes: Mapping[str, str]) -> None:
     """Check that a resumed run sees the data, the base and the start adapter that it started with.
 
     Raises:
         RunFolderError: naming what differs.
     """
-    recorded = Run(folder).info.hashes.inputs
+    recorded = run.info.hashes.inputs
     changed = [name for name, value in hashes.items() if name in recorded and recorded[name] != value]
     if changed:
         lines = "\n".join(f"  {name}: {recorded[name][:12]} → {hashes[name][:12]}" for name in changed)
         raise RunFolderError(
-            f"{folder}: the run started with other inputs (sha256):\n{lines}\nrestore them, or start anew with another --output"
+            f"{run.folder}: the run started with other inputs (sha256):\n{lines}\n"
+            "restore them, or start anew with another --output"
         )
-
-
-def update_run(folder: Path, **entries: Any) -> None:
-    """Set entries of run.json, atomically; one of None is taken out."""
-    current = read_object(folder / RUN_FILE)
-    write_json(folder / RUN_FILE, {key: value for key, value in {**current, **entries}.items() if value is not None})
 
 
 def versions() -> dict[str, str]:
@@ -187,15 +293,3 @@ def versions() -> dict[str, str]:
     packages = "pe-dpo torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors"
     found = {name: importlib.metadata.version(name) for name in packages.split()}
     return {"python": sys.version.split()[0], "platform": platform.platform(), **found}
-
-
-def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
-    """Add one line to metrics.jsonl."""
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def rewind_metrics(folder: Path, step: int) -> None:
-    """Drop the lines after a step, which the resumed run will write again."""
-    kept = [json.dumps(line) + "\n" for line in Run(folder).metrics if line["step"] <= step]
-    write_atomically(folder / METRICS_FILE, "".join(kept))
