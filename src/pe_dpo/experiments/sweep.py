@@ -20,7 +20,7 @@ from pe_dpo.data import data_hash
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import PeDpoError, RunFolderError
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
-from pe_dpo.log import logged_to
+from pe_dpo.log import logged_to, quiet
 from pe_dpo.model.base import load_base
 from pe_dpo.model.provenance import adapter_fingerprint
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_to_yaml, with_absolute_paths
@@ -108,7 +108,8 @@ def share(recipe: Recipe, like: Path | None = None) -> SharedRun:
         RunFolderError: the finished run had other pairs.
         DataError, ModelError: the base or the pairs cannot be used at all.
     """
-    prepared = prepare_run(recipe)
+    with quiet():  # each run says it again in its own log
+        prepared = prepare_run(recipe)
     if like is not None:
         check_same_inputs(Run(like), {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
     for line in prepared.data.report.lines():
