@@ -187,6 +187,7 @@ class Run(Measurements):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(self, Path(folder), step=0)
+        self._metrics: tuple[tuple[int, int], list[dict[str, Any]]] = ((-1, -1), [])
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -253,12 +254,18 @@ class Run(Measurements):
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, each with its step; a last one that a kill cut off is left out.
 
+        They are read anew where a run has written more since: a curve costs no pass over the file.
+
         Raises:
             RunFolderError: a line is not JSON.
         """
         path = self.folder / METRICS_FILE
         if not path.is_file():
             return []
+        stat = path.stat()
+        now = stat.st_mtime_ns, stat.st_size
+        if self._metrics[0] == now:
+            return self._metrics[1]
         found = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
             try:
@@ -266,7 +273,8 @@ class Run(Measurements):
             except ValueError as error:
                 if line.endswith("\n"):
                     raise RunFolderError(f"{path}:{number}: is not JSON ({error}); remove that line") from error
-        return [line for line in found if isinstance(line, dict) and "step" in line]
+        self._metrics = now, [line for line in found if isinstance(line, dict) and "step" in line]
+        return self._metrics[1]
 
     @cached_property
     def has_held_out(self) -> bool:
