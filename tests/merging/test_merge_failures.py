@@ -10,17 +10,18 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import warm_process
 from safetensors.torch import load_file, save_file
 
 from pe_dpo.cli import main
@@ -708,45 +709,32 @@ def test_a_disk_that_fills_up_beside_the_weights_leaves_nothing(
         merge(nf4_run, out, pairs=0)
 
 
-WORKER = """
+MERGE = """
 import json, os, resource, sys
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
 from pe_dpo.merging.merge import merge
 
 def peak_kilobytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
-merge(sys.argv[1], sys.argv[2])
-print("ready", flush=True)
-for line in sys.stdin:
-    target, out, pairs, most_bytes = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        said, code = "", 70
-        try:
-            if target != sys.argv[1]:
-                merge(sys.argv[1], out + "-warm", pairs=0)
-            before = peak_kilobytes()
-            if most_bytes:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-            merge(target, out, pairs=pairs, allow_base_mismatch=target != sys.argv[1])
-            code = 0
-        except BaseException as error:
-            code, said = getattr(error, "exit_code", 70), f"{type(error).__name__}: {error}"
-        finally:
-            print(json.dumps({"peak_bytes": 1024 * (peak_kilobytes() - before), "said": said}), flush=True)
-            os._exit(code)
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+run, out, pairs, most_bytes, tiny_run = json.loads(sys.argv[1])
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars would meet the limit first
+if tiny_run:
+    merge(tiny_run, out + "-warm", pairs=0)
+before, limits = peak_kilobytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+if most_bytes:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
+said, code = "", 0
+try:
+    merge(run, out, pairs=pairs, allow_base_mismatch=bool(tiny_run))
+except Exception as error:
+    code, said = getattr(error, "exit_code", 70), f"{type(error).__name__}: {error}"
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+print(json.dumps({"said": said, "peak_bytes": 1024 * (peak_kilobytes() - before)}), flush=True)
+sys.exit(code)
 """
-"""A process that has loaded all libraries and merges in children of its own, each of which can be killed and measured.
-
-The peak of one that merges another model counts from what a merge of the tiny run takes.
-"""
+"""Merges in a process of its own, which can be killed and measured; its peak counts from what a merge of a tiny run takes."""
 
 
 class Ended(NamedTuple):
@@ -757,71 +745,32 @@ class Ended(NamedTuple):
     peak_bytes: int
 
 
-class Worker:
-    """Merges in processes of their own."""
-
-    def __init__(self, run: Path, folder: Path) -> None:
-        self.log = folder / "worker.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", WORKER, str(run), str(folder / "warm")],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
-        self.answer()
-
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        assert line, self.log.read_text()
-        return line
-
-    def start(self, run: Path, out: Path, *, pairs: int, most_bytes: int = 0) -> int:
-        """Begin a merge and return its process."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([str(run), str(out), pairs, most_bytes]) + "\n")
-        self.process.stdin.flush()
-        self.reports: list[dict[str, Any]] = []
-        return self.number()
-
-    def number(self) -> int:
-        """The next answer that is one: what a child reports may come before and after the number of its process."""
-        while not (line := self.answer()).lstrip("-").isdigit():
-            self.reports.append(json.loads(line))
-        return int(line)
-
-    def wait(self) -> Ended:
-        """Wait for the merge that was begun."""
-        code = self.number()
-        return Ended(code, **(self.reports[0] if self.reports else {"said": "", "peak_bytes": 0}))
-
-    def merge(self, run: Path, out: Path, **settings: int) -> Ended:
-        """Merge and return how it ended."""
-        self.start(run, out, **settings)
-        return self.wait()
-
-    def end(self) -> None:
-        self.process.communicate()
+def start_merge(
+    run: Path, out: Path, folder: Path, *, pairs: int, most_bytes: int = 0, tiny_run: Path | None = None
+) -> BaseProcess:
+    """Begin a merge in a process of its own, which leaves what it has to say in a folder."""
+    return warm_process.start(MERGE, json.dumps([str(run), str(out), pairs, most_bytes, str(tiny_run or "")]), folder=folder)
 
 
-@pytest.fixture(scope="module")
-def worker(nf4_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    worker = Worker(nf4_run, tmp_path_factory.mktemp("worker"))
-    yield worker
-    worker.end()
+def merge_apart(run: Path, out: Path, folder: Path, **settings: Any) -> Ended:
+    """Merge in a process of its own, and return how it ended."""
+    process = start_merge(run, out, folder, **settings)
+    process.join()
+    lines = warm_process.log(process, folder).read_text().splitlines()
+    assert process.exitcode is not None and lines, process.exitcode
+    return Ended(process.exitcode, **json.loads(lines[-1]))
 
 
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_one_error_and_leaves_nothing(
-    worker: Worker, nf4_run: Path, out: Path, merged: Path
+    nf4_run: Path, out: Path, merged: Path, tmp_path: Path
 ) -> None:
     """The system's own EFBIG. The weights have 462,176 bytes with their header."""
     for most_bytes in (100, 5_000, 462_000):
-        ended = worker.merge(nf4_run, out, pairs=0, most_bytes=most_bytes)
+        ended = merge_apart(nf4_run, out, tmp_path, pairs=0, most_bytes=most_bytes)
         assert ended[:2] == (1, f"ModelError: {out}: cannot be written: File too large; nothing was left there")
         assert list(out.parent.iterdir()) == []
-    assert worker.merge(nf4_run, out, pairs=0).code == 0
+    assert merge_apart(nf4_run, out, tmp_path, pairs=0).code == 0
     assert (out / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 
@@ -841,7 +790,7 @@ def assert_whole(out: Path, merged: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("pairs", "kills"), [(0, 8), (9, 4)])
 def test_sigkill_at_random_moments_leaves_nothing_or_a_whole_model(
-    worker: Worker, nf4_run: Path, merged: Path, tmp_path: Path, pairs: int, kills: int
+    nf4_run: Path, merged: Path, tmp_path: Path, pairs: int, kills: int
 ) -> None:
     """Half of them at any moment, half after the first byte was staged; then a merge sweeps what they left and succeeds."""
     moments = random.Random(pairs)
@@ -849,20 +798,20 @@ def test_sigkill_at_random_moments_leaves_nothing_or_a_whole_model(
     out.parent.mkdir()
     staging = out.with_name(".out.staging")
     began = time.monotonic()
-    assert worker.merge(nf4_run, tmp_path / "timed", pairs=pairs).code == 0
+    assert merge_apart(nf4_run, tmp_path / "timed", tmp_path, pairs=pairs).code == 0
     seconds = time.monotonic() - began
     landed, left, whole = 0, 0, 0
     for number in range(kills):
-        child = worker.start(nf4_run, out, pairs=pairs)
+        process = start_merge(nf4_run, out, tmp_path, pairs=pairs)
         delay = moments.random() * seconds
         if number % 2:
-            while not staging.exists() and not out.exists() and Path(f"/proc/{child}").exists():
+            while not staging.exists() and not out.exists() and process.is_alive():
                 time.sleep(0.001)
             delay *= 0.6
         time.sleep(delay)
-        with suppress(ProcessLookupError):  # it was through
-            os.kill(child, signal.SIGKILL)
-        landed += worker.wait().code == -signal.SIGKILL
+        process.kill()
+        process.join()
+        landed += process.exitcode == -signal.SIGKILL
         left += staging.exists() and not out.exists()
         assert {path.name for path in out.parent.iterdir()} <= {"out", ".out.staging"}
         if out.exists():
@@ -870,7 +819,7 @@ def test_sigkill_at_random_moments_leaves_nothing_or_a_whole_model(
             assert_whole(out, merged)
             shutil.rmtree(out)
     assert landed >= kills // 2 and left >= kills // 3, (landed, left, whole)
-    assert worker.merge(nf4_run, out, pairs=pairs).code == 0
+    assert merge_apart(nf4_run, out, tmp_path, pairs=pairs).code == 0
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert_whole(out, merged)
 
@@ -1060,7 +1009,7 @@ def leave_record(adapter: Path, base: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of a process from /proc")
-def test_the_memory_of_a_merge_is_that_of_its_largest_tensor(worker: Worker, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_memory_of_a_merge_is_that_of_its_largest_tensor(nf4_run: Path, tiny_base: Path, tmp_path: Path) -> None:
     """A model of 90 times its largest tensor: 190 MB of bfloat16, and 2.1 MB; 80 MB measured with half the layers.
 
     Stochastic rounding holds about 12 float32 copies of one tensor, so 25 times its bfloat16; bitsandbytes' quantization on the
@@ -1071,7 +1020,7 @@ def test_the_memory_of_a_merge_is_that_of_its_largest_tensor(worker: Worker, tin
     leave_record(adapter, tmp_path / "base")
     size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     largest = 2 * width * 4 * width
-    ended = worker.merge(adapter, tmp_path / "out", pairs=0)
+    ended = merge_apart(adapter, tmp_path / "out", tmp_path, pairs=0, tiny_run=nf4_run)
     assert ended.code == 0, ended.said
     assert size > 80 * largest
     assert 2 * largest < ended.peak_bytes < 45 * largest, (ended.peak_bytes, largest, size)

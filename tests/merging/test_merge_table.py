@@ -10,6 +10,7 @@ nats, with or without an adapter. A shift of 0.004, of an update of 3e-4, is ser
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,43 +65,40 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Trained]:
+def trained(made_once: Callable[..., Path]) -> Callable[[str, str, str], Trained]:
     """Trains on first use: kind of base, quantization, size."""
-    folder = tmp_path_factory.mktemp("table")
-    write_pairs(folder / "pairs", train=400, test=96)
-    known: dict[tuple[str, str, str], Trained] = {}
+    pairs = made_once("table-pairs", lambda folder: write_pairs(folder, train=400, test=96))
 
+    @cache
     def make(kind: str, quantize: str, size: str) -> Trained:
-        if (kind, quantize, size) not in known:
-            base = BASE if kind == "tied" else _untied(folder / "untied")
-            output = folder / f"{kind}-{quantize}-{size}"
-            rate, steps, pairs = SIZES[size]
+        rate, steps, pairs_per_step = SIZES[size]
+        base = BASE if kind == "tied" else made_once("table-untied", _untie)
+
+        def fill(folder: Path) -> None:
             train(
                 recipe_from_yaml(
                     f"model: {{base: '{base}', quantize: {quantize}, dtype: float32}}\n"
-                    f"data: {{train: '{folder / 'pairs'}'}}\n"
-                    f"train: {{learning_rate: {rate}, max_steps: {steps}, pairs_per_step: {pairs}, warmup: 0, "
+                    f"data: {{train: '{pairs}'}}\n"
+                    f"train: {{learning_rate: {rate}, max_steps: {steps}, pairs_per_step: {pairs_per_step}, warmup: 0, "
                     f"schedule: constant, eval_every: {steps}, save_every: {steps}}}\n"
-                    f"output: '{output}'\n",
+                    f"output: '{folder / 'run'}'\n",
                     "test",
                 )
             )
-            with open_source(output, pairs=96) as source:
-                known[kind, quantize, size] = _measured(source)
-        return known[kind, quantize, size]
+
+        with open_source(made_once(f"table-{kind}-{quantize}-{size}", fill) / "run", pairs=96) as source:
+            return _measured(source)
 
     return make
 
 
-def _untied(folder: Path) -> Path:
-    if not folder.is_dir():
-        shutil.copytree(BASE, folder)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+def _untie(folder: Path) -> None:
+    shutil.copytree(BASE, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _measured(source: Source) -> Trained:

@@ -37,17 +37,19 @@ TOWARD = "scaled toward the reference by a = 0.5"
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(tiny_recipe: Callable, made_once: Callable[..., Path]) -> dict[str, Path]:
     """A run on the base in float32, one in 4 bit, and one that starts from each with its frozen copy as the reference."""
-    root = tmp_path_factory.mktemp("runs")
-    found: dict[str, Path] = {}
-    for quantize in ("none", "nf4"):
-        settings = (f"model.quantize={quantize}", "train.learning_rate=3.0e-3")
-        found[quantize] = train(tiny_recipe(root / quantize, *settings)).folder
-        start = f"adapter={{start: '{found[quantize]}', reference: adapter}}"
-        settings = (f"model.quantize={quantize}", "train.learning_rate=1.0e-2", start)
-        found[f"{quantize}, frozen"] = train(tiny_recipe(root / f"{quantize}-frozen", *settings)).folder
-    return found
+
+    def fill(root: Path) -> None:
+        for quantize in ("none", "nf4"):
+            settings = (f"model.quantize={quantize}", "train.learning_rate=3.0e-3")
+            train(tiny_recipe(root / quantize, *settings))
+            start = f"adapter={{start: '{root / quantize}', reference: adapter}}"
+            settings = (f"model.quantize={quantize}", "train.learning_rate=1.0e-2", start)
+            train(tiny_recipe(root / f"{quantize}, frozen", *settings))
+
+    root = made_once("runs-to-scale", fill)
+    return {name: root / name for name in ("none", "nf4", "none, frozen", "nf4, frozen")}
 
 
 def updates(folder: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pe_dpo.cli", "pe_dpo.training.train", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(["pe_dpo.training.train", "pe_dpo.merging.merge", "transformers.models.llama.modeling_llama"])
 
 
 def start(program: str, *words: object, folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
