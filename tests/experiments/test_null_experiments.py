@@ -15,7 +15,7 @@ from scipy import special
 
 from pe_dpo.experiments.compare import find_arms
 from pe_dpo.experiments.comparison import Arm, Power
-from pe_dpo.experiments.resampled import resample, settings_of
+from pe_dpo.experiments.resampled import Resampled, settings_of
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.metrics.table import AnswerTable, PairTable
@@ -85,7 +85,7 @@ def observation(settings: dict[str, Any], seed: int, shift: np.ndarray, kl: np.n
 def findings(observations: list[Observation]) -> tuple[list[Arm], Power | None]:
     """What `compare` finds on accuracy/shift against the β dial."""
     metric = METRICS["accuracy/shift"]
-    resampled = resample(observations, metric, repeats=300, seed=0)
+    resampled = Resampled(observations, metric, repeats=300, seed=0)
     settings = settings_of(observations)
     line = [one for one in settings if set(one.settings) <= {"loss.beta"}]
     arms, power, _ = find_arms(resampled, settings, line, metric, seed=0, confidence=0.95)

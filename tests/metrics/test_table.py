@@ -150,6 +150,10 @@ def test_what_is_not_defined_is_left_out():
 # ---------------------------------------------------------------- movement since step 0
 
 
+def at_reference(table):
+    return replace(table, policy_chosen=table.reference_chosen, policy_rejected=table.reference_rejected)
+
+
 def test_displacement_per_token_is_over_all_tokens(four):
     """Chosen −2 + 2 − 4 + 0 = −4 over 8 tokens; rejected 0 − 4 + 2 − 2 = −4 over 14."""
     metrics = pair_metrics(four)
@@ -160,7 +164,7 @@ def test_displacement_per_token_is_over_all_tokens(four):
 def test_shift_accuracy_asks_whether_the_preference_grew_whatever_gamma(four):
     """Δπ − Δ0 = −2, 6, −6, 2."""
     assert pair_metrics(four)["accuracy/shift"] == 0.5
-    assert pair_metrics(four.at_reference())["accuracy/shift"] == 0.5  # all tied
+    assert pair_metrics(at_reference(four))["accuracy/shift"] == 0.5  # all tied
     assert pair_metrics(four.take([1, 2, 3]))["accuracy/shift"] == pytest.approx(2 / 3)
 
 
@@ -216,7 +220,7 @@ def test_a_policy_that_learns_length_alone_changes_sides_when_matched_on_length(
 
 
 def test_at_step_0_no_pair_is_off_the_diagonal_by_sums_per_token_or_matched_on_length():
-    metrics = pair_metrics(length_world(-0.5).at_reference(), is_fixed_set=True)
+    metrics = pair_metrics(at_reference(length_world(-0.5)), is_fixed_set=True)
     for table in ("regimes", "regimes_per_token", "regimes_length_matched"):
         for name in ("policy_right_reference_wrong", "policy_wrong_reference_right"):
             assert metrics[f"{table}/{name}/pairs"] == 0

@@ -25,7 +25,7 @@ import numpy as np
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments import summary
 from pe_dpo.experiments.comparison import FREE_CONTROLS, SCALE, STEP, Arm, Best, Comparison, Power, RunRow, is_end
-from pe_dpo.experiments.resampled import Resampled, Setting, paired_seeds, resample, settings_of
+from pe_dpo.experiments.resampled import Resampled, Setting, paired_seeds, settings_of
 from pe_dpo.metrics import bootstrap
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
@@ -74,7 +74,8 @@ def compare(
     axis = check_names(metric, baseline)
     read = read_observations(targets)
     ours = [one for one in read.observations if one.source == "pe-dpo"]
-    name = metric or _default_metric(ours)
+    is_scored = bool(ours) and all(why_missing(METRICS["win_rate"], one) is None for one in ours)
+    name = metric or ("win_rate" if is_scored else "accuracy/shift" if ours else "rewards/accuracies")
     chosen = METRICS[name]
     usable = [one for one in ours if why_missing(chosen, one) is None]
     if ours and not usable:
@@ -105,7 +106,7 @@ def compare(
         ],
     )
     if usable:
-        resampled = resample(usable, chosen, repeats=repeats, seed=seed)
+        resampled = Resampled(usable, chosen, repeats=repeats, seed=seed)
         settings = settings_of(usable)
         axis, remarks = _line_axis(axis, settings)
         settings = [one for one in settings if STEP not in one.settings or set(one.settings) == {STEP}]
@@ -179,14 +180,14 @@ def find_arms(
     one_row = 1 / rows if metric.is_share else 0.0
 
     def effects(differences: Sequence[tuple[Floats, Floats] | None], one_row: float) -> list[Effect | None]:
-        return bootstrap.adjust_together(
-            [
-                bootstrap.effect(*one, clusters=resampled.prompts, one_row=one_row, confidence=confidence)
-                if one is not None and len(one[0])
-                else None
-                for one in differences
-            ]
-        )
+        found = [
+            bootstrap.effect(*one, clusters=resampled.prompts, one_row=one_row, confidence=confidence)
+            if one is not None and len(one[0])
+            else None
+            for one in differences
+        ]
+        adjusted = bootstrap.holm(np.array([math.nan if one is None else one.p for one in found]))
+        return [one and replace(one, p_adjusted=float(p)) for one, p in zip(found, adjusted, strict=True)]
 
     at_equal_kl = [None if one in line else resampled.against_line(one, line) for one in settings]
     matched = effects([one and one[:2] for one in at_equal_kl], one_row)
@@ -220,16 +221,20 @@ def find_arms(
                 pareto=float(front[index]),
             )
         )
-    known = [one for one in (matched if any(matched) else direct) if one is not None]
-    power = _power(known, metric, rows, confidence) if known else None
+    power, known = None, [one for one in (matched if any(matched) else direct) if one is not None]
+    if known:  # an average: one comparison alone does not know how much its few seeds scatter
+        seeds = max(one.errors.runs for one in known)
+        parts = np.mean([one.errors[:4] for one in known if one.errors.runs == seeds], axis=0).tolist()
+        errors = known[0].errors._replace(**dict(zip(bootstrap.Errors._fields, parts, strict=False)), runs=seeds)
+        power = Power(
+            unit=metric.kind.removesuffix("s"),
+            pairs=rows,
+            seeds=seeds,
+            needed=rows * bootstrap.prompts_needed(errors, POINTS, confidence=confidence) if metric.is_share else math.nan,
+            smallest_found=bootstrap.smallest_found(errors, confidence=confidence),
+            seed_sd=(errors.seeds * seeds) ** 0.5,
+        )
     return arms, power, _best(arms, values, metric.direction)
-
-
-def _default_metric(ours: Sequence[Observation]) -> str:
-    if not ours:
-        return "rewards/accuracies"
-    is_scored = all(why_missing(METRICS["win_rate"], one) is None for one in ours)
-    return "win_rate" if is_scored else "accuracy/shift"
 
 
 def _run_row(one: Observation, name: str) -> RunRow:
@@ -295,20 +300,6 @@ def _mcnemar(resampled: Resampled, one: Setting, base: Setting, metric: Metric[A
     ours, theirs = (metric.numerator(table) for table in tables)
     gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
     return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
-
-
-def _power(effects: Sequence[Effect], metric: Metric[Any], rows: int, confidence: float) -> Power:
-    """What 2 points take, in a comparison of average error: one alone does not know how much its few seeds scatter."""
-    seeds = max(one.errors.runs for one in effects)
-    errors = bootstrap.average_errors([one.errors for one in effects if one.errors.runs == seeds])
-    return Power(
-        unit=metric.kind.removesuffix("s"),
-        pairs=rows,
-        seeds=seeds,
-        needed=rows * bootstrap.prompts_needed(errors, POINTS, confidence=confidence) if metric.is_share else math.nan,
-        smallest_found=bootstrap.smallest_found(errors, confidence=confidence),
-        seed_sd=(errors.seeds * seeds) ** 0.5,
-    )
 
 
 def _best(arms: Sequence[Arm], values: Floats, direction: int | None) -> Best | None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ def run_on_ray(
 ) -> Iterator[PointState]:
     """Run points on the cluster that RAY_ADDRESS names, else on this machine, and yield each as it begins and ends.
 
+    A worker that is free gets the next point; one that died has failed, and a new one takes its place.
+
     Args:
         todo: points with their recipes; their folders must be the same files for every worker.
         like: folder of a finished run of the sweep, which must have had the same pairs.
@@ -56,31 +58,23 @@ def run_on_ray(
         count = min(workers or gpus or 1, len(todo))
         logger.info(f"ray: {count} runs at once on {gpus} GPUs")
         make = partial(ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker).remote, like and like.absolute())
-        yield from _spread(ray, make, count, [(point, _anywhere(recipe)) for point, recipe in todo])
+        waiting, running = list(reversed(todo)), dict[Any, tuple[Any, Point]]()
+        free: list[Any] = [make() for _ in range(count)]
+        while waiting or running:
+            while waiting and free:
+                point, recipe = waiting.pop()
+                worker = free.pop()
+                # By its absolute path: workers run in folders of their own.
+                recipe = recipe.model_copy(update={"output": str(Path(recipe.output).absolute())})
+                running[worker.run.remote(point, recipe)] = worker, point
+                yield PointState(point, "running")
+            (ended, *_), _ = ray.wait(list(running), num_returns=1)
+            worker, point = running.pop(ended)
+            try:
+                yield ray.get(ended)
+                free.append(worker)
+            except ray.exceptions.RayActorError as error:
+                yield PointState(point, "failed", why=f"its worker died: {error}".splitlines()[0])
+                free.append(make())
     finally:
         ray.shutdown()
-
-
-def _anywhere(recipe: Recipe) -> Recipe:
-    """The recipe with its output by its absolute path: workers run in folders of their own."""
-    return recipe.model_copy(update={"output": str(Path(recipe.output).absolute())})
-
-
-def _spread(ray: Any, make: Callable[[], Any], count: int, todo: list[tuple[Point, Recipe]]) -> Iterator[PointState]:
-    """Give each free worker the next point; one whose worker died has failed, and gets a new worker."""
-    waiting, free = list(reversed(todo)), [make() for _ in range(count)]
-    running: dict[Any, tuple[Any, Point]] = {}
-    while waiting or running:
-        while waiting and free:
-            point, recipe = waiting.pop()
-            worker = free.pop()
-            running[worker.run.remote(point, recipe)] = worker, point
-            yield PointState(point, "running")
-        (ended, *_), _ = ray.wait(list(running), num_returns=1)
-        worker, point = running.pop(ended)
-        try:
-            yield ray.get(ended)
-            free.append(worker)
-        except ray.exceptions.RayActorError as error:
-            yield PointState(point, "failed", why=f"its worker died: {error}".splitlines()[0])
-            free.append(make())

@@ -99,7 +99,11 @@ def make_plan(
             return None
 
     wanted = [(turns, read(turns)) for turns in combinations]
-    twins = [_with_dropout(turns, point) for turns, point in wanted if dropout_control and point and point.mixout.p]
+    twins = [  # with dropout on the adapter's input, a new mask for every token, instead of mixout
+        [*turns, f"adapter.dropout={point.mixout.p!r}", "mixout.p=0"]
+        for turns, point in wanted
+        if dropout_control and point and point.mixout.p
+    ]
     for turns, point in [*wanted, *((turns, read(turns)) for turns in twins)]:
         if point is None:
             continue
@@ -169,13 +173,9 @@ def read_plan(folder: str | Path) -> SweepPlan:
             f"{folder}: is not the folder of a sweep ({SWEEP_FILE}: {error}); restore the file, or move the folder away"
         ) from error
     recipe = recipe_from_yaml(text, str(folder / "recipe.yaml"))
-    recipes = [_recipe_of(text, folder, one) for one in turns]
+    overrides = ([f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in one.items()] for one in turns)
+    recipes = [recipe_from_yaml(text, str(folder / "recipe.yaml"), one) for one in overrides]
     return SweepPlan(folder, recipe, grids, seeds, points, recipes)
-
-
-def _recipe_of(text: str, folder: Path, turns: dict[str, Any]) -> Recipe:
-    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in turns.items()]
-    return recipe_from_yaml(text, str(folder / "recipe.yaml"), overrides)
 
 
 def _product(grid: Sequence[str]) -> list[list[str]]:
@@ -200,18 +200,12 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
     return [list(turns) for turns in itertools.product(*axes.values())]
 
 
-def _with_dropout(turns: Sequence[str], point: Recipe) -> list[str]:
-    """The same point with dropout on the adapter's input, a new mask for every token, instead of mixout."""
-    return [*turns, f"adapter.dropout={point.mixout.p!r}", "mixout.p=0"]
-
-
 def _name(settings: dict[str, Any]) -> str:
     """A name that no other settings have and that is good for a folder: "beta=0.05,gamma=0.5x"."""
     short = {key: name for name, key in reversed(SHORT_NAMES.items())}
-    parts = [f"{short.get(key, key)}={_short(value)}" for key, value in sorted(settings.items())]
+    parts = []
+    for key, value in sorted(settings.items()):
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        exact = repr(value) if isinstance(value, float) and float(text) != value else text
+        parts.append(f"{short.get(key, key)}={exact}")
     return re.sub(r"[^\w=.,:+-]+", "_", ",".join(parts)) or "base"
-
-
-def _short(value: Any) -> str:
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return short if not isinstance(value, float) or float(short) == value else repr(value)

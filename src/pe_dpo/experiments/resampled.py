@@ -4,8 +4,6 @@ A line joins the baseline's observations of one seed over √KL. Nothing is said
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,36 +47,55 @@ def paired_seeds(seeds: Iterable[int], others: Iterable[int]) -> list[tuple[int,
     return [(seed, seed) for seed in common] or list(zip(ours, theirs, strict=False))
 
 
-@dataclass(frozen=True, eq=False)
 class Resampled:
-    """Metric and KL of J observations, as observed and over prompts drawn with replacement, the same draws for all."""
+    """Metric and KL of J observations that all have the metric's rows, as observed and over prompts drawn with replacement.
 
-    observations: Sequence[Observation]
-    values: Floats
-    """The metric, (J,)."""
-    value_replicates: Floats
-    """(repeats, J)."""
-    kl: Floats
-    """(J,) nats; NaN without sampled answers."""
-    kl_replicates: Floats
-    """(repeats, J)."""
-    reference: float
-    """The metric of π0; NaN where the line of equal KL does not begin there."""
-    reference_replicates: Floats
-    """(repeats,)."""
-    prompts: int
-    """Clusters that were resampled."""
-    kl_prompts: int
+    The draws are the same for all. KL is measured on the prompts to which every observation with answers has some. Replicates
+    that draw none of them are left out, of which there are few if any.
 
-    @cached_property
-    def roots(self) -> Floats:
-        """√KL, (J,) √nats; an estimate below 0, which no KL is, counts as 0."""
-        return np.sqrt(np.maximum(self.kl, 0)).astype(np.float64)
+    Args:
+        observations: at least one.
+        metric: what to measure.
+        repeats: replicates.
+        seed: of the draws.
 
-    @cached_property
-    def root_replicates(self) -> Floats:
-        """√KL, (repeats, J)."""
-        return np.sqrt(np.maximum(self.kl_replicates, 0)).astype(np.float64)
+    Raises:
+        UsageError: there are fewer than FEWEST_PROMPTS prompts to resample.
+    """
+
+    def __init__(self, observations: Sequence[Observation], metric: Metric[Any], *, repeats: int, seed: int) -> None:
+        asked = [set(one.answers.prompt_key) for one in observations if one.answers]
+        answered = set.intersection(*asked) if asked else set()
+        if metric.kind == "answers":
+            keys = sorted(answered)
+        else:
+            keys = sorted(answered.union(*(set(one.pairs.prompt_key) for one in observations if one.pairs)))
+        if len(keys) < FEWEST_PROMPTS:
+            raise UsageError(f"runs share {len(keys)} prompts, of which no interval can be made; hold out more (data.eval)")
+        at = {key: index for index, key in enumerate(keys)}
+        kl, kl_at = METRICS["kl"], {key: index for key, index in at.items() if key in answered}
+        nothing = np.zeros(len(keys)), np.zeros(len(keys))
+        tables = [one.rows(metric.kind) for one in observations]
+        parts = [metric.sums(table, at) if table else nothing for table in tables]
+        parts += [kl.sums(one.answers, kl_at, size=len(keys)) if one.answers else nothing for one in observations]
+        parts.append((metric.reference_sums(tables[0], at) if tables[0] else None) or nothing)
+        numerators, denominators = (np.stack(side, axis=1) for side in zip(*parts, strict=True))
+        with np.errstate(invalid="ignore"):
+            observed = numerators.sum(0) / denominators.sum(0)
+        replicates = resampled_ratios(numerators, denominators, repeats=repeats, seed=seed)
+        whole = ~np.isnan(replicates[:, ~np.isnan(observed)]).any(1)
+        replicates, count = replicates[whole], len(observations)
+        self.observations = observations
+        self.values, self.value_replicates = observed[:count], replicates[:, :count]
+        """The metric, (J,) and (repeats, J)."""
+        self.kl, self.kl_replicates = observed[count:-1], replicates[:, count:-1]
+        """The same of the KL in nats; NaN without sampled answers."""
+        self.roots, self.root_replicates = (np.sqrt(np.maximum(kl, 0)) for kl in (self.kl, self.kl_replicates))
+        """The same of √KL in √nats; an estimate below 0, which no KL is, counts as 0."""
+        self.reference, self.reference_replicates = float(observed[-1]), replicates[:, -1]
+        """The metric of π0 and (repeats,) of it; NaN where the line of equal KL does not begin there."""
+        self.prompts, self.kl_prompts = len(keys), len(answered)
+        """Clusters that were resampled, and those with sampled answers."""
 
     def against(self, one: Setting, other: Setting, *, of_kl: bool = False) -> tuple[Floats, Floats]:
         """Return what the metric, or the KL, is more at one setting than at another, for the seeds in which both have it.
@@ -166,52 +183,3 @@ class Resampled:
             ],
             axis=1,
         )
-
-
-def resample(observations: Sequence[Observation], metric: Metric[Any], *, repeats: int, seed: int) -> Resampled:
-    """Return the metric and the KL of observations that all have the metric's rows.
-
-    KL is measured on the prompts to which every observation with answers has some. Replicates that draw none of them are left
-    out, of which there are few if any.
-
-    Args:
-        observations: at least one.
-        metric: what to measure.
-        repeats: replicates.
-        seed: of the draws.
-
-    Raises:
-        UsageError: there are fewer than FEWEST_PROMPTS prompts to resample.
-    """
-    asked = [set(one.answers.prompt_key) for one in observations if one.answers]
-    answered = set.intersection(*asked) if asked else set()
-    if metric.kind == "answers":
-        keys = sorted(answered)
-    else:
-        keys = sorted(answered.union(*(set(one.pairs.prompt_key) for one in observations if one.pairs)))
-    if len(keys) < FEWEST_PROMPTS:
-        raise UsageError(f"runs share {len(keys)} prompts, of which no interval can be made; hold out more (data.eval)")
-    at = {key: index for index, key in enumerate(keys)}
-    kl, kl_at = METRICS["kl"], {key: index for key, index in at.items() if key in answered}
-    nothing = np.zeros(len(keys)), np.zeros(len(keys))
-    tables = [one.rows(metric.kind) for one in observations]
-    parts = [metric.sums(table, at) if table else nothing for table in tables]
-    parts += [kl.sums(one.answers, kl_at, size=len(keys)) if one.answers else nothing for one in observations]
-    parts.append((metric.reference_sums(tables[0], at) if tables[0] else None) or nothing)
-    numerators, denominators = (np.stack(side, axis=1) for side in zip(*parts, strict=True))
-    with np.errstate(invalid="ignore"):
-        observed = numerators.sum(0) / denominators.sum(0)
-    replicates = resampled_ratios(numerators, denominators, repeats=repeats, seed=seed)
-    whole = ~np.isnan(replicates[:, ~np.isnan(observed)]).any(1)
-    replicates, count = replicates[whole], len(observations)
-    return Resampled(
-        observations=observations,
-        values=observed[:count],
-        value_replicates=replicates[:, :count],
-        kl=observed[count:-1],
-        kl_replicates=replicates[:, count:-1],
-        reference=float(observed[-1]),
-        reference_replicates=replicates[:, -1],
-        prompts=len(keys),
-        kl_prompts=len(answered),
-    )

@@ -5,7 +5,7 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, is_end
+from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, Power, is_end
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import Metric
 from pe_dpo.recipe.names import SHORT_NAMES
@@ -28,7 +28,19 @@ _MOST_NAMES = 6
 
 def setting_name(settings: Mapping[str, Any]) -> str:
     """Return in what settings differ from the base recipe, in words: "γ = 0.5β with mixout 0.3", "γ = 0 (scaled to 0.5)"."""
-    trained = " with ".join(_setting(key, value) for key, value in settings.items() if key != SCALE) or "the base recipe"
+    parts = []
+    for key, value in settings.items():
+        text, name = f"{value:g}" if isinstance(value, float) else str(value), hyperparameter_name(key)
+        multiple = str(value).removesuffix("x")
+        if key == STEP:
+            parts.append(f"early stopping at step {value}")
+        elif key == RUN:
+            parts.append(f"run {Path(str(value)).name}")
+        elif key == "loss.gamma" and multiple != str(value):
+            parts.append({"0": "γ = 0", "1": "γ = β"}.get(multiple, f"γ = {multiple}β"))
+        elif key != SCALE:
+            parts.append(f"{name} {text}" if key in _WORDS and not key.startswith("loss.") else f"{name} = {text}")
+    trained = " with ".join(parts) or "the base recipe"
     return f"{trained} (scaled to {settings[SCALE]:g})" if SCALE in settings else trained
 
 
@@ -44,27 +56,6 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
-def signed(value: float, *, is_share: bool) -> str:
-    """Return a difference: "+0.8 points" for shares, "+0.0042" else."""
-    return f"{_sign(100 * value, '.1f')} points" if is_share else _sign(value, ".3g")
-
-
-def size(value: float, *, is_share: bool) -> str:
-    """Return a difference without its sign."""
-    return f"{100 * abs(value):.1f} points" if is_share else f"{abs(value):.3g}"
-
-
-def interval(low: float, high: float, confidence: float, *, is_share: bool) -> str:
-    """Return "95 % CI −2.1 to +3.6"."""
-    factor, form = (100, ".1f") if is_share else (1, ".3g")
-    return f"{100 * confidence:g} % CI {_sign(factor * low, form)} to {_sign(factor * high, form)}"
-
-
-def about(count: float) -> str:
-    """Return a large number to two digits: "2,400"."""
-    return f"{float(f'{count:.2g}'):,.0f}"
-
-
 def counted(count: int, what: str) -> str:
     """Return "1 seed", "3 seeds"."""
     return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
@@ -73,24 +64,28 @@ def counted(count: int, what: str) -> str:
 def verdict(found: Comparison) -> str:
     """Return what can and cannot be told apart, in sentences."""
     matched = [(arm, arm.matched) for arm in found.arms if arm.matched is not None]
+    direct = [(arm, arm.direct) for arm in found.arms if arm.direct is not None and is_end(arm.settings)]
+    if not found.arms:
+        return "Nothing can be paired: TRL's logs have means alone. All runs are in the table."
+    if not matched and not direct:
+        ends = listed([arm.name for arm in found.arms if is_end(arm.settings)])
+        return f"There is nothing to compare: {ends} is all that was run."
     if matched:
-        sentences = [_sentence(found, matched, f"At equal KL, {{}} the {found.baseline} dial")]
-        outside = [arm.name for arm in found.arms if not arm.is_baseline and not arm.seeds_in_range and arm.seeds_compared]
-        if outside:
-            verb = "lies" if len(outside) == 1 else "lie"
-            sentences.append(
-                f"{_capital(listed(outside))} {verb} outside the {found.baseline} dial's KLs and cannot be matched"
-            )
+        sentences = [_sentence(found, matched, "At equal KL, ", f" the {found.baseline} dial")]
+        names = [arm.name for arm in found.arms if not arm.is_baseline and not arm.seeds_in_range and arm.seeds_compared]
+        if names:
+            outside, verb = listed(names), "lies" if len(names) == 1 else "lie"
+            outside = outside[:1].upper() + outside[1:] if outside[:1].isascii() else outside  # Greek stays small
+            sentences.append(f"{outside} {verb} outside the {found.baseline} dial's KLs and cannot be matched")
     else:
-        direct = [(arm, arm.direct) for arm in found.arms if arm.direct is not None and is_end(arm.settings)]
-        if not direct:
-            return _nothing(found)
         base = next((arm.name for arm in found.arms if arm.direct is None), "")
-        sentences = [_sentence(found, direct, f"Each at its own KL{_why_unmatched(found)}, {{}} {base}")]
+        why = "" if all(arm.is_baseline for arm in found.arms) else f" (none lies within the {found.baseline} dial's)"
+        why = why if found.kl_prompts else " (there is none to match)"
+        sentences = [_sentence(found, direct, f"Each at its own KL{why}, ", f" {base}")]
     if found.seeds == 1:
         sentences.append("With one seed this holds for these runs, not yet for others of the same settings")
     if found.power is not None and found.is_share:
-        sentences.append(_power_sentence(found))
+        sentences.append(_power_sentence(found.power))
     return ". ".join(sentences) + "."
 
 
@@ -160,65 +155,46 @@ def arm_remarks(found: Comparison) -> list[str]:
     return remarks
 
 
-def _why_unmatched(found: Comparison) -> str:
-    if not found.kl_prompts:
-        return " (there is none to match)"
-    return "" if all(arm.is_baseline for arm in found.arms) else f" (none lies within the {found.baseline} dial's)"
+def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Effect]], before: str, after: str) -> str:
+    """Which arms differ from what `after` says, and which do not."""
+    level, is_share = 1 - found.confidence, found.is_share
 
+    def interval(one: Effect) -> str:
+        factor, form = (100, ".1f") if is_share else (1, ".3g")
+        return f"{100 * found.confidence:g} % CI {_sign(factor * one.low, form)} to {_sign(factor * one.high, form)}"
 
-def _nothing(found: Comparison) -> str:
-    if not found.arms:
-        return "Nothing can be paired: TRL's logs have means alone. All runs are in the table."
-    names = listed([arm.name for arm in found.arms if is_end(arm.settings)])
-    return f"There is nothing to compare: {names} is all that was run."
+    def sample(one: Effect) -> str:
+        return f"{counted(len(one.per_seed), 'seed')}, {counted(found.pairs, found.unit)}"
 
-
-def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Effect]], frame: str) -> str:
-    """Which arms differ, which do not; `frame` has {} for what they are to something."""
-    level = 1 - found.confidence
-    same = [(arm, one) for arm, one in arms if one.p_adjusted >= level]
-    apart = [(arm, one) for arm, one in arms if one.p_adjusted < level]
-    before, after = frame.split("{}")
     parts = []
+    same = [(arm, one) for arm, one in arms if one.p_adjusted >= level]
     if same:
         largest = max((one for _, one in same), key=lambda one: abs(one.estimate))
         what = "difference" if len(same) == 1 else "largest difference"
+        size = f"{_sign(100 * largest.estimate, '.1f')} points" if is_share else _sign(largest.estimate, ".3g")
         parts.append(
-            f"{listed([arm.name for arm, _ in same])} cannot be told apart from{after} on {found.metric} ({what} "
-            f"{signed(largest.estimate, is_share=found.is_share)}, {_interval(found, largest)}, {_sample(found, largest)})"
+            f"{listed([arm.name for arm, _ in same])} cannot be told apart from{after} on {found.metric} ({what} {size}, "
+            f"{interval(largest)}, {sample(largest)})"
         )
-    for word, group in _groups(found, apart):
+    # Arms that are worse come first; where neither is good they are lower and higher.
+    below, above = {1: ("worse", "better"), -1: ("better", "worse"), 0: ("lower", "higher")}[found.direction]
+    for word in ("worse", "lower", "better", "higher"):
+        group = [(arm, one) for arm, one in arms if one.p_adjusted < level and (below if one.estimate < 0 else above) == word]
+        if not group:
+            continue
         than = "" if same else f" than{after} on {found.metric}"
-        amounts = [f"by {size(one.estimate, is_share=found.is_share)} ({_interval(found, one)})" for _, one in group]
+        sizes = [f"{100 * abs(one.estimate):.1f} points" if is_share else f"{abs(one.estimate):.3g}" for _, one in group]
+        amounts = [f"by {size} ({interval(one)})" for size, (_, one) in zip(sizes, group, strict=True)]
         if not parts:
-            amounts[0] = f"{amounts[0][:-1]}, {_sample(found, group[0][1])})"
+            amounts[0] = f"{amounts[0][:-1]}, {sample(group[0][1])})"
         names = [arm.name for arm, _ in group]
         others = [f"{name} {amount}" for name, amount in zip(names[1:], amounts[1:], strict=True)]
         parts.append(listed([f"{names[0]} is {word}{than} {amounts[0]}", *others]))
     return before + "; ".join(parts)
 
 
-def _groups(found: Comparison, apart: Sequence[tuple[Arm, Effect]]) -> list[tuple[str, list[tuple[Arm, Effect]]]]:
-    """Arms that are worse, then those that are better; lower and higher where neither is good."""
-    words = {1: ("worse", "better"), -1: ("better", "worse"), 0: ("lower", "higher")}[found.direction]
-    below = [pair for pair in apart if pair[1].estimate < 0]
-    above = [pair for pair in apart if pair[1].estimate >= 0]
-    groups = [(words[0], below), (words[1], above)]
-    return [(word, group) for word, group in sorted(groups, key=lambda one: one[0] == "better") if group]
-
-
-def _interval(found: Comparison, one: Effect) -> str:
-    return interval(one.low, one.high, found.confidence, is_share=found.is_share)
-
-
-def _sample(found: Comparison, one: Effect) -> str:
-    return f"{counted(len(one.per_seed), 'seed')}, {counted(found.pairs, found.unit)}"
-
-
-def _power_sentence(found: Comparison) -> str:
+def _power_sentence(power: Power) -> str:
     """What it takes to tell 2 points apart."""
-    power = found.power
-    assert power is not None
     if power.needed == inf:
         return (
             f"No number of {power.unit}s tells 2 points apart with {counted(power.seeds, 'seed')}, between which differences "
@@ -227,27 +203,8 @@ def _power_sentence(found: Comparison) -> str:
     caution = ", the spread between seeds not counted" if isnan(power.seed_sd) else ""
     if power.needed <= power.pairs:
         return f"{power.pairs:,} {power.unit}s are enough to tell 2 points apart{caution}"
-    return f"Telling 2 points apart takes about {about(power.needed)} {power.unit}s, with as many seeds{caution}"
-
-
-def _capital(text: str) -> str:
-    """The text with a large first letter, unless it is Greek."""
-    return text[:1].upper() + text[1:] if text[:1].isascii() else text
-
-
-def _setting(key: str, value: Any) -> str:
-    if key == STEP:
-        return f"early stopping at step {value}"
-    if key == RUN:
-        return f"run {Path(str(value)).name}"
-    if key == "loss.beta":
-        return f"β = {value:g}"
-    if key == "loss.gamma":
-        multiple = str(value).removesuffix("x")
-        return f"γ = {value}" if multiple == str(value) else {"0": "γ = 0", "1": "γ = β"}.get(multiple, f"γ = {multiple}β")
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    name = hyperparameter_name(key)
-    return f"{name} {text}" if key in _WORDS else f"{name} = {text}"
+    about = f"{float(f'{power.needed:.2g}'):,.0f}"
+    return f"Telling 2 points apart takes about {about} {power.unit}s, with as many seeds{caution}"
 
 
 def _sign(value: float, form: str) -> str:

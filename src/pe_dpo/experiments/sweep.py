@@ -75,8 +75,15 @@ def sweep(
         todo = [(point, recipe) for point, recipe in _pairs(plan) if states[point.folder].status != "finished"]
         logger.info(f"{len(plan.points)} runs, {len(todo)} of them to do")
         tell(list(states.values()))
-        finished = [Path(recipe.output) for point, recipe in _pairs(plan) if states[point.folder].status == "finished"]
-        for state in _run_all(todo, next(iter(finished), None), engine, workers) if todo else ():
+        finished = (Path(recipe.output) for point, recipe in _pairs(plan) if states[point.folder].status == "finished")
+        like = next(finished, None)
+        if engine == "ray" and todo:
+            from pe_dpo.experiments.on_ray import run_on_ray
+
+            changes = run_on_ray(todo, like=like, workers=workers)
+        else:
+            changes = _run_here(todo, like)
+        for state in changes:
             states[state.point.folder] = state
             tell(list(states.values()))
             if state.status == "interrupted":
@@ -84,15 +91,11 @@ def sweep(
         return list(states.values())
 
 
-def _run_all(todo: list[tuple[Point, Recipe]], like: Path | None, engine: Engine, workers: int | None) -> Iterator[PointState]:
+def _run_here(todo: list[tuple[Point, Recipe]], like: Path | None) -> Iterator[PointState]:
     """Yield the state of each point when its run begins and when it ends."""
-    if engine == "ray":
-        from pe_dpo.experiments.on_ray import run_on_ray
-
-        yield from run_on_ray(todo, like=like, workers=workers)
-        return
-    shared = share(todo[0][1], like)
+    shared: SharedRun | None = None
     for point, recipe in todo:
+        shared = shared or share(recipe, like)
         yield PointState(point, "running")
         yield run_point(point, recipe, shared)
 

@@ -20,8 +20,7 @@ Source:
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -145,26 +144,37 @@ def effect(per_seed: Floats, replicates: Floats, *, clusters: int, one_row: floa
             pair differs a bootstrap knows no error (Agresti & Min 2005 add such a pair).
         confidence: of the interval, two-sided.
     """
-    estimate = float(per_seed.mean())
-    errors = _errors(per_seed, replicates, clusters, one_row)
+    estimate, seeds_count = float(per_seed.mean()), len(per_seed)
+    larger = clusters / (clusters - 1)  # a bootstrap's variances are too small by the inverse
+    # Where all prompts have the same difference, one more might have none.
+    least = max(one_row, abs(estimate) / clusters)
+    prompts = max(float(np.nanvar(replicates.mean(1))) * larger, least**2)
+    together, seeds = 0.0, math.nan
+    alone = prompts
+    if seeds_count > 1:
+        together = min(_together(replicates) * larger, prompts)
+        alone, observed = prompts - together, float(per_seed.var(ddof=1)) / seeds_count
+        together, seeds = min(together, observed), max(0.0, observed - together)
+    errors = Errors(prompts, alone, together, seeds, clusters, seeds_count)
     half = errors.half_width(1 - confidence)
+
+    # p is the level at which an interval reaches just to 0.
+    smallest, size, p = 1e-12, abs(estimate), 1.0
+    if size > 0 and errors.half_width(smallest) <= size:
+        p = smallest
+    elif size > 0 and errors.half_width(1 - smallest) < size:
+        p = math.exp(optimize.brentq(lambda level: errors.half_width(math.exp(level)) - size, math.log(smallest), 0.0))
     return Effect(
         estimate=estimate,
         low=estimate - half,
         high=estimate + half,
-        p=_level_at(errors, abs(estimate)),
+        p=p,
         p_adjusted=math.nan,
         standard_error=errors.variance() ** 0.5,
-        seed_sd=float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else math.nan,
+        seed_sd=float(np.std(per_seed, ddof=1)) if seeds_count > 1 else math.nan,
         per_seed=per_seed.tolist(),
         errors=errors,
     )
-
-
-def average_errors(errors: Sequence[Errors]) -> Errors:
-    """Return the mean variances of comparisons with as many prompts and seeds."""
-    prompts, alone, together, seeds = np.mean([one[:4] for one in errors], axis=0).tolist()
-    return Errors(prompts, alone, together, seeds, errors[0].clusters, errors[0].runs)
 
 
 def hierarchical_replicates(per_seed: Floats, replicates: Floats, draws: Floats) -> Floats:
@@ -197,12 +207,6 @@ def holm(p: Floats) -> Floats:
     steps = p[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps)) if len(order) else steps
     return adjusted
-
-
-def adjust_together(effects: Sequence[Effect | None]) -> list[Effect | None]:
-    """Return effects that were tested together with their adjusted p, in the same order; see `holm`."""
-    adjusted = holm(np.array([math.nan if one is None else one.p for one in effects]))
-    return [one and replace(one, p_adjusted=float(p)) for one, p in zip(effects, adjusted, strict=True)]
 
 
 def smallest_found(errors: Errors, *, more: float = 1.0, confidence: float = 0.95, power: float = 0.8) -> float:
@@ -278,26 +282,3 @@ def _together(replicates: Floats) -> float:
     """What seeds and prompts do together, as part of the variance of a mean over seeds."""
     by_seed = float(np.nanvar(replicates, axis=0).mean())
     return max(0.0, by_seed - float(np.nanvar(replicates.mean(1)))) / (replicates.shape[1] - 1)
-
-
-def _errors(per_seed: Floats, replicates: Floats, clusters: int, one_row: float) -> Errors:
-    """Variances as observed; a bootstrap's are too small by (C−1)/C."""
-    larger = clusters / (clusters - 1)
-    # Where all prompts have the same difference, one more might have none.
-    least = max(one_row, abs(float(per_seed.mean())) / clusters)
-    prompts = max(float(np.nanvar(replicates.mean(1))) * larger, least**2)
-    if len(per_seed) == 1:
-        return Errors(prompts, prompts, 0.0, math.nan, clusters, 1)
-    together = min(_together(replicates) * larger, prompts)
-    seeds = float(per_seed.var(ddof=1)) / len(per_seed)
-    return Errors(prompts, prompts - together, min(together, seeds), max(0.0, seeds - together), clusters, len(per_seed))
-
-
-def _level_at(errors: Errors, size: float) -> float:
-    """The level at which an interval reaches just to 0: the p of a difference of that size."""
-    smallest = 1e-12
-    if size == 0 or errors.half_width(1 - smallest) >= size:
-        return 1.0
-    if errors.half_width(smallest) <= size:
-        return smallest
-    return math.exp(optimize.brentq(lambda level: errors.half_width(math.exp(level)) - size, math.log(smallest), 0.0))

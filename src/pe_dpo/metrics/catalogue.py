@@ -67,7 +67,9 @@ class Metric(Generic[T]):
         above, below = self.sums(table, {key: at for at, key in enumerate(dict.fromkeys(table.prompt_key))})
         return float(above.sum() / below.sum())
 
-    def sums(self, table: T, prompts: Mapping[str, int], *, size: int | None = None) -> tuple[Floats, Floats]:
+    def sums(
+        self, table: T, prompts: Mapping[str, int], *, size: int | None = None, numerators: Floats | None = None
+    ) -> tuple[Floats, Floats]:
         """Return numerators and denominators summed over the rows of each prompt, (size,) each.
 
         The answers to a prompt count together as much as those to another, however many there are.
@@ -76,19 +78,13 @@ class Metric(Generic[T]):
             table: pairs or answers; those of prompts that are not in `prompts` are left out.
             prompts: position of each prompt by its key.
             size: one more than the largest position; by default the number of prompts.
+            numerators: other than the metric's own.
         """
-        assert self.numerator is not None, f"{self.key} has rows"
-        return self._sums(table, self.numerator(table), prompts, size or len(prompts))
-
-    def reference_sums(self, table: T, prompts: Mapping[str, int]) -> tuple[Floats, Floats] | None:
-        """Return the same of the reference itself, or None where the metric has no value there."""
-        if isinstance(self.reference, float):
-            return np.full(len(prompts), self.reference), np.ones(len(prompts))
-        values = None if self.reference is None else self.reference(table)
-        return None if values is None or np.isnan(values).any() else self._sums(table, values, prompts, len(prompts))
-
-    def _sums(self, table: T, numerators: Floats, prompts: Mapping[str, int], size: int) -> tuple[Floats, Floats]:
+        if numerators is None:
+            assert self.numerator is not None, f"{self.key} has rows"
+            numerators = self.numerator(table)
         denominators = getattr(table, self.denominator) if self.denominator else np.ones(len(numerators))
+        size = size or len(prompts)
         at = np.array([prompts.get(key, -1) for key in table.prompt_key], dtype=np.int64)
         there = at >= 0
         at, numerators, denominators = at[there], numerators[there], denominators[there]
@@ -96,6 +92,13 @@ class Metric(Generic[T]):
             share = 1 / np.bincount(at, minlength=size)[at]
             numerators, denominators = numerators * share, denominators * share
         return np.bincount(at, numerators, size).astype(np.float64), np.bincount(at, denominators, size).astype(np.float64)
+
+    def reference_sums(self, table: T, prompts: Mapping[str, int]) -> tuple[Floats, Floats] | None:
+        """Return the same of the reference itself, or None where the metric has no value there."""
+        if isinstance(self.reference, float):
+            return np.full(len(prompts), self.reference), np.ones(len(prompts))
+        values = None if self.reference is None else self.reference(table)
+        return None if values is None or np.isnan(values).any() else self.sums(table, prompts, numerators=values)
 
 
 _REFERENCE = ("reference_chosen", "reference_rejected")
@@ -111,287 +114,114 @@ def _saturation(table: PairTable) -> tuple[float, float]:
 
 
 def _margin_quantile(share: float) -> Callable[[PairTable], float]:
-    return lambda table: float(np.quantile(table.effective_margin, share))
+    """Of M = (γ·max(Δ0, floor) + m)/β, which Δπ has to reach: z >= 0 ⇔ Δπ >= M."""
+
+    def quantile(table: PairTable) -> float:
+        assert table.beta is not None, "the loss is known"
+        return float(np.quantile(table.delta(per_token=table.reduce == "mean") - table.score / table.beta, share))
+
+    return quantile
 
 
+# A line or a few for each, to be read as a table.
+# fmt: off
 _OF_PAIRS: tuple[Metric[PairTable], ...] = (
-    Metric(
-        key="accuracy/shift",
-        title="moved toward chosen",
-        explanation="pairs whose preference training moved towards chosen (Δπ > Δ0)",
-        needs=(*_POLICY, *_REFERENCE),
-        numerator=lambda table: right(table.shift()),
-        is_share=True,
-        form=".3f",
-        direction=1,
-        is_headline=True,
-    ),
-    Metric(
-        key="accuracy/shift_per_token",
-        title="moved toward chosen, per token",
+    Metric(key="accuracy/shift", title="moved toward chosen",
+        explanation="pairs whose preference training moved towards chosen (Δπ > Δ0)", needs=(*_POLICY, *_REFERENCE),
+        numerator=lambda table: right(table.shift()), is_share=True, form=".3f", direction=1, is_headline=True),
+    Metric(key="accuracy/shift_per_token", title="moved toward chosen, per token",
         explanation="pairs whose preference per token training moved towards chosen",
-        needs=(*_POLICY, *_REFERENCE, *_LENGTHS),
-        numerator=lambda table: right(table.shift(per_token=True)),
-        is_share=True,
-        form=".3f",
-        direction=1,
-    ),
-    Metric(
-        key="accuracy/policy",
-        title="accuracy, summed log-probs",
-        explanation="pairs that the policy ranks right (Δπ > 0)",
-        needs=_POLICY,
-        numerator=lambda table: right(table.delta("policy")),
-        reference=lambda table: right(table.delta("reference")),
-        is_share=True,
-        form=".3f",
-        direction=1,
-        is_headline=True,
-    ),
-    Metric(
-        key="accuracy/policy_per_token",
-        title="accuracy, per token",
-        explanation="pairs that the policy ranks right by log-probs per token",
-        needs=(*_POLICY, *_LENGTHS),
+        needs=(*_POLICY, *_REFERENCE, *_LENGTHS), numerator=lambda table: right(table.shift(per_token=True)), is_share=True,
+        form=".3f", direction=1),
+    Metric(key="accuracy/policy", title="accuracy, summed log-probs",
+        explanation="pairs that the policy ranks right (Δπ > 0)", needs=_POLICY,
+        numerator=lambda table: right(table.delta("policy")), reference=lambda table: right(table.delta("reference")),
+        is_share=True, form=".3f", direction=1, is_headline=True),
+    Metric(key="accuracy/policy_per_token", title="accuracy, per token",
+        explanation="pairs that the policy ranks right by log-probs per token", needs=(*_POLICY, *_LENGTHS),
         numerator=lambda table: right(table.delta("policy", per_token=True)),
-        reference=lambda table: right(table.delta("reference", per_token=True)),
-        is_share=True,
-        form=".3f",
-        direction=1,
-        is_headline=True,
-    ),
-    Metric(
-        key="accuracy/policy_length_matched",
-        title="accuracy, length-matched",
-        needs=(*_POLICY, *_REFERENCE),
-        function=lambda table: share_right(preference(table, "policy", "regimes_length_matched")),
-        is_share=True,
-        form=".3f",
-        is_headline=True,
-        of_fixed_set=True,
-    ),
-    Metric(
-        key="accuracy/reference",
-        title="accuracy of the reference, summed log-probs",
-        needs=_REFERENCE,
-        numerator=lambda table: right(table.delta("reference")),
-        is_share=True,
-        form=".3f",
-    ),
-    Metric(
-        key="accuracy/reference_per_token",
-        title="accuracy of the reference, per token",
-        needs=_REFERENCE,
-        numerator=lambda table: right(table.delta("reference", per_token=True)),
-        is_share=True,
-        form=".3f",
-    ),
-    Metric(
-        key="accuracy/reference_length_matched",
-        title="accuracy of the reference, length-matched",
-        needs=_REFERENCE,
-        function=lambda table: share_right(preference(table, "reference", "regimes_length_matched")),
-        is_share=True,
-        form=".3f",
-        of_fixed_set=True,
-    ),
-    Metric(
-        key="accuracy/implicit",
-        title="accuracy of the score before its margin",
-        numerator=lambda table: right(table.implicit_preference),
-        is_share=True,
-        form=".3f",
-    ),
-    Metric(
-        key="rewards/accuracies",
-        title="reward accuracy",
-        explanation="pairs whose chosen reward is the larger one",
-        needs=_REWARDS,
-        numerator=lambda table: right(table.reward_margin),
-        is_share=True,
-        form=".3f",
-        direction=1,
-        caution=_OWN_COEFFICIENTS,
-        is_headline=True,
-    ),
-    Metric(
-        key="rewards/margins",
-        title="reward margin",
-        explanation="reward of chosen minus reward of rejected",
-        needs=_REWARDS,
-        numerator=lambda table: table.reward_margin,
-        direction=1,
-        caution=_OWN_COEFFICIENTS,
-        is_headline=True,
-    ),
+        reference=lambda table: right(table.delta("reference", per_token=True)), is_share=True, form=".3f", direction=1,
+        is_headline=True),
+    Metric(key="accuracy/policy_length_matched", title="accuracy, length-matched", needs=(*_POLICY, *_REFERENCE),
+        function=lambda table: share_right(preference(table, "policy", "regimes_length_matched")), is_share=True, form=".3f",
+        is_headline=True, of_fixed_set=True),
+    Metric(key="accuracy/reference", title="accuracy of the reference, summed log-probs", needs=_REFERENCE,
+        numerator=lambda table: right(table.delta("reference")), is_share=True, form=".3f"),
+    Metric(key="accuracy/reference_per_token", title="accuracy of the reference, per token", needs=_REFERENCE,
+        numerator=lambda table: right(table.delta("reference", per_token=True)), is_share=True, form=".3f"),
+    Metric(key="accuracy/reference_length_matched", title="accuracy of the reference, length-matched", needs=_REFERENCE,
+        function=lambda table: share_right(preference(table, "reference", "regimes_length_matched")), is_share=True,
+        form=".3f", of_fixed_set=True),
+    Metric(key="accuracy/implicit", title="accuracy of the score before its margin",
+        numerator=lambda table: right(table.implicit_preference), is_share=True, form=".3f"),
+    Metric(key="rewards/accuracies", title="reward accuracy", explanation="pairs whose chosen reward is the larger one",
+        needs=_REWARDS, numerator=lambda table: right(table.reward_margin), is_share=True, form=".3f", direction=1,
+        caution=_OWN_COEFFICIENTS, is_headline=True),
+    Metric(key="rewards/margins", title="reward margin", explanation="reward of chosen minus reward of rejected",
+        needs=_REWARDS, numerator=lambda table: table.reward_margin, direction=1, caution=_OWN_COEFFICIENTS,
+        is_headline=True),
     Metric(key="rewards/chosen", title="reward of chosen", needs=_REWARDS, numerator=lambda table: table.chosen_reward),
     Metric(key="rewards/rejected", title="reward of rejected", needs=_REWARDS, numerator=lambda table: table.rejected_reward),
-    Metric(
-        key="nll/chosen_per_token",
-        title="NLL of chosen, nats per token",
-        explanation="negative log-likelihood of chosen answers, nats per token",
-        needs=("policy_chosen", "chosen_lengths"),
-        numerator=lambda table: -table.policy_chosen,
-        denominator="chosen_lengths",
-        reference=lambda table: -table.reference_chosen,
-        direction=-1,
-    ),
+    Metric(key="nll/chosen_per_token", title="NLL of chosen, nats per token",
+        explanation="negative log-likelihood of chosen answers, nats per token", needs=("policy_chosen", "chosen_lengths"),
+        numerator=lambda table: -table.policy_chosen, denominator="chosen_lengths",
+        reference=lambda table: -table.reference_chosen, direction=-1),
     Metric(key="logps/chosen", title="log π of chosen, nats", numerator=lambda table: table.policy_chosen),
     Metric(key="logps/rejected", title="log π of rejected, nats", numerator=lambda table: table.policy_rejected),
     Metric(key="score/mean", title="mean score z", numerator=lambda table: table.score),
-    Metric(
-        key="active", title="share of pairs with z < 0", form=".3f", numerator=lambda table: np.where(table.score < 0, 1.0, 0.0)
-    ),
+    Metric(key="active", title="share of pairs with z < 0", form=".3f",
+        numerator=lambda table: np.where(table.score < 0, 1.0, 0.0)),
     Metric(key="weight/mean", title="mean gradient weight", numerator=lambda table: np.abs(table.weight)),
-    Metric(
-        key="weight/effective_share",
-        title="share of pairs that pull, (Σ|w|)²/(N·Σw²)",
-        function=lambda table: effective_pairs(table.weight) / len(table),
-    ),
-    Metric(
-        key="weight/saturated",
-        title="share of pairs of nearly no weight, or nearly the largest",
-        needs=("link",),
-        function=lambda table: sum(_saturation(table)),
-    ),
-    Metric(
-        key="weight/saturated_low",
-        title="share of pairs of nearly no weight",
-        needs=("link",),
-        function=lambda table: _saturation(table)[0],
-    ),
+    Metric(key="weight/effective_share", title="share of pairs that pull, (Σ|w|)²/(N·Σw²)",
+        function=lambda table: effective_pairs(table.weight) / len(table)),
+    Metric(key="weight/saturated", title="share of pairs of nearly no weight, or nearly the largest", needs=("link",),
+        function=lambda table: sum(_saturation(table))),
+    Metric(key="weight/saturated_low", title="share of pairs of nearly no weight", needs=("link",),
+        function=lambda table: _saturation(table)[0]),
     Metric(key="margin/q05", title="Δπ that the loss asks for, 5 %", needs=("beta",), function=_margin_quantile(0.05)),
     Metric(key="margin/q50", title="Δπ that the loss asks for, median", needs=("beta",), function=_margin_quantile(0.5)),
     Metric(key="margin/q95", title="Δπ that the loss asks for, 95 %", needs=("beta",), function=_margin_quantile(0.95)),
-    Metric(
-        key="displacement/chosen",
-        title="chosen, nats vs reference",
-        needs=_REFERENCE,
-        numerator=lambda table: table.displacement("chosen"),
-        is_headline=True,
-    ),
-    Metric(
-        key="displacement/rejected",
-        title="rejected, nats vs reference",
-        needs=_REFERENCE,
-        numerator=lambda table: table.displacement("rejected"),
-        is_headline=True,
-    ),
+    Metric(key="displacement/chosen", title="chosen, nats vs reference", needs=_REFERENCE,
+        numerator=lambda table: table.displacement("chosen"), is_headline=True),
+    Metric(key="displacement/rejected", title="rejected, nats vs reference", needs=_REFERENCE,
+        numerator=lambda table: table.displacement("rejected"), is_headline=True),
     Metric(key="loss", title="loss", numerator=lambda table: table.loss, is_headline=True, of_fixed_set=True),
-    Metric(
-        key="displacement/chosen_per_token",
-        title="chosen, nats vs reference, per token",
-        needs=_REFERENCE,
-        numerator=lambda table: table.displacement("chosen"),
-        denominator="chosen_lengths",
-    ),
-    Metric(
-        key="displacement/rejected_per_token",
-        title="rejected, nats vs reference, per token",
-        needs=_REFERENCE,
-        numerator=lambda table: table.displacement("rejected"),
-        denominator="rejected_lengths",
-    ),
-    Metric(
-        key="displacement/chosen_fell",
-        title="share of chosen that π0 likes better",
-        form=".3f",
-        needs=_REFERENCE,
-        numerator=lambda table: np.where(table.displacement("chosen") < 0, 1.0, 0.0),
-    ),
-    Metric(
-        key="regimes/satisfied_early",
-        title="pairs satisfied early (z ≥ 0, Δπ < 0)",
-        needs=_REFERENCE,
-        function=lambda table: int(((table.score >= 0) & (table.delta() < 0)).sum()),
-        form=".0f",
-    ),
-    Metric(
-        key="regimes/effective_pairs",
-        title="effective pairs (Σ|w|)²/Σw²",
-        needs=_REFERENCE,
-        function=lambda table: effective_pairs(table.weight),
-        form=".0f",
-    ),
-    Metric(
-        key="length/shift_slope",
-        title="Δπ − Δ0 by token of length difference, nats",
-        needs=_REFERENCE,
-        function=lambda table: length_slope(table.shift(), table.length_difference),
-        of_fixed_set=True,
-    ),
-    Metric(
-        key="length/shift_correlation",
-        title="correlation of Δπ − Δ0 with the length difference",
-        needs=_REFERENCE,
-        function=lambda table: correlation(table.shift(), table.length_difference),
-        of_fixed_set=True,
-    ),
-    Metric(
-        key="length/reference_correlation",
-        title="correlation of Δ0 with the length difference",
-        needs=_REFERENCE,
-        function=lambda table: correlation(table.delta("reference"), table.length_difference),
-        of_fixed_set=True,
-    ),
+    Metric(key="displacement/chosen_per_token", title="chosen, nats vs reference, per token", needs=_REFERENCE,
+        numerator=lambda table: table.displacement("chosen"), denominator="chosen_lengths"),
+    Metric(key="displacement/rejected_per_token", title="rejected, nats vs reference, per token", needs=_REFERENCE,
+        numerator=lambda table: table.displacement("rejected"), denominator="rejected_lengths"),
+    Metric(key="displacement/chosen_fell", title="share of chosen that π0 likes better", form=".3f", needs=_REFERENCE,
+        numerator=lambda table: np.where(table.displacement("chosen") < 0, 1.0, 0.0)),
+    Metric(key="regimes/satisfied_early", title="pairs satisfied early (z ≥ 0, Δπ < 0)", needs=_REFERENCE,
+        function=lambda table: int(((table.score >= 0) & (table.delta() < 0)).sum()), form=".0f"),
+    Metric(key="regimes/effective_pairs", title="effective pairs (Σ|w|)²/Σw²", needs=_REFERENCE,
+        function=lambda table: effective_pairs(table.weight), form=".0f"),
+    Metric(key="length/shift_slope", title="Δπ − Δ0 by token of length difference, nats", needs=_REFERENCE,
+        function=lambda table: length_slope(table.shift(), table.length_difference), of_fixed_set=True),
+    Metric(key="length/shift_correlation", title="correlation of Δπ − Δ0 with the length difference", needs=_REFERENCE,
+        function=lambda table: correlation(table.shift(), table.length_difference), of_fixed_set=True),
+    Metric(key="length/reference_correlation", title="correlation of Δ0 with the length difference", needs=_REFERENCE,
+        function=lambda table: correlation(table.delta("reference"), table.length_difference), of_fixed_set=True),
 )
 
 _OF_ANSWERS: tuple[Metric[AnswerTable], ...] = (
-    Metric(
-        key="kl",
-        title="KL(π‖π0), nats per answer",
-        kind="answers",
-        needs=("kl",),
-        numerator=lambda table: table.kl,
-        reference=0.0,
-    ),
-    Metric(
-        key="kl_per_token",
-        title="KL(π‖π0), nats per token",
-        kind="answers",
-        needs=("kl", "tokens"),
-        numerator=lambda table: table.kl,
-        denominator="tokens",
-    ),
-    Metric(
-        key="kl_k1",
-        title="KL(π‖π0) by plain log-ratios, nats per answer",
-        kind="answers",
-        needs=("log_policy", "log_reference"),
-        numerator=lambda table: table.log_policy - table.log_reference,
-    ),
-    Metric(
-        key="win_rate",
-        title="win rate against π0 (ties ½)",
-        explanation="answers that score higher than the reference's own to the same prompt",
-        kind="answers",
-        needs=("score", "reference_score"),
-        numerator=lambda table: right(table.score_difference),
-        reference=0.5,
-        is_share=True,
-        form=".3f",
-        direction=1,
-    ),
-    Metric(
-        key="entropy_per_token",
-        title="entropy of π, nats per token",
-        explanation="entropy of the policy along its answers, nats per token",
-        kind="answers",
-        needs=("entropy", "tokens"),
-        numerator=lambda table: table.entropy,
-        denominator="tokens",
-        direction=0,
-    ),
-    Metric(
-        key="tokens",
-        title="tokens of an answer",
-        explanation="length of answers, tokens",
-        kind="answers",
-        needs=("tokens",),
-        numerator=lambda table: table.tokens,
-        direction=0,
-    ),
+    Metric(key="kl", title="KL(π‖π0), nats per answer", kind="answers", needs=("kl",), numerator=lambda table: table.kl,
+        reference=0.0),
+    Metric(key="kl_per_token", title="KL(π‖π0), nats per token", kind="answers", needs=("kl", "tokens"),
+        numerator=lambda table: table.kl, denominator="tokens"),
+    Metric(key="kl_k1", title="KL(π‖π0) by plain log-ratios, nats per answer", kind="answers",
+        needs=("log_policy", "log_reference"), numerator=lambda table: table.log_policy - table.log_reference),
+    Metric(key="win_rate", title="win rate against π0 (ties ½)",
+        explanation="answers that score higher than the reference's own to the same prompt", kind="answers",
+        needs=("score", "reference_score"), numerator=lambda table: right(table.score_difference), reference=0.5,
+        is_share=True, form=".3f", direction=1),
+    Metric(key="entropy_per_token", title="entropy of π, nats per token",
+        explanation="entropy of the policy along its answers, nats per token", kind="answers", needs=("entropy", "tokens"),
+        numerator=lambda table: table.entropy, denominator="tokens", direction=0),
+    Metric(key="tokens", title="tokens of an answer", explanation="length of answers, tokens", kind="answers",
+        needs=("tokens",), numerator=lambda table: table.tokens, direction=0),
 )
+# fmt: on
 
 _ALL: tuple[Metric[Any], ...] = (*_OF_PAIRS, *_OF_ANSWERS)
 METRICS = {metric.key: metric for metric in _ALL}
@@ -447,15 +277,15 @@ def share_intervals(metrics: Mapping[str, float], pairs: int) -> dict[str, tuple
 
 def headline_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:
     """Return title, value before and value after of the headline metrics that were measured twice, shares with intervals."""
-
-    def cell(metric: Metric[PairTable], metrics: Mapping[str, float]) -> str:
-        if not metric.is_share:
-            return format(metrics[metric.key], metric.form)
-        low, high = wilson_interval(metrics[metric.key], int(after["pairs"]))
-        return f"{metrics[metric.key]:.3f} [{low:.3f}, {high:.3f}]"
-
-    shown = [metric for metric in _OF_PAIRS if metric.is_headline and metric.key in before and metric.key in after]
-    return [[metric.title, cell(metric, before), cell(metric, after)] for metric in shown]
+    rows = []
+    for metric in _OF_PAIRS:
+        if metric.is_headline and metric.key in before and metric.key in after:
+            cells = [format(metrics[metric.key], metric.form) for metrics in (before, after)]
+            if metric.is_share:
+                ends = (wilson_interval(metrics[metric.key], int(after["pairs"])) for metrics in (before, after))
+                cells = [f"{cell} [{low:.3f}, {high:.3f}]" for cell, (low, high) in zip(cells, ends, strict=True)]
+            rows.append([metric.title, *cells])
+    return rows
 
 
 def answer_metrics(table: AnswerTable) -> dict[str, dict[str, float | None]]:

@@ -200,21 +200,11 @@ class PairTable(Table):
         floored = np.maximum(self.delta("reference", per_token=per_token), self.reference_floor)
         return self.beta * self.delta(per_token=per_token) - self.gamma * floored
 
-    @property
-    def effective_margin(self) -> Floats:
-        """M = (γ·max(Δ0, floor) + m)/β, which Δπ has to reach: z >= 0 ⇔ Δπ >= M."""
-        assert self.beta is not None, "the loss is known"
-        return self.delta(per_token=self.reduce == "mean") - self.score / self.beta
-
     def displacement(self, side: Literal["chosen", "rejected"]) -> Floats:
         """Return log π − log π0 of one answer of each pair."""
         policy, reference = getattr(self, f"policy_{side}"), getattr(self, f"reference_{side}")
         moved: Floats = policy - reference
         return moved
-
-    def at_reference(self) -> Self:
-        """Return the pairs with the reference's log-probs in place of the policy's; loss, score, weight and rewards stay."""
-        return replace(self, policy_chosen=self.reference_chosen, policy_rejected=self.reference_rejected)
 
     def since(self, first: Self | None) -> Self:
         """Return the pairs with the log-probs of step 0.
@@ -222,7 +212,8 @@ class PairTable(Table):
         Args:
             first: the same pairs at step 0; None: the policy was the reference then.
         """
-        first = self.at_reference() if first is None else first
+        if first is None:
+            return replace(self, initial_chosen=self.reference_chosen, initial_rejected=self.reference_rejected)
         return replace(self, initial_chosen=first.policy_chosen, initial_rejected=first.policy_rejected)
 
 

@@ -10,7 +10,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.experiments.compare import check_names, compare, why_missing
 from pe_dpo.experiments.comparison import Arm, Comparison, RunRow, with_state
 from pe_dpo.experiments.plan import read_plan
-from pe_dpo.experiments.resampled import resample, settings_of
+from pe_dpo.experiments.resampled import Resampled, settings_of
 from pe_dpo.experiments.summary import setting_name
 from pe_dpo.metrics.bootstrap import Effect, effect
 from pe_dpo.metrics.catalogue import METRICS
@@ -127,7 +127,7 @@ def _crosses(comparison: Comparison, observations: list[Observation]) -> list[tu
     usable = [one for one in observations if one.source == "pe-dpo" and why_missing(metric, one) is None]
     if not usable:
         return []
-    measured = resample(usable, metric, repeats=REPEATS, seed=0)
+    measured = Resampled(usable, metric, repeats=REPEATS, seed=0)
     points = {repr(point.settings): point.columns for point in settings_of(measured.observations)}
     found: list[tuple[Effect | None, Effect | None]] = []
     for arm in comparison.arms:
