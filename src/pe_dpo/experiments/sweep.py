@@ -44,7 +44,7 @@ class PointState(NamedTuple):
     status: Literal["waiting", "running", "finished", "failed", "interrupted"]
     seconds: float = 0.0
     metrics: Mapping[str, float] = {}
-    """Held-out metrics of a finished run, see `evaluation.pairs.set_metrics`, and `kl` where answers were sampled."""
+    """Held-out metrics of a finished run, see `metrics.catalogue.pair_metrics`, and `kl` where answers were sampled."""
     why: str = ""
     """Of a failed one."""
 
@@ -128,8 +128,8 @@ def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
             goes_on = bool(checkpoints(folder))
             result = train(recipe, resume=goes_on, overwrite=not goes_on, shared=shared)
     except PeDpoError as error:
-        is_ours = not isinstance(error, RunFolderError)  # else somebody else's run may lie there
-        if is_ours and folder.is_dir():
+        if not isinstance(error, RunFolderError):  # else somebody else's run may lie there
+            folder.mkdir(parents=True, exist_ok=True)
             if not (folder / RECIPE_FILE).is_file():  # it did not come to that
                 write_atomically(folder / RECIPE_FILE, recipe_to_yaml(with_absolute_paths(recipe)))
             RunWriter(folder).update(status="failed", why=str(error))
