@@ -209,7 +209,9 @@ class Run(Measurements):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"{path}: cannot be read: {error}; it is part of every run") from error
+            raise RunFolderError(
+                f"{path}: cannot be read: {error}; it is part of every run: restore it, or move the run away"
+            ) from error
         return recipe_from_yaml(text, str(path))
 
     @property
