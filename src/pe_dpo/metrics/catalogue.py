@@ -114,13 +114,7 @@ def _saturation(table: PairTable) -> tuple[float, float]:
 
 
 def _margin_quantile(share: float) -> Callable[[PairTable], float]:
-    """Of M = (γ·max(Δ0, floor) + m)/β, which Δπ has to reach: z >= 0 ⇔ Δπ >= M."""
-
-    def quantile(table: PairTable) -> float:
-        assert table.beta is not None, "the loss is known"
-        return float(np.quantile(table.delta(per_token=table.reduce == "mean") - table.score / table.beta, share))
-
-    return quantile
+    return lambda table: float(np.quantile(table.effective_margin, share))
 
 
 # A line or a few for each, to be read as a table.

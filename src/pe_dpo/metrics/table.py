@@ -200,6 +200,12 @@ class PairTable(Table):
         floored = np.maximum(self.delta("reference", per_token=per_token), self.reference_floor)
         return self.beta * self.delta(per_token=per_token) - self.gamma * floored
 
+    @property
+    def effective_margin(self) -> Floats:
+        """M = (γ·max(Δ0, floor) + m)/β, which Δπ has to reach: z >= 0 ⇔ Δπ >= M."""
+        assert self.beta is not None, "the loss is known"
+        return self.delta(per_token=self.reduce == "mean") - self.score / self.beta
+
     def displacement(self, side: Literal["chosen", "rejected"]) -> Floats:
         """Return log π − log π0 of one answer of each pair."""
         policy, reference = getattr(self, f"policy_{side}"), getattr(self, f"reference_{side}")
