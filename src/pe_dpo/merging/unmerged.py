@@ -16,7 +16,7 @@ import torch
 from pe_dpo.errors import ModelError
 from pe_dpo.inference.scorer import Scorer, choose_scorer
 from pe_dpo.log import quiet
-from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, is_inconclusive, measure, verification_failures
+from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, measure, verification_failures
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.training_base import TrainingBase
 from pe_dpo.model.adapter import POLICY, REFERENCE, add_finished_adapter, switch_on_both
@@ -71,18 +71,20 @@ class Unmerged:
         _weigh_adapters(model, source.weights)
         self.trained = measure(model, source.pairs, scorer)
         check_weights_unpacked(model)
-        self.noisy: Behaviour | None = None
-        """None where nothing is rounded, or memory did not do for it."""
+        noisy = None
         with suppress(torch.OutOfMemoryError):
             if self.computed_in != torch.float32:  # already rounded, and its arithmetic too: that in float32 instead
                 compute_in(model, torch.float32)
                 scorer = _choose_scorer(model, source, device)  # attention kernels of 16 bits do not take it
-                self.noisy = measure(model, source.pairs, scorer)
+                noisy = measure(model, source.pairs, scorer)
             elif dtype != torch.float32:
                 add_rounding_noise(model, dtype)
-                self.noisy = measure(model, source.pairs, scorer)
-        if self.noisy is None and not self.computed_in == dtype == torch.float32:
+                noisy = measure(model, source.pairs, scorer)
+        if noisy is None and not self.computed_in == dtype == torch.float32:
             logger.warning("no memory to measure the noise of the dtype; the merge is judged without it")
+        self.floor = None if noisy is None else self.agreement(noisy)
+        """How near the trained one with the noise of rounding comes to itself; None where nothing is rounded, or memory did not
+        do for it."""
         del model, embedding
         free()
 
@@ -90,19 +92,10 @@ class Unmerged:
         """Return how near a model comes to the trained one."""
         return agreement(served, self.trained, self.reference)
 
-    @property
-    def floor(self) -> Agreement | None:
-        """How near the trained one with the noise of rounding comes to itself without."""
-        return None if self.noisy is None else self.agreement(self.noisy)
-
     def failures(self, found: Agreement) -> list[str]:
         """Return in words why a model that comes so near is not what was trained, or was to be served; empty if it is."""
         in_float32 = self.computed_in == torch.float32
         return verification_failures(found, self.floor, in_float32=in_float32, scale=self.scale)
-
-    def is_inconclusive(self, found: Agreement) -> bool:
-        """Return whether the pairs could not have told a model that comes so near from one without the update."""
-        return is_inconclusive(found, self.floor)
 
     def _check_base(self, facts: BaseFacts) -> None:
         source, record = self.base.source, self.base.source.record

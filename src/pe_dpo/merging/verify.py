@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pe_dpo.disk import json_without_nan
-from pe_dpo.merging.behaviour import Agreement
+from pe_dpo.merging.behaviour import Agreement, is_inconclusive
 from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, mean_noise, tensor_failures
 from pe_dpo.merging.plan import Plan
 from pe_dpo.merging.source import describe_scale
@@ -38,17 +38,24 @@ class Verdict:
         expected: Unmerged | None,
         as_trained: Unmerged | None,
     ) -> None:
-        self.plan, self.folder, self.tensors, self.expected = plan, folder, tensors, expected
+        self.plan, self.folder, self.tensors = plan, folder, tensors
         self.faults = tensor_failures(tensors)
         """What is out of its band, in words; empty for a merge that serves what was trained."""
         self.held_out: Agreement | None = None
         """With what is expected; None where no pairs were asked for."""
         self.change: Agreement | None = None
         """Merged onto the original: how far that is from what was trained on the quantized base."""
+        self.floor = expected.floor if expected is not None else None
+        """The trained model with the noise of the dtype."""
+        self.computed_in = expected.computed_in if expected is not None else torch.float32
+        """What was measured on pairs."""
+        self.is_inconclusive = False
+        """The update is within the noise of rounding, so that the pairs could not have told that it was lost."""
         if expected is not None and as_trained is not None:
             merged = measure_served(plan.source, expected.computed_in, merged=folder)
             self.held_out = expected.agreement(merged)
             self.faults += expected.failures(self.held_out)
+            self.is_inconclusive = is_inconclusive(self.held_out, self.floor)
             if mean_kept(tensors) is None and self.held_out.shift_kept is not None:
                 self.faults.append("no tensor of the adapter changes anything, but the unmerged model does")
             if as_trained is not expected:
@@ -64,19 +71,17 @@ class Verdict:
             return f"written by force{scaled}"
         if self.change is not None or (self.plan.onto == "original" and self.held_out is None):
             return f"keeps the update{scaled}, on the original weights: not the model that was trained"
-        if self.expected is None or self.held_out is None:
+        if self.held_out is None:
             return f"has the update in its files{scaled}; not verified on pairs"
-        if self.expected.is_inconclusive(self.held_out):
+        if self.is_inconclusive:
             return f"has the update in its files{scaled}; it is within the noise of rounding, and the pairs cannot tell it"
         return f"serves the update{scaled}: on purpose not what was trained" if is_scaled else "serves what was trained"
 
     def _report(self, files: Mapping[str, str]) -> dict[str, Any]:
-        plan, source, expected = self.plan, self.plan.source, self.expected
+        plan, source = self.plan, self.plan.source
         weights = "adapter_model.safetensors"
         served, trained = (file_fingerprints(one, [weights])[weights] for one in (source.adapter.folder, source.trained))
-        computed_in = expected.computed_in if expected else torch.float32
         dtype = str(plan.dtype).removeprefix("torch.")
-        floor = expected.floor if expected else None
         report = {
             "verdict": self.describe(),
             "faults": self.faults,
@@ -96,11 +101,11 @@ class Verdict:
             "mean_kept": mean_kept(self.tensors),
             "held_out_pairs": len(source.pairs),
             "held_out": self.held_out.to_dict() if self.held_out else None,
-            "noise_floor": floor.to_dict() if floor else None,
-            "noise_floor_is": f"rounded to {dtype}" if computed_in == torch.float32 else "in float32",
+            "noise_floor": self.floor.to_dict() if self.floor else None,
+            "noise_floor_is": f"rounded to {dtype}" if self.computed_in == torch.float32 else "in float32",
             "mean_noise": mean_noise(self.tensors),
             "against_the_quantized_base": self.change.to_dict() if self.change else None,
-            "computed_in": str(computed_in).removeprefix("torch."),
+            "computed_in": str(self.computed_in).removeprefix("torch."),
             "tensors": [tensor._asdict() for tensor in self.tensors],
             "files": dict(files),
             "versions": versions(),
