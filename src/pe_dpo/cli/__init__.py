@@ -13,10 +13,10 @@ from pe_dpo.cli.chat import chat
 from pe_dpo.cli.check import check
 from pe_dpo.cli.compare import compare
 from pe_dpo.cli.console import command
-from pe_dpo.cli.dials import OnceEach
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
 from pe_dpo.cli.merge import merge
+from pe_dpo.cli.options import OnceEach
 from pe_dpo.cli.quickstart import quickstart
 from pe_dpo.cli.recipes import recipes
 from pe_dpo.cli.report import report

@@ -1,17 +1,16 @@
 """`pe-dpo audit`."""
 
 import json as json_module
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pe_dpo.cli import dials
+from pe_dpo.cli import console, options
 
 if TYPE_CHECKING:
     from pe_dpo.audit.audit import Audit
-    from pe_dpo.audit.calibration import Calibration
     from pe_dpo.audit.forecast import Forecast
     from pe_dpo.audit.quantization_error import QuantizationError
     from pe_dpo.metrics.reference_accuracy import Ranking
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
 
 def audit(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    loss: dials.Loss = None,
-    beta: dials.Beta = None,
-    gamma: dials.Gamma = None,
-    margin: dials.Margin = None,
-    link: dials.Link = None,
-    set_: dials.Settings = None,
+    loss: options.Loss = None,
+    beta: options.Beta = None,
+    gamma: options.Gamma = None,
+    margin: options.Margin = None,
+    link: options.Link = None,
+    set_: options.Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Draw it as PNG into this folder.")] = None,
     four_bit_noise: Annotated[
@@ -35,11 +34,9 @@ def audit(
     from pe_dpo.errors import UsageError
     from pe_dpo.recipe import describe, load_recipe, warnings
 
-    plan = load_recipe(recipe, dials.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link))
+    plan = load_recipe(recipe, options.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link))
     if plots is not None and plots.exists() and not plots.is_dir():
         raise UsageError(f"--plots {plots}: is a file; name a folder")
-
-    from pe_dpo.cli import console
 
     console.start(is_silent=json)
     from pe_dpo.audit.audit import audit as run
@@ -63,8 +60,6 @@ def audit(
 
 
 def _show(found: "Audit") -> None:
-    from pe_dpo.cli import console
-
     reference = found.reference
     source = "run just now" if reference["was_run"] else "all from the store, the model was not run"
     console.say(f"π0: {reference['is']}, quantize {reference['quantize']}, {reference['dtype']}; log-probs {source}")
@@ -79,8 +74,6 @@ def _show(found: "Audit") -> None:
 
 
 def _show_ranking(found: "Audit") -> None:
-    from pe_dpo.cli import console
-
     def row(words: str, value: Callable[["Ranking"], str]) -> list[str]:
         return [words, value(found.by_sum), value(found.per_token)]
 
@@ -100,7 +93,6 @@ def _show_ranking(found: "Audit") -> None:
 
 def _show_forecasts(found: "Audit") -> None:
     from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES
-    from pe_dpo.cli import console
 
     columns = [found.recipe, *found.kappas]
 
@@ -131,9 +123,15 @@ def _show_forecasts(found: "Audit") -> None:
 
 
 def _show_ways(found: "Audit") -> None:
-    from pe_dpo.cli import console
-
-    rows = [[asked, *_way_cells(found, way)] for asked, way in found.ways.items()]
+    rows = []
+    for asked, way in found.ways.items():
+        if isinstance(way, str):
+            rows.append([asked, *["–"] * 7])
+            continue
+        at = found.forecast(way.gamma)
+        number = f"{way.gamma:.4g}" + (f" {_interval(way.interval)}" if way.interval else "")
+        shares = [_share(at.weight_right), _share(at.effective), _share(at.saturated)]
+        rows.append([asked, number, f"{at.kappa:.3g}", f"{at.delta:.3g}", *shares, _time(at.flip_times[1])])
     header = ["gamma: …", "γ", "κ", "δ", "on ranked right", "effective", "saturated", "median flip"]
     console.show_table("γ from these data", header, rows)
     for asked, way in found.ways.items():
@@ -142,8 +140,6 @@ def _show_ways(found: "Audit") -> None:
 
 
 def _show_label_fit(found: "Audit") -> None:
-    from pe_dpo.cli import console
-
     fit = found.label_fit
     rows = [
         ["τ̂ [95 %]: σ(τ̂·Δ0) is right as often as it says", f"{fit.scale:.4g} {_interval(fit.interval)}"],
@@ -157,18 +153,7 @@ def _show_label_fit(found: "Audit") -> None:
     console.show_table(f"What Δ0 ({how}) tells of the labels", ["", ""], rows)
 
 
-def _way_cells(found: "Audit", way: "Calibration | str") -> Iterable[str]:
-    if isinstance(way, str):
-        return ["–"] * 7
-    at = found.forecast(way.gamma)
-    number = f"{way.gamma:.4g}" + (f" {_interval(way.interval)}" if way.interval else "")
-    return [number, f"{at.kappa:.3g}", f"{at.delta:.3g}", _share(at.weight_right), _share(at.effective), _share(at.saturated),
-            _time(at.flip_times[1])]  # fmt: skip
-
-
 def _show_quantization_error(error: "QuantizationError") -> None:
-    from pe_dpo.cli import console
-
     rows = [
         ["log p of a token moves by, nats", f"{error.shift_per_token:+.5f}"],
         ["slope of Δ0 on the plain Δ0", f"{error.slope:.4f}"],

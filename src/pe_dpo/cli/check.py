@@ -5,24 +5,24 @@ from typing import Annotated
 
 import typer
 
-from pe_dpo.cli import console, dials
+from pe_dpo.cli import console, options
 
 
 def check(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    loss: dials.Loss = None,
-    beta: dials.Beta = None,
-    gamma: dials.Gamma = None,
-    margin: dials.Margin = None,
-    link: dials.Link = None,
-    mixout: dials.Mixout = None,
-    set_: dials.Settings = None,
+    loss: options.Loss = None,
+    beta: options.Beta = None,
+    gamma: options.Gamma = None,
+    margin: options.Margin = None,
+    link: options.Link = None,
+    mixout: options.Mixout = None,
+    set_: options.Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Check recipe, loss, reference, base and data; exit 1 with the reason where training could not work."""
     from pe_dpo.recipe import describe, load_recipe
 
-    turned = dials.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout)
+    turned = options.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout)
     plan = load_recipe(recipe, turned)
 
     log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pe_dpo.cli import console, dials
+from pe_dpo.cli import console, options
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def evaluate(
 ) -> None:
     """Measure a run, an adapter or a merged model on held-out pairs, and on answers that it gives to held-out prompts."""
     _check_request(target, quantize, pairs, output)
-    scales = dials.scales("--scale", scale)
+    scales = options.scales("--scale", scale)
 
     console.start(is_silent=json)
     from pe_dpo.evaluation.evaluate import Sampling

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pe_dpo.cli import console
+
 if TYPE_CHECKING:
     from pe_dpo.export.gguf_file import GgufFacts
     from pe_dpo.export.golden import GoldenPrompt
@@ -28,7 +30,6 @@ def export(
 ) -> None:
     """Write a model as GGUF with an Ollama Modelfile and golden prompts, checked by reading it back; or push it."""
     _check_request(model, output, gguf, prompts, push)
-    from pe_dpo.cli import console
 
     console.start()
     folder = model
@@ -154,16 +155,18 @@ def _compare_prompts(gguf_file: Path) -> list[str]:
 
 
 def _tell(output: Path, facts: "GgufFacts", verdict: str, remarks: list[str]) -> None:
-    from pe_dpo.cli.console import say, warn
-
     quoted, quoted_name = shlex.quote(str(output)), shlex.quote(output.name.lower())
     files = ", ".join(sorted(file.name for file in output.iterdir()))
-    say(f"{output}: {files} ({facts.kind}, {facts.tensors} tensors, {facts.bytes / 1e6:.1f} MB)")
-    say(verdict)
+    console.say(f"{output}: {files} ({facts.kind}, {facts.tensors} tensors, {facts.bytes / 1e6:.1f} MB)")
+    console.say(verdict)
     for remark in remarks:
-        warn(remark)
+        console.warn(remark)
     if (output / "Modelfile").is_file():
-        say(f"Ollama:       cd {quoted} && ollama create {quoted_name} -f Modelfile && ollama run {quoted_name}")
-    say(f"llama.cpp:    llama-server -m {shlex.quote(str(output / facts.path.name))}")
-    say("check there:  for each line of golden_prompts.jsonl, /tokenize of `rendered` must give `prompt_ids` (with add_special")
-    say("              where there is no chat template), and /completion of these, at temperature 0, `text` up to a small lead")
+        console.say(f"Ollama:       cd {quoted} && ollama create {quoted_name} -f Modelfile && ollama run {quoted_name}")
+    console.say(f"llama.cpp:    llama-server -m {shlex.quote(str(output / facts.path.name))}")
+    console.say(
+        "check there:  for each line of golden_prompts.jsonl, /tokenize of `rendered` must give `prompt_ids` (with add_special"
+    )
+    console.say(
+        "              where there is no chat template), and /completion of these, at temperature 0, `text` up to a small lead"
+    )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pe_dpo.cli import console
 from pe_dpo.errors import UsageError
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
@@ -37,8 +38,6 @@ def merge(
     _check_request(target, output, onto, compare=compare, ignored_by_adapter=[name for name, given in ignored.items() if given])
     if compare and pairs == 0:
         raise UsageError("--compare needs pairs to compare on; leave --pairs out, or name a number")
-
-    from pe_dpo.cli import console
 
     console.start(is_silent=json)
     source: dict[str, Any] = {
@@ -85,7 +84,6 @@ def _check_request(target: Path, output: Path | None, onto: str, *, compare: boo
 
 
 def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
-    from pe_dpo.cli import console
     from pe_dpo.merging.card import model_commands
     from pe_dpo.merging.merge import merge as run
 
@@ -112,7 +110,6 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
 
 
 def _show_held_out(report: dict[str, Any]) -> None:
-    from pe_dpo.cli import console
     from pe_dpo.merging.behaviour import name_expected
 
     name, cause = name_expected(report["scale"])
@@ -138,7 +135,6 @@ def _show_held_out(report: dict[str, Any]) -> None:
 
 
 def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
-    from pe_dpo.cli import console
     from pe_dpo.merging.adapter_package import package_adapter
     from pe_dpo.merging.source import open_source
     from pe_dpo.runs.staging import check_free
@@ -157,7 +153,6 @@ def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool
 
 
 def _compare(target: Path, place: Path | None, settings: dict[str, Any], plan: dict[str, Any], *, show: bool) -> dict[str, Any]:
-    from pe_dpo.cli import console
     from pe_dpo.merging.compare import compare_merges
     from pe_dpo.merging.source import describe_scale, open_source
     from pe_dpo.metrics.estimates import wilson_interval

@@ -3,27 +3,27 @@
 import shlex
 import time
 
-from pe_dpo.cli import console, dials
+from pe_dpo.cli import console, options
 
 
 def quickstart(
-    loss: dials.Loss = None,
-    beta: dials.Beta = None,
-    gamma: dials.Gamma = None,
-    margin: dials.Margin = None,
-    link: dials.Link = None,
-    mixout: dials.Mixout = None,
-    lr: dials.LearningRate = None,
-    epochs: dials.Epochs = None,
-    seed: dials.Seed = None,
-    output: dials.Output = None,
-    set_: dials.Settings = None,
+    loss: options.Loss = None,
+    beta: options.Beta = None,
+    gamma: options.Gamma = None,
+    margin: options.Margin = None,
+    link: options.Link = None,
+    mixout: options.Mixout = None,
+    lr: options.LearningRate = None,
+    epochs: options.Epochs = None,
+    seed: options.Seed = None,
+    output: options.Output = None,
+    set_: options.Settings = None,
 ) -> None:
     """Train, evaluate and explain a run on an embedded model and data: offline, about a minute on a CPU."""
     from pe_dpo.quickstart.demo import compare_answers, quickstart_recipe
 
     started = time.perf_counter()
-    turned = dials.overrides(
+    turned = options.overrides(
         set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout, lr=lr,
         epochs=epochs, seed=seed, output=output,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pe_dpo.cli import console, dials
+from pe_dpo.cli import console, options
 
 
 def sweep(
@@ -39,7 +39,7 @@ def sweep(
     ] = None,
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="ray: on several GPUs or machines.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="With ray: runs at once.")] = None,
-    set_: dials.Settings = None,
+    set_: options.Settings = None,
     plan_only: Annotated[bool, typer.Option("--plan", help="List the runs and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome, or the plan, as JSON.")] = False,
 ) -> None:
@@ -47,17 +47,17 @@ def sweep(
     from pe_dpo.experiments.plan import make_plan
     from pe_dpo.recipe import load_recipe
 
-    options = {
+    given = {
         f"--prompts {prompts}": "generation.prompts",
         f"--snapshots {snapshots}": "generation.snapshots",
         f"--scale-control {scale_control}": "generation.scales",
     }
-    dials.check_once(set_, {words: key for words, key in options.items() if not words.endswith(" None")})
+    options.check_once(set_, {words: key for words, key in given.items() if not words.endswith(" None")})
     base = load_recipe(recipe, set_ or [])
     measured = {
         "prompts": (base.generation.prompts or 64) if prompts is None else prompts,
         "snapshots": snapshots,
-        "scales": dials.scales("--scale-control", scale_control),
+        "scales": options.scales("--scale-control", scale_control),
     }
     measure = [f"generation.{key}={value}" for key, value in measured.items() if value is not None]
     grids = [([grid] if grid else []) + list(axes or []), *(words.split() for words in also or [])]

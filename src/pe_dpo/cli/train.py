@@ -6,29 +6,29 @@ from typing import Annotated
 
 import typer
 
-from pe_dpo.cli import console, dials
+from pe_dpo.cli import console, options
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (pe-dpo recipes list).")],
-    loss: dials.Loss = None,
-    beta: dials.Beta = None,
-    gamma: dials.Gamma = None,
-    margin: dials.Margin = None,
-    link: dials.Link = None,
-    mixout: dials.Mixout = None,
-    lr: dials.LearningRate = None,
-    epochs: dials.Epochs = None,
-    seed: dials.Seed = None,
-    output: dials.Output = None,
-    set_: dials.Settings = None,
+    loss: options.Loss = None,
+    beta: options.Beta = None,
+    gamma: options.Gamma = None,
+    margin: options.Margin = None,
+    link: options.Link = None,
+    mixout: options.Mixout = None,
+    lr: options.LearningRate = None,
+    epochs: options.Epochs = None,
+    seed: options.Seed = None,
+    output: options.Output = None,
+    set_: options.Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that lies in the output folder.")] = False,
 ) -> None:
     """Train an adapter by a recipe; everything lands in its output folder."""
     from pe_dpo.recipe import load_recipe
 
-    turned = dials.overrides(
+    turned = options.overrides(
         set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout, lr=lr,
         epochs=epochs, seed=seed, output=output,
     )  # fmt: skip

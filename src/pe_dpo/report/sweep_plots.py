@@ -378,7 +378,7 @@ def kappa_section(sweep: SweepRecord) -> Section:
 
 
 def _kind(comparison: Comparison, arm: Arm) -> str:
-    """What an arm turns besides the baseline's dial; scaled adapters are a kind of their own, unless they are the baseline."""
+    """What an arm changes besides the baseline's hyperparameter; a scaled adapter that is no baseline is a kind of its own."""
     if SCALE in arm.settings and not arm.is_baseline:
         return SCALED
     keys = [name for key in arm.settings if (name := hyperparameter_name(key)) != comparison.baseline]

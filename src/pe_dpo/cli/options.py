@@ -49,15 +49,15 @@ def scales(option: str, text: str | None) -> list[float] | None:
     return found
 
 
-def overrides(settings: list[str] | None, **dials: str | float | int | None) -> list[str]:
-    """Return "section.key=value" for every dial that was turned, after the plain settings.
+def overrides(settings: list[str] | None, **given: str | float | int | None) -> list[str]:
+    """Return "section.key=value" for every hyperparameter that was given an option, after the plain settings.
 
     Raises:
         UsageError: a key is set twice.
     """
     from pe_dpo.recipe.names import SHORT_NAMES
 
-    turned = {name: value for name, value in dials.items() if value is not None}
+    turned = {name: value for name, value in given.items() if value is not None}
     words = {name: f"{value:g}" if isinstance(value, float) else value for name, value in turned.items()}
     check_once(settings, {f"--{name} {words[name]}": SHORT_NAMES[name] for name in turned})
     if "output" in turned:  # a path is taken as it is, not read as YAML
