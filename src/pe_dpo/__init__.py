@@ -1,8 +1,8 @@
 """pe-dpo: parameter-efficient preference fine-tuning on one GPU.
 
-What the commands do is here as functions (`load_recipe`, `train`, `evaluate`, `compare`, `merge`), and so are the parts for
-anyone's own loop (`preference_loss`, `completion_logprobs`, `attach_mixout`, `mixout`, `MixLinear`). Names are loaded when they
-are first used: importing the package imports no torch.
+What the commands do is here as functions (`load_recipe`, `train`, `evaluate`, `compare`, `merge`), a run folder is a `Run`, and
+there are the parts for anyone's own loop (`preference_loss`, `completion_logprobs`, `attach_mixout`, `mixout`, `MixLinear`).
+Names are loaded when they are first used: importing the package imports no torch.
 """
 
 from importlib import import_module
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from pe_dpo.model.mixout import MixLinear, attach_mixout, mixout
     from pe_dpo.objective import answer_logprobs, completion_logprobs, preference_loss
     from pe_dpo.recipe import describe, load_recipe
+    from pe_dpo.runs.run import Run
     from pe_dpo.training.train import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "MixLinear": "pe_dpo.model.mixout",
+    "Run": "pe_dpo.runs.run",
     "answer_logprobs": "pe_dpo.objective",
     "attach_mixout": "pe_dpo.model.mixout",
     "compare": "pe_dpo.experiments.compare",
@@ -36,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "MixLinear",
+    "Run",
     "answer_logprobs",
     "attach_mixout",
     "compare",

@@ -1,0 +1,85 @@
+"""Run folders as version 0.1.0 wrote them: one finished, one killed after its first checkpoint.
+
+Their base and pairs are the quickstart's, which lay in /srv/quickstart then; those of the package today are the same.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from pe_dpo import compare, evaluate
+from pe_dpo.merging.merge import merge
+from pe_dpo.quickstart.demo import BASE, PAIRS
+from pe_dpo.runs.run import Run
+from pe_dpo.training.train import train
+
+OLD = Path(__file__).parent / "old"
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Callable[[str], Run]:
+    """A copy of an old run, with base and pairs where they lie today."""
+
+    def copy(name: str) -> Run:
+        folder = tmp_path / name
+        shutil.copytree(OLD / name, folder)
+        recipe = folder / "recipe.yaml"
+        text = recipe.read_text(encoding="utf-8")
+        for then, now in (
+            ("/srv/quickstart/base", BASE),
+            ("/srv/quickstart/pairs", PAIRS),
+            (f"/srv/quickstart/{name}", folder),
+        ):
+            text = text.replace(then, str(now))
+        recipe.write_text(text, encoding="utf-8")
+        return Run(folder)
+
+    return copy
+
+
+def test_a_finished_run_is_read_whole(old_run: Callable[[str], Run]) -> None:
+    run = old_run("finished")
+    assert (run.info.status, run.info.step, run.info.id, run.info.base["quantize"]) == ("finished", 8, None, "nf4")
+    assert run.kappa == 1
+    pairs, answers = run.pairs(), run.answers()
+    assert pairs is not None
+    assert answers is not None
+    assert len(pairs) == run.info.pairs["held_out"]
+    assert np.mean(pairs.delta() > 0) == pytest.approx(run.info.after["accuracy/policy"])
+    assert np.mean(answers.kl) > 0
+    assert [state.step for state in run.snapshots] == [4]
+    assert run.curve("loss").steps[-1] == 8
+    assert run.curve("watched/loss").values[0] == pytest.approx(np.log(2))
+
+
+def test_a_finished_run_is_evaluated_as_it_evaluated_itself(old_run: Callable[[str], Run]) -> None:
+    run = old_run("finished")
+    metrics = evaluate(run.folder).metrics
+    after = run.info.after
+    assert {key: metrics[key] for key in after} == pytest.approx(after, rel=1e-4, abs=1e-4)
+
+
+def test_finished_runs_are_compared(old_run: Callable[[str], Run]) -> None:
+    found = compare([old_run("finished").folder], metric="accuracy/policy")
+    assert found.runs[0].value == pytest.approx(Run(OLD / "finished").info.after["accuracy/policy"])
+
+
+def test_a_finished_run_is_merged_with_proof(old_run: Callable[[str], Run], tmp_path: Path) -> None:
+    verdict = merge(old_run("finished").folder, tmp_path / "merged", pairs=8)
+    assert verdict.describe().startswith("serves what was trained")
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_the_one_that_was_not(old_run: Callable[[str], Run], logged: list[str]) -> None:
+    run = old_run("interrupted")
+    assert (run.info.status, [path.name for path in run.checkpoints()]) == ("training", ["checkpoint-4"])
+    result = train(run.recipe, resume=True)
+    assert any("resuming from" in line and "checkpoint-4" in line for line in logged)
+    assert result.steps == 8
+    now, then = (load_file(folder / "adapter_model.safetensors") for folder in (run.folder, OLD / "finished"))
+    assert now.keys() == then.keys()
+    for name, tensor in then.items():
+        assert (now[name] - tensor).abs().max() <= 1e-5
