@@ -54,6 +54,7 @@ def test_what_cannot_be_compared_is_said_in_one_message(pe_dpo, sweep, tmp_path)
     assert "--metric luck: is not one of" in pe_dpo("compare", sweep, "--metric", "luck").err
 
 
+@pytest.mark.slow
 def test_a_real_sweep_is_compared(pe_dpo, recipe_file, tmp_path):
     """What `sweep` writes is what `compare` reads: two β, γ = 0, two seeds, answers and a snapshot."""
     folder = tmp_path / "sweep"

@@ -79,6 +79,7 @@ def test_json_is_all_that_is_printed_when_it_is_asked_for(pe_dpo, quantized, tmp
     assert (found["dtype"], found["held_out_pairs"], found["faults"]) == ("bfloat16", 4, [])
 
 
+@pytest.mark.slow
 def test_compare_shows_all_ways_to_serve_and_leaves_nothing(pe_dpo, quantized, tmp_path):
     done = pe_dpo("merge", quantized, "--compare", "--pairs", 6, "--json")
     assert (done.code, done.err) == (0, "")
@@ -107,6 +108,7 @@ def test_a_scaled_merge_says_so_from_the_first_line_to_the_verdict(pe_dpo, quant
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["scale"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_scaled_adapter_is_compared_and_packaged_with_proof(pe_dpo, quantized, tmp_path):
     arguments = ("merge", quantized, "-o", tmp_path / "out", "--onto", "adapter", "--scale", 0.5, "--compare", "--pairs", 6)
     found = json.loads(pe_dpo(*arguments, "--json").out)

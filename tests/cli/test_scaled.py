@@ -85,6 +85,7 @@ def test_an_adapter_without_a_run_is_refused_before_anything_is_loaded(pe_dpo, t
     assert "is a bare adapter, and what --scale measures is kept in the folder of a run" in " ".join(done.err.split())
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_every_point_at_each_scale_and_compare_reads_it(pe_dpo, recipe_file, tmp_path):
     folder = tmp_path / "sweep"
     command = ("sweep", recipe_file, "--grid", "gamma=1x,0", *SAMPLED, "-o", folder)

@@ -21,6 +21,8 @@ from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.runs.observations import Observation
 
+pytestmark = pytest.mark.slow
+
 POINTS: dict[str, tuple[dict[str, Any], float]] = {
     "the base recipe": ({}, 0.8),
     "β = 0.025": ({"loss.beta": 0.025}, 1.4),

@@ -48,6 +48,7 @@ def assert_same_adapter(one, other):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_every_point_is_the_run_that_train_makes(source, tmp_path):
     """To the bit, whatever ran on the same base before: another loss, mixout, recomputed activations, padded rows, dropout."""
     turns = [["gamma=0,1x"], ["mixout=0.5"], ["train.gradient_checkpointing=true"], ["train.packing=false"], ["dropout=0.3"]]

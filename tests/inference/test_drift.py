@@ -131,6 +131,7 @@ def test_the_truth_is_the_truth(moved):
         assert 0.02 < truth.mean("kl") < 0.5
 
 
+@pytest.mark.slow
 def test_every_answer_has_the_numbers_of_the_enumeration(many, moved):
     numbers = {answer: number for number, answer in enumerate(ANSWERS)}
     for drift, truth in zip(many, moved[1], strict=True):

@@ -43,6 +43,7 @@ def pairs_and_reference(model):
     return pairs, PairLogprobs(*map(torch.cat, zip(*parts, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("p", "form"), [(0.2, "column"), (0.9, "column"), (0.5, "element")])
 def test_the_ratio_is_that_of_the_variance_formula(model, p, form):
     """Var[z] = p/(1−p)·Σ_j (x_j ΔW_j)²; with one output unit columns and single weights are the same."""

@@ -139,6 +139,7 @@ def test_the_store_lies_where_the_environment_says(monkeypatch, variables, expec
     assert default_store_path() == Path(expected)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_keys_are_looked_up_at_once(path):
     rows = {struct.pack("<q24x", row): StoredLogprob(-row / 3, row) for row in range(100_000)}
     with ReferenceStore(path) as store:

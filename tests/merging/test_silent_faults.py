@@ -36,6 +36,7 @@ def test_the_run_merges_as_it_is(run: Path, tmp_path: Path) -> None:
     assert done.held_out is not None and done.held_out.shift_kept == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_run_that_was_trained_in_bfloat16_is_not_doubted_for_its_arithmetic(
     dtype: Any, tiny_recipe: Callable, tmp_path: Path

@@ -156,6 +156,7 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_intervals_miss_the_truth_in_at_most_five_percent(seeds: int, parts: tuple[float, float, float]) -> None:
@@ -178,6 +179,7 @@ def test_resampling_seeds_and_reading_off_quantiles_would_err_four_times_as_ofte
     assert np.mean(np.array(ours) < 0.05) < 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 def test_standard_errors_are_those_of_repeated_experiments(parts: tuple[float, float, float]) -> None:
     """Squared and averaged, within a tenth; a variance that is cut at 0 is too large where seeds bring in nothing."""
@@ -205,6 +207,7 @@ def test_holm_by_hand() -> None:
     assert len(bootstrap.holm(np.array([]))) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 3, 5])
 @pytest.mark.parametrize("parts", [(0.0, 1.0, 0.0), (0.05, 0.4, 0.6), (0.3, 0.4, 0.6)], ids=["prompts", "both", "seeds"])
 def test_a_planted_effect_is_found_at_the_stated_power(parts: tuple[float, float, float], seeds: int) -> None:

@@ -481,6 +481,7 @@ def assert_same_bits(model: Any, pairs: Sequence[EncodedPair], seed: int) -> Non
 ARITHMETIC = {"f32": {}, "bf16": {"dtype": "bfloat16"}, "nf4": {"quantize": "nf4"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
 def test_a_pair_has_the_same_bits_in_any_company(tiny_base, options):
     model = saved_policy(tiny_base, **options)

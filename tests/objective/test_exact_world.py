@@ -15,6 +15,7 @@ def world() -> World:
     return make_world()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
 def test_the_minimum_of_the_loss_is_the_tempered_reference_times_the_exponential_reward(world, gamma):
     """Three acceptance bounds: 1e-3 nats within 64 evaluations, 1e-6 within 140, and the same distance from π0."""

@@ -90,6 +90,7 @@ def test_accuracy_is_counted_by_kind():
     assert accuracy == {"all": 0.5, "fact": 0.5, "manners": 1.0, "both": 0.0}
 
 
+@pytest.mark.slow
 def test_training_is_seeded_and_lowers_the_loss():
     def trained(steps: int) -> tuple[make_base.LlamaForCausalLM, list[list[int]]]:
         torch.manual_seed(0)

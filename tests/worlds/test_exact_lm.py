@@ -41,6 +41,7 @@ from pe_dpo.training.train import SharedRun, train
 # ---------------------------------------------------------------------------------------------------- H-DPO
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "beta", "gamma"), [(1, 0.5, 0.25), (2, 2.0, 3.0)])
 def test_the_optimum_is_reached_in_other_worlds_and_at_other_coefficients(seed, beta, gamma):
     """Within 1e-3 nats by 64 evaluations, 1e-6 by 140; measured 5e-5 and 9e-8, then 2e-13 and 5e-14."""
@@ -176,6 +177,7 @@ def test_the_pairs_have_the_chances_of_their_labels_exactly():
     assert {chosen for _, chosen, _ in counts} == set(codes)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_product_ends_at_the_optimum(trained):
     """KL(π*‖π) below 1e-4 nats of the 0.14 (float32) and 0.34 (nf4) that lie between π* and π0."""
     assert kl(trained.target, trained.reference) > 0.1
@@ -183,6 +185,7 @@ def test_a_run_of_the_product_ends_at_the_optimum(trained):
     assert kl(trained.policy, trained.reference) == pytest.approx(kl(trained.target, trained.reference), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_merged_run_is_as_far_from_its_reference_as_before(trained, tmp_path):
     """In float32 to 1e-6 nats; rounded to bfloat16 a thousandth of the distance is between them at most."""
     before = kl(trained.policy, trained.reference)
@@ -193,6 +196,7 @@ def test_a_merged_run_is_as_far_from_its_reference_as_before(trained, tmp_path):
         assert kl(merged, trained.reference) == pytest.approx(before, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [("nf4", 2.0)], indirect=True, ids=["nf4"])
 def test_a_4_bit_run_merged_onto_the_original_weights_is_another_policy(trained, tmp_path):
     """Its reference was the 4-bit base: on the weights before quantization the same adapter lands 0.05 nats away."""

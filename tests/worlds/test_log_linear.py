@@ -30,6 +30,8 @@ from log_linear import (
 )
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 BETA = 0.5
 KAPPAS = (0.0, 0.5, 1.0, 2.0, 4.0)

@@ -11,8 +11,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pe_dpo.model.mixout import attach_mixout
 
-# torch 2.13's own tracer of autograd functions
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    # torch 2.13's own tracer of autograd functions
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 FORMS = ["column", "element"]
 IDS = torch.arange(10).view(2, 5)
@@ -116,7 +119,6 @@ def test_evaluation_is_compiled_plain_and_training_stays_mixed_after_it(form):
     assert_same(outcome(compiled, model), mixed)
 
 
-@pytest.mark.slow
 def test_a_compiled_language_model_has_the_logits_of_the_eager_one(make_policy):
     model = make_policy()
     decoder = model.get_base_model().model
@@ -148,7 +150,6 @@ for _ in range(50):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_masks_in_generated_code_have_the_same_bits(tmp_path):
     """1,030 elements are no multiple of a vector. In a process of its own: generated code once wrote past its result's end."""

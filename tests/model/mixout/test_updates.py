@@ -97,6 +97,7 @@ def test_the_gradient_is_that_of_finite_differences_at_a_fixed_mask(layer):
     assert torch.autograd.gradcheck(run, (x, a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.1, 0.9])
 def test_outputs_have_the_mean_of_plain_lora_and_the_published_variance(layer, p):
     """Variance of output i: p/(1−p) · Σ_j x_j² ΔW_ij². Over all outputs: p/(1−p) · Σ_j x_j² ‖ΔW_:j‖²."""
