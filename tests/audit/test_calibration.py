@@ -16,10 +16,10 @@ from pe_dpo.audit import label_fit
 from pe_dpo.audit.calibration import LARGEST_MISS, calibrate_gamma, calibrate_loss
 from pe_dpo.audit.label_fit import LabelFit
 from pe_dpo.errors import UsageError
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.pairs import preferences
 from pe_dpo.metrics.estimates import without_length
 from pe_dpo.metrics.reference_accuracy import robust_spread
+from pe_dpo.objective import PairLogprobs
 from pe_dpo.recipe.loss_section import LossSection
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pe_dpo.audit.audit import Audit
-from pe_dpo.inference.logprobs import PairLogprobs
+from pe_dpo.objective import PairLogprobs
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.report.audit_plots import audit_figures, save_audit_plots
 
