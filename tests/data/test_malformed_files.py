@@ -31,6 +31,7 @@ MALFORMED = {
     "key twice": ("x.jsonl", GOOD + row(rest=b', "chosen": "c"'), "x.jsonl:2", "'chosen' twice", "keep one"),
     "key twice in an array": ("x.json", b"[" + GOOD + b"," + row(rest=b', "chosen": "c"') + b"]", "x.json row 2",
                               "'chosen' twice", "keep one"),
+    "key twice in the only object": ("x.json", row(rest=b', "chosen": "c"'), "x.json", "'chosen' twice", "keep one"),
     "not UTF-8": ("x.jsonl", GOOD + b'{"prompt": "caf\xe9"}\n', "x.jsonl:2", "not valid UTF-8: byte 0xe9", "save the file"),
     "UTF-16": ("x.json", "[]".encode("utf-16"), "x.json", "UTF-16", "save the file as UTF-8"),
     "NUL": ("x.jsonl", GOOD + row(prompt=b'"a\\u0000"'), "x.jsonl:2", "NUL character at 2", "remove"),

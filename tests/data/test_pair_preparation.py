@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths_to_pairs import prepare_pairs
 
+import pe_dpo.data
 from pe_dpo.data import EncodedPair, split_by_prompt
 from pe_dpo.data.pairs import prompt_key
 from pe_dpo.errors import DataError
+from pe_dpo.recipe import DataSection
 
 IDS = np.array([1], dtype=np.int32)
 
@@ -117,6 +119,36 @@ def test_a_limit_reads_the_first_rows(write_lines: Callable[..., Path], tokenize
                          eval=0, limit=30)  # fmt: skip
     assert [pair.where for pair in data.train] == [f"train.jsonl:{n}" for n in range(1, 31)]
     assert data.report.rows_read == 30
+
+
+@pytest.mark.parametrize(("limit", "files"), [
+    (1, {"train-0.jsonl": 1}), (2, {"train-0.jsonl": 2}), (3, {"train-0.jsonl": 2, "train-1.jsonl": 1}),
+])  # fmt: skip
+def test_a_limit_counts_over_all_files_and_opens_none_behind_it(
+    write_lines: Callable[..., Path], tokenizer: Any, limit: int, files: dict[str, int]
+) -> None:
+    write_lines(row("a"), row("b"), name="train-0.jsonl")
+    folder = write_lines(row("c"), row("d"), name="train-1.jsonl").parent
+    data = prepare_pairs(folder, tokenizer=tokenizer, max_length=99, eval=0, limit=limit)
+    assert (data.report.files, len(data.train)) == (files, limit)
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "fits"), [(None, None, 2048), (None, 100, 100), (50, 100, 50), (5000, None, 5000)]
+)
+def test_pairs_may_be_as_long_as_asked_for_or_as_the_context(
+    write_lines: Callable[..., Path], tokenizer: Any, asked: int | None, context: int | None, fits: int
+) -> None:
+    path = write_lines(row("a" * (fits - 4)), row("b" * (fits - 3)))  # an answer and its end token have four tokens
+    settings = DataSection(train=str(path), max_length=asked, eval=0)
+    data = pe_dpo.data.prepare_pairs(settings, tokenizer=tokenizer, context_length=context)
+    assert [pair.where for pair in data.train] == ["train.jsonl:1"]
+
+
+def test_longer_pairs_than_the_context_are_refused(write_lines: Callable[..., Path], tokenizer: Any) -> None:
+    settings = DataSection(train=str(write_lines(row("a"))), max_length=101)
+    with pytest.raises(DataError, match=r"data\.max_length: 101 tokens, but the model's context is 100; lower it"):
+        pe_dpo.data.prepare_pairs(settings, tokenizer=tokenizer, context_length=100)
 
 
 def test_the_report_measures_lengths_by_hand(write_lines: Callable[..., Path], tokenizer: Any) -> None:
