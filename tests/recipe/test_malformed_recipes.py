@@ -212,15 +212,3 @@ def test_the_name_that_is_given_for_a_foreign_key_exists(name: str) -> None:
     (message,) = faults_of(f"{name}: 1")
     section, key = message.removeprefix(f"bad.yaml:1: {name}: unknown key; here it is ").split()[0].split(".")
     assert key in Recipe.model_json_schema()["$defs"][f"{section.capitalize()}Section"]["properties"]
-
-
-@pytest.mark.parametrize("share", ["1.0", "-0.1", ".nan"])
-def test_a_held_out_share_outside_its_range_is_refused(share: str) -> None:
-    (message,) = faults_of(f"data: {{train: d, eval: {share}}}")
-    assert message.startswith("bad.yaml:1: data.eval: ")
-
-
-def test_a_column_map_for_an_unknown_name_lists_the_names() -> None:
-    (message,) = faults_of("data: {train: d, columns: {selected: chosen}}")
-    assert message.startswith("bad.yaml:1: data.columns")
-    assert "'prompt', 'chosen', 'rejected', 'margin', 'system'" in message

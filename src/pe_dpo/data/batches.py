@@ -159,10 +159,10 @@ def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[lis
         block: list[int] = []
         size = 0
         for index in members:
-            grown = _tree_tokens(pairs, [*block, index])
+            grown = shared_tokens([pairs[member] for member in (*block, index)])
             if block and grown > token_budget:
                 blocks.append((size, block))
-                block, grown = [], _tree_tokens(pairs, [index])
+                block, grown = [], shared_tokens([pairs[index]])
             block.append(index)
             size = grown
         blocks.append((size, block))
@@ -183,7 +183,11 @@ def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[lis
 
 def shared_tokens(pairs: Sequence[EncodedPair]) -> int:
     """Return the tokens of a packed row that holds these pairs."""
-    return sum(_tree_tokens(pairs, members) for members in _by_prompt(pairs))
+    tokens = 0
+    for members in _by_prompt(pairs):
+        answers, start = _answers(pairs, members)
+        tokens += len(pairs[members[0]].prompt_ids) + start + sum(max(0, len(ids) - start - 1) for ids in answers.values())
+    return tokens
 
 
 def _by_prompt(pairs: Sequence[EncodedPair]) -> list[list[int]]:
@@ -202,12 +206,6 @@ def _answers(pairs: Sequence[EncodedPair], members: Sequence[int]) -> tuple[dict
     answers = {ids.tobytes(): ids for index in members for ids in (pairs[index].chosen_ids, pairs[index].rejected_ids)}
     texts = list(answers.values())
     return answers, common_start(texts) if len(texts) > 1 else len(texts[0]) - 1
-
-
-def _tree_tokens(pairs: Sequence[EncodedPair], members: Sequence[int]) -> int:
-    """Return the tokens of one prompt's tree in a row."""
-    answers, start = _answers(pairs, members)
-    return len(pairs[members[0]].prompt_ids) + start + sum(max(0, len(ids) - start - 1) for ids in answers.values())
 
 
 class _RowBuilder:
