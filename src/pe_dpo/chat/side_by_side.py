@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pe_dpo.data.encoding import begin_token
+from pe_dpo.data.encoding import begin_token, with_begin
 from pe_dpo.data.pairs import RowError, Text, Turns
 from pe_dpo.data.rendering import as_messages, control_tokens, uses_chat_template
 from pe_dpo.errors import StoreUnavailable, UsageError
@@ -25,7 +25,7 @@ from pe_dpo.inference.reference_store import ReferenceStore, default_store_path
 from pe_dpo.inference.target import Target, check_same_base, find_target, load_target_tokenizer
 from pe_dpo.model.adapter import REFERENCE, as_reference, load_adapter_for_evaluation
 from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import BaseFacts, end_token_ids, inspect_base, load_base
+from pe_dpo.model.base import BaseFacts, answer_end_tokens, inspect_base, load_base
 from pe_dpo.model.fingerprint import base_fingerprint, remembered_fingerprint
 from pe_dpo.objective import completion_logprobs
 from pe_dpo.recipe.loss_section import LossSection
@@ -116,7 +116,7 @@ def open_side_by_side(
     return SideBySide(
         model=model,
         tokenizer=tokenizer,
-        end_token_ids=_ends(tokenizer, found),
+        end_token_ids=frozenset(answer_end_tokens(tokenizer, found.model.base, revision=found.model.revision)),
         context_length=facts.context_length,
         is_chat=is_chat,
         loss=found.recipe.loss if found.recipe else None,
@@ -261,11 +261,6 @@ def _speak(pair: SideBySide, side: Side, growing: Iterator[Answer]) -> Answer | 
     return said
 
 
-def _ends(tokenizer: Any, found: Target) -> frozenset[int]:
-    own = {tokenizer.eos_token_id} - {None}
-    return frozenset({*own, *end_token_ids(found.model.base, revision=found.model.revision)})
-
-
 def _fingerprint(model: Any, facts: BaseFacts, found: Target) -> str:
     path = found.recipe.reference.store if found.recipe else None
     try:
@@ -283,8 +278,7 @@ def _encode_plain(tokenizer: Any, prompt: Text) -> list[int]:
     if not prompt.strip():
         raise RowError("is blank; write a prompt")
     ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    begin = begin_token(tokenizer)
-    return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
+    return with_begin(ids, begin_token(tokenizer))
 
 
 def _check_turns(turns: Turns, tokenizer: Any) -> None:

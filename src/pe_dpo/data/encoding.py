@@ -37,6 +37,11 @@ def begin_token(tokenizer: Any) -> int | None:
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
+def with_begin(ids: list[int], begin: int | None) -> list[int]:
+    """Return token ids that begin with this token once, whether or not their text had it; None for no such token."""
+    return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
+
+
 class Encoder:
     """What one tokenizer makes of pairs, as the data section of a recipe asks."""
 
@@ -138,8 +143,7 @@ class Encoder:
         Raises:
             RowError: It begins with two BOS tokens, or has no prompt token.
         """
-        first = [] if self.begin is None else [self.begin]
-        rows = [np.array(row if row[:1] == first else [*first, *row], dtype=np.int32) for row in ids]
+        rows = [np.array(with_begin(row, self.begin), dtype=np.int32) for row in ids]
         prompt, chosen, rejected = rows
         if self.bos is not None and list(chosen[:2]) == [self.bos, self.bos]:
             raise RowError("begins with two BOS tokens; remove the one in the text of the prompt or template")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pe_dpo.data.encoding import begin_token
+from pe_dpo.data.encoding import begin_token, with_begin
 from pe_dpo.data.files import read_rows
 from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError
@@ -193,8 +193,7 @@ def token_ids(tokenizer: Any, rendered: str) -> list[int]:
         rendered: a chat, or plain text.
     """
     ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    begin = None if tokenizer.chat_template else begin_token(tokenizer)
-    return ids if begin is None else [begin, *ids]
+    return with_begin(ids, None if tokenizer.chat_template else begin_token(tokenizer))
 
 
 @torch.no_grad()

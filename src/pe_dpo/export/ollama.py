@@ -19,7 +19,7 @@ from typing import Any
 
 from pe_dpo.errors import UsageError
 from pe_dpo.export.gguf_tokenizer import Vocabulary
-from pe_dpo.model.base import end_token_ids, load_tokenizer
+from pe_dpo.model.base import answer_end_tokens, load_tokenizer
 
 Messages = Sequence[dict[str, str]]
 
@@ -117,7 +117,7 @@ def modelfile(model: Path, gguf_name: str) -> str:
     from transformers import AutoConfig
 
     tokenizer = load_tokenizer(str(model))
-    ids = {*end_token_ids(str(model)), tokenizer.eos_token_id} - {None}
+    ids = answer_end_tokens(tokenizer, str(model))
     stops = [tokenizer.convert_ids_to_tokens(index) for index in sorted(ids)]
     lines = [f"FROM ./{gguf_name}"]
     if tokenizer.chat_template:
