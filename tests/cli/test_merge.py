@@ -144,6 +144,7 @@ def test_a_licence_of_the_base_travels_along(pe_dpo, quantized, tiny_base, tmp_p
     [
         (["nowhere", "-o", "OUT"], 2, "nowhere: no such folder; name a run or an adapter on disk"),
         (["RUN"], 2, "name the folder of the merged model with -o, or ask for --compare"),
+        (["RUN", "--compare", "--pairs", "0"], 2, "--compare needs pairs to compare on; leave --pairs out, or name a number"),
         (["RUN", "-o", "OUT", "--onto", "moon"], 2, "--onto moon: write dequantized, original, adapter"),
         (["RUN", "-o", "OUT", "--dtype", "int4"], 2, "--dtype int4: write auto, bf16, fp16, fp32"),
         (["RUN", "-o", "OUT", "--rounding", "up"], 2, "--rounding up: write auto, nearest, stochastic"),
