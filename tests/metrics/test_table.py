@@ -3,13 +3,16 @@
 import math
 from dataclasses import replace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import scipy.stats
 import tables
 import torch
 
+from pe_dpo.errors import UsageError
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.metrics.catalogue import pair_metrics
+from pe_dpo.metrics.catalogue import METRICS, pair_metrics, share_intervals
 from pe_dpo.metrics.estimates import wilson_interval
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.objective import Loss
@@ -224,6 +227,57 @@ def test_at_step_0_no_pair_is_off_the_diagonal_by_sums_per_token_or_matched_on_l
     for table in ("regimes", "regimes_per_token", "regimes_length_matched"):
         for name in ("policy_right_reference_wrong", "policy_wrong_reference_right"):
             assert metrics[f"{table}/{name}/pairs"] == 0
+
+
+# ---------------------------------------------------------------- the list, and tables on disk
+
+
+def test_the_list_has_every_metric_that_is_one_number(four):
+    """By its key, from the table alone; what is left are the cells of quadrants and transitions."""
+    table = tables.with_loss(four, HALF)
+    metrics = pair_metrics(table, is_fixed_set=True)
+    listed = {key for key in metrics if key in METRICS}
+    assert {key: METRICS[key](table) for key in listed} == {key: metrics[key] for key in listed}
+    assert all(key.startswith("regimes") or key == "pairs" for key in metrics.keys() - listed)
+
+
+def test_shares_of_independent_pairs_get_an_interval(four):
+    """Not so what is matched on length, whose slope all pairs share, and shares that are not of pairs ranked right."""
+    found = share_intervals(pair_metrics(four, is_fixed_set=True), 4)
+    policy = {"accuracy/policy", "accuracy/policy_per_token", "accuracy/implicit", "rewards/accuracies"}
+    reference = {"accuracy/reference", "accuracy/reference_per_token", "accuracy/shift", "accuracy/shift_per_token"}
+    assert found.keys() == policy | reference
+    assert found["accuracy/policy"] == wilson_interval(0.5, 4)
+
+
+def test_a_table_comes_back_from_its_file(four, tmp_path):
+    written = replace(four.since(four), prompt=["a"] * 4, chosen=["b"] * 4, rejected=["c"] * 4)
+    written.save(tmp_path / "pairs.parquet")
+    read = PairTable.load(tmp_path / "pairs.parquet", remedy="")
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.parquet"]
+    assert read.columns().keys() == written.columns().keys()
+    assert all(list(read.columns()[name]) == list(column) for name, column in written.columns().items())
+    assert PairTable.load(tmp_path / "pairs.parquet", remedy="", with_texts=False).prompt is None
+
+
+def test_what_a_file_lacks_is_unknown_or_said(four, tmp_path):
+    path = tmp_path / "pairs.parquet"
+    table = pyarrow.table({"where": ["a"], "prompt_key": ["k"], "policy_chosen": [-1.0]})
+    pyarrow.parquet.write_table(table, path)
+    read = PairTable.load(path, remedy="measure it again")
+    assert (read.knows("policy_chosen"), read.knows("reference_chosen"), read.initial_chosen) == (True, False, None)
+    with pytest.raises(UsageError, match="has no column score; measure it again"):
+        PairTable.load(path, remedy="measure it again", needs=["score"])
+    path.write_bytes(b"torn")
+    with pytest.raises(UsageError, match=r"cannot be read: .*; measure it again"):
+        PairTable.load(path, remedy="measure it again")
+    assert PairTable.load(tmp_path / "nothing.parquet", remedy="") is None
+
+
+def test_rows_are_ordered_by_prompt_and_name_whatever_the_file_says(four):
+    shuffled = four.take([2, 0, 3, 1])
+    assert shuffled.in_order().where == four.where
+    assert shuffled.in_order().policy_chosen.tolist() == four.policy_chosen.tolist()
 
 
 # ---------------------------------------------------------------- intervals

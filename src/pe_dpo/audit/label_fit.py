@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import chdtrc, expit
 
+from pe_dpo.metrics.bootstrap import cluster_weights
+from pe_dpo.metrics.estimates import right as ranked_right
 from pe_dpo.metrics.estimates import without_length
 
 REPLICATES = 1000
@@ -36,7 +38,7 @@ class LabelFit:
     def __init__(
         self, preference: np.ndarray, *, prompt_keys: Sequence[str], length_difference: np.ndarray | None = None
     ) -> None:
-        right = (preference > 0) + 0.5 * (preference == 0)
+        right = ranked_right(preference)
         self.scale, self.standard_error = _fit(preference)
         """τ̂ per nat (or per nat a token), infinite where the reference ranks every pair right (−) wrong; and its error from the
         Fisher information, for independent pairs."""
@@ -94,9 +96,7 @@ def _intervals(preference: np.ndarray, right: np.ndarray, owner: np.ndarray, sca
     parts = []
     for start in range(0, REPLICATES, rows):
         count = min(rows, REPLICATES - start)
-        drawn = generator.integers(prompts, size=(count, prompts)) + np.arange(count)[:, None] * prompts
-        times = np.bincount(drawn.ravel(), minlength=count * prompts).reshape(count, prompts)
-        weights = times[:, owner].astype(float)  # how often the prompt of each pair was drawn
+        weights = cluster_weights(generator, count, prompts)[:, owner]  # how often the prompt of each pair was drawn
         parts.append((_platt_scales(preference, weights, start=scale), (weights @ right) / weights.sum(axis=1)))
     # Order statistics: between two infinite ones there is nothing to interpolate.
     return [

@@ -25,7 +25,7 @@ from pe_dpo.data.rendering import as_messages
 from pe_dpo.data.report import DataReport
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.drift import Drift
-from pe_dpo.metrics.estimates import clustered_mean, wilson_interval
+from pe_dpo.metrics.estimates import clustered_mean, right, wilson_interval
 from pe_dpo.model.base import NEEDS_CODE, needs_code
 from pe_dpo.recipe.schema import DataSection
 
@@ -126,7 +126,7 @@ def win_rate(drift: Drift, judgement: Judgement) -> dict[str, Any]:
     """
     prompts = [answer.prompt_key for answer in drift.answers]
     difference = np.subtract(judgement.score, judgement.reference_score)
-    wins = (np.sign(difference) + 1) / 2
+    wins = right(difference)
     longer = np.subtract([answer.tokens for answer in drift.answers], judgement.reference_tokens)
     raw = clustered_mean(wins.tolist(), prompts)
     assert raw["mean"] is not None, "there are answers"

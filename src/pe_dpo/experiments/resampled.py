@@ -78,7 +78,13 @@ class Resampled:
         tables = [one.rows(metric.kind) for one in observations]
         parts = [metric.sums(table, at) if table else nothing for table in tables]
         parts += [kl.sums(one.answers, kl_at, size=len(keys)) if one.answers else nothing for one in observations]
-        parts.append((metric.reference_sums(tables[0], at) if tables[0] else None) or nothing)
+        of_reference = nothing
+        if isinstance(metric.reference, float):
+            of_reference = np.full(len(keys), metric.reference), np.ones(len(keys))
+        elif metric.reference is not None and tables[0]:
+            numerators = metric.reference(tables[0])
+            of_reference = nothing if np.isnan(numerators).any() else metric.sums(tables[0], at, numerators=numerators)
+        parts.append(of_reference)
         numerators, denominators = (np.stack(side, axis=1) for side in zip(*parts, strict=True))
         with np.errstate(invalid="ignore"):
             observed = numerators.sum(0) / denominators.sum(0)

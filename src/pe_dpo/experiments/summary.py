@@ -5,7 +5,7 @@ from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, Power, is_end
+from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, is_end
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import Metric
 from pe_dpo.recipe.names import SHORT_NAMES
@@ -85,7 +85,18 @@ def verdict(found: Comparison) -> str:
     if found.seeds == 1:
         sentences.append("With one seed this holds for these runs, not yet for others of the same settings")
     if found.power is not None and found.is_share:
-        sentences.append(_power_sentence(found.power))
+        power, unit = found.power, f"{found.power.unit}s"
+        caution = ", the spread between seeds not counted" if isnan(power.seed_sd) else ""
+        if power.needed == inf:
+            sentences.append(
+                f"No number of {unit} tells 2 points apart with {counted(power.seeds, 'seed')}, between which differences "
+                f"scatter by {100 * power.seed_sd:.1f} points (standard deviation): more seeds would"
+            )
+        elif power.needed <= power.pairs:
+            sentences.append(f"{power.pairs:,} {unit} are enough to tell 2 points apart{caution}")
+        else:
+            about = f"{float(f'{power.needed:.2g}'):,.0f}"
+            sentences.append(f"Telling 2 points apart takes about {about} {unit}, with as many seeds{caution}")
     return ". ".join(sentences) + "."
 
 
@@ -191,20 +202,6 @@ def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Effect]], before: str
         others = [f"{name} {amount}" for name, amount in zip(names[1:], amounts[1:], strict=True)]
         parts.append(listed([f"{names[0]} is {word}{than} {amounts[0]}", *others]))
     return before + "; ".join(parts)
-
-
-def _power_sentence(power: Power) -> str:
-    """What it takes to tell 2 points apart."""
-    if power.needed == inf:
-        return (
-            f"No number of {power.unit}s tells 2 points apart with {counted(power.seeds, 'seed')}, between which differences "
-            f"scatter by {100 * power.seed_sd:.1f} points (standard deviation): more seeds would"
-        )
-    caution = ", the spread between seeds not counted" if isnan(power.seed_sd) else ""
-    if power.needed <= power.pairs:
-        return f"{power.pairs:,} {power.unit}s are enough to tell 2 points apart{caution}"
-    about = f"{float(f'{power.needed:.2g}'):,.0f}"
-    return f"Telling 2 points apart takes about {about} {power.unit}s, with as many seeds{caution}"
 
 
 def _sign(value: float, form: str) -> str:

@@ -93,13 +93,6 @@ class Metric(Generic[T]):
             numerators, denominators = numerators * share, denominators * share
         return np.bincount(at, numerators, size).astype(np.float64), np.bincount(at, denominators, size).astype(np.float64)
 
-    def reference_sums(self, table: T, prompts: Mapping[str, int]) -> tuple[Floats, Floats] | None:
-        """Return the same of the reference itself, or None where the metric has no value there."""
-        if isinstance(self.reference, float):
-            return np.full(len(prompts), self.reference), np.ones(len(prompts))
-        values = None if self.reference is None else self.reference(table)
-        return None if values is None or np.isnan(values).any() else self.sums(table, prompts, numerators=values)
-
 
 _REFERENCE = ("reference_chosen", "reference_rejected")
 _REWARDS = ("chosen_reward", "rejected_reward")
