@@ -82,7 +82,7 @@ def write_world(folder: Path, pairs: int) -> Path:
 
 def fill_store(path: Path) -> None:
     """Write a log-prob for every answer of a recipe's training pairs: drawn, not computed, which takes seconds not minutes."""
-    from pe_dpo.inference.inputs import build_model
+    from pe_dpo.inference.policy import load_policy
     from pe_dpo.inference.reference import open_reference
     from pe_dpo.inference.reference_store import StoredLogprob, answer_key
     from pe_dpo.inference.scorer import choose_scorer
@@ -90,10 +90,10 @@ def fill_store(path: Path) -> None:
     from pe_dpo.training.train import prepare_run
 
     recipe, draw = load_recipe(path), random.Random(1)
-    facts, _, data = prepare_run(recipe)
-    model = build_model(recipe, facts, "cpu")
-    scorer = choose_scorer(model, data.train, device="cpu")
-    reference = open_reference(model, facts, scorer, policy="store", token_budget=1024)
+    data = prepare_run(recipe).data
+    policy = load_policy(recipe, device="cpu")
+    scorer = choose_scorer(policy.model, data.train, token_budget=1024)
+    reference = open_reference(policy, scorer, caching="store")
     answers = ((pair.prompt_ids, ids) for pair in data.train for ids in (pair.chosen_ids, pair.rejected_ids))
     rows = {answer_key(*answer): StoredLogprob(draw.gauss(-3.0, 0.5) * len(answer[1]), len(answer[1])) for answer in answers}
     reference.store.put(reference.key, rows)

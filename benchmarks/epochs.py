@@ -11,12 +11,13 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.models import LEARNING_RATE, adapter_of, base_facts, load_policy
-from benchmarks.ours import CPU, dpo_loss
+from benchmarks.ours import dpo_loss
 from benchmarks.pairs import PAIRS_PER_STEP, draw, facts, facts_lines, population
 from benchmarks.results import Settings, load, save, temporary_folder
 from benchmarks.rounds import Spread, ratio, spread, timed
 from benchmarks.trl_side import GridPoint, default_point, make_trainer, parse_point, smallest_point
 from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.inference.policy import Policy
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.training.memory import CPU_TOKENS
@@ -144,9 +145,9 @@ def train_ours(
 
     def prepare() -> Any:
         model = load_policy(settings.model, settings.dtype)
-        scorer = choose_scorer(model, pairs, device=CPU, packing=True)
-        facts_of_base = base_facts(settings.model, settings.dtype)
-        reference = open_reference(model, facts_of_base, scorer, policy="store", token_budget=CPU_TOKENS, path=str(store))
+        scorer = choose_scorer(model, pairs, packing=True, token_budget=CPU_TOKENS)
+        policy = Policy(model, None, base_facts(settings.model, settings.dtype), ())
+        reference = open_reference(policy, scorer, caching="store", path=str(store))
         parameters = list(adapter_of(model).values())
         return model, scorer, reference, parameters, torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
 
@@ -162,7 +163,7 @@ def train_ours(
         for batch in batches:
             losses.append(0.0)
             known = reference.logprobs(batch)
-            for row in scorer.split(batch, CPU_TOKENS):
+            for row in scorer.split(batch):
                 policy = scorer.logprobs(model, [batch[index] for index in row])
                 loss = dpo_loss(policy, type(known)(*(field[row] for field in known)), gamma=gamma).sum() / size
                 loss.backward()

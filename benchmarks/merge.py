@@ -214,7 +214,7 @@ def peft_way() -> Way:
         model = PeftModel.from_pretrained(model, str(source.adapter.folder)).merge_and_unload().eval()
         after = {f"{name}.weight": dequantized(layer.weight) for name, layer in four_bit_layers(model)}
         found = [_kept(name, before[name], delta, after[name]) for name, delta in updates_of(source.adapter.folder).items()]
-        return found, measure(model, source.pairs, choose_scorer(model, source.pairs, device="cpu"))
+        return found, measure(model, source.pairs, choose_scorer(model, source.pairs, token_budget=2048))
 
     return Way("PEFT merge_and_unload: → nf4 again", False, make)
 

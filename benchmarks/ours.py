@@ -29,9 +29,8 @@ Score = Callable[[Any, Sequence[EncodedPair]], PairLogprobs]
 
 
 CPU = torch.device("cpu")
-PACKED, DENSE, PADDED = Scorer("segments", CPU), Scorer("dense", CPU), Scorer("padded", CPU)
-PADDED_BUDGET = 4096
-"""Tokens of one padded micro-batch, padding included."""
+PACKED, DENSE = (Scorer(path, CPU, token_budget=CPU_TOKENS) for path in ("segments", "dense"))
+PADDED = Scorer("padded", CPU, token_budget=4096)
 
 IN_STEP = "+ prompt shared (reference in step)"
 FULL_STACK = "+ stored reference (full stack)"
@@ -61,7 +60,7 @@ def ladder(*, quick: bool = False) -> list[Rung]:
         Rung(FULL_STACK, PACKED.logprobs, True, as_shipped),
         Rung(ONE_ROW, PACKED.logprobs, True, at_once, is_in_quick=False),
         Rung("full stack, dense mask", DENSE.logprobs, True, at_once, is_in_quick=False),
-        Rung("package's padded path (reference in step)", PADDED.logprobs, False, padded_split, False, False),
+        Rung("package's padded path (reference in step)", PADDED.logprobs, False, PADDED.split, False, False),
     ]
     return [rung for rung in rungs if rung.is_in_quick or not quick]
 
@@ -73,12 +72,7 @@ def at_once(pairs: Sequence[EncodedPair]) -> list[list[int]]:
 
 def as_shipped(pairs: Sequence[EncodedPair]) -> list[list[int]]:
     """Return the rows that the package makes of them on a CPU."""
-    return PACKED.split(pairs, CPU_TOKENS)
-
-
-def padded_split(pairs: Sequence[EncodedPair]) -> list[list[int]]:
-    """Return the package's padded micro-batches."""
-    return PADDED.split(pairs, PADDED_BUDGET)
+    return PACKED.split(pairs)
 
 
 class OurStep:

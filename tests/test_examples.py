@@ -22,14 +22,14 @@ def test_the_plain_loop_fits_on_a_page():
 
 @pytest.mark.parametrize("gamma", [0.1, 0.05])
 def test_the_plain_loop_has_the_losses_of_the_trainer(plain_loop, make_recipe, gamma):
-    from pe_dpo.inference.inputs import build_model
+    from pe_dpo.inference.policy import load_policy
     from pe_dpo.runs.run import Run
     from pe_dpo.training.train import prepare_run, train
 
     recipe = make_recipe(f"loss.gamma={gamma}")
     trained = [line["loss"] for line in Run(train(recipe).folder).metrics if "loss" in line]
-    facts, _, data = prepare_run(recipe)
-    plain = list(plain_loop.train(build_model(recipe, facts, "cpu"), data.train, gamma=gamma))
+    data = prepare_run(recipe).data
+    plain = list(plain_loop.train(load_policy(recipe, device="cpu").model, data.train, gamma=gamma))
     assert len(plain) == 6
     assert plain[0] != plain[-1]
     assert plain == pytest.approx(trained, abs=1e-6)

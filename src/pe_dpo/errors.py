@@ -3,6 +3,7 @@
 PeDpoError            exit 1   a run or a file failed, and the message says what to do
 ├── DataError                  a preference file or a row of it
 ├── ModelError                 a base, an adapter, or the reference that they define
+│   ├── OutOfMemory             one pair does not fit into the memory of the device
 │   └── MergeRefused            a merged model that is not what was trained
 ├── TrainingError              a run that cannot go on (non-finite loss, broken checkpoint)
 ├── StoreUnavailable           the store of the reference's log-probs; a run can do without it
@@ -24,6 +25,10 @@ class DataError(PeDpoError):
 
 class ModelError(PeDpoError):
     """A base model, an adapter, or a reference that is not what the run needs."""
+
+
+class OutOfMemory(ModelError):
+    """A model and one pair of answers that do not fit into memory together."""
 
 
 class MergeRefused(ModelError):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import struct
 from dataclasses import asdict
 
 import numpy as np
@@ -13,7 +14,7 @@ from pe_dpo.audit.audit import KAPPAS, Audit, audit
 from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, forecast
 from pe_dpo.audit.quantization_error import quantization_error
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.inference.reference_pass import check_finite
+from pe_dpo.inference.reference import check_finite
 from pe_dpo.metrics.reference_accuracy import independent_pairs, rank
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import recipe_from_yaml
@@ -418,8 +419,8 @@ def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path, lo
         names = dict(connection.execute("SELECT id, name FROM reference").fetchall())
         for number, key, value in connection.execute("SELECT reference, key, value FROM answer").fetchall():
             name = names[number] if isinstance(names[number], str) else names[number].decode()
-            then = stored._unpack(name, key, value)
-            moved = stored._pack(name, key, then._replace(logprob=then.logprob + 3))
+            logprob, tokens = struct.unpack("<dq", value[:16])
+            moved = stored._with_checksum(struct.pack("<dq", logprob + 3, tokens), name.encode(), key)
             connection.execute("UPDATE answer SET value = ? WHERE reference = ? AND key = ?", (moved, number, key))
     lines = logged
     found = audit(make_recipe(f"reference.store={path}"))
@@ -431,7 +432,7 @@ def test_the_audited_log_probs_are_those_that_training_uses(make_recipe, tmp_pat
     """Step 0 of training on the same pairs, held out as well: the same loss and the same share of right pairs."""
     recipe = make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.gamma=0.5x", "data.limit=9")
     found = audit(recipe)
-    from pe_dpo.inference.reference_pass import reference_logprobs
+    from pe_dpo.inference.reference import reference_logprobs
     from pe_dpo.training.train import build_trainer, prepare_run
 
     trainer = build_trainer(recipe, prepare_run(recipe))
@@ -498,6 +499,6 @@ def test_a_tokenizer_of_another_model_is_named_before_the_base_is_read(make_reci
     other = shutil.copytree(tiny_base, tmp_path / "base")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "vocab_size": 40, "pad_token_id": None, "eos_token_id": 2}))
-    monkeypatch.setattr("pe_dpo.inference.inputs.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("pe_dpo.inference.policy.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     with pytest.raises(ModelError, match=r"train\.jsonl:1: has token \d+, but the model knows 40 tokens"):
         audit(make_recipe(f"model.base={other}"))

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,26 +16,14 @@ from markdown_it import MarkdownIt
 from toy_tokenizers import CHATML, build_tokenizer
 from typer.testing import CliRunner
 
-from pe_dpo.chat.prompts import Compared, Prompt, answer_prompts, as_markdown, read_prompts, save_answers
-from pe_dpo.chat.side_by_side import (
-    SIDES,
-    AnswerScores,
-    Conversation,
-    SideBySide,
-    encode_prompt,
-    implicit_reward,
-    open_side_by_side,
-    room_for_answer,
-    score_answer,
-    stream_both,
-)
+from pe_dpo.chat.prompts import Compared, answer_prompts, read_prompts, save_answers
+from pe_dpo.chat.side_by_side import SIDES, AnswerScores, Conversation, SideBySide, open_side_by_side
 from pe_dpo.cli.chat import chat
 from pe_dpo.data import DataReport, Encoder, Pair
 from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError, UsageError
-from pe_dpo.inference.decoding import GREEDY, Answer, Sampling, next_token, stream_answer
-from pe_dpo.inference.generation import greedy_answers
-from pe_dpo.model.adapter import as_reference
+from pe_dpo.inference.policy import Policy
+from pe_dpo.inference.sampling import Growing, answer_text, draw, sample
 from pe_dpo.recipe import DataSection
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.train import train
@@ -54,6 +44,17 @@ def pair(run):
     return open_side_by_side(run)
 
 
+def with_limit(pair, max_new_tokens):
+    """The same pair with answers of at most so many tokens."""
+    return SideBySide(pair.policy, is_chat=pair.is_chat, loss=pair.loss, max_new_tokens=max_new_tokens)
+
+
+def with_model(policy, model=None, ends=()):
+    """The same policy with another model, or other end tokens."""
+    model = policy.model if model is None else model
+    return Policy(model, policy.tokenizer, policy.base, ends)
+
+
 @pytest.fixture(scope="module")
 def adapter(run, tmp_path_factory):
     """The trained adapter as anybody's, without run.json."""
@@ -69,23 +70,20 @@ def last(stream):
     return answer
 
 
-def answer_alone(pair, prompt_ids, *, sampling=GREEDY, max_new_tokens=20, ends=()):
-    return last(
-        stream_answer(
-            pair.model,
-            pair.tokenizer,
-            prompt_ids,
-            max_new_tokens=max_new_tokens,
-            end_token_ids=ends,
-            device="cpu",
-            sampling=sampling,
-        )
-    )
+def answer_alone(pair, prompt_ids, *, model=None, max_new_tokens=20, ends=(), **drawing):
+    answer = Growing(with_model(pair.policy, model, ends), prompt_ids, max_new_tokens=max_new_tokens, **drawing)
+    while not answer.is_done:
+        answer.step()
+    return answer
+
+
+def snapshot(answer):
+    return answer.ids[:], answer.text, answer.ended
 
 
 def logits_of(pair, prompt_ids):
     with torch.no_grad():
-        return pair.model(input_ids=torch.tensor([prompt_ids])).logits[0, -1]
+        return pair.policy.model(input_ids=torch.tensor([prompt_ids])).logits[0, -1]
 
 
 # ---------------------------------------------------------------- one answer
@@ -93,56 +91,67 @@ def logits_of(pair, prompt_ids):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_greedy_answers_are_those_of_transformers_generate(pair, side):
-    prompts = [encode_prompt(pair, question) for question in QUESTIONS]
+    """One by one as they grow, and many at once."""
+    policy, ends = pair.policy, pair.policy.end_tokens
+    prompts, wanted = [pair.encode(question) for question in QUESTIONS], []
     with pair.speaking_as(side):
-        wanted = greedy_answers(
-            pair.model, pair.tokenizer, prompts, max_new_tokens=30, end_token_ids=pair.end_token_ids, device="cpu"
-        )
-        found = [answer_alone(pair, prompt, max_new_tokens=30, ends=pair.end_token_ids) for prompt in prompts]
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            output = policy.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False,
+                eos_token_id=sorted(ends), pad_token_id=min(ends),
+            )  # fmt: skip
+            wanted.append(answer_text(policy.tokenizer, output[0, len(prompt) :]))
+        found = [answer_alone(pair, prompt, max_new_tokens=30, ends=ends) for prompt in prompts]
+        for budget in (0, 10_000):
+            said = sample(policy, prompts, max_new_tokens=30, temperature=0, token_budget=budget)
+            assert [answer_text(policy.tokenizer, answer.ids) for answer in said] == wanted
     assert [answer.text for answer in found] == wanted
 
 
 def test_taking_turns_changes_no_answer(pair, monkeypatch):
     """With no time for a turn, sides change after every token."""
     monkeypatch.setattr("pe_dpo.chat.side_by_side.SECONDS_PER_TURN", 0)
-    prompts = {side: encode_prompt(pair, question) for side, question in zip(SIDES, QUESTIONS, strict=False)}
+    prompts = {side: pair.encode(question) for side, question in zip(SIDES, QUESTIONS, strict=False)}
     alone = {}
     for side in SIDES:
         with pair.speaking_as(side):
-            alone[side] = answer_alone(pair, prompts[side], ends=pair.end_token_ids)
-    steps = list(stream_both(pair, prompts, max_new_tokens=20))
-    assert steps[-1] == alone
-    assert len(steps) == sum(len(answer.ids) for answer in alone.values())
+            alone[side] = snapshot(answer_alone(pair, prompts[side], ends=pair.policy.end_tokens))
+    *_, answers = steps = list(with_limit(pair, 20).stream(prompts))
+    assert {side: snapshot(answer) for side, answer in answers.items()} == alone
+    assert len(steps) == sum(len(ids) for ids, _, _ in alone.values())
 
 
 def test_the_two_sides_answer_otherwise_here(pair):
     """Or else the tests of this file would not tell the sides apart."""
-    ids = encode_prompt(pair, QUESTIONS[0])
-    answers = last(stream_both(pair, dict.fromkeys(SIDES, ids), max_new_tokens=20))
+    ids = pair.encode(QUESTIONS[0])
+    answers = last(with_limit(pair, 20).stream(dict.fromkeys(SIDES, ids)))
     assert answers["base"].ids != answers["tuned"].ids
 
 
 def test_an_answer_ends_with_the_end_token_and_says_so(pair):
-    ids = encode_prompt(pair, QUESTIONS[0])
+    ids = pair.encode(QUESTIONS[0])
     whole = answer_alone(pair, ids)
     end = whole.ids[7]
     ended = answer_alone(pair, ids, ends={end})
     assert ended.ids == whole.ids[: whole.ids.index(end) + 1]
-    assert (ended.is_whole, whole.is_whole) == (True, False)
+    assert (ended.ended, whole.ended) == (True, False)
 
 
 def test_a_model_that_keeps_no_cache_answers_the_same(pair):
     def forgetful(**inputs):
-        return SimpleNamespace(logits=pair.model(**inputs).logits)
+        return SimpleNamespace(logits=pair.policy.model(**inputs).logits)
 
-    ids = encode_prompt(pair, QUESTIONS[0])
-    assert answer_alone(pair._replace(model=forgetful), ids).ids == answer_alone(pair, ids).ids
+    forgetful.device = torch.device("cpu")
+
+    ids = pair.encode(QUESTIONS[0])
+    assert answer_alone(pair, ids, model=forgetful).ids == answer_alone(pair, ids).ids
 
 
 def test_a_stream_that_is_left_leaves_the_tuned_model(pair):
-    ids = encode_prompt(pair, QUESTIONS[0])
+    ids = pair.encode(QUESTIONS[0])
     before = logits_of(pair, ids)
-    stream = stream_both(pair, dict.fromkeys(SIDES, ids), max_new_tokens=20)
+    stream = with_limit(pair, 20).stream(dict.fromkeys(SIDES, ids))
     next(stream)
     assert torch.equal(logits_of(pair, ids), before)
     assert torch.is_grad_enabled()
@@ -179,7 +188,12 @@ def recite(tokenizer, ids):
         said = attention_mask.shape[1] - 1
         return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), len(tokenizer)).float())
 
-    return list(stream_answer(model, tokenizer, [0], max_new_tokens=len(ids), end_token_ids={ids[-1]}, device="cpu"))
+    model.device, grown = torch.device("cpu"), []
+    answer = Growing(Policy(model, tokenizer, None, {ids[-1]}), [0], max_new_tokens=len(ids))
+    while not answer.is_done:
+        answer.step()
+        grown.append(snapshot(answer))
+    return grown
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -189,16 +203,16 @@ def test_growing_text_never_shows_half_a_character_and_ends_as_the_whole_answer(
     tokenizer = TOKENIZERS[kind]
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     grown = recite(tokenizer, ids)
-    assert grown[-1] == Answer(tuple(ids), text.strip(), True)
-    for answer in grown:
-        assert "\ufffd" not in answer.text
-        assert text.strip().startswith(answer.text)
+    assert grown[-1] == (ids, text.strip(), True)
+    for _, so_far, _ in grown:
+        assert "\ufffd" not in so_far
+        assert text.strip().startswith(so_far)
 
 
 def test_growing_text_grows_with_every_whole_character():
     tokenizer = TOKENIZERS["bytes"]
     ids = [*tokenizer("a😀b")["input_ids"], tokenizer.eos_token_id]
-    assert [answer.text for answer in recite(tokenizer, ids)] == ["a", "a", "a", "a", "a😀", "a😀b", "a😀b"]
+    assert [text for _, text, _ in recite(tokenizer, ids)] == ["a", "a", "a", "a", "a😀", "a😀b", "a😀b"]
 
 
 # ---------------------------------------------------------------- drawing
@@ -211,7 +225,7 @@ def test_draws_have_the_model_s_probabilities():
     weights = [math.exp(value / temperature) for value in logits.tolist()]
     generator = torch.Generator().manual_seed(0)
     noise = torch.empty(draws, 4).exponential_(generator=generator)
-    drawn = torch.tensor([next_token(logits, Sampling(temperature), row) for row in noise])
+    drawn = torch.tensor([draw(logits / temperature, 1.0, row) for row in noise])
     for token, weight in enumerate(weights):
         probability = weight / sum(weights)
         error = math.sqrt(probability * (1 - probability) / draws)
@@ -222,13 +236,13 @@ def test_draws_have_the_model_s_probabilities():
 def test_top_p_keeps_the_fewest_tokens_of_that_share(top_p, kept):
     logits = torch.tensor([0.3, 0.051, 0.499, 0.15]).log()
     noise = torch.empty(2000, 4).exponential_(generator=torch.Generator().manual_seed(1))
-    assert {next_token(logits, Sampling(1.0, top_p), row) for row in noise} == kept
+    assert {draw(logits, top_p, row) for row in noise} == kept
 
 
 def test_both_sides_draw_the_same_noise(pair):
     """One and the same model on both sides gives one answer, another seed another."""
-    ids = encode_prompt(pair, QUESTIONS[0])
-    first, again, other = (answer_alone(pair, ids, sampling=Sampling(1.5, 0.95, seed)).ids for seed in (3, 3, 4))
+    ids = pair.encode(QUESTIONS[0])
+    first, again, other = (answer_alone(pair, ids, temperature=1.5, top_p=0.95, seed=seed).ids for seed in (3, 3, 4))
     assert first == again
     assert first != other
 
@@ -259,11 +273,11 @@ def slow_logprob(model, prompt_ids, answer_ids):
 
 
 def test_the_four_log_probs_are_those_of_two_separate_models(pair, plain_models):
-    ids = encode_prompt(pair, QUESTIONS[1])
-    answers = last(stream_both(pair, dict.fromkeys(SIDES, ids), max_new_tokens=12))
+    ids = pair.encode(QUESTIONS[1])
+    answers = last(with_limit(pair, 12).stream(dict.fromkeys(SIDES, ids)))
     for side in SIDES:
-        said = (*answers[side].ids, min(pair.end_token_ids))
-        scores = score_answer(pair, ids, said)
+        said = (*answers[side].ids, min(pair.policy.end_tokens))
+        scores = pair.score(ids, said)
         assert scores.tokens == len(said)
         assert scores.policy == pytest.approx(slow_logprob(plain_models["tuned"], ids, said), abs=1e-4)
         assert scores.reference == pytest.approx(slow_logprob(plain_models["base"], ids, said), abs=1e-4)
@@ -271,16 +285,15 @@ def test_the_four_log_probs_are_those_of_two_separate_models(pair, plain_models)
 
 
 def test_scoring_needs_no_gradient_and_leaves_the_model_as_it_was(pair):
-    ids = encode_prompt(pair, QUESTIONS[1])
+    ids = pair.encode(QUESTIONS[1])
     before = logits_of(pair, ids)
-    score_answer(pair, ids, [5, 6])
+    pair.score(ids, [5, 6])
     assert torch.equal(logits_of(pair, ids), before)
-    assert not pair.model.training
+    assert not pair.policy.model.training
 
 
-def test_the_gap_is_per_answer_and_per_token():
-    scores = AnswerScores(4, -10.0, -12.0)
-    assert (scores.gap, scores.gap_per_token) == (2.0, 0.5)
+def test_the_gap_is_how_far_training_moved_an_answer():
+    assert AnswerScores(4, -10.0, -12.0).gap == 2.0
 
 
 @pytest.mark.parametrize(("loss", "wanted"), [
@@ -289,7 +302,7 @@ def test_the_gap_is_per_answer_and_per_token():
     ({"beta": 2.0, "gamma": 0, "reduce": "mean", "margin": 1}, 2.0 * -10 / 4),
 ])  # fmt: skip
 def test_the_implicit_reward_has_the_coefficients_of_the_loss(loss, wanted):
-    assert implicit_reward(LossSection(**loss), AnswerScores(4, -10.0, -12.0)) == pytest.approx(wanted)
+    assert AnswerScores(4, -10.0, -12.0).reward(LossSection(**loss)) == pytest.approx(wanted)
 
 
 def test_a_run_that_started_from_an_adapter_is_compared_with_its_frozen_copy(
@@ -299,8 +312,8 @@ def test_a_run_that_started_from_an_adapter_is_compared_with_its_frozen_copy(
     train(tiny_recipe(tmp_path / "second", start, "train.max_steps=1", "data.limit=8"))
     said = logged
     second = open_side_by_side(tmp_path / "second")
-    ids = encode_prompt(pair, QUESTIONS[0])
-    with as_reference(second.model):
+    ids = pair.encode(QUESTIONS[0])
+    with second.policy.reference():
         assert answer_alone(second, ids).ids == answer_alone(pair, ids).ids
     assert said[-1].startswith("base: the frozen copy of the adapter that training started from")
 
@@ -309,7 +322,7 @@ def test_a_run_that_started_from_an_adapter_is_compared_with_its_frozen_copy(
 
 
 def toy_pair(tokenizer, *, is_chat):
-    return SideBySide(None, tokenizer, frozenset(), 40, is_chat, None, torch.device("cpu"))
+    return SideBySide(Policy(None, tokenizer, SimpleNamespace(context_length=40), ()), is_chat=is_chat, max_new_tokens=16)
 
 
 @pytest.mark.parametrize(("prompt", "tokenizer", "is_chat"), [
@@ -325,7 +338,7 @@ def test_prompts_are_encoded_as_in_training(prompt, tokenizer, is_chat):
     settings = DataSection(train="x", template="chat" if is_chat else "plain")
     encoder = Encoder(tokenizer, settings, max_length=500, report=DataReport())
     trained = encoder.encode([Pair(prompt, *sides, None, None, "x:1")])
-    assert encode_prompt(toy_pair(tokenizer, is_chat=is_chat), prompt) == trained[0].prompt_ids.tolist()
+    assert toy_pair(tokenizer, is_chat=is_chat).encode(prompt) == trained[0].prompt_ids.tolist()
 
 
 @pytest.mark.parametrize(("prompt", "is_chat", "words"), [
@@ -337,26 +350,27 @@ def test_prompts_are_encoded_as_in_training(prompt, tokenizer, is_chat):
 ])  # fmt: skip
 def test_a_prompt_that_cannot_be_asked_is_refused(prompt, is_chat, words):
     with pytest.raises(RowError, match=words.replace("|", r"\|")):
-        encode_prompt(toy_pair(build_tokenizer(template=CHATML), is_chat=is_chat), prompt)
+        toy_pair(build_tokenizer(template=CHATML), is_chat=is_chat).encode(prompt)
 
 
 def test_what_the_template_refuses_is_told():
     picky = build_tokenizer(template="{{ raise_exception('no system turn here') }}" + CHATML)
     with pytest.raises(RowError, match=r"refused by the chat template \(no system turn here\)"):
-        encode_prompt(toy_pair(picky, is_chat=True), "hi")
+        toy_pair(picky, is_chat=True).encode("hi")
 
 
 def test_an_answer_has_the_room_that_the_context_leaves():
     pair = toy_pair(build_tokenizer(), is_chat=False)
-    assert [room_for_answer(pair, [0] * size, 16) for size in (10, 24, 30, 39)] == [16, 16, 10, 1]
-    assert room_for_answer(pair._replace(context_length=None), [0] * 99, 16) == 16
+    assert [pair.room([0] * size) for size in (10, 24, 30, 39)] == [16, 16, 10, 1]
     with pytest.raises(RowError, match="has 40 tokens, and the model's context is 40"):
-        room_for_answer(pair, [0] * 40, 16)
+        pair.room([0] * 40)
+    pair.policy.base.context_length = None
+    assert pair.room([0] * 99) == 16
 
 
 def test_each_side_goes_on_from_its_own_answers():
     conversation = Conversation(is_chat=True, system="be kind")
-    conversation.keep("hi", {"base": Answer((1,), "no", True), "tuned": Answer((2,), "yes", True)})
+    conversation.keep("hi", {"base": "no", "tuned": "yes"})
     prompts = conversation.prompts("why")
     said = {side: [(turn["role"], turn["content"]) for turn in prompts[side]] for side in SIDES}
     start, end = [("system", "be kind"), ("user", "hi")], [("user", "why")]
@@ -390,7 +404,7 @@ def test_a_base_that_is_not_the_run_s_any_more_is_refused(run, tiny_base, tmp_pa
 
 def test_an_adapter_answers_as_its_run_and_has_no_reward(adapter, pair, tiny_base):
     bare = open_side_by_side(adapter, base=str(tiny_base))
-    ids = encode_prompt(pair, QUESTIONS[0])
+    ids = pair.encode(QUESTIONS[0])
     assert bare.loss is None
     assert answer_alone(bare, ids).ids == answer_alone(pair, ids).ids
 
@@ -409,8 +423,8 @@ def test_prompts_come_as_text_messages_or_lines(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "q.txt").write_bytes("\ufeff{a\r\n\r\n  é\n".encode())
     found = read_prompts(tmp_path / "q.jsonl")
-    assert found == [Prompt("q.jsonl:1", "a"), Prompt("q.jsonl:3", tuple(turns)), Prompt("q.jsonl:5", tuple(turns))]
-    assert read_prompts(tmp_path / "q.txt") == [Prompt("q.txt:1", "{a"), Prompt("q.txt:3", "  é")]
+    assert found == [("q.jsonl:1", "a"), ("q.jsonl:3", tuple(turns)), ("q.jsonl:5", tuple(turns))]
+    assert read_prompts(tmp_path / "q.txt") == [("q.txt:1", "{a"), ("q.txt:3", "  é")]
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
@@ -436,13 +450,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_prompt_beyond_the_context_is_found_before_anything_is_answered(pair):
-    prompts = [Prompt("q:1", "short"), Prompt("q:2", "long " * 100)]
+    prompts = [("q:1", "short"), ("q:2", "long " * 100)]
     with pytest.raises(DataError, match=r"q:2: has .* tokens, and the model's context is 256"):
-        next(answer_prompts(pair, prompts, max_new_tokens=4))
+        next(answer_prompts(pair, prompts))
 
 
 def compared(prompt, base, tuned):
-    answers = {"base": Answer((1, 2), base, True), "tuned": Answer((1,), tuned, False)}
+    answers = {"base": SimpleNamespace(text=base, ended=True), "tuned": SimpleNamespace(text=tuned, ended=False)}
     return Compared("q:1", prompt, answers, {"base": AnswerScores(2, -3.0, -2.0), "tuned": AnswerScores(1, -1.0, -1.5)})
 
 
@@ -453,7 +467,9 @@ TRICKY = st.text(st.sampled_from("`~|#>-=*_[]()<!\\ \t\nab&;1."), max_size=30)
 @given(texts=st.lists(st.tuples(TRICKY, TRICKY, TRICKY), min_size=1, max_size=3))
 def test_no_text_can_break_the_markdown(texts):
     """A Markdown parser of its own finds each text whole, and the headings and tables of the report only."""
-    tokens = MarkdownIt("commonmark").enable("table").parse(as_markdown([compared(*row) for row in texts], loss=None))
+    with tempfile.TemporaryDirectory() as folder:
+        _, text = save_answers([compared(*row) for row in texts], Path(folder, "answers"), loss=None)
+        tokens = MarkdownIt("commonmark").enable("table").parse(text.read_text(encoding="utf-8"))
     fenced = [token.content for token in tokens if token.type == "fence"]
     assert fenced == [f"{text}\n" for row in texts for text in row]
     assert sum(token.type == "table_open" for token in tokens) == len(texts)
@@ -492,11 +508,11 @@ def say():
 def test_a_conversation_shows_both_answers_with_their_four_log_probs(say, run, pair):
     done = say(run, "--max-new-tokens", 12, lines=f"\n{QUESTIONS[0]}\n/quit\nnever said\n")
     assert done.exit_code == 0, done.output
-    ids = encode_prompt(pair, QUESTIONS[0])
-    answers = last(stream_both(pair, dict.fromkeys(SIDES, ids), max_new_tokens=12))
+    ids = pair.encode(QUESTIONS[0])
+    answers = last(with_limit(pair, 12).stream(dict.fromkeys(SIDES, ids)))
     numbers = "".join(line for line in done.output.splitlines() if "│" in line)
     for side in SIDES:
-        scores = score_answer(pair, ids, answers[side].ids)
+        scores = pair.score(ids, answers[side].ids)
         for value in (scores.policy, scores.reference):
             assert f"{value:.2f}" in numbers
         assert f"{scores.gap:+.2f}" in numbers

@@ -1,7 +1,6 @@
 """Win rates: which scorers there are, what they are shown, and what is made of their scores."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.evaluation.judge import judge, length_controlled, open_scorer, prompts_as_written, win_rate
+from pe_dpo.metrics.table import AnswerTable
 from pe_dpo.recipe.schema import DataSection
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -18,19 +18,20 @@ WORDS = ("[UNK]", "user", "assistant", "good", "bad", "question")
 
 
 def answers_of(*texts, prompt_keys=None):
-    """A drift as far as a judge looks at it: one token a word."""
+    """Sampled answers as far as a judge looks at them: one token a word."""
     keys = prompt_keys or [str(index) for index in range(len(texts))]
-    answers = [
-        SimpleNamespace(prompt_key=key, answer=text, tokens=len(text.split())) for key, text in zip(keys, texts, strict=True)
-    ]
-    return SimpleNamespace(answers=answers)
+    tokens, nothing = np.array([len(text.split()) for text in texts]), np.zeros(len(texts))
+    return AnswerTable(
+        prompt_key=keys, sample=nothing, answer=list(texts), tokens=tokens, ended=nothing, kl=nothing, log_policy=nothing,
+        log_reference=nothing, entropy=nothing,
+    )  # fmt: skip
 
 
 def judged(policy, reference, scorer=lambda prompts, answers: [float(answer.split()[0]) for answer in answers], **options):
     """What a judge makes of the policy's and the reference's answers, whose first words are their scores."""
-    drift = answers_of(*policy, **options)
-    prompts = {answer.prompt_key: f"prompt {answer.prompt_key}" for answer in drift.answers}
-    return drift, judge("test", scorer, drift, [(text, len(text.split())) for text in reference], prompts)
+    answers = answers_of(*policy, **options)
+    prompts = {key: f"prompt {key}" for key in answers.prompt_key}
+    return judge("test", scorer, answers, [(text, len(text.split())) for text in reference], prompts)
 
 
 # ------------------------------------------------------------------------------------------------ Python functions
@@ -108,8 +109,8 @@ def test_an_error_inside_the_scorer_is_not_hidden():
 
 
 def test_scores_may_be_a_tensor():
-    _, judgement = judged(["a", "b"], ["c", "d"], lambda prompts, answers: torch.tensor([1.0, 2.0]))
-    assert judgement.score == [1.0, 2.0]
+    answers = judged(["a", "b"], ["c", "d"], lambda prompts, answers: torch.tensor([1.0, 2.0]))
+    assert answers.score.tolist() == [1.0, 2.0]
 
 
 # ------------------------------------------------------------------------------------------------ reward models
@@ -187,7 +188,7 @@ def test_a_language_model_is_refused_as_a_reward_model(make_reward_model):
 
 def test_wins_ties_and_losses_by_hand():
     """Three wins, three ties, six losses of twelve prompts: (3 + 3/2) / 12; the error is that of twelve numbers."""
-    found = win_rate(*judged(["3", "2", "1", "0"] * 3, ["1", "2", "2", "5"] * 3))
+    found = win_rate(judged(["3", "2", "1", "0"] * 3, ["1", "2", "2", "5"] * 3))
     assert found["mean"] == 4.5 / 12
     assert found["standard_error"] == pytest.approx(np.std([1, 0.5, 0, 0] * 3, ddof=1) / math.sqrt(12))
     half = 2.200985 * found["standard_error"]  # Student's t with 11 degrees of freedom
@@ -198,22 +199,22 @@ def test_wins_ties_and_losses_by_hand():
 
 def test_answers_to_one_prompt_count_as_one_for_the_interval():
     policy, reference = ["1"] * 10 + ["0"] * 10, ["0"] * 10 + ["1"] * 10
-    apart = win_rate(*judged(policy, reference))
-    together = win_rate(*judged(policy, reference, prompt_keys=["a"] * 10 + ["b"] * 10))
+    apart = win_rate(judged(policy, reference))
+    together = win_rate(judged(policy, reference, prompt_keys=["a"] * 10 + ["b"] * 10))
     assert apart["mean"] == together["mean"] == 0.5
     assert together["standard_error"] == pytest.approx(0.5)
     assert apart["standard_error"] == pytest.approx(0.5 / math.sqrt(19))
 
 
 def test_when_all_win_the_interval_still_leaves_room():
-    found = win_rate(*judged(["1"] * 10, ["0"] * 10))
+    found = win_rate(judged(["1"] * 10, ["0"] * 10))
     assert found["mean"] == 1.0
     assert found["interval"] == pytest.approx([0.7225, 1.0], abs=1e-4)  # Wilson, 10 of 10
     assert 0.9 < found["length_controlled"]["mean"] < 1
 
 
 def test_with_one_prompt_there_is_no_interval():
-    found = win_rate(*judged(["1", "0"], ["0", "0"], prompt_keys=["a", "a"]))
+    found = win_rate(judged(["1", "0"], ["0", "0"], prompt_keys=["a", "a"]))
     assert found["interval"] is None
     assert found["length_controlled"]["interval"] is None
 

@@ -70,7 +70,7 @@ def test_the_base_is_loaded_once_and_each_answer_goes_through_the_reference_once
     loads, computed = [], []
     load = sweep_module.load_base
     monkeypatch.setattr(sweep_module, "load_base", lambda *a, **k: loads.append(1) or load(*a, **k))
-    monkeypatch.setattr("pe_dpo.inference.inputs.load_base", lambda *a, **k: pytest.fail("a run loaded a base of its own"))
+    monkeypatch.setattr("pe_dpo.inference.policy.load_base", lambda *a, **k: pytest.fail("a run loaded a base of its own"))
     compute = Reference._compute
     monkeypatch.setattr(Reference, "_compute", lambda self, pairs, *a: computed.extend(pairs) or compute(self, pairs, *a))
     sweep(make_plan(source, [["beta=0.1,0.2,0.3"]], folder=tmp_path / "sweep"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,13 +16,14 @@ from torch import Tensor
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference import divergence
-from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logits
-from pe_dpo.inference.drift import distinct, measure_drift, questions, save_generations
-from pe_dpo.inference.pairs import score_pairs
-from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.inference.divergence import compare_logits, data_prefix_kl, divergences, store_logits
+from pe_dpo.inference.drift import Questions, distinct, measure_drift
+from pe_dpo.inference.policy import Policy
+from pe_dpo.inference.scorer import Scorer, choose_scorer
 from pe_dpo.metrics.estimates import clustered_mean, clustered_ratio
 from pe_dpo.model.adapter import POLICY, as_reference, attach_adapter
 from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
+from pe_dpo.recipe.schema import GenerationSection
 
 
 class Truth(NamedTuple):
@@ -106,11 +108,20 @@ def pairs_of(prompts, answers=((1, END), (2, END))):
 
 
 def drift_of(model, pairs, tokenizer=None, **changes):
-    options = {
-        "prompts": len(pairs), "samples": 1, "max_new_tokens": 2, "end_token_ids": {END}, "seed": 0, "device": "cpu",
-        "token_budget": 4000,
-    }  # fmt: skip
-    return measure_drift(model, tokenizer or Words(), pairs, **{**options, **changes})
+    seed, ends, budget = (changes.pop(name, default) for name, default in (("seed", 0), ("ends", {END}), ("budget", 4000)))
+    settings = GenerationSection(**{"prompts": len(pairs), "samples": 1, "max_new_tokens": 2, **changes})
+    scorer = Scorer("padded", torch.device("cpu"), token_budget=budget)
+    return measure_drift(policy_of(model, tokenizer, ends), scorer, pairs, settings, seed=seed)
+
+
+def policy_of(model, tokenizer=None, ends=()):
+    return Policy(model, tokenizer or Words(), None, ends)
+
+
+def rows_of(drift):
+    """The sampled answers one by one."""
+    columns = {**drift.table.columns(), "ids": drift.ids, "prompt_ids": drift.asked.prompts}
+    return [SimpleNamespace(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +146,14 @@ def test_the_truth_is_the_truth(moved):
 def test_every_answer_has_the_numbers_of_the_enumeration(many, moved):
     numbers = {answer: number for number, answer in enumerate(ANSWERS)}
     for drift, truth in zip(many, moved[1], strict=True):
-        which = [numbers[tuple(answer.ids.tolist())] for answer in drift.answers]
+        which = [numbers[tuple(answer.ids.tolist())] for answer in rows_of(drift)]
         assert len(set(which)) > 15
         for name, wanted in (("kl", truth.kl), ("entropy", truth.entropy), ("tokens", truth.tokens), ("ended", truth.ended)):
-            found = torch.tensor([float(getattr(answer, name)) for answer in drift.answers], dtype=torch.float64)
+            found = torch.tensor([float(getattr(answer, name)) for answer in rows_of(drift)], dtype=torch.float64)
             torch.testing.assert_close(found, wanted[which], rtol=0, atol=1e-10)
-        ratio = torch.tensor([answer.log_policy - answer.log_reference for answer in drift.answers], dtype=torch.float64)
+        ratio = torch.tensor([answer.log_policy - answer.log_reference for answer in rows_of(drift)], dtype=torch.float64)
         torch.testing.assert_close(ratio, truth.k1[which], rtol=0, atol=1e-10)
-        logprob = torch.tensor([answer.log_policy for answer in drift.answers], dtype=torch.float64)
+        logprob = torch.tensor([answer.log_policy for answer in rows_of(drift)], dtype=torch.float64)
         torch.testing.assert_close(logprob, truth.chance.log()[which], rtol=0, atol=1e-10)
 
 
@@ -150,15 +161,15 @@ def test_every_answer_has_the_numbers_of_the_enumeration(many, moved):
 def test_the_means_are_unbiased(many, moved, name):
     """Within four standard errors of the truth, the errors taken from the enumerated variances."""
     for drift, truth in zip(many, moved[1], strict=True):
-        values = [a.log_policy - a.log_reference if name == "k1" else float(getattr(a, name)) for a in drift.answers]
+        values = [a.log_policy - a.log_reference if name == "k1" else float(getattr(a, name)) for a in rows_of(drift)]
         z = (np.mean(values) - truth.mean(name)) / (truth.sd(name) / math.sqrt(len(values)))
         assert abs(z) < 4
 
 
 def test_rao_blackwell_saves_as_many_answers_as_the_enumerated_variances_say(many, moved):
     for drift, truth in zip(many, moved[1], strict=True):
-        kl = np.array([answer.kl for answer in drift.answers])
-        k1 = np.array([answer.log_policy - answer.log_reference for answer in drift.answers])
+        kl = np.array([answer.kl for answer in rows_of(drift)])
+        k1 = np.array([answer.log_policy - answer.log_reference for answer in rows_of(drift)])
         wanted = (truth.sd("k1") / truth.sd("kl")) ** 2
         assert wanted > 5, "the point of the estimator"
         assert k1.var() / kl.var() == pytest.approx(wanted, rel=0.25)
@@ -186,7 +197,7 @@ def test_the_summary_has_what_evaluation_json_promises(moved):
     assert {key: summary[key] for key in ("prompts", "samples", "max_new_tokens", "seed")} == {
         "prompts": 10, "samples": 3, "max_new_tokens": 2, "seed": 0,
     }  # fmt: skip
-    answers = drift.answers
+    answers = rows_of(drift)
     total = sum(answer.tokens for answer in answers)
     assert summary["kl"]["mean"] == pytest.approx(np.mean([answer.kl for answer in answers]), rel=1e-12)
     assert summary["kl_per_token"]["mean"] == pytest.approx(sum(answer.kl for answer in answers) / total, rel=1e-12)
@@ -205,7 +216,7 @@ def test_the_kl_along_the_data_is_that_of_its_prefixes(moved):
     model, truths = moved
     pairs = [*pairs_of(PROMPTS[:1], ((1, END), (2, END))), *pairs_of(PROMPTS[1:], ((3, 4), (2, END)))]
     wanted = [float(truths[0].kl[ANSWERS.index((1, END))]), float(truths[1].kl[ANSWERS.index((3, 4))])]
-    found = data_prefix_kl(model, pairs, device="cpu", token_budget=4000)
+    found = data_prefix_kl(policy_of(model), pairs, token_budget=4000)
     assert found["per_answer"]["mean"] == pytest.approx(np.mean(wanted), abs=1e-10)
     assert found["per_token"]["mean"] == pytest.approx(sum(wanted) / 4, abs=1e-10)
 
@@ -214,27 +225,26 @@ def test_two_whole_models_come_to_the_same_as_one_with_adapters(moved, tmp_path)
     model, _ = moved
     prompts = [np.array(prompt, dtype=np.int32) for prompt in PROMPTS for _ in ANSWERS]
     answers = [np.array(answer, dtype=np.int32) for answer in ANSWERS] * 2
-    wanted = divergences(model, prompts, answers, device="cpu", token_budget=40)
-    store_logits(model, prompts, answers, tmp_path, device="cpu", token_budget=40)
+    wanted = divergences(policy_of(model), prompts, answers, token_budget=40)
+    store_logits(policy_of(model), prompts, answers, tmp_path, token_budget=40)
     with as_reference(model):
-        base = model.get_base_model()
-        assert divergences(base, prompts, answers, device="cpu", token_budget=40, stored=tmp_path) == wanted
+        base = policy_of(model.get_base_model())
+        assert divergences(base, prompts, answers, token_budget=40, stored=tmp_path).tolist() == wanted.tolist()
 
 
 def test_models_with_vocabularies_of_different_sizes_are_refused(moved, tiny_base, tmp_path):
     prompts, answers = [np.array([1, 2], np.int32)], [np.array([3], np.int32)]
-    store_logits(moved[0], prompts, answers, tmp_path, device="cpu", token_budget=40)
-    other = load_base(inspect_base(str(tiny_base), quantize="none"))
+    store_logits(policy_of(moved[0]), prompts, answers, tmp_path, token_budget=40)
+    other = policy_of(load_base(inspect_base(str(tiny_base), quantize="none")))
     with pytest.raises(ModelError, match="vocabularies of 5 and 320 tokens"):
-        divergences(other, prompts, answers, device="cpu", token_budget=40, stored=tmp_path)
+        divergences(other, prompts, answers, token_budget=40, stored=tmp_path)
 
 
 def test_logits_that_do_not_fit_on_the_disk_are_refused_before_any_is_made(moved, tmp_path, monkeypatch):
     monkeypatch.setattr(divergence.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
-    with pytest.raises(UsageError, match="ask fewer --prompts"):
-        store_logits(
-            moved[0], [np.array([1], np.int32)] * 3, [np.array([2], np.int32)] * 3, tmp_path, device="cpu", token_budget=9
-        )
+    with pytest.raises(UsageError, match="ask fewer prompts"):
+        prompts, answers = [np.array([1], np.int32)] * 3, [np.array([2], np.int32)] * 3
+        store_logits(policy_of(moved[0]), prompts, answers, tmp_path, token_budget=9)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -271,7 +281,7 @@ def as_pairs(drift):
     """Sampled answers as pairs, so that the scorer of training can look at them."""
     return [
         EncodedPair(answer.prompt_ids, answer.ids, answer.ids[::-1].copy(), 0.0, "", answer.prompt_key)
-        for answer in drift.answers
+        for answer in rows_of(drift)
     ]
 
 
@@ -283,17 +293,17 @@ def test_log_probs_are_those_of_the_scorer(make_tiny, quantize, dtype, tolerance
     """Also where attention is switched to packed rows, and on a 4-bit base; nats by √token."""
     model, tokenizer = make_tiny(quantize, dtype)
     pairs = worded_pairs(tokenizer)
-    scorer = choose_scorer(model, pairs, device="cpu", packing=packing)
-    drift = drift_of(model, pairs, tokenizer, max_new_tokens=24, end_token_ids=set(range(0, 320, 16)), samples=2)
-    policy = score_pairs(model, as_pairs(drift), scorer, token_budget=400)
+    scorer = choose_scorer(model, pairs, packing=packing, token_budget=400)
+    drift = drift_of(model, pairs, tokenizer, max_new_tokens=24, ends=set(range(0, 320, 16)), samples=2)
+    policy = scorer.score_pairs(model, as_pairs(drift))
     with as_reference(model):
-        reference = score_pairs(model, as_pairs(drift), scorer, token_budget=400)
+        reference = scorer.score_pairs(model, as_pairs(drift))
     roots = policy.chosen_lengths.double().sqrt()
     for name, wanted in (("log_policy", policy.chosen), ("log_reference", reference.chosen)):
-        found = torch.tensor([getattr(answer, name) for answer in drift.answers], dtype=torch.float64)
+        found = torch.tensor([getattr(answer, name) for answer in rows_of(drift)], dtype=torch.float64)
         assert float(((found - wanted) / roots).abs().max()) < tolerance
     assert drift.sampler_error < tolerance
-    assert all(answer.kl > 0 for answer in drift.answers)
+    assert all(answer.kl > 0 for answer in rows_of(drift))
 
 
 def test_neither_order_nor_budget_nor_tiles_change_a_number(make_tiny, monkeypatch):
@@ -302,9 +312,9 @@ def test_neither_order_nor_budget_nor_tiles_change_a_number(make_tiny, monkeypat
     one = drift_of(model, pairs, tokenizer, max_new_tokens=12)
     monkeypatch.setattr(divergence, "TILE", 700)
     monkeypatch.setattr(divergence, "LOGITS", 5000)
-    other = drift_of(model, pairs[::-1], tokenizer, max_new_tokens=12, token_budget=60)
-    assert [answer.prompt_key for answer in one.answers] == sorted(pair.prompt_key for pair in pairs)
-    for a, b in zip(one.answers, other.answers, strict=True):
+    other = drift_of(model, pairs[::-1], tokenizer, max_new_tokens=12, budget=60)
+    assert [answer.prompt_key for answer in rows_of(one)] == sorted(pair.prompt_key for pair in pairs)
+    for a, b in zip(rows_of(one), rows_of(other), strict=True):
         assert (a.prompt_key, a.answer, a.ids.tolist()) == (b.prompt_key, b.answer, b.ids.tolist())
         assert [a.kl, a.log_policy, a.log_reference, a.entropy] == pytest.approx(
             [b.kl, b.log_policy, b.log_reference, b.entropy], abs=1e-4
@@ -313,22 +323,25 @@ def test_neither_order_nor_budget_nor_tiles_change_a_number(make_tiny, monkeypat
 
 def test_the_first_prompts_are_the_same_in_a_larger_set_of_pairs():
     pairs = pairs_of([(1, 2), (3,), (4, 3, 2), (2, 2)])
-    few = questions(pairs[::-1] * 2, 2, 2)
-    assert [(question.prompt_key, question.sample) for question in few] == [("0000", 0), ("0000", 1), ("0001", 0), ("0001", 1)]
-    assert few == questions(pairs, 99, 2)[:4]
+    few = Questions(pairs[::-1] * 2, GenerationSection(prompts=2, samples=2))
+    assert list(zip(few.keys, few.numbers, strict=True)) == [("0000", 0), ("0000", 1), ("0001", 0), ("0001", 1)]
+    many = Questions(pairs, GenerationSection(prompts=99, samples=2))
+    assert (few.keys, few.numbers) == (many.keys[:4], many.numbers[:4])
+    assert all(ids is other for ids, other in zip(few.prompts, many.prompts, strict=False))
 
 
 def test_a_prompt_that_was_shortened_for_some_pairs_is_asked_at_its_longest():
     whole, short = pairs_of([(1, 2, 3), (2, 3)])
     short = EncodedPair(short.prompt_ids, short.chosen_ids, short.rejected_ids, 0.0, "", whole.prompt_key)
-    assert [question.prompt_ids.tolist() for question in questions([short, whole, short], 5, 1)] == [[1, 2, 3]]
+    asked = Questions([short, whole, short], GenerationSection(prompts=5))
+    assert [ids.tolist() for ids in asked.prompts] == [[1, 2, 3]]
 
 
 def test_a_policy_that_has_not_moved_is_at_distance_zero_exactly(make_tiny):
     model, tokenizer = make_tiny(size=0)
     drift = drift_of(model, worded_pairs(tokenizer), tokenizer, max_new_tokens=12)
-    assert [answer.log_policy for answer in drift.answers] == [answer.log_reference for answer in drift.answers]
-    assert max(abs(answer.kl) for answer in drift.answers) < 1e-6
+    assert [answer.log_policy for answer in rows_of(drift)] == [answer.log_reference for answer in rows_of(drift)]
+    assert max(abs(answer.kl) for answer in rows_of(drift)) < 1e-6
     assert drift.summary()["kl_k1"] == {"mean": 0.0, "standard_error": 0.0}
 
 
@@ -360,7 +373,7 @@ def test_a_model_that_is_not_itself_in_padded_batches_is_sampled_alone(make_tiny
 
     monkeypatch.setattr(causal_lm, "prepare_inputs_for_generation", without_mask)
     found = drift_of(model, pairs, tokenizer, max_new_tokens=12)
-    assert [answer.answer for answer in found.answers] == [answer.answer for answer in wanted.answers]
+    assert [answer.answer for answer in rows_of(found)] == [answer.answer for answer in rows_of(wanted)]
     assert found.sampler_error < 1e-4
 
 
@@ -368,12 +381,12 @@ def test_tokens_that_a_model_rules_out_do_not_make_its_numbers_infinite():
     """−∞ among the logits of both models: 0·log 0 = 0. What only the reference rules out is infinitely far."""
     policy = torch.tensor([[0.0, 1.0, -torch.inf]])
     reference = torch.tensor([[1.0, 0.0, -torch.inf]])
-    kl, log_p, log_q, entropy = divergence._sums(policy, reference, torch.tensor([1]), torch.tensor([0]), 1)[0].tolist()
+    kl, log_p, log_q, entropy = compare_logits(policy, reference, torch.tensor([1]), torch.tensor([0]), 1)[0].tolist()
     p, q = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))
     assert kl == pytest.approx(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)), abs=1e-6)
     assert (log_p, log_q) == pytest.approx((math.log(p), math.log(q)), abs=1e-6)
     assert entropy == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-6)
-    assert divergence._sums(policy, policy.roll(1), torch.tensor([1]), torch.tensor([0]), 1)[0, 0] == torch.inf
+    assert compare_logits(policy, policy.roll(1), torch.tensor([1]), torch.tensor([0]), 1)[0, 0] == torch.inf
 
 
 def test_a_small_kl_survives_large_logits():
@@ -385,7 +398,7 @@ def test_a_small_kl_survives_large_logits():
     p, q = policy.double().log_softmax(1), reference.double().log_softmax(1)
     truth = float((p.exp() * (p - q)).sum())
     found = float(
-        divergence._sums(policy, reference, torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.long), 1)[0, 0]
+        compare_logits(policy, reference, torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.long), 1)[0, 0]
     )
     assert found == pytest.approx(truth, rel=0.15)
 
@@ -396,7 +409,7 @@ def test_a_small_kl_survives_large_logits():
 def test_answers_are_written_one_by_one(moved, tmp_path):
     model, _ = moved
     drift = drift_of(model, pairs_of(PROMPTS), samples=2)
-    save_generations(drift, tmp_path / "generations.parquet", score=[1.0, 2.0, 3.0, 4.0])
+    replace(drift.table, score=np.array([1.0, 2.0, 3.0, 4.0])).save(tmp_path / "generations.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "generations.parquet")
     types = {field.name: str(field.type) for field in table.schema}
     assert types == {

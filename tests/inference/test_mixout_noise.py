@@ -9,15 +9,19 @@ from torch import nn
 
 from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.mixout_noise import measure_noise
+from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.mixout import attach_mixout
 
 INPUTS = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-class LinearScorer:
+class LinearScorer(Scorer):
     """Log-prob of a pair's chosen answer: one linear layer's output for the pair's input; of the rejected one: 0."""
 
-    def split(self, pairs, token_budget):
+    def __init__(self):
+        super().__init__("padded", torch.device("cpu"))
+
+    def split(self, pairs):
         return [range(3), range(3, len(pairs))]
 
     def logprobs(self, model, pairs):
@@ -39,7 +43,7 @@ def model():
 def pairs_and_reference(model):
     pairs, scorer = [SimpleNamespace(input=row) for row in INPUTS], LinearScorer()
     with torch.no_grad(), model.disable_adapter():
-        parts = [scorer.logprobs(model, [pairs[index] for index in part]) for part in scorer.split(pairs, 1)]
+        parts = [scorer.logprobs(model, [pairs[index] for index in part]) for part in scorer.split(pairs)]
     return pairs, PairLogprobs(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -53,14 +57,14 @@ def test_the_ratio_is_that_of_the_variance_formula(model, p, form):
     pairs, reference = pairs_and_reference(model)
     mixout = attach_mixout(model, p, seed=0, form=form)
     mixout.draw = 7
-    found = measure_noise(model, mixout, pairs, LinearScorer(), reference, reduce="sum", token_budget=1, masks=3000)
+    found = measure_noise(model, mixout, pairs, LinearScorer(), reference, reduce="sum", masks=3000)
     assert (found.pairs, found.masks) == (5, 3000)
     assert found.shift == pytest.approx(float(shift))
     assert found.noise == pytest.approx(float(noise), rel=0.05)
     assert found.margin_noise == pytest.approx(float(noise / shift), rel=0.05)
     assert f"{found.margin_noise:.2f} of what training moved it" in found.words()
     assert (mixout.draw, mixout.is_sampling, model.training) == (7, False, True)
-    per_token = measure_noise(model, mixout, pairs, LinearScorer(), reference, reduce="mean", token_budget=1, masks=8)
+    per_token = measure_noise(model, mixout, pairs, LinearScorer(), reference, reduce="mean", masks=8)
     assert per_token.shift == pytest.approx(float(shift) / 4)
 
 
@@ -68,6 +72,6 @@ def test_an_adapter_that_learned_nothing_has_no_ratio(model):
     nn.init.zeros_(model.base_model.model[0].lora_B["default"].weight)
     pairs, reference = pairs_and_reference(model)
     mixout = attach_mixout(model, 0.5, seed=0)
-    found = measure_noise(model, mixout, pairs, LinearScorer(), reference, reduce="sum", token_budget=1)
+    found = measure_noise(model, mixout, pairs, LinearScorer(), reference, reduce="sum")
     assert (found.margin_noise, found.noise, found.shift) == (None, 0.0, 0.0)
     assert "nothing was learned" in found.words()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import struct
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pe_dpo.errors import StoreUnavailable, TrainingError
 from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.inference import reference as reference_module
-from pe_dpo.inference.inputs import build_model
+from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import Reference, open_reference
 from pe_dpo.inference.reference_store import ReferenceStore
 from pe_dpo.inference.scorer import choose_scorer
@@ -28,13 +29,13 @@ from pe_dpo.training.train import prepare_run, train
 def make_reference(make_recipe, tmp_path):
     """Build the reference of a recipe over one store; returns it with the training pairs."""
 
-    def make(*overrides, recipe=None, policy="auto", path=None):
+    def make(*overrides, recipe=None, caching="auto", path=None):
         recipe = recipe or make_recipe(*overrides)
-        facts, _, data = prepare_run(recipe)
-        model = build_model(recipe, facts, "cpu")
-        scorer = choose_scorer(model, data.train, device="cpu")
+        data = prepare_run(recipe).data
+        policy = load_policy(recipe, device="cpu")
+        scorer = choose_scorer(policy.model, data.train, token_budget=500)
         store = str(path or tmp_path / "store.sqlite")
-        reference = open_reference(model, facts, scorer, policy=policy, token_budget=500, path=store)
+        reference = open_reference(policy, scorer, caching=caching, path=store)
         return reference, data.train
 
     return make
@@ -61,7 +62,7 @@ def test_stored_log_probs_are_those_of_the_base_to_the_bit(make_reference, setti
     reference, _ = make_reference(*settings)
     stored = reference.logprobs(pairs[::-1])
     assert reference.computed == 0
-    with as_reference(reference.model) as frozen:
+    with as_reference(reference.policy.model) as frozen:
         now = [reference.scorer.logprobs(frozen, [pair]) for pair in pairs]
     for side in ("chosen", "rejected", "chosen_lengths", "rejected_lengths"):
         assert getattr(stored, side).flip(0).tolist() == getattr(computed, side).tolist()
@@ -178,7 +179,7 @@ def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(mak
     lines = warned
     reference, pairs = make_reference()
     with torch.no_grad():
-        reference.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(1.5)
+        reference.policy.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.mul_(1.5)
     why = reference.recheck(pairs)
     assert why.startswith("train.jsonl:")
     reference.forget(why)
@@ -187,7 +188,7 @@ def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(mak
     before = reference.computed
     fresh = reference.logprobs(pairs)
     assert reference.computed - before == len(pairs)
-    with as_reference(reference.model) as frozen:
+    with as_reference(reference.policy.model) as frozen:
         assert fresh.chosen.tolist() == reference.scorer.logprobs(frozen, pairs).chosen.tolist()
 
 
@@ -212,8 +213,8 @@ def poison(path, nats, *, share=1.0):
         for number, (reference, key, value) in enumerate(rows):
             if number < share * len(rows):
                 name = ids[reference] if isinstance(ids[reference], str) else ids[reference].decode()
-                then = store._unpack(name, key, value)
-                moved = store._pack(name, key, store.StoredLogprob(then.logprob + nats, then.tokens))
+                logprob, tokens = struct.unpack("<dq", value[:16])
+                moved = store._with_checksum(struct.pack("<dq", logprob + nats, tokens), name.encode(), key)
                 connection.execute("UPDATE answer SET value = ? WHERE reference = ? AND key = ?", (moved, reference, key))
 
 
@@ -301,13 +302,13 @@ def test_a_run_goes_on_without_a_store_that_cannot_be_and_says_so(make_reference
     (tmp_path / "file").write_text("")
     lines = warned
     reference, pairs = make_reference(path=tmp_path / "file" / "store.sqlite")
-    assert [line.split(":")[0] for line in lines] == ["look"]
+    assert [line.split(":")[0] for line in lines] == ["warning"]
     assert "going on without the reference store" in lines[0]
     reference.logprobs(pairs)
     reference.logprobs(pairs)
     assert reference.computed == len(pairs)
     with pytest.raises(StoreUnavailable):
-        make_reference(path=tmp_path / "file" / "store.sqlite", policy="store")
+        make_reference(path=tmp_path / "file" / "store.sqlite", caching="store")
 
 
 def test_a_store_that_fails_under_way_costs_nothing_but_itself(make_reference, monkeypatch, warned: list[str]):
@@ -375,15 +376,15 @@ from pe_dpo.inference import reference as module
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.recipe import load_recipe
-from pe_dpo.inference.inputs import build_model
+from pe_dpo.inference.policy import load_policy
 from pe_dpo.progress import progress, showing
 from pe_dpo.training.train import prepare_run
 module.SECONDS_BETWEEN_WRITES = 0.0
 recipe = load_recipe(sys.argv[1])
-facts, _, data = prepare_run(recipe)
-model = build_model(recipe, facts, "cpu")
-scorer = choose_scorer(model, data.train, device="cpu")
-reference = open_reference(model, facts, scorer, policy="store", token_budget=1, path=sys.argv[2])
+data = prepare_run(recipe).data
+policy = load_policy(recipe, device="cpu")
+scorer = choose_scorer(policy.model, data.train, token_budget=1)
+reference = open_reference(policy, scorer, caching="store", path=sys.argv[2])
 def slowly(what, done, total):
     print(done, flush=True)
     time.sleep(0.05)
@@ -409,7 +410,7 @@ def test_a_pass_that_was_killed_goes_on_where_it_stopped(make_recipe, make_refer
     reference, pairs = make_reference(path=store)
     logprobs = reference.logprobs(pairs)
     assert 0 < reference.computed <= 24 - 6
-    with as_reference(reference.model) as frozen:
+    with as_reference(reference.policy.model) as frozen:
         assert logprobs.chosen.tolist() == reference.scorer.logprobs(frozen, pairs).chosen.tolist()
 
 

@@ -12,7 +12,8 @@ from scipy import stats
 from transformers import GenerationConfig
 
 from pe_dpo.inference import sampling
-from pe_dpo.inference.sampling import gumbel_noise, sample_answers
+from pe_dpo.inference.policy import Policy
+from pe_dpo.inference.sampling import gumbel_noise, sample
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.attention import switch_on
 from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
@@ -33,18 +34,8 @@ def prompts_of_many_lengths(count, seed=0, longest=30):
 
 
 def draw(model, prompts, names=None, *, ends=(), seed=0, tokens=20, budget=10_000, **options):
-    names = [str(index) for index in range(len(prompts))] if names is None else names
-    return sample_answers(
-        model,
-        prompts,
-        names,
-        max_new_tokens=tokens,
-        end_token_ids=ends,
-        seed=seed,
-        device="cpu",
-        token_budget=budget,
-        **options,
-    )
+    policy = Policy(model, None, None, ends)
+    return sample(policy, prompts, names, max_new_tokens=tokens, seed=seed, token_budget=budget, **options)
 
 
 def ids_of(answers):

@@ -40,7 +40,7 @@ from pe_dpo.model import base as base_module
 from pe_dpo.model.adapter_config import write_adapter_config
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.model.quantization import four_bit_layers
-from pe_dpo.model.tensor_files import TensorFacts, TensorWriter
+from pe_dpo.model.tensor_files import TensorInfo, TensorWriter
 from pe_dpo.training.train import train
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -955,7 +955,7 @@ def make_large(folder: Path, tiny_base: Path, *, width: int, layers: int, holes_
         linear[f"{name}.mlp.down_proj"] = (width, 4 * width)
         shapes |= {f"{name}.{part}_layernorm.weight": (width,) for part in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (width,)} | {f"{name}.weight": shape for name, shape in linear.items()}
-    facts = [TensorFacts(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+    facts = [TensorInfo(name, shape, torch.bfloat16) for name, shape in shapes.items()]
     if holes_but_for:
         linear = {holes_but_for: linear[holes_but_for]}
         write_holes(base, facts)
@@ -978,11 +978,11 @@ def make_large(folder: Path, tiny_base: Path, *, width: int, layers: int, holes_
     return adapter
 
 
-def write_holes(folder: Path, tensors: list[TensorFacts], shard_bytes: int = 4 * 10**9) -> None:
+def write_holes(folder: Path, tensors: list[TensorInfo], shard_bytes: int = 4 * 10**9) -> None:
     """Shards of zeros that take no room on disk: headers, and files made long without writing."""
-    from pe_dpo.model.tensor_files import _divide, _header
+    from pe_dpo.model.tensor_files import _header
 
-    shards = _divide(tensors, shard_bytes)
+    shards = TensorWriter(folder, tensors, shard_bytes=shard_bytes)._shards
     where = {}
     for number, members in enumerate(shards):
         file = folder / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"

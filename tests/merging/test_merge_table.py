@@ -21,7 +21,6 @@ from torch import Tensor
 from world import write_pairs
 
 from pe_dpo.errors import MergeRefused
-from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, measure, verification_failures
 from pe_dpo.merging.merge import merge
@@ -114,9 +113,9 @@ def _measured(source: Source) -> Trained:
 
 def look(model: Any, source: Source) -> Behaviour:
     """Log-probs of all 96 pairs, distributions of six."""
-    scorer = choose_scorer(model, source.pairs, device="cpu", packing=False)
+    scorer = choose_scorer(model, source.pairs, packing=False, token_budget=2048)
     few = measure(model, source.pairs[::16], scorer)
-    return Behaviour(score_pairs(model, source.pairs, scorer, token_budget=2048), few.distributions)
+    return Behaviour(scorer.score_pairs(model, source.pairs), few.distributions)
 
 
 def _updates(adapter: Path) -> dict[str, Tensor]:

@@ -8,12 +8,12 @@ import torch
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import (
+    POLICY,
     adapter_parameters,
     as_reference,
     attach_adapter,
-    lent,
+    borrowed_base,
     load_adapter_for_evaluation,
-    parameter_targets,
     restore_adapter,
     save_adapter,
     start_from_adapter,
@@ -231,6 +231,11 @@ def test_experts_that_are_no_modules_are_named_since_they_do_not_merge(base):
     assert parameter_targets(attach_adapter(base, rank=2, alpha=4)) == []
 
 
+def parameter_targets(model):
+    """The bare parameters that the trained adapter is on."""
+    return sorted(model.peft_config[POLICY].target_parameters or ())
+
+
 def facts_of(model):
     """All of a model that a run could leave changed: modules, hooks, what is trained, attention, flags of every module."""
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
@@ -254,7 +259,7 @@ def test_a_lent_base_comes_back_as_it_was(base):
     """Recomputed activations leave a hook behind that would make every later run differentiate down to the embeddings."""
     before, facts = logits(base), facts_of(base)
     for _ in range(2):
-        with lent(base), pytest.raises(ZeroDivisionError):
+        with borrowed_base(base), pytest.raises(ZeroDivisionError):
             model = attach_adapter(base, rank=4, alpha=8, dropout=0.5)
             stir(model)
             checkpoint_activations(model)
@@ -275,7 +280,7 @@ def test_a_lent_base_of_experts_comes_back_as_it_was():
     base = MixtralForCausalLM(config).requires_grad_(False).train()
     before, facts = logits(base), facts_of(base)
     for _ in range(2):
-        with lent(base):
+        with borrowed_base(base):
             assert len(parameter_targets(attach_adapter(base, rank=2, alpha=4))) > 1
         assert facts_of(base) == facts
         assert torch.equal(logits(base.train()), before)

@@ -10,21 +10,20 @@ import pytest
 import torch
 from torch import nn
 
+from pe_dpo.inference.reference import remembered_fingerprint
 from pe_dpo.inference.reference_store import ReferenceStore
 from pe_dpo.model import fingerprint
 from pe_dpo.model.adapter import REFERENCE, adapter_parameters, as_reference, attach_adapter, save_adapter, start_from_adapter
 from pe_dpo.model.base import inspect_base, load_base
-from pe_dpo.model.fingerprint import (
-    base_fingerprint,
-    base_identity,
-    reference_fingerprint,
-    remembered_fingerprint,
-    tensor_fingerprints,
-)
+from pe_dpo.model.fingerprint import base_fingerprint, reference_fingerprint, tensor_fingerprints
 from pe_dpo.model.quantization import four_bit_layers
 
 TOKENS = torch.arange(1, 41).reshape(2, 20)
 QUANTIZATIONS = ["none", "nf4", "int8"]
+
+
+def base_identity(facts):
+    return fingerprint.base_identity(facts, "cpu")
 
 
 def load(folder, quantize="none"):
@@ -280,21 +279,21 @@ def test_the_hash_of_a_base_is_remembered_and_not_computed_again(tiny_base, tmp_
     facts = inspect_base(str(tiny_base))
     model = load_base(facts)
     truth = base_fingerprint(model)
-    with ReferenceStore(tmp_path / "reference.sqlite") as store:
-        assert remembered_fingerprint(model, facts, store) == truth
-        flip_a_bit(model.lm_head.weight)  # only one who reads the weights again would see it
-        assert remembered_fingerprint(attach_adapter(model, rank=4, alpha=8), facts, store) == truth
+    store = ReferenceStore(tmp_path / "reference.sqlite")
+    assert remembered_fingerprint(model, facts, store) == truth
+    flip_a_bit(model.lm_head.weight)  # only one who reads the weights again would see it
+    assert remembered_fingerprint(attach_adapter(model, rank=4, alpha=8), facts, store) == truth
 
 
 def test_the_hash_of_a_changed_base_is_computed_anew(own_base, tmp_path):
-    with ReferenceStore(tmp_path / "reference.sqlite") as store:
-        first = remembered_fingerprint(load(own_base), inspect_base(str(own_base)), store)
-        weights = bytearray((own_base / "model.safetensors").read_bytes())
-        weights[-1] ^= 1
-        (own_base / "model.safetensors").unlink()
-        (own_base / "model.safetensors").write_bytes(weights)
-        model = load(own_base)
-        assert remembered_fingerprint(model, inspect_base(str(own_base)), store) == base_fingerprint(model) != first
+    store = ReferenceStore(tmp_path / "reference.sqlite")
+    first = remembered_fingerprint(load(own_base), inspect_base(str(own_base)), store)
+    weights = bytearray((own_base / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (own_base / "model.safetensors").unlink()
+    (own_base / "model.safetensors").write_bytes(weights)
+    model = load(own_base)
+    assert remembered_fingerprint(model, inspect_base(str(own_base)), store) == base_fingerprint(model) != first
 
 
 def test_without_a_store_or_an_identity_the_hash_is_computed(tiny_base, tmp_path):
@@ -302,7 +301,7 @@ def test_without_a_store_or_an_identity_the_hash_is_computed(tiny_base, tmp_path
     model = load_base(facts)
     assert remembered_fingerprint(model, facts, None) == base_fingerprint(model)
     unknown = facts._replace(base="someone/model", config=SimpleNamespace(_commit_hash=None))
-    with ReferenceStore(tmp_path / "reference.sqlite") as store:
-        for _ in range(2):
-            assert remembered_fingerprint(model, unknown, store) == base_fingerprint(model)
-            flip_a_bit(model.lm_head.weight)
+    store = ReferenceStore(tmp_path / "reference.sqlite")
+    for _ in range(2):
+        assert remembered_fingerprint(model, unknown, store) == base_fingerprint(model)
+        flip_a_bit(model.lm_head.weight)

@@ -19,7 +19,6 @@ from pe_dpo.data.batches import PackedRow, pack
 from pe_dpo.data.pairs import row_length
 from pe_dpo.errors import ModelError
 from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs
-from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer, choose_scorer
 from pe_dpo.model import attention
 from pe_dpo.model.adapter import adapter_parameters, attach_adapter
@@ -240,7 +239,7 @@ class Choice(NamedTuple):
 
 def choose(model: Any, pairs: Sequence[EncodedPair] = PAIRS, **options: Any) -> Choice:
     with recording() as said:
-        scorer = choose_scorer(model, pairs, device="cpu", **options)
+        scorer = choose_scorer(model, pairs, **options)
     return Choice(scorer, "\n".join(said))
 
 
@@ -301,7 +300,7 @@ def test_a_state_beside_the_attention_is_found_in_bfloat16_too():
 @pytest.mark.parametrize(("name", "depends"), [("phi3, long rope", True), ("llama", False)])
 def test_log_probs_that_depend_on_company_are_told_from_those_that_do_not(name, depends):
     scorer, said = choose(policy_of(name))
-    assert scorer.depends_on_company == depends
+    assert scorer.is_batch_dependent == depends
     assert ("the reference is computed in every step" in said) == depends
 
 
@@ -540,9 +539,13 @@ def test_the_token_budget_does_not_change_a_bit(tiny_base):
     """Rows of one pair, of some, and of all."""
     model, pairs = saved_policy(tiny_base), shuffled_trees(3) + shuffled_trees(4)
     scorer, _ = choose(model, pairs)
-    one, some, every = (score_pairs(model, pairs, scorer, token_budget=budget) for budget in (1, 600, 10**6))
-    assert [len(scorer.split(pairs, budget)) for budget in (1, 10**6)] == [len(pairs), 1]
-    for other in (some, every):
+    found, rows = [], []
+    for scorer.token_budget in (1, 600, 10**6):
+        found.append(scorer.score_pairs(model, pairs))
+        rows.append(len(scorer.split(pairs)))
+    assert (rows[0], rows[2]) == (len(pairs), 1)
+    one = found[0]
+    for other in found[1:]:
         assert all(torch.equal(*fields) for fields in zip(one, other, strict=True))
 
 
@@ -627,7 +630,7 @@ def test_a_wrong_gradient_under_right_logprobs_is_found_and_refused(llama, monke
 
     monkeypatch.setattr(attention, "_attend", careless)
     scorer, said = choose(llama)
-    assert scorer == PADDED
+    assert scorer.path == "padded"
     attention.switch_on(llama.get_base_model())
     assert off(packed(llama, PAIRS), expected) < 1e-5
     found = re.search(r"\(segments: gradients differ from the padded ones by (\S+)\)$", said)
@@ -670,7 +673,8 @@ def test_packing_that_is_insisted_on_and_right_is_used(llama):
 
 
 def test_packing_that_is_declined_is_not_tried(llama):
-    assert choose(llama, packing=False) == (PADDED, "")
+    scorer, said = choose(llama, packing=False)
+    assert (scorer.path, scorer.is_batch_dependent, said) == ("padded", False, "")
     assert implementation(llama) == "sdpa"
 
 

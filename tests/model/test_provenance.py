@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pe_dpo.model.adapter import attach_adapter
 from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 from pe_dpo.model.fingerprint import file_fingerprints, parameter_fingerprint, parameter_fingerprints
-from pe_dpo.model.provenance import base_record, changed_files, changed_tensors, template_fingerprint, tokenizer_fingerprint
+from pe_dpo.model.provenance import base_record, changed, changed_files, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.quantization import dequantized, four_bit_layers, quantized_parameter
 
 
@@ -52,7 +52,7 @@ def test_another_weight_is_noticed_and_named(own_base: Path, quantize: str) -> N
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 0.5
     save_file(weights, own_base / "model.safetensors", metadata={"format": "pt"})
     after = parameter_fingerprints(load_base(inspect_base(str(own_base), quantize=quantize)))
-    assert changed_tensors(before, after) == ["model.layers.1.mlp.up_proj.weight"]
+    assert changed(before["tensors"], after) == ["model.layers.1.mlp.up_proj.weight"]
     assert changed_files(before, own_base) == ["model.safetensors"]
 
 
@@ -62,14 +62,15 @@ def test_a_change_too_small_for_four_bits_is_noticed_in_the_files(own_base: Path
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] *= 1 + 2e-7
     save_file(weights, own_base / "model.safetensors", metadata={"format": "pt"})
     after = parameter_fingerprints(load_base(inspect_base(str(own_base), quantize="nf4")))
-    assert changed_tensors(before, after) == []
+    assert changed(before["tensors"], after) == []
     assert changed_files(before, own_base) == ["model.safetensors"]
 
 
 def test_another_quantization_is_noticed_in_every_quantized_layer(own_base: Path) -> None:
     before = record(own_base, "nf4")
-    changed = changed_tensors(before, record(own_base, "nf4-single")["tensors"])
-    assert changed == [f"{name}.weight" for name in sorted(before["quantized_layers"])]
+    assert changed(before["tensors"], record(own_base, "nf4-single")["tensors"]) == [
+        f"{name}.weight" for name in sorted(before["quantized_layers"])
+    ]
 
 
 def test_a_large_file_of_the_hubs_cache_is_known_by_its_name_only_where_names_are_believed(tmp_path: Path) -> None:

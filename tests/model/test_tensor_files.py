@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.tensor_files import DTYPES, TensorFacts, TensorFiles, TensorWriter
+from pe_dpo.model.tensor_files import DTYPES, TensorFiles, TensorInfo, TensorWriter
 
 EVERY_KIND = {
     **{f"of.{name}": torch.tensor([[0, 1, 2], [3, 1, 0]]).to(dtype) for name, dtype in DTYPES.items()},
@@ -21,8 +21,8 @@ EVERY_KIND = {
 }
 
 
-def facts_of(tensors: dict[str, torch.Tensor]) -> list[TensorFacts]:
-    return [TensorFacts(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+def facts_of(tensors: dict[str, torch.Tensor]) -> list[TensorInfo]:
+    return [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], **settings: int) -> TensorWriter:
@@ -60,9 +60,9 @@ def test_what_safetensors_writes_is_read_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_bytes_of_a_tensor_are_its_elements_times_their_size() -> None:
-    assert TensorFacts("a", (2, 3), torch.bfloat16).bytes == 12
-    assert TensorFacts("number", (), torch.float64).bytes == 8
-    assert TensorFacts("empty", (0, 7), torch.float32).bytes == 0
+    assert TensorInfo("a", (2, 3), torch.bfloat16).bytes == 12
+    assert TensorInfo("number", (), torch.float64).bytes == 8
+    assert TensorInfo("empty", (0, 7), torch.float32).bytes == 0
 
 
 def test_no_shard_is_larger_than_asked_and_the_index_says_where_each_tensor_lies(tmp_path: Path) -> None:

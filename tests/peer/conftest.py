@@ -154,6 +154,7 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     """Build pe-dpo's trainer over encoded pairs; `loss` are keys of a recipe's loss section."""
     from transformers import TrainingArguments
 
+    from pe_dpo.inference.policy import Policy
     from pe_dpo.inference.reference import Reference
     from pe_dpo.inference.scorer import choose_scorer
     from pe_dpo.objective import Loss
@@ -162,7 +163,7 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
 
     def make(model: Any, pairs: Sequence[Any], loss: dict[str, Any], *, token_budget: int = 4096, **options: Any) -> Any:
         args = TrainingArguments(output_dir=str(tmp_path / "ours"), remove_unused_columns=False, **(SETTINGS | options))
-        scorer = choose_scorer(model, pairs, device="cpu", packing=True)
+        scorer = choose_scorer(model, pairs, packing=True, token_budget=token_budget)
         return PairTrainer(
             model=model,
             args=args,
@@ -170,8 +171,7 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
             held_out=[],
             loss=Loss(**LossSection.model_validate(loss).coefficients()),
             scorer=scorer,
-            reference=Reference(model, scorer, token_budget=token_budget),
-            token_budget=token_budget,
+            reference=Reference(Policy(model, tokenizer, None, ()), scorer),
             keep_checkpoints=1,
             tokenizer=tokenizer,
         )

@@ -67,7 +67,6 @@ def test_a_hinge_whose_margin_column_is_0_everywhere_is_refused_before_step_1(
             trainer.model,
             trainer.train_dataset,
             trainer.scorer,
-            token_budget=4096,
             loss=replace(trainer.loss, margin_scale=1.0),
             policy_is_reference=True,
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pe_dpo.data.batches import split_by_tokens
-from pe_dpo.inference.pairs import pair_table, score_pairs
+from pe_dpo.inference.pairs import pair_table
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.model.adapter import as_reference
@@ -17,7 +17,11 @@ from pe_dpo.objective import Loss
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")
 pytestmark = pytest.mark.peer
 
-PADDED = Scorer("padded", torch.device("cpu"))
+
+def padded(token_budget: int) -> Scorer:
+    return Scorer("padded", torch.device("cpu"), token_budget=token_budget)
+
+
 DPO = {"beta": 0.1, "gamma": 0.1}
 SMALL_STEPS = {"max_steps": 10, "learning_rate": 5e-6, "optim": "adamw_torch"}
 
@@ -108,9 +112,9 @@ def test_our_held_out_metrics_do_not_depend_on_the_token_budget(
     model, pairs = attach(make_base()), encode(rows[:5])
 
     def metrics(token_budget: int) -> dict[str, float]:
-        policy = score_pairs(model, pairs, PADDED, token_budget=token_budget)
+        policy = padded(token_budget).score_pairs(model, pairs)
         with as_reference(model) as frozen:
-            reference = score_pairs(frozen, pairs, PADDED, token_budget=token_budget)
+            reference = padded(token_budget).score_pairs(frozen, pairs)
         loss = Loss(**DPO)
         return pair_metrics(pair_table(pairs, policy, reference, loss(policy, reference, torch.zeros(5)), loss))
 
@@ -126,9 +130,9 @@ def test_our_scores_come_back_in_the_order_of_the_pairs(
     make_base: Callable[..., Any], encode: Callable[..., list[Any]], rows: list[dict[str, str]]
 ) -> None:
     model, pairs = make_base(), encode(rows)
-    alone = torch.cat([score_pairs(model, [pair], PADDED, token_budget=1).chosen for pair in pairs])
+    alone = torch.cat([padded(1).score_pairs(model, [pair]).chosen for pair in pairs])
     assert split_by_tokens(pairs, 160) != sorted(split_by_tokens(pairs, 160))
-    together = score_pairs(model, pairs, PADDED, token_budget=160).chosen
+    together = padded(160).score_pairs(model, pairs).chosen
     assert together.tolist() == pytest.approx(alone.tolist(), rel=1e-6)
 
 

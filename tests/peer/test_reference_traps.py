@@ -11,7 +11,6 @@ import torch
 from pe_dpo.data.batches import pad
 from pe_dpo.errors import ModelError, RecipeError
 from pe_dpo.inference.logprobs import pair_logprobs
-from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model import base as base_module
 from pe_dpo.model.adapter import as_reference, save_adapter, start_from_adapter
@@ -57,7 +56,7 @@ def our_reference(model: Any, pairs: list[Any]) -> torch.Tensor:
 
 
 def start(model: Any, pairs: list[Any]) -> StartCheck:
-    return check_start(model, pairs, PADDED, token_budget=4096, loss=Loss(**DPO), policy_is_reference=True)
+    return check_start(model, pairs, PADDED, loss=Loss(**DPO), policy_is_reference=True)
 
 
 # An initialisation that changes the base
@@ -307,7 +306,7 @@ def test_an_evaluation_packs_four_bit_weights_that_are_not_guarded_and_training_
 ) -> None:
     monkeypatch.setattr(base_module, "keep_weights_unpacked", lambda model: None)
     model = attach(load_four_bits(saved_for_four_bits))
-    score_pairs(model, encode(rows), PADDED, token_budget=4096)
+    PADDED.score_pairs(model, encode(rows))
     with pytest.raises(ModelError, match="4-bit weights were repacked for the CPU's inference kernel"):
         check_weights_unpacked(model)
 
@@ -323,7 +322,7 @@ def test_our_four_bit_gradient_is_the_same_after_an_evaluation(
     pairs = encode(rows)
     fresh = our_step(pair_trainer(attach(load_four_bits(saved_for_four_bits)), pairs, DPO))
     model = attach(load_four_bits(saved_for_four_bits))
-    score_pairs(model, pairs, PADDED, token_budget=4096)
+    PADDED.score_pairs(model, pairs)
     evaluated = our_step(pair_trainer(model, pairs, DPO))
     check_weights_unpacked(model)
     assert fresh.gradient.norm() > 0

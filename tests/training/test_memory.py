@@ -43,9 +43,12 @@ def test_a_step_out_of_memory_is_done_with_smaller_rows_and_gives_the_same_gradi
     assert again == pytest.approx(float(loss), rel=1e-6)
     assert (gradient(trainer) - wanted).norm() <= 2e-6 * wanted.norm()
     assert sum(len(part.loss) for part in trainer._window) == 8
-    assert trainer.token_budget == trainer.reference.token_budget < 1024
+    assert trainer.scorer.token_budget < 1024
     assert all(line.startswith("warning: out of memory; going on with ") for line in warned)
-    assert warned[-1] == f"warning: out of memory; going on with {trainer.token_budget} tokens per forward (nothing is lost)"
+    assert (
+        warned[-1]
+        == f"warning: out of memory; going on with {trainer.scorer.token_budget} tokens per forward (nothing is lost)"
+    )
 
 
 def test_a_step_that_is_begun_again_draws_the_dropout_of_its_first_try(make_trainer, monkeypatch):

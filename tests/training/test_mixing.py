@@ -108,7 +108,7 @@ def test_a_check_before_the_first_step_does_not_stand_for_training(make_trainer)
     """check_start scores a batch in training mode; a layer that training then computes in another way must still be found."""
     trainer = make_trainer(ON, fresh=True)
     check_start(
-        trainer.model, trainer.train_dataset[:4], trainer.scorer, token_budget=1000, loss=trainer.loss,
+        trainer.model, trainer.train_dataset[:4], trainer.scorer, loss=trainer.loss,
         policy_is_reference=True,
     )  # fmt: skip
     assert not any(layer.is_reached for layer in mixing_of(trainer).mixout.layers.values())
@@ -139,24 +139,22 @@ def test_a_process_without_pairs_in_a_step_has_nothing_to_check(make_trainer):
         (("mixout.p=0.5", "mixout.form=element"), "two to four times the work of each"),
     ],
 )
-def test_a_p_that_makes_little_sense_is_said_before_training(make_recipe, settings, words):
-    lines = []
-    prepare_run(make_recipe(*settings), lines.append)
-    assert any(line.startswith("warning: mixout") for line in lines)
-    assert any(re.search(words, line) for line in lines)
+def test_a_p_that_makes_little_sense_is_said_before_training(make_recipe, settings, words, warned: list[str]):
+    prepare_run(make_recipe(*settings))
+    assert any(line.startswith("warning: mixout") for line in warned)
+    assert any(re.search(words, line) for line in warned)
 
 
-def test_a_sensible_p_is_not_talked_about(make_recipe):
-    lines = []
-    prepare_run(make_recipe(ON, "train.max_steps=100"), lines.append)
-    assert not any("mixout" in line for line in lines)
+def test_a_sensible_p_is_not_talked_about(make_recipe, logged: list[str]):
+    prepare_run(make_recipe(ON, "train.max_steps=100"))
+    assert not any("mixout" in line for line in logged)
 
 
 def test_a_layer_that_cannot_be_mixed_is_found_without_the_weights(make_recipe, monkeypatch):
     def no_weights(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("pe_dpo.inference.inputs.load_base", no_weights)
+    monkeypatch.setattr("pe_dpo.inference.policy.load_base", no_weights)
     recipe = make_recipe(ON, 'adapter.targets=["embed_tokens", "q_proj"]')
     with pytest.raises(ModelError, match=r"lora_embedding_A.* is trained, and mixout covers LoRA on linear layers"):
         prepare_run(recipe)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import row_length
-from pe_dpo.inference.pairs import score_pairs
+from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.mixout import Mixout
 from pe_dpo.runs.run import Run
@@ -50,7 +50,7 @@ class KillAt(TrainerCallback):
 
 def micro_batches(trainer, pairs, at_once):
     """The gradient of a step split into micro-batches of `at_once` pairs."""
-    trainer.token_budget = 2 * at_once * max(row_length(pair) for pair in pairs)
+    trainer.scorer.token_budget = 2 * at_once * max(row_length(pair) for pair in pairs)
     return loss_and_gradient(trainer, pairs)
 
 
@@ -101,7 +101,7 @@ def test_packed_and_padded_rows_agree_under_one_draw(make_trainer):
     mixout_of(trainer).draw = 5
     with torch.no_grad():
         packed = trainer.scorer.logprobs(trainer.model, trainer.train_dataset[:4])
-        padded = trainer.scorer._replace(path="padded").logprobs(trainer.model, trainer.train_dataset[:4])
+        padded = Scorer("padded", torch.device("cpu")).logprobs(trainer.model, trainer.train_dataset[:4])
     assert torch.allclose(packed.chosen, padded.chosen, atol=1e-4)
     assert torch.allclose(packed.rejected, padded.rejected, atol=1e-4)
 
@@ -154,7 +154,7 @@ def test_p_0_is_the_run_without_mixout_and_p_above_0_is_another(make_recipe):
 def test_evaluation_between_steps_is_that_of_the_plain_adapter(make_trainer):
     mixed, plain = make_trainer(ON), make_trainer()
     assert mixed.model.training
-    one, other = (score_pairs(t.model, t.held_out, t.scorer, token_budget=1000) for t in (mixed, plain))
+    one, other = (t.scorer.score_pairs(t.model, t.held_out) for t in (mixed, plain))
     assert torch.equal(one.chosen, other.chosen)
     assert mixed.evaluate() == plain.evaluate()
     assert mixed.model.training
@@ -163,7 +163,7 @@ def test_evaluation_between_steps_is_that_of_the_plain_adapter(make_trainer):
 def test_policy_and_reference_are_equal_to_the_bit_before_the_first_step(make_trainer):
     trainer = make_trainer(ON, fresh=True)
     start = check_start(
-        trainer.model, trainer.train_dataset[:4], trainer.scorer, token_budget=1000, loss=trainer.loss,
+        trainer.model, trainer.train_dataset[:4], trainer.scorer, loss=trainer.loss,
         policy_is_reference=True,
     )  # fmt: skip
     assert trainer.model.training

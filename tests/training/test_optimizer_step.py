@@ -26,8 +26,8 @@ def test_eight_pairs_at_once_in_twos_and_fours_and_singly_give_one_gradient(make
     longest = max(row_length(pair) for pair in pairs)
     results = {}
     for at_once in (8, 4, 2, 1):
-        trainer.token_budget = 2 * at_once * longest
-        assert max(map(len, split_by_tokens(pairs, trainer.token_budget))) >= at_once
+        trainer.scorer.token_budget = 2 * at_once * longest
+        assert max(map(len, split_by_tokens(pairs, trainer.scorer.token_budget))) >= at_once
         results[at_once] = loss_and_gradient(trainer, pairs)
     loss, gradient = results[8]
     assert gradient.norm() > 1e-3

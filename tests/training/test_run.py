@@ -90,7 +90,7 @@ def test_evaluating_a_run_whose_data_changed_is_refused(tiny_recipe, tiny_pairs,
     result = train(tiny_recipe(tmp_path / "run", f"data.train={pairs}", "train.max_steps=1"))
     lines = (pairs / "test.jsonl").read_text().splitlines()
     (pairs / "test.jsonl").write_text("\n".join(lines[1:]))
-    with pytest.raises(UsageError, match=r"the data are not those of the run any more.*--data"):
+    with pytest.raises(UsageError, match=r"the data are not those of the run any more.*as data"):
         evaluate(result.folder)
 
 
@@ -100,7 +100,7 @@ def test_evaluating_a_run_whose_base_changed_is_refused(tiny_recipe, tiny_base, 
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] *= 1.5
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"is not the base of the run any more.*--base"):
+    with pytest.raises(UsageError, match=r"is not the base of the run any more.*name its base"):
         evaluate(result.folder)
 
 
@@ -143,7 +143,6 @@ def test_an_adapter_and_a_merged_model_are_evaluated_like_the_run(run, tiny_base
 
 def test_metrics_of_held_out_pairs_do_not_depend_on_the_batch_size(run):
     from pe_dpo.data import prepare_pairs
-    from pe_dpo.inference.pairs import score_pairs
     from pe_dpo.inference.scorer import Scorer
     from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 
@@ -152,8 +151,8 @@ def test_metrics_of_held_out_pairs_do_not_depend_on_the_batch_size(run):
     pairs = prepare_pairs(
         recipe.data, tokenizer=load_tokenizer(recipe.model.base), context_length=256, end_token_ids=()
     ).held_out
-    padded = Scorer("padded", torch.device("cpu"))
-    scored = [score_pairs(model, pairs, padded, token_budget=budget) for budget in (1, 300, 10**6)]
+    cpu = torch.device("cpu")
+    scored = [Scorer("padded", cpu, token_budget=budget).score_pairs(model, pairs) for budget in (1, 300, 10**6)]
     for other in scored[1:]:
         assert torch.allclose(other.chosen, scored[0].chosen, rtol=1e-6)
         assert torch.equal(other.rejected_lengths, scored[0].rejected_lengths)

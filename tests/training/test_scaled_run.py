@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pyarrow import parquet
+from pydantic import ValidationError
 
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.evaluate import evaluate
+from pe_dpo.inference.scorer import Scorer
 from pe_dpo.recipe import recipe_to_yaml
+from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.files import RUN_FILE, read_object, scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter
-from pe_dpo.training import trainer as trainer_module
 from pe_dpo.training.callbacks import StopOnSignal
 from pe_dpo.training.train import train
 
@@ -69,7 +71,7 @@ def test_what_else_the_run_leaves_is_that_of_a_run_without_scales(run, make_reci
 
 def test_evaluating_a_finished_run_gives_the_files_that_it_would_have_written(run, make_recipe):
     plain = train(make_recipe(*SETTINGS)).folder
-    evaluate(plain, scales=SCALES).save(plain)
+    evaluate(plain, generation=GenerationSection(scales=SCALES)).save(plain)
     assert contents(plain) == contents(run)
 
 
@@ -78,7 +80,7 @@ def test_without_a_word_a_run_is_evaluated_at_its_own_scales(run, tmp_path):
     assert list(found.scaled) == list(SCALES)
     found.save(tmp_path)
     assert contents(tmp_path) == contents(run)
-    assert evaluate(run, scales=()).scaled == {}
+    assert evaluate(run, generation=GenerationSection(scales=[])).scaled == {}
 
 
 @pytest.mark.parametrize("reference", ["adapter", "base"])
@@ -113,16 +115,16 @@ def test_a_run_started_anew_leaves_no_old_measurements(run, make_recipe):
 
 def test_out_of_memory_at_a_scale_begins_it_again_with_smaller_rows(run, make_recipe, monkeypatch, logged: list[str]):
     failed = []
-    score = trainer_module.score_pairs
+    score = Scorer.logprobs
 
-    def fails_once(model, *arguments, **options):
+    def fails_once(scorer, model, pairs):
         scalings = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
         if scalings == {0.5 * 8 / 4} and not failed:
-            failed.append(options["token_budget"])
+            failed.append(scorer.token_budget)
             raise torch.OutOfMemoryError
-        return score(model, *arguments, **options)
+        return score(scorer, model, pairs)
 
-    monkeypatch.setattr(trainer_module, "score_pairs", fails_once)
+    monkeypatch.setattr(Scorer, "logprobs", fails_once)
     lines = logged
     folder = train(make_recipe(*MEASURED, "generation.prompts=0")).folder
     assert len(failed) == 1
@@ -145,18 +147,18 @@ def test_what_is_no_run_has_nowhere_to_keep_it(run, tiny_pairs, tiny_base, tmp_p
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(run / name, tmp_path)
     data = str(tiny_pairs / "test.jsonl")
-    with pytest.raises(UsageError, match=r"is a bare adapter, and what --scale measures is kept in the folder of a run"):
-        evaluate(tmp_path, data=data, scales=SCALES)
-    with pytest.raises(UsageError, match=r"is a whole model, and what --scale measures"):
-        evaluate(tiny_base, data=data, scales=SCALES)
+    with pytest.raises(
+        UsageError, match="is a bare adapter, and what is measured at other scales is kept in the folder of a run"
+    ):
+        evaluate(tmp_path, data=data, generation=GenerationSection(scales=SCALES))
+    with pytest.raises(UsageError, match=r"is a whole model, and what is measured at other scales"):
+        evaluate(tiny_base, data=data, generation=GenerationSection(scales=SCALES))
 
 
-@pytest.mark.parametrize(
-    ("scales", "words"), [((0.5, 1.0), "--scale 0.5,1: 1 does not lie between 0"), ((0.5, 0.5), "0.5 is there twice")]
-)
-def test_scales_that_are_no_fractions_are_refused(run, scales, words):
-    with pytest.raises(UsageError, match=words):
-        evaluate(run, scales=scales)
+@pytest.mark.parametrize(("scales", "words"), [((0.5, 1.0), "1 does not lie between 0"), ((0.5, 0.5), "0.5 is there twice")])
+def test_scales_that_are_no_fractions_are_refused(scales, words):
+    with pytest.raises(ValidationError, match=words):
+        GenerationSection(scales=scales)
 
 
 def test_folders_of_others_are_no_scales(tmp_path):

@@ -20,7 +20,6 @@ def start(trainer, *, policy_is_reference=True, **changes):
         trainer.model,
         trainer.train_dataset[:8],
         trainer.scorer,
-        token_budget=10_000,
         loss=replace(trainer.loss, **changes),
         policy_is_reference=policy_is_reference,
     )
@@ -38,9 +37,8 @@ def test_dpo_starts_at_log_two_with_policy_and_reference_equal_to_the_bit(make_t
 def test_with_gamma_half_of_beta_the_loss_is_the_link_of_the_references_own_preference(make_trainer):
     trainer = make_trainer(fresh=True)
     check = start(trainer, gamma=0.05)
-    from pe_dpo.inference.pairs import score_pairs
 
-    scored = score_pairs(trainer.model, trainer.train_dataset[:8], trainer.scorer, token_budget=10_000)
+    scored = trainer.scorer.score_pairs(trainer.model, trainer.train_dataset[:8])
     expected = torch.log1p(torch.exp(-0.05 * (scored.chosen - scored.rejected))).mean()
     assert check.loss == pytest.approx(float(expected), rel=1e-6)
 
@@ -70,7 +68,7 @@ def test_a_start_at_which_no_pair_pulls_is_refused(make_trainer):
 
 
 def test_margins_that_the_loss_asks_for_and_the_data_lack_are_missed_before_the_base_is_loaded(make_recipe, monkeypatch):
-    monkeypatch.setattr("pe_dpo.inference.inputs.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("pe_dpo.inference.policy.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     with pytest.raises(DataError, match=r"margin_scale is 1, but no pair has a margin; name its column in data\.columns"):
         train(make_recipe("loss.margin_scale=1"))
 

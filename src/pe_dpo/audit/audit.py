@@ -29,7 +29,7 @@ from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
 from pe_dpo.inference.inputs import read_inputs
 from pe_dpo.inference.pairs import preferences
-from pe_dpo.inference.reference_pass import reference_logprobs
+from pe_dpo.inference.reference import reference_logprobs
 from pe_dpo.metrics.reference_accuracy import Ranking, rank
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import Recipe

@@ -10,23 +10,24 @@ that adapters can go on and off between any two tokens.
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 
 from pe_dpo.data.encoding import begin_token, with_begin
 from pe_dpo.data.pairs import RowError, Text, Turns
 from pe_dpo.data.rendering import as_messages, control_tokens, uses_chat_template
 from pe_dpo.errors import StoreUnavailable, UsageError
-from pe_dpo.inference.decoding import GREEDY, Answer, Sampling, stream_answer
+from pe_dpo.inference.policy import Policy, SavedPolicy, load_policy
+from pe_dpo.inference.reference import remembered_fingerprint
 from pe_dpo.inference.reference_store import ReferenceStore, default_store_path
-from pe_dpo.inference.target import Target, check_same_base, find_target, load_target_tokenizer
-from pe_dpo.model.adapter import REFERENCE, as_reference, load_adapter_for_evaluation
+from pe_dpo.inference.sampling import Growing
+from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import BaseFacts, answer_end_tokens, inspect_base, load_base
-from pe_dpo.model.fingerprint import base_fingerprint, remembered_fingerprint
+from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.objective import completion_logprobs
 from pe_dpo.recipe.loss_section import LossSection
 
@@ -54,31 +55,138 @@ class AnswerScores(NamedTuple):
         """log π − log π0: above 0 where training made the answer more likely."""
         return self.policy - self.reference
 
-    @property
-    def gap_per_token(self) -> float:
-        """The gap divided by the tokens."""
-        return self.gap / self.tokens
+    def reward(self, loss: LossSection) -> float:
+        """Return β·log π − γ·log π0 with the coefficients of a loss, per token where the loss is."""
+        reward = loss.beta * self.policy - loss.gamma_value * self.reference
+        return reward / self.tokens if loss.reduce == "mean" else reward
 
 
-class SideBySide(NamedTuple):
-    """Both models in one."""
+class SideBySide:
+    """Both models in one, and how they answer.
 
-    model: Any
-    """A PEFT model in eval mode; within `as_reference` it is the base."""
-    tokenizer: Any
-    end_token_ids: frozenset[int]
-    context_length: int | None
-    is_chat: bool
-    """Whether prompts are rendered by the chat template."""
-    loss: LossSection | None
-    """Of the run, if the target is one."""
-    device: torch.device
+    Args:
+        policy: in eval mode; its reference is the base.
+        is_chat: whether prompts are rendered by the chat template.
+        loss: of the run, if it is one.
+        max_new_tokens: where to cut an answer that does not end.
+        temperature: 0 takes the most likely token.
+        top_p: only the most likely tokens that make up this share of the probability are drawn.
+        seed: both sides draw the same noise, so that their answers differ by the models alone.
+    """
 
-    @contextmanager
-    def speaking_as(self, side: Side) -> Iterator[Any]:
-        """Within the block, without gradients, the model is that side."""
-        with as_reference(self.model) if side == "base" else torch.no_grad():
-            yield self.model
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        is_chat: bool,
+        loss: LossSection | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.policy, self.is_chat, self.loss = policy, is_chat, loss
+        self.max_new_tokens, self.temperature, self.top_p, self.seed = max_new_tokens, temperature, top_p, seed
+
+    def speaking_as(self, side: Side) -> AbstractContextManager[Any]:
+        """Return a block in which, without gradients, the model is that side."""
+        return self.policy.reference() if side == "base" else torch.no_grad()
+
+    def encode(self, prompt: Text) -> list[int]:
+        """Return the token ids after which an answer begins, as in training.
+
+        Args:
+            prompt: plain text, or messages of which the last is not the assistant's.
+
+        Raises:
+            RowError: the prompt is blank, fakes a turn, or is refused by the template; or messages without a chat template.
+        """
+        tokenizer = self.policy.tokenizer
+        if not self.is_chat:
+            if not isinstance(prompt, str):
+                raise RowError(
+                    "is a list of messages, and the tokenizer has no chat template, or the run was of plain text; write text"
+                )
+            if not prompt.strip():
+                raise RowError("is blank; write a prompt")
+            return with_begin(list(tokenizer(prompt, add_special_tokens=False)["input_ids"]), begin_token(tokenizer))
+        turns = as_messages(prompt)
+        if turns[-1]["role"] == "assistant":
+            raise RowError("ends with an assistant turn; the turn before an answer is a user or tool turn")
+        if not turns[-1]["content"].strip():
+            raise RowError("ends with a blank turn; write a prompt")
+        pattern = control_tokens(tokenizer)
+        for turn in turns:
+            if pattern and (faked := pattern.search(turn["content"])):
+                raise RowError(
+                    f"holds the control token {faked[0]!r} as text ({turn['role']} turn), which the tokenizer would take for a "
+                    "turn of its own; remove it"
+                )
+        try:
+            text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            raise RowError(f"is refused by the chat template ({error}); see which roles and turns it wants") from error
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def room(self, prompt_ids: Sequence[int]) -> int:
+        """Return how many tokens an answer may have: those that are wished for, or what the context leaves.
+
+        Raises:
+            RowError: the prompt alone fills the context.
+        """
+        context = self.policy.base.context_length
+        if context is None:
+            return self.max_new_tokens
+        if len(prompt_ids) >= context:
+            raise RowError(f"has {len(prompt_ids)} tokens, and the model's context is {context}; shorten it")
+        return min(self.max_new_tokens, context - len(prompt_ids))
+
+    def stream(self, prompts: Mapping[Side, Sequence[int]], *, number: int = 0) -> Iterator[dict[Side, Growing]]:
+        """Yield the answers of both sides so far, by turns, until both have finished; they go on growing.
+
+        Args:
+            prompts: of each side, as token ids.
+            number: of the question; each has noise of its own.
+
+        Raises:
+            RowError: a prompt fills the context.
+        """
+        answers = {
+            side: Growing(
+                self.policy,
+                prompt_ids,
+                max_new_tokens=self.room(prompt_ids),
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed + number,
+            )
+            for side, prompt_ids in prompts.items()
+        }
+        while not all(answer.is_done for answer in answers.values()):
+            for side, answer in answers.items():
+                ends, has_spoken = time.monotonic() + SECONDS_PER_TURN, False
+                with self.speaking_as(side):
+                    while not answer.is_done and not (has_spoken and time.monotonic() >= ends):
+                        answer.step()
+                        has_spoken = True
+                if has_spoken:
+                    yield {side: answer for side, answer in answers.items() if answer.ids}
+
+    def score(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> AnswerScores:
+        """Return the log-probs of one answer under both models, whoever wrote it.
+
+        Args:
+            prompt_ids: at least one token id.
+            answer_ids: at least one token id.
+        """
+        input_ids = torch.tensor([[*prompt_ids, *answer_ids]], device=self.policy.device)
+        is_answer = torch.arange(input_ids.shape[1], device=input_ids.device)[None] >= len(prompt_ids)
+        logprobs = {}
+        for side in SIDES:
+            with self.speaking_as(side):
+                found = completion_logprobs(self.policy.model, input_ids, torch.ones_like(input_ids), is_answer.long())
+            logprobs[side] = float(found.logprob)
+        return AnswerScores(len(answer_ids), logprobs["tuned"], logprobs["base"])
 
 
 def open_side_by_side(
@@ -86,6 +194,10 @@ def open_side_by_side(
     *,
     base: str | None = None,
     quantize: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> SideBySide:
     """Return base and tuned model of a run or an adapter, loaded once.
 
@@ -93,133 +205,40 @@ def open_side_by_side(
         target: a run folder, or any LoRA adapter.
         base: the base, if not the one named there.
         quantize: how the base is loaded; by default as in the run, or by its size.
+        max_new_tokens: see `SideBySide`, as are the others.
 
     Raises:
         UsageError: neither a run nor an adapter, or the base is not the one of the run any more.
         ModelError: base, adapter or tokenizer cannot be loaded.
         DataError: the run's data.template is chat, and the tokenizer has none.
     """
-    found = find_target(Path(target), base=base, quantize=quantize)
-    if found.adapter is None:
+    saved = SavedPolicy(target, base=base, quantize=quantize)
+    if saved.adapter is None:
         raise UsageError(f"{target}: is a whole model, with no base inside to compare it with; name a run or an adapter")
-    check_adapter(found.adapter)  # before the base is read
-    tokenizer = load_target_tokenizer(found)
-    is_chat = uses_chat_template(tokenizer, found.recipe.data.template if found.recipe else "auto")
-    facts = inspect_base(**found.model.model_dump())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_adapter_for_evaluation(load_base(facts, device=device), found.adapter)
-    if found.kind == "run" and base is None and quantize is None:
-        check_same_base(found.adapter, facts, _fingerprint(model, facts, found))
-    is_frozen_copy = REFERENCE in model.peft_config
-    reference = "the frozen copy of the adapter that training started from" if is_frozen_copy else facts.base
+    check_adapter(saved.adapter)  # before the base is read
+    tokenizer, recipe = saved.tokenizer(), saved.recipe
+    is_chat = uses_chat_template(tokenizer, recipe.data.template if recipe else "auto")
+    policy = load_policy(saved, tokenizer=tokenizer)
+    if recipe is not None and saved.is_as_trained:
+        path = recipe.reference.store
+        try:
+            store = ReferenceStore(Path(path) if path else default_store_path())
+            fingerprint = remembered_fingerprint(policy.model, policy.base, store)
+        except StoreUnavailable:
+            fingerprint = base_fingerprint(policy.model)
+        saved.check_base(policy.base, fingerprint)
+    is_frozen_copy = REFERENCE in policy.model.peft_config
+    reference = "the frozen copy of the adapter that training started from" if is_frozen_copy else policy.base.base
     logger.info(f"base: {reference}; tuned: {target}")
     return SideBySide(
-        model=model,
-        tokenizer=tokenizer,
-        end_token_ids=frozenset(answer_end_tokens(tokenizer, found.model.base, revision=found.model.revision)),
-        context_length=facts.context_length,
+        policy,
         is_chat=is_chat,
-        loss=found.recipe.loss if found.recipe else None,
-        device=device,
+        loss=recipe.loss if recipe else None,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
     )
-
-
-def encode_prompt(pair: SideBySide, prompt: Text) -> list[int]:
-    """Return the token ids after which an answer begins, as in training.
-
-    Args:
-        pair: both models.
-        prompt: plain text, or messages of which the last is not the assistant's.
-
-    Raises:
-        RowError: the prompt is blank, fakes a turn, or is refused by the template; or messages without a chat template.
-    """
-    if not pair.is_chat:
-        return _encode_plain(pair.tokenizer, prompt)
-    from jinja2 import TemplateError
-
-    turns = as_messages(prompt)
-    _check_turns(turns, pair.tokenizer)
-    try:
-        text = pair.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError) as error:
-        raise RowError(f"is refused by the chat template ({error}); see which roles and turns it wants") from error
-    return list(pair.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def room_for_answer(pair: SideBySide, prompt_ids: Sequence[int], max_new_tokens: int) -> int:
-    """Return how many tokens an answer may have: the wish, or what the context leaves.
-
-    Raises:
-        RowError: the prompt alone fills the context.
-    """
-    if pair.context_length is None:
-        return max_new_tokens
-    left = pair.context_length - len(prompt_ids)
-    if left < 1:
-        raise RowError(f"has {len(prompt_ids)} tokens, and the model's context is {pair.context_length}; shorten it")
-    return min(max_new_tokens, left)
-
-
-def stream_both(
-    pair: SideBySide, prompts: Mapping[Side, Sequence[int]], *, max_new_tokens: int, sampling: Sampling = GREEDY
-) -> Iterator[dict[Side, Answer]]:
-    """Yield the answers of both sides so far, by turns, until both have finished.
-
-    Args:
-        pair: both models.
-        prompts: of each side, as token ids.
-        max_new_tokens: where to cut an answer that does not end; less where the context ends before.
-        sampling: how tokens are chosen.
-
-    Raises:
-        RowError: a prompt fills the context.
-    """
-    growing = {
-        side: stream_answer(
-            pair.model,
-            pair.tokenizer,
-            prompt_ids,
-            max_new_tokens=room_for_answer(pair, prompt_ids, max_new_tokens),
-            end_token_ids=pair.end_token_ids,
-            device=pair.device,
-            sampling=sampling,
-        )
-        for side, prompt_ids in prompts.items()
-    }
-    answers: dict[Side, Answer] = {}
-    while growing:
-        for side in list(growing):
-            said = _speak(pair, side, growing[side])
-            if said is None:
-                del growing[side]
-            else:
-                answers[side] = said
-                yield dict(answers)
-
-
-def score_answer(pair: SideBySide, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> AnswerScores:
-    """Return the log-probs of one answer under both models, whoever wrote it.
-
-    Args:
-        pair: both models.
-        prompt_ids: at least one token id.
-        answer_ids: at least one token id.
-    """
-    input_ids = torch.tensor([[*prompt_ids, *answer_ids]], device=pair.device)
-    is_answer = torch.arange(input_ids.shape[1], device=pair.device)[None] >= len(prompt_ids)
-    logprobs = {}
-    for side in SIDES:
-        with pair.speaking_as(side) as model:
-            found = completion_logprobs(model, input_ids, torch.ones_like(input_ids), is_answer.long())
-        logprobs[side] = float(found.logprob)
-    return AnswerScores(len(answer_ids), logprobs["tuned"], logprobs["base"])
-
-
-def implicit_reward(loss: LossSection, scores: AnswerScores) -> float:
-    """Return β·log π − γ·log π0 with the coefficients of a loss, per token where the loss is."""
-    reward = loss.beta * scores.policy - loss.gamma_value * scores.reference
-    return reward / scores.tokens if loss.reduce == "mean" else reward
 
 
 class Conversation:
@@ -243,53 +262,8 @@ class Conversation:
             return dict.fromkeys(SIDES, question)
         return {side: (*turns, {"role": "user", "content": question}) for side, turns in self.turns.items()}
 
-    def keep(self, question: str, answers: Mapping[Side, Answer]) -> None:
+    def keep(self, question: str, answers: Mapping[Side, str]) -> None:
         """Remember a question with what each side answered."""
         for side, prompt in self.prompts(question).items():
             if not isinstance(prompt, str):
-                self.turns[side] = (*prompt, {"role": "assistant", "content": answers[side].text})
-
-
-def _speak(pair: SideBySide, side: Side, growing: Iterator[Answer]) -> Answer | None:
-    """The answer of one side after its turn; None if it had finished before."""
-    said = None
-    ends = time.monotonic() + SECONDS_PER_TURN
-    with pair.speaking_as(side):
-        for said in growing:  # noqa: B007
-            if time.monotonic() >= ends:
-                break
-    return said
-
-
-def _fingerprint(model: Any, facts: BaseFacts, found: Target) -> str:
-    path = found.recipe.reference.store if found.recipe else None
-    try:
-        with ReferenceStore(Path(path) if path else default_store_path()) as store:
-            return remembered_fingerprint(model, facts, store)
-    except StoreUnavailable:
-        return base_fingerprint(model)
-
-
-def _encode_plain(tokenizer: Any, prompt: Text) -> list[int]:
-    if not isinstance(prompt, str):
-        raise RowError(
-            "is a list of messages, and the tokenizer has no chat template, or the run was of plain text; write text"
-        )
-    if not prompt.strip():
-        raise RowError("is blank; write a prompt")
-    ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return with_begin(ids, begin_token(tokenizer))
-
-
-def _check_turns(turns: Turns, tokenizer: Any) -> None:
-    if turns[-1]["role"] == "assistant":
-        raise RowError("ends with an assistant turn; the turn before an answer is a user or tool turn")
-    if not turns[-1]["content"].strip():
-        raise RowError("ends with a blank turn; write a prompt")
-    pattern = control_tokens(tokenizer)
-    for turn in turns:
-        if pattern and (held := pattern.search(turn["content"])):
-            raise RowError(
-                f"holds the control token {held[0]!r} as text ({turn['role']} turn), which the tokenizer would take for a turn "
-                "of its own; remove it"
-            )
+                self.turns[side] = (*prompt, {"role": "assistant", "content": answers[side]})

@@ -11,7 +11,7 @@ from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
     from pe_dpo.chat.side_by_side import Conversation, Side, SideBySide
-    from pe_dpo.inference.decoding import Answer, Sampling
+    from pe_dpo.inference.sampling import Growing
 
 COMMANDS = (
     "/new forgets what was said, /system TEXT also sets the system turn, /quit (or Ctrl-D) leaves; Ctrl-C stops an answer"
@@ -55,25 +55,31 @@ def chat(
     console.start()
     from pe_dpo.chat.prompts import read_prompts
     from pe_dpo.chat.side_by_side import open_side_by_side
-    from pe_dpo.inference.decoding import Sampling
 
-    sampling = Sampling(temperature, top_p, seed)
     asked = None if prompts is None else read_prompts(prompts)
-    pair = open_side_by_side(target, base=base, quantize=quantize)
+    pair = open_side_by_side(
+        target,
+        base=base,
+        quantize=quantize,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
     if asked is None:
-        _talk(pair, system, max_new_tokens, sampling)
+        _talk(pair, system)
     else:
-        _answer_file(pair, asked, output, max_new_tokens, sampling)
+        _answer_file(pair, asked, output)
 
 
 # ---------------------------------------------------------------- a file of prompts
 
 
-def _answer_file(pair: "SideBySide", prompts: Any, output: Path | None, max_new_tokens: int, sampling: "Sampling") -> None:
+def _answer_file(pair: "SideBySide", prompts: Any, output: Path | None) -> None:
     from pe_dpo.chat.prompts import answer_prompts, as_text, save_answers
 
     found = []
-    for one in answer_prompts(pair, prompts, max_new_tokens=max_new_tokens, sampling=sampling):
+    for one in answer_prompts(pair, prompts):
         found.append(one)
         if output is None:
             console.say(f"\n{one.where}  {_printable(as_text(one.prompt))}")
@@ -93,12 +99,12 @@ def _answer_file(pair: "SideBySide", prompts: Any, output: Path | None, max_new_
 # ---------------------------------------------------------------- a conversation
 
 
-def _talk(pair: "SideBySide", system: str | None, max_new_tokens: int, sampling: "Sampling") -> None:
+def _talk(pair: "SideBySide", system: str | None) -> None:
     from pe_dpo.errors import DataError
 
     conversation = _new_conversation(pair, system)
-    how = f"drawn at temperature {sampling.temperature:g}, top-p {sampling.top_p:g}" if sampling.temperature else "greedy"
-    console.say(f"answers: {how}, at most {max_new_tokens} tokens")
+    how = f"drawn at temperature {pair.temperature:g}, top-p {pair.top_p:g}" if pair.temperature else "greedy"
+    console.say(f"answers: {how}, at most {pair.max_new_tokens} tokens")
     console.say("gap = log π − log π0 of an answer, in nats: above 0 where training made it more likely")
     if pair.loss:
         per_token = " per token" if pair.loss.reduce == "mean" else ""
@@ -119,7 +125,7 @@ def _talk(pair: "SideBySide", system: str | None, max_new_tokens: int, sampling:
             console.say(f"{command}: no such command; {COMMANDS}. Begin with a space to say it to the models.")
         elif line.strip():
             try:
-                _take_turn(pair, conversation, line.strip(), max_new_tokens, sampling._replace(seed=sampling.seed + number))
+                _take_turn(pair, conversation, line.strip(), number)
             except DataError as error:
                 console.warn(f"the prompt {error}; nothing was said. /new starts anew")
             except KeyboardInterrupt:
@@ -154,32 +160,34 @@ def _lines() -> Iterable[str]:
         yield line
 
 
-def _take_turn(
-    pair: "SideBySide", conversation: "Conversation", question: str, max_new_tokens: int, sampling: "Sampling"
-) -> None:
-    from pe_dpo.chat.side_by_side import SIDES, encode_prompt, room_for_answer, score_answer, stream_both
+def _take_turn(pair: "SideBySide", conversation: "Conversation", question: str, number: int) -> None:
+    from pe_dpo.chat.side_by_side import SIDES
 
-    prompts = {side: encode_prompt(pair, prompt) for side, prompt in conversation.prompts(question).items()}
-    answers = _show_growing(stream_both(pair, prompts, max_new_tokens=max_new_tokens, sampling=sampling))
+    prompts = {side: pair.encode(prompt) for side, prompt in conversation.prompts(question).items()}
+    answers = _show_growing(pair.stream(prompts, number=number))
     for side in SIDES:
-        if not answers[side].is_whole:
-            room = room_for_answer(pair, prompts[side], max_new_tokens)
-            limit = "--max-new-tokens" if room == max_new_tokens else f"the context of {pair.context_length} tokens is full"
+        if not answers[side].ended:
+            room = pair.room(prompts[side])
+            limit = (
+                "--max-new-tokens"
+                if room == pair.max_new_tokens
+                else f"the context of {pair.policy.base.context_length} tokens is full"
+            )
             console.warn(f"{side}: cut after {room} tokens ({limit}); its log-probs are those of the part")
-    _show_scores(pair, {side: score_answer(pair, prompts[side], answers[side].ids) for side in SIDES})
-    conversation.keep(question, answers)
+    _show_scores(pair, {side: pair.score(prompts[side], answers[side].ids) for side in SIDES})
+    conversation.keep(question, {side: answer.text for side, answer in answers.items()})
 
 
 # ---------------------------------------------------------------- how it looks
 
 
-def _show_growing(stream: Iterable[Mapping["Side", "Answer"]]) -> dict["Side", "Answer"]:
+def _show_growing(stream: Iterable[Mapping["Side", "Growing"]]) -> dict["Side", "Growing"]:
     """Show answers in two columns while they grow, or as lines where there is no terminal; return the finished ones."""
     from rich.console import Console
     from rich.live import Live
 
     screen = Console()
-    shown: dict[Side, Answer] = {}
+    shown: dict[Side, Growing] = {}
     if not screen.is_terminal:
         for answers in stream:
             shown.update(answers)
@@ -194,7 +202,7 @@ def _show_growing(stream: Iterable[Mapping["Side", "Answer"]]) -> dict["Side", "
     return shown
 
 
-def _columns(screen: Any, answers: Mapping["Side", "Answer"], rows: int | None) -> Any:
+def _columns(screen: Any, answers: Mapping["Side", "Growing"], rows: int | None) -> Any:
     """Two columns of answers; the last `rows` lines of each, or all."""
     from rich.table import Table
     from rich.text import Text
@@ -211,20 +219,20 @@ def _columns(screen: Any, answers: Mapping["Side", "Answer"], rows: int | None) 
     return table
 
 
-def _show_plain(answers: Mapping["Side", "Answer"]) -> None:
+def _show_plain(answers: Mapping["Side", "Growing"]) -> None:
     for side, answer in answers.items():
         typer.echo(f"{side:<6} {_shown_text(answer)}")
 
 
 def _show_scores(pair: "SideBySide", scores: Any) -> None:
-    from pe_dpo.chat.prompts import score_header, score_row
+    from pe_dpo.chat.prompts import score_cells
 
-    rows = [[side, *score_row(scores[side], pair.loss)] for side in ("base", "tuned")]
-    console.show_table("", ["answer of", *score_header(pair.loss)], rows)
+    cells = {side: score_cells(scores[side], pair.loss) for side in ("base", "tuned")}
+    console.show_table("", ["answer of", *cells["base"]], [[side, *row.values()] for side, row in cells.items()])
 
 
-def _shown_text(answer: "Answer") -> str:
-    return _printable(answer.text) + ("" if answer.is_whole else " …")
+def _shown_text(answer: "Growing") -> str:
+    return _printable(answer.text) + ("" if answer.ended else " …")
 
 
 def _printable(text: str) -> str:

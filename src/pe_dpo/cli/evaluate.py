@@ -43,8 +43,10 @@ def evaluate(
     scales = options.scales("--scale", scale)
 
     console.start(is_silent=json)
-    from pe_dpo.evaluation.evaluate import Sampling
     from pe_dpo.evaluation.evaluate import evaluate as run
+    from pe_dpo.recipe.schema import GenerationSection
+
+    asked = {"prompts": prompts, "samples": samples, "max_new_tokens": max_new_tokens, "scales": scales}
 
     def folder(found: "Evaluation") -> Path | None:
         is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
@@ -60,8 +62,8 @@ def evaluate(
         data=data,
         base=base,
         quantize=quantize,  # type: ignore[arg-type]  # checked above
-        sampling=Sampling(prompts, samples, max_new_tokens, seed),
-        scales=scales,
+        generation=GenerationSection.model_validate({name: value for name, value in asked.items() if value is not None}),
+        seed=seed,
         scorer=scorer,
         keep=keep,
     )

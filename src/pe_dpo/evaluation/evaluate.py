@@ -4,53 +4,46 @@ pairs       log π and log π0 of held-out answers: accuracies, rewards, NLL
 answers     sampled from π to held-out prompts, if asked for: KL(π‖π0), entropy, length
 win rate    those against answers of π0, by a scorer, if there is one
 scaled      all of it for a run's adapter scaled toward π0, if asked for
+
+adapter      π is the model, π0 the model with adapters off
+two models   π, then π0 when π is gone; what π predicts along the answers waits on the disk meanwhile
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from pe_dpo.data import EncodedPair, data_hash, prepare_pairs
 from pe_dpo.errors import UsageError
-from pe_dpo.evaluation.judge import Judgement, judge, open_scorer, prompts_as_written, win_rate
-from pe_dpo.evaluation.measuring import Measured, Work, measure_adapter, measure_models
-from pe_dpo.inference.drift import Drift, questions, save_generations
+from pe_dpo.evaluation.judge import judge, open_scorer, prompts_as_written, win_rate
+from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logits
+from pe_dpo.inference.drift import Drift, Questions, measure_drift
 from pe_dpo.inference.pairs import pair_table, with_texts
-from pe_dpo.inference.scorer import TOLERANCE
-from pe_dpo.inference.target import Kind, Target, find_target, load_target_tokenizer
+from pe_dpo.inference.policy import Kind, Policy, SavedPolicy, default_device, load_policy
+from pe_dpo.inference.reference import Caching, open_reference
+from pe_dpo.inference.sampling import answer_text
+from pe_dpo.inference.scorer import TOKENS, TOLERANCE, Scorer, choose_scorer
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import answer_end_tokens, end_token_ids, inspect_base
-from pe_dpo.objective import Loss
+from pe_dpo.model.base import BaseInfo, answer_end_tokens, inspect_base, load_base
+from pe_dpo.objective import Loss, PairLogprobs
+from pe_dpo.progress import progress
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe import Recipe
-from pe_dpo.recipe.schema import GenerationSection, check_scales
+from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE, scaled_folder
 from pe_dpo.runs.held_out import read_generation, save_evaluation, with_initial
-from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
 
-class Sampling(NamedTuple):
-    """What to sample; None: as the recipe of a run says, else the default of a recipe's section `generation`."""
-
-    prompts: int | None = None
-    samples: int | None = None
-    max_new_tokens: int | None = None
-    seed: int = 0
-
-
-AS_IN_RECIPE = Sampling()
-
-
-@dataclass(frozen=True)
+@dataclass
 class Evaluation:
     """What an evaluation found."""
 
@@ -67,7 +60,6 @@ class Evaluation:
     """The sampled answers."""
     generation: dict[str, Any] | None
     """See `Drift.summary`; `data_prefix_kl` and, with a scorer, `win_rate` (see `judge.win_rate`) beside it."""
-    judgement: Judgement | None
     scaled: Mapping[float, "Evaluation"] = field(default_factory=dict)
     """The same of the adapter scaled toward the reference, by its scale."""
 
@@ -83,8 +75,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         self.save_pairs(folder / PAIRS_FILE)
         if self.drift is not None:
-            columns = {} if self.judgement is None else self.judgement.columns()
-            save_generations(self.drift, folder / ANSWERS_FILE, **columns)
+            self.drift.table.save(folder / ANSWERS_FILE)
         generation = self.generation or read_generation(folder)
         save_evaluation(folder / EVALUATION_FILE, self.metrics, self.intervals, generation)
         for scale, found in self.scaled.items():
@@ -97,8 +88,8 @@ def evaluate(
     data: str | None = None,
     base: str | None = None,
     quantize: Quantization | None = None,
-    sampling: Sampling = AS_IN_RECIPE,
-    scales: Sequence[float] | None = None,
+    generation: GenerationSection | None = None,
+    seed: int = 0,
     scorer: str | None = None,
     keep: Callable[[Evaluation], None] = lambda found: None,
 ) -> Evaluation:
@@ -110,9 +101,9 @@ def evaluate(
         base: for an adapter, its base if not the one named in it; for a whole model, the reference to compare with
             (loaded after the model has been measured and freed), without which only the policy is measured.
         quantize: how the base is loaded; by default as in the run, or by its size.
-        sampling: how many answers to sample, and how.
-        scales: of a run, where between reference and policy to measure its adapter besides, each 0 < a < 1; None: as its recipe
-            says (generation.scales).
+        generation: what to sample, and at which scales to measure a run's adapter besides; what is not set in it is as in the
+            recipe of a run, else the default of a recipe.
+        seed: of the sampled answers.
         scorer: judges sampled answers against the reference's; see `judge.open_scorer`.
         keep: called with what was measured before the scorer is asked: it may fail, and answers are dear.
 
@@ -121,175 +112,232 @@ def evaluate(
             as asked, or the scorer does not work.
         DataError, ModelError: as in training.
     """
-    found = find_target(Path(target), base=base, quantize=quantize)
-    if found.adapter is not None:
-        check_adapter(found.adapter)
-    settings = _settings(Path(target), found, data)
-    generation = _asked(settings.generation, sampling, scales)
-    _check_asked(found, Path(target), generation, base, scorer)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    score_answers = open_scorer(scorer, device=device) if scorer else None
-    tokenizer = load_target_tokenizer(found)
-    facts = inspect_base(**settings.model.model_dump())
-    pairs = _held_out_pairs(settings, tokenizer, facts.context_length, data)
-    if found.kind == "run" and data is None:
-        _check_same_pairs(Path(target), pairs)
-    work = Work(
-        settings=settings,
-        tokenizer=tokenizer,
-        pairs=pairs,
-        asked=questions(pairs, generation.prompts, generation.samples),
-        samples=generation.samples,
-        max_new_tokens=generation.max_new_tokens,
-        seed=sampling.seed,
-        is_judged=scorer is not None,
-        device=device,
-        ends=answer_end_tokens(tokenizer, settings.model.base, revision=settings.model.revision),
-        scales=tuple(generation.scales),
-    )
-    if found.adapter is None:
-        other = inspect_base(base, quantize=quantize or "none", dtype=settings.model.dtype) if base else None
-        measured = measure_models(work, facts, other)
+    saved = SavedPolicy(target, base=base, quantize=quantize)
+    if saved.adapter is not None:
+        check_adapter(saved.adapter)
+    recipe = _recipe(saved, data, generation)
+    if recipe.generation.prompts and saved.adapter is None and base is None:
+        raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it as base")
+    if scorer and not recipe.generation.prompts:
+        raise UsageError(f"scorer {scorer}: judges sampled answers; say how many prompts to ask (generation.prompts)")
+    score_answers = open_scorer(scorer, device=default_device()) if scorer else None
+
+    tokenizer, info = saved.tokenizer(), saved.inspect()
+    pairs = _held_out_pairs(saved, recipe, tokenizer, info.context_length, data)
+    work = _Measuring(saved, recipe, pairs, Questions(pairs, recipe.generation, seed=seed), tokenizer, is_judged=bool(scorer))
+    if saved.adapter is not None:
+        work.measure_adapter(info)
     else:
-        trained = Path(target) if found.kind == "run" and base is None and quantize is None else None
-        measured = measure_adapter(work, found.adapter, facts, trained)
-    result = _evaluation(found.kind, work, measured, partial(_since_start, Path(target), found, data))
-    if not (scorer and score_answers and measured.reference_said):
-        return result
-    keep(result)
-    prompts = prompts_as_written(settings.data, data)
-    return _judged(result, partial(judge, scorer, score_answers, reference=measured.reference_said, prompts=prompts))
+        other = inspect_base(base, quantize=quantize or "none", dtype=recipe.model.dtype) if base else None
+        work.measure_models(info, other)
+    initial = None if data else saved.folder / PAIRS_FILE
+    found, *others = (work.evaluation(scale, initial) for scale in work.measured)
+    found.scaled = dict(zip(list(work.measured)[1:], others, strict=True))
+    if scorer and score_answers and work.reference_answers:
+        keep(found)
+        prompts = prompts_as_written(recipe.data, data)
+        for one in (found, *others):
+            if one.drift is not None and one.generation is not None:
+                one.drift.table = judge(scorer, score_answers, one.drift.table, work.reference_answers, prompts)
+                one.generation["win_rate"] = {"scorer": scorer, **win_rate(one.drift.table)}
+    return found
 
 
-def _evaluation(kind: Kind, work: Work, measured: Measured, since_start: Callable[[PairTable], PairTable]) -> Evaluation:
-    """What was measured, with all that follows from it."""
-    scored = since_start(_scored(work, measured))
-    metrics = pair_metrics(scored, is_fixed_set=True)
-    return Evaluation(
-        kind=kind,
-        scored=scored,
-        pairs=work.pairs,
-        metrics=metrics,
-        intervals=share_intervals(metrics, len(scored)),
-        tokenizer=work.tokenizer,
-        drift=measured.drift,
-        generation=_generation(measured),
-        judgement=None,
-        scaled={scale: _evaluation(kind, work, part, since_start) for scale, part in measured.scaled.items()},
-    )
-
-
-def _judged(found: Evaluation, judged: Callable[[Drift], Judgement]) -> Evaluation:
-    """The same with the scorer's judgement of its answers."""
-    if found.drift is None:
-        return found
-    judgement = judged(found.drift)
-    return replace(
-        found,
-        judgement=judgement,
-        generation={**(found.generation or {}), "win_rate": win_rate(found.drift, judgement)},
-        scaled={scale: _judged(one, judged) for scale, one in found.scaled.items()},
-    )
-
-
-def _check_asked(found: Target, target: Path, generation: GenerationSection, base: str | None, scorer: str | None) -> None:
-    """Check that a target can be asked for answers, scaled, and judged as wished.
+def _recipe(saved: SavedPolicy, data: str | None, generation: GenerationSection | None) -> Recipe:
+    """Return the recipe of a run; for anything else the one that would train it on the data; with what is asked to sample.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: there are no pairs, or something is to be scaled that is no run.
     """
-    if generation.prompts and found.adapter is None and base is None:
-        raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it with --base")
-    if generation.scales and found.kind != "run":
+    if saved.recipe is not None:
+        recipe = saved.recipe
+    elif data is None:
+        raise UsageError(f"{saved.folder}: is not a run folder, so there are no held-out pairs of its own; name them as data")
+    else:
+        settings = {"model": saved.section.model_dump(), "data": {"train": data}, "output": str(saved.folder)}
+        recipe = Recipe.model_validate(settings)
+    if generation is not None:
+        asked = recipe.generation.model_copy(update=generation.model_dump(exclude_unset=True))
+        recipe = recipe.model_copy(update={"generation": asked})
+    if recipe.generation.scales and saved.kind != "run":
         raise UsageError(
-            f"{target}: is {'a bare adapter' if found.adapter else 'a whole model'}, and what --scale measures is kept in the "
-            "folder of a run; name that folder, or leave --scale out"
+            f"{saved.folder}: is {'a bare adapter' if saved.adapter else 'a whole model'}, and what is measured at other "
+            "scales is kept in the folder of a run; name that folder, or leave the scales out"
         )
-    if scorer and not generation.prompts:
-        raise UsageError(f"--scorer {scorer}: judges sampled answers; say how many prompts to ask: --prompts 100")
-
-
-def _asked(settings: GenerationSection, sampling: Sampling, scales: Sequence[float] | None) -> GenerationSection:
-    """What to sample and where to scale: as in the settings, but for what is asked otherwise.
-
-    Raises:
-        UsageError: the scales are no fractions.
-    """
-    wishes = {name: value for name, value in sampling._asdict().items() if name != "seed" and value is not None}
-    if scales is None:
-        return settings.model_copy(update=wishes)
-    try:
-        check_scales(scales)
-    except ValueError as error:
-        raise UsageError(f"--scale {','.join(f'{scale:g}' for scale in scales)}: {error}") from error
-    return settings.model_copy(update={**wishes, "scales": list(scales)})
-
-
-def _scored(work: Work, measured: Measured) -> PairTable:
-    """The pairs with loss and rewards."""
-    loss = Loss(**work.settings.loss.coefficients())
-    if measured.reference is None:
-        loss = loss.with_gamma(0.0)
-        logger.info("no reference given (--base): rewards and loss are those of gamma = 0")
-    margins = torch.tensor([pair.margin for pair in work.pairs], dtype=torch.float64)
-    out = loss(measured.policy, measured.reference, margins)
-    if measured.drift is not None and measured.drift.sampler_error > TOLERANCE[torch.bfloat16]:
-        logger.warning(
-            f"what this model predicts with its cache is {measured.drift.sampler_error:.2g} nats per √token off what it "
-            "predicts at once; the sampled answers are not quite its own"
-        )
-    return pair_table(work.pairs, measured.policy, measured.reference, out, loss)
-
-
-def _since_start(target: Path, found: Target, data: str | None, scored: PairTable) -> PairTable:
-    """The pairs with step 0 of a run: as it wrote it down, or the reference where the run started from it."""
-    if found.kind != "run" or data is not None or found.recipe is None:
-        return scored
-    known = with_initial(target / PAIRS_FILE, scored)
-    return known or (scored.since(None) if found.recipe.policy_starts_as_reference else scored)
-
-
-def _generation(measured: Measured) -> dict[str, Any] | None:
-    if measured.drift is None:
-        return None
-    along_data = {} if measured.data_prefix is None else {"data_prefix_kl": measured.data_prefix}
-    return {**measured.drift.summary(), **along_data}
-
-
-def _settings(target: Path, found: Target, data: str | None) -> Recipe:
-    """The recipe of a run; for anything else the one that would train it on the data to evaluate on."""
-    if found.recipe is not None:
-        return found.recipe
-    if data is None:
-        raise UsageError(f"{target}: is not a run folder, so there are no held-out pairs of its own; name them with --data")
-    return Recipe.model_validate({"model": found.model.model_dump(), "data": {"train": data}, "output": str(target)})
-
-
-def _check_same_pairs(run: Path, pairs: list[EncodedPair]) -> None:
-    recorded = Run(run).info.hashes.held_out
-    if recorded is not None and recorded != data_hash(pairs):
-        raise UsageError(
-            f"{run}: the data are not those of the run any more, so its held-out pairs cannot be told from those it "
-            "trained on; restore them, or name other pairs with --data"
-        )
+    return recipe
 
 
 def _held_out_pairs(
-    recipe: Recipe,
-    tokenizer: Any,
-    context_length: int | None,
-    data: str | None,
+    saved: SavedPolicy, recipe: Recipe, tokenizer: Any, context_length: int | None, data: str | None
 ) -> list[EncodedPair]:
+    """Return the pairs that a run held out, or those of `data`.
+
+    Raises:
+        UsageError: there are none, or they are not those of the run any more.
+    """
+    section = recipe.model
     prepared = prepare_pairs(
         recipe.data,
         tokenizer=tokenizer,
         context_length=context_length,
-        end_token_ids=end_token_ids(recipe.model.base, revision=recipe.model.revision),
+        end_token_ids=answer_end_tokens(tokenizer, section.base, revision=section.revision),
         only=data,
     )
     for line in prepared.report.lines():
         logger.info(line)
     pairs = prepared.train if data else prepared.held_out
     if not pairs:
-        raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some with --data")
+        raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some as data")
+    recorded = None if data else saved.run.hashes.held_out
+    if recorded is not None and recorded != data_hash(pairs):
+        raise UsageError(
+            f"{saved.folder}: the data are not those of the run any more, so its held-out pairs cannot be told from those it "
+            "trained on; restore them, or name other pairs as data"
+        )
     return pairs
+
+
+class _Measuring:
+    """What the models make of pairs and prompts.
+
+    Args:
+        saved: what is evaluated.
+        recipe: with the settings of the data, of the loss, and of what is sampled.
+        pairs: held out.
+        asked: the prompts whose answers are sampled.
+        tokenizer: of the models.
+        is_judged: whether answers of the reference are needed.
+    """
+
+    def __init__(
+        self, saved: SavedPolicy, recipe: Recipe, pairs: list[EncodedPair], asked: Questions, tokenizer: Any, *, is_judged: bool
+    ) -> None:
+        self.saved, self.recipe, self.pairs, self.asked = saved, recipe, pairs, asked
+        self.tokenizer, self.is_judged = tokenizer, is_judged
+        wish = recipe.train.tokens_per_microbatch
+        self.token_budget = TOKENS if wish == "auto" else wish
+        self.measured: dict[float, tuple[PairLogprobs, Drift | None]] = {}
+        """Log-probs under the policy and its sampled answers, by its scale; the first is the policy as it is."""
+        self.reference: PairLogprobs | None = None
+        self.data_prefix_kl: dict[str, Any] | None = None
+        self.reference_answers: list[tuple[str, int]] = []
+        """Text and tokens of each, where answers are judged."""
+
+    def measure_adapter(self, info: BaseInfo) -> None:
+        """Measure an adapter and its reference, then the adapter scaled toward the reference."""
+        saved, pairs, settings = self.saved, self.pairs, self.recipe.generation
+        policy = load_policy(saved, info=info, tokenizer=self.tokenizer)
+        scorer = self._scorer(policy)
+        caching: Caching = "step" if self.recipe.reference.policy == "step" else "auto"
+        reference = open_reference(policy, scorer, caching=caching, path=self.recipe.reference.store)
+        saved.check_base(info, reference.base_fingerprint)
+        with progress("scoring, policy"):
+            scored = scorer.score_pairs(policy.model, pairs)
+        reference.forget_if_wrong(pairs)
+        with progress("scoring, reference"):
+            self.reference = reference.logprobs(pairs)
+        reference.flush()
+        drift = None
+        if settings.prompts:
+            with progress("sampling, policy"):
+                drift = measure_drift(policy, scorer, pairs, settings, seed=self.asked.seed)
+            with progress("KL along chosen answers"):
+                self.data_prefix_kl = data_prefix_kl(policy, self.asked.pairs, token_budget=scorer.token_budget)
+        self.measured[1.0] = scored, drift
+        if self.is_judged:
+            with policy.reference():
+                self._answer_as_reference(policy, scorer.token_budget)
+        # With as many tokens per forward as the run measured with, for the same rounding errors, unless they are many.
+        tokens = saved.run.scoring.get("tokens_per_forward") if saved.is_as_trained else None
+        if tokens:
+            scorer.token_budget = min(int(tokens), max(TOKENS, self.token_budget))
+        for scale in settings.scales:
+            with policy.scaled(scale):
+                with progress(f"scoring, policy scaled to {scale:g}"):
+                    scored = scorer.score_pairs(policy.model, pairs)
+                if settings.prompts:
+                    with progress(f"sampling, policy scaled to {scale:g}"):
+                        drift = measure_drift(policy, scorer, pairs, settings, seed=self.asked.seed)
+            self.measured[scale] = scored, drift
+
+    def measure_models(self, info: BaseInfo, other: BaseInfo | None) -> None:
+        """Measure a whole model and, if there is another to compare with, its reference: one after the other.
+
+        What the first predicts at each token of its answers waits on the disk for the second.
+        """
+        asked, pairs, budget = self.asked, self.asked.pairs, self.token_budget
+        policy = load_policy(self.saved, info=info, tokenizer=self.tokenizer)
+        with progress("scoring, policy"):
+            scored = self._scorer(policy).score_pairs(policy.model, self.pairs)
+        self.measured[1.0] = scored, None
+        if other is None:
+            return
+        prompts, chosen = [pair.prompt_ids for pair in pairs], [pair.chosen_ids for pair in pairs]
+        with tempfile.TemporaryDirectory() as name:
+            answers_folder, data_folder = Path(name, "answers"), Path(name, "data")
+            with progress("sampling, policy"):
+                said = asked.answers(policy, token_budget=budget)
+            ids = [answer.ids for answer in said]
+            store_logits(policy, asked.prompts, ids, answers_folder, token_budget=budget)
+            store_logits(policy, prompts, chosen, data_folder, token_budget=budget)
+            ends = policy.end_tokens
+            del policy
+            policy = Policy(load_base(other, device=default_device()), self.tokenizer, other, ends)
+            with progress("scoring, reference"):
+                self.reference = self._scorer(policy).score_pairs(policy.model, self.pairs)
+            if not ids:
+                return
+            with progress("comparing with the reference"):
+                compared = divergences(policy, asked.prompts, ids, stored=answers_folder, token_budget=budget)
+            self.data_prefix_kl = data_prefix_kl(policy, pairs, stored=data_folder, token_budget=budget)
+        self.measured[1.0] = scored, Drift(asked, said, compared, self.tokenizer)
+        if self.is_judged:
+            self._answer_as_reference(policy, budget)
+
+    def evaluation(self, scale: float, initial: Path | None) -> Evaluation:
+        """Return what was measured at a scale, with all that follows from it.
+
+        Args:
+            scale: of the policy.
+            initial: where a run has written the pairs at step 0.
+        """
+        policy, drift = self.measured[scale]
+        loss = Loss(**self.recipe.loss.coefficients())
+        if self.reference is None:
+            loss = loss.with_gamma(0.0)
+            logger.info("no reference given: rewards and loss are those of gamma = 0")
+        margins = torch.tensor([pair.margin for pair in self.pairs], dtype=torch.float64)
+        scored = pair_table(self.pairs, policy, self.reference, loss(policy, self.reference, margins), loss)
+        if self.saved.recipe is not None and initial is not None:
+            known = with_initial(initial, scored)
+            scored = known or (scored.since(None) if self.recipe.policy_starts_as_reference else scored)
+        generation = None
+        if drift is not None:
+            generation = drift.summary()
+            if scale == 1 and self.data_prefix_kl is not None:
+                generation["data_prefix_kl"] = self.data_prefix_kl
+            if drift.sampler_error > TOLERANCE[torch.bfloat16]:
+                logger.warning(
+                    f"what this model predicts with its cache is {drift.sampler_error:.2g} nats per √token off what it "
+                    "predicts at once; the sampled answers are not quite its own"
+                )
+        metrics = pair_metrics(scored, is_fixed_set=True)
+        return Evaluation(
+            kind=self.saved.kind,
+            scored=scored,
+            pairs=self.pairs,
+            metrics=metrics,
+            intervals=share_intervals(metrics, len(scored)),
+            tokenizer=self.tokenizer,
+            drift=drift,
+            generation=generation,
+        )
+
+    def _scorer(self, policy: Policy) -> Scorer:
+        packing = self.recipe.train.packing
+        return choose_scorer(policy.model, self.pairs, packing=packing, token_budget=self.token_budget)
+
+    def _answer_as_reference(self, policy: Policy, token_budget: int) -> None:
+        with progress("sampling, reference"):
+            said = self.asked.answers(policy, token_budget=token_budget)
+        self.reference_answers = [(answer_text(self.tokenizer, answer.ids), len(answer.ids)) for answer in said]

@@ -11,9 +11,9 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from pe_dpo.data.preparation import read_pairs
 from pe_dpo.data.rendering import as_messages
 from pe_dpo.data.report import DataReport
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.inference.drift import Drift
 from pe_dpo.metrics.estimates import clustered_mean, right, wilson_interval
+from pe_dpo.metrics.table import AnswerTable
 from pe_dpo.model.base import NEEDS_CODE, needs_code
 from pe_dpo.recipe.schema import DataSection
 
@@ -41,20 +41,6 @@ PRIOR = (10.0, 2.5)
 CONFIDENCE = 0.95
 
 
-class Judgement(NamedTuple):
-    """What a scorer made of the policy's and the reference's answers; one entry per answer of the policy."""
-
-    scorer: str
-    score: list[float]
-    reference_answer: list[str]
-    reference_tokens: list[int]
-    reference_score: list[float]
-
-    def columns(self) -> dict[str, list[Any]]:
-        """Return what is written beside the answers."""
-        return {name: values for name, values in self._asdict().items() if name != "scorer"}
-
-
 def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
     """Return the scorer of this name; a reward model is read at its first call.
 
@@ -68,36 +54,48 @@ def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
     """
     found = FUNCTION.match(name)
     if found is None:
-        return _reward_model(name, device)
+        return _RewardModel(name, device)
     module, function = found["module"], found["function"]
-    scorer = getattr(_load_file(name, Path(module)) if module.endswith(".py") else _load_module(name, module), function, None)
+    if not module.endswith(".py"):
+        try:
+            loaded = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"scorer {name}: {error}; install it, or name a file: path/to/file.py:function") from error
+    elif not Path(module).is_file():
+        raise UsageError(f"scorer {name}: there is no file {module}")
+    else:
+        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        assert spec is not None and spec.loader is not None, "a .py file has a loader"
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    scorer = getattr(loaded, function, None)
     if not callable(scorer):
-        raise UsageError(f"--scorer {name}: {module} has no function {function}; write one: def {function}(prompts, answers)")
+        raise UsageError(f"scorer {name}: {module} has no function {function}; write one: def {function}(prompts, answers)")
     return scorer
 
 
 def judge(
-    name: str, scorer: AnswerScorer, drift: Drift, reference: Sequence[tuple[str, int]], prompts: Mapping[str, Text]
-) -> Judgement:
-    """Return what a scorer makes of both sides' answers.
+    name: str, scorer: AnswerScorer, answers: AnswerTable, reference: Sequence[tuple[str, int]], prompts: Mapping[str, Text]
+) -> AnswerTable:
+    """Return the policy's answers with what a scorer makes of them and of the reference's.
 
     Args:
         name: of the scorer.
         scorer: see `open_scorer`.
-        drift: the policy's answers.
+        answers: of the policy.
         reference: text and tokens of the reference's answers, in the same order.
         prompts: what the scorer is to see of each prompt, by its key.
 
     Raises:
         UsageError: the scorer does not return one finite number per answer.
     """
-    asked = [prompts[answer.prompt_key] for answer in drift.answers]
+    asked = [prompts[key] for key in answers.prompt_key]
     texts = [text for text, _ in reference]
-    return Judgement(
-        scorer=name,
-        score=_scores(name, scorer, asked, [answer.answer for answer in drift.answers]),
+    return replace(
+        answers,
+        score=_scores(name, scorer, asked, list(answers.answer or ())),
         reference_answer=texts,
-        reference_tokens=[tokens for _, tokens in reference],
+        reference_tokens=np.asarray([tokens for _, tokens in reference]),
         reference_score=_scores(name, scorer, asked, texts),
     )
 
@@ -119,23 +117,33 @@ def prompts_as_written(data: DataSection, only: str | None = None) -> dict[str, 
     return found
 
 
-def win_rate(drift: Drift, judgement: Judgement) -> dict[str, Any]:
+def win_rate(answers: AnswerTable) -> dict[str, Any]:
     """Return how often the policy's answer wins against the reference's, raw and length-controlled, with 95 % intervals.
 
     Intervals are clustered by prompt (Student's t); `score_difference` is the mean of score − reference_score.
+
+    Args:
+        answers: that were judged.
     """
-    prompts = [answer.prompt_key for answer in drift.answers]
-    difference = np.subtract(judgement.score, judgement.reference_score)
+    from scipy.stats import t
+
+    assert answers.reference_tokens is not None, "answers were judged"
+    prompts, difference = answers.prompt_key, answers.score_difference
     wins = right(difference)
-    longer = np.subtract([answer.tokens for answer in drift.answers], judgement.reference_tokens)
-    raw = clustered_mean(wins.tolist(), prompts)
-    assert raw["mean"] is not None, "there are answers"
+    raw, count = clustered_mean(wins.tolist(), prompts), len(set(prompts))
+    mean, error = raw["mean"], raw["standard_error"]
+    assert mean is not None, "there are answers"
+    interval = None
+    if error == 0:  # all the same
+        interval = list(wilson_interval(mean, count, CONFIDENCE))
+    elif error is not None:
+        half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+        interval = [max(0.0, mean - half), min(1.0, mean + half)]
     return {
-        "scorer": judgement.scorer,
         **raw,
-        "interval": _interval(raw["mean"], raw["standard_error"], len(set(prompts))),
+        "interval": interval,
         "ties": float(np.mean(difference == 0)),
-        "length_controlled": length_controlled(wins, longer, prompts),
+        "length_controlled": length_controlled(wins, answers.tokens - answers.reference_tokens, prompts),
         "score_difference": clustered_mean(difference.tolist(), prompts),
     }
 
@@ -186,95 +194,72 @@ def length_controlled(wins: np.ndarray, longer: np.ndarray, prompts: Sequence[st
     return found
 
 
-def _interval(mean: float, error: float | None, clusters: int) -> list[float] | None:
-    from scipy.stats import t
-
-    if error is None:
-        return None
-    if error == 0:  # all the same
-        return list(wilson_interval(mean, clusters, CONFIDENCE))
-    half = float(t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * error
-    return [max(0.0, mean - half), min(1.0, mean + half)]
-
-
-def _scores(name: str, scorer: AnswerScorer, prompts: list[Text], answers: list[str]) -> list[float]:
+def _scores(name: str, scorer: AnswerScorer, prompts: list[Text], answers: list[str]) -> np.ndarray:
     returned = scorer(prompts, answers)
     try:
         scores = [float(score) for score in returned]
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--scorer {name}: {error}; it must return one number for each answer") from error
+        raise UsageError(f"scorer {name}: {error}; it must return one number for each answer") from error
     if len(scores) != len(answers):
-        raise UsageError(f"--scorer {name}: {len(scores)} scores for {len(answers)} answers; it must return one for each")
+        raise UsageError(f"scorer {name}: {len(scores)} scores for {len(answers)} answers; it must return one for each")
     bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)
     if bad is not None:
-        raise UsageError(f"--scorer {name}: the score of answer {bad + 1} is {scores[bad]}, not a finite number")
-    return scores
+        raise UsageError(f"scorer {name}: the score of answer {bad + 1} is {scores[bad]}, not a finite number")
+    return np.asarray(scores)
 
 
-def _load_file(name: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UsageError(f"--scorer {name}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class _RewardModel:
+    """A scorer whose scores are the logits of a model for sequence classification with one label; read at the first call.
 
+    Raises:
+        ModelError: no such model, or it has not one label.
+    """
 
-def _load_module(name: str, module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--scorer {name}: {error}; install it, or name a file: path/to/file.py:function") from error
+    def __init__(self, name: str, device: torch.device | str) -> None:
+        from transformers import AutoConfig
 
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = f"neither module:function, file.py:function nor a model: {str(error).splitlines()[0]}"
+            raise ModelError(f"scorer {name}: {NEEDS_CODE if needs_code(error) else reason}") from error
+        if config.num_labels != 1:
+            raise ModelError(f"scorer {name}: has {config.num_labels} labels; a reward model has one")
+        self.name, self.device = name, device
+        self.model: Any = None
+        self.tokenizer: Any = None
 
-def _reward_model(name: str, device: torch.device | str) -> AnswerScorer:
-    from transformers import AutoConfig
+    def __call__(self, prompts: list[Text], answers: list[str]) -> list[float]:
+        if self.model is None:
+            self._load()
+        return [self._score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        words = f"neither module:function, file.py:function nor a model: {str(error).splitlines()[0]}"
-        raise ModelError(f"--scorer {name}: {NEEDS_CODE if needs_code(error) else words}") from error
-    if config.num_labels != 1:
-        raise ModelError(f"--scorer {name}: has {config.num_labels} labels; a reward model has one")
-    loaded: list[tuple[Any, Any]] = []
+    def _load(self) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    def score(prompts: list[Text], answers: list[str]) -> list[float]:
-        if not loaded:
-            loaded.append(_load_reward_model(name, device))
-        return [_reward(*loaded[0], prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                self.name, dtype="auto", output_loading_info=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            reason = f"does not load as a reward model: {str(error).splitlines()[0]}"
+            raise ModelError(f"scorer {self.name}: {NEEDS_CODE if needs_code(error) else reason}") from error
+        if loading["missing_keys"]:
+            raise ModelError(
+                f"scorer {self.name}: {', '.join(sorted(loading['missing_keys']))} is not in its files, so its scores would be "
+                "random; name a reward model"
+            )
+        self.model = model.to(self.device).eval()
 
-    return score
-
-
-def _load_reward_model(name: str, device: torch.device | str) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, facts = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype="auto", output_loading_info=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        words = f"does not load as a reward model: {str(error).splitlines()[0]}"
-        raise ModelError(f"--scorer {name}: {NEEDS_CODE if needs_code(error) else words}") from error
-    if facts["missing_keys"]:
-        raise ModelError(
-            f"--scorer {name}: {', '.join(sorted(facts['missing_keys']))} is not in its files, so its scores would be random; "
-            "name a reward model"
-        )
-    return model.to(device).eval(), tokenizer
-
-
-@torch.no_grad()
-def _reward(model: Any, tokenizer: Any, prompt: Text, answer: str) -> float:
-    """One answer at a time: what padding does to a classifier's last token differs from model to model."""
-    if tokenizer.chat_template:
-        turns = [*as_messages(prompt), {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        question = prompt if isinstance(prompt, str) else "\n\n".join(str(turn["content"]) for turn in prompt)
-        inputs = tokenizer(question, answer, return_tensors="pt")
-    return float(model(**inputs.to(model.device)).logits[0, 0])
+    @torch.no_grad()
+    def _score(self, prompt: Text, answer: str) -> float:
+        """One answer at a time: what padding does to a classifier's last token differs from model to model."""
+        if self.tokenizer.chat_template:
+            turns = [*as_messages(prompt), {"role": "assistant", "content": answer}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        else:
+            question = prompt if isinstance(prompt, str) else "\n\n".join(str(turn["content"]) for turn in prompt)
+            inputs = self.tokenizer(question, answer, return_tensors="pt")
+        return float(self.model(**inputs.to(self.model.device)).logits[0, 0])

@@ -117,7 +117,7 @@ def share(recipe: Recipe, like: Path | None = None) -> SharedRun:
         check_same_inputs(Run(like), {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
     for line in prepared.data.report.lines():
         logger.info(line)
-    return SharedRun(prepared, load_base(prepared.facts, device="cuda" if torch.cuda.is_available() else "cpu"))
+    return SharedRun(prepared, load_base(prepared.base, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:

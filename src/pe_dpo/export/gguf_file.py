@@ -20,7 +20,7 @@ from torch import Tensor
 from pe_dpo.disk import sync
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.export.gguf_tokenizer import Vocabulary, refuse
-from pe_dpo.model.tensor_files import TensorFacts, TensorFiles
+from pe_dpo.model.tensor_files import TensorFiles, TensorInfo
 from pe_dpo.progress import advance, progress
 
 Kind = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -163,7 +163,7 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _plan(model: Path, config: Any, files: TensorFiles, kind: Kind) -> dict[str, tuple[TensorFacts | None, str]]:
+def _plan(model: Path, config: Any, files: TensorFiles, kind: Kind) -> dict[str, tuple[TensorInfo | None, str]]:
     """All tensors of the file in the order in which they are written.
 
     Vectors stay float32; rows that do not divide into blocks of 32 fall back to float16, as in llama.cpp's converter. With q4_0
@@ -176,7 +176,7 @@ def _plan(model: Path, config: Any, files: TensorFiles, kind: Kind) -> dict[str,
     gguf = import_gguf()
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    planned: dict[str, tuple[TensorFacts | None, str]] = {}
+    planned: dict[str, tuple[TensorInfo | None, str]] = {}
     for tensor in files:
         if tensor.name.endswith("rotary_emb.inv_freq"):
             continue  # old files hold what follows from the configuration
@@ -250,7 +250,7 @@ def _add_metadata(writer: Any, model: Path, config: Any, vocabulary: Vocabulary,
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def _write_tensors(writer: Any, files: TensorFiles, planned: dict[str, tuple[TensorFacts | None, str]], config: Any) -> None:
+def _write_tensors(writer: Any, files: TensorFiles, planned: dict[str, tuple[TensorInfo | None, str]], config: Any) -> None:
     gguf = import_gguf()
     for name, (source, kind) in planned.items():
         number = gguf.GGMLQuantizationType[kind.upper()]

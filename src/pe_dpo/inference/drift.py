@@ -13,91 +13,100 @@ where the policy goes by itself.
 Source: Amini, Vieira & Cotterell 2025, "Better estimation of the KL divergence between language models" (arXiv 2504.10637).
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.inference.divergence import Divergence, divergences
-from pe_dpo.inference.generation import answer_text, prompt_text
-from pe_dpo.inference.sampling import SampledAnswer, sample_answers
-from pe_dpo.inference.scorer import TOLERANCE, numeric_dtype
+from pe_dpo.inference.divergence import divergences
+from pe_dpo.inference.policy import Policy
+from pe_dpo.inference.sampling import Sample, answer_text, prompt_text, sample
+from pe_dpo.inference.scorer import TOLERANCE, Scorer, numeric_dtype
 from pe_dpo.metrics.catalogue import answer_metrics
 from pe_dpo.metrics.table import AnswerTable
+from pe_dpo.recipe.schema import GenerationSection
 
 CACHED = 4
 """Times the token budget, most tokens of a batch that is sampled: it is read without gradients, and then only its keys and
 values are kept."""
 
 
-class Question(NamedTuple):
-    """A prompt of which an answer is due."""
+class Questions:
+    """The prompts of which answers are asked: the first distinct ones in the order of their keys, which are hashes.
 
-    prompt_key: str
-    sample: int
-    """Which of the answers to its prompt, from 0."""
-    prompt_ids: np.ndarray
-    """int32 (P,)."""
+    So the choice depends neither on a seed nor on the order of the pairs. Where a prompt was shortened differently for several
+    of its pairs, its longest form is taken. Each is asked so many times in a row.
+
+    Args:
+        pairs: whose prompts they are.
+        settings: how many, how often, and where an answer that does not end is cut.
+        seed: of the draws. Runs that are asked with the same seed share their noise (see `sampling`).
+    """
+
+    def __init__(self, pairs: Sequence[EncodedPair], settings: GenerationSection, *, seed: int = 0) -> None:
+        longest: dict[str, np.ndarray] = {}
+        for pair in pairs:
+            if len(pair.prompt_ids) > len(longest.get(pair.prompt_key, ())):
+                longest[pair.prompt_key] = pair.prompt_ids
+        keys = sorted(longest)[: settings.prompts]
+        self.samples, self.max_new_tokens, self.seed = settings.samples, settings.max_new_tokens, seed
+        self.keys = [key for key in keys for _ in range(self.samples)]
+        """Of the prompt, for each answer."""
+        self.numbers = [number for _ in keys for number in range(self.samples)]
+        """Which of the answers to its prompt, from 0."""
+        self.prompts = [longest[key] for key in self.keys]
+        """int32 (P,) each."""
+        self.pairs = [pair for pair in pairs if pair.prompt_key in set(keys)]
+        """Those whose prompts are asked."""
+
+    def answers(self, policy: Policy, *, token_budget: int) -> list[Sample]:
+        """Return the answers of a model in the state it is in; the noise of each is that of its question, whoever is asked.
+
+        Args:
+            policy: that is asked.
+            token_budget: most tokens of one forward in training or evaluation; what is sampled may take CACHED times as many.
+        """
+        return sample(
+            policy,
+            self.prompts,
+            [f"{key}/{number}" for key, number in zip(self.keys, self.numbers, strict=True)],
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            token_budget=CACHED * token_budget,
+        )
 
 
-class DriftAnswer(NamedTuple):
-    """One answer of the policy, and what both models make of it."""
-
-    prompt_key: str
-    sample: int
-    prompt_ids: np.ndarray
-    prompt: str
-    """See `generation.prompt_text`."""
-    ids: np.ndarray
-    answer: str
-    """See `generation.answer_text`."""
-    ended: bool
-    kl: float
-    log_policy: float
-    log_reference: float
-    entropy: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that were drawn, the end token among them."""
-        return len(self.ids)
-
-
-@dataclass(frozen=True, slots=True)
 class Drift:
     """Answers of a policy with what both models make of them.
 
     Args:
-        prompts: How many prompts were asked.
-        samples: Answers to each.
-        max_new_tokens: Where an answer that did not end was cut.
-        seed: Of the draws.
-        answers: Prompt by prompt, the samples of a prompt one after the other.
-        sampler_error: Largest |log π(answer) as the sampler saw it − log π(answer) of one forward|, nats by √tokens: rounding,
-            unless a model is not itself in padded batches or with a cache.
+        asked: the questions.
+        said: the answers.
+        compared: see `divergences`.
+        tokenizer: with which both are written as text.
     """
 
-    prompts: int
-    samples: int
-    max_new_tokens: int
-    seed: int
-    answers: list[DriftAnswer]
-    sampler_error: float
-
-    def table(self, **scores: Any) -> AnswerTable:
-        """Return one row per answer; `scores` are the columns that a scorer adds."""
-        columns = {
-            name: [getattr(answer, name) for answer in self.answers]
-            for name in AnswerTable.column_names()
-            if hasattr(self.answers[0], name)
-        }
-        numbers = {name: np.asarray(column) for name, column in {**columns, **scores}.items() if not isinstance(column[0], str)}
-        return AnswerTable(**{**columns, **scores, **numbers})
+    def __init__(self, asked: Questions, said: Sequence[Sample], compared: np.ndarray, tokenizer: Any) -> None:
+        self.asked = asked
+        self.ids = [answer.ids for answer in said]
+        self.table = AnswerTable(
+            prompt_key=asked.keys,
+            prompt=[prompt_text(tokenizer, ids) for ids in asked.prompts],
+            sample=np.asarray(asked.numbers),
+            answer=[answer_text(tokenizer, ids) for ids in self.ids],
+            tokens=np.asarray([len(ids) for ids in self.ids]),
+            ended=np.asarray([answer.ended for answer in said]),
+            kl=compared[:, 0],
+            log_policy=compared[:, 1],
+            log_reference=compared[:, 2],
+            entropy=compared[:, 3],
+        )
+        """Prompt by prompt, the samples of a prompt one after the other."""
+        errors = np.abs([answer.logprob for answer in said] - self.table.log_policy) / np.sqrt(self.table.tokens)
+        self.sampler_error = float(errors.max(initial=0.0))
+        """Largest |log π(answer) as the sampler saw it − log π(answer) of one forward|, nats by √tokens: rounding, unless a
+        model is not itself in padded batches or with a cache."""
 
     def summary(self) -> dict[str, Any]:
         """Return means over answers with standard errors clustered by prompt, as in `generation` of evaluation.json.
@@ -106,14 +115,15 @@ class Drift:
         all tokens. `ended` is the share of answers that were not cut. `distinct_1` and `distinct_2` are distinct token n-grams
         by all n-grams (Li et al. 2016), which falls with more text: compare only runs with the same prompts and limits.
         """
-        ids = [answer.ids[: answer.tokens - answer.ended].tolist() for answer in self.answers]
+        ended = self.table.ended.tolist()
+        ids = [ids[: len(ids) - has_ended].tolist() for ids, has_ended in zip(self.ids, ended, strict=True)]
         return {
-            "prompts": self.prompts,
-            "samples": self.samples,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.seed,
-            **answer_metrics(self.table()),
-            "ended": float(np.mean([answer.ended for answer in self.answers])),
+            "prompts": len(ids) // self.asked.samples,
+            "samples": self.asked.samples,
+            "max_new_tokens": self.asked.max_new_tokens,
+            "seed": self.asked.seed,
+            **answer_metrics(self.table),
+            "ended": float(np.mean(ended)),
             "distinct_1": distinct(ids, 1),
             "distinct_2": distinct(ids, 2),
             "sampler_error": self.sampler_error,
@@ -121,17 +131,7 @@ class Drift:
 
 
 def measure_drift(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[EncodedPair],
-    *,
-    prompts: int,
-    samples: int,
-    max_new_tokens: int,
-    end_token_ids: Collection[int],
-    seed: int,
-    device: torch.device | str,
-    token_budget: int,
+    policy: Policy, scorer: Scorer, pairs: Sequence[EncodedPair], settings: GenerationSection, *, seed: int = 0
 ) -> Drift:
     """Return answers of the policy to held-out prompts, and how far policy and reference are apart on them.
 
@@ -139,123 +139,28 @@ def measure_drift(
     random generator is used.
 
     Args:
-        model: a PEFT model with the policy active.
-        tokenizer: of the model.
-        pairs: the held-out pairs; see `questions` for which of their prompts are asked.
-        prompts: how many, at most.
-        samples: answers to each.
-        max_new_tokens: where to cut an answer that does not end.
-        end_token_ids: tokens that end an answer.
-        seed: of the draws. Runs that are asked with the same seed share their noise (see `sampling`).
-        device: of the model.
-        token_budget: most tokens of one forward, padding included.
+        policy: with its reference inside.
+        scorer: has the budget of tokens.
+        pairs: the held-out pairs; see `Questions` for which of their prompts are asked.
+        settings: see `Questions`.
+        seed: see `Questions`.
     """
-    asked = questions(pairs, prompts, samples)
-    prompt_ids = [question.prompt_ids for question in asked]
-    draw = partial(
-        answer_questions, model, asked, max_new_tokens=max_new_tokens, end_token_ids=end_token_ids, seed=seed, device=device
-    )
-    compare = partial(divergences, model, prompt_ids, device=device, token_budget=token_budget)
-    said = draw(token_budget=token_budget)
-    found = compare([answer.ids for answer in said])
-    if _sampler_error(said, found) > TOLERANCE[numeric_dtype(model)]:
-        said = draw(token_budget=0)  # each alone: the model is not itself where rows are padded on the left
-        found = compare([answer.ids for answer in said])
-    return collect(tokenizer, asked, said, found, samples=samples, max_new_tokens=max_new_tokens, seed=seed)
+    asked = Questions(pairs, settings, seed=seed)
 
+    def measure(sampler_budget: int) -> Drift:
+        said = asked.answers(policy, token_budget=sampler_budget)
+        ids = [answer.ids for answer in said]
+        compared = divergences(policy, asked.prompts, ids, token_budget=scorer.token_budget)
+        return Drift(asked, said, compared, policy.tokenizer)
 
-def questions(pairs: Sequence[EncodedPair], prompts: int, samples: int) -> list[Question]:
-    """Return what to ask: the first distinct prompts in the order of their keys, which are hashes, each so many times.
-
-    So the choice depends neither on a seed nor on the order of the pairs. Where a prompt was shortened differently for several
-    of its pairs, its longest form is taken.
-    """
-    longest: dict[str, np.ndarray] = {}
-    for pair in pairs:
-        if len(pair.prompt_ids) > len(longest.get(pair.prompt_key, ())):
-            longest[pair.prompt_key] = pair.prompt_ids
-    return [Question(key, sample, longest[key]) for key in sorted(longest)[:prompts] for sample in range(samples)]
-
-
-def answer_questions(
-    model: Any,
-    asked: Sequence[Question],
-    *,
-    max_new_tokens: int,
-    end_token_ids: Collection[int],
-    seed: int,
-    device: torch.device | str,
-    token_budget: int,
-) -> list[SampledAnswer]:
-    """Return the answers of a model in the state it is in; the noise of each is that of its question, whoever is asked.
-
-    Args:
-        model: a causal LM.
-        asked: the questions.
-        max_new_tokens: as in `sample_answers`.
-        end_token_ids: as in `sample_answers`.
-        seed: as in `sample_answers`.
-        device: of the model.
-        token_budget: most tokens of one forward in training or evaluation; what is sampled may take CACHED times as many.
-    """
-    return sample_answers(
-        model,
-        [question.prompt_ids for question in asked],
-        [f"{question.prompt_key}/{question.sample}" for question in asked],
-        max_new_tokens=max_new_tokens,
-        end_token_ids=end_token_ids,
-        seed=seed,
-        device=device,
-        token_budget=CACHED * token_budget,
-    )
-
-
-def collect(
-    tokenizer: Any,
-    asked: Sequence[Question],
-    said: Sequence[SampledAnswer],
-    found: Sequence[Divergence],
-    *,
-    samples: int,
-    max_new_tokens: int,
-    seed: int,
-) -> Drift:
-    """Return questions, answers and what both models make of them, as one; the arguments are those of the other functions."""
-    answers = [
-        DriftAnswer(
-            **question._asdict(),
-            prompt=prompt_text(tokenizer, question.prompt_ids),
-            ids=answer.ids,
-            answer=answer_text(tokenizer, answer.ids),
-            ended=answer.ended,
-            **divergence._asdict(),
-        )
-        for question, answer, divergence in zip(asked, said, found, strict=True)
-    ]
-    return Drift(len(asked) // samples, samples, max_new_tokens, seed, answers, _sampler_error(said, found))
+    drift = scorer.within_memory(pairs, lambda: measure(scorer.token_budget))
+    if drift.sampler_error > TOLERANCE[numeric_dtype(policy.model)]:
+        # Each alone: the model is not itself where rows are padded on the left.
+        drift = scorer.within_memory(pairs, lambda: measure(0))
+    return drift
 
 
 def distinct(texts: Sequence[Sequence[int]], size: int) -> float:
     """Return distinct n-grams by all n-grams of some token sequences together; 0 where there are none."""
     grams = [tuple(text[start : start + size]) for text in texts for start in range(len(text) - size + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def save_generations(drift: Drift, path: Path, **columns: Sequence[Any]) -> None:
-    """Write one row per answer as parquet, atomically; KL, entropy and log-probs in nats, summed over tokens.
-
-    Args:
-        drift: what was measured.
-        path: of the file.
-        **columns: further columns, such as scores; one value per answer.
-    """
-    drift.table(**columns).save(path)
-
-
-def _sampler_error(said: Sequence[SampledAnswer], found: Sequence[Divergence]) -> float:
-    """Nats by √tokens."""
-    errors = (
-        abs(answer.logprob - divergence.log_policy) / len(answer.ids) ** 0.5
-        for answer, divergence in zip(said, found, strict=True)
-    )
-    return max(errors, default=0.0)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.mixout import Mixout
 
@@ -58,7 +57,6 @@ def measure_noise(
     reference: PairLogprobs,
     *,
     reduce: Literal["sum", "mean"],
-    token_budget: int,
     masks: int = MASKS,
 ) -> MixoutNoise:
     """Score a few pairs under some masks, and without any.
@@ -70,13 +68,12 @@ def measure_noise(
         scorer: the way through the model.
         reference: log-probs of all the pairs under π0.
         reduce: of the loss: scores of summed log-probs, or per token.
-        token_budget: most tokens of one forward.
         masks: how many to draw; not those of any training step.
     """
     probe = pairs[:PAIRS]
 
     def preferences() -> Tensor:
-        return _preference(score_pairs(model, probe, scorer, token_budget=token_budget), reduce)
+        return _preference(scorer.score_pairs(model, probe), reduce)
 
     whole = preferences()
     moved = whole - _preference(PairLogprobs(*(field[: len(probe)] for field in reference)), reduce)

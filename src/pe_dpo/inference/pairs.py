@@ -1,4 +1,4 @@
-"""From a model to the table of its pairs: log-probs of all pairs, and columns of what a loss makes of them."""
+"""From log-probs of pairs to their table: columns of what a loss makes of them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,44 +8,9 @@ import numpy as np
 import torch
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.inference.generation import answer_text, prompt_text
-from pe_dpo.inference.logprobs import concatenate
-from pe_dpo.inference.scorer import Scorer
+from pe_dpo.inference.sampling import answer_text, prompt_text
 from pe_dpo.metrics.table import Floats, PairTable, delta
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
-from pe_dpo.progress import advance
-
-
-def score_pairs(
-    model: Any,
-    pairs: Sequence[EncodedPair],
-    scorer: Scorer,
-    *,
-    token_budget: int,
-) -> PairLogprobs:
-    """Return the log-probs of all pairs in their order, on the CPU, without gradients.
-
-    Args:
-        model: a causal LM in the state to be measured (adapters on or off).
-        pairs: any number of pairs, in any order.
-        scorer: the way through the model.
-        token_budget: most tokens of one forward.
-    """
-    batches = scorer.split(pairs, token_budget)
-    parts, done = [], 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                scored = scorer.logprobs(model, [pairs[index] for index in batch])
-                parts.append(PairLogprobs(*(field.cpu() for field in scored)))
-                done += len(batch)
-                advance(done, len(pairs))
-    finally:
-        model.train(was_training)
-    back = torch.tensor([index for batch in batches for index in batch]).argsort()
-    return PairLogprobs(*(field[back] for field in concatenate(parts)))
 
 
 def pair_table(

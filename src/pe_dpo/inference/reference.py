@@ -7,6 +7,7 @@ The store fills as pairs come along, so that one epoch costs what it would witho
 an interrupted run goes on where it stopped.
 """
 
+import gc
 import logging
 import math
 import random
@@ -18,25 +19,19 @@ from typing import Any, Literal
 import torch
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.errors import StoreUnavailable
-from pe_dpo.inference.logprobs import PairLogprobs
-from pe_dpo.inference.pairs import score_pairs
+from pe_dpo.errors import ModelError, StoreUnavailable
+from pe_dpo.inference.policy import Policy, default_device, load_policy
 from pe_dpo.inference.reference_store import ReferenceStore, StoredLogprob, answer_key, default_store_path, reference_key
-from pe_dpo.inference.scorer import TOLERANCE, Scorer, numeric_dtype, possible_paths
-from pe_dpo.model.adapter import as_reference
-from pe_dpo.model.base import BaseFacts
-from pe_dpo.model.fingerprint import (
-    base_fingerprint,
-    config_fingerprint,
-    known_fingerprint,
-    reference_fingerprint,
-    remembered_fingerprint,
-)
+from pe_dpo.inference.scorer import TOKENS, TOLERANCE, Scorer, choose_scorer, numeric_dtype, possible_paths
+from pe_dpo.model.base import BaseInfo
+from pe_dpo.model.fingerprint import base_fingerprint, base_identity, config_fingerprint, reference_fingerprint
+from pe_dpo.objective import PairLogprobs
 from pe_dpo.progress import advance, progress
+from pe_dpo.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-Policy = Literal["auto", "store", "step"]
+Caching = Literal["auto", "store", "step"]
 """auto: looked up, missing ones computed when they are needed; store: all computed before training; step: always computed."""
 
 RECHECKED = 4
@@ -49,9 +44,8 @@ class Reference:
     """π0's log-probs of pairs.
 
     Args:
-        model: a PEFT model; within `as_reference` it is π0.
+        policy: that it is the reference of.
         scorer: as for the policy, so that both make the same rounding errors.
-        token_budget: most tokens of one forward.
         base: fingerprint of the base, for the records.
         store: where log-probs are kept between runs; None keeps them in this run only.
         key: what determines the numbers besides the token ids; see `reference_key`.
@@ -60,18 +54,16 @@ class Reference:
 
     def __init__(
         self,
-        model: Any,
+        policy: Policy,
         scorer: Scorer,
         *,
-        token_budget: int,
         base: str = "",
         store: ReferenceStore | None = None,
         key: str = "",
         remembers: bool = True,
     ) -> None:
         assert store is None or key, "what is stored needs the key of what determines it"
-        self.model, self.scorer, self.token_budget = model, scorer, token_budget
-        self.base_fingerprint = base
+        self.policy, self.scorer, self.base_fingerprint = policy, scorer, base
         self.store, self.key, self.remembers = store, key, remembers
         self.computed = 0
         """Pairs that were run through π0."""
@@ -85,26 +77,33 @@ class Reference:
         """Return the log-probs of pairs in their order, on the CPU, in float64."""
         if not self.remembers:
             return self._compute(pairs)
-        keys = [_keys(pair) for pair in pairs]
-        self._look_up([key for both in keys for key in both])
-        missing = [index for index, both in enumerate(keys) if not all(key in self._known for key in both)]
-        if missing:
-            # In parts, so that an interrupted pass loses seconds, not hours.
-            done = 0
-            for part in self.scorer.split([pairs[index] for index in missing], self.token_budget):
-                self._learn([pairs[missing[index]] for index in part])
-                done += len(part)
-                advance(done, len(missing))
+        keys, missing = self._look_up(pairs), []
+        for index, both in enumerate(keys):
+            if not all(key in self._known for key in both):
+                missing.append(pairs[index])
+        done = 0
+        for part in self.scorer.split(missing) if missing else ():  # in parts: an interrupted pass loses seconds, not hours
+            some = [missing[index] for index in part]
+            with progress(None):  # the part of a pass that is told of as a whole
+                scored = self._compute(some)
+            for index, pair in enumerate(some):
+                for key, logprob, tokens in zip(_keys(pair), (scored.chosen, scored.rejected), scored[2:], strict=True):
+                    self._known[key] = answer = StoredLogprob(float(logprob[index]), int(tokens[index]))
+                    if math.isfinite(answer.logprob):  # what is not is for the loss to complain of, with the row's name
+                        self._unwritten[key] = answer
+            if time.monotonic() - self._written_at > SECONDS_BETWEEN_WRITES:
+                self.flush()
+            done += len(part)
+            advance(done, len(missing))
         return _of_pairs(keys, self._known)
 
     def recheck(self, pairs: Sequence[EncodedPair]) -> str | None:
         """Score a few random stored pairs again; return what differs, or None."""
         if self.store is None:
             return None
-        keys = [_keys(pair) for pair in pairs]
-        self._look_up([key for both in keys for key in both])
-        stored = [index for index, both in enumerate(keys) if all(key in self._known for key in both)]
-        chosen = [pairs[index] for index in random.SystemRandom().sample(stored, min(RECHECKED, len(stored)))]
+        keys = self._look_up(pairs)
+        stored = [pair for pair, both in zip(pairs, keys, strict=True) if all(key in self._known for key in both)]
+        chosen = random.SystemRandom().sample(stored, min(RECHECKED, len(stored)))
         return self.difference(chosen, self._compute(chosen)) if chosen else None
 
     def difference(self, pairs: Sequence[EncodedPair], now: PairLogprobs) -> str | None:
@@ -114,8 +113,12 @@ class Reference:
                 then = self._known.get(key)
                 if then is None:
                     continue
+                # Nats: on a CPU the numbers are the same bits (a rounding error with many threads), on a GPU the batch counts.
+                allowed = TOLERANCE[numeric_dtype(self.policy.model)] * then.tokens**0.5
+                if self.scorer.device.type == "cpu" and self.scorer.path != "padded":
+                    allowed = 1e-6 * (1 + abs(then.logprob))
                 off = abs(float(logprob[index]) - then.logprob)
-                if int(tokens[index]) != then.tokens or not off <= self._tolerance(then):
+                if int(tokens[index]) != then.tokens or not off <= allowed:
                     return f"{pair.where} has {float(logprob[index]):.8g} now and {then.logprob:.8g} in the store"
         return None
 
@@ -145,85 +148,119 @@ class Reference:
             self._do_without(error)
         self._unwritten = {}
 
-    def _look_up(self, keys: Sequence[bytes]) -> None:
-        unknown = [key for key in dict.fromkeys(keys) if key not in self._known]
-        if self.store is None or not unknown:
-            return
-        try:
-            found = self.store.get(self.key, unknown)
-            self._known |= found
-            self.found += len(found)
-        except StoreUnavailable as error:
-            self._do_without(error)
-
-    def _learn(self, pairs: Sequence[EncodedPair]) -> None:
-        with progress(None):  # the part of a pass that is told of as a whole
-            scored = self._compute(pairs)
-        for index, both in enumerate(map(_keys, pairs)):
-            for key, logprob, tokens in zip(both, (scored.chosen, scored.rejected), scored[2:], strict=True):
-                self._known[key] = answer = StoredLogprob(float(logprob[index]), int(tokens[index]))
-                if math.isfinite(answer.logprob):  # what is not is for the loss to complain of, with the row's name
-                    self._unwritten[key] = answer
-        if time.monotonic() - self._written_at > SECONDS_BETWEEN_WRITES:
-            self.flush()
+    def _look_up(self, pairs: Sequence[EncodedPair]) -> list[tuple[bytes, bytes]]:
+        """Return the keys of pairs, having asked the store for those that are not known."""
+        keys = [_keys(pair) for pair in pairs]
+        unknown = [key for key in dict.fromkeys(key for both in keys for key in both) if key not in self._known]
+        if self.store is not None and unknown:
+            try:
+                found = self.store.get(self.key, unknown)
+                self._known |= found
+                self.found += len(found)
+            except StoreUnavailable as error:
+                self._do_without(error)
+        return keys
 
     def _compute(self, pairs: Sequence[EncodedPair]) -> PairLogprobs:
-        with as_reference(self.model) as frozen:
-            scored = score_pairs(frozen, pairs, self.scorer, token_budget=self.token_budget)
+        with self.policy.reference() as frozen:
+            scored = self.scorer.score_pairs(frozen, pairs)
         self.computed += len(pairs)
         return scored
-
-    def _tolerance(self, stored: StoredLogprob) -> float:
-        """Nats: on a CPU the numbers are the same bits (a rounding error with many threads), on a GPU company plays a part."""
-        if self.scorer.device.type == "cpu" and self.scorer.path != "padded":
-            return 1e-6 * (1 + abs(stored.logprob))
-        return TOLERANCE[numeric_dtype(self.model)] * stored.tokens**0.5
 
     def _do_without(self, error: StoreUnavailable) -> None:
         logger.warning(f"going on without the reference store: {error}")
         self.store = None
 
 
-def open_reference(
-    model: Any,
-    facts: BaseFacts,
-    scorer: Scorer,
-    *,
-    policy: Policy,
-    token_budget: int,
-    path: str | None = None,
-) -> Reference:
-    """Return the reference of a model, with its store opened if the policy has one.
+def open_reference(policy: Policy, scorer: Scorer, *, caching: Caching = "auto", path: str | None = None) -> Reference:
+    """Return the reference of a policy, with its store opened if there is one.
 
     Args:
-        model: a PEFT model.
-        facts: of its base.
+        policy: with its reference inside.
         scorer: as for the policy.
-        policy: see `Policy`.
-        token_budget: most tokens of one forward.
+        caching: see `Caching`.
         path: of the store; by default `default_store_path()`.
 
     Raises:
-        StoreUnavailable: policy "store", and there can be none.
+        StoreUnavailable: caching is "store", and there can be none.
     """
-    if scorer.depends_on_company:
-        policy = "step"  # the number of a pair is not its own
+    if scorer.is_batch_dependent:
+        caching = "step"  # the number of a pair is not its own
     store = None
     try:
-        if policy != "step":
+        if caching != "step":
             store = ReferenceStore(Path(path) if path else default_store_path())
-        base = remembered_fingerprint(model, facts, store)
+        base = remembered_fingerprint(policy.model, policy.base, store)
     except StoreUnavailable as error:
-        if policy == "store":
+        if caching == "store":
             raise
         logger.warning(f"going on without the reference store: {error}")
-        store, base = None, base_fingerprint(model)
-    key = _store_key(facts, reference_fingerprint(model, base=base), scorer.path, scorer.device.type)
-    return Reference(model, scorer, token_budget=token_budget, base=base, store=store, key=key, remembers=policy != "step")
+        store, base = None, base_fingerprint(policy.model)
+    key = _store_key(policy.base, reference_fingerprint(policy.model, base=base), scorer.path, scorer.device.type)
+    return Reference(policy, scorer, base=base, store=store, key=key, remembers=caching != "step")
+
+
+def remembered_fingerprint(model: Any, info: BaseInfo, store: ReferenceStore | None) -> str:
+    """Return `base_fingerprint(model)`, without the pass over the weights if the store remembers it from an earlier run.
+
+    Args:
+        model: the base, loaded, with or without adapters.
+        info: of the base.
+        store: where to look and to remember; None computes.
+
+    Raises:
+        StoreUnavailable: the store cannot be read or written.
+    """
+    identity = base_identity(info, next(model.parameters()).device.type)
+    if store is None or identity is None:
+        return base_fingerprint(model)
+    known = store.remembered_fingerprint(identity)
+    if known is None:
+        known = base_fingerprint(model)
+        store.remember_fingerprint(identity, known)
+    return known
+
+
+def reference_logprobs(recipe: Recipe, info: BaseInfo, pairs: Sequence[EncodedPair]) -> tuple[PairLogprobs, bool]:
+    """Return π0's log-probs of a recipe's pairs outside of training, and whether the model had to be run for them.
+
+    Where the store has all of them, no weights are read; nothing is then scored again to check it: the base is known by its
+    files alone.
+
+    Args:
+        recipe: which reference it is, and where the store lies.
+        info: of the base, loaded as it says.
+        pairs: in the order wanted.
+
+    Raises:
+        ModelError: the base or an adapter cannot be used, or a log-prob is not finite.
+    """
+    device = default_device()
+    settings, wish = recipe.reference, recipe.train.tokens_per_microbatch
+    caching: Caching = "auto" if settings.policy == "skip" else settings.policy
+    if caching != "step" and recipe.adapter.reference != "adapter":
+        stored = stored_logprobs(info, pairs, device=device, packing=recipe.train.packing, path=settings.store)
+        if stored is not None:
+            return stored, False
+    # With the adapter, since the way through the model is chosen with both.
+    policy = load_policy(recipe, info=info, device=device)
+    budget = TOKENS if wish == "auto" else wish
+    scorer = choose_scorer(policy.model, pairs, packing=recipe.train.packing, token_budget=budget)
+    reference = open_reference(policy, scorer, caching=caching, path=settings.store)
+    reference.forget_if_wrong(pairs)
+    with progress("scoring, reference"):
+        found = reference.logprobs(pairs)
+    reference.flush()
+    del policy, reference
+    gc.collect()  # a PEFT model lies in cycles, and the caller may load another base
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    check_finite(found, pairs)
+    return found, True
 
 
 def stored_logprobs(
-    facts: BaseFacts,
+    info: BaseInfo,
     pairs: Sequence[EncodedPair],
     *,
     device: str,
@@ -232,37 +269,50 @@ def stored_logprobs(
 ) -> PairLogprobs | None:
     """Return the base's log-probs of pairs from the store alone, or None where any is missing; no weights are read.
 
-    What was computed along any way that training may take counts. Nothing is scored again to check it: the base is
-    known by its files alone.
-
     Args:
-        facts: of the base, which is the reference.
+        info: of the base, which is the reference.
         pairs: in the order wanted.
         device: "cpu" or "cuda", on which the base would be loaded.
-        packing: as for `choose_scorer`.
+        packing: as for `choose_scorer`; what was computed along any way that it may choose counts.
         path: of the store; by default `default_store_path()`.
     """
     file = Path(path) if path else default_store_path()
-    if not file.is_file():
+    identity = base_identity(info, device)
+    if identity is None or not file.is_file():
         return None
     keys = [_keys(pair) for pair in pairs]
     wanted = list(dict.fromkeys(key for both in keys for key in both))
     try:
-        with ReferenceStore(file) as store:
-            weights = known_fingerprint(facts, device, store)
-            for way in possible_paths(device, facts.dtype, packing) if weights else ():
-                known = store.get(_store_key(facts, str(weights), way, device), wanted)
-                if len(known) == len(wanted):
-                    return _of_pairs(keys, known)
+        store = ReferenceStore(file)
+        weights = store.remembered_fingerprint(identity)
+        for way in possible_paths(device, info.dtype, packing) if weights else ():
+            known = store.get(_store_key(info, str(weights), way, device), wanted)
+            if len(known) == len(wanted):
+                return _of_pairs(keys, known)
     except StoreUnavailable:  # whoever opens it to write says so
-        return None
+        pass
     return None
 
 
-def _store_key(facts: BaseFacts, weights: str, way: str, device: str) -> str:
-    dtype = str(facts.dtype).removeprefix("torch.")
-    weights = f"{weights} {config_fingerprint(facts.config)}"
-    return reference_key(weights=weights, quantize=facts.quantize, dtype=dtype, path=f"{way} on {device}")
+def check_finite(logprobs: PairLogprobs, pairs: Sequence[EncodedPair]) -> None:
+    """Check that every log-prob is a number.
+
+    Raises:
+        ModelError: naming the first pair that has another.
+    """
+    broken = ~(logprobs.chosen.isfinite() & logprobs.rejected.isfinite())
+    if broken.any():
+        names = [pair.where for pair, is_broken in zip(pairs, broken.tolist(), strict=True) if is_broken]
+        raise ModelError(
+            f"{names[0]}: its log-probs under the reference are not finite ({len(names)} such pairs); look at the row, or "
+            "compute in another model.dtype"
+        )
+
+
+def _store_key(info: BaseInfo, weights: str, way: str, device: str) -> str:
+    dtype = str(info.dtype).removeprefix("torch.")
+    weights = f"{weights} {config_fingerprint(info.config)}"
+    return reference_key(weights=weights, quantize=info.quantize, dtype=dtype, path=f"{way} on {device}")
 
 
 def _of_pairs(keys: Sequence[tuple[bytes, bytes]], known: Mapping[bytes, StoredLogprob]) -> PairLogprobs:

@@ -5,9 +5,9 @@ is not looked up but tried: a few pairs, the longest among them, must give the l
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +15,17 @@ from torch import Tensor
 
 from pe_dpo.data.batches import pack, pad, shared_tokens, split_by_tokens, split_into_rows
 from pe_dpo.data.pairs import EncodedPair, common_start, row_length
-from pe_dpo.errors import ModelError
-from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs, pair_logprobs
+from pe_dpo.errors import ModelError, OutOfMemory
+from pe_dpo.inference.logprobs import PairLogprobs, concatenate, packed_pair_logprobs, pair_logprobs
 from pe_dpo.model.adapter import adapter_parameters
-from pe_dpo.model.attention import Kind, switch_off, switch_on
+from pe_dpo.model.attention import Kind, switch_on
+from pe_dpo.model.base import evaluating
+from pe_dpo.progress import advance
 
 logger = logging.getLogger(__name__)
+
+TOKENS = 4096
+"""Most tokens of one forward, unless somebody says: without gradients little has to be kept of them."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference between packed and padded log-probs, nats per √token: rounding errors add up like a random walk. Measured
@@ -32,23 +37,38 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 
 REFUSALS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 """What a model that cannot be packed answers when it is tried; memory that runs out is another matter."""
 
+ScoringPath = Literal["padded", "segments", "varlen", "dense"]
+"""padded, or how attention over packed rows is computed (`model.attention.Kind`)."""
 
-Path = Literal["padded", "segments", "varlen", "dense"]
+_Result = TypeVar("_Result")
 
 
-class Scorer(NamedTuple):
-    """One way to the log-probs of pairs; the same for policy and reference."""
+class Scorer:
+    """One way to the log-probs of pairs; the same for policy and reference.
 
-    path: Path
-    """padded, or how attention over packed rows is computed (`model.attention.Kind`)."""
-    device: torch.device
-    depends_on_company: bool = False
-    """Whether a pair's log-probs change with what else is in the batch: then the reference must be scored beside the policy."""
+    Args:
+        path: through the model.
+        device: of the model.
+        token_budget: most tokens of one forward; halved when memory runs out.
+        is_batch_dependent: whether a pair's log-probs change with what else is in the batch: then the reference must be scored
+            beside the policy.
+    """
 
-    def split(self, pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
+    def __init__(
+        self,
+        path: ScoringPath,
+        device: torch.device,
+        *,
+        token_budget: int = TOKENS,
+        is_batch_dependent: bool = False,
+    ) -> None:
+        self.path, self.device = path, device
+        self.token_budget, self.is_batch_dependent = token_budget, is_batch_dependent
+
+    def split(self, pairs: Sequence[EncodedPair]) -> list[list[int]]:
         """Return micro-batches as lists of indices into `pairs`, each index once, within the budget of tokens."""
         split = split_by_tokens if self.path == "padded" else split_into_rows
-        return split(pairs, token_budget)
+        return split(pairs, self.token_budget)
 
     def tokens(self, pairs: Sequence[EncodedPair]) -> int:
         """Return the tokens of one micro-batch of these pairs, padding included."""
@@ -57,85 +77,124 @@ class Scorer(NamedTuple):
         return shared_tokens(pairs)
 
     def logprobs(self, model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
-        """Return the pairs' log-probs in their order, on the model's device; with gradients where they are enabled."""
+        """Return the log-probs of one micro-batch in its order, on the model's device; with gradients where they are on."""
         if self.path == "padded":
             return pair_logprobs(model, *pad(pairs, self.device))
         return packed_pair_logprobs(model, pack(pairs).to(self.device), kind=self.path)
+
+    def score_pairs(self, model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
+        """Return the log-probs of all pairs in their order, on the CPU, without gradients.
+
+        Args:
+            model: a causal LM in the state to be measured (adapters on or off).
+            pairs: any number of pairs, in any order.
+
+        Raises:
+            OutOfMemory: a pair does not fit alone.
+        """
+
+        def score() -> PairLogprobs:
+            batches, parts, done = self.split(pairs), [], 0
+            for batch in batches:
+                scored = self.logprobs(model, [pairs[index] for index in batch])
+                parts.append(PairLogprobs(*(field.cpu() for field in scored)))
+                done += len(batch)
+                advance(done, len(pairs))
+            back = torch.tensor([index for batch in batches for index in batch]).argsort()
+            return PairLogprobs(*(field[back] for field in concatenate(parts)))
+
+        with evaluating(model):
+            return self.within_memory(pairs, score)
+
+    def within_memory(self, pairs: Sequence[EncodedPair], work: Callable[[], _Result]) -> _Result:
+        """Return what the work on these pairs returns; out of memory, begin it again with half the tokens per forward.
+
+        Raises:
+            OutOfMemory: every pair goes alone already.
+        """
+        on_gpu = self.device.type == "cuda"
+        random_state, on_device = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                if max(map(len, self.split(pairs))) == 1:
+                    longest = max(pairs, key=lambda pair: self.tokens([pair]))
+                    raise OutOfMemory(
+                        f"out of memory with one pair at a time; the longest is {longest.where} with "
+                        f"{self.tokens([longest])} tokens; set a smaller data.max_length, or model.quantize: nf4"
+                    ) from error
+            torch.cuda.empty_cache()
+            torch.set_rng_state(random_state)  # the second try draws the dropout of the first
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self.device)
+            self.token_budget //= 2
+            logger.warning(f"out of memory; going on with {self.token_budget} tokens per forward (nothing is lost)")
 
 
 def choose_scorer(
     model: Any,
     pairs: Sequence[EncodedPair],
     *,
-    device: torch.device | str,
     packing: bool | Literal["auto"] = "auto",
+    token_budget: int = TOKENS,
 ) -> Scorer:
     """Return the fastest way that gives the padded path's numbers on this model, and leave the model ready for it.
 
     Args:
         model: a causal LM, under PEFT or not, in the state in which it will be used.
         pairs: those that will be scored.
-        device: of the model.
         packing: False for padded; "auto" for packed where it is right; True to insist on it.
+        token_budget: most tokens of one forward.
 
     Raises:
         ModelError: packed rows were insisted on and are not right for this model.
+        OutOfMemory: one of the longest pairs does not fit.
     """
-    padded = Scorer("padded", torch.device(device))
-    was_training = model.training
-    model.eval()
+    scorer = Scorer("padded", next(model.parameters()).device, token_budget=token_budget)
+    order = sorted(pairs, key=row_length)
+    # Shortest, middle and longest, the short ones first: what windows and scaled positions do shows on the longest.
+    probe = [order[index] for index in sorted({0, len(order) // 4, len(order) // 2, len(order) - 1})]
     try:
-        probe = _probe(pairs)
-        path: Path = "padded"
-        reason = ""
-        if packing is not False:
-            path, reason = _packed_path(padded, model, probe)
-        if path == "padded" and packing is True:
-            raise ModelError(f"train.packing: packed rows are not right for this model ({reason}); set train.packing: auto")
-        if path == "padded" and packing is not False:
-            logger.info(f"padded rows: packed rows are not right for this model ({reason})")
-        scorer = padded._replace(path=path)
-        if _depends_on_company(scorer, model, probe):
-            logger.warning(
-                "this model's log-probs depend on what else is in the batch; the reference is computed in every step"
-            )
-            scorer = scorer._replace(depends_on_company=True)
+        with evaluating(model):
+            if packing is not False:
+                reason = _pack(scorer, model, probe)
+                if reason and packing is True:
+                    raise ModelError(
+                        f"train.packing: packed rows are not right for this model ({reason}); set train.packing: auto"
+                    )
+                if reason:
+                    logger.info(f"padded rows: packed rows are not right for this model ({reason})")
+            # Rotary scaling by the longest row, 8-bit outliers: then the shortest pair scores otherwise beside the longest.
+            alone, beside = (_numbers(scorer, model, some)[0] for some in (probe[:1], [probe[0], probe[-1]]))
+            is_off = (alone - beside)[:2].abs() > TOLERANCE[numeric_dtype(model)] * alone[2:].sqrt()
+            if getattr(model, "is_loaded_in_8bit", False) or is_off.any():
+                logger.warning(
+                    "this model's log-probs depend on what else is in the batch; the reference is computed in every step"
+                )
+                scorer.is_batch_dependent = True
     except torch.OutOfMemoryError as error:
-        longest = max(row_length(pair) for pair in pairs)
-        raise ModelError(
-            f"out of memory while a few pairs were tried without training (the longest has {longest} tokens); set a smaller "
-            "data.max_length, or model.quantize: nf4"
+        raise OutOfMemory(
+            f"out of memory while a few pairs were tried without training (the longest has {row_length(order[-1])} tokens); "
+            "set a smaller data.max_length, or model.quantize: nf4"
         ) from error
-    finally:
-        model.train(was_training)
     return scorer
 
 
-def possible_paths(device: str, dtype: torch.dtype, packing: bool | Literal["auto"] = "auto") -> list[Path]:
+def possible_paths(device: str, dtype: torch.dtype, packing: bool | Literal["auto"] = "auto") -> list[ScoringPath]:
     """Return the ways that `choose_scorer` may choose for a model of this dtype on this device, its favourite first."""
-    packed = _kinds(torch.device(device), dtype) if packing is not False else []
-    return [*packed, *(["padded"] if packing is not True else [])]  # type: ignore[list-item]  # both are Paths
+    paths: list[ScoringPath] = []
+    if packing is not False:
+        paths += _kinds(torch.device(device), dtype)
+    if packing is not True:
+        paths.append("padded")
+    return paths
 
 
-def _packed_path(padded: Scorer, model: Any, probe: Sequence[EncodedPair]) -> tuple[Path, str]:
-    """Return the fastest path that is right, and why no faster one is; the model is left ready for it."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    wanted = torch.cat([_numbers(padded, model, [pair]) for pair in probe])
-    gradient = _gradient(padded, model, probe[:2])
-    try:
-        before = switch_on(causal_lm)
-    except REFUSALS as error:
-        return "padded", _words(error)
-    reasons: list[str] = []
-    for kind in _kinds(padded.device, causal_lm.dtype):
-        packed = padded._replace(path=kind)
-        refused = _refutation(packed, model, probe, wanted, gradient) or _leak(packed, model, probe)
-        if refused is None:
-            logger.info(f"packed rows: prompts and common starts of answers once ({'; '.join([kind, *reasons])})")
-            return kind, ""
-        reasons.append(f"{kind}: {refused}")
-    switch_off(causal_lm, before)
-    return "padded", "; ".join(reasons)
+def numeric_dtype(model: Any) -> torch.dtype:
+    """Return the dtype whose rounding a model's log-probs show: 8-bit products are as coarse as bfloat16."""
+    dtype: torch.dtype = torch.bfloat16 if getattr(model, "is_loaded_in_8bit", False) else model.dtype
+    return dtype
 
 
 def _kinds(device: torch.device, dtype: torch.dtype) -> list[Kind]:
@@ -145,14 +204,30 @@ def _kinds(device: torch.device, dtype: torch.dtype) -> list[Kind]:
     return ["varlen", "segments", "dense"] if dtype in (torch.bfloat16, torch.float16) else ["segments", "dense"]
 
 
-def _probe(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
-    """Shortest, middle and longest pairs, the short ones first: what windows and scaled positions do shows on the longest."""
-    order = sorted(pairs, key=row_length)
-    return [order[index] for index in sorted({0, len(order) // 4, len(order) // 2, len(order) - 1})]
+def _pack(scorer: Scorer, model: Any, probe: Sequence[EncodedPair]) -> str:
+    """Let a padded scorer, and the model, take the fastest packed path that is right; return why there is none, or ""."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    padded = torch.cat([_numbers(scorer, model, [pair]) for pair in probe])
+    gradient = _gradient(scorer, model, probe[:2])
+    try:
+        before = switch_on(causal_lm)
+    except REFUSALS as error:
+        return _reason(error)
+    reasons: list[str] = []
+    for kind in _kinds(scorer.device, causal_lm.dtype):
+        packed = Scorer(kind, scorer.device)
+        refused = _refutation(packed, model, probe, padded, gradient) or _leak(packed, model, probe)
+        if refused is None:
+            logger.info(f"packed rows: prompts and common starts of answers once ({'; '.join([kind, *reasons])})")
+            scorer.path = kind
+            return ""
+        reasons.append(f"{kind}: {refused}")
+    causal_lm.set_attn_implementation(before)
+    return "; ".join(reasons)
 
 
 def _refutation(
-    packed: Scorer, model: Any, probe: Sequence[EncodedPair], wanted: Tensor, wanted_gradient: Tensor | None
+    packed: Scorer, model: Any, probe: Sequence[EncodedPair], padded: Tensor, padded_gradient: Tensor | None
 ) -> str | None:
     """Return why this path is not right for the model, or None."""
     try:
@@ -161,13 +236,13 @@ def _refutation(
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as error:
-        return _words(error)
+        return _reason(error)
     dtype = numeric_dtype(model)
-    worst = float(((found - wanted)[:, :2].abs() / found[:, 2:].sqrt()).max())
+    worst = float(((found - padded)[:, :2].abs() / found[:, 2:].sqrt()).max())
     if not worst <= TOLERANCE[dtype]:
         return f"log-probs differ from the padded ones by {worst:.2g} nats per √token"
-    if gradient is not None and wanted_gradient is not None:
-        off = float((gradient - wanted_gradient).norm() / wanted_gradient.norm().clamp_min(1e-30))
+    if gradient is not None and padded_gradient is not None:
+        off = float((gradient - padded_gradient).norm() / padded_gradient.norm().clamp_min(1e-30))
         if not off <= GRADIENT_TOLERANCE[dtype]:
             return f"gradients differ from the padded ones by {off:.2g}"
     return None
@@ -181,14 +256,17 @@ def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair]) -> str | Non
     """
     stranger, *others = reversed(probe)
     turned = replace(stranger, prompt_ids=stranger.prompt_ids[::-1].copy())
-    own = (
-        common_start([stranger.chosen_ids, stranger.rejected_ids]) + 1
-    )  # the first token of its own stays, or starts would meet
+    # The first token of its own stays, or starts would meet.
+    own = common_start([stranger.chosen_ids, stranger.rejected_ids]) + 1
     half = replace(stranger, chosen_ids=np.concatenate([stranger.chosen_ids[:own], stranger.chosen_ids[own:][::-1]]))
     before = _numbers(packed, model, [stranger, *others])
-    allowed = _noise(packed, model) * before[:, 2:].amax(dim=1, keepdim=True).sqrt()
+    # Nats per √token by which equal sums may differ: rounding on a CPU, grouping of experts on a GPU, 8-bit outliers.
+    noise = 1e-5 if packed.device.type == "cpu" else 0.1 * TOLERANCE[numeric_dtype(model)]
+    if getattr(model, "is_loaded_in_8bit", False):
+        noise = TOLERANCE[torch.bfloat16]
+    allowed = noise * before[:, 2:].amax(dim=1, keepdim=True).sqrt()
     # Who changes, whose log-probs (rows, then chosen and rejected) must stay, and what it means if they do not.
-    for changed, rows, sides, words in (
+    for changed, rows, sides, meaning in (
         (turned, slice(1, None), slice(0, 2), "another pair in the row moves a log-prob"),
         (half, slice(0, 1), slice(1, 2), "the chosen answer moves the rejected one's log-prob"),
     ):
@@ -196,29 +274,8 @@ def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair]) -> str | Non
             continue  # another shape of the row
         off = (_numbers(packed, model, [changed, *others]) - before)[rows, sides].abs()
         if (off > allowed[rows]).any():
-            return f"{words} by {float(off.max()):.2g} nats"
+            return f"{meaning} by {float(off.max()):.2g} nats"
     return None
-
-
-def _depends_on_company(scorer: Scorer, model: Any, probe: Sequence[EncodedPair]) -> bool:
-    """Whether the shortest pair scores otherwise beside the longest: rotary scaling by the longest row, 8-bit outliers."""
-    if getattr(model, "is_loaded_in_8bit", False):
-        return True
-    alone, beside = (_numbers(scorer, model, pairs)[0] for pairs in (probe[:1], [probe[0], probe[-1]]))
-    return bool(((alone - beside)[:2].abs() > TOLERANCE[numeric_dtype(model)] * alone[2:].sqrt()).any())
-
-
-def _noise(scorer: Scorer, model: Any) -> float:
-    """Nats per √token by which equal sums may differ: rounding on a CPU, grouping of experts on a GPU, 8-bit outliers."""
-    if getattr(model, "is_loaded_in_8bit", False):
-        return TOLERANCE[torch.bfloat16]
-    return 1e-5 if scorer.device.type == "cpu" else 0.1 * TOLERANCE[numeric_dtype(model)]
-
-
-def numeric_dtype(model: Any) -> torch.dtype:
-    """Return the dtype whose rounding a model's log-probs show: 8-bit products are as coarse as bfloat16."""
-    dtype: torch.dtype = torch.bfloat16 if getattr(model, "is_loaded_in_8bit", False) else model.dtype
-    return dtype
 
 
 def _numbers(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
@@ -239,6 +296,6 @@ def _gradient(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tenso
     return torch.cat([g.flatten() for g in filled])
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if isinstance(error, ModelError) else f"its forward does not take packed rows: {line}"

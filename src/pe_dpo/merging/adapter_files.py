@@ -133,7 +133,7 @@ class AdapterFiles:
 
     def shape(self, change: Change) -> tuple[int, ...] | None:
         """Return the shape of a replaced tensor, None for one that is only moved."""
-        return None if change.replacement is None else self.tensors.facts(change.replacement).shape
+        return None if change.replacement is None else self.tensors.info(change.replacement).shape
 
     def _read(self, name: str, device: torch.device) -> Tensor:
         return self.tensors.read(name).to(device, torch.float32)

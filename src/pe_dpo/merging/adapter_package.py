@@ -68,7 +68,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
         save_tokenizer(source.tokenizer, folder)
         (folder / "base.json").write_text(json.dumps(base, indent=1), encoding="utf-8")
         changes = source.adapter.changes.values()
-        rank = max((source.adapter.tensors.facts(change.a).shape[0] for change in changes if change.a is not None), default=1)
+        rank = max((source.adapter.tensors.info(change.a).shape[0] for change in changes if change.a is not None), default=1)
         bound = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
         revision = f" --revision {shlex.quote(base['revision'])}" if base["revision"] else ""
         four_bit = " --quantization bitsandbytes" if is_four_bit(facts.quantize) else ""

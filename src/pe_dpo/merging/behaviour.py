@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from pe_dpo.data import EncodedPair
-from pe_dpo.inference.pairs import score_pairs
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.estimates import share_right
 from pe_dpo.objective import PairLogprobs
@@ -111,7 +110,7 @@ def measure(model: Any, pairs: Sequence[EncodedPair], scorer: Scorer) -> Behavio
         pairs: a few.
         scorer: the way to log-probs.
     """
-    logprobs = score_pairs(model, pairs, scorer, token_budget=TOKENS)
+    logprobs = scorer.score_pairs(model, pairs)
     answers = [(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     vocabulary = model.config.get_text_config().vocab_size
     most = max(1, BYTES // (4 * vocabulary * len(answers)))

@@ -17,7 +17,7 @@ from pe_dpo.merging.source import Source
 from pe_dpo.model.base import empty_model
 from pe_dpo.model.fingerprint import config_fingerprint
 from pe_dpo.model.provenance import changed_files
-from pe_dpo.model.tensor_files import TensorFacts
+from pe_dpo.model.tensor_files import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class PlannedTensor(NamedTuple):
     """One tensor to write."""
 
-    facts: TensorFacts
+    facts: TensorInfo
     source: str
     """Name of the base's tensor in its files."""
     module_name: str
@@ -86,7 +86,7 @@ class Plan:
             self._add(tensor, tensor.name, module_name, changes.get(module_name), names)
         self.config_changes: dict[str, Any] = {} if names.is_tied else {"tie_word_embeddings": False}
         if head_change is not None and names.head is not None:
-            self._add(files.facts(names.in_files(names.embedding)), names.head, names.embedding, head_change, names)
+            self._add(files.info(names.in_files(names.embedding)), names.head, names.embedding, head_change, names)
             self.config_changes["tie_word_embeddings"] = False
         used = [key for planned in self.tensors if planned.change for key in planned.change.keys]
         # Each once; a whole tensor may serve embedding and head, or be there twice with equal values.
@@ -118,13 +118,13 @@ class Plan:
         if size > free:
             raise ModelError(f"{output}: the merged model has {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
 
-    def _add(self, stored: TensorFacts, name: str, module_name: str, change: Change | None, names: "_BaseNames") -> None:
+    def _add(self, stored: TensorInfo, name: str, module_name: str, change: Change | None, names: "_BaseNames") -> None:
         shape = stored.shape if change is None else self.source.adapter.shape(change) or stored.shape
         change = change if change is not None and change.keys else None
         # A base of 16 bits that keeps a tensor in float32 has its reasons: the correction of a router, say.
         is_wide = stored.dtype == torch.float32 and self.base_dtype in (torch.bfloat16, torch.float16) and change is None
         dtype = self.dtype if stored.dtype.is_floating_point and not is_wide else stored.dtype
-        facts = TensorFacts(name, shape, dtype)
+        facts = TensorInfo(name, shape, dtype)
         self.tensors.append(PlannedTensor(facts, stored.name, module_name, change, names.recorded_as(module_name)))
 
     def _check_base(self) -> None:

@@ -29,16 +29,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pe_dpo.data import EncodedPair, data_hash, prepare_pairs
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.inference.target import Target, find_target, load_target_tokenizer
+from pe_dpo.inference.policy import SavedPolicy
 from pe_dpo.merging.adapter_files import AdapterFiles, save_fused_adapter, save_scaled_adapter
 from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.adapter_config import expected_tensors
-from pe_dpo.model.base import BaseFacts, empty_model, end_token_ids, inspect_base
+from pe_dpo.model.base import BaseInfo, empty_model, end_token_ids, inspect_base
 from pe_dpo.model.provenance import adapter_fingerprints, base_folder, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.schema import DataSection
-from pe_dpo.runs.run import Run, RunInfo
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class Source:
         self, target: Path, *, data: str | None, pairs: int, base: str | None, quantize: str | None, allow_base_mismatch: bool
     ) -> None:
         self.folder, self.allow_base_mismatch = target, allow_base_mismatch
-        found = find_target(target, base=base, quantize=quantize)
+        found = SavedPolicy(target, base=base, quantize=quantize)
         if found.adapter is None:
             raise UsageError(f"{target}: is a whole model; name the run or the adapter to merge")
         self.record = _read_base_record(target / "base.json") if (target / "base.json").is_file() else None
@@ -101,21 +100,21 @@ class Source:
         """The adapter that was trained."""
         self.adapter = AdapterFiles(found.adapter)
         """The one that is served; it may be made of the trained one."""
-        how = found.model.model_dump()
+        how = found.section.model_dump()
         if self.record is not None:
             revision = self.record.revision if base is None else None
             how |= {"quantize": self.record.quantize, "dtype": self.record.dtype, "revision": revision}
         self.facts = inspect_base(**how)
         _check_adapter_tensors(self.adapter, self.facts)
         self.recipe = found.recipe
-        self.run = Run(target).info if found.recipe else RunInfo()
+        self.run = found.run
         """run.json; empty for an adapter that was not trained here."""
         then = self.run.hashes.adapter
         now = adapter_fingerprints(target) if then else {}
         changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
         if changed:
             raise ModelError(f"{target / changed[0]}: is not what training wrote (sha256); take another copy of the run")
-        self.tokenizer = load_target_tokenizer(found)
+        self.tokenizer = found.tokenizer()
         if self.record is not None:
             for what, recorded, fingerprint in (
                 ("chat template", self.record.chat_template, template_fingerprint(self.tokenizer)),
@@ -136,7 +135,7 @@ class Source:
         self.files = TensorFiles(self.base_folder)
         """The base's weights."""
 
-    def _held_out_pairs(self, found: Target, data: str | None, count: int) -> list[EncodedPair]:
+    def _held_out_pairs(self, found: SavedPolicy, data: str | None, count: int) -> list[EncodedPair]:
         """`count` pairs, evenly spread over those held out, or over `data`."""
         if data is None and self.recipe is None:
             raise UsageError(
@@ -146,7 +145,7 @@ class Source:
             self.recipe.data if self.recipe else DataSection(train=str(data)),
             tokenizer=self.tokenizer,
             context_length=self.facts.context_length,
-            end_token_ids=end_token_ids(found.model.base, revision=found.model.revision),
+            end_token_ids=end_token_ids(found.section.base, revision=found.section.revision),
             only=data,
         )
         pairs = prepared.train if data else prepared.held_out
@@ -233,7 +232,7 @@ def _read_base_record(path: Path) -> BaseRecord:
         ) from error
 
 
-def _check_adapter_tensors(adapter: AdapterFiles, facts: BaseFacts) -> None:
+def _check_adapter_tensors(adapter: AdapterFiles, facts: BaseInfo) -> None:
     """Check that a saved adapter has the tensors that its configuration asks for: PEFT fills in missing ones, and drops others.
 
     Whole embeddings may be there besides, where the vocabulary was resized.

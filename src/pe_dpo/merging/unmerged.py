@@ -16,14 +16,14 @@ import torch
 from pe_dpo.errors import ModelError
 from pe_dpo.inference.scorer import Scorer, choose_scorer
 from pe_dpo.log import quiet
-from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, measure, verification_failures
+from pe_dpo.merging.behaviour import TOKENS, Agreement, Behaviour, agreement, measure, verification_failures
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.training_base import TrainingBase
 from pe_dpo.model.adapter import POLICY, REFERENCE, add_finished_adapter, switch_on_both
-from pe_dpo.model.base import BaseFacts, add_rounding_noise, compute_in, inspect_base, load_base
+from pe_dpo.model.base import BaseInfo, compute_in, inspect_base, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprints
-from pe_dpo.model.provenance import changed_tensors
-from pe_dpo.model.quantization import check_weights_unpacked, four_bit_layers
+from pe_dpo.model.provenance import changed
+from pe_dpo.model.quantization import add_rounding_noise, check_weights_unpacked, four_bit_layers
 from pe_dpo.quantizations import is_four_bit
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Unmerged:
         ModelError: the base is not the one of training, naming a tensor.
     """
 
-    def __init__(self, source: Source, facts: BaseFacts, *, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, facts: BaseInfo, *, dtype: torch.dtype) -> None:
         device = device_for(facts)
         model: Any = load_base(facts, device=device)
         layers = [name for name, _ in four_bit_layers(model)]
@@ -65,7 +65,7 @@ class Unmerged:
         model.eval()
         if source.reference:
             model = add_finished_adapter(model, source.reference, REFERENCE)
-        scorer = _choose_scorer(model, source, device)
+        scorer = _choose_scorer(model, source)
         self.reference = measure(model, source.pairs, scorer)
         model = add_finished_adapter(model, source.trained)
         _weigh_adapters(model, source.weights)
@@ -75,7 +75,7 @@ class Unmerged:
         with suppress(torch.OutOfMemoryError):
             if self.computed_in != torch.float32:  # already rounded, and its arithmetic too: that in float32 instead
                 compute_in(model, torch.float32)
-                scorer = _choose_scorer(model, source, device)  # attention kernels of 16 bits do not take it
+                scorer = _choose_scorer(model, source)  # attention kernels of 16 bits do not take it
                 noisy = measure(model, source.pairs, scorer)
             elif dtype != torch.float32:
                 add_rounding_noise(model, dtype)
@@ -97,7 +97,7 @@ class Unmerged:
         in_float32 = self.computed_in == torch.float32
         return verification_failures(found, self.floor, in_float32=in_float32, scale=self.scale)
 
-    def _check_base(self, facts: BaseFacts) -> None:
+    def _check_base(self, facts: BaseInfo) -> None:
         source, record = self.base.source, self.base.source.record
         if record is None:
             logger.warning(
@@ -107,21 +107,21 @@ class Unmerged:
             return
         if facts.quantize != record.quantize:
             return  # on purpose: the adapter measured on the original
-        changed = changed_tensors(record.model_dump(), self.base.fingerprints)
-        if changed and not source.allow_base_mismatch:
+        others = changed(record.tensors, self.base.fingerprints)
+        if others and not source.allow_base_mismatch:
             raise ModelError(
-                f"{facts.base}: is not the base of training: {len(changed)} of its tensors differ as loaded (sha256), the "
-                f"first is {changed[0]}; restore the base, or merge with the device ({record.device}) and versions of "
+                f"{facts.base}: is not the base of training: {len(others)} of its tensors differ as loaded (sha256), the "
+                f"first is {others[0]}; restore the base, or merge with the device ({record.device}) and versions of "
                 "training; allow_base_mismatch merges all the same"
             )
-        if changed:
-            logger.warning(f"{len(changed)} tensors of the base are not those of training ({changed[0]}, …)")
+        if others:
+            logger.warning(f"{len(others)} tensors of the base are not those of training ({others[0]}, …)")
 
 
-def _choose_scorer(model: Any, source: Source, device: torch.device) -> Scorer:
+def _choose_scorer(model: Any, source: Source) -> Scorer:
     """The way to log-probs of the pairs; which it is concerns the measurement, not the merge, and is not said."""
     with quiet():
-        return choose_scorer(model, source.pairs, device=device)
+        return choose_scorer(model, source.pairs, token_budget=TOKENS)
 
 
 def _weigh_adapters(model: Any, weights: tuple[float, float]) -> None:
@@ -153,13 +153,13 @@ def measure_served(source: Source, computed_in: torch.dtype, *, merged: Path | N
         compute_in(model, computed_in)
         model = add_finished_adapter(model, source.adapter.folder)
     model.eval()
-    found = measure(model, source.pairs, _choose_scorer(model, source, device))
+    found = measure(model, source.pairs, _choose_scorer(model, source))
     del model
     free()
     return found
 
 
-def device_for(facts: BaseFacts, dtype: torch.dtype | None = None) -> torch.device:
+def device_for(facts: BaseInfo, dtype: torch.dtype | None = None) -> torch.device:
     """Return the GPU if there is one whose free memory holds a model, else the CPU.
 
     Args:

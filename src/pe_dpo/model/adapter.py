@@ -11,7 +11,6 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter_config import check_adapter, without_advice
-from pe_dpo.model.base import keep_activations
 
 POLICY = "default"
 """Name of the trained adapter; PEFT's own default, so that what is saved loads in plain PEFT."""
@@ -107,15 +106,10 @@ def start_from_adapter(
         ModelError: no LoRA adapter there, one with trained biases or full modules (which stay on when adapters are off), one
             that changed its base when it was made, or one that does not fit the base.
     """
-    from peft import PeftModel
-
     check_adapter(folder)
-    try:
-        model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=True)
-        if reference == "adapter":
-            model.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    model = _with_adapter(base, folder, POLICY, is_trainable=True)
+    if reference == "adapter":
+        _with_adapter(model, folder, REFERENCE)
     _check_complete(model, Path(folder), POLICY)
     for module in model.modules():
         for name in list(getattr(module, "lora_dropout", {})):
@@ -130,19 +124,11 @@ def load_adapter_for_evaluation(base: nn.Module, folder: str | Path) -> Any:
     Raises:
         ModelError: as `start_from_adapter`.
     """
-    from peft import PeftModel
-
     check_adapter(folder)
-    try:
-        model = PeftModel.from_pretrained(base, str(folder), adapter_name=POLICY, is_trainable=False)
-        copy = Path(folder) / REFERENCE
-        if copy.is_dir():
-            model.load_adapter(str(copy), adapter_name=REFERENCE, is_trainable=False)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    model, frozen = _with_adapter(base, folder, POLICY), Path(folder) / REFERENCE
     _check_complete(model, Path(folder), POLICY)
-    if copy.is_dir():
-        _check_complete(model, copy, REFERENCE)
+    if frozen.is_dir():
+        _check_complete(_with_adapter(model, frozen, REFERENCE), frozen, REFERENCE)
     return _in_float32(model).eval()
 
 
@@ -160,17 +146,9 @@ def add_finished_adapter(model: Any, folder: str | Path, name: str = POLICY) -> 
     Raises:
         ModelError: it does not fit the base.
     """
-    from peft import PeftModel
-
-    try:
-        with without_advice():
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-                model.set_adapter(name)
-            else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    with without_advice():
+        model = _with_adapter(model, folder, name)
+    model.set_adapter(name, inference_mode=True)
     return _in_float32(model).eval()
 
 
@@ -180,7 +158,7 @@ def switch_on_both(model: Any) -> None:
 
 
 @contextmanager
-def lent(base: Any) -> Iterator[None]:
+def borrowed_base(base: Any) -> Iterator[None]:
     """Within the block a loaded base may get adapters, another attention and recomputed activations; afterwards it has none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -192,7 +170,11 @@ def lent(base: Any) -> Iterator[None]:
         for name in reversed(wrapped):  # the innermost first: experts are wrapped once for each of their parameters
             base.set_submodule(name, base.get_submodule(name).get_base_layer())
         vars(base).pop("peft_config", None)
-        keep_activations(base)
+        if hasattr(base, "activation_checkpointing_disable"):  # see `checkpoint_activations`
+            base.activation_checkpointing_disable()
+        else:
+            base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()  # else every later backward goes down to the embeddings
         base.set_attn_implementation(attention)
         base.zero_grad()
 
@@ -301,6 +283,23 @@ def restore_adapter(model: Any, folder: str | Path) -> None:
     set_peft_model_state_dict(model, weights, adapter_name=POLICY)
 
 
+def _with_adapter(model: Any, folder: str | Path, name: str, *, is_trainable: bool = False) -> Any:
+    """Return a base, or a PEFT model, with a saved adapter; in a PEFT model that had others, it is not active.
+
+    Raises:
+        ModelError: it does not fit the base.
+    """
+    from peft import PeftModel
+
+    try:
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=is_trainable)
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=is_trainable)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
+    return model
+
+
 def _check_complete(model: Any, folder: Path, adapter: str) -> dict[str, torch.Tensor]:
     """Check that a saved adapter has exactly the tensors of one in the model, and return those of the model.
 
@@ -330,11 +329,6 @@ def _check_complete(model: Any, folder: Path, adapter: str) -> dict[str, torch.T
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the trained parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def parameter_targets(model: Any) -> list[str]:
-    """Return the bare parameters that the trained adapter is on, experts and routers that are no modules; they do not merge."""
-    return sorted(model.peft_config[POLICY].target_parameters or ())
 
 
 def adapter_is_zero(model: nn.Module) -> bool:

@@ -1,18 +1,17 @@
-"""Attention over a packed row: every branch sees its own trunk and itself, and no pair sees another.
+"""Attention over a packed row: every suffix sees its own prefix and itself, and no pair sees another.
 
-    row      trunk a  branch 1  branch 2  trunk b  …          a query in branch 2 attends to [trunk a | branch 2], causally
+    row      prefix a  suffix 1  suffix 2  prefix b  …        a query in suffix 2 attends to [prefix a | suffix 2], causally
 
 Registered under one name with `transformers.AttentionInterface`; the layout of the row comes as the keyword `packing` of the
 model's forward. Without that keyword the function is ordinary attention, so that generation and padded batches go on working.
 It stays switched on between forward and backward, since gradient checkpointing calls it again there.
 
 Giving a model the row and its `position_ids` alone is silently wrong: transformers takes every jump in the positions for a new
-document, and the second branch loses its prompt.
+document, and the second suffix loses its prompt.
 """
 
 import inspect
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,11 +23,11 @@ from pe_dpo.errors import ModelError
 NAME = "pe_dpo_packed"
 
 Kind = Literal["segments", "varlen", "dense"]
-"""segments: one call of scaled_dot_product_attention per branch; varlen: one kernel for all of them (CUDA, half precision);
+"""segments: one call of scaled_dot_product_attention per suffix; varlen: one kernel for all of them (CUDA, half precision);
 dense: one call with a T×T mask, anywhere."""
 
 Trees = Sequence[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]
-"""Trunk and branches of each tree, as [start, end) in the row; branches follow their trunk without gaps."""
+"""Prefix and suffixes of each tree, as [start, end) in the row; suffixes follow their prefix without gaps."""
 
 
 class Packing:
@@ -51,19 +50,16 @@ class Packing:
         """For each stretch of queries the stretches of keys it sees, its own last."""
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._indices: tuple[Tensor, Tensor, Tensor] | None = None
-        for trunk, branches in trees:
-            self._add([end - start for start, end in (trunk, *branches)])
-
-    def _add(self, sizes: list[int]) -> None:
-        first = len(self.keys)
-        if len(sizes) <= 2:  # a trunk with its only branch is one causal stretch
-            self.queries.append(sum(sizes))
-            self.keys.append(sum(sizes))
-            self.sources.append([first])
-            return
-        self.keys.extend(sizes)
-        self.queries.extend([sizes[0] + sizes[1], *sizes[2:]])
-        self.sources.extend([first, first + branch] for branch in range(1, len(sizes)))
+        for prefix, suffixes in trees:
+            sizes, first = [end - start for start, end in (prefix, *suffixes)], len(self.keys)
+            if len(sizes) <= 2:  # a prefix with its only suffix is one causal stretch
+                sizes = [sum(sizes)]
+                self.queries += sizes
+                self.sources.append([first])
+            else:
+                self.queries += [sizes[0] + sizes[1], *sizes[2:]]
+                self.sources += ([first, first + suffix] for suffix in range(1, len(sizes)))
+            self.keys += sizes
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """Yield the number of queries and of keys of each stretch; the queries are the last of the keys."""
@@ -121,12 +117,9 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     packing: Packing | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Return attention's output as transformers' models expect it of an attention function.
@@ -137,13 +130,11 @@ def packed_attention(
         key: (1, key heads, T, size).
         value: as `key`.
         attention_mask: ignored with `packing`.
-        scaling: of the scores.
-        dropout: must be 0 with `packing`.
-        sliding_window: tokens that a query sees, itself included; counted along its own answer.
-        softcap: of the scores, as in Gemma 2.
-        s_aux: attention sinks; not supported with `packing`.
         packing: the row's layout; None for ordinary attention.
-        **others: not needed.
+        scaling: of the scores.
+        softcap: of the scores, as in Gemma 2.
+        **others: `sliding_window`, the tokens that a query sees, itself included, counted along its own answer; `dropout` and
+            the attention sinks `s_aux`, which a packed row cannot have; the rest is not needed.
 
     Returns:
         (1, T, heads, size), and None for the attention weights.
@@ -151,16 +142,18 @@ def packed_attention(
     Raises:
         ModelError: attention sinks or dropout in a packed row.
     """
+    if others.pop("s_aux", None) is not None:
+        raise ModelError("attention sinks")
     if packing is None:
-        return _ordinary(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, others)
-    if s_aux is not None or dropout:
-        raise ModelError("attention sinks" if dropout == 0 else "attention dropout")
+        return _ordinary(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **others)
+    if others.get("dropout"):
+        raise ModelError("attention dropout")
     packing.calls += 1
     dtype = value.dtype
     # In float32 torch 2.13's attention on a CPU is twice as fast as in bfloat16, backward included, and closer to the truth.
     inner = torch.float32 if value.device.type == "cpu" and dtype == torch.bfloat16 else dtype
     query, key, value = query.to(inner), key.to(inner), value.to(inner)
-    return _packed(query, key, value, packing, scaling, sliding_window, softcap).to(dtype), None
+    return _packed(query, key, value, packing, scaling, others.get("sliding_window"), softcap).to(dtype), None
 
 
 def _packed(
@@ -180,9 +173,8 @@ def _packed(
         return _varlen(query, key, value, packing, scaling, window)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = partial(_attend, scaling=scaling, softcap=softcap)
     if packing.kind != "segments":
-        return attend(query, key, value, packing.dense_mask(window, query)).transpose(1, 2).contiguous()
+        return _attend(query, key, value, packing.dense_mask(window, query), scaling, softcap).transpose(1, 2).contiguous()
     # split, not slices: one node in the backward instead of a row of zeros per slice.
     keys, values = key.split(packing.keys, dim=2), value.split(packing.keys, dim=2)
     outputs = []
@@ -192,7 +184,7 @@ def _packed(
         k, v = (_gather([parts[source] for source in sources], _even_keys(seen)) for parts in (keys, values))
         is_causal = queries == seen and softcap is None and (window is None or window >= seen)
         mask = None if is_causal else packing.mask(queries, seen, window, query)
-        outputs.append(attend(q, k, v, mask).transpose(1, 2)[:, :queries])
+        outputs.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2)[:, :queries])
     return torch.cat(outputs, dim=1)
 
 
@@ -225,14 +217,9 @@ def switch_on(model: Any) -> str:
     before: str = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
-        switch_off(model, before)
+        model.set_attn_implementation(before)
         raise ModelError("its attention cannot be exchanged")
     return before
-
-
-def switch_off(model: Any, before: str) -> None:
-    """Give the model the attention it had."""
-    model.set_attn_implementation(before)
 
 
 def _gather(parts: Sequence[Tensor], length: int) -> Tensor:
@@ -245,7 +232,7 @@ def _gather(parts: Sequence[Tensor], length: int) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
 ) -> Tensor:
     """Return (1, heads, queries, size); causal without a mask."""
     if softcap is None:
@@ -286,20 +273,16 @@ def _ordinary(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    *,
     scaling: float | None,
-    dropout: float,
     softcap: float | None,
-    s_aux: Tensor | None,
-    others: dict[str, Any],
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers would do it without us: a padded batch, or generation."""
     from transformers import AttentionInterface
 
-    if s_aux is not None:
-        raise ModelError("attention sinks")
     if softcap is None:
-        sdpa = AttentionInterface()["sdpa"]
-        return sdpa(module, query, key, value, mask, scaling=scaling, dropout=dropout, **others)
+        return AttentionInterface()["sdpa"](module, query, key, value, mask, scaling=scaling, **others)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if mask is None:
@@ -307,7 +290,7 @@ def _ordinary(
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(offset)
     if mask.dtype == torch.bool:  # the lowest number, not −inf: a query that is padding may see no key at all
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(query.dtype).min)
-    return _attend(query, key, value, mask, scaling=scaling, softcap=softcap).transpose(1, 2).contiguous(), None
+    return _attend(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:

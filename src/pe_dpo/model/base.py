@@ -1,5 +1,7 @@
 """The base model: found, loaded once, quantized if asked."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,12 +11,7 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
-from pe_dpo.model.quantization import (
-    four_bit_layers,
-    keep_weights_unpacked,
-    quantization_config,
-    round_four_bit_layers,
-)
+from pe_dpo.model.quantization import four_bit_layers, keep_weights_unpacked, quantization_config
 from pe_dpo.quantizations import Quantization
 
 Quantize = Quantization | Literal["auto"]
@@ -28,7 +25,7 @@ LARGE_BASE = 1_000_000_000
 """Parameters from which `quantize: auto` means nf4: below, 16-bit weights take under 2 GB anyway."""
 
 
-class BaseFacts(NamedTuple):
+class BaseInfo(NamedTuple):
     """What is known of a base before its weights are read."""
 
     base: str
@@ -40,14 +37,15 @@ class BaseFacts(NamedTuple):
     dtype: torch.dtype
 
 
-def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize = "auto", dtype: str = "auto") -> BaseFacts:
+def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize = "auto", dtype: str = "auto") -> BaseInfo:
     """Return what the configuration of a base says, without loading its weights.
 
     Args:
         base: path or hub id.
         revision: branch, tag or commit of a hub id.
         quantize: "auto" means nf4 from LARGE_BASE parameters on.
-        dtype: "auto" means bfloat16 on a GPU that has it, else float32.
+        dtype: "auto" means bfloat16 on a GPU that has it, else float32; not float16, in which with float32 adapters and no
+            loss scaling small gradients vanish.
 
     Raises:
         ModelError: nothing there, not a causal language model, or quantized by another library.
@@ -72,15 +70,16 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
             "knows exactly which weights it trained on"
         )
     parameters = sum(p.numel() for p in empty_model(base, config).parameters())
-    text = config.get_text_config()
-    return BaseFacts(
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return BaseInfo(
         base=base,
         revision=revision,
         config=config,
         parameters=parameters,
-        context_length=getattr(text, "max_position_embeddings", None),
+        context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
         quantize=quantize if quantize != "auto" else "nf4" if parameters >= LARGE_BASE else "none",
-        dtype=compute_dtype(dtype),
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
     )
 
 
@@ -99,17 +98,7 @@ def empty_model(base: str, config: Any) -> Any:
         raise ModelError(f"{base}: its config.json describes no model that can be built: {_first_line(error)}") from error
 
 
-def compute_dtype(dtype: str) -> torch.dtype:
-    """Return the dtype to compute in; "auto" is bfloat16 on a GPU that has it and float32 elsewhere.
-
-    Not float16: with float32 adapters and no loss scaling its small gradients vanish.
-    """
-    if dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-
-
-def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Module:
+def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Module:
     """Return the base with frozen weights, in train mode, without dropout of its own.
 
     Dropout of the base would make policy and reference differ at step 0. What the recipe asks of the adapter's dropout is
@@ -122,21 +111,21 @@ def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Mod
 
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            facts.base,
-            revision=facts.revision,
-            local_files_only=_is_local(facts.base),
-            dtype=facts.dtype,
+            info.base,
+            revision=info.revision,
+            local_files_only=_is_local(info.base),
+            dtype=info.dtype,
             device_map={"": device},
-            quantization_config=quantization_config(facts.quantize, facts.dtype),
+            quantization_config=quantization_config(info.quantize, info.dtype),
             output_loading_info=True,
             trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unusable(facts.base, "cannot be loaded: ", error) from error
+        raise _unusable(info.base, "cannot be loaded: ", error) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelError(
-            f"{facts.base}: {len(missing)} tensors of the model are missing from its files ({missing[0]}, …) and would be "
+            f"{info.base}: {len(missing)} tensors of the model are missing from its files ({missing[0]}, …) and would be "
             "random; fetch the model again"
         )
     keep_weights_unpacked(model)
@@ -145,6 +134,18 @@ def load_base(facts: BaseFacts, *, device: torch.device | str = "cpu") -> nn.Mod
             if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name):
                 setattr(module, name, 0.0)
     return model.requires_grad_(False).train()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block a model is in eval mode and makes no gradients; afterwards it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -159,24 +160,6 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def add_rounding_noise(model: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> None:
-    """Let a loaded model have the noise that rounding its weights to a dtype brings, in float32 arithmetic; not to be undone.
-
-    4-bit layers become plain ones of what their codes stand for, rounded. A weight that a dtype holds exactly has no rounding
-    of its own; under an adapter, whose sum will be rounded, it gets noise of the same size: uniform, one step wide.
-    """
-    round_four_bit_layers(model, dtype)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or "lora_" in name:
-            continue
-        rounded = parameter.data.to(dtype).to(parameter.dtype)
-        if torch.equal(rounded, parameter.data) and ".base_layer." in name:
-            drawn = torch.rand(parameter.shape, generator=generator).to(parameter) - 0.5
-            rounded = parameter.data + drawn * parameter.data.abs() * torch.finfo(dtype).eps
-        parameter.data = rounded
-
-
 def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward instead of keeping them: a forward more, for a fraction of the memory.
 
@@ -187,15 +170,6 @@ def checkpoint_activations(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-
-def keep_activations(model: Any) -> None:
-    """Undo `checkpoint_activations`."""
-    if hasattr(model, "activation_checkpointing_disable"):
-        model.activation_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_disable()
-    model.disable_input_require_grads()  # else every later backward goes down to the embeddings
 
 
 def load_tokenizer(base: str, *, revision: str | None = None) -> Any:

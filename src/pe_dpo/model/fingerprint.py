@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from pe_dpo.inference.reference_store import ARITHMETIC, ReferenceStore
 from pe_dpo.model.adapter import REFERENCE
-from pe_dpo.model.base import BaseFacts
+from pe_dpo.model.base import BaseInfo
+
+ARITHMETIC = 1
+"""Of this package: part of every key, to be raised with any change that moves a log-prob or loads a base otherwise."""
 
 _PART_BYTES = 64 * 1024 * 1024
 """Of a tensor on a GPU, each thread brings this much to the CPU at a time."""
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
+_NO_ARITHMETIC = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "quantization_config", "architectures"),
+}
 _THREADS = 8
 """At most: each holds a part, and the bus to the GPU is busy with fewer."""
 
@@ -45,7 +50,7 @@ def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
 
     Shape and dtype count. Tied weights appear once, under the first of their names in the alphabet.
     """
-    return _hashes({name: tensor for name, tensor in _named_tensors(model) if not _is_adapter(name)})
+    return _hashes(_named_tensors(model))
 
 
 def parameter_fingerprints(model: nn.Module) -> dict[str, str]:
@@ -97,7 +102,7 @@ def reference_fingerprint(model: nn.Module, *, base: str | None = None) -> str:
     base = base_fingerprint(model) if base is None else base
     if REFERENCE not in getattr(model, "peft_config", {}):
         return base
-    frozen = {name: tensor for name, tensor in _named_tensors(model) if _is_adapter(name) and REFERENCE in name.split(".")}
+    frozen = _named_tensors(model, adapter=REFERENCE)
     scaling = {
         f"{plain_name(name)}.scaling": float(module.scaling[REFERENCE]).hex()
         for name, module in model.named_modules()
@@ -112,84 +117,40 @@ def config_fingerprint(config: Any) -> str:
     Left out is what names the model, or how it is loaded and run.
     """
     says = json.loads(config.to_json_string(use_diff=False))
-    aside = (
-        "_name_or_path",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "quantization_config",
-        "architectures",
-    )
-    kept = {key: value for key, value in says.items() if key not in aside and not key.startswith("_attn")}
+    kept = {key: value for key, value in says.items() if key not in _NO_ARITHMETIC and not key.startswith("_attn")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def base_identity(facts: BaseFacts) -> str | None:
+def base_identity(info: BaseInfo, device: str) -> str | None:
     """Return what tells the files of a base, and how they are loaded, from all others without reading the weights.
 
     For a folder that is where it lies, and name, size, times and inode of its configuration and weight files; for a name on
-    the hub the commit. The versions count because another library may quantize to other bits.
+    the hub the commit. The versions count because another library may quantize to other bits, and the device because a CPU and
+    a GPU may round differently while they quantize the same files.
+
+    Args:
+        info: of the base.
+        device: "cpu" or "cuda", on which it is loaded.
 
     Returns:
-        sha256 (hex), or None if nothing identifies the base (a hub name whose commit is unknown, a folder without weights).
+        A name, or None if nothing identifies the base (a hub name whose commit is unknown, a folder without weights).
     """
-    folder = Path(facts.base)
-    commit = getattr(facts.config, "_commit_hash", None)
-    source: Any
+    folder = Path(info.base)
+    commit = getattr(info.config, "_commit_hash", None)
+    source: list[Any] = [info.base, commit]
     if folder.is_dir():
         weights = [path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)]
+        stats = sorted((path.name, path.stat()) for path in (folder / "config.json", *weights))
+        # ctime too, as a copying tool may set mtime back.
+        files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats]
+        source = [str(folder.resolve()), *files]
         if not weights:
             return None
-        source = [str(folder.resolve()), *sorted(_file_facts(path) for path in (folder / "config.json", *weights))]
-    elif commit:
-        source = [facts.base, commit]
-    else:
+    elif not commit:
         return None
     versions = [version(library) for library in ("torch", "transformers", "bitsandbytes")]
-    return hashlib.sha256(json.dumps([ARITHMETIC, source, facts.quantize, str(facts.dtype), versions]).encode()).hexdigest()
-
-
-def remembered_fingerprint(model: nn.Module, facts: BaseFacts, store: ReferenceStore | None) -> str:
-    """Return `base_fingerprint(model)`, without the pass over the weights if the store remembers it from an earlier run.
-
-    Args:
-        model: the base that `facts` describe, loaded, with or without adapters.
-        facts: of the same base.
-        store: where to look and to remember; None computes.
-
-    Raises:
-        StoreUnavailable: the store cannot be read or written.
-    """
-    identity = base_identity(facts)
-    if store is None or identity is None:
-        return base_fingerprint(model)
-    identity = _identity_on(identity, next(model.parameters()).device.type)
-    known = store.remembered_fingerprint(identity)
-    if known is None:
-        known = base_fingerprint(model)
-        store.remember_fingerprint(identity, known)
-    return known
-
-
-def known_fingerprint(facts: BaseFacts, device: str, store: ReferenceStore) -> str | None:
-    """Return `base_fingerprint` of a base that is not loaded, where the store remembers it from an earlier run.
-
-    Args:
-        facts: of the base.
-        device: "cpu" or "cuda", on which it would be loaded.
-        store: where to look.
-
-    Raises:
-        StoreUnavailable: the store cannot be read.
-    """
-    identity = base_identity(facts)
-    return None if identity is None else store.remembered_fingerprint(_identity_on(identity, device))
-
-
-def _identity_on(identity: str, device: str) -> str:
-    """A CPU and a GPU may round differently while they quantize the same files."""
-    return f"{identity} {device}"
+    loaded = json.dumps([ARITHMETIC, source, info.quantize, str(info.dtype), versions])
+    return f"{hashlib.sha256(loaded.encode()).hexdigest()} {device}"
 
 
 def plain_name(name: str) -> str:
@@ -197,38 +158,33 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor that determines what a model computes once, under its plain name."""
+def _named_tensors(model: nn.Module, *, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """Return each tensor that determines what a base computes, or one of its adapters, once, under its plain name.
+
+    These are parameters, persistent buffers and quantization states, named as in the state dict. Not the state dict itself:
+    asking for it makes bitsandbytes rewrite weights that it has repacked for the CPU.
+    """
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for path, module in model.named_modules():
-        for leaf, tensor in _own_tensors(module):
+        own: list[tuple[str, Any]] = []
+        for name, parameter in module.named_parameters(recurse=False):
+            own.append((name, parameter))
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:  # nf4
+                own += [(f"{name}.{key}", tensor) for key, tensor in state.as_dict(packed=True).items()]
+        own += [buffer for buffer in module.named_buffers(recurse=False) if buffer[0] not in module._non_persistent_buffers_set]
+        # int8: the first forward moves the scales from the weight to the layer's state.
+        holders = (getattr(module, "weight", None), getattr(module, "state", None))
+        scales = (getattr(holder, "SCB", None) for holder in holders)
+        own += [("SCB", scale) for scale in scales if isinstance(scale, torch.Tensor)]
+        for leaf, tensor in own:
             name = plain_name(f"{path}.{leaf}" if path else leaf)
             found[id(tensor)] = min((name, tensor), found.get(id(tensor), (name, tensor)), key=lambda pair: pair[0])
-    yield from found.values()
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters, persistent buffers and quantization states of one module; named as in its state dict.
-
-    Not the state dict itself: asking for it makes bitsandbytes rewrite weights that it has repacked for the CPU.
-    """
-    for name, parameter in module.named_parameters(recurse=False):
-        yield name, parameter
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:  # nf4
-            yield from ((f"{name}.{key}", tensor) for key, tensor in state.as_dict(packed=True).items())
-    for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
-            yield name, buffer
-    # int8: the first forward moves the scales from the weight to the layer's state.
-    for holder in (getattr(module, "weight", None), getattr(module, "state", None)):
-        scales = getattr(holder, "SCB", None)
-        if isinstance(scales, torch.Tensor):
-            yield "SCB", scales
-
-
-def _is_adapter(name: str) -> bool:
-    return any(part.startswith("lora_") for part in name.split("."))
+    parts = {name: name.split(".") for name, _ in found.values()}
+    of_adapters = {name for name, steps in parts.items() if any(step.startswith("lora_") for step in steps)}
+    if adapter is None:
+        return {name: tensor for name, tensor in found.values() if name not in of_adapters}
+    return {name: tensor for name, tensor in found.values() if name in of_adapters and adapter in parts[name]}
 
 
 def _hashes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -254,9 +210,3 @@ def _sha256(tensor: torch.Tensor) -> str:
 
 def _sha256_of_lines(hashes: dict[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()
-
-
-def _file_facts(path: Path) -> tuple[str, int, int, int, int]:
-    """Return name, bytes, times of change in ns and inode; ctime too, as a copying tool may set mtime back."""
-    stat = path.stat()
-    return path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino

@@ -20,7 +20,7 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable
-from pe_dpo.model.base import BaseFacts
+from pe_dpo.model.base import BaseInfo
 from pe_dpo.model.fingerprint import config_fingerprint, file_fingerprints, parameter_fingerprints, plain_name
 from pe_dpo.model.quantization import four_bit_layers
 
@@ -29,49 +29,49 @@ _ASIDE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version",
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
 
 
-def base_folder(facts: BaseFacts, *, is_loaded: bool = False) -> Path:
+def base_folder(info: BaseInfo, *, is_loaded: bool = False) -> Path:
     """Return the folder with the files of a base: its own, or the snapshot in the hub's cache, completed if the hub is there.
 
     Args:
-        facts: of the base.
+        info: of the base.
         is_loaded: its files were just read, so that nothing needs to be fetched.
 
     Raises:
         ModelError: they cannot be had.
     """
-    if Path(facts.base).is_dir():
-        return Path(facts.base)
+    if Path(info.base).is_dir():
+        return Path(info.base)
     from huggingface_hub import snapshot_download
 
     wanted = [*(pattern for pattern in _WEIGHTS if ".bin" not in pattern), *_BESIDE]
     try:
         return Path(
             snapshot_download(
-                facts.base,
-                revision=facts.revision,
+                info.base,
+                revision=info.revision,
                 allow_patterns=wanted,
                 local_files_only=is_loaded or not hub_is_reachable(),
             )
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{facts.base}: its files cannot be had: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{info.base}: its files cannot be had: {str(error).splitlines()[0]}") from error
 
 
-def base_record(model: nn.Module, facts: BaseFacts, tokenizer: Any) -> dict[str, Any]:
+def base_record(model: nn.Module, info: BaseInfo, tokenizer: Any) -> dict[str, Any]:
     """Return what is written of a loaded base, as above; adapters on it do not count. JSON-ready.
 
     Reads the files once and hashes the weights once; for a large base that is some seconds.
     """
-    folder = base_folder(facts, is_loaded=True)
+    folder = base_folder(info, is_loaded=True)
     return {
-        "id": facts.base,
-        "revision": getattr(model.config, "_commit_hash", None) or facts.revision,
-        "quantize": facts.quantize,
-        "dtype": str(facts.dtype).removeprefix("torch."),
+        "id": info.base,
+        "revision": getattr(model.config, "_commit_hash", None) or info.revision,
+        "quantize": info.quantize,
+        "dtype": str(info.dtype).removeprefix("torch."),
         "device": next(model.parameters()).device.type,
-        "parameters": facts.parameters,
+        "parameters": info.parameters,
         "quantized_layers": [plain_name(name) for name, _ in four_bit_layers(model)],
-        "config": config_fingerprint(facts.config),
+        "config": config_fingerprint(info.config),
         "files": file_fingerprints(folder, _weight_files(folder), believe_names=True),
         "tensors": parameter_fingerprints(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -81,19 +81,11 @@ def base_record(model: nn.Module, facts: BaseFacts, tokenizer: Any) -> dict[str,
 
 def changed_files(record: Mapping[str, Any], folder: Path) -> list[str]:
     """Return the names of a base's files that are not what they were in training; reads them all."""
-    now = file_fingerprints(folder, _weight_files(folder))
-    then = record["files"]
-    return sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+    return changed(record["files"], file_fingerprints(folder, _weight_files(folder)))
 
 
-def changed_tensors(record: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """Return the names of a loaded base's parameters that are not what they were in training.
-
-    Args:
-        record: of the base.
-        now: its `parameter_fingerprints`.
-    """
-    then = record["tensors"]
+def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the names under which two sets of fingerprints differ, such as those of a base's tensors then and now."""
     return sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
 
 

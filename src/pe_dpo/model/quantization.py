@@ -71,18 +71,28 @@ def dequantized(parameter: Any) -> Tensor:
     return values
 
 
-def round_four_bit_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every 4-bit layer by a plain one with the values of its codes, rounded to a dtype; float32, in place.
+def add_rounding_noise(model: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> None:
+    """Let a loaded model have the noise that rounding its weights to a dtype brings, in float32 arithmetic; not to be undone.
 
-    For measuring what the rounding does; the weights take 8 times the memory.
+    4-bit layers become plain ones of what their codes stand for, rounded, with 8 times the memory. A weight that a dtype holds
+    exactly has no rounding of its own; under an adapter, whose sum will be rounded, it gets noise of the same size: uniform,
+    one step wide.
     """
     for name, layer in list(four_bit_layers(model)):
         values = dequantized(layer.weight).to(dtype).float()
         plain = nn.Linear(values.shape[1], values.shape[0], bias=layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(values, requires_grad=False)
         plain.bias = layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, plain)
+        model.set_submodule(name, plain)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or "lora_" in name:
+            continue
+        rounded = parameter.data.to(dtype).to(parameter.dtype)
+        if torch.equal(rounded, parameter.data) and ".base_layer." in name:
+            drawn = torch.rand(parameter.shape, generator=generator).to(parameter) - 0.5
+            rounded = parameter.data + drawn * parameter.data.abs() * torch.finfo(dtype).eps
+        parameter.data = rounded
 
 
 def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

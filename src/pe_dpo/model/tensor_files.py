@@ -31,7 +31,7 @@ SHARD_BYTES = 5 * 10**9
 """Most bytes of one file, as transformers' save_pretrained."""
 
 
-class TensorFacts(NamedTuple):
+class TensorInfo(NamedTuple):
     """One tensor of a model on disk."""
 
     name: str
@@ -56,16 +56,33 @@ class TensorFiles:
     """
 
     def __init__(self, folder: str | Path, stem: str = "model") -> None:
-        self.folder, self._stem = Path(folder), stem
-        self._promised: dict[str, str] = {}
-        self._file_of = {name: file for file in self._files() for name in self._names(file)}
-        lost = sorted(self._promised.keys() - self._file_of.keys())
+        self.folder = Path(folder)
+        single = self.folder / f"{stem}.safetensors"
+        index = self.folder / f"{single.name}.index.json"
+        where: dict[str, str] = {}
+        if not single.is_file():
+            if not index.is_file():
+                raise ModelError(f"{folder}: neither {single.name} nor an index of shards there; only safetensors are read")
+            try:
+                where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                if not all(isinstance(file, str) for file in where.values()):
+                    raise ValueError(f"it names files by {where.values()}")
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ModelError(f"{index}: is no index of shards ({error!r}); fetch the model again") from error
+        self._file_of: dict[str, Path] = {}
+        for file in [self.folder / name for name in dict.fromkeys(where.values())] or [single]:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self._file_of |= dict.fromkeys(opened.keys(), file)
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{file}: cannot be read ({error}); fetch the model again") from error
+        lost = sorted(where.keys() - self._file_of.keys())
         if lost:
-            where = self.folder / self._promised[lost[0]]
-            raise ModelError(f"{where}: does not have {lost[0]}, which the index says is there; fetch the model again")
+            file = self.folder / where[lost[0]]
+            raise ModelError(f"{file}: does not have {lost[0]}, which the index says is there; fetch the model again")
 
-    def __iter__(self) -> Iterator[TensorFacts]:
-        return (self.facts(name) for name in self._file_of)
+    def __iter__(self) -> Iterator[TensorInfo]:
+        return (self.info(name) for name in self._file_of)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -83,40 +100,15 @@ class TensorFiles:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{self._file_of[name]}: {name} cannot be read: {error}") from error
 
-    def facts(self, name: str) -> TensorFacts:
+    def info(self, name: str) -> TensorInfo:
         """Return name, shape and dtype of a tensor without reading it."""
         file = self._file_of[name]
         with safe_open(file, framework="pt") as opened:
             part = opened.get_slice(name)
-            return TensorFacts(name, tuple(part.get_shape()), self._dtype(file, name, part.get_dtype()))
-
-    def _files(self) -> list[Path]:
-        single = self.folder / f"{self._stem}.safetensors"
-        index = self.folder / f"{single.name}.index.json"
-        if single.is_file():
-            return [single]
-        if not index.is_file():
-            raise ModelError(f"{self.folder}: neither {single.name} nor an index of shards there; only safetensors are read")
-        try:
-            self._promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = self._promised.values()
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index}: is no index of shards ({error!r}); fetch the model again") from error
-        if not all(isinstance(name, str) for name in names):
-            raise ModelError(f"{index}: is no index of shards (it names files by {names}); fetch the model again")
-        return [self.folder / name for name in dict.fromkeys(names)]
-
-    def _names(self, file: Path) -> list[str]:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return list(opened.keys())
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: cannot be read ({error}); fetch the model again") from error
-
-    def _dtype(self, file: Path, name: str, dtype: str) -> torch.dtype:
+            shape, dtype = part.get_shape(), part.get_dtype()
         if dtype not in DTYPES:
             raise ModelError(f"{file}: {name} has dtype {dtype}, which this version does not know")
-        return DTYPES[dtype]
+        return TensorInfo(name, tuple(shape), DTYPES[dtype])
 
 
 class TensorWriter:
@@ -128,10 +120,21 @@ class TensorWriter:
         shard_bytes: most bytes of one file; a larger tensor has a file of its own.
     """
 
-    def __init__(self, folder: str | Path, tensors: Sequence[TensorFacts], *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: str | Path, tensors: Sequence[TensorInfo], *, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = Path(folder)
-        self._shards = _divide(tensors, shard_bytes)
-        self._waiting = iter([(shard, facts) for shard, members in enumerate(self._shards) for facts in members])
+        self._shards: list[list[TensorInfo]] = [[]]
+        size = 0
+        for info in tensors:
+            if self._shards[-1] and size + info.bytes > shard_bytes:
+                self._shards.append([])
+                size = 0
+            self._shards[-1].append(info)
+            size += info.bytes
+        count = len(self._shards)
+        self._names = [f"model-{shard:05d}-of-{count:05d}.safetensors" for shard in range(1, count + 1)]
+        if count == 1:
+            self._names = ["model.safetensors"]
+        self._waiting = iter([(shard, info) for shard, members in enumerate(self._shards) for info in members])
         self._open: tuple[int, Any] | None = None
         self._digest = hashlib.sha256()
         self.hashes: dict[str, str] = {}
@@ -143,12 +146,12 @@ class TensorWriter:
         Raises:
             ValueError: it is not the one announced: our own mistake.
         """
-        shard, facts = next(self._waiting, (-1, None))
-        if facts is None or (name, tuple(tensor.shape), tensor.dtype) != tuple(facts):
-            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is written where {facts} was announced")
+        shard, info = next(self._waiting, (-1, None))
+        if info is None or (name, tuple(tensor.shape), tensor.dtype) != tuple(info):
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} is written where {info} was announced")
         if self._open is None or self._open[0] != shard:
             self._finish_shard()
-            self._open = shard, (self.folder / self._name(shard)).open("wb")
+            self._open = shard, (self.folder / self._names[shard]).open("wb")
             self._append(_header(self._shards[shard]))
         self._append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
@@ -172,8 +175,9 @@ class TensorWriter:
         if missing is not None:
             raise ValueError(f"{missing[1].name} was announced and not written")
         if len(self._shards) > 1:
-            where = {facts.name: self._name(shard) for shard, members in enumerate(self._shards) for facts in members}
-            size = sum(facts.bytes for members in self._shards for facts in members)
+            shards = list(zip(self._names, self._shards, strict=True))
+            where = {info.name: name for name, members in shards for info in members}
+            size = sum(info.bytes for members in self._shards for info in members)
             index = {"metadata": {"total_size": size}, "weight_map": where}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
@@ -182,13 +186,10 @@ class TensorWriter:
         self._open[1].write(data)
         self._digest.update(data)
 
-    def _name(self, shard: int) -> str:
-        return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors" if len(self._shards) > 1 else "model.safetensors"
-
     def _finish_shard(self) -> None:
         if self._open is not None:
             shard, file = self._open
-            self.hashes[self._name(shard)] = self._digest.hexdigest()
+            self.hashes[self._names[shard]] = self._digest.hexdigest()
             self._digest = hashlib.sha256()
             file.flush()
             os.fsync(file.fileno())
@@ -196,30 +197,18 @@ class TensorWriter:
             self._open = None
 
 
-def _divide(tensors: Sequence[TensorFacts], shard_bytes: int) -> list[list[TensorFacts]]:
-    shards: list[list[TensorFacts]] = [[]]
-    size = 0
-    for facts in tensors:
-        if shards[-1] and size + facts.bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(facts)
-        size += facts.bytes
-    return shards
-
-
-def _header(tensors: Sequence[TensorFacts]) -> bytes:
+def _header(tensors: Sequence[TensorInfo]) -> bytes:
     """Length as 8 bytes, little-endian, then JSON of where each tensor lies, filled up to a multiple of 8."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for facts in tensors:
-        entries[facts.name] = {
-            "dtype": names[facts.dtype],
-            "shape": list(facts.shape),
-            "data_offsets": [offset, offset + facts.bytes],
+    for info in tensors:
+        entries[info.name] = {
+            "dtype": names[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.bytes],
         }
-        offset += facts.bytes
+        offset += info.bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

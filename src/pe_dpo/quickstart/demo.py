@@ -6,9 +6,8 @@ The base is made by `tools/make_base.py`, the pairs by `tools/world.py`.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pe_dpo.data import prepare_pairs
 from pe_dpo.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent
@@ -49,23 +48,20 @@ def compare_answers(recipe: Recipe, *, count: int) -> list[Answers]:
         recipe: The recipe of a finished run.
         count: How many questions, spread over the held-out pairs.
     """
-    from pe_dpo.inference.generation import greedy_answers
-    from pe_dpo.model.adapter import as_reference, load_adapter_for_evaluation
-    from pe_dpo.model.base import answer_end_tokens, inspect_base, load_base, load_tokenizer
+    from pe_dpo.inference.inputs import read_inputs
+    from pe_dpo.inference.policy import load_policy
+    from pe_dpo.inference.sampling import answer_text, sample
 
-    tokenizer = load_tokenizer(recipe.model.base)
-    facts = inspect_base(**recipe.model.model_dump())
-    ends = answer_end_tokens(tokenizer, recipe.model.base)
-    data = prepare_pairs(recipe.data, tokenizer=tokenizer, context_length=facts.context_length, end_token_ids=ends)
+    info, tokenizer, data = read_inputs(recipe)
     pairs = [data.held_out[index * len(data.held_out) // count] for index in range(count)]
-    model: Any = load_adapter_for_evaluation(load_base(facts), recipe.output)
+    policy = load_policy(recipe.output, info=info, tokenizer=tokenizer, device="cpu")
 
     def answers() -> list[str]:
-        prompts = [pair.prompt_ids for pair in pairs]
-        return greedy_answers(model, tokenizer, prompts, max_new_tokens=40, end_token_ids=ends, device="cpu")
+        said = sample(policy, [pair.prompt_ids for pair in pairs], max_new_tokens=40, temperature=0)
+        return [answer_text(tokenizer, answer.ids) for answer in said]
 
     tuned = answers()
-    with as_reference(model):
+    with policy.reference():
         untuned = answers()
     questions = [tokenizer.decode(pair.prompt_ids).split("<|user|>")[-1].split("<|end|>")[0] for pair in pairs]
     expected = [tokenizer.decode(pair.chosen_ids, skip_special_tokens=True) for pair in pairs]

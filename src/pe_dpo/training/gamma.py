@@ -12,8 +12,7 @@ import torch
 from pe_dpo.audit.calibration import Calibration, calibrate_loss
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.disk import write_atomically
-from pe_dpo.inference.reference import Reference
-from pe_dpo.inference.reference_pass import check_finite
+from pe_dpo.inference.reference import Reference, check_finite
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, recipe_to_yaml, warnings, with_gamma
 from pe_dpo.runs.files import RECIPE_FILE

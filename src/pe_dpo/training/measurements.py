@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from pe_dpo.inference.drift import measure_drift, save_generations
+from pe_dpo.inference.drift import measure_drift
 from pe_dpo.inference.pairs import with_texts
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
@@ -47,7 +47,6 @@ def keep_measurements(
     trainer: PairTrainer,
     scored: PairTable,
     settings: GenerationSection,
-    end_tokens: Collection[int],
 ) -> None:
     """Sample answers if they are asked for, and write all that is known of the policy as it is now.
 
@@ -56,29 +55,15 @@ def keep_measurements(
         trainer: with the policy.
         scored: the held-out pairs as they are now.
         settings: what to sample.
-        end_tokens: token ids that end an answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drift = None
     if settings.prompts:
-        drift = trainer.with_smaller_rows(
-            trainer.held_out,
-            lambda: measure_drift(
-                trainer.model,
-                trainer.processing_class,
-                trainer.held_out,
-                prompts=settings.prompts,
-                samples=settings.samples,
-                max_new_tokens=settings.max_new_tokens,
-                end_token_ids=end_tokens,
-                seed=GENERATION_SEED,
-                device=trainer.args.device,
-                token_budget=trainer.token_budget,
-            ),
-        )
+        policy = trainer.reference.policy
+        drift = measure_drift(policy, trainer.scorer, trainer.held_out, settings, seed=GENERATION_SEED)
     with_texts(scored, trainer.held_out, trainer.processing_class).save(folder / PAIRS_FILE)
     if drift:
-        save_generations(drift, folder / ANSWERS_FILE)
+        drift.table.save(folder / ANSWERS_FILE)
     metrics = pair_metrics(scored, is_fixed_set=True)
     intervals = share_intervals(metrics, len(scored))
     save_evaluation(folder / EVALUATION_FILE, metrics, intervals, drift.summary() if drift else None)

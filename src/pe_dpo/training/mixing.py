@@ -1,14 +1,13 @@
 """Mixout in a run: when another model is sampled, how p rises, how strong p turned out to be, and where it is hopeless."""
 
 import logging
-from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback
 
 from pe_dpo.inference.mixout_noise import PAIRS, MixoutNoise, measure_noise
 from pe_dpo.model.adapter import attach_adapter
-from pe_dpo.model.base import BaseFacts, empty_model
+from pe_dpo.model.base import BaseInfo, empty_model
 from pe_dpo.model.mixout import Mixout, attach_mixout
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import MixoutSection
@@ -69,8 +68,7 @@ class Mixing(TrainerCallback):
         trainer = self.trainer
         pairs, reference, reduce = trainer.watched[:PAIRS], trainer.held_out_reference, trainer.loss.reduce
         assert reference is not None, "scored before the first step"
-        work = partial(measure_noise, trainer.model, self.mixout, pairs, trainer.scorer, reference, reduce=reduce)
-        return trainer.with_smaller_rows(pairs, lambda: work(token_budget=trainer.token_budget))
+        return measure_noise(trainer.model, self.mixout, pairs, trainer.scorer, reference, reduce=reduce)
 
     def _draw(self, args: Any, state: Any) -> None:
         if self.settings.draws == "step":
@@ -79,7 +77,7 @@ class Mixing(TrainerCallback):
             self.mixout.draw = state.global_step, args.process_index, self._microbatch
 
 
-def mixout_warnings(recipe: Recipe, facts: BaseFacts, steps: int) -> list[str]:
+def mixout_warnings(recipe: Recipe, facts: BaseInfo, steps: int) -> list[str]:
     """Return what makes little sense about a recipe's mixout, in words; no weights are read.
 
     Args:
@@ -113,7 +111,7 @@ def mixout_warnings(recipe: Recipe, facts: BaseFacts, steps: int) -> list[str]:
     return found
 
 
-def _narrowest(recipe: Recipe, facts: BaseFacts) -> int:
+def _narrowest(recipe: Recipe, facts: BaseInfo) -> int:
     """Input units of the narrowest layer that would be mixed, found on a model without weights."""
     adapter = recipe.adapter
     model = attach_adapter(

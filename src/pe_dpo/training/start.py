@@ -38,7 +38,6 @@ def check_start(
     pairs: Sequence[EncodedPair],
     scorer: Scorer,
     *,
-    token_budget: int,
     loss: Loss,
     policy_is_reference: bool,
     is_fresh: bool = True,
@@ -49,7 +48,6 @@ def check_start(
         model: the PEFT model before its first step.
         pairs: of the first optimizer step.
         scorer: as in training.
-        token_budget: as in training.
         loss: as in training.
         policy_is_reference: whether π = π0 by construction; false when training starts from an adapter against the raw base.
         is_fresh: whether B = 0. Then dropout stays on, which must make no difference; else it is off.
@@ -58,7 +56,7 @@ def check_start(
         ModelError: π and π0 differ although they must not: the reference is not what it should be.
         TrainingError: no pair pulls at all (say, a hinge whose margin column is 0 everywhere), or a loss is not finite.
     """
-    batch = [pairs[index] for index in scorer.split(pairs, token_budget)[0]]
+    batch = [pairs[index] for index in scorer.split(pairs)[0]]
     model.train(is_fresh)
     with torch.no_grad():
         policy = scorer.logprobs(model, batch)

@@ -11,14 +11,15 @@ import torch
 
 from pe_dpo.data import data_hash
 from pe_dpo.errors import DataError, TrainingError
-from pe_dpo.inference.inputs import Inputs, build_model, read_inputs
+from pe_dpo.inference.inputs import Inputs, read_inputs
+from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, lent, parameter_targets, save_adapter, scaled
+from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, borrowed_base, save_adapter, scaled
 from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import answer_end_tokens, empty_model
+from pe_dpo.model.base import empty_model
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprint, adapter_fingerprints, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
@@ -103,7 +104,7 @@ def train(
             # Again, since another run may have come and gone while the pairs were prepared.
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
         if shared:
-            stack.enter_context(lent(shared.base))
+            stack.enter_context(borrowed_base(shared.base))
         writer = RunWriter(run.folder, writes=state.is_main_process)
         try:
             return _train(recipe, prepared, writer, shared.base if shared else None, resume=resume, callbacks=callbacks)
@@ -125,7 +126,7 @@ def prepare_run(
     *,
     shared: SharedRun | None = None,
 ) -> Inputs:
-    """Return the facts of the base, the tokenizer and the pairs, or those that are `shared`; no weights are read.
+    """Return what the base is, the tokenizer and the pairs, or those that are `shared`; no weights are read.
 
     Raises:
         ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
@@ -140,7 +141,7 @@ def prepare_run(
         check_adapter(recipe.adapter.start)
     prepared = shared.prepared if shared else read_inputs(recipe)
     if not recipe.adapter.start and recipe.adapter.targets != "all-linear":  # else each target matches, or is the adapter's
-        facts = prepared.facts
+        facts = prepared.base
         attach_adapter(empty_model(facts.base, facts.config), rank=1, alpha=1, targets=recipe.adapter.targets)
     if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
         raise DataError(
@@ -149,7 +150,7 @@ def prepare_run(
         )
     for line in prepared.data.report.lines():
         logger.info(line)
-    for line in mixout_warnings(recipe, prepared.facts, total_steps(recipe, prepared.data)):
+    for line in mixout_warnings(recipe, prepared.base, total_steps(recipe, prepared.data)):
         logger.warning(line)
     if recipe.generation.scales and not prepared.data.held_out:
         logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
@@ -161,7 +162,7 @@ def _train(
 ) -> TrainResult:
     """Load, check, train, measure."""
     began = time.perf_counter()
-    _, tokenizer, data = prepared
+    data = prepared.data
     folder, steps = writer.folder, total_steps(recipe, data)
     stop = StopOnSignal()
     trainer = build_trainer(
@@ -176,7 +177,6 @@ def _train(
         trainer.model,
         [data.train[index] for index in next(iter(trainer.optimizer_batches()))],
         trainer.scorer,
-        token_budget=trainer.token_budget,
         loss=trainer.loss,
         policy_is_reference=recipe.policy_starts_as_reference,
         is_fresh=recipe.adapter.start is None,
@@ -197,11 +197,10 @@ def _train(
 
     watch = Watch(writer, recipe.loss, at_start)
     trainer.add_callback(watch)
-    ends = answer_end_tokens(tokenizer, recipe.model.base, revision=recipe.model.revision)
 
     def keep(place: Path, scored: PairTable) -> None:
         if writer.writes:
-            keep_measurements(place, trainer, scored, recipe.generation, ends)
+            keep_measurements(place, trainer, scored, recipe.generation)
 
     if data.held_out and recipe.generation.snapshots:
         points = snapshot_steps(recipe.generation.snapshots, steps)
@@ -217,7 +216,7 @@ def _train(
     after = trainer.watched_metrics(last) if last else {}
     remarks = [*scale, *watch.conclude(after, has_moved=not adapter_is_zero(trainer.model))]
     result = TrainResult(folder, before, after, start, trainer.state.global_step, stop.received, remarks, recipe.loss.reduce)
-    scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.token_budget}
+    scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.scorer.token_budget}
     writer.update(scoring={**scoring, "reference_pairs_computed": trainer.reference.computed})
     if stop.received is not None:
         writer.update(status="interrupted", step=result.steps)
@@ -231,7 +230,7 @@ def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: 
     """Write down what a fresh run starts from, or check it for one that goes on; return the checkpoint to go on from."""
     from accelerate.utils import broadcast_object_list
 
-    facts, tokenizer, data = prepared
+    info, tokenizer, data = prepared
     base = trainer.reference.base_fingerprint
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base}
     if recipe.adapter.start:
@@ -241,7 +240,7 @@ def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: 
         checkpoint = writer.resume(hashes)
     elif writer.writes:
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}
-        described = base_record(trainer.model, facts, tokenizer)
+        described = base_record(trainer.model, info, tokenizer)
         writer.record_start(recipe, hashes, base=described, data_report=data.report.to_dict(), pairs=pairs)
     found: Path | None = broadcast_object_list([checkpoint])[0]
     return found
@@ -299,26 +298,22 @@ def build_trainer(
     """
     from transformers import set_seed
 
-    facts, tokenizer, data = prepared
+    info, tokenizer, data = prepared
     settings = recipe.train
     args = training_arguments(recipe, data)
     set_seed(settings.seed)
-    model = build_model(recipe, facts, args.device, base=base)
-    bare = parameter_targets(model)
-    if bare:
-        logger.warning(
-            f"the adapter is also on {', '.join(bare)}, experts or routers that PEFT trains as bare parameters; `pe-dpo "
-            "merge` cannot merge those. Name adapter.targets (q_proj, v_proj, …) to leave them out"
-        )
+    policy = load_policy(recipe, base=base, info=info, tokenizer=tokenizer, device=args.device)
+    model = policy.model
     mixout = attach_mixout(model, recipe.mixout.p, seed=settings.seed, form=recipe.mixout.form)
-    scorer = choose_scorer(model, [*data.train, *data.held_out], device=args.device, packing=settings.packing)
+    scorer = choose_scorer(model, [*data.train, *data.held_out], packing=settings.packing)
     plan = plan_memory(
         model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
     )
+    scorer.token_budget = plan.tokens
     logger.info(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
     # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
-    policy = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
-    reference = open_reference(model, facts, scorer, policy=policy, token_budget=plan.tokens, path=recipe.reference.store)
+    caching = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
+    reference = open_reference(policy, scorer, caching=caching, path=recipe.reference.store)
     asked, (recipe, calibration) = recipe, find_gamma(recipe, reference, data.train)
     trainer = PairTrainer(
         model=model,
@@ -328,7 +323,6 @@ def build_trainer(
         loss=Loss(**recipe.loss.coefficients()),
         scorer=scorer,
         reference=reference,
-        token_budget=plan.tokens,
         keep_checkpoints=settings.keep_checkpoints,
         tokenizer=tokenizer,
         prompts_together=settings.prompts_together,

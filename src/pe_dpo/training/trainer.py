@@ -11,9 +11,10 @@ and the distributed machinery are Trainer's.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.errors import TrainingError, UsageError
+from pe_dpo.errors import OutOfMemory, TrainingError, UsageError
 from pe_dpo.inference.logprobs import PairLogprobs, concatenate
-from pe_dpo.inference.pairs import pair_table, score_pairs
+from pe_dpo.inference.pairs import pair_table
 from pe_dpo.inference.reference import Reference
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.catalogue import pair_metrics
@@ -38,8 +39,6 @@ from pe_dpo.training.watch import probe_pairs
 
 logger = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
-
 
 class PairTrainer(Trainer):
     """Trains an adapter on encoded pairs.
@@ -52,7 +51,6 @@ class PairTrainer(Trainer):
         loss: what is trained on; with its γ as a number.
         scorer: how pairs go through the model.
         reference: π0's log-probs of the pairs.
-        token_budget: most tokens of one forward; halved when memory runs out.
         keep_checkpoints: how many to keep.
         callbacks: further Trainer callbacks.
         tokenizer: saved beside each adapter.
@@ -70,7 +68,6 @@ class PairTrainer(Trainer):
         loss: Loss,
         scorer: Scorer,
         reference: Reference,
-        token_budget: int,
         keep_checkpoints: int,
         tokenizer: Any,
         prompts_together: bool = False,
@@ -100,7 +97,6 @@ class PairTrainer(Trainer):
         self.prompts_together = prompts_together
         self.scorer = scorer
         self.reference = reference
-        self.token_budget = token_budget
         self.keep_checkpoints = keep_checkpoints
         self._window: list[PairTable] = []
         self._window_tokens = 0
@@ -121,7 +117,8 @@ class PairTrainer(Trainer):
         model = self.accelerator.unwrap_model(model)
         model.train()
         mine = inputs[self.args.process_index :: self.args.world_size]
-        total, scored = self.with_smaller_rows(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
+        with self._keeping_what_was_saved():
+            total, scored = self.scorer.within_memory(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
         # What no pair reaches is zero, not missing: Adam's averages move on all the same.
         for parameter in adapter_parameters(model):
             if parameter.grad is None:
@@ -134,9 +131,10 @@ class PairTrainer(Trainer):
 
     def _accumulate(self, model: Any, pairs: list[EncodedPair], share: float) -> tuple[torch.Tensor, list[PairTable]]:
         """Add the gradients of the pairs' losses, each counted `share`; return the sum of the losses, and the scored pairs."""
+        model.zero_grad()  # of a first try that ran out of memory
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         parts = []
-        for batch in self.scorer.split(pairs, self.token_budget) if pairs else []:
+        for batch in self.scorer.split(pairs) if pairs else []:
             scored, out = self.forward_pairs(model, [pairs[index] for index in batch])
             loss = share * out.loss.sum()
             # A hinge that is satisfied by all pairs has gradient 0, and so has an SFT term of weight 0.
@@ -170,35 +168,16 @@ class PairTrainer(Trainer):
             )
         return table, out
 
-    def with_smaller_rows(self, pairs: Sequence[EncodedPair], work: Callable[[], _Result]) -> _Result:
-        """Return what the work on these pairs returns; out of memory, begin it again with half the tokens per forward.
-
-        Raises:
-            TrainingError: every pair goes alone already.
-        """
-        on_gpu = self.args.device.type == "cuda"
-        random_state = torch.get_rng_state(), torch.cuda.get_rng_state(self.args.device) if on_gpu else None
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                if max(map(len, self.scorer.split(pairs, self.token_budget))) == 1:
-                    raise TrainingError(self._out_of_memory(pairs)) from error
-            self.model.zero_grad()
-            torch.cuda.empty_cache()
-            torch.set_rng_state(random_state[0])  # the second try draws the dropout of the first
-            if random_state[1] is not None:
-                torch.cuda.set_rng_state(random_state[1], self.args.device)
-            self.token_budget = self.reference.token_budget = self.token_budget // 2
-            logger.warning(f"out of memory; going on with {self.token_budget} tokens per forward (nothing is lost)")
-
-    def _out_of_memory(self, pairs: Sequence[EncodedPair]) -> str:
-        longest = max(pairs, key=lambda pair: self.scorer.tokens([pair]))
-        return (
-            f"after step {self.state.global_step}: out of memory with one pair at a time; the longest is {longest.where} with "
-            f"{self.scorer.tokens([longest])} tokens. Set train.gradient_checkpointing: true, or a smaller data.max_length; "
-            "what was saved stays, and `--resume` goes on from the last checkpoint"
-        )
+    @contextmanager
+    def _keeping_what_was_saved(self) -> Iterator[None]:
+        """Within the block, memory that does not do for one pair ends the run, with what can be done about it."""
+        try:
+            yield
+        except OutOfMemory as error:
+            raise TrainingError(
+                f"after step {self.state.global_step}: {error}, or train.gradient_checkpointing: true; what was saved stays, "
+                "and `--resume` goes on from the last checkpoint"
+            ) from error
 
     def _sum_over_processes(self, total: torch.Tensor, gradients: list[torch.Tensor]) -> None:
         """Sum the loss and the gradients, in place, in two reductions: an adapter is small, and processes may have any rows."""
@@ -266,7 +245,7 @@ class PairTrainer(Trainer):
 
     def score_model(self) -> PairLogprobs:
         """Return the watched pairs' log-probs under the model as it is now."""
-        return self._of_held_out(lambda pairs: score_pairs(self.model, pairs, self.scorer, token_budget=self.token_budget))
+        return self._of_held_out(lambda pairs: self.scorer.score_pairs(self.model, pairs))
 
     def score_reference(self) -> PairLogprobs:
         """Return the watched pairs' log-probs under π0."""
@@ -286,7 +265,8 @@ class PairTrainer(Trainer):
         if len(self.watched) < world:
             world, rank = 1, 0
         share = self.watched[rank::world]
-        mine = self.with_smaller_rows(share, lambda: score(share))
+        with self._keeping_what_was_saved():
+            mine = score(share)
         if world == 1:
             return mine
         order = torch.cat([torch.arange(start, len(self.watched), world) for start in range(world)]).argsort()
