@@ -258,3 +258,14 @@ def test_a_misspelt_name_is_refused_and_the_page_stays(sweep, tmp_path, option) 
 def test_what_is_for_sweeps_is_refused_for_a_run(run, option) -> None:
     with pytest.raises(UsageError, match="is no sweep"):
         write_report(run, run / "page.html", run / "figures", **{option: "beta"})
+
+
+def test_a_run_whose_record_is_torn_is_on_the_page_with_the_reason(sweep, tmp_path) -> None:
+    copy = shutil.copytree(sweep, tmp_path / "sweep")
+    run = copy / json.loads((copy / "sweep.json").read_text())["points"][3]["folder"]
+    (run / "run.json").write_text("{")
+    content = report_sweep(copy)
+    assert str(run / "run.json") in content.verdict
+    row = _sections(content)["runs-table"].tables[0].rows[3]
+    assert (row[2], row[4]) == ("failed", "–")
+    assert any(line.startswith(f"{run.relative_to(copy)}: failed (") and "run.json" in line for line in content.missing)

@@ -206,7 +206,7 @@ _OF_ANSWERS: tuple[Metric[AnswerTable], ...] = (
         explanation="entropy of the policy along its answers, nats per token", kind="answers", needs=("entropy", "tokens"),
         numerator=lambda table: table.entropy, denominator="tokens", direction=0),
     Metric(key="tokens", title="tokens of an answer", explanation="length of answers, tokens", kind="answers",
-        needs=("tokens",), numerator=lambda table: table.tokens, direction=0),
+        needs=("tokens",), numerator=lambda table: table.tokens, direction=0, form=".2f"),
 )
 # fmt: on
 

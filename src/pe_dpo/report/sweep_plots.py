@@ -224,7 +224,7 @@ def rows_plots(
 
 def equal_kl_section(comparison: Comparison) -> Section:
     """Return differences at equal KL; where there are none, differences to the base recipe."""
-    title = "Effects at equal KL"
+    title = "Differences at equal KL"
     unit = f"difference in {comparison.metric}" + (", points" if comparison.is_share else "")
     interval = f"{100 * comparison.confidence:g} % interval"
     matched = [arm.matched for arm in comparison.arms if arm.matched]

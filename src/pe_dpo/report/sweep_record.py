@@ -73,7 +73,12 @@ class SweepRecord:
         check_names(metric, baseline)
         plan = read_plan(folder)
         self.folder, self.recipe = folder, plan.recipe
-        infos = [_info(folder / point.folder) for point in plan.points]
+        infos: list[RunInfo] = []
+        for point in plan.points:
+            try:
+                infos.append(Run(folder / point.folder).info)
+            except UsageError as error:  # a run whose record cannot be read has failed for that
+                infos.append(RunInfo(status="failed", why=str(error)))
         self.comparison: Comparison | None = None
         self.why_not = "no run of this sweep is finished; start the same `pe-dpo sweep` again to go on with it"
         self.crosses: list[tuple[Effect | None, Effect | None]] = []
@@ -111,14 +116,6 @@ class SweepRecord:
             for row in rows
             if with_state(row.settings, step=row.step, is_final=row.is_final, scale=row.scale) == arm.settings
         ]
-
-
-def _info(folder: Path) -> RunInfo:
-    """What a run says of itself; one whose record cannot be read has failed for that."""
-    try:
-        return Run(folder).info
-    except UsageError as error:
-        return RunInfo(status="failed", why=str(error))
 
 
 def _crosses(comparison: Comparison, observations: list[Observation]) -> list[tuple[Effect | None, Effect | None]]:

@@ -52,8 +52,23 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
             _arms_section(sweep, comparison),
         ]
     sections += [_runs_section(sweep), _limits_section(sweep)]
+    records: list[dict[str, Any]] = []  # of results.jsonl; what is not known is null
+    for run in sweep.runs:
+        measured = {"kl": run.row.kl, **run.row.metrics} if run.row else {}
+        records.append({
+            "point": run.name,
+            "settings": run.row.settings if run.row else None,
+            "seed": run.seed,
+            "folder": str(run.folder.relative_to(sweep.folder)),
+            "status": run.info.status,
+            "why": run.info.why or None,
+            "steps": run.info.step or None,
+            "seconds": run.info.seconds or None,
+            "kappa": None if math.isnan(run.kappa) else run.kappa,
+            "metrics": {key: value for key, value in measured.items() if math.isfinite(value)},
+        })  # fmt: skip
     verdict = comparison.verdict if comparison else f"Nothing can be compared yet: {sweep.why_not}."
-    return Page(f"Sweep {folder.resolve().name}", verdict, [standing, *remarks], sections, _records(sweep))
+    return Page(f"Sweep {folder.resolve().name}", verdict, [standing, *remarks], sections, records)
 
 
 def _plan_section(sweep: SweepRecord) -> Section:
@@ -190,26 +205,6 @@ def _runs_section(sweep: SweepRecord) -> Section:
             place = run.folder.relative_to(sweep.folder)
             missing.append(f"{place}: {run.info.status}{why}; start the same `pe-dpo sweep` again to go on with it.")
     return Section("runs-table", "All runs", tables=tables, missing=missing)
-
-
-def _records(sweep: SweepRecord) -> list[dict[str, Any]]:
-    """Each planned run with what was measured, for a line of results.jsonl; what is not known is null."""
-    records = []
-    for run in sweep.runs:
-        measured = {"kl": run.row.kl, **run.row.metrics} if run.row else {}
-        records.append({
-            "point": run.name,
-            "settings": run.row.settings if run.row else None,
-            "seed": run.seed,
-            "folder": str(run.folder.relative_to(sweep.folder)),
-            "status": run.info.status,
-            "why": run.info.why or None,
-            "steps": run.info.step or None,
-            "seconds": run.info.seconds or None,
-            "kappa": None if math.isnan(run.kappa) else run.kappa,
-            "metrics": {key: value for key, value in measured.items() if math.isfinite(value)},
-        })  # fmt: skip
-    return records
 
 
 def _limits_section(sweep: SweepRecord) -> Section:
