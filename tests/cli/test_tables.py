@@ -84,6 +84,12 @@ def test_a_heading_and_a_name_fold_before_a_column_goes_below() -> None:
     ]
 
 
+def test_a_name_without_a_space_folds_and_is_not_cut() -> None:
+    name = "beta=0.025,gamma=0.5x,mixout=0.3"
+    lines = printed(40, "", ["run", "seed 0"], [[name, "finished"]])
+    assert_whole(lines, ["run", "seed 0"], [[name, "finished"]], 1)
+
+
 def test_columns_without_room_stand_below_beside_the_names_of_their_rows() -> None:
     rows = [["γ = 0", "1", "0.123456", "0.234567"], ["γ = 0", "2", "0.345678", "0.456789"]]
     lines = printed(30, "", ["run", "seed", "first", "second"], rows, names=2)
