@@ -9,7 +9,7 @@ import torch
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.mixout import attach_mixout
-from pe_dpo.model.mixout.masks import MaskKey, inverse_share, mask_seed, threshold
+from pe_dpo.model.mixout.masks import MaskKey, cut, mask_seed
 from pe_dpo.model.random_bits import random_bits
 
 FORMS = ["column", "element"]
@@ -25,8 +25,10 @@ def mask_of(mixout, name):
 
 
 def matrix_key(seed, draw, name, p):
-    factor = torch.tensor(inverse_share(p), dtype=torch.float64)
-    return MaskKey(torch.tensor(mask_seed(seed, draw, name)), torch.tensor(threshold(p)), factor)
+    threshold, factor = cut(p)
+    return MaskKey(
+        torch.tensor(mask_seed(seed, draw, name)), torch.tensor(threshold), torch.tensor(factor, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.97])

@@ -1,28 +1,15 @@
 """Which layers of a PEFT model are mixed, and which are refused, with the reason."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import POLICY, REFERENCE
 from pe_dpo.model.lora import InBaseDtype, compute_in_base_dtype
-from pe_dpo.model.mixout.masks import Form, Layer, Mixout, check_p
+from pe_dpo.model.mixout.masks import Form, Layer, Mixout, check
 from pe_dpo.model.mixout.updates import MixedUpdate
-from pe_dpo.model.mixout.whole import MixedModule, WholeModule, whole_modules
-
-
-class _Update(NamedTuple):
-    """One trained adapter of one LoRA layer."""
-
-    name: str
-    module: Any
-    adapter: str
-
-    def layer(self, form: Form) -> Layer:
-        a, b = (part[self.adapter].weight for part in (self.module.lora_A, self.module.lora_B))
-        return Layer(None if form == "element" else a.shape[1], (a, b))
+from pe_dpo.model.mixout.whole import whole_modules
 
 
 def attach_mixout(model: Any, p: float, *, seed: int, form: Form = "column") -> Mixout:
@@ -40,30 +27,35 @@ def attach_mixout(model: Any, p: float, *, seed: int, form: Form = "column") -> 
     Raises:
         ModelError: p is not in [0, 1], or something is trained that mixout does not cover.
     """
-    check_p(p)
+    check(p)
     if not p:
         return Mixout(p, seed, form, {})
     compute_in_base_dtype(model)
-    updates, whole = list(_updates(model)), list(whole_modules(model))
-    layers = {update.name: update.layer(form) for update in updates}
-    for module in whole:
-        parameters = dict(module.module.named_parameters())
-        layers |= {f"{module.name}.{key}": Layer(n, (parameters[key],)) for key, n in module.units(form).items()}
-    _check_all(model, updates, layers)
+    updates: dict[str, tuple[Any, str]] = {}
+    layers: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        for adapter, part in getattr(module, "lora_A", {}).items():
+            # Bare parameters, which PEFT trains as experts or routers, have no B of this name.
+            parts = (part, module.lora_B[adapter]) if adapter in module.lora_B else ()
+            if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+                _check_plain(name, module, adapter)
+                a, b = (part.weight for part in parts)
+                updates[f"{name}.{adapter}"] = module, adapter
+                layers[f"{name}.{adapter}"] = Layer(None if form == "element" else a.shape[1], (a, b))
+    whole = list(whole_modules(model))
+    for one in whole:
+        layers |= one.layers(form)
+    _check_all(model, layers, has_updates=bool(updates))
     mixout = Mixout(p, seed, form, layers)
-    _attach(mixout, updates, whole)
-    return mixout
-
-
-def _attach(mixout: Mixout, updates: list[_Update], whole: list[WholeModule]) -> None:
-    for name, module, adapter in updates:
+    for name, (module, adapter) in updates.items():
         anchor = REFERENCE if adapter == POLICY and REFERENCE in module.lora_A else None
         module.lora_variant[adapter] = MixedUpdate(mixout, name, anchor)
     for one in whole:
-        one.wrapper.register_forward_hook(MixedModule(mixout, one), with_kwargs=True)
+        one.attach(mixout)
+    return mixout
 
 
-def _check_all(model: nn.Module, updates: list[_Update], layers: dict[str, Layer]) -> None:
+def _check_all(model: nn.Module, layers: dict[str, Layer], *, has_updates: bool) -> None:
     """Check that all that is trained is mixed, with one mask.
 
     Raises:
@@ -79,26 +71,12 @@ def _check_all(model: nn.Module, updates: list[_Update], layers: dict[str, Layer
                     "masks; leave it out of modules_to_save, or set mixout.p: 0"
                 )
     left = [name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in mixed]
-    if left or not updates:
+    if left or not has_updates:
         found = f"{left[0]} is trained" if left else "no layer has a trained LoRA adapter"
         raise ModelError(
             f"mixout.p: {found}, and mixout covers LoRA on linear layers, and modules_to_save beside it; name linear layers in "
             "adapter.targets (q_proj, v_proj, …), or set mixout.p: 0"
         )
-
-
-def _updates(model: nn.Module) -> Iterator[_Update]:
-    """Every adapter that is trained, by the name of layer and adapter; see `_check_plain`."""
-    for name, module in model.named_modules():
-        for adapter in _trained_adapters(module):
-            _check_plain(name, module, adapter)
-            yield _Update(f"{name}.{adapter}", module, adapter)
-
-
-def _trained_adapters(module: Any) -> list[str]:
-    """Names of a LoRA layer's adapters with a trained A or B; none for other modules, and for bare parameters."""
-    pairs = {name: (a, module.lora_B[name]) for name, a in getattr(module, "lora_A", {}).items() if name in module.lora_B}
-    return [name for name, parts in pairs.items() if any(p.requires_grad for part in parts for p in part.parameters())]
 
 
 def _check_plain(name: str, module: Any, adapter: str) -> None:
@@ -107,17 +85,17 @@ def _check_plain(name: str, module: Any, adapter: str) -> None:
     Raises:
         ModelError: it does not.
     """
-    reason = None
+    variant, reason = module.lora_variant.get(adapter), None
     if getattr(module.lora_dropout[adapter], "p", 0):
         reason = "it has dropout, which is a second mask of the same input; set adapter.dropout: 0"
     elif module.lora_bias.get(adapter):
         reason = "its adapter has a bias (lora_bias), which is no part of ΔW; make the adapter without one"
     elif module.use_dora.get(adapter):
         reason = "it is a DoRA layer, whose weight is not W0 + ΔW; use plain LoRA"
-    elif isinstance(module.lora_variant.get(adapter), MixedUpdate):
+    elif isinstance(variant, MixedUpdate):
         reason = "it is under mixout already; attach it once, and set its `draw` and `p`"
-    elif type(module.lora_variant.get(adapter)) is not InBaseDtype:
-        kind = type(module.lora_variant.get(adapter) or module)
-        reason = f"it is computed by PEFT's {kind.__name__}; mixout covers plain LoRA on linear layers, full, 8-bit or 4-bit"
+    elif type(variant) is not InBaseDtype:
+        kind = type(variant or module).__name__
+        reason = f"it is computed by PEFT's {kind}; mixout covers plain LoRA on linear layers, full, 8-bit or 4-bit"
     if reason:
         raise ModelError(f"mixout.p: {name} cannot be mixed: {reason}, or set mixout.p: 0")

@@ -21,7 +21,6 @@ from pe_dpo.model.random_bits import random_bits
 Form = Literal["column", "element"]
 """One variable for each input unit of a layer (the paper's mixout, and its code), or for each weight (its mixconnect)."""
 Draw = int | tuple[int, ...]
-_RESOLUTION = 2**53
 
 
 class MaskKey(NamedTuple):
@@ -57,11 +56,6 @@ class Layer:
     parameters: tuple[Tensor, ...]
     is_reached: bool = False
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether a backward has reached it with anything but zeros."""
-        return any(p.grad is not None and bool(p.grad.any()) for p in self.parameters)
-
 
 class Mixout:
     """The masks of a model.
@@ -77,8 +71,7 @@ class Mixout:
     """
 
     def __init__(self, p: float, seed: int, form: Form, layers: Mapping[str, Layer]) -> None:
-        check_p(p)
-        check_form(form)
+        check(p, form)
         self.seed, self.form, self.layers = seed, form, dict(layers)
         self.is_sampling = False
         """Whether layers are mixed in eval mode too."""
@@ -96,7 +89,7 @@ class Mixout:
 
     @p.setter
     def p(self, p: float) -> None:
-        check_p(p)
+        check(p)
         if p and not self.layers:
             raise ModelError(f"mixout: p is {p:g}, and no layer is mixed: it was attached with p = 0; attach it with p > 0")
         if p != self._p:
@@ -141,7 +134,11 @@ class Mixout:
         Raises:
             ModelError: a layer was trained, but what computed it passed over mixout.
         """
-        missed = [name for name, layer in self.layers.items() if not layer.is_reached and layer.has_gradient]
+        missed = [
+            name
+            for name, layer in self.layers.items()
+            if not layer.is_reached and any(p.grad is not None and bool(p.grad.any()) for p in layer.parameters)
+        ]
         if missed:
             raise ModelError(
                 f"mixout.p: {len(missed)} layers were trained without mixout ({missed[0]}, …): something computes their update "
@@ -189,15 +186,12 @@ class Mixout:
         place = like.device, like.dtype
         if place not in self._placed:
             self._placed[place] = _Masks(self.layers, *place)
-            self._placed[place].write(self._keys(), self._p)
+            self._placed[place].write(self.seed, self._draw, self._p)
         return self._placed[place]
 
     def _write(self) -> None:
         for masks in self._placed.values():
-            masks.write(self._keys(), self._p)
-
-    def _keys(self) -> list[int]:
-        return [mask_seed(self.seed, self._draw, name) for name in self.layers]
+            masks.write(self.seed, self._draw, self._p)
 
 
 class _Held(torch.autograd.Function):
@@ -228,11 +222,12 @@ class _Masks:
         self.factors = dict(zip(layers, self._factors.split(units), strict=True))
 
     @torch.no_grad()
-    def write(self, keys: list[int], p: float) -> None:
+    def write(self, seed: int, draw: Draw, p: float) -> None:
         """Write the masks of a draw, all in one pass."""
-        self._keys.copy_(torch.tensor(keys, dtype=torch.int64))
-        self.threshold.fill_(threshold(p))
-        self.factor.fill_(inverse_share(p))
+        self._keys.copy_(torch.tensor([mask_seed(seed, draw, name) for name in self.keys], dtype=torch.int64))
+        threshold, factor = cut(p)
+        self.threshold.fill_(threshold)
+        self.factor.fill_(factor)
         of_units = self._keys.repeat_interleave(self._units, output_size=len(self._index))
         kept = random_bits(of_units, self._index) >= self.threshold
         self._factors.copy_(kept * self.factor)
@@ -244,31 +239,21 @@ def mask_seed(seed: int, draw: Draw, name: str) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def threshold(p: float) -> int:
-    """Return which random bits of 53 keep a unit: these and larger ones."""
-    return round(p * _RESOLUTION)
+def cut(p: float) -> tuple[int, float]:
+    """Return which random bits of 53 keep a unit, these and larger ones; and 1/(1−p), by which what is kept is multiplied.
+
+    The factor is 0 at p = 1, where nothing is kept.
+    """
+    return round(p * 2**53), 1 / (1 - p) if p < 1 else 0.0
 
 
-def inverse_share(p: float) -> float:
-    """Return 1/(1−p), what is kept is multiplied by it; 0 at p = 1, where nothing is."""
-    return 1 / (1 - p) if p < 1 else 0.0
-
-
-def check_p(p: float) -> None:
-    """Check a share.
+def check(p: float, form: str = "column") -> None:
+    """Check a share and the name of a form.
 
     Raises:
-        ModelError: it is not in [0, 1].
+        ModelError: the share is not in [0, 1], or there is no form of this name.
     """
     if not 0 <= p <= 1:
         raise ModelError(f"mixout: p is {p:g}: it is the share that is taken from the reference, from 0 to 1")
-
-
-def check_form(form: str) -> None:
-    """Check the name of a form.
-
-    Raises:
-        ModelError: there is none of this name.
-    """
     if form not in get_args(Form):
         raise ModelError(f"mixout: form is {form!r}: it is {' or '.join(get_args(Form))}")

@@ -7,7 +7,7 @@ Where the reference is an adapter too, ΔW is mixed with that one's update inste
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,35 +36,26 @@ class MixedUpdate(InBaseDtype):
         x = x.to(result.dtype)
         a = module.lora_A[active_adapter].weight
         if self.mixout.form == "element":
-            return self._element(module, active_adapter, x, result, a)
+            frozen = None if self.anchor is None else _Factors(module, self.anchor)
+            own, mask = _Factors(module, active_adapter), self.mixout.mask_key(self.layer, a)
+            mixed: Tensor = _AddMixedUpdate.apply(
+                adds_to(result), x, own.a, own.b, own.scaling, frozen, self.mixout.opened(), *mask
+            )
+            return mixed
         factors = self.mixout.factors(self.layer, a)
         result = add_update(module, active_adapter, x, result, self.mixout.held(a * factors))
         if self.anchor is None:
             return result
         return add_update(module, self.anchor, x, result, module.lora_A[self.anchor].weight * (1 - factors))
 
-    def _element(self, module: Any, adapter: str, x: Tensor, result: Tensor, a: Tensor) -> Tensor:
-        mask = self.mixout.mask_key(self.layer, a)
-        frozen = None if self.anchor is None else _pair(module, self.anchor)
-        _, b, scaling = _pair(module, adapter)
-        mixed: Tensor = _AddMixedUpdate.apply(adds_to(result), x, a, b, scaling, frozen, self.mixout.opened(), *mask)
-        return mixed
 
+class _Factors:
+    """A and B of one adapter of a layer, and its scale."""
 
-class _Pair(NamedTuple):
-    """A and B of an adapter, and its scale."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-    def rows(self, start: int, end: int) -> Tensor:
-        """Rows of ΔW."""
-        return (self.b[start:end] @ self.a).mul_(self.scaling)
-
-
-def _pair(module: Any, adapter: str) -> _Pair:
-    return _Pair(module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter])
+    def __init__(self, module: Any, adapter: str) -> None:
+        self.a: Tensor = module.lora_A[adapter].weight
+        self.b: Tensor = module.lora_B[adapter].weight
+        self.scaling: float = module.scaling[adapter]
 
 
 class _AddMixedUpdate(torch.autograd.Function):
@@ -78,7 +69,7 @@ class _AddMixedUpdate(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-        frozen: _Pair | None,
+        frozen: _Factors | None,
         check: Callable[[], None] | None,
         *mask: Tensor,
     ) -> Tensor:
@@ -86,7 +77,7 @@ class _AddMixedUpdate(torch.autograd.Function):
         ctx.scaling, ctx.frozen, ctx.check = scaling, frozen, check
         ctx.mark_dirty(result)
         flat, out = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1])
-        for start, end, _, mixed in _mixed_rows(_Pair(a, b, scaling), frozen, MaskKey(*mask), x.dtype):
+        for start, end, _, mixed in _mixed_rows(a, b, scaling, frozen, MaskKey(*mask), x.dtype):
             out[:, start:end].addmm_(flat, mixed.T)
         return result
 
@@ -96,8 +87,9 @@ class _AddMixedUpdate(torch.autograd.Function):
             ctx.check()
         x, a, b, *mask = ctx.saved_tensors
         flat, pull = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, gradients[0].shape[-1])
-        for_x, for_a, for_b = (torch.zeros_like(part) if needed else None for part, needed in _wanted(ctx, flat, a, b))
-        for start, end, factors, mixed in _mixed_rows(_Pair(a, b, ctx.scaling), ctx.frozen, MaskKey(*mask), x.dtype):
+        wanted = zip((flat, a, b), ctx.needs_input_grad[1:4], strict=True)
+        for_x, for_a, for_b = (torch.zeros_like(part) if is_wanted else None for part, is_wanted in wanted)
+        for start, end, factors, mixed in _mixed_rows(a, b, ctx.scaling, ctx.frozen, MaskKey(*mask), x.dtype):
             if for_x is not None:
                 for_x.addmm_(pull[:, start:end], mixed)
             if for_a is None and for_b is None:
@@ -110,20 +102,16 @@ class _AddMixedUpdate(torch.autograd.Function):
         return gradients[0], None if for_x is None else for_x.view(x.shape), for_a, for_b, *[None] * 6
 
 
-def _wanted(ctx: Any, *parts: Tensor) -> Iterator[tuple[Tensor, bool]]:
-    return zip(parts, ctx.needs_input_grad[1:4], strict=True)
-
-
 def _mixed_rows(
-    own: _Pair, frozen: _Pair | None, mask: MaskKey, dtype: torch.dtype
+    a: Tensor, b: Tensor, scaling: float, frozen: _Factors | None, mask: MaskKey, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Yield first row of each block, the row after its last, its factors, and the mixed update's rows, in a dtype."""
-    width = own.a.shape[1]
-    for start, end in blocks(own.b.shape[0], width, own.a.device):
+    width = a.shape[1]
+    for start, end in blocks(b.shape[0], width, a.device):
         factors = mask.factors(start * width, (end - start, width))
-        rows = own.rows(start, end)
+        rows = (b[start:end] @ a).mul_(scaling)
         if frozen is None:
             yield start, end, factors, rows.mul_(factors).to(dtype)
         else:
-            kept = frozen.rows(start, end)
+            kept = (frozen.b[start:end] @ frozen.a).mul_(frozen.scaling)
             yield start, end, factors, rows.sub_(kept).mul_(factors).add_(kept).to(dtype)

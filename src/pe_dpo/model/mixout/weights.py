@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_dpo.model.mixout.masks import Draw, Form, MaskKey, check_form, check_p, inverse_share, mask_seed, threshold
+from pe_dpo.model.mixout.masks import Draw, Form, MaskKey, check, cut, mask_seed
 from pe_dpo.model.random_bits import random_bits
 
 _BLOCK = {"cpu": 2**20}
@@ -54,8 +54,7 @@ def mixout(
 
     Source: Lee, Cho & Kang, "Mixout", ICLR 2020 (arXiv 1909.11299), equation 5.
     """
-    check_p(p)
-    check_form(form)
+    check(p, form)
     if weight.shape != target.shape or weight.dim() not in (1, 2):
         raise ValueError(
             f"mixout: weight is {tuple(weight.shape)} and target {tuple(target.shape)}; both are (d_out, d_in), or both (d,)"
@@ -64,8 +63,9 @@ def mixout(
         return weight
     start = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
     key = torch.tensor(mask_seed(start, draw, name), device=weight.device)
-    limit = torch.tensor(threshold(p), device=weight.device)
-    mask = MaskKey(key, limit, torch.tensor(inverse_share(p), dtype=weight.dtype, device=weight.device))
+    threshold, factor = cut(p)
+    limit = torch.tensor(threshold, device=weight.device)
+    mask = MaskKey(key, limit, torch.tensor(factor, dtype=weight.dtype, device=weight.device))
     if weight.dim() == 1 or form == "column":
         index = torch.arange(weight.shape[-1], device=weight.device)
         return mix_units(weight, target, (random_bits(key, index) >= limit) * mask.factor)
@@ -104,8 +104,7 @@ class MixLinear(nn.Linear):
     target_bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, p: float, *, form: Form = "column", seed: int = 0, name: str = "") -> None:
-        check_p(p)
-        check_form(form)
+        check(p, form)
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("target", linear.weight.detach().clone(), persistent=False)
@@ -116,15 +115,20 @@ class MixLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (…, d_out) of (…, d_in)."""
-
-        def mixed(weight: Tensor, target: Tensor, part: str) -> Tensor:
-            name = f"{self.name}.{part}"
-            return mixout(
-                weight, target, self.p, form=self.form, seed=self.seed, draw=self.draw, name=name, training=self.training
-            )
-
-        bias = None if self.target_bias is None else mixed(self.bias, self.target_bias, "bias")
-        return F.linear(input, mixed(self.weight, self.target, "weight"), bias)
+        mixed: dict[str, Tensor] = {}
+        for part, own, target in (("weight", self.weight, self.target), ("bias", self.bias, self.target_bias)):
+            if target is not None:
+                mixed[part] = mixout(
+                    own,
+                    target,
+                    self.p,
+                    form=self.form,
+                    seed=self.seed,
+                    draw=self.draw,
+                    name=f"{self.name}.{part}",
+                    training=self.training,
+                )
+        return F.linear(input, mixed["weight"], mixed.get("bias"))
 
 
 def blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -146,15 +150,10 @@ class _MixElements(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        mask = MaskKey(*ctx.saved_tensors)
-
-        def masked(gradient: Tensor) -> Tensor:
-            part = torch.empty_like(gradient)
-            for start, end in blocks(len(gradient), gradient.shape[1], gradient.device):
-                factors = mask.factors(start * gradient.shape[1], (end - start, gradient.shape[1]))
-                torch.mul(gradient[start:end], factors, out=part[start:end])
-            return part
-
-        part = masked(gradients[0])
+        mask, gradient = MaskKey(*ctx.saved_tensors), gradients[0]
+        part = torch.empty_like(gradient)
+        for start, end in blocks(len(gradient), gradient.shape[1], gradient.device):
+            factors = mask.factors(start * gradient.shape[1], (end - start, gradient.shape[1]))
+            torch.mul(gradient[start:end], factors, out=part[start:end])
         of_weight, of_target = ctx.needs_input_grad[:2]
-        return part if of_weight else None, gradients[0] - part if of_target else None, None, None, None
+        return part if of_weight else None, gradient - part if of_target else None, None, None, None
