@@ -1,7 +1,7 @@
 """From a recipe and grids to the points of a sweep, written down as sweep.json before anything runs.
 
 --grid gamma=0,0.5x,1x beta=0.05,0.1      every γ with every β
---also "mixout=0.3,0.5 lr=1e-3"           and these, each turned away from the recipe itself
+--also "mixout=0.3,0.5 lr=1e-3"           and these, each a change of the recipe itself
 --seeds 3                                 each point with train.seed 0, 1, 2
 """
 
@@ -37,7 +37,7 @@ class Point(NamedTuple):
     """One run of a sweep."""
 
     name: str
-    """What is turned away from the base recipe, in short; "base" for nothing."""
+    """In what the run differs from the base recipe, in short; "base" for nothing."""
     settings: dict[str, Any]
     """Dotted recipe key → value, where it differs from the base recipe."""
     seed: int
@@ -50,7 +50,7 @@ class SweepPlan(NamedTuple):
 
     folder: Path
     recipe: Recipe
-    """From which every point turns something away."""
+    """Of which every point changes something."""
     grids: list[str]
     """As they were asked for."""
     seeds: list[int]
@@ -72,8 +72,8 @@ def make_plan(
 
     Args:
         source: path or name of the recipe.
-        grids: each a list of "key=value,value": the product of its keys; several are joined. A key is a dial (beta, gamma,
-            mixout, lr, …) or a dotted key of the recipe.
+        grids: each a list of "key=value,value": the product of its keys; several are joined. A key is a short name (beta,
+            gamma, mixout, lr, …) or a dotted key of the recipe.
         folder: of the sweep; by default the recipe's output with "-sweep".
         overrides: "section.key=value" for every point.
         seeds: values of train.seed.
@@ -81,37 +81,37 @@ def make_plan(
 
     Raises:
         RecipeError: a key or value that cannot be, or points that cannot be trained, all of them listed.
-        UsageError: a grid turns what a sweep shares: base, data or output.
+        UsageError: a grid changes what a sweep shares: base, data or output.
     """
     overrides = list(overrides)
     base = with_absolute_paths(load_recipe(source, overrides))
     place = Path(folder or f"{base.output}-sweep")
-    combinations = [turns for grid in grids or [[]] for turns in _product(grid)]
+    combinations = [changes for grid in grids or [[]] for changes in _product(grid)]
     found: dict[str, Point] = {}
     recipes: list[Recipe] = []
     faults: list[str] = []
 
-    def read(turns: list[str]) -> Recipe | None:
+    def read(changes: list[str]) -> Recipe | None:
         try:
-            return with_absolute_paths(load_recipe(source, [*overrides, *turns]))
+            return with_absolute_paths(load_recipe(source, [*overrides, *changes]))
         except RecipeError as error:
-            faults.append(f"{' '.join(turns)}: {error}")
+            faults.append(f"{' '.join(changes)}: {error}")
             return None
 
-    wanted = [(turns, read(turns)) for turns in combinations]
+    wanted = [(changes, read(changes)) for changes in combinations]
     twins = [  # with dropout on the adapter's input, a new mask for every token, instead of mixout
-        [*turns, f"adapter.dropout={point.mixout.p!r}", "mixout.p=0"]
-        for turns, point in wanted
+        [*changes, f"adapter.dropout={point.mixout.p!r}", "mixout.p=0"]
+        for changes, point in wanted
         if dropout_control and point and point.mixout.p
     ]
-    for turns, point in [*wanted, *((turns, read(turns)) for turns in twins)]:
+    for changes, point in [*wanted, *((changes, read(changes)) for changes in twins)]:
         if point is None:
             continue
         settings = {key: now for key, (_, now) in changed_settings(base, point, ignore=_OF_THE_RUN).items()}
         name = _name(settings)
         if any(known.name == name for known in found.values()):
             if all(known.settings != settings for known in found.values()):
-                faults.append(f"{' '.join(turns)}: its folder would be {name}, as that of another point; make two sweeps")
+                faults.append(f"{' '.join(changes)}: its folder would be {name}, as that of another point; make two sweeps")
             continue
         for seed in seeds:
             run = f"runs/{name}/seed-{seed}"
@@ -135,7 +135,7 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
         difference = recipe_difference(old.recipe, plan.recipe, ignore=["output"])
         if difference:
             raise RunFolderError(
-                f"{plan.folder}: holds a sweep that started from another recipe; use the old one, or another --output:\n  "
+                f"{plan.folder}: holds a sweep that started from another recipe; use the old one, or another folder:\n  "
                 + "\n  ".join(difference)
             )
         known = {point.folder for point in plan.points}
@@ -147,7 +147,7 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
             recipes=[*(recipe for _, recipe in kept), *plan.recipes],
         )
     elif plan.folder.is_dir() and {path.name for path in plan.folder.iterdir()} - {".lock", "recipe.yaml"}:
-        raise RunFolderError(f"{plan.folder}: is not empty and not a sweep of pe-dpo; choose another --output")
+        raise RunFolderError(f"{plan.folder}: is not empty and not a sweep of pe-dpo; choose another folder")
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(plan.folder / "recipe.yaml", recipe_to_yaml(plan.recipe))
     content = {"grids": plan.grids, "seeds": plan.seeds, "points": [point._asdict() for point in plan.points]}
@@ -167,13 +167,13 @@ def read_plan(folder: str | Path) -> SweepPlan:
         text = (folder / "recipe.yaml").read_text(encoding="utf-8")
         points = [Point(**entry) for entry in content["points"]]
         grids, seeds = content["grids"], content["seeds"]
-        turns = [{**point.settings, "train.seed": point.seed, "output": str(folder / point.folder)} for point in points]
+        changes = [{**point.settings, "train.seed": point.seed, "output": str(folder / point.folder)} for point in points]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{folder}: is not the folder of a sweep ({SWEEP_FILE}: {error}); restore the file, or move the folder away"
         ) from error
     recipe = recipe_from_yaml(text, str(folder / "recipe.yaml"))
-    overrides = ([f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in one.items()] for one in turns)
+    overrides = ([f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in one.items()] for one in changes)
     recipes = [recipe_from_yaml(text, str(folder / "recipe.yaml"), one) for one in overrides]
     return SweepPlan(folder, recipe, grids, seeds, points, recipes)
 
@@ -185,19 +185,17 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
         name, equals, values = entry.partition("=")
         key = SHORT_NAMES.get(name.strip(), name.strip())
         if not equals or not values.strip():
-            raise UsageError(f"--grid {entry}: write it as key=value,value, for example gamma=0,0.5x,1x")
+            raise UsageError(f"grid {entry}: write it as key=value,value, for example gamma=0,0.5x,1x")
         if key not in known_keys():
-            raise UsageError(
-                f"--grid {entry}: {name} is neither a dial ({', '.join(SHORT_NAMES)}) nor a dotted key of a recipe"
-            )
+            raise UsageError(f"grid {entry}: {name} is neither a dial ({', '.join(SHORT_NAMES)}) nor a dotted key of a recipe")
         if key in _OF_THE_RUN:
-            raise UsageError(f"--grid {entry}: {name} is set by the sweep itself; seeds are named with --seeds")
+            raise UsageError(f"grid {entry}: {name} is set by the sweep itself; name seeds instead")
         if key.split(".")[0] in _SHARED:
-            raise UsageError(f"--grid {entry}: a sweep has one base and one set of pairs; make a sweep for each {key}")
+            raise UsageError(f"grid {entry}: a sweep has one base and one set of pairs; make a sweep for each {key}")
         if key in axes:
-            raise UsageError(f"--grid {' '.join(grid)}: {key} is there twice; name all of its values once, as {name}=A,B")
+            raise UsageError(f"grid {' '.join(grid)}: {key} is there twice; name all of its values once, as {name}=A,B")
         axes[key] = [f"{key}={value.strip()}" for value in values.split(",")]
-    return [list(turns) for turns in itertools.product(*axes.values())]
+    return [list(changes) for changes in itertools.product(*axes.values())]
 
 
 def _name(settings: dict[str, Any]) -> str:

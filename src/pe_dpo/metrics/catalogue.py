@@ -113,13 +113,6 @@ def _margin_quantile(share: float) -> Callable[[PairTable], float]:
 # A line or a few for each, to be read as a table.
 # fmt: off
 _OF_PAIRS: tuple[Metric[PairTable], ...] = (
-    Metric(key="accuracy/shift", title="moved toward chosen",
-        explanation="pairs whose preference training moved towards chosen (Δπ > Δ0)", needs=(*_POLICY, *_REFERENCE),
-        numerator=lambda table: right(table.shift()), is_share=True, form=".3f", direction=1, is_headline=True),
-    Metric(key="accuracy/shift_per_token", title="moved toward chosen, per token",
-        explanation="pairs whose preference per token training moved towards chosen",
-        needs=(*_POLICY, *_REFERENCE, *_LENGTHS), numerator=lambda table: right(table.shift(per_token=True)), is_share=True,
-        form=".3f", direction=1),
     Metric(key="accuracy/policy", title="accuracy, summed log-probs",
         explanation="pairs that the policy ranks right (Δπ > 0)", needs=_POLICY,
         numerator=lambda table: right(table.delta("policy")), reference=lambda table: right(table.delta("reference")),
@@ -132,6 +125,13 @@ _OF_PAIRS: tuple[Metric[PairTable], ...] = (
     Metric(key="accuracy/policy_length_matched", title="accuracy, length-matched", needs=(*_POLICY, *_REFERENCE),
         function=lambda table: share_right(preference(table, "policy", "regimes_length_matched")), is_share=True, form=".3f",
         is_headline=True, of_fixed_set=True),
+    Metric(key="accuracy/shift", title="moved toward chosen",
+        explanation="pairs whose preference training moved towards chosen (Δπ > Δ0)", needs=(*_POLICY, *_REFERENCE),
+        numerator=lambda table: right(table.shift()), is_share=True, form=".3f", direction=1, is_headline=True),
+    Metric(key="accuracy/shift_per_token", title="moved toward chosen, per token",
+        explanation="pairs whose preference per token training moved towards chosen",
+        needs=(*_POLICY, *_REFERENCE, *_LENGTHS), numerator=lambda table: right(table.shift(per_token=True)), is_share=True,
+        form=".3f", direction=1),
     Metric(key="accuracy/reference", title="accuracy of the reference, summed log-probs", needs=_REFERENCE,
         numerator=lambda table: right(table.delta("reference")), is_share=True, form=".3f"),
     Metric(key="accuracy/reference_per_token", title="accuracy of the reference, per token", needs=_REFERENCE,
