@@ -53,7 +53,7 @@ def root_of(content: dict[str, Any]) -> float:
 
 def test_a_run_gives_its_end_its_snapshots_and_its_scales(sweep: Path) -> None:
     run = sweep / "runs" / "base" / "seed-0"
-    found = read_observations([run]).observations
+    found = read_observations([run])[0]
     assert [(one.step, one.is_final, one.scale) for one in found] == [
         (6, True, None), (3, False, None), (6, False, 0.5), (6, False, 0.75)]  # fmt: skip
     assert {one.settings == {} and one.run == str(run) for one in found} == {True}
@@ -176,9 +176,9 @@ def test_scales_measured_otherwise_than_the_end_are_left_out_and_said(sweep: Pat
         content = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
         content["generation"]["max_new_tokens"] = 256
         (place / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
-    table = read_observations([copy])
-    assert [one.scale for one in table.observations] == [None, None, 0.75]
-    (remark,) = table.remarks
+    observations, remarks = read_observations([copy])
+    assert [one.scale for one in observations] == [None, None, 0.75]
+    (remark,) = remarks
     assert re.search(r"its adapter scaled to 0\.5 was measured on other pairs than .* and is left out", remark)
     assert remark.endswith(f"measure it again with: pe-dpo eval {copy} --scale 0.5")
 

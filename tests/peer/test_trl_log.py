@@ -22,7 +22,7 @@ def test_the_last_evaluation_of_a_run_of_trl_is_read(
     data = {"eval_dataset": Dataset.from_list(rows)}
     trainer = peer_trainer(make_base(), rows, beta=0.3, data=data, per_device_eval_batch_size=6, **options)
     trainer.train()
-    (found,) = read_observations([tmp_path / "peer"]).observations
+    (found,) = read_observations([tmp_path / "peer"])[0]
     again = trainer.evaluate()
     assert (found.step, found.source) == (2, "trl")
     for key in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen"):

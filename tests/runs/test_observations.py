@@ -33,11 +33,11 @@ def change(path: Path, **values: Any) -> None:
 
 def test_a_sweep_gives_every_run_and_every_snapshot(tmp_path: Path) -> None:
     folder = fake_runs.write_sweep(tmp_path / "sweep", pairs=30, prompts=20, snapshots=2, steps=6, seeds=(0, 1))
-    table = read_observations([folder])
-    assert len(table.observations) == 7 * 2 * 3
-    assert table.remarks == []
-    assert {(one.step, one.is_final) for one in table.observations} == {(2, False), (4, False), (6, True)}
-    settings = {repr(one.settings) for one in table.observations}
+    observations, remarks = read_observations([folder])
+    assert len(observations) == 7 * 2 * 3
+    assert remarks == []
+    assert {(one.step, one.is_final) for one in observations} == {(2, False), (4, False), (6, True)}
+    settings = {repr(one.settings) for one in observations}
     assert settings == {
         "{}",
         "{'loss.beta': 0.025}",
@@ -51,9 +51,9 @@ def test_a_sweep_gives_every_run_and_every_snapshot(tmp_path: Path) -> None:
 
 def test_runs_that_are_not_finished_are_left_out_of_a_sweep_and_said(tmp_path: Path) -> None:
     folder = fake_runs.write_sweep(tmp_path / "sweep", pairs=30, prompts=20, snapshots=0, steps=2, unfinished=["gamma=0x"])
-    table = read_observations([folder])
-    assert len(table.observations) == 20
-    assert table.remarks == [f"{folder}: 1 of 21 runs are not finished and are left out"]
+    observations, remarks = read_observations([folder])
+    assert len(observations) == 20
+    assert remarks == [f"{folder}: 1 of 21 runs are not finished and are left out"]
 
 
 def test_a_run_that_is_not_finished_is_refused_when_it_is_named(write_run: Callable[..., Path]) -> None:
@@ -75,7 +75,7 @@ def test_settings_of_single_runs_are_turned_away_from_the_first(write_run: Calla
             "c", {"loss.beta": 0.2, "loss.gamma": "0.5x", "mixout.p": 0.3, "generation.prompts": 5, "train.log_every": 2}
         ),
     ]
-    settings = [one.settings for one in read_observations(runs).observations]
+    settings = [one.settings for one in read_observations(runs)[0]]
     assert settings == [{}, {"loss.beta": 0.4}, {"mixout.p": 0.3}]
 
 
@@ -87,7 +87,7 @@ def test_gamma_counts_as_a_multiple_of_beta(write_run: Callable[..., Path]) -> N
         write_run("c", {"loss.beta": 0.2, "loss.gamma": 0.2}),
         write_run("d", {"loss.beta": 0.2, "loss.gamma": "1x"}),
     ]
-    settings = [one.settings for one in read_observations(runs).observations]
+    settings = [one.settings for one in read_observations(runs)[0]]
     of_beta = {"loss.beta": 0.2}
     assert settings[:3] == [{}, {**of_beta, "loss.gamma": "0.5x"}, of_beta]
     assert settings[3]["loss.beta"] == 0.2
@@ -99,7 +99,7 @@ def test_a_calibrated_gamma_keeps_its_name(write_run: Callable[..., Path], tmp_p
     first, second = write_run("a"), write_run("b", {"loss.gamma": "0.37x"})
     recipe = (second / "recipe.yaml").read_text(encoding="utf-8")
     (second / "recipe.yaml").write_text(recipe.replace("gamma: 0.37x", "gamma: auto"), encoding="utf-8")
-    found = read_observations([first, second]).observations[1]
+    found = read_observations([first, second])[0][1]
     assert found.settings == {"loss.gamma": "auto"}
     assert found.kappa == pytest.approx(0.37)
 
@@ -116,9 +116,9 @@ def test_a_sweep_whose_recipe_calibrates_gamma_has_its_base_point_and_its_line_o
     plan["points"] = [point | {"settings": asked} for point, asked in
                       zip(plan["points"], ({}, {"loss.beta": 0.4}, {"loss.gamma": "1x"}), strict=True)]  # fmt: skip
     (sweep / "sweep.json").write_text(json.dumps(plan), encoding="utf-8")
-    found = [one.settings for one in read_observations([sweep]).observations]
+    found = [one.settings for one in read_observations([sweep])[0]]
     assert found == [{}, {"loss.beta": 0.4}, {"loss.gamma": "1x"}]
-    alone = [one.settings for one in read_observations(sorted((sweep / "runs").glob("*gamma=0*/seed-0"))).observations]
+    alone = [one.settings for one in read_observations(sorted((sweep / "runs").glob("*gamma=0*/seed-0")))[0]]
     assert alone == [{}, {"loss.beta": 0.1}]
 
 
@@ -126,7 +126,7 @@ def test_points_that_came_to_the_same_keep_their_seeds_together(tmp_path: Path) 
     """γ = 0.05 and γ = 0.5x are one policy at β = 0.1."""
     settings: list[dict[str, Any]] = [{"loss.gamma": 0.05}, {"loss.gamma": "0.5x"}]
     sweep = fake_runs.write_sweep(tmp_path / "sweep", settings, pairs=30, prompts=20, seeds=(0, 1), snapshots=0, steps=2)
-    found = [one.settings for one in read_observations([sweep]).observations]
+    found = [one.settings for one in read_observations([sweep])[0]]
     second = {"loss.gamma": "0.5x", "run": str(sweep / "runs" / "gamma=0.5x")}
     assert found == [{"loss.gamma": "0.5x"}, {"loss.gamma": "0.5x"}, second, second]
 
@@ -135,33 +135,33 @@ def test_a_run_that_is_named_twice_counts_once(tmp_path: Path) -> None:
     sweep = fake_runs.write_sweep(tmp_path / "sweep", [{}], pairs=30, prompts=20, seeds=(0,), snapshots=0, steps=2)
     (sweep / "here").mkdir()
     twice = [sweep, sweep / "here" / ".." / "runs" / "base" / "seed-0"]
-    assert [one.settings for one in read_observations(twice).observations] == [{}]
+    assert [one.settings for one in read_observations(twice)[0]] == [{}]
 
 
 def test_snapshots_measured_otherwise_than_the_end_of_their_run_are_left_out_and_said(write_run: Callable[..., Path]) -> None:
     """The end was measured again: on other pairs, or with answers of another length."""
     run = write_run("a", snapshots=2)
-    assert len(read_observations([run]).observations) == 3
+    assert len(read_observations([run])[0]) == 3
     change(run / "evaluation.json", generation={"max_new_tokens": 256})
-    table = read_observations([run])
-    assert [one.step for one in table.observations] == [4]
-    assert any("2 snapshots" in remark and "are left out" in remark for remark in table.remarks)
+    observations, remarks = read_observations([run])
+    assert [one.step for one in observations] == [4]
+    assert any("2 snapshots" in remark and "are left out" in remark for remark in remarks)
     other = write_run("b", world=fake_runs.make_world(25, 20), snapshots=2)
     run = write_run("c", snapshots=2)
     (run / "eval_pairs.parquet").write_bytes((other / "eval_pairs.parquet").read_bytes())
-    assert [one.step for one in read_observations([run]).observations] == [4]
+    assert [one.step for one in read_observations([run])[0]] == [4]
 
 
 def test_runs_trained_on_other_pairs_are_told_from_each_other(write_run: Callable[..., Path]) -> None:
     first, second = write_run("a"), write_run("b", seed=1)
-    assert read_observations([first, second]).remarks == []
+    assert read_observations([first, second])[1] == []
     hashes = json.loads((second / "run.json").read_text(encoding="utf-8"))["hashes"]
     change(second / "run.json", hashes=hashes | {"data": "another"})
-    assert any("trained on other pairs" in remark for remark in read_observations([first, second]).remarks)
+    assert any("trained on other pairs" in remark for remark in read_observations([first, second])[1])
 
 
 def test_runs_of_equal_settings_and_seed_stay_apart(write_run: Callable[..., Path]) -> None:
-    found = read_observations([write_run("a"), write_run("b"), write_run("c", seed=1)]).observations
+    found = read_observations([write_run("a"), write_run("b"), write_run("c", seed=1)])[0]
     assert [one.settings.get("run", "").rsplit("/", 1)[-1] for one in found] == ["", "b", ""]
 
 
@@ -169,7 +169,7 @@ def test_pairs_are_matched_whatever_their_order(write_run: Callable[..., Path]) 
     first, second = write_run("a"), write_run("b", seed=1)
     table = pyarrow.parquet.read_table(second / "eval_pairs.parquet")
     pyarrow.parquet.write_table(table.take(list(reversed(range(30)))), second / "eval_pairs.parquet")
-    one, two = read_observations([first, second]).observations
+    one, two = read_observations([first, second])[0]
     assert one.pairs is not None
     assert two.pairs is not None
     assert (one.pairs.prompt_key, one.pairs.where) == (two.pairs.prompt_key, two.pairs.where)
@@ -249,7 +249,7 @@ def test_the_last_evaluation_in_a_log_of_trl_is_read(tmp_path: Path) -> None:
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}), encoding="utf-8")
     shutil.rmtree(tmp_path / "peer" / "checkpoint-5", ignore_errors=False)
     for target in (tmp_path / "peer", tmp_path / "peer" / "checkpoint-10" / "trainer_state.json"):
-        (found,) = read_observations([target]).observations
+        (found,) = read_observations([target])[0]
         assert (found.source, found.step, found.settings) == ("trl", 10, {"run": "TRL peer"})
         assert found.logged["rewards/accuracies"] == 0.7
         assert found.logged["pairs"] == 30

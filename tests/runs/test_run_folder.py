@@ -59,6 +59,27 @@ def test_a_run_that_came_while_the_pairs_were_prepared_is_not_removed(make_recip
         train(make_recipe(*SHORT))
 
 
+@pytest.mark.parametrize("lost", ["run.json", "recipe.yaml"])
+def test_resuming_a_run_whose_record_was_lost_removes_nothing_and_says_what_to_do(make_recipe, lost):
+    folder = train(make_recipe(*SHORT)).folder
+    (folder / lost).unlink()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    with pytest.raises(RunFolderError, match=rf"{lost} is missing.*restore it, or start anew with --overwrite"):
+        train(make_recipe(*SHORT), resume=True)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
+    assert Run(train(make_recipe(*SHORT), overwrite=True).folder).info.is_finished
+
+
+def test_a_recipe_of_somebodys_own_beside_checkpoints_that_are_not_sealed_does_not_make_a_folder_ours(make_recipe, tmp_path):
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("beta: 1")
+    (tmp_path / "run" / "checkpoint-1" / "model.safetensors").write_text("x")
+    for options in ({"resume": True}, {"overwrite": True}, {}):
+        with pytest.raises(RunFolderError, match=r"no run to resume|not a run of pe-dpo"):
+            train(make_recipe(*SHORT), **options)
+    assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").read_text() == "x"
+
+
 def test_to_resume_and_to_overwrite_at_once_is_refused(make_recipe):
     with pytest.raises(RunFolderError, match="use one of them"):
         train(make_recipe(), resume=True, overwrite=True)

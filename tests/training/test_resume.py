@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import recipe_to_yaml
-from pe_dpo.runs.checkpoints import checkpoints, faults, newest_whole_checkpoint
+from pe_dpo.runs.checkpoints import checkpoints, faults
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, damage
         middle = len(content) // 2
         victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     assert len(faults(newest)) == 1
-    found, passed_over = newest_whole_checkpoint(finished)
+    found, passed_over = Run(finished).resume_point()
     assert found == checkpoints(finished)[-2]
     assert str(newest) in passed_over[0]
 
@@ -129,7 +129,7 @@ def test_a_run_without_one_whole_checkpoint_says_so(finished):
     for checkpoint in checkpoints(finished):
         (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(RunFolderError, match=r"(?s)no checkpoint of this run is whole.*optimizer\.pt is missing"):
-        newest_whole_checkpoint(finished)
+        Run(finished).resume_point()
 
 
 def test_only_the_newest_checkpoints_are_kept(straight):

@@ -37,8 +37,9 @@ from pe_dpo.progress import progress
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import GenerationSection
-from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE, scaled_folder
-from pe_dpo.runs.held_out import read_generation, save_evaluation, with_initial
+from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE, scaled_folder
+from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import save_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ class Evaluation:
         self.save_pairs(folder / PAIRS_FILE)
         if self.drift is not None:
             self.drift.table.save(folder / ANSWERS_FILE)
-        generation = self.generation or read_generation(folder)
-        save_evaluation(folder / EVALUATION_FILE, self.metrics, self.intervals, generation)
+        generation = self.generation or Run(folder).generation
+        save_evaluation(folder, self.metrics, self.intervals, generation)
         for scale, found in self.scaled.items():
             found.save(scaled_folder(folder, scale))
 
@@ -130,7 +131,7 @@ def evaluate(
     else:
         other = inspect_base(base, quantize=quantize or "none", dtype=recipe.model.dtype) if base else None
         work.measure_models(info, other)
-    initial = None if data else saved.folder / PAIRS_FILE
+    initial = None if data else Run(saved.folder)
     found, *others = (work.evaluation(scale, initial) for scale in work.measured)
     found.scaled = dict(zip(list(work.measured)[1:], others, strict=True))
     if scorer and score_answers and work.reference_answers:
@@ -294,12 +295,12 @@ class _Measuring:
         if self.is_judged:
             self._answer_as_reference(policy, budget)
 
-    def evaluation(self, scale: float, initial: Path | None) -> Evaluation:
+    def evaluation(self, scale: float, initial: Run | None) -> Evaluation:
         """Return what was measured at a scale, with all that follows from it.
 
         Args:
             scale: of the policy.
-            initial: where a run has written the pairs at step 0.
+            initial: the run that has written the pairs at step 0.
         """
         policy, drift = self.measured[scale]
         loss = Loss(**self.recipe.loss.coefficients())
@@ -309,7 +310,7 @@ class _Measuring:
         margins = torch.tensor([pair.margin for pair in self.pairs], dtype=torch.float64)
         scored = pair_table(self.pairs, policy, self.reference, loss(policy, self.reference, margins), loss)
         if self.saved.recipe is not None and initial is not None:
-            known = with_initial(initial, scored)
+            known = initial.with_initial(scored)
             scored = known or (scored.since(None) if self.recipe.policy_starts_as_reference else scored)
         generation = None
         if drift is not None:

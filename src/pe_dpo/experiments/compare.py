@@ -72,8 +72,8 @@ def compare(
     if not targets:
         raise UsageError("nothing to compare: name run folders, or the folder of a sweep")
     axis = check_names(metric, baseline)
-    read = read_observations(targets)
-    ours = [one for one in read.observations if one.source == "pe-dpo"]
+    observations, left_out = read_observations(targets)
+    ours = [one for one in observations if one.source == "pe-dpo"]
     is_scored = bool(ours) and all(why_missing(METRICS["win_rate"], one) is None for one in ours)
     name = metric or ("win_rate" if is_scored else "accuracy/shift" if ours else "rewards/accuracies")
     chosen = METRICS[name]
@@ -93,15 +93,15 @@ def compare(
         unit=chosen.kind.removesuffix("s"),
         repeats=repeats,
         confidence=confidence,
-        runs=[_run_row(one, name) for one in read.observations],
+        runs=[_run_row(one, name) for one in observations],
         remarks=[
-            *read.remarks,
+            *left_out,
             *summary.metric_remarks(
                 chosen,
                 measured=len(ours),
                 lacking=len(ours) - len(usable),
                 why=lacking and why_missing(chosen, lacking),
-                logs=len(read.observations) - len(ours),
+                logs=len(observations) - len(ours),
             ),
         ],
     )

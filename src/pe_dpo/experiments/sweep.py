@@ -26,7 +26,6 @@ from pe_dpo.model.provenance import adapter_fingerprint
 from pe_dpo.recipe import Recipe, recipe_difference, recipe_to_yaml, with_absolute_paths
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE
-from pe_dpo.runs.held_out import read_generation
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_same_inputs, free_to_change, locked
 from pe_dpo.training.gamma import with_recorded_gamma
@@ -142,7 +141,7 @@ def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
 
 
 def _metrics(folder: Path, after: Mapping[str, float]) -> dict[str, float]:
-    generation = read_generation(folder)
+    generation = Run(folder).generation
     return {**after, "kl": generation["kl"]["mean"]} if generation else dict(after)
 
 

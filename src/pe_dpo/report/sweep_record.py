@@ -86,7 +86,7 @@ class SweepRecord:
         if any(info.is_finished for info in infos):
             try:
                 self.comparison, self.why_not = compare([folder], metric=metric, baseline=baseline), ""
-                observations = read_observations([folder]).observations
+                observations, _ = read_observations([folder])
                 self.crosses = _crosses(self.comparison, observations)
             except UsageError as error:
                 self.why_not = str(error)

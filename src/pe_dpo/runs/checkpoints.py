@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.disk import sync, write_json
-from pe_dpo.errors import RunFolderError
 
 MANIFEST = "MANIFEST.json"
 _PREFIX = "checkpoint-"
@@ -26,13 +25,14 @@ def staging_folder(run: Path) -> Path:
     return run / ".staging"
 
 
-def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any]) -> Path:
-    """Seal the staged checkpoint of a step with a manifest and give it its final name, atomically.
+def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any], *, keep: int) -> None:
+    """Seal the staged checkpoint of a step with a manifest and give it its final name, atomically; remove the oldest others.
 
     Args:
-        run: folder of the run.
-        step: of the checkpoint.
-        inputs: of the run, see `Run.inputs`.
+        run: The folder of the run.
+        step: The optimizer step of the checkpoint.
+        inputs: What the run started from, see `Run.inputs`.
+        keep: How many checkpoints stay. What a kill left of unfinished ones goes, too.
     """
     final = run / f"{_PREFIX}{step}"
     staged = staging_folder(run) / final.name
@@ -50,7 +50,9 @@ def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any]) -> Path:
         shutil.rmtree(final)
     staged.rename(final)
     sync(run)
-    return final
+    for checkpoint in checkpoints(run)[:-keep]:
+        shutil.rmtree(checkpoint)
+    shutil.rmtree(staging_folder(run), ignore_errors=True)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -81,48 +83,6 @@ def faults(checkpoint: Path) -> list[str]:
         elif _sha256(path) != expected["sha256"]:
             found.append(f"{name} is not what was written")
     return found
-
-
-def is_foreign(checkpoint: Path, inputs: Mapping[str, Any]) -> str | None:
-    """Return why a whole checkpoint is not one of a run with these inputs, or None.
-
-    Runs and checkpoints were made without an id once: a run without one takes checkpoints without one.
-    """
-    sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("inputs", {})
-    if sealed.get("run") != inputs.get("run"):
-        return "is a checkpoint of another run"
-    other = [name for name, value in inputs.items() if sealed.get(name, value) != value]
-    return f"was made with other inputs ({', '.join(other)})" if other else None
-
-
-def newest_whole_checkpoint(run: Path, inputs: Mapping[str, Any] | None = None) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that verifies (None if there is none), and a line for each newer one passed over.
-
-    Args:
-        run: folder of the run.
-        inputs: of the run, see `Run.inputs`, of which the checkpoint must be; None: it need only be whole.
-
-    Raises:
-        RunFolderError: there are checkpoints, but not one of them is whole and of this run.
-    """
-    passed_over: list[str] = []
-    for checkpoint in reversed(checkpoints(run)):
-        problems = faults(checkpoint)
-        problem = problems[0] if problems else is_foreign(checkpoint, inputs) if inputs is not None else None
-        if problem is None:
-            return checkpoint, passed_over
-        passed_over.append(f"{checkpoint}: passed over: {problem}")
-    if passed_over:
-        lines = "\n".join(passed_over)
-        raise RunFolderError(f"no checkpoint of this run is whole; start anew with --overwrite, or another --output:\n{lines}")
-    return None, []
-
-
-def keep_newest(run: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints, and what a kill left of unfinished ones."""
-    for checkpoint in checkpoints(run)[:-count]:
-        shutil.rmtree(checkpoint)
-    shutil.rmtree(staging_folder(run), ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -138,6 +138,22 @@ class Measurements:
             self.folder / ANSWERS_FILE, remedy=remedy(self.folder), needs=("tokens", "kl", "entropy"), with_texts=with_texts
         )
 
+    def with_initial(self, table: PairTable) -> PairTable | None:
+        """Return pairs with the log-probs of step 0 that the file of held-out pairs has.
+
+        Args:
+            table: The pairs as they are scored now.
+
+        Returns:
+            None where there is no such file, it does not have them, or it is about other pairs.
+        """
+        kept = PairTable.load(self.folder / PAIRS_FILE, remedy=remedy(self.folder), with_texts=False)
+        if kept is None or not kept.knows("initial_chosen", "initial_rejected"):
+            return None
+        if (kept.where, kept.prompt_key) != (table.where, table.prompt_key):
+            return None
+        return replace(table, initial_chosen=kept.initial_chosen, initial_rejected=kept.initial_rejected)
+
     @cached_property
     def evaluation(self) -> dict[str, dict[str, Any]]:
         """What the pairs and the sampled answers come to, under "pairs" and "generation"; each may be empty.
@@ -158,6 +174,15 @@ class Measurements:
     def metrics_of_pairs(self) -> dict[str, float]:
         """Means over the held-out pairs."""
         return {key: float(value) for key, value in self.evaluation["pairs"].items()}
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """What the sampled answers come to, if they still lie beside it; None, too, for a file that has to be written anew."""
+        try:
+            found = self.evaluation["generation"] if (self.folder / ANSWERS_FILE).is_file() else None
+        except (RunFolderError, UsageError):
+            return None
+        return found or None
 
     @property
     def answer_limit(self) -> int | None:
@@ -331,7 +356,31 @@ class Run(Measurements):
     def resume_point(self) -> tuple[Path | None, list[str]]:
         """Return the newest checkpoint that is whole and the run's own, and a line for each newer one that is passed over.
 
+        Runs and checkpoints were made without an id once: a run without one takes checkpoints without one.
+
+        Returns:
+            None in place of the checkpoint where the run has none yet.
+
         Raises:
             RunFolderError: there are checkpoints, but not one of them is whole and the run's own.
         """
-        return checkpoints.newest_whole_checkpoint(self.folder, self.inputs)
+        inputs, passed_over = self.inputs, []
+        for checkpoint in reversed(self.checkpoints()):
+            damage = checkpoints.faults(checkpoint)
+            if damage:
+                passed_over.append(f"{checkpoint}: passed over: {damage[0]}")
+                continue
+            sealed = json.loads((checkpoint / checkpoints.MANIFEST).read_text(encoding="utf-8")).get("inputs", {})
+            other = [name for name, value in inputs.items() if sealed.get(name, value) != value]
+            if sealed.get("run") != inputs["run"]:
+                passed_over.append(f"{checkpoint}: passed over: is a checkpoint of another run")
+            elif other:
+                passed_over.append(f"{checkpoint}: passed over: was made with other inputs ({', '.join(other)})")
+            else:
+                return checkpoint, passed_over
+        if passed_over:
+            lines = "\n".join(passed_over)
+            raise RunFolderError(
+                f"no checkpoint of this run is whole; start anew with --overwrite, or another --output:\n{lines}"
+            )
+        return None, []

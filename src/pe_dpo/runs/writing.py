@@ -15,8 +15,8 @@ from typing import Any
 from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, describe, recipe_difference, recipe_to_yaml
-from pe_dpo.runs.checkpoints import checkpoint_step
-from pe_dpo.runs.files import BASE_FILE, METRICS_FILE, RECIPE_FILE, RUN_FILE, read_object
+from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints
+from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, RUN_FILE, read_object
 from pe_dpo.runs.model_card import model_card
 from pe_dpo.runs.run import Run
 
@@ -76,10 +76,11 @@ class RunWriter:
 
         Only what a run writes is removed; other files stay.
         """
-        if not self.writes or (resume and (self.folder / RUN_FILE).is_file()):
+        if not self.writes or resume:
             return
-        for path in filter(_is_ours, _content(self.folder)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.folder.iterdir():
+            if path.name in _OURS or path.name.removeprefix("checkpoint-").isdigit() or path.name.endswith(".partial"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.update(id=uuid.uuid4().hex, status="starting")
         write_atomically(self.folder / RECIPE_FILE, recipe_to_yaml(recipe))
 
@@ -223,8 +224,13 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
     if resume:
         _check_same_recipe(folder, recipe)
         return
-    _check_inputs_outside(folder, recipe)
-    if not folder.is_dir() or not _content(folder):
+    inputs = {"adapter.start": recipe.adapter.start, "model.base": recipe.model.base, "data.train": recipe.data.train}
+    for name, value in {**inputs, "data.eval": recipe.data.eval}.items():
+        if isinstance(value, str) and Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
+            raise RunFolderError(
+                f"{folder}: {name} lies in the output folder, which a fresh run empties; choose another --output"
+            )
+    if not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir()):
         return
     if not _is_run(folder):
         raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
@@ -232,35 +238,23 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
         raise RunFolderError(f"{folder}: holds a run; --resume goes on with it, --overwrite removes it, --output moves")
 
 
-def _content(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.name != ".lock"]
-
-
 def _is_run(folder: Path) -> bool:
-    """Whether run.json is one of ours; anything else of that name is somebody's."""
+    """Return whether run.json is one of ours, or was lost but the run's recipe and a sealed checkpoint lie there."""
+    if not (folder / RUN_FILE).is_file():
+        return (folder / RECIPE_FILE).is_file() and any((path / MANIFEST).is_file() for path in checkpoints(folder))
     try:
         return "status" in read_object(folder / RUN_FILE)
     except RunFolderError:
         return False
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file or folder is one that a run writes; only such are ever removed."""
-    is_checkpoint = path.name.removeprefix("checkpoint-").isdigit()
-    return path.name in _OURS or is_checkpoint or path.name.endswith(".partial")
-
-
-def _check_inputs_outside(folder: Path, recipe: Recipe) -> None:
-    inputs = {"adapter.start": recipe.adapter.start, "model.base": recipe.model.base, "data.train": recipe.data.train}
-    for name, value in {**inputs, "data.eval": recipe.data.eval}.items():
-        if isinstance(value, str) and Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
-            raise RunFolderError(
-                f"{folder}: {name} lies in the output folder, which a fresh run empties; choose another --output"
-            )
-
-
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    if not (folder / RECIPE_FILE).is_file():
+    missing = [name for name in (RUN_FILE, RECIPE_FILE) if not (folder / name).is_file()]
+    if missing and _is_run(folder):
+        raise RunFolderError(
+            f"{folder}: {missing[0]} is missing, and it is part of every run; restore it, or start anew with --overwrite"
+        )
+    if missing:
         raise RunFolderError(f"{folder}: there is no run to resume; leave --resume out")
     old = Run(folder).recipe
     difference = recipe_difference(old, recipe, ignore=free_to_change(old))
@@ -293,3 +287,21 @@ def versions() -> dict[str, str]:
     packages = "pe-dpo torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors"
     found = {name: importlib.metadata.version(name) for name in packages.split()}
     return {"python": sys.version.split()[0], "platform": platform.platform(), **found}
+
+
+def save_evaluation(
+    folder: Path,
+    metrics: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what an evaluation came to into evaluation.json of a folder, atomically.
+
+    Args:
+        folder: The place of what was measured.
+        metrics: The metrics of the pairs, see `pair_metrics`.
+        intervals: The intervals of those that are shares.
+        generation: What the sampled answers come to, see `Drift.summary`; left out without any.
+    """
+    parts = {"pairs": dict(metrics), "intervals": {key: list(ends) for key, ends in intervals.items()}}
+    write_json(folder / EVALUATION_FILE, parts if generation is None else {**parts, "generation": dict(generation)})

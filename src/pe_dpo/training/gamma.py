@@ -83,11 +83,10 @@ def with_recorded_gamma(run: Run, recipe: Recipe) -> Recipe:
 
 def repair_recipe(run: Run) -> None:
     """Write the γ that was found into recipe.yaml, should a kill have come between the record and it."""
-    path = run.folder / RECIPE_FILE
-    if path.is_file():
+    if run.exists:
         found = with_recorded_gamma(run, run.recipe)
         if found != run.recipe:
-            write_atomically(path, recipe_to_yaml(found))
+            write_atomically(run.folder / RECIPE_FILE, recipe_to_yaml(found))
 
 
 def _words(found: Calibration, recipe: Recipe) -> str:

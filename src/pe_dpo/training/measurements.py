@@ -17,8 +17,8 @@ from pe_dpo.inference.pairs import with_texts
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe.schema import GenerationSection
-from pe_dpo.runs.files import ANSWERS_FILE, EVALUATION_FILE, PAIRS_FILE
-from pe_dpo.runs.held_out import save_evaluation
+from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE
+from pe_dpo.runs.writing import save_evaluation
 from pe_dpo.training.trainer import PairTrainer
 
 GENERATION_SEED = 0
@@ -66,4 +66,4 @@ def keep_measurements(
         drift.table.save(folder / ANSWERS_FILE)
     metrics = pair_metrics(scored, is_fixed_set=True)
     intervals = share_intervals(metrics, len(scored))
-    save_evaluation(folder / EVALUATION_FILE, metrics, intervals, drift.summary() if drift else None)
+    save_evaluation(folder, metrics, intervals, drift.summary() if drift else None)

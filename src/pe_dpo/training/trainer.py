@@ -32,7 +32,7 @@ from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
 from pe_dpo.objective import Loss, PreferenceLoss
-from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, keep_newest, staging_folder
+from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.training.order import EpochLoader, OptimizerBatches
 from pe_dpo.training.watch import probe_pairs
@@ -285,8 +285,7 @@ class PairTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                commit_checkpoint(run, self.state.global_step, Run(run).inputs)
-                keep_newest(run, self.keep_checkpoints)
+                commit_checkpoint(run, self.state.global_step, Run(run).inputs, keep=self.keep_checkpoints)
             self.accelerator.wait_for_everyone()
         finally:
             self._staging = None
