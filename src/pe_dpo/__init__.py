@@ -2,7 +2,7 @@
 
 What the commands do is here as functions (`load_recipe`, `train`, `evaluate`, `compare`, `merge`), a run folder is a `Run`, and
 there are the parts for anyone's own loop (`preference_loss`, `completion_logprobs`, `attach_mixout`, `mixout`, `MixLinear`).
-Names are loaded when they are first used: importing the package imports no torch.
+`Policy` is provisional. Names are loaded when they are first used: importing the package imports no torch.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pe_dpo.evaluation.evaluate import evaluate
     from pe_dpo.experiments.compare import compare
+    from pe_dpo.inference.policy import Policy
     from pe_dpo.merging.merge import merge
     from pe_dpo.model.mixout import MixLinear, attach_mixout, mixout
     from pe_dpo.objective import answer_logprobs, completion_logprobs, preference_loss
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MixLinear": "pe_dpo.model.mixout",
+    "Policy": "pe_dpo.inference.policy",
     "Run": "pe_dpo.runs.run",
     "answer_logprobs": "pe_dpo.objective",
     "attach_mixout": "pe_dpo.model.mixout",
@@ -38,6 +40,7 @@ _HOMES = {
 
 __all__ = [
     "MixLinear",
+    "Policy",
     "Run",
     "answer_logprobs",
     "attach_mixout",

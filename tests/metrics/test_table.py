@@ -247,8 +247,11 @@ def test_shares_of_independent_pairs_get_an_interval(four):
     policy = {"accuracy/policy", "accuracy/policy_per_token", "accuracy/implicit", "rewards/accuracies"}
     reference = {"accuracy/reference", "accuracy/reference_per_token", "accuracy/shift", "accuracy/shift_per_token"}
     assert found.keys() >= policy | reference
-    unknown = {"accuracy/policy_length_matched", "accuracy/reference_length_matched", "displacement/chosen_fell"}
-    assert not found.keys() & unknown
+    assert not found.keys() & {
+        "accuracy/policy_length_matched",
+        "accuracy/reference_length_matched",
+        "displacement/chosen_fell",
+    }
     assert found["accuracy/policy"] == wilson_interval(0.5, 4)
 
 
