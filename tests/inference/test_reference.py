@@ -218,7 +218,7 @@ def poison(path, nats, *, share=1.0):
                 connection.execute("UPDATE answer SET value = ? WHERE reference = ? AND key = ?", (moved, reference, key))
 
 
-@pytest.mark.parametrize(("gamma", "dtype"), [("1x", "bfloat16"), ("0", "bfloat16")])
+@pytest.mark.parametrize(("gamma", "dtype"), [("1x", "float32"), ("0", "bfloat16")])
 def test_a_store_that_is_off_by_little_is_found_before_training(make_recipe, gamma, dtype, tmp_path, warned: list[str]):
     """At γ = 0 nothing but the held-out pairs is stored, and they are looked at all the same."""
     store = tmp_path / "store.sqlite"
