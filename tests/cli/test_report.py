@@ -1,5 +1,8 @@
 """`pe-dpo report`: a page and files beside it, or one line that says why not."""
 
+import subprocess
+import sys
+
 import fake_runs
 import pytest
 
@@ -31,6 +34,17 @@ def test_by_default_a_report_lies_in_the_run(pe_dpo, tmp_path) -> None:
     assert done.out.startswith("This run is not finished (status: training")
     assert (run / "report.html").is_file()
     assert (run / "report" / "table.md").is_file()
+
+
+def test_a_report_needs_neither_torch_nor_transformers(run, tmp_path) -> None:
+    """In a fresh process, because this one has them already."""
+    program = (
+        "import sys\nfrom pe_dpo.cli import main\ntry: main()\n"
+        "except SystemExit as ended: print(ended.code, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, "report", run, "-o", tmp_path / "page.html", "--figures", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -56,10 +56,6 @@ def audit(
     if json:
         typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False))
         return
-    _show(found)
-
-
-def _show(found: "Audit") -> None:
     reference = found.reference
     source = "run just now" if reference["was_run"] else "all from the store, the model was not run"
     console.say(f"π0: {reference['is']}, quantize {reference['quantize']}, {reference['dtype']}; log-probs {source}")

@@ -34,7 +34,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where to cut an answer that does not end.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the most likely tokens of this share; above 0, at most 1.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws; both models get the same noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws; both models get the same noise.")] = 0,
 ) -> None:
     """Talk to base and tuned model side by side, and see how far training moved each answer."""
     from pe_dpo.errors import UsageError

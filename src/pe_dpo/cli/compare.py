@@ -19,21 +19,21 @@ METRIC = (
 )
 _BESIDE = ("accuracy/shift", "accuracy/policy", "rewards/accuracies", "win_rate")
 """Metrics in the table of all runs, whichever is compared."""
-BASELINE = "The dial that others are held against: beta, mixout, lr, a dotted key, step (early stopping), scale (of adapters)."
+BASELINE = "What others are held against: beta, mixout, lr, a dotted key, step (early stopping), scale (of adapters)."
 
 
 def compare(
     targets: Annotated[list[Path], typer.Argument(help=TARGETS, metavar="RUNS|SWEEP")],
     metric: Annotated[str | None, typer.Option(help=METRIC)] = None,
     baseline: Annotated[str, typer.Option(help=BASELINE)] = "beta",
-    confidence: Annotated[float, typer.Option(help="Of the intervals, and of the verdict.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Confidence of the intervals and of the verdict.")] = 0.95,
     repeats: Annotated[int, typer.Option(help="Replicates of the bootstrap.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what can and cannot be told apart between runs: paired, at equal KL, all runs shown.
 
-    A run can look better because it went further from the reference. So each is held against the runs of the baseline dial (β)
+    A run can look better because it went further from the reference. So each is held against the runs of the baseline (β)
     at its own KL, seed by seed and pair by pair, between their KLs and never beyond.
 
     The metric must not depend on what is compared. Reward accuracy contains β and γ themselves. accuracy/shift, the share of

@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,21 +22,10 @@ NARROWEST = 18
 """Characters to which the names of a table's rows may fold before columns have to go below."""
 
 
-def quiet_libraries() -> None:
-    """Keep libraries' progress bars, advice and deprecations out of the terminal; their errors stay."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
 def start(*, is_silent: bool = False) -> "Terminal":
-    """Prepare the terminal for a command that loads models, and show what the package logs and how far it is until it ends.
+    """Prepare the terminal for a command that takes long, and show what the package logs and how far it is until it ends.
+
+    Libraries' progress bars, advice and deprecations are kept out of the terminal; their errors stay.
 
     Args:
         is_silent: show nothing of the log, where the output is for a program.
@@ -43,7 +33,14 @@ def start(*, is_silent: bool = False) -> "Terminal":
     Returns:
         What shows the log, with its lines and warnings so far.
     """
-    quiet_libraries()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if "transformers" in sys.modules:  # else it will read the variables above; a command that needs no model does without it
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     handler = Terminal(is_silent)
     _until_the_command_ends.enter_context(_logging_to(handler))
     _until_the_command_ends.enter_context(showing(counter()))
@@ -159,14 +156,6 @@ def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
     return Group(*([Text(title, style="bold")] if title else []), *tables)
 
 
-def show_outcome(before: Mapping[str, float], after: Mapping[str, float]) -> None:
-    """Print the headline metrics of held-out pairs, shares with Wilson intervals, before and after."""
-    from pe_dpo.metrics.catalogue import headline_rows
-
-    title = f"{int(after['pairs'])} held-out pairs (95 % Wilson intervals)"
-    show_table(title, ["", "before", "after"], headline_rows(before, after))
-
-
 def show_result(result: Any) -> None:
     """Print what a run came to, from the main process; leave with 128 + signal when it was interrupted.
 
@@ -180,7 +169,10 @@ def show_result(result: Any) -> None:
         say(f"stopped by a signal after step {result.steps}, checkpoint saved; go on with: {again}")
         raise typer.Exit(128 + result.interrupted_by)
     if result.after:
-        show_outcome(result.before, result.after)
+        from pe_dpo.metrics.catalogue import headline_rows
+
+        title = f"{int(result.after['pairs'])} held-out pairs (95 % Wilson intervals)"
+        show_table(title, ["", "before", "after"], headline_rows(result.before, result.after))
         prefix, how = ("regimes_per_token", ", per token") if result.reduce == "mean" else ("regimes", "")
         show_regimes(result.before, f"Before: what the reference already ranks right{how}", prefix)
         show_regimes(result.after, f"After: who flipped, and where the loss still pulls{how}", prefix)

@@ -23,7 +23,7 @@ def evaluate(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Answers to each prompt.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Where an answer that does not end is cut.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampled answers; keep it to compare runs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled answers; keep it to compare runs.")] = 0,
     scale: Annotated[
         str | None,
         typer.Option(help="Measure a run's adapter scaled toward the reference too: 0.5,0.75 or none; default: its recipe's."),

@@ -19,13 +19,15 @@ def merge(
     compare: Annotated[bool, typer.Option("--compare", help="Measure all ways to serve; with -o, merge after it.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (the base's own), bf16, fp16 or fp32.")] = "auto",
     rounding: Annotated[str, typer.Option(help="auto, nearest or stochastic.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of stochastic rounding.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of stochastic rounding.")] = 0,
     sft: Annotated[Path | None, typer.Option(help="An adapter that was active under this one in training.")] = None,
     scale: Annotated[float, typer.Option(help="Serve W0 + a·ΔW: a < 1 is toward the reference, a > 1 beyond.")] = 1.0,
     data: Annotated[str | None, typer.Option(help="Pairs to verify on; default: those the run held out.")] = None,
     pairs: Annotated[int | None, typer.Option(min=0, help="How many: default 32, and 200 to compare; 0: tensors only.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if it moved.")] = None,
-    quantize: Annotated[str | None, typer.Option(help=f"Of a foreign adapter: {QUANTIZATIONS_IN_WORDS}.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help=f"How a foreign adapter's base is loaded: {QUANTIZATIONS_IN_WORDS}.")
+    ] = None,
     allow_base_mismatch: Annotated[bool, typer.Option("--allow-base-mismatch", help="Merge onto another base.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write a merge that failed verification; its report says so.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
@@ -34,8 +36,8 @@ def merge(
     ignored = {"--dtype": dtype != "auto", "--rounding": rounding != "auto", "--force": force}
     if sft is None and scale == 1:
         ignored |= {"--pairs": pairs is not None, "--data": data is not None}
-    _check_words(onto, dtype, rounding, quantize)
-    _check_request(target, output, onto, compare=compare, ignored_by_adapter=[name for name, given in ignored.items() if given])
+    words = {"--onto": onto, "--dtype": dtype, "--rounding": rounding, "--quantize": quantize}
+    _check_request(target, output, words, compare=compare, ignored=[name for name, given in ignored.items() if given])
     if compare and pairs == 0:
         raise UsageError("--compare needs pairs to compare on; leave --pairs out, or name a number")
 
@@ -63,20 +65,20 @@ def merge(
         typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
 
 
-def _check_words(onto: str, dtype: str, rounding: str, quantize: str | None) -> None:
-    for name, value, known in (
-        ("--onto", onto, ("dequantized", "original", "adapter")),
-        ("--dtype", dtype, ("auto", "bf16", "fp16", "fp32")),
-        ("--rounding", rounding, ("auto", "nearest", "stochastic")),
-        ("--quantize", quantize, (None, *QUANTIZATIONS)),
+def _check_request(
+    target: Path, output: Path | None, words: dict[str, str | None], *, compare: bool, ignored: list[str]
+) -> None:
+    """Refuse words that there are not, and options that `--onto adapter` ignores."""
+    for name, known in (
+        ("--onto", ("dequantized", "original", "adapter")),
+        ("--dtype", ("auto", "bf16", "fp16", "fp32")),
+        ("--rounding", ("auto", "nearest", "stochastic")),
+        ("--quantize", (None, *QUANTIZATIONS)),
     ):
-        if value not in known:
-            raise UsageError(f"{name} {value}: write {', '.join(word for word in known if word)}")
-
-
-def _check_request(target: Path, output: Path | None, onto: str, *, compare: bool, ignored_by_adapter: list[str]) -> None:
-    if onto == "adapter" and not compare and ignored_by_adapter:
-        raise UsageError(f"--onto adapter merges nothing; leave {', '.join(ignored_by_adapter)} out")
+        if words[name] not in known:
+            raise UsageError(f"{name} {words[name]}: write {', '.join(word for word in known if word)}")
+    if words["--onto"] == "adapter" and not compare and ignored:
+        raise UsageError(f"--onto adapter merges nothing; leave {', '.join(ignored)} out")
     if not target.is_dir():
         raise UsageError(f"{target}: no such folder; name a run or an adapter on disk")
     if output is None and not compare:

@@ -12,8 +12,8 @@ def report(
     target: Annotated[Path, typer.Argument(help="The folder of a run or of a sweep.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; default: report.html in it.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Folder for plots and tables; default: report/ in it.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Of a sweep: what to compare on; see pe-dpo compare.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Of a sweep: the dial that others are held against.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What a sweep is compared on; see pe-dpo compare.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The hyperparameter of a sweep that others are held against.")] = None,
 ) -> None:
     """Show a run or a sweep on one page that opens anywhere; plots as PNG and tables as markdown beside it."""
     from pe_dpo.errors import UsageError
