@@ -18,7 +18,6 @@ from pe_dpo.model.adapter import (
     save_adapter,
     scaled,
     start_from_adapter,
-    switch_on_both,
 )
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.model.lora import compute_in_base_dtype
@@ -178,7 +177,7 @@ def test_it_is_the_policy_whose_b_was_scaled(policy):
     """An independent way to the same weights: a·(s·B·A) = s·(a·B)·A; at a = ½ the reference's share is the same."""
     other = copy.deepcopy(policy)
     if REFERENCE in policy.peft_config:
-        switch_on_both(other)
+        other.base_model.set_adapter([REFERENCE, POLICY], inference_mode=True)
     for name, parameter in other.named_parameters():
         if "lora_B" in name:
             parameter.data *= 0.5

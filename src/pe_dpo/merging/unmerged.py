@@ -2,12 +2,12 @@
 
 reference    the base as in training, or with the adapter that π0 has
 trained      the same with the adapter on; scaled toward the reference where that is what is served
-noisy        the trained one with the noise of rounding to the dtype that is served
+floor        the trained one with the noise of rounding to the dtype that is served
 """
 
 import gc
 import logging
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pe_dpo.log import quiet
 from pe_dpo.merging.behaviour import TOKENS, Agreement, Behaviour, agreement, measure, verification_failures
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.training_base import TrainingBase
-from pe_dpo.model.adapter import POLICY, REFERENCE, add_finished_adapter, switch_on_both
+from pe_dpo.model.adapter import POLICY, REFERENCE, acting, add_finished_adapter
 from pe_dpo.model.base import BaseInfo, compute_in, inspect_base, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprints
 from pe_dpo.model.provenance import changed
@@ -68,18 +68,20 @@ class Unmerged:
         scorer = _choose_scorer(model, source)
         self.reference = measure(model, source.pairs, scorer)
         model = add_finished_adapter(model, source.trained)
-        _weigh_adapters(model, source.weights)
-        self.trained = measure(model, source.pairs, scorer)
-        check_weights_unpacked(model)
+        # Each adapter acts as much as it does in what is served, by PEFT's own scalings.
+        shares = {name: weight for name, weight in zip((REFERENCE, POLICY), source.weights, strict=True) if weight}
         noisy = None
-        with suppress(torch.OutOfMemoryError):
-            if self.computed_in != torch.float32:  # already rounded, and its arithmetic too: that in float32 instead
-                compute_in(model, torch.float32)
-                scorer = _choose_scorer(model, source)  # attention kernels of 16 bits do not take it
-                noisy = measure(model, source.pairs, scorer)
-            elif dtype != torch.float32:
-                add_rounding_noise(model, dtype)
-                noisy = measure(model, source.pairs, scorer)
+        with nullcontext() if shares == {POLICY: 1.0} else acting(model, shares):
+            self.trained = measure(model, source.pairs, scorer)
+            check_weights_unpacked(model)
+            with suppress(torch.OutOfMemoryError):
+                if self.computed_in != torch.float32:  # already rounded, and its arithmetic too: that in float32 instead
+                    compute_in(model, torch.float32)
+                    scorer = _choose_scorer(model, source)  # attention kernels of 16 bits do not take it
+                    noisy = measure(model, source.pairs, scorer)
+                elif dtype != torch.float32:
+                    add_rounding_noise(model, dtype)
+                    noisy = measure(model, source.pairs, scorer)
         if noisy is None and not self.computed_in == dtype == torch.float32:
             logger.warning("no memory to measure the noise of the dtype; the merge is judged without it")
         self.floor = None if noisy is None else self.agreement(noisy)
@@ -122,17 +124,6 @@ def _choose_scorer(model: Any, source: Source) -> Scorer:
     """The way to log-probs of the pairs; which it is concerns the measurement, not the merge, and is not said."""
     with quiet():
         return choose_scorer(model, source.pairs, token_budget=TOKENS)
-
-
-def _weigh_adapters(model: Any, weights: tuple[float, float]) -> None:
-    """Let reference and trained adapter act as much as they do in what is served, by PEFT's own scalings."""
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            for name, weight in zip((REFERENCE, POLICY), weights, strict=True):
-                if name in module.scaling:
-                    module.scaling[name] *= weight
-    if weights[0]:
-        switch_on_both(model)
 
 
 def measure_served(source: Source, computed_in: torch.dtype, *, merged: Path | None = None) -> Behaviour:

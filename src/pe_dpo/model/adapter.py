@@ -152,11 +152,6 @@ def add_finished_adapter(model: Any, folder: str | Path, name: str = POLICY) -> 
     return _in_float32(model).eval()
 
 
-def switch_on_both(model: Any) -> None:
-    """Let both adapters of a PEFT model act, the trained one on top of the other."""
-    model.base_model.set_adapter([REFERENCE, POLICY], inference_mode=True)
-
-
 @contextmanager
 def borrowed_base(base: Any) -> Iterator[None]:
     """Within the block a loaded base may get adapters, another attention and recomputed activations; afterwards it has none."""
@@ -187,7 +182,7 @@ def as_reference(model: Any) -> Iterator[Any]:
     """
     with torch.no_grad():
         if REFERENCE in model.peft_config:
-            with _acting(model, {REFERENCE: 1.0}):
+            with acting(model, {REFERENCE: 1.0}):
                 yield model
         else:
             with _trainable_as_before(model), model.disable_adapter():
@@ -217,13 +212,18 @@ def scaled(model: Any, scale: float) -> Iterator[Any]:
         yield model
         return
     frozen = {REFERENCE: 1 - scale} if REFERENCE in model.peft_config else {}
-    with _acting(model, {**frozen, POLICY: scale}):
+    with acting(model, {**frozen, POLICY: scale}):
         yield model
 
 
 @contextmanager
-def _acting(model: Any, shares: Mapping[str, float]) -> Iterator[None]:
-    """Within the block the named adapters act, each with a share of its scaling, and no others; afterwards all is as before."""
+def acting(model: Any, shares: Mapping[str, float]) -> Iterator[None]:
+    """Within the block the named adapters act, each with a share of its scaling, and no others; afterwards all is as before.
+
+    Args:
+        model: a PEFT model.
+        shares: of each adapter's own scaling, by its name.
+    """
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
