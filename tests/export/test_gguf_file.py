@@ -16,6 +16,8 @@ from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.export.gguf_file import llama3_factors, load_gguf, write_gguf
 from pe_dpo.export.gguf_tokenizer import LLAMA_3, QWEN_2, TEKKEN, Vocabulary
 from pe_dpo.export.golden import answer_log_probs, golden_prompts, mean_divergence
+from pe_dpo.inference.policy import Policy
+from pe_dpo.model.base import inspect_base
 from pe_dpo.progress import showing
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
@@ -155,8 +157,9 @@ def test_a_trained_model_keeps_its_answers_within_the_measured_divergence(tmp_pa
     """Measured on the quickstart's base: f16 below 1e-8, q8_0 1.1e-5, q4_0 4.9e-3 nats."""
     from transformers import AutoTokenizer
 
-    model = original(BASE)
-    golden = golden_prompts(model, AutoTokenizer.from_pretrained(BASE))
+    model, tokenizer = original(BASE), AutoTokenizer.from_pretrained(BASE)
+    info = inspect_base(str(BASE), quantize="none", dtype="float32")
+    golden = golden_prompts(Policy(model, tokenizer, info, {tokenizer.eos_token_id}))
     facts = write_gguf(BASE, tmp_path / "model.gguf", kind=kind)
     assert mean_divergence(load_gguf(facts.path, BASE), list(answer_log_probs(model, golden)), golden) < bound
 

@@ -20,6 +20,8 @@ from pe_dpo.export.golden import (
     read_prompts,
     save_golden,
 )
+from pe_dpo.inference.policy import Policy
+from pe_dpo.model.base import inspect_base
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 
@@ -31,9 +33,14 @@ def world() -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(BASE)
 
 
+def policy_of(model: Any, tokenizer: Any, *ends: int) -> Policy:
+    info = inspect_base(str(BASE), quantize="none", dtype="float32")
+    return Policy(model, tokenizer, info, {*ends, tokenizer.eos_token_id})
+
+
 @pytest.fixture(scope="module")
 def golden(world: tuple[Any, Any]) -> list[GoldenPrompt]:
-    return golden_prompts(*world, tokens=12)
+    return golden_prompts(policy_of(*world), tokens=12)
 
 
 @torch.no_grad()
@@ -54,10 +61,10 @@ def test_answers_are_those_of_generate_and_log_probs_those_of_one_forward(world:
 
 
 def test_answers_stop_at_an_end_token(world: Any) -> None:
-    one = golden_prompts(*world, ["Hi"], tokens=40)[0]
+    one = golden_prompts(policy_of(*world), ["Hi"], tokens=40)[0]
     assert one.token_ids[-1] == 5 or len(one.token_ids) == 40
     assert 5 not in one.token_ids[:-1]
-    first = golden_prompts(*world, ["Hi"], tokens=40, end_token_ids=[one.token_ids[1]])[0]
+    first = golden_prompts(policy_of(*world, one.token_ids[1]), ["Hi"], tokens=40)[0]
     assert first.token_ids == one.token_ids[:2]
 
 
@@ -109,7 +116,7 @@ def test_plain_text_begins_with_bos_where_the_tokenizer_adds_one(shared: Path) -
 
     folder = shared / "models" / "stories260k"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    one = golden_prompts(AutoModelForCausalLM.from_pretrained(folder), tokenizer, ["Once upon"], tokens=2)[0]
+    one = golden_prompts(policy_of(AutoModelForCausalLM.from_pretrained(folder), tokenizer), ["Once upon"], tokens=2)[0]
     assert one.rendered == "Once upon" and one.prompt_ids == tokenizer("Once upon")["input_ids"]
     assert one.prompt_ids[0] == tokenizer.bos_token_id
 

@@ -110,18 +110,20 @@ def _check(model: Path, facts: "GgufFacts", prompts: Path | None, *, is_checked:
     """
     from pe_dpo.export.gguf_file import load_gguf
     from pe_dpo.export.golden import QUESTIONS, answer_log_probs, golden_prompts, read_prompts, save_golden
-    from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
+    from pe_dpo.inference.policy import Policy
+    from pe_dpo.model.base import answer_end_tokens, inspect_base, load_base, load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     facts_of_model = inspect_base(str(model), quantize="none", dtype="float32" if is_checked else "bfloat16")
     original = load_base(facts_of_model).eval()
+    policy = Policy(original, tokenizer, facts_of_model, answer_end_tokens(tokenizer, str(model)))
     texts = QUESTIONS if prompts is None else read_prompts(prompts)
-    golden = golden_prompts(original, tokenizer, texts, end_token_ids=end_token_ids(str(model)))
+    golden = golden_prompts(policy, texts)
     save_golden(golden, facts.path.parent / "golden_prompts.jsonl")
     if not is_checked:
         return f"not read back; {len(golden)} golden prompts of the model in bfloat16"
     wanted = list(answer_log_probs(original, golden))
-    del original
+    del original, policy
     return _compare(load_gguf(facts.path, model), tokenizer, facts, golden, wanted)
 
 

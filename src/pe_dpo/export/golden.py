@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from pe_dpo.data.encoding import begin_token, with_begin
 from pe_dpo.data.files import read_rows
 from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError
+from pe_dpo.inference.policy import Policy
+from pe_dpo.inference.sampling import sample
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -43,27 +46,23 @@ class GoldenPrompt(NamedTuple):
     """By how much each token is more likely than the second best, in nats."""
 
 
-def golden_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[str] = QUESTIONS, *, tokens: int = 32, end_token_ids: Sequence[int] = ()
-) -> list[GoldenPrompt]:
-    """Return prompts with the model's greedy answers.
+def golden_prompts(policy: Policy, prompts: Sequence[str] = QUESTIONS, *, tokens: int = 32) -> list[GoldenPrompt]:
+    """Return prompts with the model's greedy answers, by argmax alone: no penalty or filter of a generation config takes part.
 
     Args:
-        model: a causal LM in eval mode.
-        tokenizer: of the model; its chat template is used where it has one.
+        policy: a whole model in eval mode; the chat template of its tokenizer is used where there is one.
         prompts: texts of users.
         tokens: most tokens of an answer.
-        end_token_ids: tokens that end an answer, beside the tokenizer's EOS.
     """
-    ends, golden = {*end_token_ids, tokenizer.eos_token_id} - {None}, []
+    tokenizer, golden = policy.tokenizer, []
     for prompt in prompts:
         rendered = prompt
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}]
             rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
         prompt_ids = token_ids(tokenizer, rendered)
-        answer = _greedy(model, prompt_ids, tokens, ends)
-        log_probs = _log_probs(model, prompt_ids, answer)
+        answer = sample(policy, [np.asarray(prompt_ids)], max_new_tokens=tokens, temperature=0)[0].ids.tolist()
+        log_probs = _log_probs(policy.model, prompt_ids, answer)
         best, second = log_probs.topk(2, dim=-1).values.T
         golden.append(
             GoldenPrompt(
@@ -194,18 +193,6 @@ def token_ids(tokenizer: Any, rendered: str) -> list[int]:
     """
     ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     return with_begin(ids, None if tokenizer.chat_template else begin_token(tokenizer))
-
-
-@torch.no_grad()
-def _greedy(model: Any, prompt_ids: list[int], tokens: int, ends: set[int]) -> list[int]:
-    """The most likely token after each, by argmax alone: no penalty or filter of a generation config takes part."""
-    found: list[int] = []
-    unread, cache = prompt_ids, None
-    while len(found) < tokens and (not found or found[-1] not in ends):
-        output = model(input_ids=torch.tensor([unread], device=model.device), past_key_values=cache, logits_to_keep=1)
-        found.append(int(output.logits[0, -1].argmax()))
-        unread, cache = found[-1:], output.past_key_values
-    return found
 
 
 @torch.no_grad()
