@@ -15,7 +15,7 @@ from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, forecast
 from pe_dpo.audit.quantization_error import quantization_error
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.reference import check_finite
-from pe_dpo.metrics.reference_accuracy import independent_pairs, rank
+from pe_dpo.metrics.reference_accuracy import ReferenceAccuracy, independent_pairs
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.recipe.loss_section import LossSection
@@ -95,7 +95,7 @@ def test_all_right_is_known_as_well_as_there_are_prompts():
 
 
 def test_equal_lengths_leave_the_correlation_open():
-    ranking = rank(np.array([1.0, -2.0, 4.0]), np.zeros(3), ["a", "b", "c"])
+    ranking = ReferenceAccuracy(np.array([1.0, -2.0, 4.0]), np.zeros(3), ["a", "b", "c"])
     assert math.isnan(ranking.length_correlation)
     assert ranking.right_at_equal_length == pytest.approx(2 / 3)
 

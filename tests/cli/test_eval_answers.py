@@ -86,7 +86,7 @@ def test_eval_of_a_run_writes_what_it_measured_into_the_run(pe_dpo, run, by_leng
     assert report["generation"]["win_rate"]["mean"] == pytest.approx(np.mean(wins))
     assert answers["score"].to_pylist() == [-len(text) for text in answers["answer"].to_pylist()]
     assert answers["reference_score"].to_pylist() == [-len(text) for text in answers["reference_answer"].to_pylist()]
-    for words in ("5 held-out prompts × 2 sampled answers, at most 8 tokens", "KL(π‖π0), nats a token", "length-controlled"):
+    for words in ("5 held-out prompts × 2 sampled answers, at most 8 tokens", "KL(π‖π0), nats per token", "length-controlled"):
         assert words in done.out
     assert f"written to {run}" in done.out
 

@@ -30,7 +30,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.inference.inputs import read_inputs
 from pe_dpo.inference.pairs import preferences
 from pe_dpo.inference.reference import reference_logprobs
-from pe_dpo.metrics.reference_accuracy import Ranking, rank
+from pe_dpo.metrics.reference_accuracy import ReferenceAccuracy
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.loss_section import LossSection
@@ -129,7 +129,9 @@ class Audit:
         """Δ0 as in the loss, (B,)."""
         self.length_difference = (logprobs.chosen_lengths - logprobs.rejected_lengths).double().numpy()
         """|chosen| − |rejected| in tokens, (B,)."""
-        self.by_sum, self.per_token = (rank(delta, self.length_difference, prompt_keys) for delta in (by_sum, per_token))
+        self.by_sum, self.per_token = (
+            ReferenceAccuracy(delta, self.length_difference, prompt_keys) for delta in (by_sum, per_token)
+        )
         self.disagreement = float(np.mean((by_sum > 0) != (per_token > 0)))
         """Share of pairs that are right by one of the two and not by the other."""
 
@@ -161,7 +163,7 @@ class Audit:
         """What looks off, in words, each with what to turn."""
 
     @property
-    def ranking(self) -> Ranking:
+    def ranking(self) -> ReferenceAccuracy:
         """By the reduction of the loss."""
         return self.by_sum if self.loss.reduce == "sum" else self.per_token
 
@@ -179,8 +181,8 @@ class Audit:
             "reference": self.reference,
             "reduce": self.loss.reduce,
             "beta": self.loss.beta,
-            "by_sum": asdict(self.by_sum),
-            "per_token": asdict(self.per_token),
+            "by_sum": vars(self.by_sum),
+            "per_token": vars(self.per_token),
             "disagreement": self.disagreement,
             "evidence": vars(self.label_fit),
             "asked_gamma": self.asked_gamma,

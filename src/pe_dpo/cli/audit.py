@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pe_dpo.audit.audit import Audit
     from pe_dpo.audit.forecast import Forecast
     from pe_dpo.audit.quantization_error import QuantizationError
-    from pe_dpo.metrics.reference_accuracy import Ranking
+    from pe_dpo.metrics.reference_accuracy import ReferenceAccuracy
 
 
 def audit(
@@ -70,7 +70,7 @@ def audit(
 
 
 def _show_ranking(found: "Audit") -> None:
-    def row(words: str, value: Callable[["Ranking"], str]) -> list[str]:
+    def row(words: str, value: Callable[["ReferenceAccuracy"], str]) -> list[str]:
         return [words, value(found.by_sum), value(found.per_token)]
 
     rows = [

@@ -129,13 +129,12 @@ def _show_scaled(found: "Evaluation") -> None:
 
 def _show_generation(generation: dict[str, Any]) -> None:
     data_prefix = generation["data_prefix_kl"]
+    from pe_dpo.metrics.catalogue import METRICS
+
+    sampled = [metric for metric in METRICS.values() if metric.kind == "answers" and not metric.is_share]
     rows = [
-        ["KL(π‖π0), nats an answer", *_with_error(generation["kl"])],
-        ["KL(π‖π0), nats a token", *_with_error(generation["kl_per_token"])],
-        ["the same by plain log-ratios (k1)", *_with_error(generation["kl_k1"])],
-        ["KL along the data's chosen answers, nats an answer", *_with_error(data_prefix["per_answer"])],
-        ["entropy, nats a token", *_with_error(generation["entropy_per_token"])],
-        ["tokens an answer", *_with_error(generation["tokens"])],
+        *([metric.title, *_with_error(generation[metric.key])] for metric in sampled if metric.key in generation),
+        ["KL along the data's chosen answers, nats per answer", *_with_error(data_prefix["per_answer"])],
         ["answers that ended", f"{generation['ended']:.1%}", ""],
         ["distinct tokens, pairs of tokens", f"{generation['distinct_1']:.3f}, {generation['distinct_2']:.3f}", ""],
     ]

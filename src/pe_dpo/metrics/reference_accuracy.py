@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,48 +9,33 @@ from pe_dpo.metrics.estimates import clustered_mean, correlation, share_right, w
 from pe_dpo.metrics.table import Floats
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """How the reference ranks the pairs, by one reduction of its log-probs; lengths in tokens, Δ0 in nats (a token)."""
-
-    right: float
-    """Share of pairs with Δ0 > 0."""
-    right_interval: tuple[float, float]
-    """95 %, Wilson's, for as many independent pairs as the pairs of the prompts are worth."""
-    wrong: float
-    """Share with Δ0 < 0."""
-    ties: int
-    """Pairs with Δ0 = 0 exactly."""
-    right_at_equal_length: float
-    """Share with Δ0 − a·(|chosen| − |rejected|) > 0, a the slope of the least-squares line; ties ½."""
-    spread: float
-    """sd(Δ0); NaN for one pair."""
-    robust_spread: float
-    """1.4826 · median |Δ0 − median Δ0|."""
-    length_correlation: float
-    """Of Δ0 with |chosen| − |rejected|; NaN where one is constant."""
-
-
-def rank(preference: Floats, length_difference: Floats, prompt_keys: Sequence[str]) -> Ranking:
-    """Return how pairs are ranked.
+class ReferenceAccuracy:
+    """How the reference ranks pairs, by one reduction of its log-probs; lengths in tokens, Δ0 in nats (a token).
 
     Args:
         preference: Δ0, (N,) nats or nats a token.
         length_difference: |chosen| − |rejected| in tokens, (N,).
         prompt_keys: (N,); pairs of one prompt are not independent.
     """
-    right = preference > 0
-    share = float(right.mean())
-    return Ranking(
-        right=share,
-        right_interval=wilson_interval(share, independent_pairs(right, prompt_keys)),
-        wrong=float((preference < 0).mean()),
-        ties=int((preference == 0).sum()),
-        right_at_equal_length=share_right(without_length(preference, length_difference)),
-        spread=float(preference.std(ddof=1)) if len(preference) > 1 else math.nan,
-        robust_spread=robust_spread(preference),
-        length_correlation=correlation(preference, length_difference),
-    )
+
+    def __init__(self, preference: Floats, length_difference: Floats, prompt_keys: Sequence[str]) -> None:
+        right = preference > 0
+        self.right = float(right.mean())
+        """Share of pairs with Δ0 > 0."""
+        self.right_interval = wilson_interval(self.right, independent_pairs(right, prompt_keys))
+        """95 %, Wilson's, for as many independent pairs as the pairs of the prompts are worth."""
+        self.wrong = float((preference < 0).mean())
+        """Share with Δ0 < 0."""
+        self.ties = int((preference == 0).sum())
+        """Pairs with Δ0 = 0 exactly."""
+        self.right_at_equal_length = share_right(without_length(preference, length_difference))
+        """Share with Δ0 − a·(|chosen| − |rejected|) > 0, a the slope of the least-squares line; ties ½."""
+        self.spread = float(preference.std(ddof=1)) if len(preference) > 1 else math.nan
+        """sd(Δ0); NaN for one pair."""
+        self.robust_spread = robust_spread(preference)
+        """1.4826 · median |Δ0 − median Δ0|."""
+        self.length_correlation = correlation(preference, length_difference)
+        """Of Δ0 with |chosen| − |rejected|; NaN where one is constant."""
 
 
 def robust_spread(values: Floats) -> float:
