@@ -225,7 +225,7 @@ def test_nothing_depends_on_how_sharp_the_reference_is_once_beta_and_gamma_are_d
     after = audited(section.model_copy(update={"beta": 0.1 / alpha, "gamma": gamma}), sharper, keys)
     nats = {"spread", "robust_spread"}
     for one, other in ((before.by_sum, after.by_sum), (before.per_token, after.per_token)):
-        close({**asdict(one)}, {**asdict(other), **{name: getattr(other, name) / alpha for name in nats}})
+        close(vars(one), {**vars(other), **{name: getattr(other, name) / alpha for name in nats}})
     assert after.disagreement == before.disagreement
     for one, other in zip((before.recipe, *before.kappas), (after.recipe, *after.kappas), strict=True):
         close(asdict(one), {**asdict(other), "gamma": other.gamma * alpha})
