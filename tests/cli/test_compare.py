@@ -51,7 +51,7 @@ def test_what_cannot_be_compared_is_said_in_one_message(pe_dpo, sweep, tmp_path)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(f"error: {tmp_path}: is neither a run")
     assert pe_dpo("compare").code == 2
-    assert "metric luck: is not one of" in pe_dpo("compare", sweep, "--metric", "luck").err
+    assert "--metric luck: is not one of" in pe_dpo("compare", sweep, "--metric", "luck").err
 
 
 @pytest.mark.slow

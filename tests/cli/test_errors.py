@@ -1,6 +1,7 @@
 """What goes wrong is one message and an exit code: no traceback, and nothing half-written in the output folder."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -265,3 +266,32 @@ def test_a_torn_adapter_is_refused(pe_dpo, trained, tmp_path):
 
 def test_pairs_into_a_folder_that_is_not_there_are_refused(pe_dpo, trained, tmp_path):
     assert_refused(pe_dpo("eval", trained[0], "--pairs", tmp_path / "nowhere" / "pairs.parquet"), 2, "nowhere")
+
+
+# ---------------------------------------------------------------- arguments and flags
+
+
+def test_an_argument_that_the_library_names_is_the_flag_of_a_command():
+    from typer.main import get_command
+
+    from pe_dpo.cli import app, options
+
+    flags = {flag for command in get_command(app).commands.values() for option in command.params for flag in option.opts}
+    assert set(options._FLAGS.values()) <= flags
+
+
+@pytest.mark.parametrize(("message", "line"), [
+    ("x: name it with `base`, or `max_new_tokens` 5", "x: name it with --base, or --max-new-tokens 5"),
+    ("`overrides` a.b=1: `scales` and another `folder`", "--set a.b=1: --scale and another --output"),
+    ("q.jsonl:1: expected `prompt`; see `pe-dpo eval RUN`", "q.jsonl:1: expected `prompt`; see `pe-dpo eval RUN`"),
+])  # fmt: skip
+def test_a_person_reads_flags_where_the_library_names_arguments(pe_dpo, recipe_file, monkeypatch, message, line):
+    """In an error and in what is logged; other names and commands stay as they are."""
+
+    def stop(recipe, **options):
+        logging.getLogger("pe_dpo.training").warning(message)
+        raise UsageError(message)
+
+    monkeypatch.setattr("pe_dpo.training.train.train", stop)
+    done = pe_dpo("train", recipe_file)
+    assert (done.code, done.err, done.out) == (2, f"error: {line}\n", f"warning: {line}\n")

@@ -82,9 +82,7 @@ def test_an_adapter_without_a_run_is_refused_before_anything_is_loaded(pe_dpo, t
         shutil.copy(trained[0] / name, tmp_path)
     done = pe_dpo("eval", tmp_path, "--data", tiny_pairs / "test.jsonl", "--scale", "0.5")
     assert (done.code, done.out) == (2, "")
-    assert "is a bare adapter, and what is measured at other scales is kept in the folder of a run" in " ".join(
-        done.err.split()
-    )
+    assert "is a bare adapter, and what --scale measures is kept in the folder of a run" in " ".join(done.err.split())
 
 
 @pytest.mark.slow

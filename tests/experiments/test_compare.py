@@ -142,7 +142,9 @@ def test_win_rates_are_compared_where_answers_were_scored(sweep: Path, tmp_path:
     assert (found.metric, found.unit, found.reference) == ("win_rate", "answer", 0.5)
     unscored = fake_runs.write_sweep(tmp_path / "s", [{}, {"loss.beta": 0.4}], pairs=30, prompts=20, steps=2, scored=False)
     assert compare([unscored], repeats=200).metric == "accuracy/shift"
-    with pytest.raises(UsageError, match=r"metric win_rate: .* has no score, reference_score of its answers; give pe-dpo eval"):
+    with pytest.raises(
+        UsageError, match=r"`metric` win_rate: .* has no score, reference_score of its answers; give pe-dpo eval"
+    ):
         compare([unscored], metric="win_rate")
 
 
@@ -236,11 +238,11 @@ def test_a_lonely_run_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"metric": "accuracy"}, "metric accuracy: is not one of accuracy/policy, .*accuracy/shift, "),
-        ({"baseline": "temperature"}, "baseline temperature: is neither step nor scale, nor a dial"),
-        ({"repeats": 10}, "repeats 10: a bootstrap needs at least 100"),
-        ({"seed": -1}, "seed -1: must be 0 or more"),
-        ({"confidence": 1.0}, "confidence 1: must be at least 0.5 and less than 1"),
+        ({"metric": "accuracy"}, "`metric` accuracy: is not one of accuracy/policy, .*accuracy/shift, "),
+        ({"baseline": "temperature"}, "`baseline` temperature: is neither step nor scale, nor a dial"),
+        ({"repeats": 10}, "`repeats` 10: a bootstrap needs at least 100"),
+        ({"seed": -1}, "`seed` -1: must be 0 or more"),
+        ({"confidence": 1.0}, "`confidence` 1: must be at least 0.5 and less than 1"),
     ],
 )
 def test_impossible_requests_are_refused(sweep: Path, options: dict[str, Any], words: str) -> None:

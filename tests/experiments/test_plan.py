@@ -79,7 +79,7 @@ def test_no_grid_is_the_recipe_itself(source):
         ("gamma=", "write it as key=value,value"),
         ("model.base=a,b", "one base and one set of pairs"),
         ("data.limit=1,2", "one base and one set of pairs"),
-        ("seed=1,2", "name seeds instead"),
+        ("seed=1,2", "`seeds`"),
         ("output=a,b", "set by the sweep itself"),
     ],
 )
@@ -90,7 +90,7 @@ def test_an_axis_that_cannot_be_is_refused(source, axis, words):
 
 def test_a_key_is_an_axis_once(source):
     """Else the later axis would silently take the place of the earlier one."""
-    with pytest.raises(UsageError, match=r"grid beta=0.1 loss.beta=0.2: loss.beta is there twice"):
+    with pytest.raises(UsageError, match=r"`grids` beta=0.1 loss.beta=0.2: loss.beta is there twice"):
         make_plan(source, [["beta=0.1", "loss.beta=0.2"]])
 
 

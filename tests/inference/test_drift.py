@@ -242,7 +242,7 @@ def test_models_with_vocabularies_of_different_sizes_are_refused(moved, tiny_bas
 
 def test_logits_that_do_not_fit_on_the_disk_are_refused_before_any_is_made(moved, tmp_path, monkeypatch):
     monkeypatch.setattr(divergence.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
-    with pytest.raises(UsageError, match="ask fewer prompts"):
+    with pytest.raises(UsageError, match="ask fewer `prompts`"):
         prompts, answers = [np.array([1], np.int32)] * 3, [np.array([2], np.int32)] * 3
         store_logits(policy_of(moved[0]), prompts, answers, tmp_path, token_budget=9)
     assert list(tmp_path.iterdir()) == []

@@ -73,14 +73,14 @@ def test_a_multiple_follows_the_beta_that_was_set() -> None:
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("loss.beta=0", "--set loss.beta=0: loss.beta: found 0; input should be greater than 0"),
-    ("loss.gama=0", "--set loss.gama=0: loss.gama: unknown key; did you mean loss.gamma?"),
-    ("loss.beta=", "--set loss.beta=: loss.beta: found None; input should be a valid number"),
-    ("output=7", "--set output=7: output: found 7; input should be a valid string"),
-    ("loss.gamma", "--set loss.gamma: write it as section.key=value, for example loss.gamma=0"),
-    ("=1", "--set =1: write it as section.key=value, for example loss.gamma=0"),
-    ("output.x=1", "--set output.x=1: output is not a section"),
-    ("model=x", "--set model=x: model: found 'x'; input should be a valid dictionary or instance of ModelSection"),
+    ("loss.beta=0", "`overrides` loss.beta=0: loss.beta: found 0; input should be greater than 0"),
+    ("loss.gama=0", "`overrides` loss.gama=0: loss.gama: unknown key; did you mean loss.gamma?"),
+    ("loss.beta=", "`overrides` loss.beta=: loss.beta: found None; input should be a valid number"),
+    ("output=7", "`overrides` output=7: output: found 7; input should be a valid string"),
+    ("loss.gamma", "`overrides` loss.gamma: write it as section.key=value, for example loss.gamma=0"),
+    ("=1", "`overrides` =1: write it as section.key=value, for example loss.gamma=0"),
+    ("output.x=1", "`overrides` output.x=1: output is not a section"),
+    ("model=x", "`overrides` model=x: model: found 'x'; input should be a valid dictionary or instance of ModelSection"),
 ])  # fmt: skip
 def test_a_fault_of_a_setting_is_laid_at_the_setting(override: str, message: str) -> None:
     assert message_of(override) == message
@@ -90,7 +90,7 @@ def test_a_fault_of_a_setting_is_laid_at_the_setting(override: str, message: str
     "loss={beta: 0}", "loss.margin.x=1", "loop.x=1", "adapter.start=sft", "loss.preset=simp",
 ])  # fmt: skip
 def test_a_fault_that_a_setting_brings_is_never_laid_at_the_file(override: str) -> None:
-    assert message_of(override).startswith(f"--set {override}: ")
+    assert message_of(override).startswith(f"`overrides` {override}: ")
 
 
 def test_faults_of_file_and_settings_come_together() -> None:
@@ -98,7 +98,7 @@ def test_faults_of_file_and_settings_come_together() -> None:
     with pytest.raises(RecipeError) as caught:
         read("train.seed=x", text=text)
     lines = str(caught.value).splitlines()
-    assert [line.split(": ")[0] for line in lines] == ["r.yaml:4", "--set train.seed=x"]
+    assert [line.split(": ")[0] for line in lines] == ["r.yaml:4", "`overrides` train.seed=x"]
 
 
 def test_a_file_without_an_output_runs_into_a_folder_of_its_name(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_overwriting_never_removes_the_data(make_recipe, tiny_pairs, tmp_path):
 
 def test_an_output_that_is_a_file_is_refused_before_anything_is_read(make_recipe, tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(RunFolderError, match="is a file; --output is a folder"):
+    with pytest.raises(RunFolderError, match="is a file; `output` is a folder"):
         train(make_recipe("model.base=nowhere/at/all"))
 
 
@@ -55,7 +55,7 @@ def test_a_run_that_came_while_the_pairs_were_prepared_is_not_removed(make_recip
         return prepare(recipe, *arguments, **options)
 
     monkeypatch.setattr(run, "prepare_run", slow)
-    with pytest.raises(RunFolderError, match="holds a run; --resume"):
+    with pytest.raises(RunFolderError, match="holds a run; `resume`"):
         train(make_recipe(*SHORT))
 
 
@@ -64,7 +64,7 @@ def test_resuming_a_run_whose_record_was_lost_removes_nothing_and_says_what_to_d
     folder = train(make_recipe(*SHORT)).folder
     (folder / lost).unlink()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
-    with pytest.raises(RunFolderError, match=rf"{lost} is missing.*restore it, or start anew with --overwrite"):
+    with pytest.raises(RunFolderError, match=rf"{lost} is missing.*restore it, or start anew with `overwrite`"):
         train(make_recipe(*SHORT), resume=True)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"} == before
     assert Run(train(make_recipe(*SHORT), overwrite=True).folder).info.is_finished

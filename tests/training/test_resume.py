@@ -311,7 +311,7 @@ def test_a_run_whose_memory_ran_out_is_resumed_although_what_it_draws_depends_on
 
 
 def test_a_finished_run_is_not_overwritten_in_silence(make_recipe, finished):
-    with pytest.raises(RunFolderError, match="holds a run; --resume"):
+    with pytest.raises(RunFolderError, match="holds a run; `resume`"):
         train(make_recipe(*SETTINGS))
     assert read_object(finished / RUN_FILE)["status"] == "finished"
 

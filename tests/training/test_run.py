@@ -90,7 +90,7 @@ def test_evaluating_a_run_whose_data_changed_is_refused(tiny_recipe, tiny_pairs,
     result = train(tiny_recipe(tmp_path / "run", f"data.train={pairs}", "train.max_steps=1"))
     lines = (pairs / "test.jsonl").read_text().splitlines()
     (pairs / "test.jsonl").write_text("\n".join(lines[1:]))
-    with pytest.raises(UsageError, match=r"the data are not those of the run any more.*as data"):
+    with pytest.raises(UsageError, match=r"the data are not those of the run any more.*with `data`"):
         evaluate(result.folder)
 
 
@@ -100,7 +100,7 @@ def test_evaluating_a_run_whose_base_changed_is_refused(tiny_recipe, tiny_base, 
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] *= 1.5
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"is not the base of the run any more.*name its base"):
+    with pytest.raises(UsageError, match=r"is not the base of the run any more.*name the base with `base`"):
         evaluate(result.folder)
 
 

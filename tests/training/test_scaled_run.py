@@ -71,7 +71,7 @@ def test_what_else_the_run_leaves_is_that_of_a_run_without_scales(run, make_reci
 
 def test_evaluating_a_finished_run_gives_the_files_that_it_would_have_written(run, make_recipe):
     plain = train(make_recipe(*SETTINGS)).folder
-    evaluate(plain, generation=GenerationSection(scales=SCALES)).save(plain)
+    evaluate(plain, generation=GenerationSection(scales=list(SCALES))).save(plain)
     assert contents(plain) == contents(run)
 
 
@@ -147,12 +147,10 @@ def test_what_is_no_run_has_nowhere_to_keep_it(run, tiny_pairs, tiny_base, tmp_p
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(run / name, tmp_path)
     data = str(tiny_pairs / "test.jsonl")
-    with pytest.raises(
-        UsageError, match="is a bare adapter, and what is measured at other scales is kept in the folder of a run"
-    ):
-        evaluate(tmp_path, data=data, generation=GenerationSection(scales=SCALES))
-    with pytest.raises(UsageError, match=r"is a whole model, and what is measured at other scales"):
-        evaluate(tiny_base, data=data, generation=GenerationSection(scales=SCALES))
+    with pytest.raises(UsageError, match=r"is a bare adapter, and what `scales` measures is kept in the folder of a run"):
+        evaluate(tmp_path, data=data, generation=GenerationSection(scales=list(SCALES)))
+    with pytest.raises(UsageError, match=r"is a whole model, and what `scales` measures"):
+        evaluate(tiny_base, data=data, generation=GenerationSection(scales=list(SCALES)))
 
 
 @pytest.mark.parametrize(("scales", "words"), [((0.5, 1.0), "1 does not lie between 0"), ((0.5, 0.5), "0.5 is there twice")])

@@ -16,7 +16,7 @@ from pe_dpo.cli.console import command
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
 from pe_dpo.cli.merge import merge
-from pe_dpo.cli.options import OnceEach
+from pe_dpo.cli.options import OnceEach, in_flags
 from pe_dpo.cli.quickstart import quickstart
 from pe_dpo.cli.recipes import recipes
 from pe_dpo.cli.report import report
@@ -51,7 +51,7 @@ def main() -> None:
     try:
         app()
     except PeDpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_flags(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from pe_dpo.cli.options import in_flags
 from pe_dpo.log import PACKAGE, LineFormatter
 from pe_dpo.progress import showing
 
@@ -73,9 +74,9 @@ class Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record, unless the output is for a program."""
-        self.lines.append(self.format(record))
+        self.lines.append(in_flags(self.format(record)))
         if record.levelno >= logging.WARNING:
-            self.warnings.append(record.getMessage())
+            self.warnings.append(in_flags(record.getMessage()))
         if not self.is_silent:
             with suppress(OSError):  # as in `progress_callback`
                 typer.echo(self.lines[-1])

@@ -1,7 +1,8 @@
-"""The options that several commands share, and how they become overrides of a recipe."""
+"""The options that several commands share, how they become overrides of a recipe, and which flag gives which argument."""
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
@@ -25,6 +26,21 @@ Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the 
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of adapter, data order and dropout.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key: --set section.key=value. Repeatable.")]
+
+_NAMES = ("base", "data", "scorer", "prompts", "max_new_tokens", "output", "resume", "overwrite", "seeds", "engine", "metric",
+          "baseline", "repeats", "confidence", "seed")  # fmt: skip
+_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMES} | {
+    "folder": "--output",
+    "grids": "--grid",
+    "overrides": "--set",
+    "scales": "--scale",
+}
+"""The arguments of the library that its messages name in backticks, and the flags with which a person gives them."""
+
+
+def in_flags(message: str) -> str:
+    """Return a message of the library as the command line says it: "name it with `base`" → "name it with --base"."""
+    return re.sub(r"`(\w+)`", lambda name: _FLAGS.get(name[1], name[0]), message)
 
 
 def scales(option: str, text: str | None) -> list[float] | None:

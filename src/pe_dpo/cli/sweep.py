@@ -85,7 +85,8 @@ def sweep(
         states, found = run(plan, engine=engine, workers=workers), []
         for state in states:  # JSON has no number that is not finite
             metrics = {key: value if math.isfinite(value) else None for key, value in state.metrics.items()}
-            found.append({**state._asdict(), "point": state.point._asdict(), "metrics": metrics})
+            told = {"point": state.point._asdict(), "metrics": metrics, "why": options.in_flags(state.why)}
+            found.append({**state._asdict(), **told})
         console.say(json.dumps(found))
     else:
         with _Progress() as progress:
@@ -158,7 +159,7 @@ def _table(states: Sequence[Any], caption: str, width: int) -> Any:
 def _say_what_is_next(states: Sequence[Any], folder: str) -> None:
     for state in states:
         if state.status == "failed":
-            console.say(f"failed: {state.point.folder}: {state.why}")
+            console.say(f"failed: {state.point.folder}: {options.in_flags(state.why)}")
     waiting = [state for state in states if state.status in ("waiting", "interrupted")]
     if waiting:
         console.say(f"{len(waiting)} runs are still to do; start the same command again to go on")

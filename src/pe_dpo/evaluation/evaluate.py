@@ -118,9 +118,9 @@ def evaluate(
         check_adapter(saved.adapter)
     recipe = _recipe(saved, data, generation)
     if recipe.generation.prompts and saved.adapter is None and base is None:
-        raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it as base")
+        raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it with `base`")
     if scorer and not recipe.generation.prompts:
-        raise UsageError(f"scorer {scorer}: judges sampled answers; say how many prompts to ask (generation.prompts)")
+        raise UsageError(f"`scorer` {scorer}: judges sampled answers; say how many prompts to ask: `prompts` 100")
     score_answers = open_scorer(scorer, device=default_device()) if scorer else None
 
     tokenizer, info = saved.tokenizer(), saved.inspect()
@@ -153,7 +153,9 @@ def _recipe(saved: SavedPolicy, data: str | None, generation: GenerationSection 
     if saved.recipe is not None:
         recipe = saved.recipe
     elif data is None:
-        raise UsageError(f"{saved.folder}: is not a run folder, so there are no held-out pairs of its own; name them as data")
+        raise UsageError(
+            f"{saved.folder}: is not a run folder, so there are no held-out pairs of its own; name them with `data`"
+        )
     else:
         settings = {"model": saved.section.model_dump(), "data": {"train": data}, "output": str(saved.folder)}
         recipe = Recipe.model_validate(settings)
@@ -162,8 +164,8 @@ def _recipe(saved: SavedPolicy, data: str | None, generation: GenerationSection 
         recipe = recipe.model_copy(update={"generation": asked})
     if recipe.generation.scales and saved.kind != "run":
         raise UsageError(
-            f"{saved.folder}: is {'a bare adapter' if saved.adapter else 'a whole model'}, and what is measured at other "
-            "scales is kept in the folder of a run; name that folder, or leave the scales out"
+            f"{saved.folder}: is {'a bare adapter' if saved.adapter else 'a whole model'}, and what `scales` measures is "
+            "kept in the folder of a run; name that folder, or leave `scales` out"
         )
     return recipe
 
@@ -188,12 +190,12 @@ def _held_out_pairs(
         logger.info(line)
     pairs = prepared.train if data else prepared.held_out
     if not pairs:
-        raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some as data")
+        raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some with `data`")
     recorded = None if data else saved.run.hashes.held_out
     if recorded is not None and recorded != data_hash(pairs):
         raise UsageError(
             f"{saved.folder}: the data are not those of the run any more, so its held-out pairs cannot be told from those it "
-            "trained on; restore them, or name other pairs as data"
+            "trained on; restore them, or name other pairs with `data`"
         )
     return pairs
 
@@ -306,7 +308,7 @@ class _Measuring:
         loss = Loss(**self.recipe.loss.coefficients())
         if self.reference is None:
             loss = loss.with_gamma(0.0)
-            logger.info("no reference given: rewards and loss are those of gamma = 0")
+            logger.info("no reference given (`base`): rewards and loss are those of gamma = 0")
         margins = torch.tensor([pair.margin for pair in self.pairs], dtype=torch.float64)
         scored = pair_table(self.pairs, policy, self.reference, loss(policy, self.reference, margins), loss)
         if self.saved.recipe is not None and initial is not None:

@@ -60,9 +60,9 @@ def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
         try:
             loaded = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise UsageError(f"scorer {name}: {error}; install it, or name a file: path/to/file.py:function") from error
+            raise UsageError(f"`scorer` {name}: {error}; install it, or name a file: path/to/file.py:function") from error
     elif not Path(module).is_file():
-        raise UsageError(f"scorer {name}: there is no file {module}")
+        raise UsageError(f"`scorer` {name}: there is no file {module}")
     else:
         spec = importlib.util.spec_from_file_location(Path(module).stem, module)
         assert spec is not None and spec.loader is not None, "a .py file has a loader"
@@ -70,7 +70,7 @@ def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
         spec.loader.exec_module(loaded)
     scorer = getattr(loaded, function, None)
     if not callable(scorer):
-        raise UsageError(f"scorer {name}: {module} has no function {function}; write one: def {function}(prompts, answers)")
+        raise UsageError(f"`scorer` {name}: {module} has no function {function}; write one: def {function}(prompts, answers)")
     return scorer
 
 
@@ -199,12 +199,12 @@ def _scores(name: str, scorer: AnswerScorer, prompts: list[Text], answers: list[
     try:
         scores = [float(score) for score in returned]
     except (TypeError, ValueError) as error:
-        raise UsageError(f"scorer {name}: {error}; it must return one number for each answer") from error
+        raise UsageError(f"`scorer` {name}: {error}; it must return one number for each answer") from error
     if len(scores) != len(answers):
-        raise UsageError(f"scorer {name}: {len(scores)} scores for {len(answers)} answers; it must return one for each")
+        raise UsageError(f"`scorer` {name}: {len(scores)} scores for {len(answers)} answers; it must return one for each")
     bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)
     if bad is not None:
-        raise UsageError(f"scorer {name}: the score of answer {bad + 1} is {scores[bad]}, not a finite number")
+        raise UsageError(f"`scorer` {name}: the score of answer {bad + 1} is {scores[bad]}, not a finite number")
     return np.asarray(scores)
 
 
@@ -222,9 +222,9 @@ class _RewardModel:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = f"neither module:function, file.py:function nor a model: {str(error).splitlines()[0]}"
-            raise ModelError(f"scorer {name}: {NEEDS_CODE if needs_code(error) else reason}") from error
+            raise ModelError(f"`scorer` {name}: {NEEDS_CODE if needs_code(error) else reason}") from error
         if config.num_labels != 1:
-            raise ModelError(f"scorer {name}: has {config.num_labels} labels; a reward model has one")
+            raise ModelError(f"`scorer` {name}: has {config.num_labels} labels; a reward model has one")
         self.name, self.device = name, device
         self.model: Any = None
         self.tokenizer: Any = None
@@ -244,11 +244,11 @@ class _RewardModel:
             )
         except (OSError, ValueError) as error:
             reason = f"does not load as a reward model: {str(error).splitlines()[0]}"
-            raise ModelError(f"scorer {self.name}: {NEEDS_CODE if needs_code(error) else reason}") from error
+            raise ModelError(f"`scorer` {self.name}: {NEEDS_CODE if needs_code(error) else reason}") from error
         if loading["missing_keys"]:
             raise ModelError(
-                f"scorer {self.name}: {', '.join(sorted(loading['missing_keys']))} is not in its files, so its scores would be "
-                "random; name a reward model"
+                f"`scorer` {self.name}: {', '.join(sorted(loading['missing_keys']))} is not in its files, so its scores would "
+                "be random; name a reward model"
             )
         self.model = model.to(self.device).eval()
 

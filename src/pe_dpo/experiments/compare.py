@@ -64,11 +64,11 @@ def compare(
         UsageError: a target, the metric or the baseline is nothing that can be compared, or runs do not belong together.
     """
     if repeats < 100:
-        raise UsageError(f"repeats {repeats}: a bootstrap needs at least 100 replicates, better 10,000")
+        raise UsageError(f"`repeats` {repeats}: a bootstrap needs at least 100 replicates, better 10,000")
     if not 0.5 <= confidence < 1:
-        raise UsageError(f"confidence {confidence:g}: must be at least 0.5 and less than 1, as 0.95")
+        raise UsageError(f"`confidence` {confidence:g}: must be at least 0.5 and less than 1, as 0.95")
     if seed < 0:
-        raise UsageError(f"seed {seed}: must be 0 or more")
+        raise UsageError(f"`seed` {seed}: must be 0 or more")
     if not targets:
         raise UsageError("nothing to compare: name run folders, or the folder of a sweep")
     axis = check_names(metric, baseline)
@@ -79,7 +79,7 @@ def compare(
     chosen = METRICS[name]
     usable = [one for one in ours if why_missing(chosen, one) is None]
     if ours and not usable:
-        raise UsageError(f"metric {name}: {why_missing(chosen, ours[0])}")
+        raise UsageError(f"`metric` {name}: {why_missing(chosen, ours[0])}")
     lacking = next((one for one in ours if one not in usable), None)
     found = Comparison(
         verdict="",
@@ -134,11 +134,11 @@ def check_names(metric: str | None, baseline: str) -> str:
         UsageError: there is no such metric or hyperparameter.
     """
     if metric is not None and metric not in COMPARED:
-        raise UsageError(f"metric {metric}: is not one of {', '.join(COMPARED)}")
+        raise UsageError(f"`metric` {metric}: is not one of {', '.join(COMPARED)}")
     key = SHORT_NAMES.get(baseline, baseline)
     if key not in (*FREE_CONTROLS, *known_keys()):
         names = ", ".join(SHORT_NAMES)
-        raise UsageError(f"baseline {baseline}: is neither {STEP} nor {SCALE}, nor a dial ({names}), nor a key of a recipe")
+        raise UsageError(f"`baseline` {baseline}: is neither {STEP} nor {SCALE}, nor a dial ({names}), nor a key of a recipe")
     return key
 
 

@@ -51,7 +51,7 @@ def run_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise UsageError('engine ray: needs Ray: pip install "pe-dpo[ray]", or choose engine local') from error
+        raise UsageError('`engine` ray needs Ray: pip install "pe-dpo[ray]", or `engine` local') from error
     ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))

@@ -135,7 +135,7 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
         difference = recipe_difference(old.recipe, plan.recipe, ignore=["output"])
         if difference:
             raise RunFolderError(
-                f"{plan.folder}: holds a sweep that started from another recipe; use the old one, or another folder:\n  "
+                f"{plan.folder}: holds a sweep that started from another recipe; use the old one, or another `folder`:\n  "
                 + "\n  ".join(difference)
             )
         known = {point.folder for point in plan.points}
@@ -147,7 +147,7 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
             recipes=[*(recipe for _, recipe in kept), *plan.recipes],
         )
     elif plan.folder.is_dir() and {path.name for path in plan.folder.iterdir()} - {".lock", "recipe.yaml"}:
-        raise RunFolderError(f"{plan.folder}: is not empty and not a sweep of pe-dpo; choose another folder")
+        raise RunFolderError(f"{plan.folder}: is not empty and not a sweep of pe-dpo; choose another `folder`")
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(plan.folder / "recipe.yaml", recipe_to_yaml(plan.recipe))
     content = {"grids": plan.grids, "seeds": plan.seeds, "points": [point._asdict() for point in plan.points]}
@@ -185,15 +185,17 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
         name, equals, values = entry.partition("=")
         key = SHORT_NAMES.get(name.strip(), name.strip())
         if not equals or not values.strip():
-            raise UsageError(f"grid {entry}: write it as key=value,value, for example gamma=0,0.5x,1x")
+            raise UsageError(f"`grids` {entry}: write it as key=value,value, for example gamma=0,0.5x,1x")
         if key not in known_keys():
-            raise UsageError(f"grid {entry}: {name} is neither a dial ({', '.join(SHORT_NAMES)}) nor a dotted key of a recipe")
+            raise UsageError(
+                f"`grids` {entry}: {name} is neither a dial ({', '.join(SHORT_NAMES)}) nor a dotted key of a recipe"
+            )
         if key in _OF_THE_RUN:
-            raise UsageError(f"grid {entry}: {name} is set by the sweep itself; name seeds instead")
+            raise UsageError(f"`grids` {entry}: {name} is set by the sweep itself; seeds are named with `seeds`")
         if key.split(".")[0] in _SHARED:
-            raise UsageError(f"grid {entry}: a sweep has one base and one set of pairs; make a sweep for each {key}")
+            raise UsageError(f"`grids` {entry}: a sweep has one base and one set of pairs; make a sweep for each {key}")
         if key in axes:
-            raise UsageError(f"grid {' '.join(grid)}: {key} is there twice; name all of its values once, as {name}=A,B")
+            raise UsageError(f"`grids` {' '.join(grid)}: {key} is there twice; name all of its values once, as {name}=A,B")
         axes[key] = [f"{key}={value.strip()}" for value in values.split(",")]
     return [list(changes) for changes in itertools.product(*axes.values())]
 

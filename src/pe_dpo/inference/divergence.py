@@ -121,7 +121,7 @@ def store_logits(
     if wanted > free:
         raise UsageError(
             f"{folder}: what the model predicts takes {wanted / 1e9:.1f} GB until its reference is read, and there is "
-            f"room for {free / 1e9:.1f}; ask fewer prompts, set a lower max_new_tokens, or set TMPDIR to a larger disk"
+            f"room for {free / 1e9:.1f}; ask fewer `prompts`, set a lower `max_new_tokens`, or set TMPDIR to a larger disk"
         )
     with policy.evaluating():
         for number, rows in enumerate(_forwards(policy, prompts, answers, token_budget)):

@@ -117,7 +117,7 @@ class SavedPolicy:
             config = read_adapter_config(folder)
             named = base or config.base_model_name_or_path
             if not named:
-                raise UsageError(f"{folder}: does not say which base it belongs to; name its base")
+                raise UsageError(f"{folder}: does not say which base it belongs to; name it with `base`")
             revision = None if base else config.revision
             self.section = ModelSection.model_validate({"base": named, "quantize": quantize or "auto", "revision": revision})
         elif (self.folder / "config.json").is_file():
@@ -158,7 +158,9 @@ class SavedPolicy:
             return
         dtype = str(base.dtype).removeprefix("torch.")
         if (trained.get("quantize"), trained.get("dtype")) == (base.quantize, dtype):
-            raise UsageError(f"{self.folder}: {base.base} is not the base of the run any more; restore it, or name its base")
+            raise UsageError(
+                f"{self.folder}: {base.base} is not the base of the run any more; restore it, or name the base with `base`"
+            )
         logger.warning(f"trained on {trained.get('quantize')}/{trained.get('dtype')}, evaluated on {base.quantize}/{dtype}")
 
 

@@ -129,7 +129,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _apply_override(values: dict[str, Any], origins: dict[KeyPath, str], override: str) -> None:
     key, equals, text = override.partition("=")
-    where = f"--set {override}"
+    where = f"`overrides` {override}"
     if not equals or not key.strip():
         raise RecipeError(f"{where}: write it as section.key=value, for example loss.gamma=0")
     path = tuple(key.strip().split("."))

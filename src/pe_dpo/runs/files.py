@@ -65,4 +65,5 @@ def remedy(place: Path, scales: Sequence[str] = ()) -> str:
         return f"a snapshot cannot be measured again: move {place} away"
     if place.parent.name == "scaled":
         return remedy(place.parents[1], [place.name.removeprefix("a-")])
-    return f"measure it again with: pe-dpo eval {shlex.quote(str(place))}" + (f" --scale {','.join(scales)}" if scales else "")
+    command = ["pe-dpo", "eval", str(place), *(["--scale", ",".join(scales)] if scales else [])]
+    return f"measure it again with: {shlex.join(command)}"

@@ -381,6 +381,6 @@ class Run(Measurements):
         if passed_over:
             lines = "\n".join(passed_over)
             raise RunFolderError(
-                f"no checkpoint of this run is whole; start anew with --overwrite, or another --output:\n{lines}"
+                f"no checkpoint of this run is whole; start anew with `overwrite`, or another `output`:\n{lines}"
             )
         return None, []

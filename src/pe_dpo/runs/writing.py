@@ -197,7 +197,7 @@ def locked(folder: Path) -> Iterator[Path]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunFolderError(f"{folder}: another run is writing there; wait for it, or choose another --output") from error
+        raise RunFolderError(f"{folder}: another run is writing there; wait for it, or choose another `output`") from error
     try:
         yield folder
     finally:
@@ -218,9 +218,9 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
             recipe; or it holds what the run itself needs.
     """
     if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"{folder}: is a file; --output is a folder")
+        raise RunFolderError(f"{folder}: is a file; `output` is a folder")
     if resume and overwrite:
-        raise RunFolderError("--resume goes on with a run and --overwrite removes it; use one of them")
+        raise RunFolderError("`resume` goes on with a run and `overwrite` removes it; use one of them")
     if resume:
         _check_same_recipe(folder, recipe)
         return
@@ -228,14 +228,14 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
     for name, value in {**inputs, "data.eval": recipe.data.eval}.items():
         if isinstance(value, str) and Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
             raise RunFolderError(
-                f"{folder}: {name} lies in the output folder, which a fresh run empties; choose another --output"
+                f"{folder}: {name} lies in the output folder, which a fresh run empties; choose another `output`"
             )
     if not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir()):
         return
     if not _is_run(folder):
-        raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another --output")
+        raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another `output`")
     if not overwrite and (Run(folder).checkpoints() or (folder / "adapter_model.safetensors").is_file()):
-        raise RunFolderError(f"{folder}: holds a run; --resume goes on with it, --overwrite removes it, --output moves")
+        raise RunFolderError(f"{folder}: holds a run; `resume` goes on with it, `overwrite` removes it, `output` moves")
 
 
 def _is_run(folder: Path) -> bool:
@@ -252,17 +252,17 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
     missing = [name for name in (RUN_FILE, RECIPE_FILE) if not (folder / name).is_file()]
     if missing and _is_run(folder):
         raise RunFolderError(
-            f"{folder}: {missing[0]} is missing, and it is part of every run; restore it, or start anew with --overwrite"
+            f"{folder}: {missing[0]} is missing, and it is part of every run; restore it, or start anew with `overwrite`"
         )
     if missing:
-        raise RunFolderError(f"{folder}: there is no run to resume; leave --resume out")
+        raise RunFolderError(f"{folder}: there is no run to resume; leave `resume` out")
     old = Run(folder).recipe
     difference = recipe_difference(old, recipe, ignore=free_to_change(old))
     if difference:
         raise RunFolderError(
             f"{folder}: was trained with other settings, so going on would be neither run:\n  "
             + "\n  ".join(difference)
-            + "\nuse the old settings, or another --output"
+            + "\nuse the old settings, or another `output`"
         )
 
 
@@ -278,7 +278,7 @@ def check_same_inputs(run: Run, hashes: Mapping[str, str]) -> None:
         lines = "\n".join(f"  {name}: {recorded[name][:12]} → {hashes[name][:12]}" for name in changed)
         raise RunFolderError(
             f"{run.folder}: the run started with other inputs (sha256):\n{lines}\n"
-            "restore them, or start anew with another --output"
+            "restore them, or start anew with another `output`"
         )
 
 

@@ -163,7 +163,7 @@ class PairTrainer(Trainer):
             bad = [where for where, loss in zip(table.where, table.loss, strict=True) if not np.isfinite(loss)]
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the loss is not finite for {', '.join(bad[:5])}; nothing was updated by "
-                "this step. Lower train.learning_rate or loss.beta, or look at these rows; `--resume` goes on from the last "
+                "this step. Lower train.learning_rate or loss.beta, or look at these rows; `resume` goes on from the last "
                 "checkpoint"
             )
         return table, out
@@ -176,7 +176,7 @@ class PairTrainer(Trainer):
         except OutOfMemory as error:
             raise TrainingError(
                 f"after step {self.state.global_step}: {error}, or train.gradient_checkpointing: true; what was saved stays, "
-                "and `--resume` goes on from the last checkpoint"
+                "and `resume` goes on from the last checkpoint"
             ) from error
 
     def _sum_over_processes(self, total: torch.Tensor, gradients: list[torch.Tensor]) -> None:
@@ -199,7 +199,7 @@ class PairTrainer(Trainer):
             names = ", ".join(pair.where for pair in pairs[:5])
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the gradient is not finite (pairs {names}, …); nothing was updated by "
-                "this step. Lower train.learning_rate or loss.beta; `--resume` goes on from the last checkpoint"
+                "this step. Lower train.learning_rate or loss.beta; `resume` goes on from the last checkpoint"
             )
 
     def check_adapter_is_finite(self) -> None:
@@ -212,7 +212,7 @@ class PairTrainer(Trainer):
             if parameter.requires_grad and not parameter.isfinite().all():
                 raise TrainingError(
                     f"step {self.state.global_step}: the adapter is not finite ({name}), so it was not saved. Lower "
-                    "train.learning_rate; what was saved before stays, and `--resume` goes on from the last checkpoint"
+                    "train.learning_rate; what was saved before stays, and `resume` goes on from the last checkpoint"
                 )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
