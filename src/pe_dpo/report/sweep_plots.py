@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from pe_dpo.experiments.comparison import SCALE, Arm, Comparison, is_end
 from pe_dpo.experiments.summary import hyperparameter_name, setting_name
 from pe_dpo.metrics.bootstrap import Effect
+from pe_dpo.metrics.table import Floats
 from pe_dpo.report.content import Plot, Section
 from pe_dpo.report.style import (
     BLUE,
@@ -116,9 +117,10 @@ def frontier(sweep: SweepRecord, comparison: Comparison, arms: Mapping[int, Arm]
                     bars += bar
             x, y = np.transpose([(arm.root_kl, arm.value) for arm in members.values()])
             axes.plot(x, y, marker, color=colour, markersize=size, zorder=height, label=plain(kind, 28))
-        centres = [(arm.root_kl, arm.value) for arm in arms.values()]
-        axes.set_xlim(0, _span(*([point[0] for point in points] for points in ([*dots, *centres], bars)))[1])
-        axes.set_ylim(_span(*([point[1] for point in points] for points in ([*dots, *centres], bars))))
+        x, y = np.transpose([*dots, *((arm.root_kl, arm.value) for arm in arms.values())])
+        x_ends, y_ends = np.reshape(bars, (-1, 2)).T
+        axes.set_xlim(0, _span(x, x_ends)[1])
+        axes.set_ylim(_span(y, y_ends))
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         places = {
             number: ((arm.root_kl - left) / (right - left) * _PANEL[0], (arm.value - bottom) / (top - bottom) * _PANEL[1])
@@ -137,7 +139,7 @@ def frontier(sweep: SweepRecord, comparison: Comparison, arms: Mapping[int, Arm]
     return figure
 
 
-def _span(points: Sequence[float], bars: Sequence[float]) -> tuple[float, float]:
+def _span(points: Floats, bars: Floats) -> tuple[float, float]:
     """Ends of an axis with all points on it, and of the ends of bars what does not flatten the rest."""
     low, high = min(points), max(points)
     room = 0.6 * (high - low) or 0.1 * abs(high) or 1.0
