@@ -104,7 +104,19 @@ class Vocabulary:
         """Of bos, eos, unk and pad, as far as there are such; eot and eom are further ends that the generation config names."""
         template = tokenizer.chat_template
         self.chat_template: str | None = template if isinstance(template, str) else None
-        self.adds_bos, self.adds_eos = self._added_ends()
+        # llama.cpp puts BOS before and EOS behind a text as the tokenizer does, but no BOS where chats begin without.
+        bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+        ends = [(b, e) for b, e in (([], []), (bos, []), (bos, eos), ([], eos)) if whole == b + bare + e]
+        if not ends:
+            raise refuse(folder, "its tokenizer adds other tokens than BOS and EOS to a text")
+        self.adds_bos, self.adds_eos = map(bool, ends[0])
+        if self.adds_bos and self.chat_template is not None and tokenizer.bos_token is not None:
+            messages = [{"role": "user", "content": "a"}]
+            chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            if not chat.startswith(tokenizer.bos_token):
+                self.adds_bos = False
+                self.remarks.append("the chat template begins without BOS, so the file says that none is added, as in training")
 
     def _tokens_and_types(self, size: int) -> tuple[list[str], list[int]]:
         by_id: dict[int, str] = {}
@@ -120,24 +132,6 @@ class Vocabulary:
             kinds = {index: BYTE for index, token in by_id.items() if re.fullmatch("<0x.{2}>", token, re.DOTALL)} | kinds
             kinds |= {} if self._tokenizer.unk_token_id is None else {self._tokenizer.unk_token_id: UNKNOWN}
         return tokens, [kinds.get(index, NORMAL) if index in by_id else UNUSED for index in range(size)]
-
-    def _added_ends(self) -> tuple[bool, bool]:
-        """Whether llama.cpp puts BOS before and EOS behind a text: as the tokenizer does, but not where chats begin without."""
-        tokenizer = self._tokenizer
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a")["input_ids"]
-        bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-        ends = [(b, e) for b, e in (([], []), (bos, []), (bos, eos), ([], eos)) if whole == b + bare + e]
-        if not ends:
-            raise refuse(self._folder, "its tokenizer adds other tokens than BOS and EOS to a text")
-        adds_bos, adds_eos = map(bool, ends[0])
-        if adds_bos and self.chat_template is not None and tokenizer.bos_token is not None:
-            messages = [{"role": "user", "content": "a"}]
-            chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            if not chat.startswith(tokenizer.bos_token):
-                self.remarks.append("the chat template begins without BOS, so the file says that none is added, as in training")
-                return False, adds_eos
-        return adds_bos, adds_eos
 
     def _pre_tokenizer(self) -> str:
         """llama.cpp's name of the pre-tokenizer."""

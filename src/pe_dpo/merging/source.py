@@ -34,7 +34,7 @@ from pe_dpo.merging.adapter_files import AdapterFiles, save_fused_adapter, save_
 from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.adapter_config import expected_tensors
 from pe_dpo.model.base import BaseInfo, empty_model, end_token_ids, inspect_base
-from pe_dpo.model.provenance import adapter_fingerprints, base_folder, template_fingerprint, tokenizer_fingerprint
+from pe_dpo.model.provenance import adapter_fingerprints, base_folder, changed, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.schema import DataSection
@@ -87,8 +87,19 @@ class Source:
         found = SavedPolicy(target, base=base, quantize=quantize)
         if found.adapter is None:
             raise UsageError(f"{target}: is a whole model; name the run or the adapter to merge")
-        self.record = _read_base_record(target / "base.json") if (target / "base.json").is_file() else None
+        self.record: BaseRecord | None = None
         """What the base was in training; None for an adapter that was not trained here."""
+        path = target / "base.json"
+        if path.is_file():
+            try:
+                self.record = BaseRecord.model_validate_json(path.read_bytes())
+            except (OSError, ValidationError) as error:
+                parts = error.errors()[:3] if isinstance(error, ValidationError) else []
+                why = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in parts)
+                raise ModelError(
+                    f"{path}: cannot be used ({why or error}), and without it the base cannot be checked; take another copy of "
+                    "the run"
+                ) from error
         if self.record is None and quantize is None:
             raise UsageError(
                 f"{target}: nothing there says how its base was loaded in training, and that decides what is served; say it "
@@ -109,19 +120,15 @@ class Source:
         self.recipe = found.recipe
         self.run = found.run
         """run.json; empty for an adapter that was not trained here."""
-        then = self.run.hashes.adapter
-        now = adapter_fingerprints(target) if then else {}
-        changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
-        if changed:
-            raise ModelError(f"{target / changed[0]}: is not what training wrote (sha256); take another copy of the run")
+        recorded = self.run.hashes.adapter
+        others = changed(recorded, adapter_fingerprints(target)) if recorded else []
+        if others:
+            raise ModelError(f"{target / others[0]}: is not what training wrote (sha256); take another copy of the run")
         self.tokenizer = found.tokenizer()
-        if self.record is not None:
-            for what, recorded, fingerprint in (
-                ("chat template", self.record.chat_template, template_fingerprint(self.tokenizer)),
-                ("tokenizer", self.record.tokenizer, tokenizer_fingerprint(self.tokenizer)),
-            ):
-                if recorded != fingerprint:
-                    raise ModelError(f"{target}: its {what} is not the one of training (sha256); restore the files of the run")
+        if self.record is not None and self.record.chat_template != template_fingerprint(self.tokenizer):
+            raise ModelError(f"{target}: its chat template is not the one of training (sha256); restore the files of the run")
+        if self.record is not None and self.record.tokenizer != tokenizer_fingerprint(self.tokenizer):
+            raise ModelError(f"{target}: its tokenizer is not the one of training (sha256); restore the files of the run")
         self.pairs = self._held_out_pairs(found, data, pairs) if pairs else []
         """To verify on; empty if none were asked for."""
         frozen = found.adapter / REFERENCE
@@ -218,18 +225,6 @@ def open_source(
 def describe_scale(scale: float) -> str:
     """Return how far an adapter that is not served as it was trained is from its reference, in words."""
     return f"scaled {'toward' if scale < 1 else 'away from'} the reference by a = {scale}"
-
-
-def _read_base_record(path: Path) -> BaseRecord:
-    try:
-        return BaseRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        why = str(error)
-        if isinstance(error, ValidationError):
-            why = "; ".join(f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()[:3])
-        raise ModelError(
-            f"{path}: cannot be used ({why}), and without it the base cannot be checked; take another copy of the run"
-        ) from error
 
 
 def _check_adapter_tensors(adapter: AdapterFiles, facts: BaseInfo) -> None:
