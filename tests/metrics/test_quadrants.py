@@ -117,6 +117,13 @@ def test_equal_weights_are_as_many_effective_pairs_as_there_are_pairs():
     assert effective_pairs(nats(0.3, 0.3, 0.3, 0.3)) == pytest.approx(4, rel=1e-12)
 
 
+def test_pairs_that_pull_back_count_by_the_size_of_their_pull():
+    """A squared link pulls one pair up and another down by the same amount: the sum is 0, the gradient is not."""
+    assert effective_pairs(nats(1, -1)) == 2.0
+    table = quadrants(nats(1, -1), nats(1, -1), score=nats(1, -1), weight=nats(3, -1))
+    assert table["policy_right_reference_right/weight_share"] == 0.75
+
+
 def test_a_table_of_no_pairs_is_empty():
     table = quadrants(nats(), nats(), nats(), nats())
     assert (table["ties"], effective_pairs(nats()), table["satisfied_early"]) == (0, 0.0, 0)
