@@ -93,9 +93,7 @@ def prepare_pairs(
             "every prompt of the held-out data is in training or was dropped" if held_out_parts else "all pairs have one prompt"
         )
         report.remarks.append(f"no pair is held out: {why}; name other held-out data to measure what is learned")
-    report.kept, report.held_out = len(train), len(held_out)
-    _note_suspicious([*train, *held_out], report)
-    report.measure(train)
+    report.examine(train, held_out)
     return PreparedData(train, held_out, report)
 
 
@@ -183,19 +181,3 @@ def _check_some_are_left(pairs: Sequence[object], source: object, max_length: in
         else f"look at the first of them: {first}"
     )
     raise DataError(f"{source}: no pair is left of {report.rows_read} rows: {reasons}; {remedy}")
-
-
-def _note_suspicious(encoded: Sequence[EncodedPair], report: DataReport) -> None:
-    """Note duplicates, contradictory pairs, and answers that begin with the whole other answer."""
-    seen: set[tuple[str, bytes, bytes]] = set()
-    for pair in encoded:
-        chosen, rejected = pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()
-        if (pair.prompt_key, chosen, rejected) in seen:
-            report.noted["exact duplicate"].append(pair.where)
-        if (pair.prompt_key, rejected, chosen) in seen:
-            report.noted["contradicts an earlier pair (a over b, b over a)"].append(pair.where)
-        seen.add((pair.prompt_key, chosen, rejected))
-        shorter, longer = sorted((pair.chosen_ids, pair.rejected_ids), key=len)
-        size = len(shorter) - (1 if shorter[-1] == longer[-1] else 0)  # without the end token
-        if (shorter[:size] == longer[:size]).all():
-            report.noted["one answer is the beginning of the other"].append(pair.where)

@@ -73,8 +73,24 @@ class DataReport:
             raise DataError(f"{where}: {error} (correct the row, or leave such rows out with data.bad_rows: drop)")
         self.dropped[MALFORMED].append(f"{where}: {error}")
 
-    def measure(self, train: Sequence[EncodedPair]) -> None:
-        """Fill in the lengths of the pairs to train on."""
+    def examine(self, train: Sequence[EncodedPair], held_out: Sequence[EncodedPair]) -> None:
+        """Count the pairs of both sides, note those that are suspicious, and measure the lengths of those to train on.
+
+        Suspicious are duplicates, contradictory pairs, and answers that begin with the whole other answer.
+        """
+        self.kept, self.held_out = len(train), len(held_out)
+        seen: set[tuple[str, bytes, bytes]] = set()
+        for pair in (*train, *held_out):
+            answers = pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()
+            if (pair.prompt_key, *answers) in seen:
+                self.noted["exact duplicate"].append(pair.where)
+            if (pair.prompt_key, *reversed(answers)) in seen:
+                self.noted["contradicts an earlier pair (a over b, b over a)"].append(pair.where)
+            seen.add((pair.prompt_key, *answers))
+            shorter, longer = sorted((pair.chosen_ids, pair.rejected_ids), key=len)
+            size = len(shorter) - (1 if shorter[-1] == longer[-1] else 0)  # without the end token
+            if (shorter[:size] == longer[:size]).all():
+                self.noted["one answer is the beginning of the other"].append(pair.where)
         prompt, chosen, rejected = (
             np.array([len(getattr(pair, name)) for pair in train]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
