@@ -130,7 +130,7 @@ def test_integers_are_64_bits_and_tokens_have_a_batch_dimension():
 
 def test_a_row_moves_to_a_device_with_all_its_tensors():
     row = pack([sized(2, 3, 4)])
-    moved = row.to("meta")
+    moved = pack([sized(2, 3, 4)], "meta")
     assert {field.device.type for name, field in moved._asdict().items() if name != "trees"} == {"meta"}
     assert moved.trees == row.trees
 

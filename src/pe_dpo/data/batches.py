@@ -15,7 +15,7 @@ scored but not read, so it is no part of the row.
 
 from collections.abc import Sequence
 from heapq import heappush, heapreplace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,17 +102,13 @@ class PackedRow(NamedTuple):
     rejected: torch.Tensor
     """(B,) answer."""
 
-    def to(self, device: torch.device | str) -> "PackedRow":
-        """Return the row on a device."""
-        moved: dict[str, Any] = {name: field.to(device) for name, field in self._asdict().items() if torch.is_tensor(field)}
-        return self._replace(**moved)
 
-
-def pack(pairs: Sequence[EncodedPair], *, share: bool = True) -> PackedRow:
+def pack(pairs: Sequence[EncodedPair], device: torch.device | str = "cpu", *, share: bool = True) -> PackedRow:
     """Return pairs as one row.
 
     Args:
         pairs: At least one, in any order; pairs of one prompt need not be neighbours.
+        device: Where the row is read.
         share: False repeats the prompt for every answer, for comparison; the numbers are the same.
     """
     row = _RowBuilder()
@@ -127,7 +123,7 @@ def pack(pairs: Sequence[EncodedPair], *, share: bool = True) -> PackedRow:
             rejected[index] = numbers[pairs[index].rejected_ids.tobytes()]
 
     def joined(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
 
     return PackedRow(
         input_ids=joined(row.tokens).unsqueeze(0),
@@ -137,9 +133,9 @@ def pack(pairs: Sequence[EncodedPair], *, share: bool = True) -> PackedRow:
         targets=joined(row.targets),
         members=joined(row.members),
         owners=joined(row.owners),
-        lengths=torch.tensor(row.lengths),
-        chosen=torch.tensor(chosen),
-        rejected=torch.tensor(rejected),
+        lengths=torch.tensor(row.lengths, device=device),
+        chosen=torch.tensor(chosen, device=device),
+        rejected=torch.tensor(rejected, device=device),
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pe_dpo.data.batches import pad_rows
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.policy import Policy
@@ -153,8 +154,6 @@ def data_prefix_kl(
 class _Rows:
     """Prompts with their answers that go through a model together, padded on the right, and where the answers' tokens are.
 
-    Padding is token 0, behind everything: no mask lets it through.
-
     Args:
         batch: their indices.
         prompts: all of them.
@@ -166,14 +165,11 @@ class _Rows:
         self, batch: list[int], prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray], device: torch.device
     ) -> None:
         self.batch = batch
-        width = max(len(prompts[index]) + len(answers[index]) for index in batch)
-        input_ids, attention_mask = torch.zeros(2, len(batch), width, dtype=torch.int64)
-        predicting = torch.zeros(len(batch), width - 1, dtype=torch.bool)
+        rows = [np.concatenate([prompts[index], answers[index]]) for index in batch]
+        input_ids, attention_mask = pad_rows(rows)
+        predicting = torch.zeros(len(batch), input_ids.shape[1] - 1, dtype=torch.bool)
         for row, index in enumerate(batch):
-            start, end = len(prompts[index]), len(prompts[index]) + len(answers[index])
-            input_ids[row, :end] = torch.from_numpy(np.concatenate([prompts[index], answers[index]]).astype(np.int64))
-            attention_mask[row, :end] = 1
-            predicting[row, start - 1 : end - 1] = True
+            predicting[row, len(prompts[index]) - 1 : len(rows[row]) - 1] = True
         positions = predicting.any(dim=0).nonzero().squeeze(1)
         self._input_ids, self._attention_mask = input_ids.to(device), attention_mask.to(device)
         self._positions = positions.to(device)

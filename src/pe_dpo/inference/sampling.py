@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pe_dpo.data.batches import pad_rows
 from pe_dpo.inference.policy import Policy
 from pe_dpo.model.base import evaluating
 from pe_dpo.model.random_bits import GOLDEN, mixed, random_bits
@@ -292,10 +293,8 @@ class _Regroup:
 def _extend(model: Any, rows: Sequence[_Row], end_tokens: Collection[int], temperature: float) -> None:
     """Let rows grow together, until all are done or it is better to regroup them."""
     width, ends = max(row.width for row in rows), sorted(end_tokens)
-    input_ids, attention_mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, width - row.width :] = torch.tensor([*row.prompt.tolist(), *row.ids])
-        attention_mask[index, width - row.width :] = 1
+    read = [np.array([*row.prompt.tolist(), *row.ids]) for row in rows]
+    input_ids, attention_mask = pad_rows(read, on_the_left=True)
     draws = _Draw(rows, width, temperature, model.device)
     output = model.generate(
         input_ids=input_ids.to(model.device),

@@ -80,7 +80,7 @@ class Scorer:
         """Return the log-probs of one micro-batch in its order, on the model's device; with gradients where they are on."""
         if self.path == "padded":
             return pair_logprobs(model, *pad(pairs, self.device))
-        return packed_pair_logprobs(model, pack(pairs).to(self.device), kind=self.path)
+        return packed_pair_logprobs(model, pack(pairs, self.device), kind=self.path)
 
     def score_pairs(self, model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
         """Return the log-probs of all pairs in their order, on the CPU, without gradients.
