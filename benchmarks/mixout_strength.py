@@ -37,7 +37,7 @@ def measure(sweep: Path) -> list[dict[str, Any]]:
         recipe = plan.recipe.model_copy(update={"mixout": MixoutSection(p=SHARES[0], form=form)})
         trainer = build_trainer(recipe, prepared)
         (mixing,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, Mixing))
-        trainer.held_out_reference = trainer.score_reference()
+        trainer.monitored_reference = trainer.score_reference()
         for point, of_run in runs:
             restore_adapter(trainer.model, sweep / point.folder)
             for p in _shares(of_run.mixout.p, form):

@@ -154,6 +154,8 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     """Build pe-dpo's trainer over encoded pairs; `loss` are keys of a recipe's loss section."""
     from transformers import TrainingArguments
 
+    from pe_dpo.data import PreparedData
+    from pe_dpo.data.report import DataReport
     from pe_dpo.inference.policy import Policy
     from pe_dpo.inference.reference import Reference
     from pe_dpo.inference.scorer import choose_scorer
@@ -164,17 +166,9 @@ def pair_trainer(tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
     def make(model: Any, pairs: Sequence[Any], loss: dict[str, Any], *, token_budget: int = 4096, **options: Any) -> Any:
         args = TrainingArguments(output_dir=str(tmp_path / "ours"), remove_unused_columns=False, **(SETTINGS | options))
         scorer = choose_scorer(model, pairs, packing=True, token_budget=token_budget)
-        return PairTrainer(
-            model=model,
-            args=args,
-            train_dataset=pairs,
-            held_out=[],
-            loss=Loss(**LossSection.model_validate(loss).coefficients()),
-            scorer=scorer,
-            reference=Reference(Policy(model, tokenizer, None, ()), scorer),
-            keep_checkpoints=1,
-            tokenizer=tokenizer,
-        )
+        reference = Reference(Policy(model, tokenizer, None, ()), scorer)
+        data = PreparedData(list(pairs), [], DataReport())
+        return PairTrainer(reference, Loss(**LossSection.model_validate(loss).coefficients()), data, args)
 
     return make
 

@@ -25,7 +25,7 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
             for name, parameter in trainer.model.named_parameters():
                 if "lora_B" in name:
                     parameter.data.normal_(0, 0.05, generator=generator)
-        trainer.held_out_reference = trainer.score_reference()
+        trainer.monitored_reference = trainer.score_reference()
         return trainer
 
     return make

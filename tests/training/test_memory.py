@@ -8,7 +8,7 @@ import torch
 from pe_dpo.errors import TrainingError
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.training import memory
-from pe_dpo.training.memory import MemoryPlan, fitting_tokens, plan_memory
+from pe_dpo.training.memory import fitting_tokens, plan_memory
 
 
 def gradient(trainer):
@@ -184,11 +184,11 @@ def test_activations_are_recomputed_only_if_memory_asks_for_it(make_trainer, car
     trainer = make_trainer()
     card(trainer.model, free + memory.OPTIMIZER_BYTES * sum(p.numel() for p in adapter_parameters(trainer.model)))
     found = plan_memory(trainer.model, trainer.train_dataset, OnCuda(trainer.scorer), tokens=wish, checkpointing=checkpointing)
-    assert found == MemoryPlan(*plan)
-    assert trainer.model.get_base_model().is_gradient_checkpointing == found.checkpointing
+    assert found == plan
+    assert trainer.model.get_base_model().is_gradient_checkpointing == found[1]
 
 
 def test_on_a_cpu_nothing_is_measured(make_trainer):
     trainer = make_trainer()
     plan = plan_memory(trainer.model, trainer.train_dataset, trainer.scorer, tokens="auto", checkpointing="auto")
-    assert plan == MemoryPlan(memory.CPU_TOKENS, False)
+    assert plan == (memory.CPU_TOKENS, False)

@@ -99,7 +99,11 @@ def test_an_interrupted_run_is_not_measured(make_recipe):
 
 
 def test_a_layer_that_learns_past_its_mask_ends_the_run(make_recipe, monkeypatch):
-    monkeypatch.setattr(attach, "_attach", lambda mixout, updates, whole: None)
+    class Unmixed(InBaseDtype):
+        def __new__(cls, *arguments):
+            return InBaseDtype()
+
+    monkeypatch.setattr(attach, "MixedUpdate", Unmixed)
     with pytest.raises(ModelError, match="14 layers were trained without mixout"):
         train(make_recipe(ON))
 

@@ -82,7 +82,12 @@ class RunWriter:
             if path.name in _OURS or path.name.removeprefix("checkpoint-").isdigit() or path.name.endswith(".partial"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.update(id=uuid.uuid4().hex, status="starting")
-        write_atomically(self.folder / RECIPE_FILE, recipe_to_yaml(recipe))
+        self.write_recipe(recipe)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write recipe.yaml, atomically."""
+        if self.writes:
+            write_atomically(self.folder / RECIPE_FILE, recipe_to_yaml(recipe))
 
     def update(self, **entries: Any) -> None:
         """Set entries of run.json, atomically; one of None is taken out."""

@@ -2,13 +2,11 @@
 
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pe_dpo.data import PreparedData
-from pe_dpo.errors import RecipeError
 from pe_dpo.recipe import Recipe
 
 
@@ -56,18 +54,3 @@ def total_steps(recipe: Recipe, data: PreparedData) -> int:
     """Return the optimizer steps of a run."""
     settings = recipe.train
     return settings.max_steps or math.ceil(math.ceil(len(data.train) / settings.pairs_per_step) * settings.epochs)
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Check that trackers are known and installed.
-
-    Raises:
-        RecipeError: one is not.
-    """
-    from transformers.integrations import get_available_reporting_integrations
-
-    available = get_available_reporting_integrations()
-    for name in names:
-        if name not in available:
-            found = ", ".join(sorted(available)) or "none"
-            raise RecipeError(f"train.report_to: {name} is not known or not installed; installed trackers: {found}")

@@ -1,8 +1,8 @@
-"""Callbacks of a run: metrics into metrics.jsonl, and a signal turned into a checkpoint."""
+"""Callbacks of a run: metrics into metrics.jsonl, measurements along the way, and a signal turned into a checkpoint."""
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import FrameType
 from typing import Any
 
@@ -27,6 +27,18 @@ class MetricsFile(TrainerCallback):
         """Ask for a line of the last step, whatever `logging_steps`: a resumed run forgets what was not logged."""
         if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_log = True
+
+
+class Snapshots(TrainerCallback):
+    """Calls `measure` with the step after each of some optimizer steps."""
+
+    def __init__(self, steps: Collection[int], measure: Callable[[int], None]) -> None:
+        self.steps, self.measure = frozenset(steps), measure
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure where it is expected."""
+        if state.global_step in self.steps:
+            self.measure(state.global_step)
 
 
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")

@@ -5,7 +5,7 @@ disaster: the trainer halves the budget and begins the step again.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -27,15 +27,6 @@ OPTIMIZER_BYTES = 12
 """Per trained parameter: gradient and Adam's two averages in float32, which are not there yet."""
 
 
-class MemoryPlan(NamedTuple):
-    """What a forward may hold."""
-
-    tokens: int
-    """Most tokens of one forward."""
-    checkpointing: bool
-    """Whether activations are recomputed in the backward."""
-
-
 def plan_memory(
     model: Any,
     pairs: Sequence[EncodedPair],
@@ -43,33 +34,43 @@ def plan_memory(
     *,
     tokens: int | Literal["auto"],
     checkpointing: bool | Literal["auto"],
-) -> MemoryPlan:
-    """Return the budget, and switch checkpointing on in the model if the plan has it.
+) -> tuple[int, bool]:
+    """Return the most tokens of one forward, and whether activations are recomputed in the backward.
+
+    If they are, that is switched on in the model.
 
     Args:
-        model: a PEFT model ready to train, checkpointing off.
-        pairs: that will be trained on.
-        scorer: as in training.
-        tokens: a number is taken as it is.
+        model: A PEFT model ready to train, its activations not recomputed.
+        pairs: The pairs that will be trained on.
+        scorer: As in training.
+        tokens: A number is taken as it is.
         checkpointing: "auto" for only if memory asks for it.
     """
     base = model.get_base_model()
     if checkpointing is True:
         checkpoint_activations(base)
     if scorer.device.type != "cuda":
-        return MemoryPlan(CPU_TOKENS if tokens == "auto" else tokens, checkpointing is True)
+        return CPU_TOKENS if tokens == "auto" else tokens, checkpointing is True
     if tokens != "auto" and checkpointing != "auto":
-        return MemoryPlan(tokens, checkpointing)
+        return tokens, checkpointing
+    # Two rows of about 512 and 1024 tokens, or of one and two pairs where these are longer.
+    rows: list[Sequence[EncodedPair]] = []
+    for fewest in (FEWEST_TOKENS // 4, FEWEST_TOKENS // 2):
+        size = len(rows[-1]) + 1 if rows else 1
+        while size < len(pairs) and scorer.tokens(pairs[:size]) < fewest:
+            size += 1
+        rows.append(pairs[:size])
+
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     free = free_bytes(scorer.device) - OPTIMIZER_BYTES * trained
     needed = max(tokens if tokens != "auto" else FEWEST_TOKENS, max(scorer.tokens([pair]) for pair in pairs))
-    fitting = fitting_tokens(lambda row: peak_bytes(model, row, scorer), _rows(pairs, scorer), scorer.tokens, free)
-    recompute = checkpointing is True
+    is_recomputing = checkpointing is True
+    fitting = fitting_tokens(lambda row: peak_bytes(model, row, scorer), rows, scorer.tokens, free)
     if checkpointing == "auto" and fitting < needed:
         checkpoint_activations(base)
-        recompute = True
-        fitting = fitting_tokens(lambda row: peak_bytes(model, row, scorer), _rows(pairs, scorer), scorer.tokens, free)
-    return MemoryPlan(max(1, min(fitting, MOST_TOKENS)) if tokens == "auto" else tokens, recompute)
+        is_recomputing = True
+        fitting = fitting_tokens(lambda row: peak_bytes(model, row, scorer), rows, scorer.tokens, free)
+    return max(1, min(fitting, MOST_TOKENS)) if tokens == "auto" else tokens, is_recomputing
 
 
 def fitting_tokens(
@@ -119,14 +120,3 @@ def free_bytes(device: torch.device) -> int:
     """Return what can still be allocated on a GPU, the allocator's own reserve included."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def _rows(pairs: Sequence[EncodedPair], scorer: Scorer) -> list[Sequence[EncodedPair]]:
-    """Two rows of about 512 and 1024 tokens, or of one and two pairs where these are longer."""
-    rows: list[Sequence[EncodedPair]] = []
-    for tokens in (FEWEST_TOKENS // 4, FEWEST_TOKENS // 2):
-        size = len(rows[-1]) + 1 if rows else 1
-        while size < len(pairs) and scorer.tokens(pairs[:size]) < tokens:
-            size += 1
-        rows.append(pairs[:size])
-    return rows

@@ -24,11 +24,11 @@ class Mixing(TrainerCallback):
     """Sets what is sampled, through the events of Trainer; measures what p came to when the run is complete.
 
     Args:
-        mixout: of the model.
-        settings: of the recipe.
-        steps: of the whole run.
-        trainer: that trains the model.
-        writer: of the run; None outside of one.
+        mixout: The mixout of the model.
+        settings: The mixout section of the recipe.
+        steps: The optimizer steps of the whole run.
+        trainer: The trainer of the model.
+        writer: The writer of the run; None outside of one.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class Mixing(TrainerCallback):
         logger.info(f"mixout {self.settings.p:g} ({self.settings.form}): {noise.words()}")
 
     def measure(self) -> MixoutNoise:
-        """Return how far masks move the scores of a few watched pairs."""
+        """Return how far masks move the scores of a few monitored pairs."""
         trainer = self.trainer
-        pairs, reference, reduce = trainer.watched[:PAIRS], trainer.held_out_reference, trainer.loss.reduce
+        pairs, reference, reduce = trainer.monitored[:PAIRS], trainer.monitored_reference, trainer.loss.reduce
         assert reference is not None, "scored before the first step"
         return measure_noise(trainer.model, self.mixout, pairs, trainer.scorer, reference, reduce=reduce)
 
@@ -77,13 +77,13 @@ class Mixing(TrainerCallback):
             self.mixout.draw = state.global_step, args.process_index, self._microbatch
 
 
-def mixout_warnings(recipe: Recipe, facts: BaseInfo, steps: int) -> list[str]:
-    """Return what makes little sense about a recipe's mixout, in words; no weights are read.
+def mixout_warnings(recipe: Recipe, base: BaseInfo, steps: int) -> list[str]:
+    """Return what makes little sense about a recipe's mixout; no weights are read.
 
     Args:
-        recipe: of the run.
-        facts: of its base.
-        steps: optimizer steps of the run.
+        recipe: The recipe of the run.
+        base: What is known of its base.
+        steps: The optimizer steps of the run.
 
     Raises:
         ModelError: something would be trained that mixout does not cover.
@@ -102,20 +102,14 @@ def mixout_warnings(recipe: Recipe, facts: BaseInfo, steps: int) -> list[str]:
         )
     if recipe.adapter.start:
         return found
-    narrowest = _narrowest(recipe, facts)
+    adapter = recipe.adapter
+    model = attach_adapter(
+        empty_model(base.base, base.config), rank=adapter.rank, alpha=adapter.alpha, dropout=0.0, targets=adapter.targets
+    )
+    narrowest = min(layer.units for layer in attach_mixout(model, p, seed=0).layers.values() if layer.units)
     if form == "column" and (1 - p) * narrowest < FEWEST_UNITS:
         found.append(
             f"mixout.p {p:g} keeps {(1 - p) * narrowest:.1f} of the {narrowest} input units of the narrowest layer on average: "
             "mostly masks are learned; lower it"
         )
     return found
-
-
-def _narrowest(recipe: Recipe, facts: BaseInfo) -> int:
-    """Input units of the narrowest layer that would be mixed, found on a model without weights."""
-    adapter = recipe.adapter
-    model = attach_adapter(
-        empty_model(facts.base, facts.config), rank=adapter.rank, alpha=adapter.alpha, dropout=0.0, targets=adapter.targets
-    )
-    mixout = attach_mixout(model, recipe.mixout.p, seed=0)
-    return min(layer.units for layer in mixout.layers.values() if layer.units)

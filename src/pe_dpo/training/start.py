@@ -110,17 +110,15 @@ def check_diagonal(first: PairTable) -> None:
         )
 
 
-def check_end(last: PairTable | None) -> None:
+def check_end(last: PairTable) -> None:
     """Check that a run came to numbers.
 
     Args:
-        last: the held-out pairs as scored at the end; None without any.
+        last: The held-out pairs as scored at the end.
 
     Raises:
         TrainingError: a log-prob or a loss is not finite.
     """
-    if last is None:
-        return
     finite = np.isfinite(last.policy_chosen + last.policy_rejected + last.loss)
     bad = [where for where, is_finite in zip(last.where, finite, strict=True) if not is_finite]
     if bad:

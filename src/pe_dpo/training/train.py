@@ -2,22 +2,25 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from pe_dpo.data import data_hash
-from pe_dpo.errors import DataError, TrainingError
+from pe_dpo.errors import DataError, RecipeError, TrainingError
 from pe_dpo.inference.inputs import Inputs, read_inputs
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
+from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, borrowed_base, save_adapter, scaled
+from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, borrowed_base, save_adapter
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import empty_model
 from pe_dpo.model.mixout import attach_mixout
@@ -29,16 +32,15 @@ from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths, with_
 from pe_dpo.runs.files import scaled_folder, snapshot_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
-from pe_dpo.training.arguments import check_trackers, total_steps, training_arguments
-from pe_dpo.training.callbacks import MetricsFile, StopOnSignal
-from pe_dpo.training.gamma import find_gamma, record_gamma, repair_recipe, with_recorded_gamma
-from pe_dpo.training.measurements import Snapshots, keep_measurements, snapshot_steps
+from pe_dpo.training.arguments import total_steps, training_arguments
+from pe_dpo.training.callbacks import MetricsFile, Snapshots, StopOnSignal
+from pe_dpo.training.diagnostics import diagnose_scale
+from pe_dpo.training.gamma import find_gamma, forget_if_any, score_own_part, with_recorded_gamma
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing, mixout_warnings
-from pe_dpo.training.remarks import scale_remarks
+from pe_dpo.training.monitor import Monitor
 from pe_dpo.training.start import StartCheck, check_diagonal, check_end, check_start
-from pe_dpo.training.trainer import PairTrainer, forget_if_any
-from pe_dpo.training.watch import Watch
+from pe_dpo.training.trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,9 @@ class TrainResult(NamedTuple):
     interrupted_by: int | None
     """The signal that stopped the run after a checkpoint, or None."""
     remarks: list[str]
-    """What looks off, in words, each with what to turn."""
+    """What looks off, each with what to turn."""
     reduce: Literal["sum", "mean"] = "sum"
-    """Of the loss: which log-probs its 2×2 table is about."""
+    """Whether the loss, and so its 2×2 table, is about sums of log-probs or about means per token."""
 
 
 def train(
@@ -84,11 +86,9 @@ def train(
         ModelError: the base or an adapter cannot, or the reference is not what it must be.
         TrainingError: the run had to stop, or came to numbers that are not finite; checkpoints stay.
     """
-    from accelerate import PartialState
-
     state = PartialState(cpu=not torch.cuda.is_available())
     recipe = with_absolute_paths(recipe)
-    run = Run(recipe.output)
+    run, writer = Run(recipe.output), RunWriter(Path(recipe.output), writes=state.is_main_process)
     if resume:
         recipe = with_recorded_gamma(run, recipe)
     with ExitStack() as stack:
@@ -96,8 +96,8 @@ def train(
             stack.enter_context(quiet())
             prepared = prepare_run(recipe, shared=shared)
         else:
-            if resume:
-                repair_recipe(run)
+            if resume and run.exists and (repaired := with_recorded_gamma(run, run.recipe)) != run.recipe:
+                writer.write_recipe(repaired)  # a kill came between the γ that was found and the recipe that has it
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
             prepared = prepare_run(recipe, shared=shared)
             stack.enter_context(locked(run.folder))
@@ -105,7 +105,6 @@ def train(
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
         if shared:
             stack.enter_context(borrowed_base(shared.base))
-        writer = RunWriter(run.folder, writes=state.is_main_process)
         try:
             return _train(recipe, prepared, writer, shared.base if shared else None, resume=resume, callbacks=callbacks)
         except TrainingError as error:
@@ -121,18 +120,21 @@ class SharedRun(NamedTuple):
     """Loaded, without adapters."""
 
 
-def prepare_run(
-    recipe: Recipe,
-    *,
-    shared: SharedRun | None = None,
-) -> Inputs:
+def prepare_run(recipe: Recipe, *, shared: SharedRun | None = None) -> Inputs:
     """Return what the base is, the tokenizer and the pairs, or those that are `shared`; no weights are read.
 
     Raises:
+        RecipeError: a tracker is not known or not installed.
         ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
         DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one.
     """
-    check_trackers(recipe.train.report_to)
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    unknown = [name for name in recipe.train.report_to if name not in available]
+    if unknown:
+        found = ", ".join(sorted(available)) or "none"
+        raise RecipeError(f"train.report_to: {unknown[0]} is not known or not installed; installed trackers: {found}")
     for line in describe(recipe.loss).lines():
         logger.info(line)
     for line in warnings(recipe):
@@ -141,8 +143,8 @@ def prepare_run(
         check_adapter(recipe.adapter.start)
     prepared = shared.prepared if shared else read_inputs(recipe)
     if not recipe.adapter.start and recipe.adapter.targets != "all-linear":  # else each target matches, or is the adapter's
-        facts = prepared.base
-        attach_adapter(empty_model(facts.base, facts.config), rank=1, alpha=1, targets=recipe.adapter.targets)
+        base = prepared.base
+        attach_adapter(empty_model(base.base, base.config), rank=1, alpha=1, targets=recipe.adapter.targets)
     if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
         raise DataError(
             f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
@@ -163,8 +165,7 @@ def _train(
     """Load, check, train, measure."""
     began = time.perf_counter()
     data = prepared.data
-    folder, steps = writer.folder, total_steps(recipe, data)
-    stop = StopOnSignal()
+    steps, stop = total_steps(recipe, data), StopOnSignal()
     trainer = build_trainer(
         recipe, prepared, writer, resume=resume, base=base, callbacks=[stop, MetricsFile(writer), *callbacks]
     )
@@ -172,7 +173,7 @@ def _train(
         recipe = with_gamma(recipe, trainer.loss.gamma)
     checkpoint = _record_start(writer, recipe, prepared, trainer)
 
-    # What must hold before the first step, and how the watched pairs are scored then.
+    # What must hold before the first step, and how the monitored pairs are scored then.
     start = check_start(
         trainer.model,
         [data.train[index] for index in next(iter(trainer.optimizer_batches()))],
@@ -186,25 +187,25 @@ def _train(
     first = trainer.first = first.since(first)
     if recipe.policy_starts_as_reference:
         check_diagonal(first)
-    at_start = trainer.watched_metrics(first)
+    at_start = pair_metrics(first, is_fixed_set=True)
     before = at_start if data.held_out else {}
     if checkpoint is None:
         writer.update(status="training", start=start._asdict(), before=before)
-        writer.log({"step": 0, **{f"{trainer.prefix}_{key}": value for key, value in at_start.items()}})
-    scale = scale_remarks(recipe, first, of="held-out" if data.held_out else "watched training")
-    for line in scale:
+        writer.log({"step": 0, **trainer.with_prefix(at_start)})
+    remarks = diagnose_scale(recipe, first, of="held-out" if data.held_out else "watched training")
+    for line in remarks:
         logger.warning(line)
 
-    watch = Watch(writer, recipe.loss, at_start)
-    trainer.add_callback(watch)
+    monitor, generation = Monitor(writer, recipe.loss, at_start), recipe.generation
+    trainer.add_callback(monitor)
+    if data.held_out and generation.snapshots:
+        parts = generation.snapshots + 1  # the end is left out, and what falls on one step is measured once
+        points = {round(steps * part / parts) for part in range(1, parts)} - {0, steps}
 
-    def keep(place: Path, scored: PairTable) -> None:
-        if writer.writes:
-            keep_measurements(place, trainer, scored, recipe.generation)
+        def measure(step: int) -> None:
+            trainer.save_measurements(snapshot_folder(writer.folder, step), trainer.score_monitored(), generation)
 
-    if data.held_out and recipe.generation.snapshots:
-        points = snapshot_steps(recipe.generation.snapshots, steps)
-        trainer.add_callback(Snapshots(points, lambda step: keep(snapshot_folder(folder, step), trainer.score_held_out())))
+        trainer.add_callback(Snapshots(points, measure))
     try:
         trainer.train_to(steps, checkpoint)
     finally:
@@ -212,24 +213,90 @@ def _train(
         trainer.reference.flush()
 
     check_weights_unpacked(trainer.model)
-    last = trainer.score_held_out() if data.held_out else None
-    after = trainer.watched_metrics(last) if last else {}
-    remarks = [*scale, *watch.conclude(after, has_moved=not adapter_is_zero(trainer.model))]
-    result = TrainResult(folder, before, after, start, trainer.state.global_step, stop.received, remarks, recipe.loss.reduce)
+    last = trainer.score_monitored() if data.held_out else None
+    after = pair_metrics(last, is_fixed_set=True) if last else {}
+    remarks += monitor.conclude(after, has_moved=not adapter_is_zero(trainer.model))
+    step = trainer.state.global_step
+    result = TrainResult(writer.folder, before, after, start, step, stop.received, remarks, recipe.loss.reduce)
     scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.scorer.token_budget}
     writer.update(scoring={**scoring, "reference_pairs_computed": trainer.reference.computed})
     if stop.received is not None:
-        writer.update(status="interrupted", step=result.steps)
+        writer.update(status="interrupted", step=step)
     else:
-        _finish(writer, recipe, trainer, result, last, keep, began)
+        _finish(writer, recipe, trainer, result, last, began)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
+def build_trainer(
+    recipe: Recipe,
+    prepared: Inputs,
+    writer: RunWriter | None = None,
+    *,
+    resume: bool = False,
+    base: Any = None,
+    callbacks: Sequence[Any] = (),
+) -> PairTrainer:
+    """Return the trainer of a run: policy → scorer → memory → reference → loss (γ) → trainer.
+
+    The folder of a run that begins is made ready last, so that what lies there is not removed for a run that cannot begin.
+
+    Args:
+        recipe: The recipe of the run.
+        prepared: What `prepare_run` returned for it.
+        writer: The writer of the run; None outside of one.
+        resume: Whether the run goes on, so that what lies in its folder stays.
+        base: The base, where it is loaded already, without adapters.
+        callbacks: Further callbacks of transformers' Trainer.
+
+    Raises:
+        ModelError: the base or an adapter cannot be used, or cannot be packed although the recipe insists.
+        StoreUnavailable: the recipe insists on a store.
+        RecipeError, UsageError: see `find_gamma`.
+    """
+    from transformers import set_seed
+
+    info, tokenizer, data = prepared
+    settings = recipe.train
+    args = training_arguments(recipe, data)
+    set_seed(settings.seed)
+    policy = load_policy(recipe, base=base, info=info, tokenizer=tokenizer, device=args.device)
+    mixout = attach_mixout(policy.model, recipe.mixout.p, seed=settings.seed, form=recipe.mixout.form)
+
+    scorer = choose_scorer(policy.model, [*data.train, *data.held_out], packing=settings.packing)
+    tokens, is_recomputing = plan_memory(
+        policy.model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
+    )
+    logger.info(f"{tokens} tokens per forward{', activations recomputed in the backward' if is_recomputing else ''}")
+    scorer.token_budget = tokens
+
+    # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
+    caching = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
+    reference = open_reference(policy, scorer, caching=caching, path=recipe.reference.store)
+    asked, (recipe, calibration) = recipe, find_gamma(recipe, reference, data.train)
+
+    trainer = PairTrainer(
+        reference,
+        Loss(**recipe.loss.coefficients()),
+        data,
+        args,
+        keep_checkpoints=settings.keep_checkpoints,
+        prompts_together=settings.prompts_together,
+        starts_at_reference=recipe.policy_starts_as_reference,
+        callbacks=callbacks,
+    )
+    if mixout.layers:
+        trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, writer))
+    if writer:
+        writer.begin(asked, resume=resume)
+        if calibration:
+            writer.update(gamma_calibration=calibration.to_dict())
+            writer.write_recipe(recipe)
+    return trainer
+
+
 def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: PairTrainer) -> Path | None:
     """Write down what a fresh run starts from, or check it for one that goes on; return the checkpoint to go on from."""
-    from accelerate.utils import broadcast_object_list
-
     info, tokenizer, data = prepared
     base = trainer.reference.base_fingerprint
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base}
@@ -246,14 +313,26 @@ def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: 
     return found
 
 
+def _score_before(trainer: PairTrainer, recipe: Recipe) -> PairTable:
+    """Check the stored reference, fill it if the recipe says so, and return the monitored pairs as scored at step 0."""
+    reference, pairs = trainer.reference, trainer.train_dataset
+    uses_reference = recipe.loss.gamma_value != 0
+    forget_if_any(reference, reference.recheck([*(pairs if uses_reference else []), *trainer.held_out]))
+    if recipe.reference.policy == "store" and uses_reference:
+        score_own_part(reference, pairs)
+    trainer.monitored_reference = trainer.score_reference()
+    reference.flush()
+    if recipe.policy_starts_as_reference and not any(gather_object([bool(reference.found)])):
+        # It is this very moment's, and π is π0: there is nothing to score again.
+        return trainer.score_monitored(trainer.monitored_reference)
+    policy = trainer.score_model()
+    if recipe.policy_starts_as_reference and forget_if_any(reference, reference.difference(trainer.monitored, policy)):
+        trainer.monitored_reference = trainer.score_reference()
+    return trainer.score_monitored(policy)
+
+
 def _finish(
-    writer: RunWriter,
-    recipe: Recipe,
-    trainer: PairTrainer,
-    result: TrainResult,
-    scored: PairTable | None,
-    keep: Callable[[Path, PairTable], None],
-    began: float,
+    writer: RunWriter, recipe: Recipe, trainer: PairTrainer, result: TrainResult, last: PairTable | None, began: float
 ) -> None:
     """Write the adapter and what a complete run came to; its scaled states are measured in every process.
 
@@ -261,99 +340,19 @@ def _finish(
         TrainingError: it came to numbers that are not finite.
     """
     trainer.check_adapter_is_finite()
-    check_end(scored)
+    if last is not None:
+        check_end(last)
     if writer.writes:
         save_adapter(trainer.model, result.folder)
-        trainer.processing_class.save_pretrained(result.folder)
-    if scored is not None:
+        trainer.policy.tokenizer.save_pretrained(result.folder)
+    if last is not None:
         with progress("sampling"):
-            keep(result.folder, scored)
+            trainer.save_measurements(result.folder, last, recipe.generation)
     writer.update(seconds=time.perf_counter() - began)
     for scale in recipe.generation.scales if trainer.held_out else ():
-        with scaled(trainer.model, scale):
-            at_scale = trainer.score_held_out()
+        with trainer.policy.scaled(scale):
+            scored = trainer.score_monitored()
             with progress("sampling"):
-                keep(scaled_folder(result.folder, scale), at_scale)
+                trainer.save_measurements(scaled_folder(result.folder, scale), scored, recipe.generation)
     adapter = adapter_fingerprints(result.folder) if writer.writes else {}
     writer.finish(recipe, before=result.before, after=result.after, step=result.steps, remarks=result.remarks, adapter=adapter)
-
-
-def build_trainer(
-    recipe: Recipe,
-    prepared: Inputs,
-    writer: RunWriter | None = None,
-    *,
-    resume: bool = False,
-    base: Any = None,
-    callbacks: Sequence[Any] = (),
-) -> PairTrainer:
-    """Return the trainer of a run: base and adapter loaded, the way of its pairs chosen, memory planned, reference and γ found.
-
-    The folder of a run that begins is made ready last, so that what lies there is not removed for a run that cannot begin.
-
-    Raises:
-        ModelError: the base or an adapter cannot be used, or cannot be packed although the recipe insists.
-        StoreUnavailable: the recipe insists on a store.
-        RecipeError, UsageError: see `find_gamma`.
-    """
-    from transformers import set_seed
-
-    info, tokenizer, data = prepared
-    settings = recipe.train
-    args = training_arguments(recipe, data)
-    set_seed(settings.seed)
-    policy = load_policy(recipe, base=base, info=info, tokenizer=tokenizer, device=args.device)
-    model = policy.model
-    mixout = attach_mixout(model, recipe.mixout.p, seed=settings.seed, form=recipe.mixout.form)
-    scorer = choose_scorer(model, [*data.train, *data.held_out], packing=settings.packing)
-    plan = plan_memory(
-        model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
-    )
-    scorer.token_budget = plan.tokens
-    logger.info(f"{plan.tokens} tokens per forward{', activations recomputed in the backward' if plan.checkpointing else ''}")
-    # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
-    caching = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
-    reference = open_reference(policy, scorer, caching=caching, path=recipe.reference.store)
-    asked, (recipe, calibration) = recipe, find_gamma(recipe, reference, data.train)
-    trainer = PairTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        held_out=data.held_out,
-        loss=Loss(**recipe.loss.coefficients()),
-        scorer=scorer,
-        reference=reference,
-        keep_checkpoints=settings.keep_checkpoints,
-        tokenizer=tokenizer,
-        prompts_together=settings.prompts_together,
-        starts_at_reference=recipe.policy_starts_as_reference,
-        callbacks=callbacks,
-    )
-    if mixout.layers:
-        trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, writer))
-    if writer:
-        writer.begin(asked, resume=resume)
-        if calibration:
-            record_gamma(writer, recipe, calibration)
-    return trainer
-
-
-def _score_before(trainer: PairTrainer, recipe: Recipe) -> PairTable:
-    """Check the stored reference, fill it if the recipe says so, and return the watched pairs as they are scored at step 0."""
-    reference, pairs, watched = trainer.reference, trainer.train_dataset, trainer.watched
-    uses_reference = recipe.loss.gamma_value != 0
-    forget_if_any(reference, reference.recheck([*(pairs if uses_reference else []), *trainer.held_out]))
-    if recipe.reference.policy == "store" and uses_reference:
-        mine = pairs[trainer.args.process_index :: trainer.args.world_size]
-        with progress("scoring, reference"):
-            reference.logprobs(mine)
-        reference.flush()
-    trainer.held_out_reference = trainer.score_reference()
-    reference.flush()
-    if recipe.policy_starts_as_reference and not trainer.any_process(bool(reference.found)):
-        # It is this very moment's, and π is π0: there is nothing to score again.
-        return trainer.score_held_out(trainer.held_out_reference)
-    policy = trainer.score_model()
-    if recipe.policy_starts_as_reference and forget_if_any(reference, reference.difference(watched, policy)):
-        trainer.held_out_reference = trainer.score_reference()
-    return trainer.score_held_out(policy)

@@ -9,9 +9,8 @@ Overridden: what computes the loss, what logs, and where a checkpoint is put tog
 and the distributed machinery are Trainer's.
 """
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,86 +21,90 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
+from pe_dpo.data import PreparedData
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import OutOfMemory, TrainingError, UsageError
+from pe_dpo.inference.drift import measure_drift
 from pe_dpo.inference.logprobs import PairLogprobs, concatenate
-from pe_dpo.inference.pairs import pair_table
+from pe_dpo.inference.pairs import pair_table, with_texts
 from pe_dpo.inference.reference import Reference
-from pe_dpo.inference.scorer import Scorer
-from pe_dpo.metrics.catalogue import pair_metrics
+from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
 from pe_dpo.objective import Loss, PreferenceLoss
+from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_folder
+from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE
 from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import save_evaluation
+from pe_dpo.training.monitor import train_probe
 from pe_dpo.training.order import EpochLoader, OptimizerBatches
-from pe_dpo.training.watch import probe_pairs
 
-logger = logging.getLogger(__name__)
+GENERATION_SEED = 0
+"""The seed of the sampled answers: the same in every run, so that runs are compared on common random numbers."""
 
 
 class PairTrainer(Trainer):
     """Trains an adapter on encoded pairs.
 
     Args:
-        model: a PEFT model from `model.adapter`.
+        reference: π0's log-probs of the pairs; it knows the policy that is trained, and the scorer of both.
+        loss: What is trained on, with its γ as a number.
+        data: Encoded pairs to train on and to evaluate on; without the latter some of the former are monitored, as `probe_…`.
         args: Trainer's; `per_device_train_batch_size` is the pairs per optimizer step over all processes together.
-        train_dataset: encoded pairs.
-        held_out: encoded pairs to evaluate on; empty: some of the training pairs are watched instead, as `probe_…`.
-        loss: what is trained on; with its γ as a number.
-        scorer: how pairs go through the model.
-        reference: π0's log-probs of the pairs.
-        keep_checkpoints: how many to keep.
-        callbacks: further Trainer callbacks.
-        tokenizer: saved beside each adapter.
-        prompts_together: whether pairs of one prompt share an optimizer step, so that its answers are scored once.
-        starts_at_reference: whether π = π0 at step 0, so that the training pairs' log-probs of then are known.
+        keep_checkpoints: How many to keep.
+        prompts_together: Whether pairs of one prompt share an optimizer step, so that its answers are scored once.
+        starts_at_reference: Whether π = π0 at step 0, so that the training pairs' log-probs of then are known.
+        callbacks: Further callbacks of Trainer.
+
+    Raises:
+        UsageError: mixed precision, FSDP or DeepSpeed, as environment variables of a launcher ask for them: this trainer does
+            it itself, or cannot do it.
     """
 
     def __init__(
         self,
-        *,
-        model: Any,
-        args: TrainingArguments,
-        train_dataset: Sequence[EncodedPair],
-        held_out: Sequence[EncodedPair],
-        loss: Loss,
-        scorer: Scorer,
         reference: Reference,
-        keep_checkpoints: int,
-        tokenizer: Any,
+        loss: Loss,
+        data: PreparedData,
+        args: TrainingArguments,
+        *,
+        keep_checkpoints: int = 1,
         prompts_together: bool = False,
         starts_at_reference: bool = True,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        watched = held_out or probe_pairs(train_dataset)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=watched,
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-        )
-        _check_plain(self.accelerator)
-        self.remove_callback(PrinterCallback)
-        self.held_out = held_out
-        self.watched = watched
-        """Pairs whose metrics are measured along the way."""
-        self.held_out_reference: PairLogprobs | None = None
-        """Log-probs of the watched pairs under π0, in their order; set once, before training."""
-        self.first: PairTable | None = None
-        """The watched pairs as they are scored at step 0; set once, before training."""
+        self.reference, self.loss, self.held_out = reference, loss, data.held_out
+        self.policy, self.scorer = reference.policy, reference.scorer
+        self.keep_checkpoints, self.prompts_together = keep_checkpoints, prompts_together
         self.starts_at_reference = starts_at_reference
-        self.loss = loss
-        self.prompts_together = prompts_together
-        self.scorer = scorer
-        self.reference = reference
-        self.keep_checkpoints = keep_checkpoints
+        self.monitored = data.held_out or train_probe(data.train)
+        """Pairs whose metrics are measured along the way."""
+        self.monitored_reference: PairLogprobs | None = None
+        """Log-probs of the monitored pairs under π0, in their order; set once, before training."""
+        self.first: PairTable | None = None
+        """The monitored pairs as they are scored at step 0; set once, before training."""
         self._window: list[PairTable] = []
         self._window_tokens = 0
         self._window_start = time.perf_counter()
         self._staging: Path | None = None
+        super().__init__(
+            model=self.policy.model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=self.monitored,
+            processing_class=self.policy.tokenizer,
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)
+        if self.accelerator.mixed_precision != "no":
+            raise UsageError(
+                f"accelerate is set to mixed precision {self.accelerator.mixed_precision}; unset ACCELERATE_MIXED_PRECISION "
+                "and say model.dtype in the recipe"
+            )
+        kind = str(self.accelerator.distributed_type.value)
+        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            raise UsageError(f"launched as {kind}; start several processes with torchrun, one per GPU")
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process gets the whole optimizer batch and takes its own share of it in `training_step`."""
@@ -113,18 +116,33 @@ class PairTrainer(Trainer):
         return OptimizerBatches(keys, self.args.per_device_train_batch_size, self.args.seed)
 
     def training_step(self, model: Any, inputs: list[EncodedPair], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run forward and backward over one optimizer step's pairs; return the step's loss, detached."""
+        """Run forward and backward over one optimizer step's pairs; return the step's loss, detached.
+
+        Raises:
+            TrainingError: a loss or the gradient is not finite, or memory does not do for one pair.
+        """
         model = self.accelerator.unwrap_model(model)
         model.train()
         mine = inputs[self.args.process_index :: self.args.world_size]
         with self._keeping_what_was_saved():
             total, scored = self.scorer.within_memory(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
-        # What no pair reaches is zero, not missing: Adam's averages move on all the same.
+        gradients = []
         for parameter in adapter_parameters(model):
-            if parameter.grad is None:
+            if parameter.grad is None:  # what no pair reaches is zero, not missing: Adam's averages move on all the same
                 parameter.grad = torch.zeros_like(parameter)
-        self._sum_over_processes(total, [p.grad for p in adapter_parameters(model) if p.grad is not None])
-        self._check_gradients(inputs)
+            gradients.append(parameter.grad)
+        if self.args.world_size > 1:  # in two reductions: an adapter is small, and processes may have any rows
+            torch.distributed.all_reduce(total)
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            names = ", ".join(pair.where for pair in inputs[:5])
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the gradient is not finite (pairs {names}, …); nothing was updated by "
+                "this step. Lower train.learning_rate or loss.beta; `resume` goes on from the last checkpoint"
+            )
         self._window.extend(scored)
         self._window_tokens += sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs)
         return total.float()
@@ -179,29 +197,6 @@ class PairTrainer(Trainer):
                 "and `resume` goes on from the last checkpoint"
             ) from error
 
-    def _sum_over_processes(self, total: torch.Tensor, gradients: list[torch.Tensor]) -> None:
-        """Sum the loss and the gradients, in place, in two reductions: an adapter is small, and processes may have any rows."""
-        if self.args.world_size == 1:
-            return
-        torch.distributed.all_reduce(total)
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-    def any_process(self, what: bool) -> bool:
-        """Return whether it holds in any process."""
-        return any(gather_object([what]))
-
-    def _check_gradients(self, pairs: list[EncodedPair]) -> None:
-        gradients = [p.grad for p in adapter_parameters(self.model) if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            names = ", ".join(pair.where for pair in pairs[:5])
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the gradient is not finite (pairs {names}, …); nothing was updated by "
-                "this step. Lower train.learning_rate or loss.beta; `resume` goes on from the last checkpoint"
-            )
-
     def check_adapter_is_finite(self) -> None:
         """Check that the trained adapter can be saved and gone on with.
 
@@ -227,50 +222,70 @@ class PairTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Return the metrics of the watched pairs, and log them."""
-        metrics = {f"{self.prefix}_{key}": value for key, value in self.watched_metrics(self.score_held_out()).items()}
+        """Return the metrics of the monitored pairs, and log them."""
+        metrics = self.with_prefix(pair_metrics(self.score_monitored(), is_fixed_set=True))
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._window_start = time.perf_counter()
         return metrics
 
-    @property
-    def prefix(self) -> str:
-        """Of the watched pairs' metrics: eval where they are held out, probe where they are trained on."""
-        return "eval" if self.held_out else "probe"
-
-    def watched_metrics(self, scored: PairTable) -> dict[str, float]:
-        """Return the metrics of the watched pairs as scored."""
-        return pair_metrics(scored, is_fixed_set=True)
+    def with_prefix(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return metrics of the monitored pairs as they are logged: eval_… where these are held out, else probe_…."""
+        prefix = "eval" if self.held_out else "probe"
+        return {f"{prefix}_{key}": value for key, value in metrics.items()}
 
     def score_model(self) -> PairLogprobs:
-        """Return the watched pairs' log-probs under the model as it is now."""
-        return self._of_held_out(lambda pairs: self.scorer.score_pairs(self.model, pairs))
+        """Return the monitored pairs' log-probs under the model as it is now."""
+        return self._of_monitored(lambda pairs: self.scorer.score_pairs(self.model, pairs))
 
     def score_reference(self) -> PairLogprobs:
-        """Return the watched pairs' log-probs under π0."""
-        return self._of_held_out(self.reference.logprobs)
+        """Return the monitored pairs' log-probs under π0."""
+        return self._of_monitored(self.reference.logprobs)
 
-    def score_held_out(self, policy: PairLogprobs | None = None) -> PairTable:
-        """Return the watched pairs as policy (if not given) and reference score them now."""
+    def score_monitored(self, policy: PairLogprobs | None = None) -> PairTable:
+        """Return the monitored pairs as policy (if not given) and reference score them now."""
         policy = self.score_model() if policy is None else policy
-        margins = torch.tensor([pair.margin for pair in self.watched], dtype=torch.float64)
-        out = self.loss(policy, self.held_out_reference, margins)
-        table = pair_table(self.watched, policy, self.held_out_reference, out, self.loss)
+        margins = torch.tensor([pair.margin for pair in self.monitored], dtype=torch.float64)
+        out = self.loss(policy, self.monitored_reference, margins)
+        table = pair_table(self.monitored, policy, self.monitored_reference, out, self.loss)
         return table if self.first is None else table.since(self.first)
 
-    def _of_held_out(self, score: Callable[[Sequence[EncodedPair]], PairLogprobs]) -> PairLogprobs:
-        """Return what `score` makes of the watched pairs; the processes share the work."""
+    def _of_monitored(self, score: Callable[[Sequence[EncodedPair]], PairLogprobs]) -> PairLogprobs:
+        """Return what `score` makes of the monitored pairs; the processes share the work."""
         world, rank = self.args.world_size, self.args.process_index
-        if len(self.watched) < world:
+        if len(self.monitored) < world:
             world, rank = 1, 0
-        share = self.watched[rank::world]
         with self._keeping_what_was_saved():
-            mine = score(share)
+            mine = score(self.monitored[rank::world])
         if world == 1:
             return mine
-        order = torch.cat([torch.arange(start, len(self.watched), world) for start in range(world)]).argsort()
+        order = torch.cat([torch.arange(start, len(self.monitored), world) for start in range(world)]).argsort()
         return PairLogprobs(*(field[order] for field in concatenate(gather_object([mine]))))
+
+    def save_measurements(self, folder: Path, scored: PairTable, settings: GenerationSection) -> None:
+        """Sample answers if they are asked for, and write all that is known of the policy now; in the main process only.
+
+        eval_pairs.parquet     held-out pairs one by one
+        generations.parquet    answers sampled from the policy, with KL(π‖π0), entropy and length
+        evaluation.json        the metrics of both
+
+        Args:
+            folder: The folder of the run at its end, along the way one under snapshots/, and one under scaled/ for the finished
+                adapter scaled toward the reference.
+            scored: The held-out pairs as they are now.
+            settings: What to sample.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        drift = None
+        if settings.prompts:
+            drift = measure_drift(self.policy, self.scorer, self.held_out, settings, seed=GENERATION_SEED)
+        with_texts(scored, self.held_out, self.policy.tokenizer).save(folder / PAIRS_FILE)
+        if drift:
+            drift.table.save(folder / ANSWERS_FILE)
+        metrics = pair_metrics(scored, is_fixed_set=True)
+        save_evaluation(folder, metrics, share_intervals(metrics, len(scored)), drift.summary() if drift else None)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -293,7 +308,7 @@ class PairTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             save_adapter(self.model, output_dir or self.args.output_dir)
-            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+            self.policy.tokenizer.save_pretrained(output_dir or self.args.output_dir)
 
     def train_to(self, step: int, checkpoint: Path | None) -> None:
         """Train up to a step, from a checkpoint or from the beginning.
@@ -311,27 +326,3 @@ class PairTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore_adapter(self.model, resume_from_checkpoint)
-
-
-def forget_if_any(reference: Reference, why: str | None) -> bool:
-    """Throw the stored reference away in all processes if one of them found it wrong; return whether."""
-    reasons = [reason for reason in gather_object([why]) if reason]
-    if reasons:
-        reference.forget(reasons[0])
-    return bool(reasons)
-
-
-def _check_plain(accelerator: Any) -> None:
-    """Check that accelerate was not told to do what this trainer does itself, or cannot do.
-
-    Raises:
-        UsageError: mixed precision, FSDP or DeepSpeed, as environment variables of a launcher ask for them.
-    """
-    if accelerator.mixed_precision != "no":
-        raise UsageError(
-            f"accelerate is set to mixed precision {accelerator.mixed_precision}; unset ACCELERATE_MIXED_PRECISION and say "
-            "model.dtype in the recipe"
-        )
-    kind = str(accelerator.distributed_type.value)
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise UsageError(f"launched as {kind}; start several processes with torchrun, one per GPU")

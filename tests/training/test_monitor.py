@@ -19,9 +19,9 @@ from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter
-from pe_dpo.training.remarks import set_remarks
+from pe_dpo.training.diagnostics import diagnose_pairs
+from pe_dpo.training.monitor import PATIENCE, Monitor, train_probe
 from pe_dpo.training.train import train
-from pe_dpo.training.watch import PATIENCE, Watch, probe_pairs
 
 COUNT = 40
 
@@ -45,7 +45,7 @@ def remarks(*shifts, loss=None, **options):
     """What is said of the pairs after they moved."""
     loss = loss or LossSection()
     found = metrics(*shifts, loss=loss, **options)
-    return set_remarks(found, metrics(loss=loss, **options), loss)
+    return diagnose_pairs(found, metrics(loss=loss, **options), loss)
 
 
 # ---------------------------------------------------------------- what is seen
@@ -144,52 +144,52 @@ def test_the_same_log_probs_without_any_pull_are_not_called_frozen():
 
 
 @pytest.fixture
-def watch(tmp_path: Path) -> Watch:
-    return Watch(RunWriter(tmp_path), LossSection(), metrics())
+def monitor(tmp_path: Path) -> Monitor:
+    return Monitor(RunWriter(tmp_path), LossSection(), metrics())
 
 
 def evaluation(*shifts):
     return {f"eval_{key}": value for key, value in metrics(*shifts).items()} | {"epoch": 1.0}
 
 
-def test_a_remark_is_due_once_when_seen_twice_in_a_row(watch):
+def test_a_remark_is_due_once_when_seen_twice_in_a_row(monitor):
     fell = evaluation(-1.0, -5.0)
-    due = [watch.look(step, fell) for step in (10, 20, 30, 40)]
+    due = [monitor.look(step, fell) for step in (10, 20, 30, 40)]
     assert [found.keys() for found in due] == [set(), {"both_fell"}, set(), set()]
 
 
-def test_what_is_seen_now_and_then_is_not_said(watch):
+def test_what_is_seen_now_and_then_is_not_said(monitor):
     fell, well = evaluation(-1.0, -5.0), evaluation(2.0, -2.0)
-    assert not any(watch.look(step, line) for step, line in enumerate([fell, well, fell, well, fell, well], start=1))
+    assert not any(monitor.look(step, line) for step, line in enumerate([fell, well, fell, well, fell, well], start=1))
 
 
-def test_the_evaluation_before_training_is_not_judged(watch):
+def test_the_evaluation_before_training_is_not_judged(monitor):
     line = evaluation(0.0, 0.0)
-    assert not watch.look(0, line) and not watch.look(1, line)
-    assert watch.look(2, line).keys() == {"frozen"}
+    assert not monitor.look(0, line) and not monitor.look(1, line)
+    assert monitor.look(2, line).keys() == {"frozen"}
 
 
-def test_a_dead_gradient_is_said_after_ten_lines_of_it(watch):
+def test_a_dead_gradient_is_said_after_ten_lines_of_it(monitor):
     line = {"loss": 0.0, "weight/mean": 0.0}
-    due = [watch.look(step, line) for step in range(1, 13)]
+    due = [monitor.look(step, line) for step in range(1, 13)]
     assert [step for step, found in enumerate(due, start=1) if found] == [PATIENCE["windows"]]
     assert "no pair pulls any more" in due[9]["dead"]
 
 
-def test_other_lines_are_passed_over(watch):
-    assert watch.look(3, {"step": 3, "remark": "both_fell", "words": "…"}) == {}
+def test_other_lines_are_passed_over(monitor):
+    assert monitor.look(3, {"step": 3, "remark": "both_fell", "words": "…"}) == {}
 
 
-def test_at_the_end_stands_what_is_so_then_and_what_was_said_on_the_way(watch):
+def test_at_the_end_stands_what_is_so_then_and_what_was_said_on_the_way(monitor):
     for step in (10, 20):
-        watch.look(step, evaluation(-1.0, -5.0))
-    assert watch.conclude(metrics(-2.0, -5.0), has_moved=True)[0].startswith("both answers became less likely")
-    assert watch.conclude(metrics(2.0, -5.0), has_moved=True)[0].startswith("step 20: both answers became less likely")
+        monitor.look(step, evaluation(-1.0, -5.0))
+    assert monitor.conclude(metrics(-2.0, -5.0), has_moved=True)[0].startswith("both answers became less likely")
+    assert monitor.conclude(metrics(2.0, -5.0), has_moved=True)[0].startswith("step 20: both answers became less likely")
 
 
-def test_without_held_out_pairs_the_last_look_is_what_stands_at_the_end(watch):
-    watch.look(10, {key.replace("eval_", "probe_"): value for key, value in evaluation(-1.0, -5.0).items()})
-    assert len(watch.conclude({}, has_moved=True)) == 1
+def test_without_held_out_pairs_the_last_look_is_what_stands_at_the_end(monitor):
+    monitor.look(10, {key.replace("eval_", "probe_"): value for key, value in evaluation(-1.0, -5.0).items()})
+    assert len(monitor.conclude({}, has_moved=True)) == 1
 
 
 # ---------------------------------------------------------------- in a run
@@ -306,9 +306,9 @@ def pair(number):
 
 def test_the_probe_is_the_same_in_every_order_and_as_large_as_it_says():
     pairs = [pair(number) for number in range(20_000)]
-    probe = probe_pairs(pairs)
+    probe = train_probe(pairs)
     assert len(probe) == 256
-    assert [one.where for one in probe_pairs(pairs[::-1])] == [one.where for one in probe]
-    assert len(probe_pairs(pairs[:5000])) == 100
-    assert len(probe_pairs(pairs[:500])) == 32
-    assert len(probe_pairs(pairs[:20])) == 20
+    assert [one.where for one in train_probe(pairs[::-1])] == [one.where for one in probe]
+    assert len(train_probe(pairs[:5000])) == 100
+    assert len(train_probe(pairs[:500])) == 32
+    assert len(train_probe(pairs[:20])) == 20
