@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import adapter_parameters
+from pe_dpo.model.lora import InBaseDtype
 from pe_dpo.model.mixout import Mixout, attach
 from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.start import check_start
