@@ -79,7 +79,7 @@ def test_no_shard_is_larger_than_asked_and_the_index_says_where_each_tensor_lies
         assert sorted(load_file(tmp_path / file)) == sorted(name for name, place in where.items() if place == file)
     files = TensorFiles(tmp_path)
     assert_same({facts.name: files.read(facts.name) for facts in files}, tensors)
-    assert files.file_of("large") == tmp_path / names[2]
+    assert files.file_of["large"] == tmp_path / names[2]
 
 
 def test_a_sharded_model_loads_in_transformers(tmp_path: Path, tiny_base: Path) -> None:

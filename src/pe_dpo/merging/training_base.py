@@ -76,7 +76,7 @@ class TrainingBase:
             loaded_in = next((one for one in candidates if expected == parameter_fingerprint(stored.to(one))), None)
         if loaded_in is None:
             raise ModelError(
-                f"{files.file_of(planned.source)}: {planned.source} is not what the adapter was trained on (sha256 of the "
+                f"{files.file_of[planned.source]}: {planned.source} is not what the adapter was trained on (sha256 of the "
                 "loaded weights): another base, a damaged file, or quantized to other bits by another device or version; "
                 "restore the base, or merge where it was trained"
             )

@@ -68,9 +68,19 @@ class InBaseDtype(LoraVariant):
 
 
 def compute_in_base_dtype(model: nn.Module) -> None:
-    """Let every plain linear LoRA layer of a PEFT model compute in its base's dtype; other kinds of layers stay PEFT's."""
-    layers: list[Any] = [module for module in model.modules() if _is_plain(module)]
+    """Let every plain linear LoRA layer of a PEFT model compute in its base's dtype; other kinds of layers stay PEFT's.
+
+    Plain is one around a linear layer, quantized or not, without a bias or variant of its own.
+    """
+    import peft.tuners.lora.bnb as quantized
+
+    kinds = [Linear, *(getattr(quantized, name) for name in ("Linear4bit", "Linear8bitLt") if hasattr(quantized, name))]
+    layers: list[Any] = [module for module in model.modules() if type(module) in kinds]
     for layer in layers:
+        if any(layer.lora_B[adapter].bias is not None for adapter in layer.lora_B):
+            continue
+        if not all(isinstance(variant, InBaseDtype) for variant in layer.lora_variant.values()):
+            continue
         layer.cast_input_dtype_enabled = False
         layer.lora_variant.update({name: InBaseDtype() for name in layer.lora_A if name not in layer.lora_variant})
 
@@ -93,18 +103,3 @@ def add_update(module: Any, adapter: str, x: Tensor, result: Tensor, a: Tensor |
 def adds_to(result: Tensor) -> Tensor:
     """Return a layer's output as something that may be added to in place."""
     return result.clone() if result._base is not None else result.contiguous()  # int8 layers return a view
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether a module is a LoRA layer around a linear one, quantized or not, without a bias or variant of its own."""
-    kinds: tuple[type, ...] = (Linear, *_quantized_kinds())
-    variants = getattr(module, "lora_variant", {}).values()
-    if type(module) not in kinds or not all(isinstance(variant, InBaseDtype) for variant in variants):
-        return False
-    return all(module.lora_B[adapter].bias is None for adapter in module.lora_B)
-
-
-def _quantized_kinds() -> tuple[type, ...]:
-    import peft.tuners.lora.bnb as quantized
-
-    return tuple(getattr(quantized, name) for name in ("Linear4bit", "Linear8bitLt") if hasattr(quantized, name))

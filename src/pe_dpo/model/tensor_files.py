@@ -69,40 +69,37 @@ class TensorFiles:
                     raise ValueError(f"it names files by {where.values()}")
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ModelError(f"{index}: is no index of shards ({error!r}); fetch the model again") from error
-        self._file_of: dict[str, Path] = {}
+        self.file_of: dict[str, Path] = {}
+        """The file that holds each tensor."""
         for file in [self.folder / name for name in dict.fromkeys(where.values())] or [single]:
             try:
                 with safe_open(file, framework="pt") as opened:
-                    self._file_of |= dict.fromkeys(opened.keys(), file)
+                    self.file_of |= dict.fromkeys(opened.keys(), file)
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{file}: cannot be read ({error}); fetch the model again") from error
-        lost = sorted(where.keys() - self._file_of.keys())
+        lost = sorted(where.keys() - self.file_of.keys())
         if lost:
             file = self.folder / where[lost[0]]
             raise ModelError(f"{file}: does not have {lost[0]}, which the index says is there; fetch the model again")
 
     def __iter__(self) -> Iterator[TensorInfo]:
-        return (self.info(name) for name in self._file_of)
+        return (self.info(name) for name in self.file_of)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def file_of(self, name: str) -> Path:
-        """Return the file that holds a tensor."""
-        return self._file_of[name]
+        return name in self.file_of
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, on the CPU, as it is stored."""
         try:
-            with safe_open(self._file_of[name], framework="pt") as opened:
+            with safe_open(self.file_of[name], framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name)
                 return tensor
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{self._file_of[name]}: {name} cannot be read: {error}") from error
+            raise ModelError(f"{self.file_of[name]}: {name} cannot be read: {error}") from error
 
     def info(self, name: str) -> TensorInfo:
         """Return name, shape and dtype of a tensor without reading it."""
-        file = self._file_of[name]
+        file = self.file_of[name]
         with safe_open(file, framework="pt") as opened:
             part = opened.get_slice(name)
             shape, dtype = part.get_shape(), part.get_dtype()
