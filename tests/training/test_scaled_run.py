@@ -153,7 +153,7 @@ def test_what_is_no_run_has_nowhere_to_keep_it(run, tiny_pairs, tiny_base, tmp_p
         evaluate(tiny_base, data=data, generation=GenerationSection(scales=list(SCALES)))
 
 
-@pytest.mark.parametrize(("scales", "words"), [((0.5, 1.0), "1 does not lie between 0"), ((0.5, 0.5), "0.5 is there twice")])
+@pytest.mark.parametrize(("scales", "words"), [([0.5, 1.0], "1 does not lie between 0"), ([0.5, 0.5], "0.5 is there twice")])
 def test_scales_that_are_no_fractions_are_refused(scales, words):
     with pytest.raises(ValidationError, match=words):
         GenerationSection(scales=scales)
