@@ -60,7 +60,7 @@ def scaled_folder(run: Path, scale: float) -> Path:
 
 
 def remedy(place: Path, scales: Sequence[str] = ()) -> str:
-    """Return how what was measured of a run, or lies in a folder below it, is measured again, in words."""
+    """Return how what was measured of a run, or lies in a folder below it, is measured again, as a sentence for a message."""
     if place.parent.name == "snapshots":
         return f"a snapshot cannot be measured again: move {place} away"
     if place.parent.name == "scaled":

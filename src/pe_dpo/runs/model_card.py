@@ -40,7 +40,7 @@ def model_card(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, 
 
 
 def held_out_table(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Return the lines of a markdown table of held-out metrics; one line of words where nothing was held out."""
+    """Return the lines of a markdown table of held-out metrics; one sentence where nothing was held out."""
     if not after:
         return ["No pairs were held out."]
     rows = [f"| {' | '.join(row)} |" for row in headline_rows(before, after)]

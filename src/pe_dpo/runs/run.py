@@ -48,7 +48,7 @@ class Hashes(BaseModel):
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Those of what the run started from."""
+        """The hashes of what the run started from."""
         return self.model_dump(include={"data", "held_out", "base", "start"}, exclude_none=True)
 
 
@@ -62,7 +62,7 @@ class RunInfo(BaseModel):
     status: str = "not started"
     """starting, training, interrupted, failed or finished."""
     why: str = ""
-    """Of a failed run."""
+    """Why a run failed."""
     hashes: Hashes = Hashes()
     base: dict[str, Any] = {}
     """What the base was: id, revision, quantize, dtype, parameters, quantized_layers."""
@@ -99,10 +99,10 @@ class Measurements:
     """What was measured of one policy of a run: held-out pairs, sampled answers, and what they come to.
 
     Args:
-        run: of which it is a policy; None for the run itself.
-        folder: in which the files lie.
-        step: after which optimizer step.
-        scale: of the end scaled toward the reference; None for what was trained.
+        run: The run that it is a policy of.
+        folder: The folder in which the files lie.
+        step: The optimizer step after which it was measured.
+        scale: The scale of an end that was scaled toward the reference; None for what was trained.
     """
 
     def __init__(self, run: "Run", folder: Path, *, step: int, scale: float | None = None) -> None:
@@ -319,7 +319,7 @@ class Run(Measurements):
 
     @property
     def remarks(self) -> list[str]:
-        """What looked off, in words: at the end, or so far."""
+        """What looked off: at the end, or so far."""
         remarks = self.info.remarks
         if remarks is not None:
             return remarks

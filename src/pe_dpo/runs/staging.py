@@ -46,7 +46,8 @@ def staged(output: Path) -> Iterator[Path]:
         try:
             _sweep(folder)
             yield folder
-            _sync(folder)
+            for path in (*sorted(path for path in folder.rglob("*") if path.is_file()), folder):
+                sync(path)
             check_free(output)
             folder.rename(output)
             (output / ".lock").unlink()  # held until the name is taken, or another process would begin in the same folder
@@ -92,8 +93,3 @@ def _remove(folder: Path) -> None:
     (folder / ".lock").unlink(missing_ok=True)
     with suppress(OSError):  # another process has begun there
         folder.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    for path in (*sorted(path for path in folder.rglob("*") if path.is_file()), folder):
-        sync(path)

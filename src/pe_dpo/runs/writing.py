@@ -64,8 +64,8 @@ class RunWriter:
     """Writes down what a run does. In every process of a run but the first it is there and writes nothing.
 
     Args:
-        folder: of the run, locked by `locked`.
-        writes: whether this is the process that writes.
+        folder: The folder of the run, locked by `locked`.
+        writes: Whether this is the process that writes.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
@@ -78,7 +78,7 @@ class RunWriter:
         """
         if not self.writes or resume:
             return
-        for path in self.folder.iterdir():
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == RUN_FILE):  # last what tells that it is a run
             if path.name in _OURS or path.name.removeprefix("checkpoint-").isdigit() or path.name.endswith(".partial"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.update(id=uuid.uuid4().hex, status="starting")
@@ -105,7 +105,7 @@ class RunWriter:
         """Return the checkpoint from which the run goes on, None for its beginning; metrics logged after it are dropped.
 
         Args:
-            hashes: of what the run would start from now, which must be what it started from.
+            hashes: The hashes of what the run would start from now, which must be what it started from.
 
         Raises:
             RunFolderError: the run started with other data, another base or start adapter, or no checkpoint is whole and its
@@ -136,11 +136,11 @@ class RunWriter:
         """Write down what a fresh run starts from.
 
         Args:
-            recipe: with γ as a number.
-            hashes: of data, held-out pairs, base and start adapter.
-            base: what the base is, file by file and tensor by tensor.
-            data_report: what became of every row.
-            pairs: how many, to train on and held out.
+            recipe: The recipe of the run, with γ as a number.
+            hashes: The hashes of data, held-out pairs, base and start adapter.
+            base: What the base is, file by file and tensor by tensor.
+            data_report: What became of every row.
+            pairs: How many, to train on and held out.
         """
         write_json(self.folder / BASE_FILE, base)
         write_json(self.folder / "data_report.json", data_report)
@@ -171,12 +171,12 @@ class RunWriter:
         """Write what a complete run came to: the model card, and run.json.
 
         Args:
-            recipe: of the run.
-            before: held-out metrics at step 0.
-            after: held-out metrics at the end.
-            step: the last one.
-            remarks: what looks off, in words.
-            adapter: hashes of the adapter's files.
+            recipe: The recipe of the run.
+            before: Held-out metrics at step 0.
+            after: Held-out metrics at the end.
+            step: The last one.
+            remarks: What looks off.
+            adapter: The hashes of the adapter's files.
         """
         if self.writes:
             write_atomically(self.folder / "README.md", model_card(recipe, before, after))
@@ -213,10 +213,10 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
     """Check, without touching anything, that a run may be written into a folder.
 
     Args:
-        folder: of the run; need not exist.
-        recipe: of the run.
-        resume: go on with the run that lies there.
-        overwrite: remove the run that lies there.
+        folder: The folder of the run; it need not exist.
+        recipe: The recipe of the run.
+        resume: Whether to go on with the run that lies there.
+        overwrite: Whether to remove the run that lies there.
 
     Raises:
         RunFolderError: it is a file; something lies there and neither was asked for; it is not a run, or it is one of another

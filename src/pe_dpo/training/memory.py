@@ -82,10 +82,10 @@ def fitting_tokens(
     """Return the tokens of a row that fits into `free` bytes, from a line through the peaks of two rows.
 
     Args:
-        peak: bytes that a row needs at its worst moment; may run out of memory.
-        rows: a small and a larger one.
-        count: tokens of a row.
-        free: bytes.
+        peak: Returns the bytes that a row needs at its worst moment; may run out of memory.
+        rows: A small and a larger row.
+        count: Returns the tokens of a row.
+        free: The bytes that the row may take.
     """
     try:
         (few, low), (many, high) = ((count(row), peak(row)) for row in rows)

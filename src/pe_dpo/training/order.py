@@ -3,19 +3,17 @@
 from collections.abc import Hashable, Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Sampler
-
-from pe_dpo.data.pairs import EncodedPair
+from torch.utils.data import Sampler
 
 
 class OptimizerBatches(Sampler[list[int]]):
     """The indices of each optimizer step's pairs; every process draws the same batches.
 
     Args:
-        keys: of the pairs; pairs of one key follow each other (and share a step, unless the step is full). Keys that are all
-            different shuffle pairs, prompts as keys shuffle prompts.
-        pairs_per_step: pairs of every step but the last of an epoch, which takes what is left.
-        seed: of the permutations.
+        keys: The keys of the pairs; pairs of one key follow each other (and share a step, unless the step is full). Keys that
+            are all different shuffle pairs, prompts as keys shuffle prompts.
+        pairs_per_step: The pairs of every step but the last of an epoch, which takes what is left.
+        seed: The seed of the permutations.
     """
 
     def __init__(self, keys: Sequence[Hashable], pairs_per_step: int, seed: int) -> None:
@@ -39,11 +37,3 @@ class OptimizerBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return -(-self.pairs // self.pairs_per_step)
-
-
-class EpochLoader(DataLoader):
-    """A loader that passes the epoch on to its batches, as Trainer asks of accelerate's loaders."""
-
-    def __init__(self, pairs: Sequence[EncodedPair], batches: OptimizerBatches) -> None:
-        super().__init__(pairs, batch_sampler=batches, collate_fn=list)  # type: ignore[arg-type]  # a sequence will do
-        self.set_epoch = batches.set_epoch

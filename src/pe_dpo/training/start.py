@@ -1,4 +1,4 @@
-"""What must hold before the first step, policy = reference where they should be a loss that is alive; and after the last."""
+"""What must hold before the first step, policy = reference where they should be, and a loss that is alive."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,12 +45,12 @@ def check_start(
     """Return step 0 in numbers, from one micro-batch.
 
     Args:
-        model: the PEFT model before its first step.
-        pairs: of the first optimizer step.
-        scorer: as in training.
-        loss: as in training.
-        policy_is_reference: whether π = π0 by construction; false when training starts from an adapter against the raw base.
-        is_fresh: whether B = 0. Then dropout stays on, which must make no difference; else it is off.
+        model: The PEFT model before its first step.
+        pairs: The pairs of the first optimizer step.
+        scorer: As in training.
+        loss: As in training.
+        policy_is_reference: Whether π = π0 by construction; false when training starts from an adapter against the raw base.
+        is_fresh: Whether B = 0. Then dropout stays on, which must make no difference; else it is off.
 
     Raises:
         ModelError: π and π0 differ although they must not: the reference is not what it should be.
@@ -65,7 +65,8 @@ def check_start(
         with as_reference(model) as frozen:
             reference = scorer.logprobs(frozen, batch)
         if policy_is_reference:
-            difference = max(_largest(policy.chosen, reference.chosen), _largest(policy.rejected, reference.rejected))
+            both = (policy.chosen, reference.chosen), (policy.rejected, reference.rejected)
+            difference = max(float((one - other).abs().max()) for one, other in both)
     scale = 1.0 + float(torch.cat([policy.chosen, policy.rejected]).abs().max())
     if difference is not None and not difference <= TOLERANCE * scale:
         raise ModelError(
@@ -92,7 +93,7 @@ def check_diagonal(first: PairTable) -> None:
     pair that moved by a hundredth of its log-probs counts.
 
     Args:
-        first: the watched pairs as scored at step 0, by a policy that starts at the reference.
+        first: The monitored pairs as scored at step 0, by a policy that starts at the reference.
 
     Raises:
         ModelError: the reference is another model.
@@ -108,25 +109,3 @@ def check_diagonal(first: PairTable) -> None:
             "reference is not the model that training starts from. Remove the reference store, or set reference.policy: step; "
             "and load the base unchanged"
         )
-
-
-def check_end(last: PairTable) -> None:
-    """Check that a run came to numbers.
-
-    Args:
-        last: The held-out pairs as scored at the end.
-
-    Raises:
-        TrainingError: a log-prob or a loss is not finite.
-    """
-    finite = np.isfinite(last.policy_chosen + last.policy_rejected + last.loss)
-    bad = [where for where, is_finite in zip(last.where, finite, strict=True) if not is_finite]
-    if bad:
-        raise TrainingError(
-            f"after the last step, loss or log-probs are not finite for {len(bad)} of {len(last)} held-out pairs "
-            f"({', '.join(bad[:5])}); nothing was saved as the run's adapter. Lower train.learning_rate or loss.beta"
-        )
-
-
-def _largest(left: torch.Tensor, right: torch.Tensor) -> float:
-    return float((left - right).abs().max())

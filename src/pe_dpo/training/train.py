@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -39,7 +40,7 @@ from pe_dpo.training.gamma import find_gamma, forget_if_any, score_own_part, wit
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing, mixout_warnings
 from pe_dpo.training.monitor import Monitor
-from pe_dpo.training.start import StartCheck, check_diagonal, check_end, check_start
+from pe_dpo.training.start import StartCheck, check_diagonal, check_start
 from pe_dpo.training.trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,11 @@ def train(
     """Train an adapter by a recipe and return what came of it; the run folder holds everything.
 
     Args:
-        recipe: checked, from `load_recipe`.
-        resume: go on with the run in `recipe.output` from its newest whole checkpoint.
-        overwrite: remove the run in `recipe.output` first.
-        callbacks: further callbacks of transformers' Trainer.
-        shared: base and pairs of an earlier run with the same sections `model` and `data`, to be used again; the base is given
+        recipe: A checked recipe, from `load_recipe`.
+        resume: Whether to go on with the run in `recipe.output` from its newest whole checkpoint.
+        overwrite: Whether to remove the run in `recipe.output` first.
+        callbacks: Further callbacks of transformers' Trainer.
+        shared: Base and pairs of an earlier run with the same sections `model` and `data`, to be used again; the base is given
             back without the adapter.
 
     Raises:
@@ -341,7 +342,13 @@ def _finish(
     """
     trainer.check_adapter_is_finite()
     if last is not None:
-        check_end(last)
+        finite = np.isfinite(last.policy_chosen + last.policy_rejected + last.loss)
+        bad = [where for where, is_finite in zip(last.where, finite, strict=True) if not is_finite]
+        if bad:
+            raise TrainingError(
+                f"after the last step, loss or log-probs are not finite for {len(bad)} of {len(last)} held-out pairs "
+                f"({', '.join(bad[:5])}); nothing was saved as the run's adapter. Lower train.learning_rate or loss.beta"
+            )
     if writer.writes:
         save_adapter(trainer.model, result.folder)
         trainer.policy.tokenizer.save_pretrained(result.folder)

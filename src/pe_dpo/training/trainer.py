@@ -38,7 +38,7 @@ from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import save_evaluation
 from pe_dpo.training.monitor import train_probe
-from pe_dpo.training.order import EpochLoader, OptimizerBatches
+from pe_dpo.training.order import OptimizerBatches
 
 GENERATION_SEED = 0
 """The seed of the sampled answers: the same in every run, so that runs are compared on common random numbers."""
@@ -108,7 +108,10 @@ class PairTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process gets the whole optimizer batch and takes its own share of it in `training_step`."""
-        return EpochLoader(self.train_dataset, self.optimizer_batches())
+        batches = self.optimizer_batches()
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=list)
+        loader.set_epoch = batches.set_epoch  # as accelerate's loaders have it: Trainer calls it
+        return loader
 
     def optimizer_batches(self) -> OptimizerBatches:
         """Return the indices of each optimizer step's pairs."""
