@@ -96,7 +96,7 @@ def test_commands_that_serve_quote_what_they_name():
 def test_a_sweep_is_compared_by_the_command_that_it_ends_with(capsys):
     from pe_dpo.cli.sweep import _say_what_is_next
     from pe_dpo.experiments.plan import Point
-    from pe_dpo.experiments.sweep import PointState
+    from pe_dpo.experiments.point import PointState
 
     _say_what_is_next([PointState(Point("base", {}, 0, "x"), "finished")], NAME)
     assert commands(capsys.readouterr().out) == [["pe-dpo", "compare", NAME], ["pe-dpo", "report", NAME]]

@@ -179,7 +179,7 @@ def test_chat_shows_whole_tables(at_80_columns, trained, tmp_path) -> None:
 def test_the_live_table_of_a_sweep_is_whole(tmp_path: Path) -> None:
     from pe_dpo.cli.sweep import _table
     from pe_dpo.experiments.plan import Point
-    from pe_dpo.experiments.sweep import PointState
+    from pe_dpo.experiments.point import PointState
 
     name = "beta=0.025,gamma=0.5x,mixout=0.3"
     metrics = {"accuracy/shift": 0.612, "kl": 1.234}

@@ -14,9 +14,10 @@ import yaml
 from safetensors.torch import load_file
 
 from pe_dpo.errors import RunFolderError, UsageError
-from pe_dpo.experiments import sweep as sweep_module
+from pe_dpo.experiments import point as point_module
 from pe_dpo.experiments.plan import Point, make_plan, save_plan
-from pe_dpo.experiments.sweep import PointState, sweep
+from pe_dpo.experiments.point import PointState
+from pe_dpo.experiments.sweep import sweep
 from pe_dpo.inference.reference import Reference
 from pe_dpo.recipe import load_recipe
 from pe_dpo.runs.files import RUN_FILE, read_object
@@ -68,8 +69,8 @@ def test_every_point_is_the_run_that_train_makes(source, tmp_path):
 
 def test_the_base_is_loaded_once_and_each_answer_goes_through_the_reference_once(source, tmp_path, monkeypatch):
     loads, computed = [], []
-    load = sweep_module.load_base
-    monkeypatch.setattr(sweep_module, "load_base", lambda *a, **k: loads.append(1) or load(*a, **k))
+    load = point_module.load_base
+    monkeypatch.setattr(point_module, "load_base", lambda *a, **k: loads.append(1) or load(*a, **k))
     monkeypatch.setattr("pe_dpo.inference.policy.load_base", lambda *a, **k: pytest.fail("a run loaded a base of its own"))
     compute = Reference._compute
     monkeypatch.setattr(Reference, "_compute", lambda self, pairs, *a: computed.extend(pairs) or compute(self, pairs, *a))
@@ -83,7 +84,7 @@ def test_what_is_finished_is_not_run_again(source, tmp_path, monkeypatch):
     plan = make_plan(source, [["gamma=0,1x"]], folder=tmp_path / "sweep")
     sweep(plan)
     told = []
-    monkeypatch.setattr(sweep_module, "train", lambda *a, **k: pytest.fail("ran again"))
+    monkeypatch.setattr(point_module, "train", lambda *a, **k: pytest.fail("ran again"))
     assert [state.status for state in sweep(plan, tell=told.append)] == ["finished", "finished"]
     assert len(told) == 1
 
@@ -209,7 +210,7 @@ def test_a_sweep_with_a_calibrated_gamma_goes_on_where_it_was(source, tmp_path, 
     """The run wrote the number that was found into its recipe."""
     plan = make_plan(source, [["gamma=scale:1"]], folder=tmp_path / "sweep")
     assert [(state.status, state.why) for state in sweep(plan)] == [("finished", "")]
-    monkeypatch.setattr(sweep_module, "train", lambda *a, **k: pytest.fail("ran again"))
+    monkeypatch.setattr(point_module, "train", lambda *a, **k: pytest.fail("ran again"))
     assert [state.status for state in sweep(plan)] == ["finished"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments.plan import Point
-from pe_dpo.experiments.sweep import PointState, run_point, share
+from pe_dpo.experiments.point import PointState, run_point, share
 from pe_dpo.recipe import Recipe
 
 logger = logging.getLogger(__name__)

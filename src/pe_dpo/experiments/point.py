@@ -1,0 +1,84 @@
+"""One run of a sweep, on the base and the pairs that all share; one that fails has that for its state and stops no other."""
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from pe_dpo.data import data_hash
+from pe_dpo.disk import write_atomically
+from pe_dpo.errors import PeDpoError, RunFolderError
+from pe_dpo.experiments.plan import Point
+from pe_dpo.log import logged_to, quiet
+from pe_dpo.model.base import load_base
+from pe_dpo.recipe import Recipe, recipe_to_yaml, with_absolute_paths
+from pe_dpo.runs.checkpoints import checkpoints
+from pe_dpo.runs.files import RECIPE_FILE
+from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import RunWriter, check_same_inputs
+from pe_dpo.training.train import SharedRun, prepare_run, train
+
+logger = logging.getLogger(__name__)
+
+
+class PointState(NamedTuple):
+    """How one run of a sweep stands."""
+
+    point: Point
+    status: Literal["waiting", "running", "finished", "failed", "interrupted"]
+    seconds: float = 0.0
+    metrics: Mapping[str, float] = {}
+    """Held-out metrics of a finished run, see `metrics.catalogue.pair_metrics`, and `kl` where answers were sampled."""
+    why: str = ""
+    """Of a failed one."""
+
+
+def share(recipe: Recipe, like: Path | None = None) -> SharedRun:
+    """Return pairs and loaded base that all runs of a sweep have in common.
+
+    Args:
+        recipe: of one of them.
+        like: folder of a finished run of the sweep, if there is one.
+
+    Raises:
+        RunFolderError: the finished run had other pairs.
+        DataError, ModelError: the base or the pairs cannot be used at all.
+    """
+    with quiet():  # each run says it again in its own log
+        prepared = prepare_run(recipe)
+    if like is not None:
+        check_same_inputs(Run(like), {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
+    for line in prepared.data.report.lines():
+        logger.info(line)
+    return SharedRun(prepared, load_base(prepared.base, device="cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
+    """Train one point, or go on with it from its newest checkpoint, and return what came of it; a failure is a state, too."""
+    folder, began = Path(recipe.output), time.perf_counter()
+    try:
+        with logged_to(folder / "log.txt"):
+            goes_on = bool(checkpoints(folder))
+            result = train(recipe, resume=goes_on, overwrite=not goes_on, shared=shared)
+    except PeDpoError as error:
+        if not isinstance(error, RunFolderError):  # else somebody else's run may lie there
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / RECIPE_FILE).is_file():  # it did not come to that
+                write_atomically(folder / RECIPE_FILE, recipe_to_yaml(with_absolute_paths(recipe)))
+            RunWriter(folder).update(status="failed", why=str(error))
+        return PointState(point, "failed", time.perf_counter() - began, {}, str(error))
+    if result.interrupted_by is not None:
+        return PointState(point, "interrupted", time.perf_counter() - began)
+    for checkpoint in checkpoints(folder):  # what they are for is over, and a sweep has many
+        shutil.rmtree(checkpoint)
+    return PointState(point, "finished", time.perf_counter() - began, run_metrics(folder, result.after))
+
+
+def run_metrics(folder: Path, after: Mapping[str, float]) -> dict[str, float]:
+    """Return the held-out metrics of a finished run, and the KL of its sampled answers where there are some."""
+    generation = Run(folder).generation
+    return {**after, "kl": generation["kl"]["mean"]} if generation else dict(after)
