@@ -33,7 +33,9 @@ def main() -> None:
         from benchmarks.merge import run_merge
 
         rounds = 1 if options.quick else options.rounds or MERGE_ROUNDS
-        run_merge(Settings("merge", rounds=rounds, is_quick=options.quick, out=options.out), only_cost=options.only_cost)
+        settings = Settings("merge", rounds=rounds, is_quick=options.quick, out=options.out)
+        path = run_merge(settings, only_cost=options.only_cost)
+        print(path, *([] if options.only_cost else [_plot(path)]))
         return
     if options.command == "worlds":
         from benchmarks.worlds import run_worlds
@@ -47,7 +49,7 @@ def main() -> None:
         run_audit(Settings("audit", rounds=rounds, is_quick=options.quick, out=options.out))
         return
     if options.command == "mixout":
-        from benchmarks.mixout_cost import run_mixout
+        from benchmarks.mixout import run_mixout
 
         keep_heap()
         run_mixout(Settings("mixout", rounds=1 if options.quick else options.rounds, is_quick=options.quick, out=options.out))

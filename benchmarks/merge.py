@@ -69,8 +69,8 @@ class MergeSettings(Settings):
         return "-".join(["merge"] + ["quick"] * self.is_quick)
 
 
-def run_merge(settings: Settings, *, only_cost: bool = False) -> None:
-    """Make the table, the curve and the cost, print and save them with a picture.
+def run_merge(settings: Settings, *, only_cost: bool = False) -> Path:
+    """Make the table, the curve and the cost, print and save them, and return their file.
 
     Args:
         settings: of the benchmark.
@@ -82,7 +82,7 @@ def run_merge(settings: Settings, *, only_cost: bool = False) -> None:
         content = load(path) | {"cost": {**cost(temporary_folder(), rounds=settings.rounds), "machine": machine()}}
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(markdown_cost(content["cost"]))
-        return
+        return path
     work = temporary_folder()
     shutil.copytree(demo.PAIRS, work / "pairs")
     content: dict[str, Any] = {"settings": {"held_out_pairs": PAIRS, "sizes": {k: v._asdict() for k, v in SIZES.items()}}}
@@ -91,10 +91,7 @@ def run_merge(settings: Settings, *, only_cost: bool = False) -> None:
     content["curve"] = curve(work, SCALES[::3] if settings.is_quick else SCALES)
     content["cost"] = cost(work, rounds=settings.rounds)
     print(markdown_cost(content["cost"]))
-    from benchmarks.merge_plot import plot_merge  # it takes the names of the ways from here
-
-    path = save(settings, content)
-    print(path, plot_merge(path))
+    return save(settings, content)
 
 
 def _cases(*, is_quick: bool) -> Iterator[tuple[str, str, str]]:

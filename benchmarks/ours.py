@@ -16,11 +16,11 @@ import torch
 from benchmarks.models import BETA, Dtype, ModelName, load_policy
 from pe_dpo.data.batches import pack, pad
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs
+from pe_dpo.inference.logprobs import packed_pair_logprobs
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.attention import switch_on
-from pe_dpo.objective import preference_loss, token_logprobs
+from pe_dpo.objective import PairLogprobs, preference_loss, token_logprobs
 from pe_dpo.objective.head import head_logprobs
 from pe_dpo.training.memory import CPU_TOKENS
 
