@@ -7,6 +7,8 @@ what prints or swallows errors elsewhere cannot be used as a library.
 """
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,6 +83,30 @@ def test_imports_go_downwards_only(file: str) -> None:
     assert {other for other in ours - {room(file)} if LEVEL[other] >= LEVEL[room(file)]} == set()
 
 
+def imported_when_run(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Imports in a tree, inside functions too, without those that only a type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from imported_when_run(child)
+
+
+@pytest.mark.parametrize("package", [ROOT, Path(__file__).parents[1] / "benchmarks"], ids=["pe_dpo", "benchmarks"])
+def test_no_two_modules_need_each_other(package: Path) -> None:
+    """An import inside a function counts: it only puts off the question which of the two is below the other."""
+    paths = {".".join(path.relative_to(package.parent).with_suffix("").parts): path for path in package.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    needed: dict[str, set[str]] = {name: set() for name in modules}
+    for name, tree in modules.items():
+        for one in imported_when_run(tree):
+            within = f"{one.module}." if isinstance(one, ast.ImportFrom) else ""
+            for alias in one.names:
+                module = f"{within}{alias.name}"
+                needed[name].add(module if module in modules else within.rstrip("."))
+    graphlib.TopologicalSorter(needed).prepare()  # raises CycleError, which names the modules
+
+
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_a_library_is_known_to_one_room(library: str) -> None:
     users = [file for file, tree in FILES.items() if library in libraries(tree)]
@@ -125,6 +151,62 @@ def test_only_the_command_line_prints() -> None:
 
     found = {file for file, tree in FILES.items() if any(prints(node) for node in ast.walk(tree))}
     assert {file for file in found if room(file) != "cli"} == set()
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+COMMAND = re.compile(r"\b(pe-dpo|vllm|python|llama-quantize) ((?![,;.:)] )[^`\n])*")
+"""A program with what is given to it, up to the end of the clause."""
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """Strings in a tree, without docstrings: an f-string with … for its values, the words of a command in one string."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.JoinedStr):
+        yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        for part in node.values:
+            yield from texts(part) if isinstance(part, ast.FormattedValue) else ()
+    elif isinstance(node, ast.List) and node.elts and COMMAND.match(f"{getattr(node.elts[0], 'value', '')} "):
+        yield " ".join(word for child in node.elts for word in texts(child))
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from texts(child)
+
+
+def flags_outside_commands(tree: ast.AST) -> list[str]:
+    return [text for text in texts(tree) if FLAG.search(COMMAND.sub("", text))]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room(file) != "cli"])
+def test_only_the_command_line_names_flags(file: str) -> None:
+    """Who calls a function has no flags: a message names an argument in backticks, and `cli.options` says it as a flag.
+
+    Commands that are shown to be copied have theirs.
+    """
+    assert flags_outside_commands(FILES[file]) == []
+
+
+@pytest.mark.parametrize(("code", "found"), [
+    ('raise E(f"{name}: name it with --base")', ["…: name it with --base"]),
+    ('x = f"{x}: finish it with pe-dpo train {recipe} --resume"', []),
+    ('x = "pe-dpo train R, or choose another --output"', ["pe-dpo train R, or choose another --output"]),
+    ('["pe-dpo", "eval", run, *(["--scale", "0.5"] if x else [])]', []),
+    ('["--scale", "0.5"]', ["--scale"]),
+    ('"""Read --set key=VALUE."""', []),
+])  # fmt: skip
+def test_a_flag_is_told_from_a_command(code: str, found: list[str]) -> None:
+    assert flags_outside_commands(ast.parse(code)) == found
+
+
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for file, tree in FILES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(file)
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
 def test_no_error_is_swallowed_blindly() -> None:

@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.mixout_noise import measure_noise
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.mixout import attach_mixout
+from pe_dpo.objective import PairLogprobs
 
 INPUTS = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -11,11 +11,10 @@ import tables
 import torch
 
 from pe_dpo.errors import UsageError
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.metrics.catalogue import METRICS, pair_metrics, share_intervals
 from pe_dpo.metrics.estimates import wilson_interval
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.objective import Loss
+from pe_dpo.objective import Loss, PairLogprobs
 
 
 def logprobs(chosen, rejected, chosen_lengths=None, rejected_lengths=None):

@@ -18,12 +18,13 @@ from pe_dpo.data import EncodedPair
 from pe_dpo.data.batches import PackedRow, pack
 from pe_dpo.data.pairs import row_length
 from pe_dpo.errors import ModelError
-from pe_dpo.inference.logprobs import PairLogprobs, packed_pair_logprobs
+from pe_dpo.inference.logprobs import packed_pair_logprobs
 from pe_dpo.inference.scorer import Scorer, choose_scorer
 from pe_dpo.model import attention
 from pe_dpo.model.adapter import adapter_parameters, attach_adapter
 from pe_dpo.model.attention import NAME, Packing
 from pe_dpo.model.base import checkpoint_activations, inspect_base, load_base, load_tokenizer
+from pe_dpo.objective import PairLogprobs
 
 # PEFT says so of GPT-2's transposed layers, and does it.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pe_dpo.report.content import Page, Plot, Section, Table
+from pe_dpo.report.content import Page, PageSection, PageTable, Plot
 from pe_dpo.report.page import to_html, visible
 from pe_dpo.report.style import fmt, panel, plain, save, to_svg
 
@@ -22,13 +22,13 @@ def _plot(name: str, alt: str = "a line") -> Plot:
 
 
 def _page(text: str = "", *, plots: tuple[Plot, ...] = ()) -> Page:
-    section = Section(
+    section = PageSection(
         "one",
         f"Title {text}",
         [f"Sentence {text}"],
         facts=[(f"what {text}", f"value {text}")],
         plots=plots,
-        tables=[Table("table", f"caption {text}", ["", text], [[text, "1"]], f"note {text}")],
+        tables=[PageTable("table", f"caption {text}", ["", text], [[text, "1"]], f"note {text}")],
         exhibits=[(f"pair {text}", [("prompt", text)])],
         folded=[(f"more {text}", text)],
         missing=[f"missing {text}"],
@@ -105,21 +105,21 @@ def test_what_cannot_be_seen_is_shown_and_what_can_stays(text: str, expected: st
 def test_a_long_text_is_folded_and_whole(parse) -> None:
     long = "word " * 400
     pair = "pair", [("chosen", long), ("rejected", "short"), ("x", "")]
-    page = parse(to_html(Page("t", "v", [], [Section("one", "One", exhibits=[pair])])))
+    page = parse(to_html(Page("t", "v", [], [PageSection("one", "One", exhibits=[pair])])))
     assert page.by_tag["summary"] == ["all 2000 characters"]
     assert long in page.by_tag["details"][0]
     assert "(empty)" in page.text
 
 
 def test_what_stands_between_backticks_is_a_command(parse) -> None:
-    section = Section("one", "One", ["Do `pe-dpo eval <run>` now, or `not"], missing=["`x`"])
+    section = PageSection("one", "One", ["Do `pe-dpo eval <run>` now, or `not"], missing=["`x`"])
     page = parse(to_html(Page("t", "v", [], [section])))
     assert page.by_tag["code"] == ["pe-dpo eval <run>", "x"]
     assert "Do pe-dpo eval <run> now, or `not" in page.text
 
 
 def test_what_is_empty_is_not_shown(parse) -> None:
-    page = parse(to_html(Page("t", "v", [], [Section("one", "One")])))
+    page = parse(to_html(Page("t", "v", [], [PageSection("one", "One")])))
     assert {"figure", "table", "details", "dl", "article"} & set(page.by_tag) == set()
     assert "Not here" not in page.text
 

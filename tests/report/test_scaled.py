@@ -122,5 +122,5 @@ def test_what_to_do_where_nothing_can_be_matched_names_both_free_controls(tmp_pa
     sweep = fake_runs.write_sweep(tmp_path / "sweep", settings, seeds=(0,), steps=2, snapshots=0)
     content = report_sweep(sweep, metric="accuracy/shift")
     (words,) = next(section for section in content.sections if section.name == "equal-kl").missing
-    assert "`--baseline step`" in words
-    assert "`--scale-control 0.5,0.75`" in words
+    assert "`pe-dpo compare … --baseline step`" in words
+    assert "`pe-dpo sweep … --scale-control 0.5,0.75`" in words

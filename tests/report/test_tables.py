@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pe_dpo.report.content import Table
+from pe_dpo.report.content import PageTable
 from pe_dpo.report.page import escape_markdown, to_markdown
 
 
-def _table(*rows: list[str]) -> Table:
-    return Table("arms", "Arms & effects", ["arm", "KL", "50 %"], list(rows), "± is one standard error.")
+def _table(*rows: list[str]) -> PageTable:
+    return PageTable("arms", "Arms & effects", ["arm", "KL", "50 %"], list(rows), "± is one standard error.")
 
 
 def test_markdown_has_a_header_a_rule_and_its_rows() -> None:

@@ -17,11 +17,10 @@ import tables
 import torch
 
 from pe_dpo.disk import write_atomically
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.estimates import wilson_interval
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.objective import Loss
+from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.files import scaled_folder

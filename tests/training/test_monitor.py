@@ -12,9 +12,8 @@ from recorded import recording
 from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.metrics.catalogue import pair_metrics
-from pe_dpo.objective import Loss
+from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run

@@ -8,9 +8,8 @@ import tables
 import torch
 
 from pe_dpo.errors import DataError, ModelError, TrainingError
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.model.adapter import adapter_parameters
-from pe_dpo.objective import Loss
+from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.training.start import check_diagonal, check_start
 from pe_dpo.training.train import train
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.inference.logprobs import PairLogprobs
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.mixout import Mixout
+from pe_dpo.objective import PairLogprobs
 
 PAIRS, MASKS = 16, 16
 """Scored under so many masks. The masks' standard deviation is known to about a sixth with 16 of them."""

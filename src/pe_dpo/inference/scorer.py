@@ -16,10 +16,11 @@ from torch import Tensor
 from pe_dpo.data.batches import pack, pad, shared_tokens, split_by_tokens, split_into_rows
 from pe_dpo.data.pairs import EncodedPair, common_start, row_length
 from pe_dpo.errors import ModelError, OutOfMemory
-from pe_dpo.inference.logprobs import PairLogprobs, concatenate, packed_pair_logprobs, pair_logprobs
+from pe_dpo.inference.logprobs import concatenate, packed_pair_logprobs, pair_logprobs
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.attention import Kind, switch_on
 from pe_dpo.model.base import evaluating
+from pe_dpo.objective import PairLogprobs
 from pe_dpo.progress import advance
 
 logger = logging.getLogger(__name__)

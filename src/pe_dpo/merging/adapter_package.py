@@ -70,9 +70,9 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
         changes = source.adapter.changes.values()
         rank = max((source.adapter.tensors.info(change.a).shape[0] for change in changes if change.a is not None), default=1)
         bound = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
-        revision = f" --revision {shlex.quote(base['revision'])}" if base["revision"] else ""
-        four_bit = " --quantization bitsandbytes" if is_four_bit(facts.quantize) else ""
-        serve = f"vllm serve {shlex.quote(base['id'])}{revision}{four_bit} --enable-lora --max-lora-rank {bound}"
-        commands = [f"{serve} --lora-modules {shlex.quote(f'tuned={output}')}"]
+        serve = ["vllm", "serve", base["id"], *(["--revision", base["revision"]] if base["revision"] else []),
+                 *(["--quantization", "bitsandbytes"] if is_four_bit(facts.quantize) else []),
+                 "--enable-lora", "--max-lora-rank", str(bound), "--lora-modules", f"tuned={output}"]  # fmt: skip
+        commands = [shlex.join(serve)]
         (folder / "README.md").write_text(adapter_card(source, base, commands), encoding="utf-8")
     return commands, held_out

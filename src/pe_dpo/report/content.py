@@ -20,7 +20,7 @@ class Plot(NamedTuple):
     """Whether it takes the page's whole width."""
 
 
-class Table(NamedTuple):
+class PageTable(NamedTuple):
     """A table of finished text."""
 
     name: str
@@ -35,7 +35,7 @@ class Table(NamedTuple):
     """Whether it is shown on request only."""
 
 
-class Section(NamedTuple):
+class PageSection(NamedTuple):
     """A part of a page; whatever is empty is not shown."""
 
     name: str
@@ -46,7 +46,7 @@ class Section(NamedTuple):
     facts: Sequence[tuple[str, str]] = ()
     """A list of what and its value."""
     plots: Sequence[Plot] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[PageTable] = ()
     exhibits: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()
     """Texts that belong together, as prompt and answers of a pair: a title, and each text under its own title."""
     folded: Sequence[tuple[str, str]] = ()
@@ -64,7 +64,7 @@ class Page(NamedTuple):
     """The finding, in one sentence of plain words; it comes first."""
     remarks: Sequence[str]
     """The sentences after it: what else is found, what looks off."""
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
     records: Sequence[dict[str, Any]] = ()
     """What JSON can hold of it, an object per line of results.jsonl."""
 
@@ -74,7 +74,7 @@ class Page(NamedTuple):
         return [plot for section in self.sections for plot in section.plots]
 
     @property
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[PageTable]:
         """All tables in their order."""
         return [table for section in self.sections for table in section.tables]
 

@@ -8,7 +8,7 @@ from importlib import resources
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from pe_dpo.report.content import Page, Table
+from pe_dpo.report.content import Page, PageTable
 from pe_dpo.report.style import to_svg
 
 LONG, SHOWN = 500, 300
@@ -81,7 +81,7 @@ def _text(text: str) -> Markup:
     ).format(shown[:SHOWN], len(text), shown)
 
 
-def to_markdown(tables: Sequence[Table]) -> str:
+def to_markdown(tables: Sequence[PageTable]) -> str:
     """Return the tables as GitHub's markdown, one below the other, each under its caption."""
     lines = []
     for table in tables:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pe_dpo.metrics.estimates import correlation, correlation_interval, length_slope, wilson_interval
 from pe_dpo.metrics.quadrants import QUADRANTS
 from pe_dpo.metrics.table import Floats, PairTable
-from pe_dpo.report.content import Plot, Section
+from pe_dpo.report.content import PageSection, Plot
 from pe_dpo.report.style import (
     BLUE,
     GREEN,
@@ -97,7 +97,7 @@ def length_scatter(difference: Floats, preference: Floats, ylabel: str, label: s
 # ---------------------------------------------------------------- over steps
 
 
-def regime_section(run: Run, pairs: PairTable | None) -> Section:
+def regime_section(run: Run, pairs: PairTable | None) -> PageSection:
     """Return which of the four quadrants hold the pairs and the gradient weight, over steps."""
     title = "Which pairs drive the learning"
     plots = []
@@ -131,14 +131,14 @@ def regime_section(run: Run, pairs: PairTable | None) -> Section:
                 )
             )
     if not plots:
-        return Section("regimes", title, missing=[_no_regimes(run, pairs)])
+        return PageSection("regimes", title, missing=[_no_regimes(run, pairs)])
     sentences = [
         "Every pair is in one of four quadrants: policy π right or wrong, reference π0 right or wrong (right: chosen is "
         "likelier than rejected). The share of pairs says where they are, the share of gradient weight where the loss still "
         "pulls. By summed log-probs the quadrants mostly measure length, so they are shown per token too, and with the "
         "reference's slope on length taken off both preferences.",
     ]
-    return Section("regimes", title, sentences, plots=plots)
+    return PageSection("regimes", title, sentences, plots=plots)
 
 
 def _quadrant_shares(run: Run, prefix: str, pairs: str, kind: str) -> tuple[list[int], dict[str, list[float]]]:
@@ -160,12 +160,11 @@ def _no_regimes(run: Run, pairs: PairTable | None) -> str:
 
 def sampling_command(run: Run) -> str:
     """Return what samples answers of the run as it is: without pairs of its own it has to be told whose prompts to take."""
-    return f"pe-dpo eval {shlex.quote(str(run.folder))} --prompts 64" + (
-        " --data FILE" if run.info.pairs.get("held_out") == 0 else ""
-    )
+    has_no_pairs = run.info.pairs.get("held_out") == 0
+    return shlex.join(["pe-dpo", "eval", str(run.folder), "--prompts", "64", *(["--data", "FILE"] if has_no_pairs else [])])
 
 
-def movement_section(run: Run, pairs: PairTable | None) -> Section:
+def movement_section(run: Run, pairs: PairTable | None) -> PageSection:
     """Return how far the likelihood of chosen and rejected answers moved from the reference, over steps."""
     title = "Where the likelihood went"
     lines = [
@@ -173,7 +172,7 @@ def movement_section(run: Run, pairs: PairTable | None) -> Section:
         *_lines(run, "displacement/rejected", "rejected", VERMILLION, MARKERS[1]),
     ]
     if not any(len(line.curve.steps) > 1 for line in lines):
-        return Section("movement", title, missing=[_no_regimes(run, pairs)])
+        return PageSection("movement", title, missing=[_no_regimes(run, pairs)])
     ends = ", ".join(f"{line.label} {fmt(line.curve.values[-1], '+.2f')} nats" for line in lines)
     fell = run.curve("watched/displacement/chosen_fell").values
     plot = Plot(
@@ -184,10 +183,10 @@ def movement_section(run: Run, pairs: PairTable | None) -> Section:
         + (f"; {fell[-1]:.0%} of the held-out chosen answers became less likely than under π0." if fell else "."),
         f"Lines over steps of log π − log π0 of chosen and rejected answers; at the end {ends}.",
     )
-    return Section("movement", title, plots=[plot])
+    return PageSection("movement", title, plots=[plot])
 
 
-def learning_section(run: Run) -> Section:
+def learning_section(run: Run) -> PageSection:
     """Return loss and accuracies over steps, on training windows and on the fixed held-out pairs."""
     loss = _lines(run, "loss", "loss", BLUE, MARKERS[0])
     reward = _lines(run, "rewards/accuracies", "accuracy", GREEN, MARKERS[2])
@@ -223,10 +222,10 @@ def learning_section(run: Run) -> Section:
         words = f"{words} First → last: {ends}."
         plots.append(Plot(name, over_steps(lines, ylabel, level=level), f"{words}{bars}", f"Lines over steps. {words}"))
     missing = [] if plots else ["the run wrote no metrics yet (metrics.jsonl)."]
-    return Section("learning", "Loss and accuracy", plots=plots, missing=missing)
+    return PageSection("learning", "Loss and accuracy", plots=plots, missing=missing)
 
 
-def drift_section(run: Run) -> Section:
+def drift_section(run: Run) -> PageSection:
     """Return KL from the reference and entropy along the run, where answers were sampled."""
     states = {state.step: state for state in (*run.snapshots, run) if state.step}
     kl, entropy = (
@@ -265,7 +264,7 @@ def drift_section(run: Run) -> Section:
         )
     elif len(kl) == 1:
         missing.append("the way between start and end was not measured; set generation.snapshots (say 4) and train again.")
-    return Section("drift", "Distance from the reference", plots=plots, missing=missing)
+    return PageSection("drift", "Distance from the reference", plots=plots, missing=missing)
 
 
 def _measured_line(label: str, found: Sequence[tuple[int, float, float]], colour: str, marker: str) -> Line:
@@ -285,7 +284,7 @@ def _lines(run: Run, key: str, label: str, colour: str, marker: str) -> list[Lin
 # ---------------------------------------------------------------- pair by pair
 
 
-def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, Mapping[str, float]]) -> Section:
+def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, Mapping[str, float]]) -> PageSection:
     """Return Δ0 against Δπ at start and end, and the 2×2 tables of pairs that changed sides.
 
     Args:
@@ -295,7 +294,7 @@ def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, M
     """
     title = "Policy against reference, pair by pair"
     if pairs is None:
-        return Section("preferences", title, missing=[NO_PAIRS])
+        return PageSection("preferences", title, missing=[NO_PAIRS])
     plots, missing = [], []
     if pairs.has_reference:
         plots += _preference_scatters(run, pairs)
@@ -344,7 +343,7 @@ def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, M
         "A pair lies on the solid line when its score z is 0: above it the loss is (nearly) content, below it pulls. On the "
         "dashed line the policy prefers what the reference prefers, to the nat.",
     ]
-    return Section("preferences", title, sentences if plots else [], plots=plots, missing=missing)
+    return PageSection("preferences", title, sentences if plots else [], plots=plots, missing=missing)
 
 
 def _preference_scatters(run: Run, pairs: PairTable) -> list[Plot]:
@@ -408,7 +407,7 @@ def padded(values: Floats) -> tuple[float, float]:
     return low - room, high + room
 
 
-def length_section(run: Run, pairs: PairTable | None) -> Section:
+def length_section(run: Run, pairs: PairTable | None) -> PageSection:
     """Return what length had to do with it: answers' tokens, and training's shift against the difference in length."""
     plots, sentences, missing = [], [], []
     groups: dict[str, Floats] = {}
@@ -465,4 +464,4 @@ def length_section(run: Run, pairs: PairTable | None) -> Section:
                 f"Scatter of the shift of Δπ against the length difference of the answers. {words}",
             )
         )
-    return Section("length", "Length", sentences, plots=plots, missing=missing)
+    return PageSection("length", "Length", sentences, plots=plots, missing=missing)

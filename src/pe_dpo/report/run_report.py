@@ -14,7 +14,7 @@ from pe_dpo.metrics.estimates import mean_change, wilson_interval
 from pe_dpo.metrics.quadrants import clustered_transitions
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe import describe, recipe_to_yaml
-from pe_dpo.report.content import Page, Section, Table
+from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.run_plots import (
     NO_PAIRS,
     drift_section,
@@ -102,7 +102,7 @@ def report_run(folder: Path) -> Page:
         drift_section(run),
         length_section(run, pairs),
         _texts_section(run, pairs),
-        Section("limits", "What this cannot show", limits, missing=[no_pairs] if pairs is None else []),
+        PageSection("limits", "What this cannot show", limits, missing=[no_pairs] if pairs is None else []),
     ]
     return Page(f"Run {folder.resolve().name}", verdict, remarks, sections)
 
@@ -124,7 +124,7 @@ def _describe_sides(found: dict[str, float], pairs: int, *, per_token: bool) -> 
     )
 
 
-def _trained_section(run: Run, info: RunInfo) -> Section:
+def _trained_section(run: Run, info: RunInfo) -> PageSection:
     """What was trained on what, and how."""
     recipe, settings = run.recipe, run.recipe.train
     loss, pairs, base = info.loss or describe(recipe.loss)._asdict(), info.pairs, info.base
@@ -173,10 +173,10 @@ def _trained_section(run: Run, info: RunInfo) -> Section:
     for title, values in (("Versions", versions), ("Hashes (sha256)", info.hashes.model_dump(exclude_defaults=True))):
         if values:
             folded.append((title, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000).rstrip()))
-    return Section("trained", "What was trained", facts=[row for row in rows if row[1]], folded=folded)
+    return PageSection("trained", "What was trained", facts=[row for row in rows if row[1]], folded=folded)
 
 
-def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> Section:
+def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> PageSection:
     """The held-out metrics before and after, with intervals, and what was measured on sampled answers."""
     missing, tables, sentences = [], [], []
     if info.after:
@@ -200,7 +200,7 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> Sectio
             "± is one standard error, clustered by prompt. KL is Rao–Blackwellised: of every position the whole distribution. "
             "Answers that were cut give the KL up to the cut."
         )
-        tables.append(Table("sampled", caption, ["", "after"], rows, note))
+        tables.append(PageTable("sampled", caption, ["", "after"], rows, note))
     else:
         missing.append(
             "no answers were sampled, so KL(π‖π0), entropy and the length of answers are not known; set generation.prompts "
@@ -217,11 +217,11 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> Sectio
             "a = 1 is the adapter as it was trained, a = 0 would be the reference. Scaling takes no training, so that whatever "
             "trains for a smaller KL has to be better at equal KL: pe-dpo compare SWEEP --baseline scale."
         )
-        tables.append(Table("scaled", "The adapter scaled toward the reference, W0 + a·ΔW", header, rows, note))
-    return Section("outcome", "Before and after", sentences, tables=tables, missing=missing)
+        tables.append(PageTable("scaled", "The adapter scaled toward the reference, W0 + a·ΔW", header, rows, note))
+    return PageSection("outcome", "Before and after", sentences, tables=tables, missing=missing)
 
 
-def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> Table:
+def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> PageTable:
     before, after, intervals = info.before, info.after, run.evaluation.get("intervals", {})
     count = int(after["pairs"])
     changes = {}
@@ -245,28 +245,30 @@ def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> Table
         if not isnan(low):
             cells[2] += f" [{fmt(low, signed)}, {fmt(high, signed)}]"
         rows.append([metric.title, *cells])
-    return Table("before-after", f"{count} held-out pairs before and after training", ["", "before", "after", "change"], rows)
+    return PageTable(
+        "before-after", f"{count} held-out pairs before and after training", ["", "before", "after", "change"], rows
+    )
 
 
 def _with_error(value: float, error: float, form: str) -> str:
     return fmt(value, form) if error != error else f"{fmt(value, form)} ± {fmt(error, form)}"
 
 
-def _texts_section(run: Run, pairs: PairTable | None) -> Section:
+def _texts_section(run: Run, pairs: PairTable | None) -> PageSection:
     """The pairs that training moved most in the right direction, and most in the wrong one."""
     title = "Best and worst pairs"
     if pairs is None or not pairs.knows("initial_chosen"):
-        return Section("texts", title, missing=[NO_PAIRS])
+        return PageSection("texts", title, missing=[NO_PAIRS])
     if pairs.prompt is None or pairs.chosen is None or pairs.rejected is None:
         again = f"the texts of the pairs were not kept with them; write them with `pe-dpo eval {shlex.quote(str(run.folder))}`"
-        return Section("texts", title, missing=[again])
+        return PageSection("texts", title, missing=[again])
     per_token = pairs.reduce == "mean"
     unit = "nats per token" if per_token else "nats"
     start, now = (pairs.delta(model, per_token=per_token) for model in ("initial", "policy"))
     order = np.argsort(start - now, kind="stable")
     count = min(SHOWN_PAIRS, len(order) // 2)
     if not count:
-        return Section("texts", title, missing=["one held-out pair is neither best nor worst."])
+        return PageSection("texts", title, missing=["one held-out pair is neither best nor worst."])
     exhibits = []
     for word, indices in (("Best", order[:count]), ("Worst", order[::-1][:count])):
         for rank, index in enumerate(indices, start=1):
@@ -280,4 +282,4 @@ def _texts_section(run: Run, pairs: PairTable | None) -> Section:
         f"Held-out pairs by how far Δπ moved since the start ({unit}): the {count} that gained most, then the {count} that "
         "lost most or gained least."
     )
-    return Section("texts", title, [sentence], exhibits=exhibits)
+    return PageSection("texts", title, [sentence], exhibits=exhibits)

@@ -12,7 +12,7 @@ from pe_dpo.experiments.comparison import SCALE, Arm, Comparison, is_end
 from pe_dpo.experiments.summary import hyperparameter_name, setting_name
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.table import Floats
-from pe_dpo.report.content import Plot, Section
+from pe_dpo.report.content import PageSection, Plot
 from pe_dpo.report.style import (
     BLUE,
     BROWN,
@@ -53,12 +53,12 @@ Look = tuple[str, str]
 """Colour and marker."""
 
 
-def frontier_section(sweep: SweepRecord, comparison: Comparison) -> Section:
+def frontier_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     """Return the metric against √KL."""
     title = f"Frontier: {comparison.metric} against √KL"
     arms = {number: arm for number, arm in enumerate(comparison.arms, start=1) if not math.isnan(arm.root_kl)}
     if not arms:
-        return Section("frontier", title, missing=[NO_KL])
+        return PageSection("frontier", title, missing=[NO_KL])
     trained = [number for number, arm in arms.items() if _kind(comparison, arm) != SCALED]
     numbered = next((numbers for numbers in (list(arms), trained) if len(numbers) <= MOST_NUMBERS), [])
     numbers = "; numbers as in the table of arms" if numbered else ""
@@ -74,7 +74,7 @@ def frontier_section(sweep: SweepRecord, comparison: Comparison) -> Section:
         f"Scatter of {len(arms)} arms, {ends}, {comparison.metric} from {lowest:.3g} to {highest:.3g}.",
         is_wide=True,
     )
-    return Section("frontier", title, plots=[plot])
+    return PageSection("frontier", title, plots=[plot])
 
 
 def frontier(sweep: SweepRecord, comparison: Comparison, arms: Mapping[int, Arm], numbered: Sequence[int]) -> Figure:
@@ -224,7 +224,7 @@ def rows_plots(
     return plots
 
 
-def equal_kl_section(comparison: Comparison) -> Section:
+def equal_kl_section(comparison: Comparison) -> PageSection:
     """Return differences at equal KL; where there are none, differences to the base recipe."""
     title = "Differences at equal KL"
     unit = f"difference in {comparison.metric}" + (", points" if comparison.is_share else "")
@@ -238,7 +238,7 @@ def equal_kl_section(comparison: Comparison) -> Section:
             f"prompts and seeds; ticks are seeds. Filled: told apart after Holm's correction ({apart} of {len(matched)}). "
             "Never extrapolated: arms whose √KL the dial did not reach have no difference."
         )
-        return Section("equal-kl", title, plots=rows_plots("matched", rows, unit, caption, level=0.0))
+        return PageSection("equal-kl", title, plots=rows_plots("matched", rows, unit, caption, level=0.0))
     if all(math.isnan(arm.root_kl) for arm in comparison.arms):
         missing = NO_KL
     elif all(arm.is_baseline for arm in comparison.arms):
@@ -246,8 +246,9 @@ def equal_kl_section(comparison: Comparison) -> Section:
     else:
         missing = (
             f"no arm's √KL lies within what the {comparison.baseline} dial reached; run more of its values, on both sides, or "
-            "hold arms against what takes no runs: early stopping (`pe-dpo sweep … --snapshots 4`, then `--baseline step`) or "
-            "scaled adapters (`--scale-control 0.5,0.75`, then `--baseline scale`)."
+            "hold arms against what takes no runs: early stopping (`pe-dpo sweep … --snapshots 4`, then "
+            "`pe-dpo compare … --baseline step`) or scaled adapters (`pe-dpo sweep … --scale-control 0.5,0.75`, then "
+            "`pe-dpo compare … --baseline scale`)."
         )
     rows = [(arm.name, _difference(comparison, arm, arm.direct)) for arm in comparison.arms if arm.direct]
     caption = (
@@ -255,7 +256,7 @@ def equal_kl_section(comparison: Comparison) -> Section:
         "from the reference may be ahead for that alone."
     )
     plots = rows_plots("direct", rows, unit, caption, level=0.0) if rows else []
-    return Section("equal-kl", title, plots=plots, missing=[missing])
+    return PageSection("equal-kl", title, plots=plots, missing=[missing])
 
 
 def _difference(comparison: Comparison, arm: Arm, found: Effect | None) -> list[Mark] | str:
@@ -268,7 +269,7 @@ def _difference(comparison: Comparison, arm: Arm, found: Effect | None) -> list[
     return [Mark(look, centre, seeds, low, high, is_filled=found.p_adjusted < 1 - comparison.confidence)]
 
 
-def seeds_section(sweep: SweepRecord, comparison: Comparison) -> Section:
+def seeds_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     """Return how much seeds matter, arm by arm."""
     looks = _looks(comparison)
     rows = [
@@ -284,10 +285,10 @@ def seeds_section(sweep: SweepRecord, comparison: Comparison) -> Section:
     caption = f"{comparison.metric} of every run (ticks) and the mean of each arm.{words}"
     level = None if math.isnan(comparison.reference) else comparison.reference
     plots = rows_plots("seeds", rows, comparison.metric, caption, level=level) if rows else []
-    return Section("seeds", "Spread between seeds", plots=plots, missing=missing)
+    return PageSection("seeds", "Spread between seeds", plots=plots, missing=missing)
 
 
-def measures_section(sweep: SweepRecord, comparison: Comparison) -> Section:
+def measures_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     """Return length of answers and displacement, arm by arm."""
     arms, looks = [arm for arm in comparison.arms if is_end(arm.settings)], _looks(comparison)
     sides = {"chosen": (BLUE, MARKERS[0]), "rejected": (VERMILLION, MARKERS[1])}
@@ -315,13 +316,13 @@ def measures_section(sweep: SweepRecord, comparison: Comparison) -> Section:
         plots += rows_plots("displacement", rows, "nats per answer", caption, level=0.0, legend=sides)
     else:
         missing.append("displacement: no run has its reference on held-out pairs; measure it with `pe-dpo eval RUN`.")
-    return Section("measures", "Length and displacement", plots=plots, missing=missing)
+    return PageSection("measures", "Length and displacement", plots=plots, missing=missing)
 
 
 # ---------------------------------------------------------------- over κ
 
 
-def kappa_section(sweep: SweepRecord) -> Section:
+def kappa_section(sweep: SweepRecord) -> PageSection:
     """Return KL and entropy against κ, all else equal: a line of means over seeds for runs that differ in γ alone."""
     title = "What γ does to the distance and to the entropy"
     runs = sorted((run for run in sweep.finished if run.row and not math.isnan(run.kappa)), key=lambda run: run.kappa)
@@ -371,9 +372,12 @@ def kappa_section(sweep: SweepRecord) -> Section:
     missing = []
     if not plots:
         kappas = {run.kappa for run in sweep.finished if not math.isnan(run.kappa)}
-        turned = "γ was not turned alone in this sweep, so there is nothing over κ; add --grid gamma=0,0.5x,1x,2x."
+        turned = (
+            "γ was not turned alone in this sweep, so there is nothing over κ; add some with "
+            "`pe-dpo sweep … --grid gamma=0,0.5x,1x,2x`."
+        )
         missing.append(NO_KL if len(kappas) > 1 else turned)
-    return Section("kappa", title, plots=plots, missing=missing)
+    return PageSection("kappa", title, plots=plots, missing=missing)
 
 
 # ---------------------------------------------------------------- kinds of arms

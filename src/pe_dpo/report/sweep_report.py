@@ -8,7 +8,7 @@ from typing import Any
 from pe_dpo.experiments.comparison import Comparison, RunRow
 from pe_dpo.experiments.summary import counted, hyperparameter_name
 from pe_dpo.recipe import describe, recipe_to_yaml
-from pe_dpo.report.content import Page, Section, Table
+from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.style import fmt
 from pe_dpo.report.sweep_plots import (
     equal_kl_section,
@@ -71,7 +71,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
     return Page(f"Sweep {folder.resolve().name}", verdict, [standing, *remarks], sections, records)
 
 
-def _plan_section(sweep: SweepRecord) -> Section:
+def _plan_section(sweep: SweepRecord) -> PageSection:
     recipe = sweep.recipe
     loss = describe(recipe.loss)
     info = sweep.finished[0].info if sweep.finished else RunInfo()
@@ -92,10 +92,10 @@ def _plan_section(sweep: SweepRecord) -> Section:
         ("Versions", ", ".join(f"{key} {value}" for key, value in versions.items() if key != "platform")),
     ]
     folded = [("Base recipe", recipe_to_yaml(recipe).rstrip())]
-    return Section("plan", "What was run", facts=[row for row in rows if row[1]], folded=folded)
+    return PageSection("plan", "What was run", facts=[row for row in rows if row[1]], folded=folded)
 
 
-def _arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
+def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     """The table of arms: effect at equal KL, KL, accuracy, length, entropy, cost."""
     base = next((arm for arm in comparison.arms if not arm.settings), None)
     base_tokens = _mean(sweep.rows_of(base), "tokens") if base else math.nan
@@ -132,7 +132,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
     unit = ", points" if comparison.is_share else ""
     header = ["arm", "no.", "seeds", comparison.metric, "KL, nats", f"Δ at equal KL{unit}", "in range", "p (Holm)", "Pareto"]
     header += ["acc. π", "acc. π / token", *(["win rate"] if has_wins else [])]
-    table = Table(
+    table = PageTable(
         "arms",
         f"{len(rows)} arms, means over seeds",
         [*header, "tokens", "Δ tokens", "entropy", "seconds"],
@@ -143,7 +143,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> Section:
         "acc. π: share of held-out pairs with Δπ > 0. Δ tokens: against the base recipe. Seconds: of training, mean. "
         "– stands for what was not measured.",
     )
-    return Section("arms-table", "Arms", tables=[table])
+    return PageSection("arms-table", "Arms", tables=[table])
 
 
 def _mean(rows: Sequence[RunRow], key: str) -> float:
@@ -151,7 +151,7 @@ def _mean(rows: Sequence[RunRow], key: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _runs_section(sweep: SweepRecord) -> Section:
+def _runs_section(sweep: SweepRecord) -> PageSection:
     """The table of all runs, of their earlier and scaled states, and the names of those that are not finished."""
     metric = sweep.comparison.metric if sweep.comparison else "accuracy/policy"
     header = ["run", "seed", "status", "steps", metric, "KL, nats", "acc. π", "acc. π / token", "loss", "tokens", "entropy"]
@@ -178,7 +178,7 @@ def _runs_section(sweep: SweepRecord) -> Section:
         header.append("mask noise")
         rows = [[*row, fmt(run.margin_noise, ".3f")] for row, run in zip(rows, sweep.runs, strict=True)]
         note += " Mask noise: how far a mask of mixout moves a pair's score, in units of what training moved it (margin_noise)."
-    tables = [Table("runs", f"All {len(rows)} planned runs", header, rows, note)]
+    tables = [PageTable("runs", f"All {len(rows)} planned runs", header, rows, note)]
     others = [row for row in (sweep.comparison.runs if sweep.comparison else []) if not row.is_final]
     for name, rest, words in (
         ("snapshots", [row for row in others if row.scale is None], "earlier states of these runs (snapshots)"),
@@ -197,17 +197,17 @@ def _runs_section(sweep: SweepRecord) -> Section:
                 for row in rest
             ]
             header = ["run", "seed", "step", metric, "KL, nats", "tokens"]
-            tables.append(Table(name, f"{len(rest)} {words}", header, cells, is_folded=True))
+            tables.append(PageTable(name, f"{len(rest)} {words}", header, cells, is_folded=True))
     missing = []
     for run in sweep.runs:
         if run.info.status != "finished":
             why = f" ({run.info.why})" if run.info.why else ""
             place = run.folder.relative_to(sweep.folder)
             missing.append(f"{place}: {run.info.status}{why}; start the same `pe-dpo sweep` again to go on with it.")
-    return Section("runs-table", "All runs", tables=tables, missing=missing)
+    return PageSection("runs-table", "All runs", tables=tables, missing=missing)
 
 
-def _limits_section(sweep: SweepRecord) -> Section:
+def _limits_section(sweep: SweepRecord) -> PageSection:
     sentences = [
         "One base, one data set: what holds here is not shown for others. Held-out pairs say how answers are ranked; what the "
         "policy writes by itself is in KL, length and, where a scorer was given, win rate."
@@ -232,4 +232,4 @@ def _limits_section(sweep: SweepRecord) -> Section:
     missing = []
     if len({run.seed for run in sweep.runs}) == 1:
         missing.append("how much seeds matter: every point has one seed; add some with `pe-dpo sweep … --seeds 3`.")
-    return Section("limits", "What this cannot show", sentences, missing=missing)
+    return PageSection("limits", "What this cannot show", sentences, missing=missing)

@@ -25,13 +25,13 @@ from pe_dpo.data import PreparedData
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import OutOfMemory, TrainingError, UsageError
 from pe_dpo.inference.drift import measure_drift
-from pe_dpo.inference.logprobs import PairLogprobs, concatenate
+from pe_dpo.inference.logprobs import concatenate
 from pe_dpo.inference.pairs import pair_table, with_texts
 from pe_dpo.inference.reference import Reference
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
-from pe_dpo.objective import Loss, PreferenceLoss
+from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
 from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_folder
 from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE
