@@ -36,7 +36,7 @@ from pe_dpo.merging.merge import merge
 from pe_dpo.model.adapter import load_adapter_for_evaluation
 from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 from pe_dpo.recipe import recipe_from_yaml
-from pe_dpo.training.train import SharedRun, train
+from pe_dpo.training.train import train
 
 # ---------------------------------------------------------------------------------------------------- H-DPO
 
@@ -138,8 +138,7 @@ def trained(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest
         "test",
     )
     facts = inspect_base(**recipe.model.model_dump())
-    handed_over = Inputs(facts, load_tokenizer(str(base)), PreparedData(pairs, [], DataReport()))
-    train(recipe, shared=SharedRun(handed_over, load_base(facts)))
+    train(recipe, shared=Inputs(facts, load_tokenizer(str(base)), PreparedData(pairs, [], DataReport()), load_base(facts)))
     model = load_base(facts).eval()
     with torch.no_grad():
         reference = logprobs_of_all_answers(model).double()

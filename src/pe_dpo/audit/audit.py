@@ -59,7 +59,7 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
         DataError, ModelError: as in training.
         UsageError: the recipe asks for a γ that the data do not allow.
     """
-    facts, _, data = read_inputs(recipe)
+    facts, _, data, _ = read_inputs(recipe)
     for line in data.report.lines():
         logger.info(line)
     pairs, dtype = data.train, str(facts.dtype).removeprefix("torch.")

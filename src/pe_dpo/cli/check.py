@@ -28,7 +28,7 @@ def check(
     log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible
     from pe_dpo.training.train import prepare_run
 
-    base, _, data = prepare_run(plan)
+    base, _, data, _ = prepare_run(plan)
     is_adapter = plan.adapter.reference == "adapter"
     reference = "a frozen copy of the adapter it starts from" if is_adapter else "the base, adapters off"
     steps = -(-len(data.train) // plan.train.pairs_per_step)

@@ -13,6 +13,7 @@ from pe_dpo.data import data_hash
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import PeDpoError, RunFolderError
 from pe_dpo.experiments.plan import Point
+from pe_dpo.inference.inputs import Inputs
 from pe_dpo.log import logged_to, quiet
 from pe_dpo.model.base import load_base
 from pe_dpo.recipe import Recipe, recipe_to_yaml, with_absolute_paths
@@ -20,7 +21,7 @@ from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RECIPE_FILE
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_same_inputs
-from pe_dpo.training.train import SharedRun, prepare_run, train
+from pe_dpo.training.train import prepare_run, train
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class PointState(NamedTuple):
     """Of a failed one."""
 
 
-def share(recipe: Recipe, like: Path | None = None) -> SharedRun:
+def share(recipe: Recipe, like: Path | None = None) -> Inputs:
     """Return pairs and loaded base that all runs of a sweep have in common.
 
     Args:
@@ -54,10 +55,10 @@ def share(recipe: Recipe, like: Path | None = None) -> SharedRun:
         check_same_inputs(Run(like), {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
     for line in prepared.data.report.lines():
         logger.info(line)
-    return SharedRun(prepared, load_base(prepared.base, device="cuda" if torch.cuda.is_available() else "cpu"))
+    return prepared._replace(loaded_base=load_base(prepared.base, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def run_point(point: Point, recipe: Recipe, shared: SharedRun) -> PointState:
+def run_point(point: Point, recipe: Recipe, shared: Inputs) -> PointState:
     """Train one point, or go on with it from its newest checkpoint, and return what came of it; a failure is a state, too."""
     folder, began = Path(recipe.output), time.perf_counter()
     try:

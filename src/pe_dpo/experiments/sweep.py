@@ -16,13 +16,13 @@ from pe_dpo.errors import RunFolderError
 from pe_dpo.experiments.on_ray import run_on_ray
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.experiments.point import PointState, run_metrics, run_point, share
+from pe_dpo.inference.inputs import Inputs
 from pe_dpo.model.provenance import adapter_fingerprint
 from pe_dpo.recipe import Recipe, recipe_difference, with_absolute_paths
 from pe_dpo.runs.files import RUN_FILE
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import check_same_inputs, free_to_change, locked
 from pe_dpo.training.gamma import with_recorded_gamma
-from pe_dpo.training.train import SharedRun
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def sweep(
 
 def _run_here(todo: list[tuple[Point, Recipe]], like: Path | None) -> Iterator[PointState]:
     """Yield the state of each point when its run begins and when it ends."""
-    shared: SharedRun | None = None
+    shared: Inputs | None = None
     for point, recipe in todo:
         shared = shared or share(recipe, like)
         yield PointState(point, "running")

@@ -14,6 +14,8 @@ class Inputs(NamedTuple):
     base: BaseInfo
     tokenizer: Any
     data: PreparedData
+    loaded_base: Any = None
+    """The base, loaded, without adapters, where several runs have it in common."""
 
 
 def read_inputs(recipe: Recipe) -> Inputs:

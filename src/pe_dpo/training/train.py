@@ -69,7 +69,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     callbacks: Sequence[Any] = (),
-    shared: "SharedRun | None" = None,
+    shared: Inputs | None = None,
 ) -> TrainResult:
     """Train an adapter by a recipe and return what came of it; the run folder holds everything.
 
@@ -78,8 +78,8 @@ def train(
         resume: Whether to go on with the run in `recipe.output` from its newest whole checkpoint.
         overwrite: Whether to remove the run in `recipe.output` first.
         callbacks: Further callbacks of transformers' Trainer.
-        shared: Base and pairs of an earlier run with the same sections `model` and `data`, to be used again; the base is given
-            back without the adapter.
+        shared: Pairs and loaded base of runs with the same sections `model` and `data`; the base is given back without the
+            adapter.
 
     Raises:
         RunFolderError: the folder is taken, locked, or holds a run of another recipe, data or base.
@@ -104,24 +104,16 @@ def train(
             stack.enter_context(locked(run.folder))
             # Again, since another run may have come and gone while the pairs were prepared.
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
-        if shared:
-            stack.enter_context(borrowed_base(shared.base))
+        if prepared.loaded_base is not None:
+            stack.enter_context(borrowed_base(prepared.loaded_base))
         try:
-            return _train(recipe, prepared, writer, shared.base if shared else None, resume=resume, callbacks=callbacks)
+            return _train(recipe, prepared, writer, resume=resume, callbacks=callbacks)
         except TrainingError as error:
             writer.update(status="failed", why=str(error))
             raise
 
 
-class SharedRun(NamedTuple):
-    """What several runs with the same sections `model` and `data` have in common."""
-
-    prepared: Inputs
-    base: Any
-    """Loaded, without adapters."""
-
-
-def prepare_run(recipe: Recipe, *, shared: SharedRun | None = None) -> Inputs:
+def prepare_run(recipe: Recipe, *, shared: Inputs | None = None) -> Inputs:
     """Return what the base is, the tokenizer and the pairs, or those that are `shared`; no weights are read.
 
     Raises:
@@ -142,7 +134,7 @@ def prepare_run(recipe: Recipe, *, shared: SharedRun | None = None) -> Inputs:
         logger.warning(line)
     if recipe.adapter.start:
         check_adapter(recipe.adapter.start)
-    prepared = shared.prepared if shared else read_inputs(recipe)
+    prepared = shared or read_inputs(recipe)
     if not recipe.adapter.start and recipe.adapter.targets != "all-linear":  # else each target matches, or is the adapter's
         base = prepared.base
         attach_adapter(empty_model(base.base, base.config), rank=1, alpha=1, targets=recipe.adapter.targets)
@@ -160,16 +152,12 @@ def prepare_run(recipe: Recipe, *, shared: SharedRun | None = None) -> Inputs:
     return prepared
 
 
-def _train(
-    recipe: Recipe, prepared: Inputs, writer: RunWriter, base: Any, *, resume: bool, callbacks: Sequence[Any]
-) -> TrainResult:
+def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool, callbacks: Sequence[Any]) -> TrainResult:
     """Load, check, train, measure."""
     began = time.perf_counter()
     data = prepared.data
     steps, stop = total_steps(recipe, data), StopOnSignal()
-    trainer = build_trainer(
-        recipe, prepared, writer, resume=resume, base=base, callbacks=[stop, MetricsFile(writer), *callbacks]
-    )
+    trainer = build_trainer(recipe, prepared, writer, resume=resume, callbacks=[stop, MetricsFile(writer), *callbacks])
     if recipe.loss.is_calibrated:
         recipe = with_gamma(recipe, trainer.loss.gamma)
     checkpoint = _record_start(writer, recipe, prepared, trainer)
@@ -235,7 +223,6 @@ def build_trainer(
     writer: RunWriter | None = None,
     *,
     resume: bool = False,
-    base: Any = None,
     callbacks: Sequence[Any] = (),
 ) -> PairTrainer:
     """Return the trainer of a run: policy → scorer → memory → reference → loss (γ) → trainer.
@@ -247,7 +234,6 @@ def build_trainer(
         prepared: What `prepare_run` returned for it.
         writer: The writer of the run; None outside of one.
         resume: Whether the run goes on, so that what lies in its folder stays.
-        base: The base, where it is loaded already, without adapters.
         callbacks: Further callbacks of transformers' Trainer.
 
     Raises:
@@ -257,7 +243,7 @@ def build_trainer(
     """
     from transformers import set_seed
 
-    info, tokenizer, data = prepared
+    info, tokenizer, data, base = prepared
     settings = recipe.train
     args = training_arguments(recipe, data)
     set_seed(settings.seed)
@@ -298,7 +284,7 @@ def build_trainer(
 
 def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: PairTrainer) -> Path | None:
     """Write down what a fresh run starts from, or check it for one that goes on; return the checkpoint to go on from."""
-    info, tokenizer, data = prepared
+    info, tokenizer, data, _ = prepared
     base = trainer.reference.base_fingerprint
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base}
     if recipe.adapter.start:
