@@ -151,9 +151,9 @@ def test_a_licence_of_the_base_travels_along(pe_dpo, quantized, tiny_base, tmp_p
         (["RUN", "-o", "RUN"], 2, "is not empty; choose another -o"),
         (["BASE", "-o", "OUT"], 2, "is a whole model; name the run or the adapter to merge"),
         (["RUN", "-o", "OUT/deeper/still"], 2, "make it first"),
-        (["RUN", "-o", "OUT", "--scale", "0"], 2, "scale 0: is the reference itself, with nothing of what was trained"),
-        (["RUN", "-o", "OUT", "--scale", "-1"], 2, "scale -1.0: write a number above 0; 1 is what was trained"),
-        (["RUN", "-o", "OUT", "--scale", "nan"], 2, "scale nan: write a number above 0"),
+        (["RUN", "-o", "OUT", "--scale", "0"], 2, "--scale 0: is the reference itself, with nothing of what was trained"),
+        (["RUN", "-o", "OUT", "--scale", "-1"], 2, "--scale -1.0: write a number above 0; 1 is what was trained"),
+        (["RUN", "-o", "OUT", "--scale", "nan"], 2, "--scale nan: write a number above 0"),
         (["RUN", "-o", "OUT", "--onto", "adapter", "--dtype", "bf16"], 2, "--onto adapter merges nothing; leave --dtype out"),
     ],
 )
@@ -173,9 +173,9 @@ def test_an_adapter_from_elsewhere_must_say_how_its_base_was_loaded(pe_dpo, quan
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy(quantized / name, foreign)
     done = pe_dpo("merge", foreign, "-o", tmp_path / "out")
-    assert done.code == 2 and "say it with quantize: nf4" in done.err
+    assert done.code == 2 and "say it with --quantize nf4" in done.err
     done = pe_dpo("merge", foreign, "-o", tmp_path / "out", "--quantize", "nf4")
-    assert done.code == 2 and "name some with data, or set pairs to 0" in done.err
+    assert done.code == 2 and "name some with --data, or --pairs 0" in done.err
     done = pe_dpo("merge", foreign, "-o", tmp_path / "out", "--quantize", "nf4", "--data", tiny_pairs / "test.jsonl")
     assert done.code == 0
     assert "warning: no base.json beside the adapter" in done.out

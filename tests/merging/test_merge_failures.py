@@ -258,7 +258,7 @@ def test_a_last_bit_that_no_code_depends_on_is_refused_onto_the_original_and_is_
 ) -> None:
     """The 4-bit codes are the same, so what was trained is the same, and so is every byte of the merged model."""
     flip(base / "model.safetensors", f"{LAYER}.weight", byte=0, bit=0)
-    with refused(out, ModelError, base / "model.safetensors", "is not the file of training (sha256)", "name it with base"):
+    with refused(out, ModelError, base / "model.safetensors", "is not the file of training (sha256)", "name it with `base`"):
         merge(run, out, pairs=0, base=str(base), onto="original")
     result = merge(run, out, pairs=0, base=str(base))
     assert (result.folder / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
@@ -393,7 +393,7 @@ def test_which_layers_were_quantized_is_read_from_the_loaded_base_where_it_is_lo
 
 def test_a_run_without_base_json_says_what_is_missing(run: Path, out: Path) -> None:
     (run / "base.json").unlink()
-    with refused(out, UsageError, run, "say it with quantize"):
+    with refused(out, UsageError, run, "say it with `quantize`"):
         merge(run, out)
 
 
@@ -534,14 +534,16 @@ def test_a_weight_beyond_the_range_of_fp16_is_refused_by_name(
 
     rewrite(base / "model.safetensors", enlarge)
     run = train_tiny(tiny_recipe, tmp_path / "large", f"model.base={base}", "model.quantize=nf4", "train.max_steps=1")
-    with refused(out, ModelError, "model.embed_tokens.weight: would not be finite in torch.float16", "write bf16 or fp32"):
+    with refused(
+        out, ModelError, "model.embed_tokens.weight: would not be finite in torch.float16", "write `dtype` bf16 or fp32"
+    ):
         merge(run, out, pairs=0, dtype="fp16")
     merge(run, out, pairs=0, dtype="bf16")
 
 
 def test_an_int8_run_onto_its_codes_is_refused_with_the_reason(tiny_recipe: Callable, tmp_path: Path, out: Path) -> None:
     run = train_tiny(tiny_recipe, tmp_path / "int8", "model.quantize=int8", "train.max_steps=1")
-    with refused(out, ModelError, "int8 also rounds what flows through a layer", "onto=original", "onto=adapter"):
+    with refused(out, ModelError, "int8 also rounds what flows through a layer", "`onto` original", "`onto` adapter"):
         merge(run, out)
     assert merge(run, out, onto="original", pairs=0).report["base"]["quantize_in_training"] == "int8"
 
@@ -577,7 +579,7 @@ def test_a_foreign_adapter_without_its_quantization_exits_2(
 ) -> None:
     code, said = command(capsys, monkeypatch, foreign[0], "-o", out, "--data", foreign[1]["data"])
     assert (code, list(out.parent.iterdir())) == (2, [])
-    assert "say it with quantize: nf4, nf4-single (without double quantization), int8 or none" in said
+    assert "say it with --quantize nf4, nf4-single (without double quantization), int8 or none" in said
 
 
 def test_a_foreign_adapter_without_pairs_exits_2(
@@ -585,7 +587,7 @@ def test_a_foreign_adapter_without_pairs_exits_2(
 ) -> None:
     code, said = command(capsys, monkeypatch, foreign[0], "-o", out, "--quantize", "nf4")
     assert (code, list(out.parent.iterdir())) == (2, [])
-    assert "name some with data, or set pairs to 0" in said
+    assert "name some with --data, or --pairs 0" in said
 
 
 @pytest.mark.parametrize("taken", ["full", "file", "no parent"])

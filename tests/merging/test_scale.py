@@ -362,7 +362,7 @@ def test_a_scale_that_is_not_the_one_asked_for_is_refused_by_the_pairs(
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
 def test_a_scale_that_means_nothing_is_refused_before_anything_is_read(scale: float, tmp_path: Path) -> None:
     for work in (merge, package):
-        with pytest.raises(UsageError, match=f"^scale {scale or 0}: (is the reference itself|write a number above 0)"):
+        with pytest.raises(UsageError, match=f"^`scale` {scale or 0}: (is the reference itself|write a number above 0)"):
             work(tmp_path / "nothing", tmp_path / "out", scale=scale)
 
 
@@ -394,7 +394,7 @@ def test_an_adapter_beside_its_own_reference_has_that_in_it_already(
             (tmp_path / "adapter" / part).mkdir(parents=True, exist_ok=True)
             shutil.copy(runs["none, frozen"] / part / name, tmp_path / "adapter" / part)
     settings: dict[str, Any] = {"base": str(tiny_base), "quantize": "none", "pairs": 0}
-    with pytest.raises(UsageError, match="that is in it already; leave sft out"):
+    with pytest.raises(UsageError, match="that is in it already; leave `sft` out"):
         merge(tmp_path / "adapter", tmp_path / "out", sft=runs["none"], **settings)
     merge(tmp_path / "adapter", tmp_path / "out", scale=0.5, dtype="fp32", **settings)
     merge(runs["none, frozen"], tmp_path / "of the run", scale=0.5, dtype="fp32", pairs=0)

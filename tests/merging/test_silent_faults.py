@@ -76,7 +76,7 @@ def test_another_name_for_the_base_in_a_finished_run_is_none_of_the_adapters_bus
 
 
 def test_the_adapter_that_a_run_started_from_is_not_added_a_second_time(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="that is in it already; leave sft out"):
+    with pytest.raises(UsageError, match="that is in it already; leave `sft` out"):
         merge(run, tmp_path / "out", sft=run, pairs=9)
 
 

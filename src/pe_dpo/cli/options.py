@@ -27,8 +27,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of adapter, data 
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key: --set section.key=value. Repeatable.")]
 
-_NAMES = ("base", "data", "scorer", "prompts", "max_new_tokens", "output", "resume", "overwrite", "seeds", "engine", "metric",
-          "baseline", "repeats", "confidence", "seed")  # fmt: skip
+_NAMES = ("base", "data", "scorer", "prompts", "pairs", "max_new_tokens", "quantize", "onto", "dtype", "sft", "scale",
+          "allow_base_mismatch", "output", "resume", "overwrite", "seeds", "engine", "metric", "baseline", "repeats",
+          "confidence", "seed")  # fmt: skip
 _FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMES} | {
     "folder": "--output",
     "grids": "--grid",

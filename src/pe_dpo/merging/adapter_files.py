@@ -79,7 +79,7 @@ class AdapterFiles:
             if name in _UNDERSTOOD or not hasattr(plain, name) or value == getattr(plain, name) or not value:
                 continue
             raise ModelError(
-                f"{self.folder}: was trained with {name} = {value!r}, which this version cannot merge; use onto=adapter"
+                f"{self.folder}: was trained with {name} = {value!r}, which this version cannot merge; use `onto` adapter"
             )
         init = str(self.config.init_lora_weights).lower()
         if init.startswith(MOVING_INITS):
@@ -89,7 +89,7 @@ class AdapterFiles:
             )
         if self.config.use_dora and self.config.fan_in_fan_out:
             raise ModelError(
-                f"{self.folder}: is DoRA on transposed layers (Conv1D), which cannot be merged here; use onto=adapter"
+                f"{self.folder}: is DoRA on transposed layers (Conv1D), which cannot be merged here; use `onto` adapter"
             )
         self.tensors = TensorFiles(folder, "adapter_model")
         self.changes = self._changes()
@@ -146,7 +146,7 @@ class AdapterFiles:
                 continue  # PEFT saves whole modules under their plain names as well where the vocabulary was resized
             name, part = _target(key)
             if name is None:
-                raise ModelError(f"{self.folder}: {key} is no tensor of a LoRA adapter that can be merged; use onto=adapter")
+                raise ModelError(f"{self.folder}: {key} is no tensor of a LoRA adapter that can be merged; use `onto` adapter")
             old = changes.get(name, Change())
             if getattr(old, part) is not None:
                 raise ModelError(f"{self.folder}: two tensors are the {part} of {name}; take another copy of the adapter")
@@ -156,7 +156,7 @@ class AdapterFiles:
             changes[name] = old._replace(**fields)
         for name, change in changes.items():
             if change.magnitude and change.is_transposed:
-                raise ModelError(f"{self.folder}: {name} is DoRA on an embedding, which cannot be merged; use onto=adapter")
+                raise ModelError(f"{self.folder}: {name} is DoRA on an embedding, which cannot be merged; use `onto` adapter")
             if (change.a is None) != (change.b is None) or (change.magnitude and not change.a):
                 raise ModelError(
                     f"{self.folder}: the update of {name} is incomplete, there is only {', '.join(change.keys)}; take another "

@@ -47,7 +47,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
         if changed:
             raise ModelError(
                 f"{source.base_folder / changed[0]}: is not the file of training (sha256); name the base of training, or leave "
-                "base out; allow_base_mismatch goes on all the same"
+                "`base` out; `allow_base_mismatch` goes on all the same"
             )
     base: dict[str, Any] = {} if record is None else record.model_dump(exclude_unset=True)
     base |= {"id": facts.base, "revision": facts.revision, "quantize": facts.quantize}

@@ -74,7 +74,7 @@ class Plan:
             if place not in files:
                 raise ModelError(
                     f"{adapter.folder}: {changes[name].keys[0]} is for {name}, which {files.folder} does not have: it is not "
-                    "the adapter's base, or its files name their tensors otherwise than its modules; use onto=adapter"
+                    "the adapter's base, or its files name their tensors otherwise than its modules; use `onto` adapter"
                 )
         self.tensors: list[PlannedTensor] = []
         for tensor in files:
@@ -94,7 +94,7 @@ class Plan:
         odd = next(((key, name) for key, name, change in each if used.count(key) != 1 and key != change.replacement), None)
         if odd is not None:
             raise ModelError(
-                f"{adapter.folder}: {odd[0]} would be used {used.count(odd[0])} times ({odd[1]}); use onto=adapter"
+                f"{adapter.folder}: {odd[0]} would be used {used.count(odd[0])} times ({odd[1]}); use `onto` adapter"
             )
         rows = {one.facts.shape[0] for one in self.tensors if one.module_name in (names.embedding, names.head)}
         if len(rows) > 1:
@@ -133,7 +133,7 @@ class Plan:
         if source.facts.quantize == "int8" and self.onto == "dequantized":
             raise ModelError(
                 "int8 also rounds what flows through a layer, so that no merged weights compute what was trained; merge with "
-                "onto=original, or serve with onto=adapter"
+                "`onto` original, or serve with `onto` adapter"
             )
         if self.onto == "original" and source.facts.quantize != "none":
             logger.warning(
@@ -144,7 +144,7 @@ class Plan:
         if record.config != config_fingerprint(source.facts.config):
             what = f"{source.base_folder / 'config.json'}: says another arithmetic (norms, rotary, scales, …) than in training"
             if not source.allow_base_mismatch:
-                raise ModelError(f"{what}; restore it; allow_base_mismatch merges all the same")
+                raise ModelError(f"{what}; restore it; `allow_base_mismatch` merges all the same")
             logger.warning(what)
         if self.onto == "dequantized":
             return  # tensor by tensor as loaded, later
@@ -152,7 +152,7 @@ class Plan:
         if changed and not source.allow_base_mismatch:
             raise ModelError(
                 f"{source.base_folder / changed[0]}: is not the file of training (sha256); restore the base, or name it with "
-                "base; allow_base_mismatch merges all the same"
+                "`base`; `allow_base_mismatch` merges all the same"
             )
         if changed:
             logger.warning(f"{changed[0]} of the base is not the file of training")
@@ -192,7 +192,7 @@ class _BaseNames:
         if self.transposed and facts.quantize != "none":
             raise ModelError(
                 f"{facts.base}: has transposed layers (Conv1D), which are quantized in another order than they lie in the "
-                "files; that cannot be merged, use onto=adapter"
+                "files; that cannot be merged, use `onto` adapter"
             )
         self.parameters = {name for name, _ in model.named_parameters()}
         self.tensors = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
@@ -229,7 +229,7 @@ def _untie(changes: dict[str, Change], source: Source, names: _BaseNames) -> Cha
     if adapter.config.ensure_weight_tying:
         if embedding.a or head.a:
             raise ModelError(
-                f"{adapter.folder}: LoRA on embedding or head with ensure_weight_tying cannot be merged; use onto=adapter"
+                f"{adapter.folder}: LoRA on embedding or head with ensure_weight_tying cannot be merged; use `onto` adapter"
             )
         changes[names.embedding] = embedding if embedding.replacement else head
         return None

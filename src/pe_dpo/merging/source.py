@@ -103,10 +103,10 @@ class Source:
         if self.record is None and quantize is None:
             raise UsageError(
                 f"{target}: nothing there says how its base was loaded in training, and that decides what is served; say it "
-                "with quantize: nf4, nf4-single (without double quantization), int8 or none"
+                "with `quantize` nf4, nf4-single (without double quantization), int8 or none"
             )
         if self.record is not None and quantize not in (None, self.record.quantize):
-            raise UsageError(f"{target}: was trained on {self.record.quantize}, as base.json says; leave quantize out")
+            raise UsageError(f"{target}: was trained on {self.record.quantize}, as base.json says; leave `quantize` out")
         self.trained: Path = found.adapter
         """The adapter that was trained."""
         self.adapter = AdapterFiles(found.adapter)
@@ -146,7 +146,7 @@ class Source:
         """`count` pairs, evenly spread over those held out, or over `data`."""
         if data is None and self.recipe is None:
             raise UsageError(
-                "an adapter has no held-out pairs of its own to be verified on; name some with data, or set pairs to 0"
+                "an adapter has no held-out pairs of its own to be verified on; name some with `data`, or `pairs` 0"
             )
         prepared = prepare_pairs(
             self.recipe.data if self.recipe else DataSection(train=str(data)),
@@ -160,7 +160,7 @@ class Source:
         if recorded is not None and recorded != data_hash(pairs):
             logger.warning("the data are not those of the run any more; what is held out now may have been trained on")
         if not pairs:
-            raise UsageError("the run held no pairs out to verify the merge on; name some with data, or set pairs to 0")
+            raise UsageError("the run held no pairs out to verify the merge on; name some with `data`, or `pairs` 0")
         logger.info(f"verified on {min(count, len(pairs))} of {len(pairs)} held-out pairs")
         return [pairs[index * len(pairs) // count] for index in range(count)] if len(pairs) > count else list(pairs)
 
@@ -190,9 +190,9 @@ def open_source(
         ModelError: an adapter is not of a kind that can be scaled or be fused with another. Otherwise as `Source`.
     """
     if not math.isfinite(scale) or scale < 0:
-        raise UsageError(f"scale {scale}: write a number above 0; 1 is what was trained, 0.5 half the way there")
+        raise UsageError(f"`scale` {scale}: write a number above 0; 1 is what was trained, 0.5 half the way there")
     if scale == 0:
-        raise UsageError("scale 0: is the reference itself, with nothing of what was trained; write a number above 0")
+        raise UsageError("`scale` 0: is the reference itself, with nothing of what was trained; write a number above 0")
     source = Source(
         Path(target), data=data, pairs=pairs, base=base, quantize=quantize, allow_base_mismatch=allow_base_mismatch
     )  # fmt: skip
@@ -201,7 +201,7 @@ def open_source(
         return
     if sft is not None and (source.recipe is not None or source.reference is not None):
         raise UsageError(
-            f"{target}: a run goes on with the adapter that it starts from, so that is in it already; leave sft out"
+            f"{target}: a run goes on with the adapter that it starts from, so that is in it already; leave `sft` out"
         )
     if scale != 1:
         if source.scale != 1:

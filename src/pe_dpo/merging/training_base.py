@@ -40,7 +40,7 @@ class TrainingBase:
         record, quantize = source.record, source.facts.quantize
         if record is None and onto == "dequantized" and quantize != "none":
             raise ModelError(
-                f"{source.folder}: nothing says which layers of its base were quantized; name pairs with data, so that the "
+                f"{source.folder}: nothing says which layers of its base were quantized; name pairs with `data`, so that the "
                 "base is loaded and asked"
             )
         if record is None:

@@ -114,7 +114,7 @@ class Unmerged:
             raise ModelError(
                 f"{facts.base}: is not the base of training: {len(others)} of its tensors differ as loaded (sha256), the "
                 f"first is {others[0]}; restore the base, or merge with the device ({record.device}) and versions of "
-                "training; allow_base_mismatch merges all the same"
+                "training; `allow_base_mismatch` merges all the same"
             )
         if others:
             logger.warning(f"{len(others)} tensors of the base are not those of training ({others[0]}, …)")

@@ -74,7 +74,7 @@ def write_tensors(plan: Plan, writer: TensorWriter, base: TrainingBase) -> list[
                 result, report = merge_tensor(plan, planned, weight.to(base.device).float())
                 merged.append(report)
             if not bool(result.isfinite().all()):
-                raise ModelError(f"{planned.facts.name}: would not be finite in {result.dtype}; write bf16 or fp32")
+                raise ModelError(f"{planned.facts.name}: would not be finite in {result.dtype}; write `dtype` bf16 or fp32")
             writer.write(planned.facts.name, result.cpu())
             done += planned.facts.bytes
             advance(done, total)

@@ -31,7 +31,7 @@ def write_report(target: Path, page: Path, figures: Path, *, metric: str | None 
     else:
         for name, value in (("metric", metric), ("baseline", baseline)):
             if value is not None:
-                raise UsageError(f"{name} {value}: is for sweeps, and {target} is no sweep; leave it out")
+                raise UsageError(f"`{name}` {value}: is for sweeps, and {target} is no sweep; leave it out")
         content = report_run(target)
     try:
         figures.mkdir(parents=True, exist_ok=True)
