@@ -37,9 +37,8 @@ def quickstart(
     torch.set_num_threads(1)
     result = train(recipe, callbacks=[console.progress_callback()])
     console.show_result(result)
-    for answer in compare_answers(recipe, count=3) if result.after else []:
-        console.say(f"\nquestion  {answer.question}\nchosen    {answer.expected}")
-        console.say(f"base      {answer.base}\ntuned     {answer.tuned}")
+    for question, expected, base, tuned in compare_answers(recipe, count=3) if result.after else []:
+        console.say(f"\nquestion  {question}\nchosen    {expected}\nbase      {base}\ntuned     {tuned}")
     console.say(f"\nthe run lies in {result.folder} ({time.perf_counter() - started:.0f} s)")
     again = "pe-dpo quickstart --gamma 0 --margin 1"
     console.say(f"next: pe-dpo merge {shlex.quote(str(result.folder))} -o MODEL, or another loss: {again}")

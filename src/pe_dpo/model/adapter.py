@@ -19,7 +19,7 @@ REFERENCE = "reference"
 
 
 def attach_adapter(
-    base: nn.Module,
+    base: Any,
     *,
     rank: int,
     alpha: float,
@@ -43,6 +43,7 @@ def attach_adapter(
         ModelError: another init, or one of the targets matches no module; says which, and what there is.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     if init not in ("default", "gaussian"):
         raise ModelError(f"init is {init!r}: only default and gaussian start with B = 0 on an unchanged base")
@@ -56,7 +57,8 @@ def attach_adapter(
         task_type="CAUSAL_LM",
     )
     named = [] if isinstance(targets, str) else targets
-    there = _linear_layers(base) if named else []
+    head, layers = base.get_output_embeddings(), (nn.Linear, Conv1D)  # the latter is GPT-2's
+    there = [path for path, module in base.named_modules() if isinstance(module, layers) and module is not head]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -80,15 +82,6 @@ def _check_targets(targets: Sequence[str], matched: Sequence[str], there: Sequen
     if unknown:
         names = ", ".join(sorted({path.rpartition(".")[2] for path in there}))
         raise ModelError(f"adapter.targets: no linear layer of the base is called {', '.join(unknown)}; there are {names}")
-
-
-def _linear_layers(base: Any) -> list[str]:
-    """Paths of the layers that an adapter can be on, the head left out."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = base.get_output_embeddings()
-    layers = nn.Linear, Conv1D  # the latter is GPT-2's
-    return [path for path, module in base.named_modules() if isinstance(module, layers) and module is not head]
 
 
 def start_from_adapter(

@@ -6,22 +6,12 @@ The base is made by `tools/make_base.py`, the pairs by `tools/world.py`.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from pe_dpo.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parent
 BASE = FOLDER / "base"
 PAIRS = FOLDER / "pairs"
-
-
-class Answers(NamedTuple):
-    """One held-out question, the answer that was preferred, and what the two models say."""
-
-    question: str
-    expected: str
-    base: str
-    tuned: str
 
 
 def quickstart_recipe(overrides: Sequence[str] = (), *, runs: Path = Path("runs")) -> Recipe:
@@ -41,8 +31,8 @@ def quickstart_recipe(overrides: Sequence[str] = (), *, runs: Path = Path("runs"
     )
 
 
-def compare_answers(recipe: Recipe, *, count: int) -> list[Answers]:
-    """Return answers of the base and of the tuned model to held-out questions, from one loaded base.
+def compare_answers(recipe: Recipe, *, count: int) -> list[tuple[str, str, str, str]]:
+    """Return held-out questions with the preferred answer, the base's and the tuned model's, from one loaded base.
 
     Args:
         recipe: The recipe of a finished run.
@@ -65,4 +55,4 @@ def compare_answers(recipe: Recipe, *, count: int) -> list[Answers]:
         untuned = answers()
     questions = [tokenizer.decode(pair.prompt_ids).split("<|user|>")[-1].split("<|end|>")[0] for pair in pairs]
     expected = [tokenizer.decode(pair.chosen_ids, skip_special_tokens=True) for pair in pairs]
-    return [Answers(*row) for row in zip(questions, expected, untuned, tuned, strict=True)]
+    return list(zip(questions, expected, untuned, tuned, strict=True))
