@@ -37,13 +37,17 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def logged_to(file: Path) -> Iterator[None]:
-    """Within the block all is logged for this file and nowhere else; it is written at the end, if its folder is there then."""
+    """Within the block all is logged for this file and nowhere else, and no progress is shown: there is a table of runs.
+
+    The file is written at the end, if its folder is there then.
+    """
     kept = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1)
     handlers, level, propagate = PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate
     PACKAGE.handlers, PACKAGE.propagate = [kept], False
     PACKAGE.setLevel(logging.INFO)
     try:
-        yield
+        with showing(None):
+            yield
     finally:
         PACKAGE.handlers, PACKAGE.propagate = handlers, propagate
         PACKAGE.setLevel(level)

@@ -51,6 +51,23 @@ def test_a_step_out_of_memory_is_done_with_smaller_rows_and_gives_the_same_gradi
     )
 
 
+def test_memory_that_runs_out_inside_of_what_runs_out_leaves_the_pairs_their_turn_alone(make_trainer):
+    """The reference may go on with smaller rows while the policy still has the rows of before: no pair was alone yet."""
+    trainer = make_trainer()
+    scorer, pairs = trainer.scorer, trainer.train_dataset[:4]
+    tried = []
+
+    def work():
+        tried.append(max(map(len, scorer.split(pairs))))
+        if tried[-1] > 1:
+            scorer.token_budget = 1  # as the reference leaves it
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert scorer.within_memory(pairs, work) == "done"
+    assert tried == [4, 1]
+
+
 def test_a_step_that_is_begun_again_draws_the_dropout_of_its_first_try(make_trainer, monkeypatch):
     settings = ("adapter.dropout=0.3", "train.tokens_per_microbatch=150")
     undisturbed, disturbed = make_trainer(*settings), make_trainer("adapter.dropout=0.3", "train.tokens_per_microbatch=300")

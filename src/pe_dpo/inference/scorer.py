@@ -116,9 +116,12 @@ class Scorer:
         on_gpu = self.device.type == "cuda"
         random_state, on_device = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_gpu else None
         while True:
+            budget = self.token_budget
             try:
                 return work()
             except torch.OutOfMemoryError as error:
+                # What was tried is the split of then: work inside may have run out and gone on with a smaller budget.
+                lowered, self.token_budget = self.token_budget, budget
                 if max(map(len, self.split(pairs))) == 1:
                     longest = max(pairs, key=lambda pair: self.tokens([pair]))
                     raise OutOfMemory(
@@ -129,7 +132,7 @@ class Scorer:
             torch.set_rng_state(random_state)  # the second try draws the dropout of the first
             if on_device is not None:
                 torch.cuda.set_rng_state(on_device, self.device)
-            self.token_budget //= 2
+            self.token_budget = min(lowered, budget // 2)
             logger.warning(f"out of memory; going on with {self.token_budget} tokens per forward (nothing is lost)")
 
 

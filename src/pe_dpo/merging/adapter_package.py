@@ -41,7 +41,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
         MergeRefused: the fused or scaled adapter does not do what it should; nothing was written.
     """
     output, facts, record = Path(output), source.facts, source.record
-    if record is not None and record.id != facts.base and not source.allow_base_mismatch:
+    if record is not None and source.is_base_named and not source.allow_base_mismatch:
         # A base that is named anew must have the files of training; else the adapter would be sent out with a stranger.
         changed = changed_files(record.model_dump(), source.base_folder)
         if changed:

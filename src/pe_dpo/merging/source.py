@@ -84,6 +84,7 @@ class Source:
         self, target: Path, *, data: str | None, pairs: int, base: str | None, quantize: str | None, allow_base_mismatch: bool
     ) -> None:
         self.folder, self.allow_base_mismatch = target, allow_base_mismatch
+        self.is_base_named = base is not None
         found = SavedPolicy(target, base=base, quantize=quantize)
         if found.adapter is None:
             raise UsageError(f"{target}: is a whole model; name the run or the adapter to merge")

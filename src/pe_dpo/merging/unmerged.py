@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pe_dpo.errors import ModelError
+from pe_dpo.errors import ModelError, OutOfMemory
 from pe_dpo.inference.scorer import Scorer, choose_scorer
 from pe_dpo.log import quiet
 from pe_dpo.merging.behaviour import TOKENS, Agreement, Behaviour, agreement, measure, verification_failures
@@ -74,7 +74,7 @@ class Unmerged:
         with nullcontext() if shares == {POLICY: 1.0} else acting(model, shares):
             self.trained = measure(model, source.pairs, scorer)
             check_weights_unpacked(model)
-            with suppress(torch.OutOfMemoryError):
+            with suppress(torch.OutOfMemoryError, OutOfMemory):
                 if self.computed_in != torch.float32:  # already rounded, and its arithmetic too: that in float32 instead
                     compute_in(model, torch.float32)
                     scorer = _choose_scorer(model, source)  # attention kernels of 16 bits do not take it

@@ -42,7 +42,8 @@ class PlannedRun(NamedTuple):
     @property
     def margin_noise(self) -> float:
         """How far a mask of mixout moves scores, in units of what training moved them; NaN without mixout."""
-        return float(self.info.mixout.get("margin_noise", math.nan))
+        noise = self.info.mixout.get("margin_noise")  # None where training moved nothing
+        return math.nan if noise is None else float(noise)
 
 
 class SweepRecord:

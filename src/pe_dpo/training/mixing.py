@@ -68,7 +68,8 @@ class Mixing(TrainerCallback):
         trainer = self.trainer
         pairs, reference, reduce = trainer.monitored[:PAIRS], trainer.monitored_reference, trainer.loss.reduce
         assert reference is not None, "scored before the first step"
-        return measure_noise(trainer.model, self.mixout, pairs, trainer.scorer, reference, reduce=reduce)
+        with trainer.keeping_what_was_saved():
+            return measure_noise(trainer.model, self.mixout, pairs, trainer.scorer, reference, reduce=reduce)
 
     def _draw(self, args: Any, state: Any) -> None:
         if self.settings.draws == "step":

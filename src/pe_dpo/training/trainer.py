@@ -127,7 +127,7 @@ class PairTrainer(Trainer):
         model = self.accelerator.unwrap_model(model)
         model.train()
         mine = inputs[self.args.process_index :: self.args.world_size]
-        with self._keeping_what_was_saved():
+        with self.keeping_what_was_saved():
             total, scored = self.scorer.within_memory(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
         gradients = []
         for parameter in adapter_parameters(model):
@@ -190,7 +190,7 @@ class PairTrainer(Trainer):
         return table, out
 
     @contextmanager
-    def _keeping_what_was_saved(self) -> Iterator[None]:
+    def keeping_what_was_saved(self) -> Iterator[None]:
         """Within the block, memory that does not do for one pair ends the run, with what can be done about it."""
         try:
             yield
@@ -258,7 +258,7 @@ class PairTrainer(Trainer):
         world, rank = self.args.world_size, self.args.process_index
         if len(self.monitored) < world:
             world, rank = 1, 0
-        with self._keeping_what_was_saved():
+        with self.keeping_what_was_saved():
             mine = score(self.monitored[rank::world])
         if world == 1:
             return mine
@@ -283,7 +283,8 @@ class PairTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         drift = None
         if settings.prompts:
-            drift = measure_drift(self.policy, self.scorer, self.held_out, settings, seed=GENERATION_SEED)
+            with self.keeping_what_was_saved():
+                drift = measure_drift(self.policy, self.scorer, self.held_out, settings, seed=GENERATION_SEED)
         with_texts(scored, self.held_out, self.policy.tokenizer).save(folder / PAIRS_FILE)
         if drift:
             drift.table.save(folder / ANSWERS_FILE)
