@@ -249,7 +249,7 @@ def test_a_torn_plan_is_named(tmp_path) -> None:
 def test_a_misspelt_name_is_refused_and_the_page_stays(sweep, tmp_path, option) -> None:
     page = tmp_path / "page.html"
     page.write_text("the last one")
-    with pytest.raises(UsageError, match=f"--{option} acuracy: is n"):
+    with pytest.raises(UsageError, match=f"`{option}` acuracy: is n"):
         write_report(sweep, page, tmp_path, **{option: "acuracy"})
     assert page.read_text() == "the last one"
 
