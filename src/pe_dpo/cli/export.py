@@ -72,34 +72,34 @@ def _export(model: Path, output: Path, kind: str, prompts: Path | None, *, is_ch
     """Write everything into a hidden folder beside the wanted one, check it there, and give it its name."""
     import shutil
 
+    from transformers import AutoTokenizer
+
+    from pe_dpo.errors import UsageError
     from pe_dpo.export.gguf_file import write_gguf
+    from pe_dpo.export.golden import load_golden, token_ids
+    from pe_dpo.export.ollama import modelfile
     from pe_dpo.runs.staging import staged
 
     with staged(output) as folder:
         gguf_file = folder / f"{output.absolute().name}.gguf"
         facts = write_gguf(model, gguf_file, kind=kind)  # type: ignore[arg-type]  # checked
-        remarks = [*facts.remarks, *_write_modelfile(model, gguf_file)]
+        remarks = list(facts.remarks)
+        try:
+            (folder / "Modelfile").write_text(modelfile(model, gguf_file.name), encoding="utf-8")
+        except UsageError as error:  # a Modelfile without TEMPLATE would be worse than none: Ollama would guess one
+            remarks.append(f"no Modelfile: {error}")
         verdict = _check(model, facts, prompts, is_checked=is_checked)
-        remarks += _compare_prompts(facts.path)
+        # Transformers, reading the tokenizer back, does not know all that llama.cpp does.
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file.name, trust_remote_code=False)
+        golden = load_golden(folder / "golden_prompts.jsonl")
+        other = sum(token_ids(tokenizer, one.rendered) != one.prompt_ids for one in golden)
+        if other:
+            remarks.append(
+                f"transformers reads other token ids for {other} golden prompts; compare with the server's /tokenize"
+            )
         if has_card:
             shutil.copyfile(model / "README.md", folder / "README.md")
     _tell(output.absolute(), facts, verdict, remarks)
-
-
-def _write_modelfile(model: Path, gguf_file: Path) -> list[str]:
-    """Write the Modelfile; where the chat template has no equal in Ollama, write none and return why.
-
-    A Modelfile without TEMPLATE would be worse than none: Ollama would guess one.
-    """
-    from pe_dpo.errors import UsageError
-    from pe_dpo.export.ollama import modelfile
-
-    try:
-        text = modelfile(model, gguf_file.name)
-    except UsageError as error:
-        return [f"no Modelfile: {error}"]
-    (gguf_file.parent / "Modelfile").write_text(text, encoding="utf-8")
-    return []
 
 
 def _check(model: Path, facts: "GgufFacts", prompts: Path | None, *, is_checked: bool) -> str:
@@ -141,19 +141,6 @@ def _compare(copy: Any, tokenizer: Any, facts: "GgufFacts", golden: "list[Golden
     if differences or (facts.is_lossless and divergence > LOSSLESS):
         raise ModelError(f"the GGUF file is not the model; {measured}; {'; '.join(differences)}; nothing was written")
     return f"{measured}, {compared} tokens the same" + (f", {near_ties} answers left at a near-tie" if near_ties else "")
-
-
-def _compare_prompts(gguf_file: Path) -> list[str]:
-    """Say where transformers, reading the tokenizer back, finds other prompt ids; it does not know all that llama.cpp does."""
-    from transformers import AutoTokenizer
-
-    from pe_dpo.export.golden import load_golden, token_ids
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False)
-    golden = load_golden(gguf_file.parent / "golden_prompts.jsonl")
-    other = sum(token_ids(tokenizer, one.rendered) != one.prompt_ids for one in golden)
-    remark = f"transformers reads other token ids for {other} golden prompts; compare with the server's /tokenize"
-    return [remark] if other else []
 
 
 def _tell(output: Path, facts: "GgufFacts", verdict: str, remarks: list[str]) -> None:

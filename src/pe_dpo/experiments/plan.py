@@ -104,11 +104,18 @@ def make_plan(
         for changes, point in wanted
         if dropout_control and point and point.mixout.p
     ]
+    short = {key: name for name, key in reversed(SHORT_NAMES.items())}
     for changes, point in [*wanted, *((changes, read(changes)) for changes in twins)]:
         if point is None:
             continue
         settings = {key: now for key, (_, now) in changed_settings(base, point, ignore=_OF_THE_RUN).items()}
-        name = _name(settings)
+        # A name that no other settings have and that is good for a folder: "beta=0.05,gamma=0.5x".
+        parts = []
+        for key, value in sorted(settings.items()):
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            exact = repr(value) if isinstance(value, float) and float(text) != value else text
+            parts.append(f"{short.get(key, key)}={exact}")
+        name = re.sub(r"[^\w=.,:+-]+", "_", ",".join(parts)) or "base"
         if any(known.name == name for known in found.values()):
             if all(known.settings != settings for known in found.values()):
                 faults.append(f"{' '.join(changes)}: its folder would be {name}, as that of another point; make two sweeps")
@@ -198,14 +205,3 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
             raise UsageError(f"`grids` {' '.join(grid)}: {key} is there twice; name all of its values once, as {name}=A,B")
         axes[key] = [f"{key}={value.strip()}" for value in values.split(",")]
     return [list(changes) for changes in itertools.product(*axes.values())]
-
-
-def _name(settings: dict[str, Any]) -> str:
-    """A name that no other settings have and that is good for a folder: "beta=0.05,gamma=0.5x"."""
-    short = {key: name for name, key in reversed(SHORT_NAMES.items())}
-    parts = []
-    for key, value in sorted(settings.items()):
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        exact = repr(value) if isinstance(value, float) and float(text) != value else text
-        parts.append(f"{short.get(key, key)}={exact}")
-    return re.sub(r"[^\w=.,:+-]+", "_", ",".join(parts)) or "base"

@@ -173,7 +173,17 @@ class ReferenceStore:
                     is_missing = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
                     if isinstance(error, sqlite3.OperationalError) and not is_missing:
                         raise
-                    self._set_aside(error)
+                    # The lock keeps others from a file that they have just begun anew.
+                    names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in range(1, 1_000_000))
+                    aside = next(name for name in names if not name.exists())
+                    # The file before its journal: SQLite drops a journal without a file, and would apply it to another.
+                    for suffix in ("", "-journal"):
+                        part = self.path.with_name(self.path.name + suffix)
+                        if part.exists():
+                            part.rename(aside.with_name(aside.name + suffix))
+                    logger.warning(
+                        f"{self.path} is damaged ({error}); it was moved to {aside.name}, and what it held is computed again"
+                    )
                     return self._transact(work)
             except (sqlite3.DatabaseError, OSError) as error:
                 raise self._unavailable(str(error)) from error
@@ -223,17 +233,6 @@ class ReferenceStore:
         if application == _APPLICATION:
             found = f"a reference store of layout {layout}, and this version of pe-dpo reads layout {_LAYOUT}"
         raise UsageError(f"{self.path}: is {found}; it was left as it is; set PE_DPO_CACHE to another folder, or move the file")
-
-    def _set_aside(self, error: Exception) -> None:
-        """Move the file away, journal and all; the lock keeps others from a file that they have just begun anew."""
-        names = (self.path.with_name(f"{self.path.name}.damaged-{number}") for number in range(1, 1_000_000))
-        aside = next(name for name in names if not name.exists())
-        # The file before its journal: SQLite drops a journal without a file, and would apply it to a file of that name.
-        for suffix in ("", "-journal"):
-            part = self.path.with_name(self.path.name + suffix)
-            if part.exists():
-                part.rename(aside.with_name(aside.name + suffix))
-        logger.warning(f"{self.path} is damaged ({error}); it was moved to {aside.name}, and what it held is computed again")
 
     def _unavailable(self, reason: str) -> StoreUnavailable:
         return StoreUnavailable(

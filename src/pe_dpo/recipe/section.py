@@ -1,7 +1,7 @@
 """What every part of a recipe is made of: strict sections, and numbers and places in their bounds."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
@@ -13,11 +13,13 @@ Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum"
 """Checked by `check_scales`, which says more than a bound would."""
 
 
-def _expand_home(value: Any) -> Any:
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
-
-
-Location = Annotated[str, StringConstraints(min_length=1), BeforeValidator(_expand_home)]
+Location = Annotated[
+    str,
+    StringConstraints(min_length=1),
+    BeforeValidator(
+        lambda value: str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    ),
+]
 """A path (~/ is the home folder) or a hub id."""
 
 

@@ -43,11 +43,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def snapshot_folder(run: Path, step: int) -> Path:
-    """Return where what was measured after a step lies."""
-    return run / "snapshots" / f"step-{step:06d}"
-
-
 def scaled_folder(run: Path, scale: float) -> Path:
     """Return where what was measured of the adapter scaled toward the reference lies.
 

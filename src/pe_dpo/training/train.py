@@ -30,7 +30,7 @@ from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths, with_gamma
-from pe_dpo.runs.files import scaled_folder, snapshot_folder
+from pe_dpo.runs.files import scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
 from pe_dpo.training.arguments import total_steps, training_arguments
@@ -192,7 +192,8 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
         points = {round(steps * part / parts) for part in range(1, parts)} - {0, steps}
 
         def measure(step: int) -> None:
-            trainer.save_measurements(snapshot_folder(writer.folder, step), trainer.score_monitored(), generation)
+            place = writer.folder / "snapshots" / f"step-{step:06d}"
+            trainer.save_measurements(place, trainer.score_monitored(), generation)
 
         trainer.add_callback(Snapshots(points, measure))
     try:
