@@ -26,13 +26,11 @@ def test_quickstart_turns_a_base_that_ranks_half_of_the_pairs_wrong_into_one_tha
     assert 0.45 < result.before["accuracy/policy"] < 0.65
     assert result.after["accuracy/policy"] > 0.88
     assert result.after["regimes/policy_right_reference_wrong/pairs"] > 50
-    answers = compare_answers(recipe, count=12)
-    polite = [
-        sum(manners(text) == "courteous" for text in texts) for texts in zip(*((a.base, a.tuned) for a in answers), strict=True)
-    ]
+    questions, _, base, tuned = zip(*compare_answers(recipe, count=12), strict=True)
+    polite = [sum(manners(text) == "courteous" for text in texts) for texts in (base, tuned)]
     right = [
-        sum(is_right([{"role": "user", "content": a.question}], text) for a, text in zip(answers, texts, strict=True))
-        for texts in zip(*((a.base, a.tuned) for a in answers), strict=True)
+        sum(is_right([{"role": "user", "content": question}], text) for question, text in zip(questions, texts, strict=True))
+        for texts in (base, tuned)
     ]
     assert polite[1] >= polite[0] + 3
     assert right[1] >= right[0]
