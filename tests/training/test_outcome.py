@@ -143,6 +143,17 @@ def test_the_last_step_is_always_logged(make_recipe, log_every):
     assert logged == [2, 3] if log_every == 2 else [3]
 
 
+@pytest.fixture
+def _attended():
+    """Whoever starts the tests in the background may have Ctrl-C and SIGHUP ignored, which programs inherit."""
+    attended = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in attended.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_attended")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_logs_it(make_recipe, number):
     recipe = make_recipe("train.max_steps=5", "train.save_every=100", "train.log_every=100")
@@ -154,6 +165,7 @@ def test_a_signal_finishes_the_step_saves_and_logs_it(make_recipe, number):
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
+@pytest.mark.usefixtures("_attended")
 def test_a_terminal_that_closes_may_say_so_twice(make_recipe):
     """The kernel and the shell both send SIGHUP: the second one is no order to leave without a checkpoint."""
 
