@@ -152,11 +152,7 @@ class AdapterFiles:
                 raise ModelError(f"{self.folder}: two tensors are the {part} of {name}; take another copy of the adapter")
             fields: dict[str, Any] = {part: key}
             if part in ("a", "addition"):
-                module = name.rsplit(".", 1)[0]
-                rank = _by_pattern(self.config.rank_pattern, module, self.config.r)
-                alpha = _by_pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
-                scaling = float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
-                fields |= {"scaling": scaling, "is_transposed": "lora_embedding" in key}
+                fields |= {"scaling": self._scaling(name.rsplit(".", 1)[0]), "is_transposed": "lora_embedding" in key}
             changes[name] = old._replace(**fields)
         for name, change in changes.items():
             if change.magnitude and change.is_transposed:
@@ -169,6 +165,11 @@ class AdapterFiles:
         if not changes:
             raise ModelError(f"{self.folder}: the adapter is empty: no tensors in its file")
         return changes
+
+    def _scaling(self, module: str) -> float:
+        rank = _by_pattern(self.config.rank_pattern, module, self.config.r)
+        alpha = _by_pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
+        return float(alpha / rank**0.5 if self.config.use_rslora else alpha / rank)
 
 
 def save_scaled_adapter(adapter: AdapterFiles, scale: float, folder: Path) -> None:

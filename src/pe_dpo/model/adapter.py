@@ -324,11 +324,6 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adapter_is_zero(model: nn.Module) -> bool:
-    """Return whether every trained B is 0, so that the policy is the base."""
-    return not any(bool(p.any()) for name, p in model.named_parameters() if f"lora_B.{POLICY}" in name)
-
-
 def _in_float32(model: Any) -> Any:
     """Adapters in float32 whatever they were saved in: in bfloat16 most of Adam's small steps round to nothing."""
     from pe_dpo.model.lora import compute_in_base_dtype

@@ -21,7 +21,7 @@ from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import adapter_is_zero, attach_adapter, borrowed_base, save_adapter
+from pe_dpo.model.adapter import POLICY, attach_adapter, borrowed_base, save_adapter
 from pe_dpo.model.adapter_config import check_adapter
 from pe_dpo.model.base import empty_model
 from pe_dpo.model.mixout import attach_mixout
@@ -205,7 +205,8 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     check_weights_unpacked(trainer.model)
     last = trainer.score_monitored() if data.held_out else None
     after = pair_metrics(last, is_fixed_set=True) if last else {}
-    remarks += monitor.conclude(after, has_moved=not adapter_is_zero(trainer.model))
+    updates = [weight for name, weight in trainer.model.named_parameters() if f"lora_B.{POLICY}" in name]
+    remarks += monitor.conclude(after, has_moved=any(bool(weight.any()) for weight in updates))
     step = trainer.state.global_step
     result = TrainResult(writer.folder, before, after, start, step, stop.received, remarks, recipe.loss.reduce)
     scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.scorer.token_budget}
