@@ -20,6 +20,7 @@ def test_the_plain_loop_fits_on_a_page():
     assert len(EXAMPLE.read_text().splitlines()) <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.1, 0.05])
 def test_the_plain_loop_has_the_losses_of_the_trainer(plain_loop, make_recipe, gamma):
     from pe_dpo.inference.policy import load_policy

@@ -230,6 +230,7 @@ def test_a_recipe_s_name_begins_with_its_base(name: str) -> None:
 # ---------------------------------------------------------------- as a run
 
 
+@pytest.mark.slow
 def test_lora_sits_on_the_seven_linear_kinds_of_every_layer_and_nowhere_else(run: Run) -> None:
     expected = {
         f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
@@ -238,6 +239,7 @@ def test_lora_sits_on_the_seven_linear_kinds_of_every_layer_and_nowhere_else(run
     assert set(load_file(run.folder / "adapter_model.safetensors")) == expected
 
 
+@pytest.mark.slow
 def test_every_part_of_the_adapter_moved(run: Run) -> None:
     """B starts at 0."""
     weights = load_file(run.folder / "adapter_model.safetensors")

@@ -212,6 +212,7 @@ def test_a_share_that_cannot_be_is_an_error_only_where_the_recipe_asks_for_it():
 # ---------------------------------------------------------------- π0 → π0^α
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.25, 4.0])
 @pytest.mark.parametrize("loss", [
     {"gamma": 0.03}, {"gamma": "0.5x", "reduce": "mean", "margin": 0.2}, {"gamma": "2x", "link": "hinge", "margin": 1.0},
@@ -254,6 +255,7 @@ def warned(loss, reference, keys):
     return "\n".join(audited(loss, reference, keys).warnings)
 
 
+@pytest.mark.slow
 def test_scores_that_spread_too_wide_are_warned_of():
     reference, keys = random_pairs()
     assert "δ = (γ−β)·sd(Δ0) = " in warned(LossSection(gamma="3x"), reference, keys)
@@ -347,6 +349,7 @@ def test_noise_by_hand(four):
     assert found.weight_change == pytest.approx(np.abs(weights[0] - weights[1]).mean(), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_the_noise_of_nf4_is_measured_on_a_model(make_recipe, tmp_path):
     store = f"reference.store={tmp_path / 's.sqlite'}"
     found = audit(make_recipe("loss.gamma=0.5x", store), with_quantization_error=True)
@@ -373,6 +376,7 @@ def no_weights(monkeypatch):
     return lambda: monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
 
 
+@pytest.mark.slow
 def test_a_second_audit_reads_no_weights_and_finds_the_same(make_recipe, no_weights, tmp_path):
     store = f"reference.store={tmp_path / 'store.sqlite'}"
     first = audit(make_recipe(store))
@@ -383,6 +387,7 @@ def test_a_second_audit_reads_no_weights_and_finds_the_same(make_recipe, no_weig
     assert audit(make_recipe(store, "loss.preset=simpo")).pairs == 24
 
 
+@pytest.mark.slow
 def test_after_training_an_audit_reads_no_weights(make_recipe, no_weights, tmp_path):
     store = f"reference.store={tmp_path / 'store.sqlite'}"
     train(make_recipe(store, "train.epochs=1"))
@@ -390,6 +395,7 @@ def test_after_training_an_audit_reads_no_weights(make_recipe, no_weights, tmp_p
     assert not audit(make_recipe(store)).reference["was_run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["model.quantize=nf4", "model.dtype=bfloat16", "train.packing=false", "data.max_length=60"])
 def test_another_reference_or_other_pairs_are_not_taken_from_the_store(make_recipe, change, tmp_path):
     store = f"reference.store={tmp_path / 'store.sqlite'}"
@@ -397,6 +403,7 @@ def test_another_reference_or_other_pairs_are_not_taken_from_the_store(make_reci
     assert audit(make_recipe(store, change)).reference["was_run"]
 
 
+@pytest.mark.slow
 def test_where_nothing_is_to_be_stored_the_model_is_run(make_recipe, tmp_path):
     store = f"reference.store={tmp_path / 'store.sqlite'}"
     once = audit(make_recipe(store, "reference.policy=step"))
@@ -405,6 +412,7 @@ def test_where_nothing_is_to_be_stored_the_model_is_run(make_recipe, tmp_path):
     assert again.reference["was_run"]
 
 
+@pytest.mark.slow
 def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path, logged: list[str]):
     """Half of the pairs are stored, and wrong; the other half has to be run, and a look at the stored ones finds them out."""
     import sqlite3
@@ -442,6 +450,7 @@ def test_the_audited_log_probs_are_those_that_training_uses(make_recipe, tmp_pat
     assert reference_logprobs(recipe, facts, data.train)[0].chosen.tolist() == ours.chosen.tolist()
 
 
+@pytest.mark.slow
 def test_an_adapter_as_the_reference_is_run_as_such(make_recipe, tmp_path):
     store = f"reference.store={tmp_path / 'store.sqlite'}"
     trained = train(make_recipe(store, "train.max_steps=4", output="sft")).folder
@@ -466,6 +475,7 @@ def test_log_probs_that_are_no_numbers_are_named(make_recipe):
         check_finite(PairLogprobs(chosen, chosen * 0, chosen, chosen), pairs)
 
 
+@pytest.mark.slow
 def test_an_audit_is_json(make_recipe, tmp_path):
     found = audit(
         make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.preset=rso"), with_quantization_error=True

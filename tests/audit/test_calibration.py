@@ -293,6 +293,7 @@ def test_pairs_without_a_spread_are_refused():
 # ---------------------------------------------------------------- π0 → π0^α
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 3.0, 200.0])
 def test_sharpening_the_reference_divides_gamma_by_as_much(preference, alpha):
     keys = own_prompts(preference)

@@ -112,6 +112,7 @@ def test_a_flip_that_takes_longer_than_a_number_can_tell_is_infinite_and_not_nan
 # ---------------------------------------------------------------- where a hinge ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.0, 0.07, 0.1, 0.23])
 @pytest.mark.parametrize("margin", [0.0, 0.4, 2.0])
 def test_final_hinge_accuracy_is_that_of_descent_on_the_loss(gamma, margin):
@@ -175,6 +176,7 @@ IDEAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", IDEAL, ids=str)
 @pytest.mark.parametrize("reference", [-6.0, -0.5, 4.0])
 def test_the_ideal_preference_minimises_the_mean_loss_over_labels(options, reference):

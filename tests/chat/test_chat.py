@@ -89,6 +89,7 @@ def logits_of(pair, prompt_ids):
 # ---------------------------------------------------------------- one answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 def test_greedy_answers_are_those_of_transformers_generate(pair, side):
     """One by one as they grow, and many at once."""
@@ -305,6 +306,7 @@ def test_the_implicit_reward_has_the_coefficients_of_the_loss(loss, wanted):
     assert AnswerScores(4, -10.0, -12.0).reward(LossSection(**loss)) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_a_run_that_started_from_an_adapter_is_compared_with_its_frozen_copy(
     run, adapter, pair, tiny_recipe, tmp_path, logged: list[str]
 ):

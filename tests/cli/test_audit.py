@@ -12,6 +12,7 @@ def audited(pe_dpo, recipe_file, tmp_path_factory):
     return pe_dpo("audit", recipe_file, "--plots", folder), folder
 
 
+@pytest.mark.slow
 def test_the_tables_tell_reference_loss_and_gamma(audited):
     done, _ = audited
     assert (done.code, done.err) == (0, "")

@@ -23,6 +23,7 @@ BEFORE_A_NAME = re.compile(rf"(?:{PROGRAM}|--(?!max-lora-rank)[a-z-]+|-[a-z]) $"
 ROOT = Path(package.__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_command_is_put_together_without_quoting(file):
     """Read from the source: in an f-string that names a command, what follows it or one of its options is quoted."""

@@ -107,6 +107,7 @@ def test_training_that_never_began_leaves_nothing(pe_dpo, recipe_file, tmp_path,
     assert is_empty(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["missing data", "base without weights"])
 def test_training_that_failed_at_its_start_can_be_started_again(pe_dpo, recipe_file, tmp_path, bad_world, name):
     pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--set", bad_world[name][0])

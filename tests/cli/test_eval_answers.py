@@ -57,6 +57,7 @@ def by_length(tmp_path):
     return f"{path}:score"
 
 
+@pytest.mark.slow
 def test_answers_outlive_a_scorer_that_fails(pe_dpo, run, tmp_path):
     (tmp_path / "fails.py").write_text("def score(prompts, answers):\n    raise RuntimeError('out of credits')\n")
     with pytest.raises(RuntimeError, match="out of credits"):
@@ -66,6 +67,7 @@ def test_answers_outlive_a_scorer_that_fails(pe_dpo, run, tmp_path):
     assert json.loads((run / "evaluation.json").read_text())["generation"]["kl"]["mean"] > 0
 
 
+@pytest.mark.slow
 def test_eval_of_a_run_writes_what_it_measured_into_the_run(pe_dpo, run, by_length):
     done = pe_dpo("eval", run, *SAMPLING, "--scorer", by_length)
     assert (done.code, done.err) == (0, "")
@@ -98,6 +100,7 @@ def test_the_text_of_pairs_is_written_beside_their_numbers(pe_dpo, run):
     assert (row["chosen"], row["rejected"]) == ("It is warm", "Who cares, round")
 
 
+@pytest.mark.slow
 def test_the_policy_of_step_0_is_kept_or_known_to_be_the_reference(pe_dpo, run):
     """As training wrote it down; without that, a run that starts at the reference was the reference."""
     path = run / "eval_pairs.parquet"
@@ -120,6 +123,7 @@ def test_the_policy_of_step_0_is_kept_or_known_to_be_the_reference(pe_dpo, run):
     assert again["initial_rejected"].to_pylist() == again["reference_rejected"].to_pylist()
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_sampling_leaves_the_sampled_answers_that_are_there(pe_dpo, run):
     sampled = printed(pe_dpo("eval", run, *SAMPLING, "--json"))["generation"]
     again = printed(pe_dpo("eval", run, "--json"))
@@ -130,6 +134,7 @@ def test_an_evaluation_without_sampling_leaves_the_sampled_answers_that_are_ther
     assert "generation" not in json.loads((run / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_answers_and_another_one_others(pe_dpo, run, tmp_path):
     answers = []
     for seed in (0, 0, 1):
@@ -138,6 +143,7 @@ def test_the_same_seed_gives_the_same_answers_and_another_one_others(pe_dpo, run
     assert answers[0] == answers[1] != answers[2]
 
 
+@pytest.mark.slow
 def test_the_recipe_says_how_many_prompts_when_nobody_else_does(pe_dpo, run):
     recipe = run / "recipe.yaml"
     pe_dpo("eval", run)
@@ -151,6 +157,7 @@ def test_the_recipe_says_how_many_prompts_when_nobody_else_does(pe_dpo, run):
     assert "generation" not in printed(pe_dpo("eval", run, "--prompts", 0, "--json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [("--data", "{test}"), ("--quantize", "nf4"), ("--base", "{base}")])
 def test_what_is_not_the_run_s_own_measurement_is_not_written_into_it(pe_dpo, run, tiny_pairs, tiny_base, tmp_path, asked):
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
@@ -162,6 +169,7 @@ def test_what_is_not_the_run_s_own_measurement_is_not_written_into_it(pe_dpo, ru
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_measured_against_its_base_as_the_run_was(pe_dpo, run, tiny_base, tiny_pairs, tmp_path, by_length):
     """One after the other instead of both at once: the same answers, the same KL but for float32's rounding."""
     from peft import PeftModel
@@ -220,6 +228,7 @@ def test_eval_says_how_to_measure_kl_when_nothing_was_sampled(pe_dpo, run):
     assert "to measure KL(π‖π0) on sampled answers: --prompts 100" in pe_dpo("eval", run).out
 
 
+@pytest.mark.slow
 def test_eval_samples_the_answers_that_training_sampled_at_its_end(pe_dpo, recipe_file, tmp_path):
     """From the adapter on disk, alone: the same noise, the same policy, the same numbers."""
     run = tmp_path / "run"

@@ -50,6 +50,7 @@ def test_without_a_command_the_help_is_shown_and_the_exit_code_says_usage(pe_dpo
 HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes", "numpy", "yaml", "accelerate"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "heavy"), [
     (["--help"], HEAVY | {"pydantic"}),
     (["train", "--help"], HEAVY),  # typer 0.29 itself imports pydantic when a command has parameters
@@ -65,6 +66,7 @@ def test_help_imports_no_heavy_library(arguments, heavy):
     assert done.stdout.splitlines()[-1] == "found []"
 
 
+@pytest.mark.slow
 def test_help_takes_little_longer_than_the_library_it_is_written_with():
     """Side by side, best of five, so that a busy machine slows both; on two quiet cores 68 ms, typer 57 and bare Python 10."""
     measured = {"help": ["-m", "pe_dpo", "--help"], "typer": ["-c", "import typer"]}

@@ -21,6 +21,7 @@ def merged(pe_dpo, quantized, tmp_path_factory):
     return folder, pe_dpo("merge", quantized, "-o", folder, "--pairs", 8)
 
 
+@pytest.mark.slow
 def test_merge_says_what_it_verified(merged):
     folder, done = merged
     assert (done.code, done.err) == (0, "")
@@ -31,6 +32,7 @@ def test_merge_says_what_it_verified(merged):
     assert f"serves what was trained: {folder}" in lines
 
 
+@pytest.mark.slow
 def test_what_a_server_needs_lies_in_the_merged_folder(merged, tiny_base):
     folder, _ = merged
     names = {path.name for path in folder.iterdir()}
@@ -71,6 +73,7 @@ def test_eval_of_the_merged_model_finds_what_eval_of_the_run_found(pe_dpo, merge
     assert found[0]["logps/chosen"] == pytest.approx(found[1]["logps/chosen"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_json_is_all_that_is_printed_when_it_is_asked_for(pe_dpo, quantized, tmp_path):
     done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--pairs", 4, "--json", "--dtype", "bf16")
     assert (done.code, done.err) == (0, "")
@@ -91,6 +94,7 @@ def test_compare_shows_all_ways_to_serve_and_leaves_nothing(pe_dpo, quantized, t
     assert "6 held-out pairs (95 % Wilson intervals; nats)" in table and "onto dequantized" in table
 
 
+@pytest.mark.slow
 def test_onto_the_original_says_what_that_changes(pe_dpo, quantized, tmp_path):
     done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--onto", "original", "--pairs", 6)
     assert done.code == 0
@@ -98,6 +102,7 @@ def test_onto_the_original_says_what_that_changes(pe_dpo, quantized, tmp_path):
     assert "warning: against the trained adapter on the quantized base: relative KL" in done.out
 
 
+@pytest.mark.slow
 def test_a_scaled_merge_says_so_from_the_first_line_to_the_verdict(pe_dpo, quantized, tmp_path):
     done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--scale", 0.5, "--pairs", 6)
     assert (done.code, done.err) == (0, "")
@@ -165,6 +170,7 @@ def test_what_cannot_be_merged_is_one_message(pe_dpo, quantized, tiny_base, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_adapter_from_elsewhere_must_say_how_its_base_was_loaded(pe_dpo, quantized, tiny_base, tiny_pairs, tmp_path):
     import shutil
 

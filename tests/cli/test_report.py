@@ -12,6 +12,7 @@ def run(tmp_path_factory):
     return fake_runs.write_run(tmp_path_factory.mktemp("runs") / "run", {"loss.beta": 0.1}, fake_runs.make_world(), samples=0)
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_page_with_its_files(pe_dpo, run, tmp_path) -> None:
     done = pe_dpo("report", run, "-o", tmp_path / "new" / "page.html", "--figures", tmp_path / "figures")
     assert (done.code, done.err) == (0, "")
@@ -36,6 +37,7 @@ def test_by_default_a_report_lies_in_the_run(pe_dpo, tmp_path) -> None:
     assert (run / "report" / "table.md").is_file()
 
 
+@pytest.mark.slow
 def test_a_report_needs_neither_torch_nor_transformers(run, tmp_path) -> None:
     """In a fresh process, because this one has them already."""
     program = (

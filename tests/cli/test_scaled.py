@@ -43,6 +43,7 @@ def test_pairs_that_are_not_the_runs_own_are_measured_and_not_written_into_it(pe
     assert not (run / "scaled").exists()
 
 
+@pytest.mark.slow
 def test_a_scorer_judges_the_answers_at_each_scale_too(pe_dpo, run, tmp_path):
     (tmp_path / "by_length.py").write_text("def score(prompts, answers):\n    return [-len(answer) for answer in answers]\n")
     done = pe_dpo("eval", run, "--scale", "0.5", *SAMPLING, "--scorer", f"{tmp_path / 'by_length.py'}:score")
@@ -104,6 +105,7 @@ def test_a_sweep_measures_every_point_at_each_scale_and_compare_reads_it(pe_dpo,
     assert report.code == 0, report.err
 
 
+@pytest.mark.slow
 def test_a_sweep_that_ran_without_is_another_sweep_as_with_snapshots(pe_dpo, recipe_file, tmp_path):
     command = ("sweep", recipe_file, "--prompts", 0, "-o", tmp_path / "sweep")
     assert pe_dpo(*command).code == 0

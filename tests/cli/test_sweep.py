@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.slow
 def test_json_is_all_that_is_printed(pe_dpo, recipe_file, tmp_path):
     """Also when nothing is left to do, and for a plan."""
     command = ("sweep", recipe_file, "--grid", "beta=0.1,0.2", "-o", tmp_path / "sweep", "--prompts", 0, "--json")

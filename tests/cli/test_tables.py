@@ -135,6 +135,7 @@ def at_80_columns(pe_dpo, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_train_and_eval_show_whole_tables(at_80_columns, recipe_file, tmp_path) -> None:
     shown, _ = at_80_columns("train", recipe_file, "-o", tmp_path / "run")
     assert len(shown) == 3
@@ -152,6 +153,7 @@ def test_audit_shows_whole_tables_and_the_gamma_that_one_has_to_type(at_80_colum
     assert "balance:0.5" in out
 
 
+@pytest.mark.slow
 def test_compare_shows_whole_tables(at_80_columns, tmp_path) -> None:
     settings = [*fake_runs.GRID, {"loss.gamma": "2x", "mixout.p": 0.3}]
     sweep = fake_runs.write_sweep(tmp_path / "sweep", settings, snapshots=1, steps=4, seeds=(0, 1), scales=(0.5,))
@@ -165,6 +167,7 @@ def test_a_plan_of_a_sweep_is_a_whole_table(at_80_columns, recipe_file, tmp_path
     assert len(shown) == 1
 
 
+@pytest.mark.slow
 def test_merge_shows_whole_tables(at_80_columns, trained, tmp_path) -> None:
     shown, _ = at_80_columns("merge", trained[0], "-o", tmp_path / "merged", "--compare", "--pairs", 4)
     assert len(shown) == 2

@@ -70,6 +70,7 @@ def test_training_the_run_s_own_recipe_again_gives_the_same_adapter(pe_dpo, trai
     assert (tmp_path / "again" / weights).read_bytes() == (trained[0] / weights).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "loss"), [
     (["--gamma", "0", "--margin", "1"], {"preset": "dpo", "gamma": 0.0, "margin": 1.0, "link": "logistic"}),
     (["--loss", "hinge"], {"preset": "hinge", "gamma": "0.5x", "margin": 1.0, "link": "hinge"}),
@@ -85,6 +86,7 @@ def test_the_dials_reach_the_run(pe_dpo, recipe_file, tmp_path, arguments, loss)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["reference_card"]["run_in_training"] is (loss["gamma"] != 0)
 
 
+@pytest.mark.slow
 def test_mixout_is_a_dial_of_train_and_check(pe_dpo, recipe_file, tmp_path):
     from pe_dpo.recipe import load_recipe
 

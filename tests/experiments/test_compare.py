@@ -41,6 +41,7 @@ def arm(found: Comparison, name: str) -> Any:
     return next(one for one in found.arms if one.name == name)
 
 
+@pytest.mark.slow
 def test_a_difference_at_equal_kl_is_that_to_the_straight_line_between_the_runs_of_its_seed(
     sweep: Path, found: Comparison
 ) -> None:
@@ -54,6 +55,7 @@ def test_a_difference_at_equal_kl_is_that_to_the_straight_line_between_the_runs_
         assert arm(found, "γ = 0.5β").matched.per_seed[seed] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_reference_begins_the_line_where_the_metric_comes_near_it(sweep: Path) -> None:
     """A snapshot below the KL of every β: on accuracy/policy it is held against π0 at KL 0, on accuracy/shift it is not."""
     by_policy = compare([sweep], metric="accuracy/policy", repeats=200)
@@ -69,6 +71,7 @@ def test_the_reference_begins_the_line_where_the_metric_comes_near_it(sweep: Pat
     assert math.isnan(by_shift.reference)
 
 
+@pytest.mark.slow
 def test_nothing_is_extrapolated(tmp_path: Path) -> None:
     """β = 0.4 to 0.025 reach from √KL 0.57 to 1.74; mixout 0.9 at 0.2 and a learning rate fourfold at 2.0 are beyond."""
     line = [{}, {"loss.beta": 0.025}, {"loss.beta": 0.4}]
@@ -95,6 +98,7 @@ def test_a_point_that_some_seeds_have_out_of_range_is_compared_on_the_others(tmp
     assert "γ = 0: out of range of the β dial for 1 of 3 seeds; nothing is extrapolated" in found.remarks
 
 
+@pytest.mark.slow
 def test_planted_differences_are_found_and_said(found: Comparison) -> None:
     assert arm(found, "γ = 2β").matched.p_adjusted < 0.05 < arm(found, "γ = 0").matched.p_adjusted
     silent, worse, better = found.verdict.split("; ")
@@ -137,6 +141,7 @@ def test_the_best_is_named_with_its_luck(found: Comparison) -> None:
     assert 0 <= found.best.optimism < 0.05
 
 
+@pytest.mark.slow
 def test_win_rates_are_compared_where_answers_were_scored(sweep: Path, tmp_path: Path) -> None:
     found = compare([sweep], repeats=200)
     assert (found.metric, found.unit, found.reference) == ("win_rate", "answer", 0.5)
@@ -204,6 +209,7 @@ def test_reward_accuracy_is_compared_with_a_warning(sweep: Path) -> None:
     assert any("contains the β and γ that each arm was trained with" in remark for remark in found.remarks)
 
 
+@pytest.mark.slow
 def test_a_metric_where_less_is_better(sweep: Path) -> None:
     found = compare([sweep], metric="nll/chosen_per_token", repeats=200)
     assert found.best is not None
@@ -212,6 +218,7 @@ def test_a_metric_where_less_is_better(sweep: Path) -> None:
     assert "point" not in found.verdict
 
 
+@pytest.mark.slow
 def test_logs_of_trl_stand_beside_and_are_not_compared(sweep: Path, tmp_path: Path) -> None:
     log = [{"eval_rewards/accuracies": 0.7, "eval_loss": 0.6, "step": 10}]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}), encoding="utf-8")

@@ -51,6 +51,7 @@ def root_of(content: dict[str, Any]) -> float:
     return math.sqrt(content["generation"]["kl"]["mean"])
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_end_its_snapshots_and_its_scales(sweep: Path) -> None:
     run = sweep / "runs" / "base" / "seed-0"
     found = read_observations([run])[0]
@@ -153,6 +154,7 @@ def test_a_scaled_arm_with_the_files_of_its_run_differs_by_nothing(sweep: Path, 
     assert found.direct.standard_error == pytest.approx(0, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_lone_run_is_held_against_itself_scaled_where_there_are_no_snapshots(tmp_path: Path) -> None:
     options: dict[str, Any] = {"pairs": 60, "prompts": 40, "steps": 4, "scales": SCALES}
     sweep = fake_runs.write_sweep(tmp_path / "s", [{}, {"mixout.p": 0.3}], snapshots=0, **options)

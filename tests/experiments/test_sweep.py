@@ -67,6 +67,7 @@ def test_every_point_is_the_run_that_train_makes(source, tmp_path):
     assert len(set(before)) == 1
 
 
+@pytest.mark.slow
 def test_the_base_is_loaded_once_and_each_answer_goes_through_the_reference_once(source, tmp_path, monkeypatch):
     loads, computed = [], []
     load = point_module.load_base
@@ -80,6 +81,7 @@ def test_the_base_is_loaded_once_and_each_answer_goes_through_the_reference_once
     assert len(computed) <= 33 + rechecked
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again(source, tmp_path, monkeypatch):
     plan = make_plan(source, [["gamma=0,1x"]], folder=tmp_path / "sweep")
     sweep(plan)
@@ -89,6 +91,7 @@ def test_what_is_finished_is_not_run_again(source, tmp_path, monkeypatch):
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path):
     plan = make_plan(source, [["lr=1e-2,1e30,1e-3"]], folder=tmp_path / "sweep")
     states = sweep(plan)
@@ -108,6 +111,7 @@ def test_a_point_that_cannot_begin_leaves_its_recipe_and_the_reason(source, tmp_
     assert load_recipe(Path(plan.recipes[1].output) / "recipe.yaml").adapter.targets == ["no_such_layer"]
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_in_a_points_folder_stops_the_sweep(source, tmp_path):
     plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
     sweep(plan)
@@ -117,6 +121,7 @@ def test_a_run_of_other_settings_in_a_points_folder_stops_the_sweep(source, tmp_
         sweep(plan)
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_recipe_is_named(source, tmp_path):
     plan = make_plan(source, [], folder=tmp_path / "sweep")
     sweep(plan)
@@ -125,6 +130,7 @@ def test_a_finished_run_without_its_recipe_is_named(source, tmp_path):
         sweep(plan)
 
 
+@pytest.mark.slow
 def test_finished_runs_keep_their_adapter_and_not_their_checkpoints(source, tmp_path):
     plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
     sweep(plan)
@@ -161,6 +167,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(source, tmp_path):
         assert_same_adapter(folder / point.folder, recipe.output)
 
 
+@pytest.mark.slow
 def test_snapshots_and_samples_change_nothing_of_the_run(source, tmp_path):
     plan = make_plan(source, [["gamma=1x"]], folder=tmp_path / "plain")
     sweep(plan)
@@ -190,6 +197,7 @@ def test_without_ray_its_engine_is_refused_in_words(source, tmp_path, monkeypatc
         sweep(make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep"), engine="ray")
 
 
+@pytest.mark.slow
 def test_an_interrupted_point_is_told_from_a_finished_one(source, tmp_path):
     plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
     sweep(plan)
@@ -199,6 +207,7 @@ def test_an_interrupted_point_is_told_from_a_finished_one(source, tmp_path):
     assert [states[0].status for states in told] == ["waiting", "running", "finished"]
 
 
+@pytest.mark.slow
 def test_the_written_plan_says_what_runs(source, tmp_path):
     plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
     sweep(plan)
@@ -206,6 +215,7 @@ def test_the_written_plan_says_what_runs(source, tmp_path):
     assert written["loss"]["gamma"] == 0
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_calibrated_gamma_goes_on_where_it_was(source, tmp_path, monkeypatch):
     """The run wrote the number that was found into its recipe."""
     plan = make_plan(source, [["gamma=scale:1"]], folder=tmp_path / "sweep")
@@ -214,6 +224,7 @@ def test_a_sweep_with_a_calibrated_gamma_goes_on_where_it_was(source, tmp_path, 
     assert [state.status for state in sweep(plan)] == ["finished"]
 
 
+@pytest.mark.slow
 def test_other_rows_in_the_same_file_stop_the_sweep(source, tiny_pairs, tmp_path):
     """Half of the points would be trained on one set of pairs, half on another."""
     rows = (tiny_pairs / "train.jsonl").read_text().splitlines(keepends=True)
@@ -240,6 +251,7 @@ def test_a_run_that_another_process_writes_is_left_alone(source, tmp_path):
         assert read_object(folder / RUN_FILE) == {"status": "training"}
 
 
+@pytest.mark.slow
 def test_the_outcome_of_a_point_has_its_kl_where_answers_were_sampled(source, tmp_path):
     measured = ["generation.prompts=4", "generation.max_new_tokens=4"]
     plan = make_plan(source, [["gamma=1x"]], folder=tmp_path / "sweep", overrides=measured)

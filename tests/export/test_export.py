@@ -30,6 +30,7 @@ def run(*arguments: Any) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_an_export_holds_the_model_the_modelfile_and_golden_prompts(tmp_path: Path) -> None:
     output = run(BASE, "-o", tmp_path / "Vale", "--gguf", "bf16")
     assert sorted(file.name for file in (tmp_path / "Vale").iterdir()) == ["Modelfile", "Vale.gguf", "golden_prompts.jsonl"]
@@ -39,6 +40,7 @@ def test_an_export_holds_the_model_the_modelfile_and_golden_prompts(tmp_path: Pa
     assert (tmp_path / "Vale" / "Modelfile").read_text(encoding="utf-8").startswith("FROM ./Vale.gguf\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_0"])
 def test_every_kind_is_written_and_measured(tmp_path: Path, kind: str) -> None:
     output = run(BASE, "-o", tmp_path / "out", "--gguf", kind)
@@ -46,6 +48,7 @@ def test_every_kind_is_written_and_measured(tmp_path: Path, kind: str) -> None:
     assert ("answers the same" in output) == (kind in ("q8_0", "q4_0"))
 
 
+@pytest.mark.slow
 def test_prompts_come_from_a_file_of_pairs(tmp_path: Path, tiny_pairs: Path) -> None:
     run(BASE, "-o", tmp_path / "out", "--gguf", "q8_0", "--prompts", tiny_pairs / "test.jsonl")
     lines = (tmp_path / "out" / "golden_prompts.jsonl").read_text(encoding="utf-8").splitlines()
@@ -54,6 +57,7 @@ def test_prompts_come_from_a_file_of_pairs(tmp_path: Path, tiny_pairs: Path) -> 
     assert not set(asked) & set(QUESTIONS)
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_ollama_cannot_follow_leaves_out_the_modelfile(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(BASE, model)
@@ -86,6 +90,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
         run(BASE, "-o", tmp_path, "--gguf", "f16")
 
 
+@pytest.mark.slow
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     run(BASE, "-o", tmp_path / "out", "--gguf", "bf16")
@@ -111,6 +116,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "nowhere", "-o", tmp_path / "out", "--gguf", "f16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_gguf", [True, False])
 def test_a_push_takes_the_export_or_else_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_gguf: bool) -> None:
     pushed: list[tuple[Path, str, bool]] = []

@@ -123,6 +123,7 @@ def metadata_of(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,6 +153,7 @@ def test_half_precision_changes_logits_by_its_rounding_only(make_model: Callable
     assert 0 < (mine - theirs).abs().max() < 2e-2 * theirs.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "bound"), [("f16", 1e-7), ("q8_0", 1e-4), ("q4_0", 1e-2)])
 def test_a_trained_model_keeps_its_answers_within_the_measured_divergence(tmp_path: Path, kind: Any, bound: float) -> None:
     """Measured on the quickstart's base: f16 below 1e-8, q8_0 1.1e-5, q4_0 4.9e-3 nats."""

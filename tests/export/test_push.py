@@ -242,6 +242,7 @@ def test_a_file_that_did_not_arrive_is_told(hub, model):
         push_folder(model, NAME, endpoint=hub.url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("refused", "status", "kind", "words"), [
     (("GET", "whoami"), 401, UsageError, "the hub does not accept this token .*; log in again: `hf auth login`"),
     (("POST", "repos/create"), 403, UsageError, "this token may not write there"),

@@ -25,6 +25,8 @@ from pe_dpo.model.adapter import POLICY, as_reference, attach_adapter
 from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 from pe_dpo.recipe.schema import GenerationSection
 
+pytestmark = pytest.mark.slow
+
 
 class Truth(NamedTuple):
     """What the 21 answers to one prompt come to under π, each with its chance; (21,) float64."""
@@ -142,7 +144,6 @@ def test_the_truth_is_the_truth(moved):
         assert 0.02 < truth.mean("kl") < 0.5
 
 
-@pytest.mark.slow
 def test_every_answer_has_the_numbers_of_the_enumeration(many, moved):
     numbers = {answer: number for number, answer in enumerate(ANSWERS)}
     for drift, truth in zip(many, moved[1], strict=True):

@@ -56,6 +56,7 @@ def computed_again(make_reference, *overrides, **options):
     return reference.computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [(), ("model.quantize=nf4",), ("model.dtype=bfloat16",)])
 def test_stored_log_probs_are_those_of_the_base_to_the_bit(make_reference, settings):
     computed, pairs = filled(make_reference, *settings)
@@ -69,6 +70,7 @@ def test_stored_log_probs_are_those_of_the_base_to_the_bit(make_reference, setti
         assert getattr(computed, side).tolist() == [getattr(one, side).item() for one in now]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -92,6 +94,7 @@ def test_what_does_not_move_the_reference_never_misses(make_reference, change):
     assert computed_again(make_reference, change) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["model.quantize=nf4", "model.dtype=bfloat16"])
 def test_another_arithmetic_is_another_reference(make_reference, change):
     _, pairs = filled(make_reference)
@@ -165,6 +168,7 @@ def test_pairs_with_their_labels_swapped_are_not_scored_again(make_reference):
     assert swapped.chosen.tolist() == logprobs.rejected.tolist()
 
 
+@pytest.mark.slow
 def test_a_frozen_adapter_is_part_of_the_reference(make_reference, make_recipe, tmp_path):
     _, pairs = filled(make_reference)
     start = train(make_recipe("train.max_steps=2", output="sft")).folder
@@ -218,6 +222,7 @@ def poison(path, nats, *, share=1.0):
                 connection.execute("UPDATE answer SET value = ? WHERE reference = ? AND key = ?", (moved, reference, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gamma", "dtype"), [("1x", "float32"), ("0", "bfloat16")])
 def test_a_store_that_is_off_by_little_is_found_before_training(make_recipe, gamma, dtype, tmp_path, warned: list[str]):
     """At γ = 0 nothing but the held-out pairs is stored, and they are looked at all the same."""
@@ -232,6 +237,7 @@ def test_a_store_that_is_off_by_little_is_found_before_training(make_recipe, gam
     assert again.after == clean.after
 
 
+@pytest.mark.slow
 def test_eval_throws_a_store_away_that_is_not_of_this_reference(make_recipe, tmp_path, warned: list[str]):
     store = tmp_path / "store.sqlite"
     run = train(make_recipe(f"reference.store={store}", "train.max_steps=1")).folder
@@ -243,6 +249,7 @@ def test_eval_throws_a_store_away_that_is_not_of_this_reference(make_recipe, tmp
     assert again.scored.reference_chosen.tolist() == clean.scored.reference_chosen.tolist()
 
 
+@pytest.mark.slow
 def test_one_wrong_held_out_pair_among_right_ones_is_found(make_recipe, tmp_path):
     store = tmp_path / "store.sqlite"
     settings = (f"reference.store={store}", "loss.gamma=0", "loss.margin=1", "train.max_steps=1")
@@ -252,6 +259,7 @@ def test_one_wrong_held_out_pair_among_right_ones_is_found(make_recipe, tmp_path
     assert again.before == clean.before
 
 
+@pytest.mark.slow
 def test_at_gamma_zero_no_training_pair_is_run_through_the_reference_for_a_check_either(make_recipe, monkeypatch, tmp_path):
     store = f"reference.store={tmp_path / 'store.sqlite'}"
     train(make_recipe(store, "train.max_steps=1", output="filled"))
@@ -338,6 +346,7 @@ def test_a_damaged_store_is_rebuilt_and_the_numbers_are_the_same(make_reference,
     assert any("damaged" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_epochs_scores_each_training_pair_once(make_recipe, monkeypatch):
     asked = []
     compute = Reference._compute
@@ -347,6 +356,7 @@ def test_a_run_of_two_epochs_scores_each_training_pair_once(make_recipe, monkeyp
     assert len({pair.where for pair in asked}) == 33
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_all_from_the_store_and_is_the_first_to_the_bit(make_recipe, monkeypatch):
     store = f"reference.store={make_recipe().output}.sqlite"
     first = train(make_recipe(store, output="one"))
@@ -359,6 +369,7 @@ def test_a_second_run_takes_all_from_the_store_and_is_the_first_to_the_bit(make_
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_every_policy_trains_the_same_adapter(make_recipe):
     runs = [
         train(make_recipe(f"reference.policy={policy}", f"reference.store={make_recipe().output}-{policy}", output=policy))

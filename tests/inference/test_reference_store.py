@@ -198,6 +198,7 @@ def test_a_fingerprint_is_remembered_until_it_is_replaced(path):
     assert store.remembered_fingerprint("base") == "b" * 64
 
 
+@pytest.mark.slow
 def test_two_processes_write_at_once_and_both_sets_are_whole(path):
     processes = [writer(path, first, 20, 30) for first in (0, 20)]
     for process in processes:
@@ -210,6 +211,7 @@ def test_two_processes_write_at_once_and_both_sets_are_whole(path):
     assert store.get(ONE, list(expected)) == expected
 
 
+@pytest.mark.slow
 def test_two_processes_that_find_it_damaged_at_once_keep_what_both_write_into_the_new_one(path):
     path.parent.mkdir()
     path.write_bytes(b"no database" * 1000)
@@ -235,6 +237,7 @@ def test_a_store_that_another_process_began_anew_is_followed(path, whole):
     assert len(first.get(ONE, list(some_rows(100)))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", range(8))
 def test_a_writer_killed_at_any_moment_leaves_whole_passes(path, moment):
     process = writer(path, 0, 10_000, 700)
@@ -304,6 +307,7 @@ def test_garbage_is_moved_aside_and_said(path, garbage):
     assert path.with_name("reference.sqlite.damaged-1").read_bytes() == garbage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["schema", "anywhere"])
 @pytest.mark.parametrize("width", [1, 16])
 def test_flipped_bytes_never_give_a_wrong_value(tmp_path, whole, part, width):
@@ -318,6 +322,7 @@ def test_flipped_bytes_never_give_a_wrong_value(tmp_path, whole, part, width):
     assert any("was moved" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_cut_at_any_byte_never_gives_a_wrong_value(tmp_path, whole):
     for place in random.Random(0).sample(range(len(whole)), 60):
         use_damaged(tmp_path / str(place) / "reference.sqlite", whole[:place])
@@ -447,6 +452,7 @@ assert store.get("1" * 64, list(many)) == many
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_what_was_there(path):
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

@@ -53,6 +53,7 @@ def disturb(model, size=1.0):
 # ------------------------------------------------------------------------------------------------ the distribution
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["policy", "reference"])
 def test_answers_come_as_often_as_the_enumerated_model_says(side):
     """χ² over all 21 answers to each of two prompts, 4,000 draws each; both sides of one PEFT model."""
@@ -134,6 +135,7 @@ def test_the_settings_of_the_base_s_generation_config_change_nothing(tiny):
 # ------------------------------------------------------------------------------------------------ the same answers
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_order_or_batches_or_company(tiny):
     prompts = prompts_of_many_lengths(12)
     names = [str(index) for index in range(12)]
@@ -187,6 +189,7 @@ def test_other_names_and_other_seeds_give_other_answers(tiny):
     assert ids_of(draw(tiny, prompt, ["a", "a", "a"])) == [one[0]] * 3
 
 
+@pytest.mark.slow
 def test_two_models_that_agree_almost_say_almost_the_same():
     """Shared noise: first tokens differ about as rarely as the distributions do (at most 2·TV), not as two draws would."""
     world = make_world()

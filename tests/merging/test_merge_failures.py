@@ -139,6 +139,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 # The adapter
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 def test_a_layer_dropped_from_the_adapter_is_refused_by_name(run: Path, out: Path, pairs: int) -> None:
     rewrite(run / "adapter_model.safetensors", lambda it: [it.pop(f"{KEY}.lora_{part}.weight") for part in "AB"])
@@ -231,6 +232,7 @@ def test_another_base_of_the_same_shapes_is_refused(run: Path, base: Path, out: 
         merge(run, out, pairs=pairs, base=str(base), onto=onto)
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 @pytest.mark.parametrize(
@@ -253,6 +255,7 @@ def test_one_flipped_bit_in_the_base_is_refused(
         merge(run, out, pairs=pairs, base=str(base), onto=onto)
 
 
+@pytest.mark.slow
 def test_a_last_bit_that_no_code_depends_on_is_refused_onto_the_original_and_is_nothing_onto_the_codes(
     run: Path, base: Path, merged: Path, out: Path
 ) -> None:
@@ -264,6 +267,7 @@ def test_a_last_bit_that_no_code_depends_on_is_refused_onto_the_original_and_is_
     assert (result.folder / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 @pytest.mark.parametrize("change", [{"rms_norm_eps": 0.1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}])
@@ -276,6 +280,7 @@ def test_a_base_whose_configuration_computes_something_else_is_refused(
         merge(run, out, pairs=pairs, base=str(base), onto=onto)
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 def test_the_same_base_in_other_shards_is_the_same_base(run: Path, base: Path, merged: Path, out: Path, pairs: int) -> None:
     from transformers import AutoModelForCausalLM
@@ -289,6 +294,7 @@ def test_the_same_base_in_other_shards_is_the_same_base(run: Path, base: Path, m
     assert all(torch.equal(tensors[name], wanted[name]) for name in {*tensors, *wanted})
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 @pytest.mark.parametrize("damage", ["a shard gone", "a shard cut", "the file cut", "the header cut", "the file gone"])
@@ -311,6 +317,7 @@ def test_a_base_that_is_not_whole_is_refused_by_file(
         merge(run, out, pairs=pairs, base=str(base), onto=onto)
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 @pytest.mark.parametrize("onto", ["dequantized", "original"])
 @pytest.mark.parametrize("tensor", ["model.norm.weight", f"{LAYER}.weight"])
@@ -355,6 +362,7 @@ def test_a_damaged_base_json_is_refused_by_name(run: Path, out: Path, pairs: int
         merge(run, out, pairs=pairs)
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 @pytest.mark.parametrize(
     "change",
@@ -378,6 +386,7 @@ def test_a_base_json_that_says_something_else_is_refused(
         merge(run, out, pairs=pairs)
 
 
+@pytest.mark.slow
 def test_which_layers_were_quantized_is_read_from_the_loaded_base_where_it_is_loaded(
     run: Path, merged: Path, out: Path
 ) -> None:
@@ -461,6 +470,7 @@ def change_updates(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tens
     monkeypatch.setattr(AdapterFiles, "updated", wrong)
 
 
+@pytest.mark.slow
 @BOTH_WAYS
 @pytest.mark.parametrize(
     "change",
@@ -475,6 +485,7 @@ def test_one_tensor_whose_update_is_not_the_adapters_is_refused_by_name(
         merge(nf4_run, out, pairs=pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_scaling_that_is_wrong_everywhere_is_refused_by_what_the_model_does(
     nf4_run: Path, out: Path, factor: float, monkeypatch: pytest.MonkeyPatch
@@ -486,6 +497,7 @@ def test_a_scaling_that_is_wrong_everywhere_is_refused_by_what_the_model_does(
         merge(nf4_run, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [lambda right: right.roll(1), lambda right: right.flip(0), lambda right: 2 * right],
@@ -507,6 +519,7 @@ def test_a_wrong_quantization_round_trip_of_one_tensor_is_refused(
     assert len(seen) == 14
 
 
+@pytest.mark.slow
 def test_force_writes_what_failed_with_the_faults_in_report_and_card(
     nf4_run: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -524,6 +537,7 @@ def test_force_writes_what_failed_with_the_faults_in_report_and_card(
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_weight_beyond_the_range_of_fp16_is_refused_by_name(
     tiny_recipe: Callable, base: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,6 +555,7 @@ def test_a_weight_beyond_the_range_of_fp16_is_refused_by_name(
     merge(run, out, pairs=0, dtype="bf16")
 
 
+@pytest.mark.slow
 def test_an_int8_run_onto_its_codes_is_refused_with_the_reason(tiny_recipe: Callable, tmp_path: Path, out: Path) -> None:
     run = train_tiny(tiny_recipe, tmp_path / "int8", "model.quantize=int8", "train.max_steps=1")
     with refused(out, ModelError, "int8 also rounds what flows through a layer", "`onto` original", "`onto` adapter"):
@@ -829,6 +844,7 @@ def test_sigkill_at_random_moments_leaves_nothing_or_a_whole_model(
 # The same bits, whatever happened before
 
 
+@pytest.mark.slow
 def test_two_merges_are_the_same_byte_for_byte(nf4_run: Path, merged: Path, tmp_path: Path) -> None:
     again = merge(nf4_run, tmp_path / "out").folder
     assert files_of(again) == files_of(merged)
@@ -852,6 +868,7 @@ def has_repacking() -> bool:
     return bool(getattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu", False))
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_the_cpu_does_not_change_the_merge(
     nf4_run: Path, tiny_base: Path, merged: Path, tmp_path: Path
 ) -> None:
@@ -887,6 +904,7 @@ def test_a_base_that_was_repacked_is_refused_by_layer(nf4_run: Path, out: Path, 
 AWKWARD = [0.0, -0.0, 1.0, -1.0, 1.001, -0.3, 3.14159, 1e-3, 255.3, -40_000.7, 65_503.9, 1e-5, -3e-7, 6e-8, 2e-8, -1e-8, 1e-9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mean_over_seeds_of_stochastic_rounding_is_the_value_itself(dtype: torch.dtype) -> None:
     """Values of all sizes, subnormal ones of fp16 and of bf16, zeros, and the ends; within 5 standard errors.

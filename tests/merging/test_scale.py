@@ -27,10 +27,13 @@ from pe_dpo.model.adapter import load_adapter_for_evaluation, scaled
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.training.train import train
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Setting `save_embedding_layers`:UserWarning",
-    "ignore:.*LoRA tensor.* have invalid shape:UserWarning",  # peft 0.21 takes a LoRA bias for a torn matrix
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:Setting `save_embedding_layers`:UserWarning",
+        "ignore:.*LoRA tensor.* have invalid shape:UserWarning",  # peft 0.21 takes a LoRA bias for a torn matrix
+    ),
+]
 
 IDS = torch.arange(3, 63).view(3, 20)
 TOWARD = "scaled toward the reference by a = 0.5"
@@ -238,7 +241,6 @@ def test_what_is_served_is_what_is_measured_of_a_run_in_memory(
     assert (plain_logits(tmp_path / "out") - wanted).abs().max() < 2e-5
 
 
-@pytest.mark.slow
 def test_a_scale_of_one_leaves_every_file_as_it_is_without_it(runs: dict[str, Path], tmp_path: Path) -> None:
     for run in (runs["nf4"], runs["nf4, frozen"]):
         found = []
@@ -300,7 +302,6 @@ def test_every_verdict_says_the_scale(settings: dict[str, Any], verdict: str, ru
     assert merge(runs["nf4"], tmp_path / "out", scale=0.5, **{"pairs": 6, **settings}).report["verdict"] == verdict
 
 
-@pytest.mark.slow
 def test_the_report_names_the_adapter_that_onto_adapter_writes_and_the_one_it_was_made_of(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -327,7 +328,6 @@ def test_a_packaged_scaled_adapter_is_still_called_scaled_and_not_scaled_again(
         merge(tmp_path / "package", tmp_path / "other", scale=0.5, pairs=0)
 
 
-@pytest.mark.slow
 def test_compare_holds_each_way_to_serve_against_the_scaled_model(runs: dict[str, Path]) -> None:
     with open_source(runs["nf4, frozen"], pairs=9) as source:
         full = compare_merges(source)
@@ -342,7 +342,6 @@ def test_compare_holds_each_way_to_serve_against_the_scaled_model(runs: dict[str
 # ------------------------------------------------------------------------------------------------------------ what is refused
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["", ", frozen"])
 def test_a_scale_that_is_not_the_one_asked_for_is_refused_by_the_pairs(
     frozen: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -30,6 +30,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_run_merges_as_it_is(run: Path, tmp_path: Path) -> None:
     done = merge(run, tmp_path / "out", pairs=9, dtype="bf16")
     assert done.report["verdict"] == "serves what was trained"
@@ -49,6 +50,7 @@ def test_a_run_that_was_trained_in_bfloat16_is_not_doubted_for_its_arithmetic(
     assert done.report["verdict"] == "serves what was trained"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [-1.0, 0.0, 0.5, 3.0])
 def test_a_wrong_scale_is_refused_by_the_pairs(
     factor: float, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -61,6 +63,7 @@ def test_a_wrong_scale_is_refused_by_the_pairs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_alpha_written_into_a_finished_run_is_refused(run: Path, tmp_path: Path) -> None:
     """Reference, trained and merged model would all be read with it, and agree."""
     path = run / "adapter_config.json"
@@ -91,6 +94,7 @@ def test_the_merged_model_does_not_go_into_the_run(place: str, run: Path) -> Non
         merge(run, run / place, pairs=0)
 
 
+@pytest.mark.slow
 def test_onto_the_original_is_not_called_what_was_trained(run: Path, tmp_path: Path) -> None:
     for pairs in (0, 9):
         done = merge(run, tmp_path / f"out{pairs}", onto="original", pairs=pairs)

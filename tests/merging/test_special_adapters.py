@@ -119,6 +119,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_merge_computes_what_peft_computes(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     base, config = ADAPTERS[name]
@@ -130,6 +131,7 @@ def test_a_merge_computes_what_peft_computes(name: str, bases: dict[str, Path], 
     assert (wanted[..., :320] - untouched).abs().max() > 1e-2, "an adapter that does nothing shows nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "quantize"),
     [
@@ -151,6 +153,7 @@ def test_special_adapters_pass_the_verification_on_pairs(
     assert done.held_out is not None and done.held_out.relative_kl < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "config", "tied", "vocabulary"),
     [
@@ -211,6 +214,7 @@ def stacked(bases: dict[str, Path], tmp_path: Path) -> Callable[[], torch.Tensor
     return logits
 
 
+@pytest.mark.slow
 def test_two_adapters_become_one_for_servers_that_load_only_one(
     stacked: Callable[[], torch.Tensor], bases: dict[str, Path], tiny_pairs: Path, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_what_is_saved_loads_in_plain_peft_with_the_same_logits(base, tiny_base,
     assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path / "out")), logits(model))
 
 
+@pytest.mark.slow
 def test_a_frozen_copy_travels_with_the_adapter_and_is_the_reference_again(base, sft, tiny_base, tmp_path):
     model = start_from_adapter(base, sft, reference="adapter")
     stir(model)
@@ -169,6 +170,7 @@ def test_restoring_a_checkpoint_is_exact_and_strict(tiny_base, tmp_path):
         restore_adapter(model, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -263,6 +263,7 @@ FALLS_BACK = {
 PACKS = [name for name in CONFIGS if name not in FALLS_BACK]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKS)
 def test_packed_rows_have_the_logprobs_and_gradients_of_padded_batches(name):
     model = policy_of(name)
@@ -274,6 +275,7 @@ def test_packed_rows_have_the_logprobs_and_gradients_of_padded_batches(name):
     assert float((gradient(scorer, model) - slope).norm() / slope.norm()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKS)
 def test_these_models_do_look_at_their_prompts(name):
     """Else nothing above would show a lost prompt: with its last token alone half of the answers move by over 0.1 nats."""
@@ -305,6 +307,7 @@ def test_log_probs_that_depend_on_company_are_told_from_those_that_do_not(name, 
     assert ("the reference is computed in every step" in said) == depends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FALLS_BACK)
 def test_a_model_that_cannot_be_packed_is_padded_and_says_why_in_a_line(name):
     model = policy_of(name)
@@ -325,6 +328,7 @@ def test_positions_scaled_by_length_are_packed_where_all_pairs_are_short():
     assert off(logprobs(scorer, model, short), expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "qwen2.5, half its layers sliding"])
 def test_one_dense_mask_gives_the_same_as_padding(name):
     model = policy_of(name)
@@ -354,6 +358,7 @@ def test_an_adapter_on_the_head_gets_its_gradient(name):
     assert float((gradient(scorer, model) - slope).norm() / slope.norm()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_checkpointed_activations_leave_the_gradient_to_the_bit(name, dtype, monkeypatch):
@@ -397,6 +402,7 @@ def test_a_4_bit_base_is_packed_as_well_as_a_plain_one(tiny_base, quantize):
     assert float((gradient(scorer, model) - slope).norm() / slope.norm()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"quantize": "int8"}, {"dtype": "bfloat16"}, {"quantize": "nf4", "dtype": "bfloat16"}],
                          ids=["int8", "bf16", "nf4 in bf16"])  # fmt: skip
 def test_rough_arithmetic_is_packed_within_its_roughness(tiny_base, options):
@@ -417,6 +423,7 @@ def replaced(pairs: Sequence[EncodedPair], number: int, **ids: Any) -> list[Enco
     return [*pairs[:number], pair(*fields.values()), *pairs[number + 1 :]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
 def test_another_answer_never_changes_the_answer_beside_it_or_another_pair(name):
     """Also where the two no longer begin alike, and where two other pairs have the same prompt and answers."""
@@ -433,6 +440,7 @@ def test_another_answer_never_changes_the_answer_beside_it_or_another_pair(name)
             assert same.all(), (number, side)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
 def test_another_prompt_never_changes_another_pair(name):
     model = policy_of(name)
@@ -490,6 +498,7 @@ def test_a_pair_has_the_same_bits_in_any_company(tiny_base, options):
         assert_same_bits(model, shuffled_trees(seed)[:6], seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
 def test_a_pair_has_the_same_bits_on_two_threads(tiny_base, options):
     model = saved_policy(tiny_base, **options)
@@ -499,6 +508,7 @@ def test_a_pair_has_the_same_bits_on_two_threads(tiny_base, options):
             assert_same_bits(model, shuffled_trees(seed)[:3], seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
 def test_a_pair_of_long_answers_has_the_same_bits_in_any_company(tiny_base, options):
     model = saved_policy(tiny_base, **options)
@@ -507,6 +517,7 @@ def test_a_pair_of_long_answers_has_the_same_bits_in_any_company(tiny_base, opti
         assert_same_bits(model, shuffled_trees(seed, 300, 400, 350)[:4], seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt2", "qwen3"])
 def test_other_models_have_the_same_bits_in_any_company(name):
     model = policy_of(name)
@@ -522,6 +533,7 @@ def few_tokens() -> list[EncodedPair]:
     return [pair(random.integers(3, VOCABULARY, 4), *answers_of(random, 0, *both)) for both in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2], ids=["1 thread", "2 threads"])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama"])
 def test_short_answers_have_the_same_bits_in_any_company(name, number):
@@ -607,6 +619,7 @@ def damage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Packing], None]) -> 
     monkeypatch.setattr(Packing, "__init__", harmed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [without_trunk, with_the_answer_beside_it, with_the_pair_before_it])
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["f32", "bf16", "int8"])
 def test_a_branch_that_sees_too_little_or_too_much_is_found_and_refused(tiny_base, monkeypatch, harm, options):
@@ -682,6 +695,7 @@ def test_packing_that_is_declined_is_not_tried(llama):
 # ---------------------------------------------------------------- everything else goes on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "before"), [("llama", "sdpa"), ("mistral", "sdpa"), ("gemma2", "eager"), ("gemma3", "sdpa")])
 def test_generation_is_what_it_was(name, before):
     """24 greedy tokens after a prompt of 20, each of them another: far past the sliding windows."""
@@ -693,6 +707,7 @@ def test_generation_is_what_it_was(name, before):
     assert torch.equal(continued(model, ids, torch.ones_like(ids)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
 def test_generation_after_padded_prompts_is_what_it_was(name):
     """Prompts of 3 and 20 tokens, padded on the left."""

@@ -130,6 +130,7 @@ def state(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_after_the_block_all_is_as_before_to_the_bit_also_after_an_exception(policy, training):
     policy.train(training)
@@ -143,6 +144,7 @@ def test_after_the_block_all_is_as_before_to_the_bit_also_after_an_exception(pol
     assert (torch.equal(logits(policy), before), state(policy)) == (True, facts)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_evaluated_stays_frozen(policy, tiny_base, quantize, tmp_path):
     save_adapter(policy, tmp_path / "done")
     model = load_adapter_for_evaluation(load_base(inspect_base(str(tiny_base), quantize=quantize)), tmp_path / "done")
@@ -221,6 +223,7 @@ def test_mixout_draws_the_same_masks_after_the_block(tiny_base):
     assert not torch.equal(half, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [-0.1, 1.5, float("nan")])
 def test_what_lies_beyond_both_ends_is_refused(policy, scale):
     with pytest.raises(ModelError, match=r"scale is .*: it must lie between 0, which is the reference"), scaled(policy, scale):

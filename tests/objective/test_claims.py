@@ -295,6 +295,7 @@ def test_c11_a_large_gamma_sharpens_the_reference():
     assert entropies[0] > entropies[1] > entropies[2]
 
 
+@pytest.mark.slow
 def test_c11_a_hinge_ends_at_kappa_times_the_references_preference():
     """One pair, Δ0 = 4, κ = 2, small steps of gradient descent: Δπ rises to 8 and stays, twice what the reference says."""
     policy = nats(4.0)

@@ -38,6 +38,7 @@ def test_the_chances_of_all_answers_add_up_to_one(world):
     torch.testing.assert_close(world.base_logprobs.exp().sum(dim=1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_chances_still_add_up_to_one_after_training(world):
     trained = lowest(minimize(world, gamma=1.0, evaluations=30))
     assert kl(trained, world.base_logprobs) > 0.05
@@ -49,6 +50,7 @@ def test_fresh_adapters_leave_the_policy_at_the_reference_exactly(world):
         assert torch.equal(logprobs_of_all_answers(world.policy), world.base_logprobs)
 
 
+@pytest.mark.slow
 def test_disabling_trained_adapters_gives_back_the_frozen_base_exactly(world):
     minimize(world, gamma=1.0, evaluations=30)
     with torch.no_grad():

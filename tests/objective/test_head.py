@@ -136,6 +136,7 @@ def test_a_token_has_the_same_bits_in_any_company(dtype):
     assert_same_bits(dtype, (1, 2, 3, 4, 5, 7, 50, 129))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "sizes"), [
     (torch.bfloat16, (1, 2, 3, 4, 5, 7, 50)),
     (torch.float32, (12, 50)),

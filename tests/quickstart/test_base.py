@@ -72,6 +72,7 @@ def test_the_base_speaks_the_language_of_the_vale(tokenizer, model):
     assert make_base.perplexity(model, make_base.encode(tokenizer, world.corpus(100, 1))) < 1.7
 
 
+@pytest.mark.slow
 def test_the_base_ranks_about_half_of_the_held_out_pairs_rightly(tokenizer, model):
     rows = world.pairs(120, 0, held_out=True)
     accuracy = make_base.accuracy_by_kind(rows, make_base.preferences(model, tokenizer, rows))

@@ -148,6 +148,7 @@ def test_a_revision_that_looks_like_a_number_stays_a_string(revision: str) -> No
     assert recipe_from_yaml(recipe_to_yaml(recipe), "again") == recipe
 
 
+@pytest.mark.slow
 @given(
     beta=st.floats(1e-12, 1e12),
     margin=st.floats(allow_nan=False, allow_infinity=False),

@@ -54,6 +54,7 @@ def test_the_scatter_has_the_line_whose_slope_is_taken_off():
     assert slope == pytest.approx(np.polyfit(found.length_difference, found.preference, 1)[0], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"pairs": 2}, {"same_length": True}, {"spread": 0.0, "same_length": True}, {"spread": 2000.0},
     {"loss": LossSection(link="hinge", margin=0.0, gamma=0.3)}, {"loss": LossSection(reduce="mean", gamma="5x")},

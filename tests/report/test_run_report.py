@@ -15,6 +15,8 @@ from pe_dpo.report.run_report import report_run
 from pe_dpo.report.style import to_svg
 from pe_dpo.report.write import write_report
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def written(whole_run, tmp_path_factory):

@@ -12,6 +12,8 @@ from pe_dpo.report.style import BROWN, CROSS, SERIES
 from pe_dpo.report.sweep_report import report_sweep
 from pe_dpo.runs.files import scaled_folder
 
+pytestmark = pytest.mark.slow
+
 SCALES = (0.5, 0.75)
 GRID = ({}, {"loss.beta": 0.025}, {"loss.beta": 0.4}, {"loss.gamma": "0x"})
 

@@ -12,6 +12,8 @@ from pyarrow import parquet
 from pe_dpo.experiments.compare import compare
 from pe_dpo.report.sweep_report import report_sweep
 
+pytestmark = pytest.mark.slow
+
 GRID = ({}, {"loss.beta": 0.025}, {"loss.beta": 0.4}, {"loss.gamma": "0x"}, {"mixout.p": 0.3})
 
 

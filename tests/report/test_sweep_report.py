@@ -16,6 +16,8 @@ from pe_dpo.report.page import to_html
 from pe_dpo.report.sweep_report import report_sweep
 from pe_dpo.report.write import write_report
 
+pytestmark = pytest.mark.slow
+
 GRID = (
     {},
     {"loss.beta": 0.025},

@@ -21,6 +21,7 @@ def test_markdown_has_a_header_a_rule_and_its_rows() -> None:
     assert note == "± is one standard error."
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_no_text_makes_another_markdown_cell_or_line(text: str) -> None:
     cell = escape_markdown(text)

@@ -31,6 +31,7 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(record | values), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_every_run_and_every_snapshot(tmp_path: Path) -> None:
     folder = fake_runs.write_sweep(tmp_path / "sweep", pairs=30, prompts=20, snapshots=2, steps=6, seeds=(0, 1))
     observations, remarks = read_observations([folder])
@@ -49,6 +50,7 @@ def test_a_sweep_gives_every_run_and_every_snapshot(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_runs_that_are_not_finished_are_left_out_of_a_sweep_and_said(tmp_path: Path) -> None:
     folder = fake_runs.write_sweep(tmp_path / "sweep", pairs=30, prompts=20, snapshots=0, steps=2, unfinished=["gamma=0x"])
     observations, remarks = read_observations([folder])

@@ -56,6 +56,7 @@ def test_a_finished_run_is_read_whole(old_run: Callable[[str], Run]) -> None:
     assert run.curve("watched/loss").values[0] == pytest.approx(np.log(2))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_as_it_evaluated_itself(old_run: Callable[[str], Run]) -> None:
     run = old_run("finished")
     metrics = evaluate(run.folder).metrics
@@ -68,11 +69,13 @@ def test_finished_runs_are_compared(old_run: Callable[[str], Run]) -> None:
     assert found.runs[0].value == pytest.approx(Run(OLD / "finished").info.after["accuracy/policy"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_merged_with_proof(old_run: Callable[[str], Run], tmp_path: Path) -> None:
     verdict = merge(old_run("finished").folder, tmp_path / "merged", pairs=8)
     assert verdict.describe().startswith("serves what was trained")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_as_the_one_that_was_not(old_run: Callable[[str], Run], logged: list[str]) -> None:
     run = old_run("interrupted")
     assert (run.info.status, [path.name for path in run.checkpoints()]) == ("training", ["checkpoint-4"])

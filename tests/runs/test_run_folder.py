@@ -59,6 +59,7 @@ def test_a_run_that_came_while_the_pairs_were_prepared_is_not_removed(make_recip
         train(make_recipe(*SHORT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["run.json", "recipe.yaml"])
 def test_resuming_a_run_whose_record_was_lost_removes_nothing_and_says_what_to_do(make_recipe, lost):
     folder = train(make_recipe(*SHORT)).folder

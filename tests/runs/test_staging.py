@@ -175,6 +175,7 @@ for number in range(10**9):
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_whole_folders_only(place: Path) -> None:
     """A process that stages one folder after the other, killed six times; all that is visible is whole."""
     moments = random.Random(0)

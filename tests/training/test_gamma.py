@@ -60,6 +60,7 @@ def mixed(tiny_pairs, tmp_path):
     return f"data.train={folder}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_run_takes_the_gamma_that_the_audit_tells(make_recipe, store, mixed, way, logged: list[str]):
     recipe = make_recipe(store, mixed, f"loss.gamma={way}", "train.max_steps=1")
@@ -74,6 +75,7 @@ def test_the_run_takes_the_gamma_that_the_audit_tells(make_recipe, store, mixed,
     assert any(line.startswith(f"gamma {way}: ") for line in lines)
 
 
+@pytest.mark.slow
 def test_the_run_is_that_of_the_number(make_recipe, store):
     found = train(make_recipe(store, "loss.gamma=scale:1", "train.epochs=1", output="found")).folder
     gamma = written(found).loss.gamma
@@ -84,11 +86,13 @@ def test_the_run_is_that_of_the_number(make_recipe, store):
     assert read_object(found / RUN_FILE)["after"] == read_object(given / RUN_FILE)["after"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_with_its_number(make_recipe, store):
     folder = train(make_recipe(store, "loss.gamma=scale:1", "train.epochs=1")).folder
     assert evaluate(folder).metrics["loss"] == pytest.approx(read_object(folder / RUN_FILE)["after"]["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_gamma_that_it_found(make_recipe, store, monkeypatch):
     settings = (store, "loss.gamma=scale:1", "train.save_every=1")
     straight = train(make_recipe(*settings, output="straight")).folder
@@ -107,6 +111,7 @@ def test_a_killed_run_goes_on_with_the_gamma_that_it_found(make_recipe, store, m
     assert same_adapters(straight, folder)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_from_its_own_recipe_file_goes_on(make_recipe, store):
     recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
     with pytest.raises(Killed):
@@ -114,6 +119,7 @@ def test_a_run_resumed_from_its_own_recipe_file_goes_on(make_recipe, store):
     assert train(written(Path(recipe.output)), resume=True).steps == 6
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_record_and_the_recipe_is_repaired(make_recipe, store):
     recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
     with pytest.raises(Killed):
@@ -125,6 +131,7 @@ def test_a_kill_between_the_record_and_the_recipe_is_repaired(make_recipe, store
     assert written(folder).loss.gamma == read_object(folder / RUN_FILE)["gamma_calibration"]["gamma"]
 
 
+@pytest.mark.slow
 def test_a_kill_before_anything_was_found_begins_anew(make_recipe, store):
     recipe = make_recipe(store, "loss.gamma=scale:1")
     folder = Path(recipe.output)
@@ -134,6 +141,7 @@ def test_a_kill_before_anything_was_found_begins_anew(make_recipe, store):
     assert train(recipe, resume=True).steps == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["auto", "scale:2", "1x"])
 def test_a_run_that_found_its_gamma_otherwise_is_another_run(make_recipe, store, other):
     recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
@@ -157,6 +165,7 @@ def test_a_gamma_that_contradicts_the_recipe_stops_the_run(make_recipe, store, m
         train(make_recipe(store, "loss.gamma=auto", "loss.reference_floor=0"))
 
 
+@pytest.mark.slow
 def test_without_a_store_it_is_found_as_well(make_recipe, store):
     stored = train(make_recipe(store, "loss.gamma=scale:1", "train.max_steps=1", output="stored")).folder
     step = train(make_recipe(store, "loss.gamma=scale:1", "train.max_steps=1", "reference.policy=step", output="step")).folder

@@ -184,6 +184,7 @@ def card(monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("free", "wish", "checkpointing", "plan"),
     [

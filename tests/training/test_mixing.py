@@ -37,6 +37,7 @@ def mixing_of(trainer):
     return next(one for one in trainer.callback_handler.callbacks if isinstance(one, Mixing))
 
 
+@pytest.mark.slow
 def test_p_rises_over_the_first_steps_and_stays(make_recipe, drawn):
     train(make_recipe(ON, "mixout.warmup=0.5", "train.max_steps=6"))
     assert [draw for draw, _ in drawn] == [0, 1, 2, 3, 4, 5]
@@ -54,17 +55,20 @@ def test_the_last_step_has_all_of_p_however_long_the_rise(make_trainer, warmup, 
     assert (rise[0], rise[-1]) == (pytest.approx(first), 0.5)
 
 
+@pytest.mark.slow
 def test_every_microbatch_may_have_a_draw_of_its_own(make_recipe, drawn):
     train(make_recipe(ON, "mixout.draws=microbatch", "train.max_steps=2", "train.tokens_per_microbatch=1"))
     steps = [[micro for step, _, micro in (draw for draw, _ in drawn) if step == number] for number in (0, 1)]
     assert all(len(step) > 2 and step == list(range(len(step))) for step in steps)
 
 
+@pytest.mark.slow
 def test_a_draw_per_step_is_one_however_many_microbatches(make_recipe, drawn):
     train(make_recipe(ON, "train.max_steps=2", "train.tokens_per_microbatch=1"))
     assert [draw for draw, _ in drawn] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_run_says_and_writes_down_how_strong_p_was(make_recipe, logged: list[str]):
     lines = logged
     run = train(make_recipe(ON, "train.max_steps=3")).folder
@@ -75,6 +79,7 @@ def test_a_run_says_and_writes_down_how_strong_p_was(make_recipe, logged: list[s
     assert found["margin_noise"] == pytest.approx(found["noise"] / found["shift"])
 
 
+@pytest.mark.slow
 def test_more_mixout_is_more_noise(make_recipe):
     def noise(*settings, output):
         run = train(make_recipe(*settings, "train.max_steps=3", output=output)).folder

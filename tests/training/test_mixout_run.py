@@ -123,6 +123,7 @@ def test_every_optimizer_step_is_a_draw_of_its_own(make_trainer):
     assert torch.equal(gradients[2], gradients[0])
 
 
+@pytest.mark.slow
 def test_the_draws_of_a_run_are_its_steps(make_recipe, monkeypatch):
     seen = []
     check = Mixout.check_reached
@@ -131,6 +132,7 @@ def test_the_draws_of_a_run_are_its_steps(make_recipe, monkeypatch):
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_resumed_run_is_the_straight_one_to_the_bit(make_recipe, step):
     settings = (ON, "train.save_every=1", "train.eval_every=2", "train.tokens_per_microbatch=400")
@@ -144,6 +146,7 @@ def test_a_resumed_run_is_the_straight_one_to_the_bit(make_recipe, step):
     assert one == other
 
 
+@pytest.mark.slow
 def test_p_0_is_the_run_without_mixout_and_p_above_0_is_another(make_recipe):
     runs = {p: weights(train(make_recipe(*settings, output=p)).folder) for p, settings in
             {"none": (), "zero": ("mixout.p=0",), "half": (ON,)}.items()}  # fmt: skip
@@ -170,6 +173,7 @@ def test_policy_and_reference_are_equal_to_the_bit_before_the_first_step(make_tr
     assert start.largest_difference == 0
 
 
+@pytest.mark.slow
 def test_a_run_on_a_4_bit_base_moves(make_recipe):
     result = train(make_recipe(ON, "model.quantize=nf4", "train.max_steps=2"))
     assert any(tensor.any() for name, tensor in weights(result.folder).items() if "lora_B" in name)

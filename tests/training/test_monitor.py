@@ -218,6 +218,7 @@ def remark_lines(folder):
     return [line for line in Run(folder).metrics if "remark" in line]
 
 
+@pytest.mark.slow
 def test_a_run_says_a_remark_once_and_keeps_it_with_its_step(wrong_way):
     run, lines = wrong_way
     written = remark_lines(run.folder)
@@ -239,6 +240,7 @@ def test_every_line_of_metrics_is_json_without_a_nan(wrong_way):
     assert all(json.loads(line, parse_constant=refuse) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_say_it_again(wrong_way, make_wrong_way, tmp_path, logged: list[str]):
     run, _ = wrong_way
     recipe = make_wrong_way(tmp_path / "run")
@@ -263,6 +265,7 @@ class StopAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_that_holds_nothing_out_watches_training_pairs(make_recipe):
     run = train(make_recipe("data.eval=0", "train.eval_every=2"))
     lines = [line for line in Run(run.folder).metrics if "probe_loss" in line]
@@ -274,6 +277,7 @@ def test_a_run_that_holds_nothing_out_watches_training_pairs(make_recipe):
     assert (run.before, run.after) == ({}, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [

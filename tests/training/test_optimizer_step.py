@@ -19,6 +19,7 @@ def loss_and_gradient(trainer, pairs):
     return float(loss), torch.cat([p.grad.flatten() for p in adapter_parameters(trainer.model)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["dpo", "simpo", "rso", "cpo"])
 def test_eight_pairs_at_once_in_twos_and_fours_and_singly_give_one_gradient(make_trainer, preset):
     trainer = make_trainer(f"loss.preset={preset}")
@@ -143,6 +144,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(make_trainer):
     assert all(torch.equal(old, new) for old, new in zip(before, adapter_parameters(trainer.model), strict=True))
 
 
+@pytest.mark.slow
 def test_adapters_are_float32_on_a_bfloat16_base_and_nearly_all_of_them_move_at_a_tiny_rate(make_trainer):
     trainer = make_trainer("model.dtype=bfloat16", "train.learning_rate=5e-6", "train.max_steps=10")
     assert {p.dtype for p in adapter_parameters(trainer.model)} == {torch.float32}
@@ -153,6 +155,7 @@ def test_adapters_are_float32_on_a_bfloat16_base_and_nearly_all_of_them_move_at_
     assert (before != after).double().mean() > 0.95
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_change_neither_loss_nor_gradient(make_trainer):
     plain = loss_and_gradient(make_trainer(), make_trainer().train_dataset[:6])
     trainer = make_trainer("train.gradient_checkpointing=true")

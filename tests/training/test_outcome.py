@@ -40,6 +40,7 @@ class Within(At):
 # ---------------------------------------------------------------- before the first step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "pairs"),
     [
@@ -97,6 +98,7 @@ def spoil(value):
     return do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("held_out", [[], ["data.eval=0"]])
 def test_a_run_whose_adapter_is_not_finite_at_its_end_has_failed(make_recipe, tmp_path, value, held_out):
@@ -109,6 +111,7 @@ def test_a_run_whose_adapter_is_not_finite_at_its_end_has_failed(make_recipe, tm
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_log_probs_are_not_finite_has_failed(make_recipe, tmp_path):
     """Every number of the adapter is finite, and their product is not."""
 
@@ -122,6 +125,7 @@ def test_a_run_whose_last_log_probs_are_not_finite_has_failed(make_recipe, tmp_p
     assert read_object(tmp_path / "run" / RUN_FILE)["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_go_on_has_failed_and_is_no_longer_so_when_it_was_resumed(make_recipe, tmp_path):
     recipe = make_recipe("train.max_steps=3", "train.save_every=1")
     with pytest.raises(TrainingError, match="not finite"):
@@ -136,6 +140,7 @@ def test_a_run_that_cannot_go_on_has_failed_and_is_no_longer_so_when_it_was_resu
     assert "why" not in record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_every", [2, 100])
 def test_the_last_step_is_always_logged(make_recipe, log_every):
     folder = train(make_recipe("train.max_steps=3", f"train.log_every={log_every}")).folder
@@ -153,6 +158,7 @@ def _attended():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_attended")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_logs_it(make_recipe, number):
@@ -213,6 +219,7 @@ def test_a_run_that_nohup_shields_from_the_terminal_s_end_goes_on(make_recipe):
 # ---------------------------------------------------------------- what lies there already
 
 
+@pytest.mark.slow
 def test_overwriting_removes_the_old_run_only_once_the_new_one_s_base_and_adapter_are_loaded(make_recipe, tiny_base, tmp_path):
     import shutil
 

@@ -69,6 +69,7 @@ def kill_at(step):
     return Kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_straight_one(make_recipe, straight, step):
     """3 is the border of the two epochs; dropout makes every step depend on the random state."""
@@ -80,6 +81,7 @@ def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_straight_one(make_r
     assert_same_run(result.folder, straight)
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_after_its_last_step_is_not_trained_further(make_recipe, tmp_path):
     """With max_steps within an epoch Trainer would take one more step before it looks."""
     recipe = make_recipe(*SETTINGS, "train.max_steps=2")
@@ -91,6 +93,7 @@ def test_a_run_cut_off_after_its_last_step_is_not_trained_further(make_recipe, t
     assert_same_run(result.folder, straight)
 
 
+@pytest.mark.slow
 def test_the_metrics_of_lost_steps_are_written_once(make_recipe, straight, tmp_path):
     recipe = make_recipe(*SETTINGS, "train.save_every=2")
     with pytest.raises(Killed):
@@ -150,6 +153,7 @@ def test_resuming_with_another_recipe_is_refused_with_the_difference(make_recipe
         train(make_recipe(*SETTINGS, change), resume=True)
 
 
+@pytest.mark.slow
 def test_resuming_with_other_data_is_refused(make_recipe, tiny_pairs, tmp_path):
     copy = tmp_path / "pairs"
     shutil.copytree(tiny_pairs, copy)
@@ -162,6 +166,7 @@ def test_resuming_with_other_data_is_refused(make_recipe, tiny_pairs, tmp_path):
         train(recipe, resume=True)
 
 
+@pytest.mark.slow
 def test_resuming_on_another_base_is_refused(make_recipe, tiny_base, tmp_path):
     copy = tmp_path / "base"
     shutil.copytree(tiny_base, copy)
@@ -190,6 +195,7 @@ def from_start(folder, reference):
     return (*SETTINGS, "adapter.rank=16", "adapter.alpha=32", f"adapter.start={folder}", f"adapter.reference={reference}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["base", "adapter"])
 def test_resuming_from_another_start_adapter_is_refused(make_recipe, start, reference):
     """The frozen copy that is the reference is read from there, too."""
@@ -202,6 +208,7 @@ def test_resuming_from_another_start_adapter_is_refused(make_recipe, start, refe
         train(recipe, resume=True)
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_sealed_with_its_run_and_what_the_run_started_from(make_recipe, start):
     folder = train(make_recipe(*from_start(start, "adapter"), "train.max_steps=2")).folder
     record = read_object(folder / RUN_FILE)
@@ -210,6 +217,7 @@ def test_every_checkpoint_is_sealed_with_its_run_and_what_the_run_started_from(m
     assert sealed == [{"run": record["id"], **inputs}] * 2
 
 
+@pytest.mark.slow
 def test_every_run_has_an_id_of_its_own_which_resuming_keeps(make_recipe, finished):
     first, recipe = read_object(finished / RUN_FILE)["id"], make_recipe(*SETTINGS, "train.max_steps=1")
     assert read_object(train(recipe, overwrite=True).folder / RUN_FILE)["id"] != first
@@ -217,6 +225,7 @@ def test_every_run_has_an_id_of_its_own_which_resuming_keeps(make_recipe, finish
     assert read_object(train(recipe, resume=True).folder / RUN_FILE)["id"] == second
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe, straight, finished, logged: list[str]):
     """Of the same recipe, but another seed would do as well: what it holds is another model."""
     other = train(make_recipe(*SETTINGS, "train.seed=1", output="other")).folder
@@ -229,6 +238,7 @@ def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe,
     assert_same_run(result.folder, straight)
 
 
+@pytest.mark.slow
 def test_a_run_with_checkpoints_of_another_alone_says_so(make_recipe, finished):
     other = train(make_recipe(*SETTINGS, "train.seed=1", output="other")).folder
     for checkpoint in checkpoints(finished):
@@ -249,6 +259,7 @@ def without_id(folder):
         (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_a_run_from_before_runs_had_an_id_is_resumed_and_its_new_checkpoints_too(make_recipe, straight):
     recipe = make_recipe(*SETTINGS)
     for step in (2, 4):
@@ -268,6 +279,7 @@ def test_a_checkpoint_without_an_id_is_none_of_a_run_that_has_one(make_recipe, f
     assert any("checkpoint-6: passed over: is a checkpoint of another run" in line for line in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "change", "is_free"),
     [
@@ -291,6 +303,7 @@ def test_how_a_step_is_split_may_change_on_resume_unless_what_is_drawn_depends_o
             train(make_recipe(*settings, change), resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_whose_memory_ran_out_is_resumed_although_what_it_draws_depends_on_the_split(make_recipe, monkeypatch):
     """The recipe says auto before and after; what was found out on the way is no setting."""
     from pe_dpo.inference.scorer import Scorer

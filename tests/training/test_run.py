@@ -21,6 +21,7 @@ def run(tiny_recipe, tmp_path_factory):
     return train(tiny_recipe(tmp_path_factory.mktemp("runs") / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_others_need(run):
     names = {path.name for path in run.folder.iterdir()}
     assert names >= {
@@ -39,6 +40,7 @@ def test_a_run_leaves_everything_that_others_need(run):
     assert not any(name.startswith(".staging") or name.endswith(".partial") for name in names)
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_repeats_the_run_to_the_bit(run, tmp_path):
     again = train(load_recipe(run.folder / "recipe.yaml", [f"output={tmp_path / 'again'}"]))
     name = "adapter_model.safetensors"
@@ -94,6 +96,7 @@ def test_evaluating_a_run_whose_data_changed_is_refused(tiny_recipe, tiny_pairs,
         evaluate(result.folder)
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_whose_base_changed_is_refused(tiny_recipe, tiny_base, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     result = train(tiny_recipe(tmp_path / "run", f"model.base={base}", "train.max_steps=1"))
@@ -104,6 +107,7 @@ def test_evaluating_a_run_whose_base_changed_is_refused(tiny_recipe, tiny_base, 
         evaluate(result.folder)
 
 
+@pytest.mark.slow
 def test_a_run_with_relative_paths_is_evaluated_from_any_folder(tiny_recipe, tiny_base, tmp_path, monkeypatch):
     shutil.copytree(tiny_base, tmp_path / "here" / "base")
     monkeypatch.chdir(tmp_path / "here")
@@ -158,6 +162,7 @@ def test_metrics_of_held_out_pairs_do_not_depend_on_the_batch_size(run):
         assert torch.equal(other.rejected_lengths, scored[0].rejected_lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["base", "adapter"])
 def test_training_on_from_an_sft_adapter_uses_the_reference_that_was_named(run, make_recipe, reference):
     start = (f"adapter.start={run.folder}", f"adapter.reference={reference}", "adapter.rank=16", "adapter.alpha=32")
@@ -172,6 +177,7 @@ def test_training_on_from_an_sft_adapter_uses_the_reference_that_was_named(run, 
         assert result.start.largest_difference is None
 
 
+@pytest.mark.slow
 def test_a_tracker_of_transformers_gets_the_metrics(make_recipe):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

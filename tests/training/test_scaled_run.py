@@ -41,6 +41,7 @@ def kl_of(folder):
     return json.loads((folder / "evaluation.json").read_text())["generation"]["kl"]["mean"]
 
 
+@pytest.mark.slow
 def test_a_run_measures_its_adapter_at_each_scale(run):
     assert {state.scale: state.folder for state in Run(run).scaled} == {
         scale: run / "scaled" / f"a-{scale}" for scale in SCALES
@@ -60,6 +61,7 @@ def test_kl_falls_with_the_scale(run):
     assert 0 < half < more < kl_of(run)
 
 
+@pytest.mark.slow
 def test_what_else_the_run_leaves_is_that_of_a_run_without_scales(run, make_recipe):
     plain = train(make_recipe(*SETTINGS)).folder
     assert not (plain / "scaled").exists()
@@ -69,12 +71,14 @@ def test_what_else_the_run_leaves_is_that_of_a_run_without_scales(run, make_reci
     assert {key: read_object(plain / RUN_FILE)[key] for key in kept} == {key: read_object(run / RUN_FILE)[key] for key in kept}
 
 
+@pytest.mark.slow
 def test_evaluating_a_finished_run_gives_the_files_that_it_would_have_written(run, make_recipe):
     plain = train(make_recipe(*SETTINGS)).folder
     evaluate(plain, generation=GenerationSection(scales=list(SCALES))).save(plain)
     assert contents(plain) == contents(run)
 
 
+@pytest.mark.slow
 def test_without_a_word_a_run_is_evaluated_at_its_own_scales(run, tmp_path):
     found = evaluate(run)
     assert list(found.scaled) == list(SCALES)
@@ -83,6 +87,7 @@ def test_without_a_word_a_run_is_evaluated_at_its_own_scales(run, tmp_path):
     assert evaluate(run, generation=GenerationSection(scales=[])).scaled == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["adapter", "base"])
 def test_a_run_that_started_from_an_adapter_is_evaluated_as_it_was_measured(run, make_recipe, reference):
     """Half way to the frozen copy, or to the base."""
@@ -113,6 +118,7 @@ def test_a_run_started_anew_leaves_no_old_measurements(run, make_recipe):
     assert Run(folder).scaled == []
 
 
+@pytest.mark.slow
 def test_out_of_memory_at_a_scale_begins_it_again_with_smaller_rows(run, make_recipe, monkeypatch, logged: list[str]):
     failed = []
     score = Scorer.logprobs

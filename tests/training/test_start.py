@@ -24,6 +24,7 @@ def start(trainer, *, policy_is_reference=True, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dpo_starts_at_log_two_with_policy_and_reference_equal_to_the_bit(make_trainer, quantize, dtype):

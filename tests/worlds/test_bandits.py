@@ -74,6 +74,7 @@ def test_the_kl_of_a_bandit_changes_with_kappa_as_published(closed_forms, number
     assert slope == pytest.approx(bandit["dkl_dkappa"], abs=5e-4)
 
 
+@pytest.mark.slow
 def test_the_kl_is_smallest_where_its_covariance_says():
     """κ* = 1 − Cov_π*(log π0, r) / (β·Var_π*(log π0)); on both sides of it KL(π*‖π0) is larger. γ is no monotone tether."""
     generator = torch.Generator().manual_seed(0)

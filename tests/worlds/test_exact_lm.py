@@ -52,6 +52,7 @@ def test_the_optimum_is_reached_in_other_worlds_and_at_other_coefficients(seed, 
     assert kl(target, lowest(trace)) < 1e-6
 
 
+@pytest.mark.slow
 def test_gamma_apart_from_beta_is_dpo_against_the_tempered_reference():
     """The same losses at every evaluation: γ = β/2 against π0, and DPO against π0^½, whose normaliser cancels (H-DPO)."""
     apart = minimize(make_world(), gamma=0.5, evaluations=25)
@@ -87,6 +88,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 def test_the_optimum_on_a_4_bit_base_is_that_of_the_4_bit_reference(base, gamma):
     """Float32 arithmetic ends within 1e-6 nats of it, and far from the optimum of the base before quantization."""

@@ -96,6 +96,7 @@ def test_only_what_is_trained_has_a_gradient(layer, elements, trained):
     assert [name for name, tensor in every.items() if tensor.grad is not None] == trained.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["column", "element"])
 @pytest.mark.parametrize("block", [ONE_BLOCK, TWO_ROWS])
 def test_gradients_are_those_of_finite_differences_at_fixed_masks(layer, elements, form, block):
@@ -250,6 +251,7 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward(form):
 # ---------------------------------------------------------------- moments over masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "p"), [("element", 0.1), ("element", 0.9), ("column", 0.5)])
 def test_outputs_have_the_mean_of_plain_lora_and_the_published_covariance(layer, form, p):
     """Cov of outputs i and k: p/(1−p) · Σ_j x_j² ΔW_ij ΔW_kj where one variable drops the column; 0 for i ≠ k per element."""

@@ -254,6 +254,7 @@ def test_a_transposed_weight_is_mixed_as_any_other():
 # ---------------------------------------------------------------- moments over masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "p"), [("column", 0.2), ("element", 0.8)])
 def test_outputs_have_the_mean_of_the_weight_and_the_published_variance(form, p):
     """Var of output i: p/(1−p) · Σ_j x_j² (W − W0)_ij²; entries of a bias: p/(1−p) · (b − b0)_i²; gradients have the mean 1."""

@@ -94,6 +94,7 @@ def test_modules_are_mixed_as_written_out_with_their_gradients(monkeypatch, form
     mixout.check_reached()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("whole", [[name] for name in WHOLE])
 def test_gradients_are_those_of_finite_differences_at_a_fixed_mask(form, whole):
@@ -124,6 +125,7 @@ def test_the_units_of_each_kind_of_parameter():
     assert found == wanted | dict.fromkeys(matrices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_have_the_mean_and_variance_of_a_weight_under_mixout(form):
     """The head alone: output i has the variance p/(1−p) · (Σ_j x_j² (W − W0)_ij² + (b − b0)_i²)."""
