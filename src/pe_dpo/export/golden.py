@@ -17,6 +17,7 @@ from pe_dpo.data.encoding import begin_token, with_begin
 from pe_dpo.data.files import read_rows
 from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError
+from pe_dpo.inference.divergence import kl
 from pe_dpo.inference.policy import Policy
 from pe_dpo.inference.sampling import sample
 
@@ -150,10 +151,10 @@ def mean_divergence(model: Any, other: Sequence[Tensor], golden: Sequence[Golden
         golden: the prompts of both.
     """
     parts = [
-        (reference.exp() * (reference - found)).sum(-1)
+        kl(reference.double().exp(), reference.double(), found.double())
         for reference, found in zip(other, answer_log_probs(model, golden), strict=True)
     ]
-    return max(0.0, float(torch.cat(parts).mean()))  # rounding of the log-probs can leave -1e-8
+    return max(0.0, float(torch.cat(parts).mean()))  # never negative but for rounding, -1e-17
 
 
 def read_prompts(file: Path, *, count: int = 5) -> list[str]:

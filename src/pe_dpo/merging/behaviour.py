@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pe_dpo.data import EncodedPair
+from pe_dpo.inference.divergence import kl
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.estimates import share_right
 from pe_dpo.objective import PairLogprobs
@@ -64,7 +65,7 @@ class Behaviour:
             width = min(p.shape[-1], q.shape[-1])  # a resized vocabulary: rows of one only have no mass to speak of
             # Again in float64: float32 log-probs sum to 1 within 1e-7 only, and a KL can be below that.
             p, q = (one[:, :width].double().log_softmax(-1) for one in (p, q))
-            total += float((p.exp() * (p - q)).sum())
+            total += float(kl(p.exp(), p, q).sum())
             positions += len(p)
         return total / positions
 
