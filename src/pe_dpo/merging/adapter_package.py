@@ -3,12 +3,12 @@
 As it was trained it is copied, bit for bit. Two adapters in one, or a scaled one, are held against those of training.
 """
 
-import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+from pe_dpo.disk import write_json
 from pe_dpo.errors import MergeRefused, ModelError
 from pe_dpo.merging.behaviour import Agreement
 from pe_dpo.merging.card import adapter_card
@@ -66,7 +66,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
                 what = "one adapter does not do what the two did" if source.weights[0] else "adapter does not do what it should"
                 raise MergeRefused("\n  ".join([f"{output}: was not written: the {what}:", *failures]))
         save_tokenizer(source.tokenizer, folder)
-        (folder / "base.json").write_text(json.dumps(base, indent=1), encoding="utf-8")
+        write_json(folder / "base.json", base)
         changes = source.adapter.changes.values()
         rank = max((source.adapter.tensors.info(change.a).shape[0] for change in changes if change.a is not None), default=1)
         bound = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)

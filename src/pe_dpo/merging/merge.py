@@ -9,9 +9,9 @@ verdict    merged model loaded from disk again; relative KL, shift kept
 staging    renamed to OUT only if all of this is in its band
 """
 
-import json
 from pathlib import Path
 
+from pe_dpo.disk import write_json
 from pe_dpo.errors import MergeRefused, UsageError
 from pe_dpo.merging.card import merged_card
 from pe_dpo.merging.plan import Dtype, Onto, Plan, Rounding
@@ -85,8 +85,7 @@ def merge(
             if verdict.faults and not force:
                 wanted = "what was trained" + (f", {describe_scale(source.scale)}" if source.scale != 1 else "")
                 raise MergeRefused("\n  ".join([f"{output}: was not written: the merge is not {wanted}:", *verdict.faults]))
-            text = json.dumps(verdict.report, indent=1, ensure_ascii=False)
-            (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+            write_json(folder / REPORT_FILE, verdict.report)
             (folder / "README.md").write_text(merged_card(source, verdict.report), encoding="utf-8")
     verdict.folder = output
     return verdict
