@@ -10,8 +10,7 @@ import yaml
 from pe_dpo.merging.behaviour import name_expected
 from pe_dpo.merging.source import Source, describe_scale
 from pe_dpo.quantizations import is_four_bit
-from pe_dpo.recipe import describe, recipe_to_yaml
-from pe_dpo.runs.model_card import held_out_table
+from pe_dpo.runs.model_card import front_matter, training_sections
 
 
 def merged_card(source: Source, report: Mapping[str, Any]) -> str:
@@ -26,11 +25,13 @@ def merged_card(source: Source, report: Mapping[str, Any]) -> str:
     training = ["The adapter was not trained by pe-dpo; nothing is known here of its data and loss.", ""]
     if recipe is not None:
         data = source.run.hashes.data or "unknown"
-        table = held_out_table(source.run.before, source.run.after)
-        training = ["## Loss", "", *(f"- {line}" for line in describe(recipe.loss).lines()), ""]
-        training += ["## Data", "", f"`{recipe.data.train}`, sha256 of the encoded pairs `{data}`.", ""]
-        training += ["## Held-out pairs, before and after training", "", *table, ""]
-        training += ["## Recipe", "", "```yaml", recipe_to_yaml(recipe).rstrip(), "```", ""]
+        training = training_sections(
+            recipe,
+            source.run.before,
+            source.run.after,
+            title="Held-out pairs, before and after training",
+            between=["## Data", "", f"`{recipe.data.train}`, sha256 of the encoded pairs `{data}`.", ""],
+        )
     checked = "checked tensor by tensor against training" if base["was_checked"] else "not checked: there is no record of it"
     kept, (name, cause) = report["mean_kept"], name_expected(report["scale"])
     proof = [
@@ -98,15 +99,9 @@ def model_commands(folder: str) -> list[str]:
 
 
 def _card(source: Source, title: str, intro: Sequence[str], body: Sequence[str], *, library: str, relation: str) -> str:
-    """A card as markdown, with the metadata that hubs read: a base that is a path is left out, since they take names alone."""
-    base, licence = source.facts.base, _base_licence(source.base_folder)
-    metadata = {
-        **({} if Path(base).exists() else {"base_model": base, "base_model_relation": relation}),
-        "library_name": library,
-        "pipeline_tag": "text-generation",
-        "tags": [*(["lora"] if relation == "adapter" else []), "preference-optimization", "pe-dpo"],
-        **({"license": licence} if licence else {}),
-    }
+    """A card as markdown, with the metadata that hubs read."""
+    licence = _base_licence(source.base_folder)
+    front = [*front_matter(source.facts.base, library=library, relation=relation, licence=licence), f"# {title}", ""]
     how, scale = describe_scale(source.scale), source.scale
     scaling = [
         f"After training it was {how}: W_ref + {scale}·(W − W_ref), where W was trained and W_ref is its",
@@ -114,7 +109,6 @@ def _card(source: Source, title: str, intro: Sequence[str], body: Sequence[str],
         "of a = 1.",
         "",
     ]
-    front = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
     return "\n".join([*front, *intro, "", *(scaling if source.scale != 1 else []), *body, ""])
 
 
