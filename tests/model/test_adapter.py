@@ -286,3 +286,15 @@ def test_a_lent_base_of_experts_comes_back_as_it_was():
             assert len(parameter_targets(attach_adapter(base, rank=2, alpha=4))) > 1
         assert facts_of(base) == facts
         assert torch.equal(logits(base.train()), before)
+
+
+def test_a_saved_adapter_has_no_readme_of_pefts(tiny_base, tmp_path):
+    """PEFT compiles a template for it at each checkpoint; a run has a card of its own. All else is what PEFT writes itself."""
+    model = attach_adapter(load_base(inspect_base(str(tiny_base))), rank=4, alpha=8)
+    stir(model)
+    save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(str(tmp_path / "pefts"), save_embedding_layers=False)
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in (tmp_path / "pefts").iterdir()} == names | {"README.md"}
+    assert {file.name for file in (tmp_path / "ours").iterdir()} == names
+    assert all((tmp_path / "ours" / name).read_bytes() == (tmp_path / "pefts" / name).read_bytes() for name in names)
