@@ -39,7 +39,7 @@ def quiet() -> Iterator[None]:
 def logged_to(file: Path) -> Iterator[None]:
     """Within the block all is logged for this file and nowhere else, and no progress is shown: there is a table of runs.
 
-    The file is written at the end, if its folder is there then.
+    The file is written at the end, if its folder is there then; that it cannot be is a warning.
     """
     kept = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1)
     handlers, level, propagate = PACKAGE.handlers, PACKAGE.level, PACKAGE.propagate
@@ -52,8 +52,11 @@ def logged_to(file: Path) -> Iterator[None]:
         PACKAGE.handlers, PACKAGE.propagate = handlers, propagate
         PACKAGE.setLevel(level)
         if file.parent.is_dir():
-            lines = logging.FileHandler(file, encoding="utf-8")
-            lines.setFormatter(LineFormatter())
-            kept.setTarget(lines)
-            kept.flush()
-            lines.close()
+            try:
+                lines = logging.FileHandler(file, encoding="utf-8")
+                lines.setFormatter(LineFormatter())
+                kept.setTarget(lines)
+                kept.flush()
+                lines.close()
+            except OSError as error:  # an error of the block says more than this one
+                PACKAGE.warning(f"{file}: the log cannot be written: {error.strerror}; the rest of its run is not concerned")
