@@ -149,6 +149,16 @@ def test_what_is_not_defined_is_left_out():
     assert metrics["regimes/policy_wrong_reference_wrong/weight_share"] == 0.0
 
 
+def test_a_mean_over_a_pair_without_a_number_is_left_out_too():
+    policy = logprobs([math.nan, -1.0], [-2.0, -3.0])
+    scored = tables.with_loss(tables.table_of(policy, policy, HALF(policy, policy, torch.zeros(2))), HALF)
+    for is_fixed_set in (False, True):
+        metrics = pair_metrics(scored, is_fixed_set=is_fixed_set)
+        assert not [key for key, value in metrics.items() if math.isnan(value)]
+        assert "logps/chosen" not in metrics
+        assert metrics["logps/rejected"] == -2.5
+
+
 # ---------------------------------------------------------------- movement since step 0
 
 

@@ -44,7 +44,7 @@ class Metric(Generic[T]):
     denominator: str | None = None
     """A column; ones if left out."""
     function: Callable[[T], float] | None = None
-    """Instead of a numerator; NaN where it is not defined, and then it is left out."""
+    """Instead of a numerator; NaN where it is not defined."""
     reference: Callable[[T], Floats] | float | None = None
     """Numerator of π0 itself, or its value. None where it has none, or where a run does not come near it as √KL falls to 0."""
     is_share: bool = False
@@ -226,7 +226,7 @@ def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, f
     ranks right; `accuracy/implicit` that with z + m > 0, which differs from `rewards/accuracies` under a floor alone;
     `accuracy/shift` that with Δπ > Δ0, whatever γ (½ at step 0). Ties count ½ in all of them. Quadrants, displacement and
     reference accuracy are there when the reference was run, `margin/…` and `weight/saturated…` when the loss is known. What is
-    not defined, such as an empty quadrant's mean, is left out.
+    not defined is left out and never NaN: an empty quadrant's mean, or a mean over a pair that has no number.
 
     Args:
         table: of pairs as scored now.
@@ -239,21 +239,16 @@ def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, f
     found: dict[str, float] = {"pairs": len(table)}
     for metric in _OF_PAIRS:
         if table.knows(*metric.needs) and (is_fixed_set or not metric.of_fixed_set):
-            value = metric(table)
-            found |= {} if metric.function and math.isnan(value) else {metric.key: value}
-    if not table.has_reference:
-        return found
-    if is_fixed_set:
+            found[metric.key] = metric(table)
+    if table.has_reference and is_fixed_set:
         for way in WAYS:
             changes = transitions(*(preference(table, model, way) for model in ("initial", "policy")))
             found |= quadrant_metrics(table, way) | {f"{way}/transitions/{name}": value for name, value in changes.items()}
-        return found
-    # Of few pairs, means by token say little: what counts is where the pairs and the weight are.
-    counts = quadrant_metrics(table, "regimes_per_token")
-    few = {
-        key: value for key, value in counts.items() if key.endswith(("/pairs", "/weight_share", "/ties", "/satisfied_early"))
-    }
-    return found | quadrant_metrics(table, "regimes") | few
+    elif table.has_reference:
+        # Of few pairs, means by token say little: what counts is where the pairs and the weight are.
+        counts, kept = quadrant_metrics(table, "regimes_per_token"), ("/pairs", "/weight_share", "/ties", "/satisfied_early")
+        found |= quadrant_metrics(table, "regimes") | {key: value for key, value in counts.items() if key.endswith(kept)}
+    return {key: value for key, value in found.items() if not math.isnan(value)}
 
 
 def share_intervals(metrics: Mapping[str, float], pairs: int) -> dict[str, tuple[float, float]]:

@@ -66,8 +66,10 @@ def diagnose_pairs(metrics: Metrics, before: Metrics, loss: LossSection) -> dict
 def _diagnose_likelihoods(metrics: Metrics, before: Metrics, loss: LossSection) -> dict[str, str]:
     """Return what looks off in the log-probs and in the loss: frozen, both_fell, collapsed, overfitted."""
     found = {}
-    is_still = bool(before) and all(metrics[key] == before[key] for key in ("logps/chosen", "logps/rejected"))
-    if is_still and metrics["weight/mean"]:
+    is_still = bool(before) and all(
+        key in metrics and metrics[key] == before.get(key) for key in ("logps/chosen", "logps/rejected")
+    )
+    if is_still and metrics.get("weight/mean"):
         found["frozen"] = (
             "not one log-prob has changed since step 0 although pairs pull: the adapter is frozen, or its steps are lost in "
             "the base's precision; look at grad_norm and learning_rate in metrics.jsonl, raise train.learning_rate"
@@ -88,7 +90,7 @@ def _diagnose_likelihoods(metrics: Metrics, before: Metrics, loss: LossSection) 
             "broken text; lower train.learning_rate, raise beta and gamma together, or stop earlier (generation.snapshots "
             "shows where)"
         )
-    if before and metrics["loss"] > 1.02 * before["loss"] + 0.002:
+    if "loss" in before and "loss" in metrics and metrics["loss"] > 1.02 * before["loss"] + 0.002:
         found["overfitted"] = (
             f"the loss of the watched pairs is above what it was before training ({before['loss']:.4f} then, "
             f"{metrics['loss']:.4f} now): what is learned does not carry over; lower train.learning_rate, stop earlier, or "
