@@ -4,16 +4,17 @@ import hashlib
 import logging
 import os
 import random
-import signal
 import sqlite3
 import struct
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm_process
 from filelock import FileLock
 from recorded import recording
 
@@ -29,7 +30,8 @@ from pathlib import Path
 from pe_dpo.inference.reference_store import ReferenceStore, StoredLogprob
 path, first, batches, rows = Path(sys.argv[1]), *map(int, sys.argv[2:])
 print("ready", flush=True)
-sys.stdin.readline()
+while not Path("go").exists():
+    pass
 store = ReferenceStore(path)
 for batch in range(first, first + batches):
     store.put("1" * 64, {struct.pack("<qq16x", batch, row): StoredLogprob(batch + row / 7, row) for row in range(rows)})
@@ -46,17 +48,26 @@ def some_rows(count: int, start: int = 0) -> dict[bytes, StoredLogprob]:
     return {hashlib.sha256(b"%d" % row).digest(): StoredLogprob(-row / 7, row) for row in range(start, start + count)}
 
 
-def writer(path: Path, first: int, batches: int, rows: int) -> subprocess.Popen:
-    """A process that stores batches, ready to begin at a line on its stdin."""
-    words = [sys.executable, "-c", WRITER, str(path), str(first), str(batches), str(rows)]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
+def writer(path: Path, folder: Path, first: int, batches: int, rows: int) -> BaseProcess:
+    """A process that stores batches, ready to begin once there is a file "go" in the folder."""
+    process = warm_process.start(WRITER, path, first, batches, rows, folder=folder)
+    while not said(process, folder):
+        time.sleep(0.001)
     return process
 
 
-def begin(process: subprocess.Popen) -> None:
-    process.stdin.write("go\n")
-    process.stdin.flush()
+def said(process: BaseProcess, folder: Path) -> list[str]:
+    """The whole lines that it has printed."""
+    log = warm_process.log(process, folder)
+    return log.read_text().split("\n")[:-1] if log.exists() else []
+
+
+def let_both_write(path: Path, folder: Path, batches: int) -> None:
+    processes = [writer(path, folder, first, batches, 30) for first in (0, batches)]
+    (folder / "go").touch()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0, said(process, folder)
 
 
 def count(path: Path, reference: str) -> int:
@@ -199,28 +210,18 @@ def test_a_fingerprint_is_remembered_until_it_is_replaced(path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_at_once_and_both_sets_are_whole(path):
-    processes = [writer(path, first, 20, 30) for first in (0, 20)]
-    for process in processes:
-        begin(process)
-    for process in processes:
-        process.communicate(timeout=60)
-        assert process.returncode == 0
+def test_two_processes_write_at_once_and_both_sets_are_whole(path, tmp_path):
+    let_both_write(path, tmp_path, 20)
     expected = {key: row for batch in range(40) for key, row in rows_of_batch(batch, 30).items()}
     store = ReferenceStore(path)
     assert store.get(ONE, list(expected)) == expected
 
 
 @pytest.mark.slow
-def test_two_processes_that_find_it_damaged_at_once_keep_what_both_write_into_the_new_one(path):
+def test_two_processes_that_find_it_damaged_at_once_keep_what_both_write_into_the_new_one(path, tmp_path):
     path.parent.mkdir()
     path.write_bytes(b"no database" * 1000)
-    processes = [writer(path, first, 10, 30) for first in (0, 10)]
-    for process in processes:
-        begin(process)
-    for process in processes:
-        process.communicate(timeout=60)
-        assert process.returncode == 0
+    let_both_write(path, tmp_path, 10)
     expected = {key: row for batch in range(20) for key, row in rows_of_batch(batch, 30).items()}
     store = ReferenceStore(path)
     assert store.get(ONE, list(expected)) == expected
@@ -239,14 +240,15 @@ def test_a_store_that_another_process_began_anew_is_followed(path, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(8))
-def test_a_writer_killed_at_any_moment_leaves_whole_passes(path, moment):
-    process = writer(path, 0, 10_000, 700)
-    begin(process)
-    for _ in range(moment % 3):
-        process.stdout.readline()
+def test_a_writer_killed_at_any_moment_leaves_whole_passes(path, tmp_path, moment):
+    process = writer(path, tmp_path, 0, 10_000, 700)
+    (tmp_path / "go").touch()
+    while len(said(process, tmp_path)) <= moment % 3:
+        time.sleep(0.001)
     time.sleep(random.Random(moment).uniform(0, 0.06))
-    process.send_signal(signal.SIGKILL)
-    finished = process.communicate(timeout=60)[0].split()
+    process.kill()
+    process.join(60)
+    finished = said(process, tmp_path)[1 + moment % 3 :]
     store = ReferenceStore(path)
     counts = [len(store.get(ONE, list(rows_of_batch(batch, 700)))) for batch in range(moment % 3 + len(finished) + 2)]
     done = counts.count(700)
