@@ -708,7 +708,7 @@ def test_a_disk_that_fills_up_while_weights_are_written_leaves_nothing_and_the_n
     assert (out / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "merge_report.json", "README.md"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", ".merge_report.json.partial", "README.md"])
 def test_a_disk_that_fills_up_beside_the_weights_leaves_nothing(
     nf4_run: Path, out: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
