@@ -20,7 +20,7 @@ def test_the_verdict_comes_first_and_all_runs_after(pe_dpo, sweep):
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0].startswith("At equal KL, ")
-    assert "mixout 0.9: out of range of the β dial for 2 of 2 seeds; nothing is extrapolated" in done.out
+    assert "mixout 0.9: out of range of β for 2 of 2 seeds; nothing is extrapolated" in done.out
     assert "on the line" in done.out
     table = done.out[done.out.index("20 measured policies") :]
     assert sum(bool(re.search(r"│ +[01] │", line)) for line in table.splitlines()) == 20  # a line for each, with its seed

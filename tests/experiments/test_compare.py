@@ -82,7 +82,7 @@ def test_nothing_is_extrapolated(tmp_path: Path) -> None:
         assert arm(found, name).matched is None
         assert (arm(found, name).seeds_in_range, arm(found, name).seeds_compared) == (0, 3)
         assert arm(found, name).direct is not None
-    assert "Mixout 0.9 and learning rate 8e-05 lie outside the β dial's KLs and cannot be matched. " in found.verdict
+    assert "Mixout 0.9 and learning rate 8e-05 lie outside β's KLs and cannot be matched. " in found.verdict
     assert found.verdict.startswith("At equal KL, mixout 0.3 cannot be told apart")
 
 
@@ -95,7 +95,7 @@ def test_a_point_that_some_seeds_have_out_of_range_is_compared_on_the_others(tmp
         (sweep / "runs" / "beta=0.025" / "seed-2" / name).write_bytes(source.read_bytes())
     found = compare([sweep], metric="accuracy/shift", repeats=200)
     assert (arm(found, "γ = 0").seeds_in_range, len(arm(found, "γ = 0").matched.per_seed)) == (2, 2)
-    assert "γ = 0: out of range of the β dial for 1 of 3 seeds; nothing is extrapolated" in found.remarks
+    assert "γ = 0: out of range of β for 1 of 3 seeds; nothing is extrapolated" in found.remarks
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_planted_differences_are_found_and_said(found: Comparison) -> None:
     assert arm(found, "γ = 2β").matched.p_adjusted < 0.05 < arm(found, "γ = 0").matched.p_adjusted
     silent, worse, better = found.verdict.split("; ")
     arms = "early stopping at step 2, early stopping at step 4, γ = 0 and γ = 0.5β"
-    assert silent.startswith(f"At equal KL, {arms} cannot be told apart from the β dial on accuracy/shift (largest difference ")
+    assert silent.startswith(f"At equal KL, {arms} cannot be told apart from β on accuracy/shift (largest difference ")
     assert silent.endswith(" seeds, 300 pairs)")
     assert worse.startswith("mixout 0.5 is worse by ")
     assert better.startswith("γ = 2β is better by ")
@@ -246,7 +246,7 @@ def test_a_lonely_run_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"metric": "accuracy"}, "`metric` accuracy: is not one of accuracy/policy, .*accuracy/shift, "),
-        ({"baseline": "temperature"}, "`baseline` temperature: is neither step nor scale, nor a dial"),
+        ({"baseline": "temperature"}, "`baseline` temperature: is neither step nor scale, nor a hyperparameter"),
         ({"repeats": 10}, "`repeats` 10: a bootstrap needs at least 100"),
         ({"seed": -1}, "`seed` -1: must be 0 or more"),
         ({"confidence": 1.0}, "`confidence` 1: must be at least 0.5 and less than 1"),

@@ -74,7 +74,7 @@ def test_no_grid_is_the_recipe_itself(source):
 @pytest.mark.parametrize(
     ("axis", "words"),
     [
-        ("gama=0,1", "gama is neither a dial"),
+        ("gama=0,1", "gama is neither a hyperparameter"),
         ("gamma", "write it as key=value,value"),
         ("gamma=", "write it as key=value,value"),
         ("model.base=a,b", "one base and one set of pairs"),

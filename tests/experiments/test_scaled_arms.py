@@ -90,7 +90,7 @@ def test_the_base_points_adapter_can_make_the_line(sweep: Path) -> None:
     assert found.baseline == "scaling"
     assert [one.name for one in found.arms if one.is_baseline] == [
         "the base recipe", "the base recipe (scaled to 0.5)", "the base recipe (scaled to 0.75)"]  # fmt: skip
-    assert " the scaling dial on accuracy/shift " in found.verdict
+    assert " scaling on accuracy/shift " in found.verdict
     for seed in (0, 1):
         line = [evaluation(sweep, "base", seed, scale) for scale in (*SCALES, None)]
         mine = evaluation(sweep, "mixout=0.5", seed)
@@ -98,7 +98,7 @@ def test_the_base_points_adapter_can_make_the_line(sweep: Path) -> None:
         assert root_of(line[0]) < root_of(mine) < root_of(line[2])
         expected = mine["pairs"]["accuracy/shift"] - there
         assert arm(found, "mixout 0.5").matched.per_seed[seed] == pytest.approx(expected, abs=1e-12)
-    outside = next(remark for remark in found.remarks if "out of range of the scaling dial for 2 of 2 seeds" in remark)
+    outside = next(remark for remark in found.remarks if "out of range of scaling for 2 of 2 seeds" in remark)
     assert outside.startswith("β = 0.025, γ = 0, β = 0.025 (scaled to 0.75), β = 0.4 (scaled to 0.5), ")
 
 

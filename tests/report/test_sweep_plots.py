@@ -136,5 +136,5 @@ def test_arms_whose_kl_the_dial_did_not_reach_say_so(tmp_path) -> None:
     settings = [{}, {"loss.beta": 0.11}, {"mixout.p": 0.9}, {"mixout.p": 0.01}]
     sweep = fake_runs.write_sweep(tmp_path / "sweep", settings, seeds=(0,), steps=2, snapshots=0)
     found = {plot.name: plot for plot in report_sweep(sweep, metric="accuracy/shift").plots}
-    assert "mixout 0.9: outside the range of the dial" in found["matched"].alt
-    assert "outside the range of the dial" in {text.get_text() for text in found["matched"].figure.axes[0].texts}
+    assert "mixout 0.9: outside the range of the baseline" in found["matched"].alt
+    assert "outside the range of the baseline" in {text.get_text() for text in found["matched"].figure.axes[0].texts}

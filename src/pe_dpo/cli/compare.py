@@ -70,7 +70,7 @@ def _show_arms(found: "Comparison") -> None:
     """Each point over its seeds, against the baseline at equal KL."""
     if not found.arms:
         return
-    title = f"{found.metric}: {found.title}\nagainst the {found.baseline} dial at equal KL; sd is that between seeds"
+    title = f"{found.metric}: {found.title}\nagainst {found.baseline} at equal KL; sd is that between seeds"
     title += "; all in points" if found.is_share else ""
     scale, form, of_sd = (100, ".1f", ".1f") if found.is_share else (1, ".4g", ".3g")
     rows = []

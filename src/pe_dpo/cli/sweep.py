@@ -16,7 +16,8 @@ def sweep(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     axes: Annotated[list[str] | None, typer.Argument(help="Further axes of --grid: beta=0.05,0.1 …")] = None,
     grid: Annotated[
-        str | None, typer.Option("--grid", help="KEY=VALUE,VALUE …: a run for every combination. Dials or section.key.")
+        str | None,
+        typer.Option("--grid", help="KEY=VALUE,VALUE …: a run for every combination. Hyperparameters or section.key."),
     ] = None,
     also: Annotated[
         list[str] | None, typer.Option("--also", help='A further grid, "mixout=0.3,0.5 lr=1e-3", from the recipe. Repeatable.')

@@ -138,7 +138,9 @@ def check_names(metric: str | None, baseline: str) -> str:
     key = SHORT_NAMES.get(baseline, baseline)
     if key not in (*FREE_CONTROLS, *known_keys()):
         names = ", ".join(SHORT_NAMES)
-        raise UsageError(f"`baseline` {baseline}: is neither {STEP} nor {SCALE}, nor a dial ({names}), nor a key of a recipe")
+        raise UsageError(
+            f"`baseline` {baseline}: is neither {STEP} nor {SCALE}, nor a hyperparameter ({names}), nor a key of a recipe"
+        )
     return key
 
 

@@ -195,7 +195,7 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
             raise UsageError(f"`grids` {entry}: write it as key=value,value, for example gamma=0,0.5x,1x")
         if key not in known_keys():
             raise UsageError(
-                f"`grids` {entry}: {name} is neither a dial ({', '.join(SHORT_NAMES)}) nor a dotted key of a recipe"
+                f"`grids` {entry}: {name} is neither a hyperparameter ({', '.join(SHORT_NAMES)}) nor a dotted key of a recipe"
             )
         if key in _OF_THE_RUN:
             raise UsageError(f"`grids` {entry}: {name} is set by the sweep itself; seeds are named with `seeds`")

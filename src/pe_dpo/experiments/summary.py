@@ -71,15 +71,15 @@ def verdict(found: Comparison) -> str:
         ends = listed([arm.name for arm in found.arms if is_end(arm.settings)])
         return f"There is nothing to compare: {ends} is all that was run."
     if matched:
-        sentences = [_sentence(found, matched, "At equal KL, ", f" the {found.baseline} dial")]
+        sentences = [_sentence(found, matched, "At equal KL, ", f" {found.baseline}")]
         names = [arm.name for arm in found.arms if not arm.is_baseline and not arm.seeds_in_range and arm.seeds_compared]
         if names:
             outside, verb = listed(names), "lies" if len(names) == 1 else "lie"
             outside = outside[:1].upper() + outside[1:] if outside[:1].isascii() else outside  # Greek stays small
-            sentences.append(f"{outside} {verb} outside the {found.baseline} dial's KLs and cannot be matched")
+            sentences.append(f"{outside} {verb} outside {found.baseline}'s KLs and cannot be matched")
     else:
         base = next((arm.name for arm in found.arms if arm.direct is None), "")
-        why = "" if all(arm.is_baseline for arm in found.arms) else f" (none lies within the {found.baseline} dial's)"
+        why = "" if all(arm.is_baseline for arm in found.arms) else f" (none lies within {found.baseline}'s)"
         why = why if found.kl_prompts else " (there is none to match)"
         sentences = [_sentence(found, direct, f"Each at its own KL{why}, ", f" {base}")]
     if found.seeds == 1:
@@ -146,7 +146,7 @@ def arm_remarks(found: Comparison) -> list[str]:
             seeds = arm.seeds_compared - arm.seeds_in_range, arm.seeds_compared
             outside.setdefault(seeds, []).append(arm.name)
     remarks += [
-        f"{listed(names)}: out of range of the {found.baseline} dial for {missed} of "
+        f"{listed(names)}: out of range of {found.baseline} for {missed} of "
         f"{counted(compared, 'seed')}; nothing is extrapolated"
         for (missed, compared), names in outside.items()
     ]

@@ -69,7 +69,7 @@ def frontier_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         "frontier",
         frontier(sweep, comparison, arms, numbered),
         f"{comparison.title[:1].upper()}{comparison.title[1:]}. Large: arms, mean over seeds, with 95 % intervals both "
-        f"ways{numbers}. Small: every run.{scaled} Dark line: the {comparison.baseline} dial, against which others are held. "
+        f"ways{numbers}. Small: every run.{scaled} Dark line: {comparison.baseline}, against which others are held. "
         "An arm above it gets more for its KL, if the intervals allow to say so; bars may leave the panel.",
         f"Scatter of {len(arms)} arms, {ends}, {comparison.metric} from {lowest:.3g} to {highest:.3g}.",
         is_wide=True,
@@ -234,18 +234,18 @@ def equal_kl_section(comparison: Comparison) -> PageSection:
         rows = [(arm.name, _difference(comparison, arm, arm.matched)) for arm in comparison.arms if not arm.is_baseline]
         apart = sum(found.p_adjusted < 1 - comparison.confidence for found in matched)
         caption = (
-            f"{comparison.metric} minus the {comparison.baseline} dial at the same √KL, mean over seeds with {interval} over "
+            f"{comparison.metric} minus {comparison.baseline} at the same √KL, mean over seeds with {interval} over "
             f"prompts and seeds; ticks are seeds. Filled: told apart after Holm's correction ({apart} of {len(matched)}). "
-            "Never extrapolated: arms whose √KL the dial did not reach have no difference."
+            f"Never extrapolated: arms whose √KL {comparison.baseline} did not reach have no difference."
         )
         return PageSection("equal-kl", title, plots=rows_plots("matched", rows, unit, caption, level=0.0))
     if all(math.isnan(arm.root_kl) for arm in comparison.arms):
         missing = NO_KL
     elif all(arm.is_baseline for arm in comparison.arms):
-        missing = f"only the {comparison.baseline} dial was turned, and it is the line that others are held against."
+        missing = f"only {comparison.baseline} was varied, and it is the line that others are held against."
     else:
         missing = (
-            f"no arm's √KL lies within what the {comparison.baseline} dial reached; run more of its values, on both sides, or "
+            f"no arm's √KL lies within what {comparison.baseline} reached; run more of its values, on both sides, or "
             "hold arms against what takes no runs: early stopping (`pe-dpo sweep … --snapshots 4`, then "
             "`pe-dpo compare … --baseline step`) or scaled adapters (`pe-dpo sweep … --scale-control 0.5,0.75`, then "
             "`pe-dpo compare … --baseline scale`)."
@@ -262,7 +262,7 @@ def equal_kl_section(comparison: Comparison) -> PageSection:
 def _difference(comparison: Comparison, arm: Arm, found: Effect | None) -> list[Mark] | str:
     """The mark of a difference, or why there is none."""
     if found is None:
-        return "KL not measured" if math.isnan(arm.root_kl) else "outside the range of the dial"
+        return "KL not measured" if math.isnan(arm.root_kl) else "outside the range of the baseline"
     factor = 100 if comparison.is_share else 1
     centre, low, high, *seeds = (factor * value for value in (found.estimate, found.low, found.high, *found.per_seed))
     look = _looks(comparison)[_kind(comparison, arm)]
@@ -364,8 +364,8 @@ def kappa_section(sweep: SweepRecord) -> PageSection:
             Plot(
                 f"{key.removesuffix('_per_token')}-kappa",
                 figure,
-                f"{words} against κ = γ/β, all other dials equal; dots are runs, lines join means over seeds (least at κ = "
-                f"{min(means, key=means.__getitem__):g} for {label}). {theory}",
+                f"{words} against κ = γ/β, all other hyperparameters equal; dots are runs, lines join means over seeds "
+                f"(least at κ = {min(means, key=means.__getitem__):g} for {label}). {theory}",
                 f"{len(curves)} lines of {words} over κ: {label} {points}.",
             )
         )

@@ -86,7 +86,7 @@ def _plan_section(sweep: SweepRecord) -> PageSection:
         ("Pairs", f"{pairs['train']} to train on, {pairs['held_out']} held out" if pairs else ""),
         ("Base recipe's loss", loss.formula),
         ("Equals", loss.equals),
-        ("Dials turned", "; ".join(f"{name} {', '.join(dict.fromkeys(values))}" for name, values in turned.items())),
+        ("Hyperparameters varied", "; ".join(f"{name} {', '.join(dict.fromkeys(values))}" for name, values in turned.items())),
         ("Seeds", ", ".join(map(str, sorted({run.seed for run in sweep.runs})))),
         ("Runs", str(len(sweep.runs))),
         ("Versions", ", ".join(f"{key} {value}" for key, value in versions.items() if key != "platform")),
@@ -137,8 +137,8 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         f"{len(rows)} arms, means over seeds",
         [*header, "tokens", "Δ tokens", "entropy", "seconds"],
         rows,
-        f"{comparison.metric}: {comparison.title}; ± is the standard deviation between seeds. Δ at equal KL: minus the "
-        f"{comparison.baseline} dial at the same √KL, with {100 * comparison.confidence:g} % interval, never extrapolated; in "
+        f"{comparison.metric}: {comparison.title}; ± is the standard deviation between seeds. Δ at equal KL: minus "
+        f"{comparison.baseline} at the same √KL, with {100 * comparison.confidence:g} % interval, never extrapolated; in "
         "range: for how many seeds. Pareto: share of replicates in which no other arm has as small a KL and as good a value. "
         "acc. π: share of held-out pairs with Δπ > 0. Δ tokens: against the base recipe. Seconds: of training, mean. "
         "– stands for what was not measured.",
