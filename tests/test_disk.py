@@ -24,3 +24,8 @@ def test_a_json_file_is_replaced_whole_and_keeps_its_letters(tmp_path: Path) -> 
         write_json(path, {"formula": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"formula": "β·Δπ"}
     assert [one.name for one in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_json_file_has_null_where_there_is_no_number(tmp_path: Path) -> None:
+    write_json(tmp_path / "run.json", {"mean": math.nan, "pairs": 3})
+    assert (tmp_path / "run.json").read_text() == '{\n "mean": null,\n "pairs": 3\n}'

@@ -18,8 +18,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as `write_atomically` does, indented for people, with letters as they are."""
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False))
+    """Write a JSON file as `write_atomically` does, indented for people, with letters as they are and null for NaN."""
+    write_atomically(path, json.dumps(json_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def json_without_nan(value: Any) -> Any:

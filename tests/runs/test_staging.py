@@ -177,7 +177,10 @@ for number in range(10**9):
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_whole_folders_only(place: Path) -> None:
-    """A process that stages one folder after the other, killed six times; all that is visible is whole."""
+    """A process that stages one folder after the other, killed six times; all that is visible is whole.
+
+    Killed between taking its name and giving up its lock, it leaves that empty file too, which holds nobody up.
+    """
     moments = random.Random(0)
     visible = 0
     for attempt in range(6):
@@ -192,6 +195,7 @@ def test_sigkill_at_any_moment_leaves_whole_folders_only(place: Path) -> None:
         process.communicate()
         for folder in room.iterdir():
             if not folder.name.startswith("."):
-                assert content(folder) == {str(part): folder.name * 1000 for part in range(8)}
+                lock = {} if not (folder / ".lock").exists() else {".lock": ""}
+                assert content(folder) == {str(part): folder.name * 1000 for part in range(8)} | lock
                 visible += 1
     assert visible >= 6

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.disk import write_atomically, write_json
+from pe_dpo.disk import json_without_nan, write_atomically, write_json
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, describe, recipe_difference, recipe_to_yaml
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints
@@ -99,7 +99,7 @@ class RunWriter:
         """Add one line to metrics.jsonl."""
         if self.writes:
             with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(json_without_nan(line), allow_nan=False) + "\n")
 
     def resume(self, hashes: Mapping[str, str]) -> Path | None:
         """Return the checkpoint from which the run goes on, None for its beginning; metrics logged after it are dropped.
@@ -118,7 +118,7 @@ class RunWriter:
             logger.info(line)
         logger.info(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
         last = checkpoint_step(checkpoint) if checkpoint else -1
-        kept = [json.dumps(line) + "\n" for line in run.metrics if line["step"] <= last]
+        kept = [json.dumps(json_without_nan(line)) + "\n" for line in run.metrics if line["step"] <= last]
         write_atomically(self.folder / METRICS_FILE, "".join(kept))
         if run.info.status == "failed":
             self.update(status="training", why=None)
