@@ -208,3 +208,15 @@ def test_the_untrained_base_is_its_own_reference(pe_dpo, tiny_base, tiny_pairs):
     assert found["loss"] == pytest.approx(0.6931471805599453, rel=1e-12)
     assert found["rewards/accuracies"] == 0.5
     assert found["displacement/chosen"] == 0.0
+
+
+def test_a_model_without_finite_log_probs_is_refused_and_not_shown_with_fewer_metrics(pe_dpo, merged, tiny_pairs, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(merged, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = pe_dpo("eval", folder, "--data", tiny_pairs / "test.jsonl")
+    assert done.code != 0
+    assert "test.jsonl:1: its log-probs under the policy are not finite (9 such pairs)" in done.err

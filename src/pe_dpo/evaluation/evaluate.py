@@ -25,7 +25,7 @@ from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logit
 from pe_dpo.inference.drift import Drift, Questions, measure_drift
 from pe_dpo.inference.pairs import pair_table, with_texts
 from pe_dpo.inference.policy import Kind, Policy, SavedPolicy, default_device, load_policy
-from pe_dpo.inference.reference import Caching, open_reference
+from pe_dpo.inference.reference import Caching, check_finite, open_reference
 from pe_dpo.inference.sampling import answer_text
 from pe_dpo.inference.scorer import TOKENS, TOLERANCE, Scorer, choose_scorer
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
@@ -303,8 +303,12 @@ class _Measuring:
         Args:
             scale: of the policy.
             initial: the run that has written the pairs at step 0.
+
+        Raises:
+            ModelError: a log-prob is not finite.
         """
         policy, drift = self.measured[scale]
+        check_finite(policy, self.pairs, under="the policy")
         loss = Loss(**self.recipe.loss.coefficients())
         if self.reference is None:
             loss = loss.with_gamma(0.0)

@@ -294,8 +294,8 @@ def stored_logprobs(
     return None
 
 
-def check_finite(logprobs: PairLogprobs, pairs: Sequence[EncodedPair]) -> None:
-    """Check that every log-prob is a number.
+def check_finite(logprobs: PairLogprobs, pairs: Sequence[EncodedPair], *, under: str = "the reference") -> None:
+    """Check that every log-prob is a number; `under` says whose they are.
 
     Raises:
         ModelError: naming the first pair that has another.
@@ -304,7 +304,7 @@ def check_finite(logprobs: PairLogprobs, pairs: Sequence[EncodedPair]) -> None:
     if broken.any():
         names = [pair.where for pair, is_broken in zip(pairs, broken.tolist(), strict=True) if is_broken]
         raise ModelError(
-            f"{names[0]}: its log-probs under the reference are not finite ({len(names)} such pairs); look at the row, or "
+            f"{names[0]}: its log-probs under {under} are not finite ({len(names)} such pairs); look at the row, or "
             "compute in another model.dtype"
         )
 

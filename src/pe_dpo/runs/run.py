@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pe_dpo.errors import RunFolderError, UsageError
 from pe_dpo.metrics.table import AnswerTable, PairTable
@@ -31,6 +31,12 @@ from pe_dpo.runs.files import (
     remedy,
     scaled_folder,
 )
+
+Numbers = Annotated[
+    dict[str, float],
+    BeforeValidator(lambda found: {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else found),
+]
+"""Metrics by name; JSON's null, which is written for a number that is not finite, is one that is not there."""
 
 
 class Hashes(BaseModel):
@@ -69,9 +75,9 @@ class RunInfo(BaseModel):
     loss: dict[str, Any] = {}
     pairs: dict[str, int] = {}
     """How many: train, held_out."""
-    before: dict[str, float] = {}
+    before: Numbers = {}
     """Held-out metrics at step 0."""
-    after: dict[str, float] = {}
+    after: Numbers = {}
     """Held-out metrics at the end."""
     step: int = 0
     """The last optimizer step."""
@@ -173,7 +179,7 @@ class Measurements:
     @property
     def metrics_of_pairs(self) -> dict[str, float]:
         """Means over the held-out pairs."""
-        return {key: float(value) for key, value in self.evaluation["pairs"].items()}
+        return {key: float(value) for key, value in self.evaluation["pairs"].items() if value is not None}
 
     @property
     def generation(self) -> dict[str, Any] | None:
@@ -199,6 +205,8 @@ class Measurements:
         found = self.evaluation["generation"].get(name)
         if isinstance(found, Mapping):
             error = found.get("standard_error")
+            if found["mean"] is None:
+                return None
             return float(found["mean"]), math.nan if error is None else float(error)
         return None if found is None else (float(found), math.nan)
 
