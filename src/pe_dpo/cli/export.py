@@ -2,20 +2,16 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pe_dpo.cli import console
 
 if TYPE_CHECKING:
-    from pe_dpo.export.gguf_file import GgufFacts
-    from pe_dpo.export.golden import GoldenPrompt
+    from pe_dpo.export.gguf_file import GgufFacts, Kind
 
 KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0")
-
-LOSSLESS = 1e-6
-"""Mean KL, in nats, that rounding of float32 sums in another order may leave; measured: 0."""
 
 
 def export(
@@ -38,8 +34,12 @@ def export(
 
         check_access(push)
     if gguf is not None and output is not None:
-        _export(model, output, gguf, prompts, is_checked=check, has_card=push is not None)
+        from pe_dpo.export.gguf_folder import export_gguf
+
+        kind: Kind = gguf  # type: ignore[assignment]  # checked
+        written = export_gguf(model, output, kind=kind, prompts=prompts, is_checked=check, has_card=push is not None)
         folder = output
+        _tell(output.absolute(), *written)
     if push is not None:
         from pe_dpo.export.push import push_folder
 
@@ -66,81 +66,6 @@ def _check_request(model: Path, output: Path | None, gguf: str | None, prompts: 
         raise UsageError(f"--prompts {prompts}: no such file")
     if push is not None and not (model / "README.md").is_file():
         raise UsageError(f"{model / 'README.md'}: is missing; a push needs a model card, and an export takes the model's")
-
-
-def _export(model: Path, output: Path, kind: str, prompts: Path | None, *, is_checked: bool, has_card: bool) -> None:
-    """Write everything into a hidden folder beside the wanted one, check it there, and give it its name."""
-    import shutil
-
-    from transformers import AutoTokenizer
-
-    from pe_dpo.errors import UsageError
-    from pe_dpo.export.gguf_file import write_gguf
-    from pe_dpo.export.golden import load_golden, token_ids
-    from pe_dpo.export.ollama import modelfile
-    from pe_dpo.runs.staging import staged
-
-    with staged(output) as folder:
-        gguf_file = folder / f"{output.absolute().name}.gguf"
-        facts = write_gguf(model, gguf_file, kind=kind)  # type: ignore[arg-type]  # checked
-        remarks = list(facts.remarks)
-        try:
-            (folder / "Modelfile").write_text(modelfile(model, gguf_file.name), encoding="utf-8")
-        except UsageError as error:  # a Modelfile without TEMPLATE would be worse than none: Ollama would guess one
-            remarks.append(f"no Modelfile: {error}")
-        verdict = _check(model, facts, prompts, is_checked=is_checked)
-        # Transformers, reading the tokenizer back, does not know all that llama.cpp does.
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file.name, trust_remote_code=False)
-        golden = load_golden(folder / "golden_prompts.jsonl")
-        other = sum(token_ids(tokenizer, one.rendered) != one.prompt_ids for one in golden)
-        if other:
-            remarks.append(
-                f"transformers reads other token ids for {other} golden prompts; compare with the server's /tokenize"
-            )
-        if has_card:
-            shutil.copyfile(model / "README.md", folder / "README.md")
-    _tell(output.absolute(), facts, verdict, remarks)
-
-
-def _check(model: Path, facts: "GgufFacts", prompts: Path | None, *, is_checked: bool) -> str:
-    """Write golden prompts, read the GGUF file back, compare, and return the verdict as a sentence.
-
-    In float32, in which a lossless file must be equal; the model is let go before its copy is loaded, so that memory holds one
-    of them. Without the check the golden prompts come from the model in bfloat16.
-    """
-    from pe_dpo.export.gguf_file import load_gguf
-    from pe_dpo.export.golden import QUESTIONS, answer_log_probs, golden_prompts, read_prompts, save_golden
-    from pe_dpo.inference.policy import Policy
-    from pe_dpo.model.base import answer_end_tokens, inspect_base, load_base, load_tokenizer
-
-    tokenizer = load_tokenizer(str(model))
-    facts_of_model = inspect_base(str(model), quantize="none", dtype="float32" if is_checked else "bfloat16")
-    original = load_base(facts_of_model).eval()
-    policy = Policy(original, tokenizer, facts_of_model, answer_end_tokens(tokenizer, str(model)))
-    texts = QUESTIONS if prompts is None else read_prompts(prompts)
-    golden = golden_prompts(policy, texts)
-    save_golden(golden, facts.path.parent / "golden_prompts.jsonl")
-    if not is_checked:
-        return f"not read back; {len(golden)} golden prompts of the model in bfloat16"
-    wanted = list(answer_log_probs(original, golden))
-    del original, policy
-    return _compare(load_gguf(facts.path, model), tokenizer, facts, golden, wanted)
-
-
-def _compare(copy: Any, tokenizer: Any, facts: "GgufFacts", golden: "list[GoldenPrompt]", wanted: list[Any]) -> str:
-    """Compare the copy with the model; a lossless one must be equal, a 16-bit one but for near-ties, others are measured."""
-    from pe_dpo.errors import ModelError
-    from pe_dpo.export.golden import NEAR_TIE, check_golden, mean_divergence
-
-    divergence = mean_divergence(copy, wanted, golden)
-    file = facts.path.parent / "golden_prompts.jsonl"
-    compared, near_ties, differences = check_golden(copy, tokenizer, file, near_tie=0.0 if facts.is_lossless else NEAR_TIE)
-    measured = f"read back: mean KL {divergence:.2g} nats on {len(golden)} golden prompts"
-    if facts.kind in ("q8_0", "q4_0"):
-        return f"{measured}, {len(golden) - len(differences) - near_ties} answers the same"
-    if differences or (facts.is_lossless and divergence > LOSSLESS):
-        raise ModelError(f"the GGUF file is not the model; {measured}; {'; '.join(differences)}; nothing was written")
-    return f"{measured}, {compared} tokens the same" + (f", {near_ties} answers left at a near-tie" if near_ties else "")
 
 
 def _tell(output: Path, facts: "GgufFacts", verdict: str, remarks: list[str]) -> None:

@@ -1,0 +1,98 @@
+"""A folder with a GGUF file, an Ollama Modelfile and golden prompts, named only once the file read back is the model."""
+
+import shutil
+from pathlib import Path
+
+from pe_dpo.errors import ModelError, UsageError
+from pe_dpo.export.gguf_file import GgufFacts, Kind, load_gguf, write_gguf
+from pe_dpo.export.golden import (
+    NEAR_TIE,
+    QUESTIONS,
+    answer_log_probs,
+    check_golden,
+    golden_prompts,
+    load_golden,
+    mean_divergence,
+    read_prompts,
+    save_golden,
+    token_ids,
+)
+from pe_dpo.export.ollama import modelfile
+from pe_dpo.inference.policy import Policy
+from pe_dpo.model.base import answer_end_tokens, inspect_base, load_base, load_tokenizer
+from pe_dpo.runs.staging import staged
+
+LOSSLESS = 1e-6
+"""Mean KL, in nats, that rounding of float32 sums in another order may leave; measured: 0."""
+GOLDEN_FILE = "golden_prompts.jsonl"
+
+
+def export_gguf(
+    model: Path, output: Path, *, kind: Kind, prompts: Path | None, is_checked: bool, has_card: bool
+) -> tuple[GgufFacts, str, list[str]]:
+    """Write everything into a hidden folder beside the wanted one, check it there, and give it its name.
+
+    Args:
+        model: a whole model on disk.
+        output: a new or empty folder.
+        kind: of numbers in the file.
+        prompts: a file of prompts or pairs for the golden prompts; None for five short questions.
+        is_checked: whether the file is read back and compared, in 4 bytes of memory a parameter.
+        has_card: whether the model's README.md goes along.
+
+    Returns:
+        What was written, the verdict of the check as a sentence, and what else is to be known.
+
+    Raises:
+        ModelError: the file read back is not the model, or something cannot be written; nothing is left then.
+        UsageError: the output is taken, or the model cannot be written as GGUF.
+    """
+    from transformers import AutoTokenizer
+
+    with staged(output) as folder:
+        facts = write_gguf(model, folder / f"{output.absolute().name}.gguf", kind=kind)
+        remarks = list(facts.remarks)
+        try:
+            (folder / "Modelfile").write_text(modelfile(model, facts.path.name), encoding="utf-8")
+        except UsageError as error:  # a Modelfile without TEMPLATE would be worse than none: Ollama would guess one
+            remarks.append(f"no Modelfile: {error}")
+        verdict = _check(model, facts, prompts, is_checked=is_checked)
+        # Transformers, reading the tokenizer back, does not know all that llama.cpp does.
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=facts.path.name, trust_remote_code=False)
+        golden = load_golden(folder / GOLDEN_FILE)
+        other = sum(token_ids(tokenizer, one.rendered) != one.prompt_ids for one in golden)
+        if other:
+            remarks.append(
+                f"transformers reads other token ids for {other} golden prompts; compare with the server's /tokenize"
+            )
+        if has_card:
+            shutil.copyfile(model / "README.md", folder / "README.md")
+    return facts, verdict, remarks
+
+
+def _check(model: Path, facts: GgufFacts, prompts: Path | None, *, is_checked: bool) -> str:
+    """Write golden prompts, read the GGUF file back, compare, and return the verdict as a sentence.
+
+    In float32, in which a lossless file must be equal and a 16-bit one but for near-ties; others are measured. The model is let
+    go before its copy is loaded, so that memory holds one of them. Without the check the golden prompts come from the model in
+    bfloat16.
+    """
+    tokenizer, file = load_tokenizer(str(model)), facts.path.parent / GOLDEN_FILE
+    info = inspect_base(str(model), quantize="none", dtype="float32" if is_checked else "bfloat16")
+    original = load_base(info).eval()
+    policy = Policy(original, tokenizer, info, answer_end_tokens(tokenizer, str(model)))
+    golden = golden_prompts(policy, QUESTIONS if prompts is None else read_prompts(prompts))
+    save_golden(golden, file)
+    if not is_checked:
+        return f"not read back; {len(golden)} golden prompts of the model in bfloat16"
+    expected = list(answer_log_probs(original, golden))
+    del original, policy
+    copy = load_gguf(facts.path, model)
+    divergence = mean_divergence(copy, expected, golden)
+    compared, near_ties, differences = check_golden(copy, tokenizer, file, near_tie=0.0 if facts.is_lossless else NEAR_TIE)
+    measured = f"read back: mean KL {divergence:.2g} nats on {len(golden)} golden prompts"
+    if facts.kind in ("q8_0", "q4_0"):
+        return f"{measured}, {len(golden) - len(differences) - near_ties} answers the same"
+    if differences or (facts.is_lossless and divergence > LOSSLESS):
+        raise ModelError(f"the GGUF file is not the model; {measured}; {'; '.join(differences)}; nothing was written")
+    return f"{measured}, {compared} tokens the same" + (f", {near_ties} answers left at a near-tie" if near_ties else "")
