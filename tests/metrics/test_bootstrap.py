@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -66,6 +66,7 @@ def test_interpolation_by_hand() -> None:
         assert bootstrap.interpolate(knots, values, np.array([at]))[0] == pytest.approx(expected)
 
 
+@example([(0.0, 0.0), (5e-324, 0.0)], 1.0)  # as near as two numbers can be
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(-5, 5)), min_size=1, max_size=6), st.floats(-1, 11))
 def test_interpolation_never_extrapolates(points: list[tuple[float, float]], at: float) -> None:
     knots, values = (np.array(side)[None] for side in zip(*points, strict=True))

@@ -125,10 +125,10 @@ def interpolate(knots: Floats, values: Floats, at: Floats, *, nearest: bool = Fa
     rows, last = np.arange(len(at)), knots.shape[1] - 1
     right = np.clip((knots < at[:, None]).sum(1), min(1, last), last)
     left = np.maximum(right - 1, 0)
-    width = knots[rows, right] - knots[rows, left]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(width > 0, (at - knots[rows, left]) / width, 0.5)
-    found = values[rows, left] + np.clip(share, 0, 1) * (values[rows, right] - values[rows, left])
+    begin, end = knots[rows, left], knots[rows, right]
+    with np.errstate(invalid="ignore"):  # of knots at one place, 0/0
+        share = np.where(end > begin, (np.clip(at, begin, end) - begin) / (end - begin), 0.5)
+    found = values[rows, left] + share * (values[rows, right] - values[rows, left])
     inside = (at >= knots[:, 0]) & (at <= knots[:, -1])
     return found if nearest else np.where(inside, found, np.nan)
 
