@@ -17,6 +17,7 @@ from recorded import recording
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that run the tests share the cores, and so do those they start
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # where two threads are a test's subject, one that waits keeps no core busy
 
 SHARED = Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 CHATML = (

@@ -37,7 +37,7 @@ from pe_dpo.training.train import train
 
 pytestmark = pytest.mark.slow
 
-SIZES = {"small": (9e-6, 12, 24), "slight": (3.6e-5, 12, 24), "middle": (1.4e-4, 24, 4), "large": (1e-3, 48, 4)}
+SIZES = {"small": (1.8e-5, 6, 24), "slight": (7.2e-5, 6, 24), "middle": (2.8e-4, 12, 4), "large": (2e-3, 24, 4)}
 """Learning rate, steps, pairs per step: |ΔW|/|W| of 3e-4, 1.5e-3, 7e-3 and 0.15."""
 NOISE = 2.5e-4
 """Of the mean shift, nats, one standard deviation: eight roundings by chance of one model to bfloat16."""
@@ -113,7 +113,7 @@ def _measured(source: Source) -> Trained:
 
 def look(model: Any, source: Source) -> Behaviour:
     """Log-probs of all 96 pairs, distributions of six."""
-    scorer = choose_scorer(model, source.pairs, packing=False, token_budget=2048)
+    scorer = choose_scorer(model, source.pairs, packing=True, token_budget=2048)
     few = measure(model, source.pairs[::16], scorer)
     return Behaviour(scorer.score_pairs(model, source.pairs), few.distributions)
 

@@ -742,10 +742,9 @@ def test_real_translations_are_scored_as_padded_with_their_common_starts_once(sh
     data = prepare_pairs(shared / "data" / "wmt-mqm-ted-ende", tokenizer=load_tokenizer(str(base)), max_length=1000)
     pairs = data.train[:60]
     model = stir(attach_adapter(load_base(inspect_base(str(base))), rank=4, alpha=8))
-    expected = torch.cat([logprobs(PADDED, model, pairs[start : start + 10]) for start in range(0, 60, 10)], dim=1)
     scorer, said = choose(model, pairs)
     assert scorer.path == "segments", said
-    assert off(logprobs(scorer, model, pairs), expected) < 1e-5
+    assert off(logprobs(scorer, model, pairs[:20]), logprobs(PADDED, model, pairs[:20])) < 1e-5
 
     prompts: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for one in pairs:
