@@ -6,7 +6,7 @@ row  --shapes-->  Pair(prompt, chosen, rejected)  --encoding-->  EncodedPair(pro
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Pair:
             None when the row does not say.
         tools: Function descriptions in OpenAI's form, handed to the chat template; None without.
         where: The row for people: `train.jsonl:17` (a line) or `x.parquet row 3` (counted from 1).
+        template_args: Arguments of the chat template for this row alone, from its column `chat_template_kwargs`.
     """
 
     prompt: Text
@@ -42,6 +43,7 @@ class Pair:
     margin: float | None
     tools: list[Any] | None
     where: str
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class EncodedPair:
         margin: The pair's margin, 0.0 when its row gives none.
         where: The row for people.
         prompt_key: The sha256 of the prompt as the row says it; equal for all pairs of one prompt.
+        chosen_scored: bool (C,), which tokens of the chosen answer are the assistant's and count; None where all are, as in an
+            answer of one turn.
+        rejected_scored: bool (R,), as `chosen_scored`.
     """
 
     prompt_ids: np.ndarray
@@ -63,6 +68,8 @@ class EncodedPair:
     margin: float
     where: str
     prompt_key: str
+    chosen_scored: np.ndarray | None = None
+    rejected_scored: np.ndarray | None = None
 
 
 def row_length(pair: EncodedPair) -> int:

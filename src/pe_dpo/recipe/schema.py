@@ -6,6 +6,7 @@ say what was found and what to do; `load` adds the file and the line.
 
 import math
 from collections.abc import Sequence
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -18,7 +19,10 @@ from pe_dpo.recipe.section import Count, Fraction, Location, NonNegative, Positi
 MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings, in small letters, of initialisations that change the base weights, so that the reference is not the base."""
 
-Column = Literal["prompt", "chosen", "rejected", "margin", "system", "chosen_score", "rejected_score"]
+Column = Literal[
+    "prompt", "chosen", "rejected", "margin", "system", "chosen_score", "rejected_score",
+    "instruction", "input", "history", "messages", "tools", "chat_template_kwargs", "winner",
+]  # fmt: skip
 """Names of columns of preference data that `data.columns` may map to a file's own."""
 
 
@@ -90,12 +94,26 @@ class AdapterSection(Section):
         return self
 
 
+class DataSource(Section):
+    """One of several places that pairs come from."""
+
+    path: Location = Field(description="File, glob, folder or hub id.")
+    weight: Positive = Field(1.0, description="How often its pairs are trained on; 0.5: half of its prompts, chosen by hash.")
+    split: str | None = Field(None, description="Of a saved data set, a hub id or a folder; default: its training side.")
+    subset: str | None = Field(None, description="Of a hub id: the name of its configuration.")
+    revision: str | None = Field(None, description="Of a hub id: branch, tag or commit.")
+    columns: dict[Column, str] | None = Field(None, description="As data.columns, for this place alone.")
+
+
+Sources = Location | DataSource | Annotated[list[Location | DataSource], Field(min_length=1)]
+
+
 class DataSection(Section):
     """Preference pairs: where they are, and what happens to the rows that do not fit."""
 
-    train: Location = Field(description="File, folder or hub id.")
-    eval: Annotated[float, Field(ge=0, lt=1)] | Location | None = Field(
-        None, description="Held-out share (split by prompt), or a path; default: the folder's own test file, else 0.05."
+    train: Sources = Field(description="File, glob, folder or hub id; or a list of them, plain or with path, weight, split, …")
+    eval: Annotated[float, Field(ge=0, lt=1)] | Sources | None = Field(
+        None, description="Held-out share (split by prompt), or places; default: the folder's own test file, else 0.05."
     )
     max_length: Count | None = Field(
         None, description="Most tokens of prompt plus the longer answer; default: 2048, or the model's context if shorter."
@@ -103,8 +121,22 @@ class DataSection(Section):
     columns: dict[Column, str] | None = Field(
         None, description="Our name: the file's column name, for files in a shape of their own."
     )
-    template: Literal["auto", "chat", "plain"] = Field(
-        "auto", description="auto: the tokenizer's chat template if it has one; plain: text as it is."
+    ignore: list[str] = Field(
+        default_factory=list,
+        description="Columns left unread on purpose, such as [weight]; without it those that matter stop.",
+    )
+    template: Literal["auto", "chat", "plain"] | Location = Field(
+        "auto",
+        description="auto: the tokenizer's chat template if it has one; plain: text as it is; or a file with one.",
+    )
+    template_args: dict[str, str | bool | int | float] = Field(
+        default_factory=dict, description="Arguments of the chat template, such as {enable_thinking: false}."
+    )
+    template_date: date | None = Field(
+        None, description="Today for a chat template that writes the date; default: the day on which the run starts."
+    )
+    score: Literal["all", "last"] = Field(
+        "all", description="Of an answer of several turns: score all of the assistant's turns, or its last one alone."
     )
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
     bad_rows: Literal["error", "drop"] = "error"
