@@ -253,6 +253,16 @@ def test_a_hinge_without_margin_has_all_its_weight_on_one_side():
         calibrate_gamma("balance:0.5", values, beta=0.1, link="hinge", prompt_keys=own_prompts(values))
 
 
+@pytest.mark.parametrize(("values", "margin", "gamma"), [
+    ([1.0, 2.0], 0.0, "0.1"),
+    ([1.0, -1.0], -1.0, "1.1"),
+])  # fmt: skip
+def test_a_hinge_that_is_content_with_every_pair_at_gamma_zero_is_refused_in_words(values, margin, gamma):
+    """0.1·Δ0 − m is never below 0, so no pair pulls before γ·Δ0 is larger, and then right pairs alone do."""
+    with pytest.raises(UsageError, match=f"at gamma {gamma} the share jumps from 0 to 1; ask for one"):
+        calibrate_gamma("balance:0.5", np.array(values), beta=0.1, margin=margin, link="hinge", prompt_keys=["a", "b"])
+
+
 def test_a_hinge_with_a_margin_comes_as_near_as_its_steps_allow(preference):
     found = calibrate_gamma("balance:0.8", preference, beta=0.1, margin=1.0, link="hinge", prompt_keys=own_prompts(preference))
     active = (0.1 - found.gamma) * preference - 1 < 0

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pyarrow
 import pytest
 from paths_to_pairs import load_pairs
+from pyarrow import parquet
 
 from pe_dpo.errors import DataError
 
@@ -62,6 +64,7 @@ MALFORMED = {
     "message that is text": ("x.jsonl", MESSAGES % b'["a"]', "x.jsonl:1", "chosen[0]' is text", "role and content"),
     "CSV row too short": ("x.csv", b"prompt,chosen,rejected\np,a,b\np,a\n", "x.csv row 2", "before column 'rejected'", "fill"),
     "CSV row too long": ("x.csv", b"prompt,chosen,rejected\np,a,b,c\n", "x.csv row 1", "1 more cells", "quote"),
+    "CSV column twice": ("x.csv", b"prompt,chosen,rejected,chosen\np,a,b,c\n", "x.csv", "column 'chosen' twice", "keep one"),
     "CSV quote left open": ("x.csv", b'prompt,chosen,rejected\np,a,"b\n', "x.csv:2", "not valid CSV", "quotes"),
     "CSV not UTF-8": ("x.csv", b"prompt,chosen,rejected\np,a,\xff\n", "x.csv", "not valid UTF-8", "save the file"),
     "Parquet that is none": ("x.parquet", b"PAR1 and then nothing", "x.parquet", "cannot be read as Parquet", "fetch"),
@@ -117,6 +120,18 @@ def test_harmless_byte_order_marks_and_line_ends_are_read(tmp_path: Path, conten
     (tmp_path / "x.jsonl").write_bytes(content)
     pairs, _ = load_pairs(tmp_path / "x.jsonl")
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("p", "a", "b")]
+
+
+def test_a_parquet_file_with_a_column_twice_is_an_error(tmp_path: Path) -> None:
+    names = ["prompt", "chosen", "rejected", "chosen"]
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 4, names=names), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: has the column 'chosen' twice; keep one"):
+        load_pairs(tmp_path / "x.parquet")
+
+
+def test_columns_without_a_name_behind_the_others_are_harmless(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected,,\np,a,b,,\n", encoding="utf-8")
+    assert len(load_pairs(tmp_path / "x.csv")[0]) == 1
 
 
 def test_texts_that_look_like_dates_stay_texts(tmp_path: Path) -> None:

@@ -112,6 +112,19 @@ def test_a_point_that_cannot_begin_leaves_its_recipe_and_the_reason(source, tmp_
 
 
 @pytest.mark.slow
+def test_a_point_stopped_before_its_run_began_is_begun_again(source, tmp_path, monkeypatch):
+    plan = make_plan(source, [], folder=tmp_path / "sweep")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pe_dpo.training.train.open_reference", stop)
+        sweep(plan)
+    assert [(state.status, state.why) for state in sweep(plan)] == [("finished", "")]
+
+
+@pytest.mark.slow
 def test_a_run_of_other_settings_in_a_points_folder_stops_the_sweep(source, tmp_path):
     plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
     sweep(plan)

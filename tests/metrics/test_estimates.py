@@ -38,6 +38,14 @@ def test_pairs_are_counted_by_side_and_ties_apart() -> None:
     assert flips["change"] == pytest.approx((4 - 3) / 7 + (0.5 - 0.5) / 7)  # right: 1,3,4,6 + ½·7 against 1,2,7 + ½·6
 
 
+def test_a_pair_without_a_number_is_in_no_count_and_hides_no_other() -> None:
+    start, now = np.asarray([1.0, -1.0, math.nan, 2.0]), np.asarray([1.0, 1.0, 1.0, math.nan])
+    assert clustered_transitions(start, now, list("abcc")) == clustered_transitions(start[:2], now[:2], list("ab"))
+    nothing = clustered_transitions(start[2:], now[2:], list("cc"))
+    assert [nothing[name] for name in ("kept", "lost", "gained", "not_yet", "tied", "p_value")] == [0, 0, 0, 0, 0, 1.0]
+    assert math.isnan(nothing["change"])
+
+
 def test_pairs_of_one_prompt_are_one_draw() -> None:
     start, now = -np.ones(8), np.ones(8)
     alone, together = clustered_transitions(start, now, list("abcdefgh")), clustered_transitions(start, now, list("aaaabbbb"))

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from scipy import stats
 
 from pe_dpo.errors import UsageError
+from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.report.page import to_html
 from pe_dpo.report.run_report import report_run
 from pe_dpo.report.style import to_svg
@@ -293,6 +294,17 @@ def test_a_run_that_has_only_begun_gives_a_page(run, set_record) -> None:
     written = write_report(run, run / "report.html", run / "report")
     assert "status: failed: out of memory" in written.verdict
     assert "status: failed: out of memory" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_failed_before_its_gamma_was_found_gives_a_page(tmp_path) -> None:
+    import fake_runs
+
+    recipe = fake_runs.make_recipe({"loss.gamma": "auto"}, output=tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    (tmp_path / "run.json").write_text('{"status": "failed", "why": "no gamma fits"}')
+    page = report_run(tmp_path)
+    assert "no gamma fits" in page.verdict
+    assert "κ = γ/β" not in dict(_sections(tmp_path)["trained"].facts)
 
 
 def test_a_gamma_from_the_data_is_said_with_its_interval(run, set_record) -> None:

@@ -205,6 +205,15 @@ def test_without_sampled_answers_differences_are_at_each_runs_own_kl(tmp_path) -
     assert [plot.name for plot in sections["measures"].plots] == ["displacement"]
 
 
+def test_answers_to_one_prompt_have_no_interval_of_their_kl(tmp_path) -> None:
+    folder = fake_runs.write_sweep(tmp_path / "sweep", GRID[:2], seeds=(0, 1), snapshots=0, steps=4)
+    for path in folder.glob("runs/*/*/generations.parquet"):
+        answers = parquet.read_table(path)
+        parquet.write_table(answers.slice(0, 2), path)  # both of the first prompt
+    page = report_sweep(folder, metric="accuracy/policy")
+    assert "frontier" in [plot.name for plot in page.plots]
+
+
 def test_one_seed_is_said_to_be_one_seed(tmp_path) -> None:
     sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:4], seeds=(0,), steps=4)
     sections = _sections(report_sweep(sweep))

@@ -179,6 +179,12 @@ def test_other_lines_are_passed_over(monitor):
     assert monitor.look(3, {"step": 3, "remark": "both_fell", "words": "…"}) == {}
 
 
+def test_a_resumed_run_reads_over_numbers_that_were_not_finite(monitor):
+    assert monitor.look(4, {"eval_loss": None, "eval_pairs": 40.0, "eval_logps/chosen": -61.0}) == {}
+    assert monitor.look(5, {"loss": None, "weight/mean": None}) == {}
+    assert monitor.conclude({}, has_moved=True) == []
+
+
 def test_at_the_end_stands_what_is_so_then_and_what_was_said_on_the_way(monitor):
     for step in (10, 20):
         monitor.look(step, evaluation(-1.0, -5.0))

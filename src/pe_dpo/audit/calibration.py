@@ -150,19 +150,24 @@ def _balance(share: Callable[[float], float], wanted: float, asked: str) -> floa
     """
     from scipy.optimize import bisect  # dear to import
 
-    low, high = np.nan_to_num([share(0.0), share(math.inf)]).tolist()
+    def reached(gamma: float) -> float:
+        """The share, 0 where no pair pulls: a hinge with a small γ may be content with all of them."""
+        found = share(gamma)
+        return 0.0 if math.isnan(found) else found
+
+    low, high = reached(0.0), reached(math.inf)
     if not low <= wanted < high:
         raise UsageError(
             f"loss.gamma: {asked}: no gamma gives this share: it is {low:.3g} with gamma 0 and goes to {high:.3g} as gamma "
             "grows; ask for one between, or change beta or margin"
         )
     upper = 1.0
-    while share(upper) < wanted:
+    while reached(upper) < wanted:
         upper *= 2
-    gamma = float(bisect(lambda gamma: np.nan_to_num(share(gamma) - wanted, nan=1.0), 0.0, upper, xtol=1e-15, rtol=1e-14))
+    gamma = float(bisect(lambda gamma: reached(gamma) - wanted, 0.0, upper, xtol=1e-15, rtol=1e-14))
     if not abs(share(gamma) - wanted) <= LARGEST_MISS:
         step = 1e-9 * (1 + gamma)
-        below, above = share(max(0.0, gamma - step)), share(gamma + step)
+        below, above = reached(max(0.0, gamma - step)), reached(gamma + step)
         raise UsageError(
             f"loss.gamma: {asked}: the weights of a hinge are 0 or 1, and at gamma {gamma:.4g} the share jumps from "
             f"{below:.3g} to {above:.3g}; ask for one of these, set a margin, or use link logistic"

@@ -200,6 +200,7 @@ def _read_csv(path: Path, *, delimiter: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
+            _check_names(path, reader.fieldnames or ())
             for number, values in enumerate(reader, start=1):
                 row: dict[str, Any] | RowError = dict(values)
                 missing = [name for name, cell in values.items() if cell is None]
@@ -224,6 +225,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
+            _check_names(path, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=1000):
                 for values in batch.to_pylist():
                     number += 1
@@ -232,6 +234,17 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path.name}: cannot be read as Parquet after row {number} ({error}); fetch the file again or write it anew"
         ) from error
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    """Check that no two columns have one name; those without a name, which a spreadsheet leaves at the end, may be many.
+
+    Raises:
+        DataError: Two have: a row would keep the last of them without a word.
+    """
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path.name}: has the column '{twice}' twice; keep one of them")
 
 
 def _as_object(items: list[tuple[str, Any]]) -> dict[str, Any] | RowError:

@@ -61,8 +61,9 @@ def share(recipe: Recipe, like: Path | None = None) -> Inputs:
 def run_point(point: Point, recipe: Recipe, shared: Inputs) -> PointState:
     """Train one point, or go on with it from its newest checkpoint, and return what came of it; a failure is a state, too."""
     folder, began = Path(recipe.output), time.perf_counter()
+    log = folder / "log.txt"
     try:
-        with logged_to(folder / "log.txt"):
+        with logged_to(log):
             goes_on = bool(checkpoints(folder))
             result = train(recipe, resume=goes_on, overwrite=not goes_on, shared=shared)
     except PeDpoError as error:
@@ -72,6 +73,10 @@ def run_point(point: Point, recipe: Recipe, shared: Inputs) -> PointState:
                 write_atomically(folder / RECIPE_FILE, recipe_to_yaml(with_absolute_paths(recipe)))
             RunWriter(folder).update(status="failed", why=str(error))
         return PointState(point, "failed", time.perf_counter() - began, {}, str(error))
+    except BaseException:  # Ctrl-C, before the run has begun: a folder with its log alone would be taken for somebody else's
+        if {path.name for path in folder.glob("*")} <= {".lock", log.name}:
+            log.unlink(missing_ok=True)
+        raise
     if result.interrupted_by is not None:
         return PointState(point, "interrupted", time.perf_counter() - began)
     for checkpoint in checkpoints(folder):  # what they are for is over, and a sweep has many

@@ -8,6 +8,7 @@ A pair is right when it ranks chosen above rejected. Ties (Δ exactly 0) are in 
 of gradient weight tells where the loss pulls: with γ > β on pairs that π0 already ranks right, with γ < β on the others.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,8 +111,13 @@ def clustered_transitions(before: Floats, now: Floats, prompt_keys: Sequence[str
 
     Returns:
         As `transitions`, with `p_value` that of `sign_flip_test`; `tied`: pairs with a tie in either; `change` of the share
-        ranked right, ties counted ½, with its 95 % interval `low` and `high` (NaN with fewer than two prompts).
+        ranked right, ties counted ½, with its 95 % interval `low` and `high` (NaN with fewer than two prompts). A pair without
+        a number in either is in none of them; without any pair that has, `change` is NaN.
     """
+    known = np.flatnonzero(~(np.isnan(before) | np.isnan(now))).tolist()
+    if not known:
+        return transitions(before, now) | {"tied": 0, "change": math.nan, "low": math.nan, "high": math.nan}
+    before, now, prompt_keys = before[known], now[known], [prompt_keys[row] for row in known]
     change, low, high = mean_change(right(now) - right(before), prompt_keys)
     moved = np.rint(cluster_sums(np.sign(now) - np.sign(before), prompt_keys)).astype(int).tolist()
     tied = int(((np.asarray(before) == 0) | (np.asarray(now) == 0)).sum())

@@ -156,7 +156,7 @@ def _trained_section(run: Run, info: RunInfo) -> PageSection:
         ("Pairs", f"{pairs['train']} to train on, {pairs['held_out']} held out" if pairs else "not counted yet"),
         ("Loss", str(loss["formula"])),
         ("Equals", str(loss["equals"])),
-        ("κ = γ/β", f"{float(loss['kappa']):g}"),
+        ("κ = γ/β", "" if loss["kappa"] is None else f"{float(loss['kappa']):g}"),  # none while γ is to be found from data
         *(("Note", str(note)) for note in loss.get("notes", [])),
         ("Mixout", mixout),
         ("Optimizer", f"{settings.optimizer}, learning rate {settings.learning_rate:g}"),

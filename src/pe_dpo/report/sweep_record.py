@@ -134,7 +134,7 @@ def _crosses(comparison: Comparison, observations: list[Observation]) -> list[tu
             found.append((None, None))
             continue
         root, roots = None, measured.roots[columns]
-        if not np.isnan(roots).any():
+        if measured.kl_prompts > 1 and not np.isnan(roots).any():  # one prompt says nothing of others
             root = effect(roots, measured.root_replicates[:, columns], clusters=measured.kl_prompts)
         value = effect(measured.values[columns], measured.value_replicates[:, columns], clusters=measured.prompts)
         found.append((root, value))

@@ -32,7 +32,7 @@ def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any], *, keep: 
         run: The folder of the run.
         step: The optimizer step of the checkpoint.
         inputs: What the run started from, see `Run.inputs`.
-        keep: How many checkpoints stay. What a kill left of unfinished ones goes, too.
+        keep: How many checkpoints up to this step stay. What a kill left of unfinished ones goes, too.
     """
     final = run / f"{_PREFIX}{step}"
     staged = staging_folder(run) / final.name
@@ -50,7 +50,8 @@ def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any], *, keep: 
         shutil.rmtree(final)
     staged.rename(final)
     sync(run)
-    for checkpoint in checkpoints(run)[:-keep]:
+    # One of a later step was passed over when the run went on; it must not count for this one.
+    for checkpoint in [one for one in checkpoints(run) if checkpoint_step(one) <= step][:-keep]:
         shutil.rmtree(checkpoint)
     shutil.rmtree(staging_folder(run), ignore_errors=True)
 

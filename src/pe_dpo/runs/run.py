@@ -151,9 +151,12 @@ class Measurements:
             table: The pairs as they are scored now.
 
         Returns:
-            None where there is no such file, it does not have them, or it is about other pairs.
+            None where there is no such file, it cannot be read, it does not have them, or it is about other pairs.
         """
-        kept = PairTable.load(self.folder / PAIRS_FILE, remedy=remedy(self.folder), with_texts=False)
+        try:
+            kept = PairTable.load(self.folder / PAIRS_FILE, remedy=remedy(self.folder), with_texts=False)
+        except UsageError:  # the remedy is to measure again, which begins here
+            return None
         if kept is None or not kept.knows("initial_chosen", "initial_rejected"):
             return None
         if (kept.where, kept.prompt_key) != (table.where, table.prompt_key):

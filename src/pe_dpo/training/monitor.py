@@ -75,9 +75,11 @@ class Monitor(TrainerCallback):
 
         Args:
             step: The step of the line.
-            line: The metrics of a training window, of an evaluation, or anything else, which is passed over.
+            line: The metrics of a training window, of an evaluation, or anything else, which is passed over; None, which a
+                resumed run reads for what was not finite, is not there.
         """
         prefix = next((prefix for prefix in ("eval_", "probe_") if f"{prefix}loss" in line), None)
+        line = {key: value for key, value in line.items() if value is not None}
         if prefix and step:
             self.last = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
             kind, found = "evaluations", diagnose_pairs(self.last, self.before, self.loss)
