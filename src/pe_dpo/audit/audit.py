@@ -32,8 +32,9 @@ from pe_dpo.inference.pairs import preferences
 from pe_dpo.inference.reference import reference_logprobs
 from pe_dpo.metrics.reference_accuracy import ReferenceAccuracy
 from pe_dpo.objective import Loss, PairLogprobs
-from pe_dpo.recipe import Recipe
+from pe_dpo.recipe import Recipe, with_absolute_paths
 from pe_dpo.recipe.loss_section import LossSection
+from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,8 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
         DataError, ModelError: as in training.
         UsageError: the recipe asks for a γ that the data do not allow.
     """
-    facts, _, data, _ = read_inputs(recipe)
-    for line in data.report.lines():
-        logger.info(line)
+    facts, _, data, _ = read_inputs(recipe, recorded=_recorded_split(recipe))
+    data.report.tell(logger)
     pairs, dtype = data.train, str(facts.dtype).removeprefix("torch.")
     logprobs, was_run = reference_logprobs(recipe, facts, pairs)
     margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
@@ -94,6 +94,16 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
             "or set model.quantize: none"
         )
     return found
+
+
+def _recorded_split(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the data report of the run of this very recipe, whose held-out rows are held out here too; None without one."""
+    run = Run(recipe.output)
+    if not run.exists:
+        return None
+    asked, trained = with_absolute_paths(recipe), run.recipe
+    dated = asked.data.model_copy(update={"template_date": trained.data.template_date})
+    return run.data_report if (dated, asked.model) == (trained.data, trained.model) else None
 
 
 class Audit:

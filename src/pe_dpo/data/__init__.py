@@ -7,8 +7,9 @@ Knows no model: the tokenizer is handed in. Importing it imports neither torch n
 
 from pe_dpo.data.encoding import Encoder
 from pe_dpo.data.pairs import EncodedPair, Message, Pair, data_hash
-from pe_dpo.data.preparation import PreparedData, prepare_pairs, split_by_prompt
+from pe_dpo.data.preparation import PreparedData, prepare_pairs
 from pe_dpo.data.report import DataReport
+from pe_dpo.data.split import split_by_prompt
 
 __all__ = [
     "DataReport",

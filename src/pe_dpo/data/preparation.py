@@ -1,10 +1,10 @@
 """From the data section of a recipe to the two sides of a run: read, encode, hold out by prompt, and report.
 
 files -> pairs -> token ids -+-> train
-                             +-> held out   (no prompt is on both sides)
+                             +-> held out   (no prompt that the model reads is on both sides)
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -14,6 +14,7 @@ from pe_dpo.data.files import Parts, find_sources
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError
 from pe_dpo.data.report import OVERLONG, PROMPT_IN_TRAINING, DataReport
 from pe_dpo.data.shapes import Shape
+from pe_dpo.data.split import divide
 from pe_dpo.errors import DataError
 from pe_dpo.recipe.schema import DataSection
 
@@ -40,6 +41,7 @@ def prepare_pairs(
     context_length: int | None = None,
     end_token_ids: Collection[int] = (),
     only: str | None = None,
+    recorded: Mapping[str, Any] | None = None,
 ) -> PreparedData:
     """Return the pairs that the data section of a recipe asks for, training and held out, as token ids.
 
@@ -49,6 +51,7 @@ def prepare_pairs(
         context_length: The most tokens that the model takes, if it has a bound.
         end_token_ids: Further ids that end an answer, beside the tokenizer's EOS; from the generation config.
         only: Another path or hub id, all of whose pairs become `train` and none held out (to evaluate on).
+        recorded: The data report of a run whose held-out rows are held out again, see `split.divide`; None to split anew.
 
     Raises:
         DataError: The data cannot be found, read, understood or encoded, nothing of it is left, or `max_length` exceeds the
@@ -75,25 +78,23 @@ def prepare_pairs(
     encoder = Encoder(tokenizer, settings, max_length=max_length, report=report, end_token_ids=end_token_ids)
     encoded = encoder.encode(pairs)
     _check_some_are_left(encoded, settings.train, max_length, report)
-    train, held_out = split_by_prompt(encoded, share)
-    if share:
-        report.held_out_from = f"{share:.1%} of the pairs, split by prompt"
+    brought_pairs: list[EncodedPair] = []
     if held_out_parts:
         pairs = read_pairs(held_out_parts, settings, report)
         _check_some_are_left(pairs, settings.eval, max_length, report)
-        trained = {pair.prompt_key for pair in train}
-        for pair in encoder.encode(pairs):
-            if pair.prompt_key in trained:
-                report.dropped[PROMPT_IN_TRAINING].append(pair.where)
-            else:
-                held_out.append(pair)
-        report.held_out_from = ", ".join(held_out_parts)
+        brought_pairs = encoder.encode(pairs)
+    train, held_out, left_out, report.held_out_rows = divide(encoded, brought_pairs, share=share, recorded=recorded)
+    if left_out:
+        report.dropped[PROMPT_IN_TRAINING] += [pair.where for pair in left_out]
+    if held_out_parts or share:
+        report.held_out_from = ", ".join(held_out_parts) if held_out_parts else f"{share:.1%} of the pairs, split by prompt"
     if not held_out and (share or held_out_parts):
         why = (
             "every prompt of the held-out data is in training or was dropped" if held_out_parts else "all pairs have one prompt"
         )
         report.remarks.append(f"no pair is held out: {why}; name other held-out data to measure what is learned")
     report.examine(train, held_out)
+    report.examine_lengths(encoder.lengths, max_length=max_length, context_length=context_length)
     return PreparedData(train, held_out, report)
 
 
@@ -144,30 +145,6 @@ def _good_rows(parts: Parts, settings: DataSection, report: DataReport) -> Itera
         left = None if left is None else left - report.files[name] + before
         if left == 0:
             return
-
-
-def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """Return pairs to train on and pairs held out, each in the order of the rows, with no prompt on both sides.
-
-    Args:
-        encoded: All pairs.
-        share: Of the pairs to hold out, in [0, 1). Prompts are taken in the order of their hashes until it is reached,
-            so the split depends on no seed and no row order. A prompt with so many pairs that it would take more than
-            twice the share, and more than half of what is left, stays to train on; one prompt always does.
-    """
-    counts: dict[str, int] = {}
-    for pair in encoded:
-        counts[pair.prompt_key] = counts.get(pair.prompt_key, 0) + 1
-    taken: set[str] = set()
-    pairs_taken = 0
-    for key in sorted(counts):
-        if pairs_taken >= share * len(encoded) or len(taken) == len(counts) - 1:
-            break
-        if pairs_taken + counts[key] > max(2 * share * len(encoded), 1) and 2 * counts[key] > len(encoded) - pairs_taken:
-            continue
-        taken.add(key)
-        pairs_taken += counts[key]
-    return ([pair for pair in encoded if pair.prompt_key not in taken], [pair for pair in encoded if pair.prompt_key in taken])
 
 
 def _check_some_are_left(pairs: Sequence[object], source: object, max_length: int, report: DataReport) -> None:

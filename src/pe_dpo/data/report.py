@@ -1,5 +1,7 @@
 """What happened to every row of a preference data set: nothing is dropped or changed without being counted here."""
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -11,6 +13,9 @@ from pe_dpo.errors import DataError
 
 NAMED_ROWS = 20
 """Of the rows that something happened to, so many are named in files and errors."""
+
+PROPORTIONATE = 0.05
+"""Of the rows, so many may be left out for their length without a warning."""
 
 MALFORMED = "malformed"
 EMPTY = "empty answer"
@@ -31,9 +36,11 @@ class DataReport:
         kept: Pairs to train on.
         held_out: Pairs held out.
         held_out_from: In words, where the held-out pairs come from.
+        held_out_rows: The rows held out, all of them, for those who go on with a run; None for a run that named none.
         dropped: The names of the rows that are in neither side, by reason.
         noted: The names of the rows that are used and suspicious, by what is to be looked at.
         remarks: What concerns every row, about the tokenizer or its template.
+        warnings: What probably is not meant, each with what to do; not among the `lines`.
         tokens: Quantiles of the lengths of the pairs to train on, in tokens: prompt, chosen, rejected, and pair
             (the prompt with its longer answer).
         chosen_longer: Share of the pairs to train on whose chosen answer has more tokens; equal lengths count one half.
@@ -47,9 +54,11 @@ class DataReport:
         self.kept = 0
         self.held_out = 0
         self.held_out_from = "none"
+        self.held_out_rows: list[str] | None = None
         self.dropped: defaultdict[str, list[str]] = defaultdict(list)
         self.noted: defaultdict[str, list[str]] = defaultdict(list)
         self.remarks: list[str] = []
+        self.warnings: list[str] = []
         self.tokens: dict[str, dict[str, int]] = {}
         self.chosen_longer: float | None = None
 
@@ -91,6 +100,13 @@ class DataReport:
             size = len(shorter) - (1 if shorter[-1] == longer[-1] else 0)  # without the end token
             if (shorter[:size] == longer[:size]).all():
                 self.noted["one answer is the beginning of the other"].append(pair.where)
+        trained = {pair.prompt_ids.tobytes() for pair in train} if self.held_out_rows is None else set()
+        shared = sum(pair.prompt_ids.tobytes() in trained for pair in held_out)
+        if shared:
+            self.warnings.append(
+                f"the prompts of {shared} of {len(held_out)} held-out pairs are read in training too, written otherwise: this "
+                "run is from before such prompts were put on one side"
+            )
         prompt, chosen, rejected = (
             np.array([len(getattr(pair, name)) for pair in train]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
@@ -101,6 +117,38 @@ class DataReport:
             for name, values in lengths.items()
         }
         self.chosen_longer = float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+
+    def examine_lengths(self, lengths: Sequence[int], *, max_length: int, context_length: int | None) -> None:
+        """Warn where more than `PROPORTIONATE` of the rows are left out for their length, with what would keep them.
+
+        Args:
+            lengths: Tokens of every pair, of those that are left out too.
+            max_length: What they may have at most.
+            context_length: What the model takes at most, if it has a bound.
+        """
+        left_out = len(self.dropped.get(OVERLONG, ())) + len(self.dropped.get(ANSWERS_TOO_LONG, ()))
+        if not lengths or left_out <= PROPORTIONATE * len(lengths):
+            return
+        enough = sorted(lengths)[math.ceil((1 - PROPORTIONATE) * len(lengths)) - 1]
+        remedy = f"data.max_length: {enough} keeps {1 - PROPORTIONATE:.0%}"
+        if context_length and enough > context_length:
+            kept = sum(length <= context_length for length in lengths) / len(lengths)
+            remedy = f"data.max_length: {context_length}, the model's context, keeps {kept:.0%}"
+            if context_length <= max_length:
+                remedy = f"the model's context of {context_length} tokens has no room for more"
+        if OVERLONG in self.dropped:
+            remedy += "; data.overlong: truncate_prompt keeps whole answers and cuts the beginning of long prompts"
+        self.warnings.append(
+            f"{left_out:,} of {len(lengths):,} rows ({left_out / len(lengths):.0%}) are left out because they are longer than "
+            f"{max_length} tokens: {remedy}"
+        )
+
+    def tell(self, logger: logging.Logger) -> None:
+        """Log the lines as facts and the warnings as warnings."""
+        for line in self.lines():
+            logger.info(line)
+        for line in self.warnings:
+            logger.warning(line)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole report as JSON-able values, the content of `data_report.json`."""

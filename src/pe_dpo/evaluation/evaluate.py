@@ -185,9 +185,9 @@ def _held_out_pairs(
         context_length=context_length,
         end_token_ids=answer_end_tokens(tokenizer, section.base, revision=section.revision),
         only=data,
+        recorded=None if data else Run(saved.folder).data_report,
     )
-    for line in prepared.report.lines():
-        logger.info(line)
+    prepared.report.tell(logger)
     pairs = prepared.train if data else prepared.held_out
     if not pairs:
         raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some with `data`")

@@ -43,18 +43,18 @@ def share(recipe: Recipe, like: Path | None = None) -> Inputs:
 
     Args:
         recipe: of one of them.
-        like: folder of a finished run of the sweep, if there is one.
+        like: folder of a run of the sweep that is finished or can be gone on with, if there is one; what it held out is held
+            out again.
 
     Raises:
-        RunFolderError: the finished run had other pairs.
+        RunFolderError: that run had other pairs.
         DataError, ModelError: the base or the pairs cannot be used at all.
     """
     with quiet():  # each run says it again in its own log
-        prepared = prepare_run(recipe)
+        prepared = prepare_run(recipe, recorded=None if like is None else Run(like).data_report)
     if like is not None:
         check_same_inputs(Run(like), {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
-    for line in prepared.data.report.lines():
-        logger.info(line)
+    prepared.data.report.tell(logger)
     return prepared._replace(loaded_base=load_base(prepared.base, device="cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -19,6 +19,7 @@ from pe_dpo.experiments.point import PointState, run_metrics, run_point, share
 from pe_dpo.inference.inputs import Inputs
 from pe_dpo.model.provenance import adapter_fingerprint
 from pe_dpo.recipe import Recipe, recipe_difference, with_absolute_paths
+from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RUN_FILE
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import check_same_inputs, free_to_change, locked
@@ -55,8 +56,9 @@ def sweep(
         todo = [(point, recipe) for point, recipe in _pairs(plan) if states[point.folder].status != "finished"]
         logger.info(f"{len(plan.points)} runs, {len(todo)} of them to do")
         tell(list(states.values()))
-        finished = (Path(recipe.output) for point, recipe in _pairs(plan) if states[point.folder].status == "finished")
-        like = next(finished, None)
+        folders = {Path(recipe.output): states[point.folder].status for point, recipe in _pairs(plan)}
+        begun = [folder for folder, status in folders.items() if status == "finished" or checkpoints(folder)]
+        like = next(iter(begun), None)
         changes = run_on_ray(todo, like=like, workers=workers) if engine == "ray" and todo else _run_here(todo, like)
         for state in changes:
             states[state.point.folder] = state

@@ -1,5 +1,6 @@
 """What a run or an audit begins with: what the base is, its tokenizer, the pairs; no weights are read."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pe_dpo.data import PreparedData, prepare_pairs
@@ -18,11 +19,12 @@ class Inputs(NamedTuple):
     """The base, loaded, without adapters, where several runs have it in common."""
 
 
-def read_inputs(recipe: Recipe) -> Inputs:
+def read_inputs(recipe: Recipe, *, recorded: Mapping[str, Any] | None = None) -> Inputs:
     """Return what the base is, the tokenizer and the pairs.
 
     Args:
         recipe: names them.
+        recorded: the data report of a run whose held-out rows are held out again; None to split anew.
 
     Raises:
         ModelError: see `inspect_base` and `load_tokenizer`; or the tokenizer is not the model's.
@@ -35,6 +37,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
         tokenizer=tokenizer,
         context_length=base.context_length,
         end_token_ids=answer_end_tokens(tokenizer, recipe.model.base, revision=recipe.model.revision),
+        recorded=recorded,
     )
     size = base.config.get_text_config().vocab_size
     for pair in [*data.train, *data.held_out]:

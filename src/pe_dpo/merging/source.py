@@ -38,6 +38,7 @@ from pe_dpo.model.provenance import adapter_fingerprints, base_folder, changed, 
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.schema import DataSection
+from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class Source:
             context_length=self.facts.context_length,
             end_token_ids=end_token_ids(found.section.base, revision=found.section.revision),
             only=data,
+            recorded=None if data else Run(self.folder).data_report,
         )
         pairs = prepared.train if data else prepared.held_out
         recorded = None if data else self.run.hashes.held_out

@@ -6,7 +6,7 @@ recipe.yaml          resolved; training it again repeats the run
 run.json             id, status, versions, hashes, reference card, held-out metrics before and after
 base.json            what the base was, file by file and tensor by tensor
 metrics.jsonl        one line per logged step and per evaluation
-data_report.json     what became of every row
+data_report.json     what became of every row, and which are held out
 eval_pairs.parquet   held-out pairs one by one; generations.parquet sampled answers; evaluation.json what they come to
 snapshots/step-N/    the same along the way
 scaled/a-X/          the same of the adapter scaled toward the reference, π_a = W0 + a·ΔW
@@ -22,6 +22,7 @@ from typing import Any
 from pe_dpo.errors import RunFolderError
 
 RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "base.json"
+REPORT_FILE = "data_report.json"
 SWEEP_FILE = "sweep.json"
 PAIRS_FILE, ANSWERS_FILE, EVALUATION_FILE = "eval_pairs.parquet", "generations.parquet", "evaluation.json"
 

@@ -26,6 +26,7 @@ from pe_dpo.runs.files import (
     METRICS_FILE,
     PAIRS_FILE,
     RECIPE_FILE,
+    REPORT_FILE,
     RUN_FILE,
     read_object,
     remedy,
@@ -272,6 +273,15 @@ class Run(Measurements):
         """What tells the run from all others: its id (None for one from before runs had ids), and hashes of its inputs."""
         info = self.info
         return {"run": info.id, **info.hashes.inputs}
+
+    @property
+    def data_report(self) -> dict[str, Any] | None:
+        """data_report.json, which names the rows that were held out; None where the run has not come to its data yet.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        return read_object(self.folder / REPORT_FILE) if self.info.hashes.data is not None else None
 
     @property
     def kappa(self) -> float:

@@ -16,7 +16,7 @@ from pe_dpo.disk import json_without_nan, write_atomically, write_json
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, describe, recipe_difference, recipe_to_yaml
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints
-from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, RUN_FILE, read_object
+from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, RUN_FILE, read_object
 from pe_dpo.runs.model_card import model_card
 from pe_dpo.runs.run import Run
 
@@ -52,7 +52,7 @@ def free_to_change(recipe: Recipe) -> set[str]:
 
 _OURS = {
     *(RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE),
-    *("README.md", "data_report.json", "eval_pairs.parquet", "generations.parquet", "evaluation.json", ".staging", "reference"),
+    *("README.md", REPORT_FILE, "eval_pairs.parquet", "generations.parquet", "evaluation.json", ".staging", "reference"),
     *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
     *("snapshots", "scaled", "report", "report.html", "log.txt"),
@@ -143,7 +143,7 @@ class RunWriter:
             pairs: How many, to train on and held out.
         """
         write_json(self.folder / BASE_FILE, base)
-        write_json(self.folder / "data_report.json", data_report)
+        write_json(self.folder / REPORT_FILE, data_report)
         is_base = recipe.adapter.reference != "adapter"
         self.update(
             versions=versions(),

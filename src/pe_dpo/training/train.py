@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -95,12 +95,12 @@ def train(
     with ExitStack() as stack:
         if not state.is_main_process:
             stack.enter_context(quiet())
-            prepared = prepare_run(recipe, shared=shared)
+            prepared = prepare_run(recipe, shared=shared, recorded=run.data_report if resume else None)
         else:
             if resume and run.exists and (repaired := with_recorded_gamma(run, run.recipe)) != run.recipe:
                 writer.write_recipe(repaired)  # a kill came between the γ that was found and the recipe that has it
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
-            prepared = prepare_run(recipe, shared=shared)
+            prepared = prepare_run(recipe, shared=shared, recorded=run.data_report if resume else None)
             stack.enter_context(locked(run.folder))
             # Again, since another run may have come and gone while the pairs were prepared.
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
@@ -113,8 +113,13 @@ def train(
             raise
 
 
-def prepare_run(recipe: Recipe, *, shared: Inputs | None = None) -> Inputs:
+def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mapping[str, Any] | None = None) -> Inputs:
     """Return what the base is, the tokenizer and the pairs, or those that are `shared`; no weights are read.
+
+    Args:
+        recipe: The recipe of the run.
+        shared: What several runs have in common, prepared already.
+        recorded: The data report of a run that goes on, whose held-out rows are held out again.
 
     Raises:
         RecipeError: a tracker is not known or not installed.
@@ -134,7 +139,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None) -> Inputs:
         logger.warning(line)
     if recipe.adapter.start:
         check_adapter(recipe.adapter.start)
-    prepared = shared or read_inputs(recipe)
+    prepared = shared or read_inputs(recipe, recorded=recorded)
     if not recipe.adapter.start and recipe.adapter.targets != "all-linear":  # else each target matches, or is the adapter's
         base = prepared.base
         attach_adapter(empty_model(base.base, base.config), rank=1, alpha=1, targets=recipe.adapter.targets)
@@ -143,8 +148,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None) -> Inputs:
             f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
             "column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
         )
-    for line in prepared.data.report.lines():
-        logger.info(line)
+    prepared.data.report.tell(logger)
     for line in mixout_warnings(recipe, prepared.base, total_steps(recipe, prepared.data)):
         logger.warning(line)
     if recipe.generation.scales and not prepared.data.held_out:

@@ -1,0 +1,107 @@
+"""Which pairs are held out: none whose prompt the model reads in training.
+
+    as rows say it       "Hi"   [{user: "Hi"}]   "Hi\\n"      three keys
+    as the model reads   12 5   12 5             12 5         one prompt: keys that share token ids are one group
+
+A group is on one side, under the smallest of its keys, so that pairs whose keys share no ids lie as they lay before.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from pe_dpo.data.pairs import EncodedPair
+
+
+class Sides(NamedTuple):
+    """The pairs of both sides, each in the order of their rows."""
+
+    train: list[EncodedPair]
+    held_out: list[EncodedPair]
+    left_out: list[EncodedPair]
+    """Of those that were brought to be held out: the ones whose prompt is in training."""
+    held_out_rows: list[str] | None
+    """The rows held out, for the report; None where a run from before runs named them is repeated."""
+
+
+def divide(
+    encoded: Sequence[EncodedPair],
+    brought: Sequence[EncodedPair],
+    *,
+    share: float,
+    recorded: Mapping[str, Any] | None = None,
+) -> Sides:
+    """Return pairs to train on and pairs held out, with no prompt on both sides.
+
+    Args:
+        encoded: The pairs of the training side.
+        brought: The pairs of held-out data of its own, empty where a share of `encoded` is held out.
+        share: Of `encoded` to hold out, see `split_by_prompt`; 0 where there are others.
+        recorded: The data report of a run that is gone on with or evaluated: the rows that it held out are held out again. An
+            older one names no rows; its pairs are split as then, where prompts were told apart as their rows say them.
+    """
+    is_old = recorded is not None and recorded.get("held_out_rows") is None
+    pairs = [*encoded, *brought] if is_old else join_prompts([*encoded, *brought])
+    own, brought = pairs[: len(encoded)], pairs[len(encoded) :]
+    if recorded is None or is_old:
+        train, held_out = split_by_prompt(own, share)
+        trained = {pair.prompt_key for pair in train}
+        is_held_out = [pair.prompt_key not in trained for pair in brought]
+    else:
+        rows = set(recorded["held_out_rows"])
+        train = [pair for pair in own if brought or pair.where not in rows]
+        held_out = [pair for pair in own if not brought and pair.where in rows]
+        is_held_out = [pair.where in rows for pair in brought]
+    held_out += [pair for pair, is_out in zip(brought, is_held_out, strict=True) if is_out]
+    left_out = [pair for pair, is_out in zip(brought, is_held_out, strict=True) if not is_out]
+    return Sides(train, held_out, left_out, None if is_old else [pair.where for pair in held_out])
+
+
+def join_prompts(encoded: Sequence[EncodedPair]) -> list[EncodedPair]:
+    """Return the pairs with one prompt key for all prompts that the model reads alike: the smallest of their keys.
+
+    Example:
+        Keys b and c share their prompt ids, c and a share others: all three pairs get the key a.
+    """
+    parents: dict[str | bytes, str | bytes] = {}
+
+    def root(key: str | bytes) -> str | bytes:
+        while (parent := parents.setdefault(key, key)) != key:
+            parents[key] = key = parents[parent]  # halves the path
+        return key
+
+    for pair in encoded:
+        parents[root(pair.prompt_ids.tobytes())] = root(pair.prompt_key)
+    smallest: dict[str | bytes, str] = {}
+    for pair in encoded:
+        group = root(pair.prompt_key)
+        smallest[group] = min(pair.prompt_key, smallest.get(group, pair.prompt_key))
+    joined = []
+    for pair in encoded:
+        key = smallest[root(pair.prompt_key)]
+        joined.append(pair if key == pair.prompt_key else replace(pair, prompt_key=key))
+    return joined
+
+
+def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """Return pairs to train on and pairs held out, each in the order of the rows, with no prompt on both sides.
+
+    Args:
+        encoded: All pairs.
+        share: Of the pairs to hold out, in [0, 1). Prompts are taken in the order of their hashes until it is reached,
+            so the split depends on no seed and no row order. A prompt with so many pairs that it would take more than
+            twice the share, and more than half of what is left, stays to train on; one prompt always does.
+    """
+    counts: dict[str, int] = {}
+    for pair in encoded:
+        counts[pair.prompt_key] = counts.get(pair.prompt_key, 0) + 1
+    taken: set[str] = set()
+    pairs_taken = 0
+    for key in sorted(counts):
+        if pairs_taken >= share * len(encoded) or len(taken) == len(counts) - 1:
+            break
+        if pairs_taken + counts[key] > max(2 * share * len(encoded), 1) and 2 * counts[key] > len(encoded) - pairs_taken:
+            continue
+        taken.add(key)
+        pairs_taken += counts[key]
+    return ([pair for pair in encoded if pair.prompt_key not in taken], [pair for pair in encoded if pair.prompt_key in taken])
