@@ -72,6 +72,8 @@ class Encoder:
         self.bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.begin = None if self.is_chat else begin_token(tokenizer)  # a chat template writes its own
         self.ends = frozenset(end_token_ids) | ({eos} if eos is not None else set())
+        self.lengths: list[int] = []
+        """Tokens of every pair so far, before those that are too long were left out or cut."""
         self.end = eos if eos is not None else min(self.ends, default=None)
         begin = f"beginning with {tokenizer.bos_token}" if self.begin is not None else "without a BOS token"
         report.template = "the tokenizer's chat template" if self.is_chat else f"plain text {begin}"
@@ -169,6 +171,7 @@ class Encoder:
     def _fit(self, encoded: Sequence[EncodedPair]) -> list[EncodedPair]:
         """Return the pairs that fit `max_length`, some of them with the beginning of their prompt cut after the BOS."""
         overlong, fitting, longer = self.settings.overlong, [], []
+        self.lengths += map(row_length, encoded)
         for pair in encoded:
             if row_length(pair) <= self.max_length:
                 fitting.append(pair)
