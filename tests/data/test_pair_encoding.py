@@ -234,7 +234,7 @@ def test_answers_of_several_turns_are_noted(chat_tokenizer: Any) -> None:
     (encoded,), report = encode(pair_of(ASK, " a\n\nHuman: b\n\nAssistant: c", " d"), tokenizer=chat_tokenizer)
     assert texts(encoded, chat_tokenizer)[1] == (
         "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>")  # fmt: skip
-    assert len(report.noted["an answer of several turns, all of them scored"]) == 1
+    assert len(report.noted["an answer of several turns, the assistant's scored"]) == 1
 
 
 def test_progress_reaches_the_number_of_pairs(tokenizer: Any) -> None:

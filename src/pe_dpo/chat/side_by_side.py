@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jinja2 import TemplateError
 
-from pe_dpo.data.encoding import begin_token, with_begin
+from pe_dpo.data.encoding import begin_tokens, with_begin
 from pe_dpo.data.pairs import RowError, Text, Turns
 from pe_dpo.data.rendering import as_messages, control_tokens, uses_chat_template
 from pe_dpo.errors import StoreUnavailable, UsageError
@@ -109,7 +109,7 @@ class SideBySide:
                 )
             if not prompt.strip():
                 raise RowError("is blank; write a prompt")
-            return with_begin(list(tokenizer(prompt, add_special_tokens=False)["input_ids"]), begin_token(tokenizer))
+            return with_begin(list(tokenizer(prompt, add_special_tokens=False)["input_ids"]), begin_tokens(tokenizer))
         turns = as_messages(prompt)
         if turns[-1]["role"] == "assistant":
             raise RowError("ends with an assistant turn; the turn before an answer is a user or tool turn")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pe_dpo.data.pairs import EncodedPair, common_start, row_length
+from pe_dpo.data.pairs import Answer, EncodedPair, common_start, row_length
 
 Span = tuple[int, int]
 """[start, end) in a row."""
@@ -46,13 +46,14 @@ def pad(pairs: Sequence[EncodedPair], device: torch.device | str = "cpu") -> tup
     """Return pairs as one right-padded batch: first the chosen, then the rejected rows.
 
     Returns:
-        Token ids, attention mask, and the mask of the answers; each (2B, T) int64 on the device.
+        Token ids, attention mask, and the mask of the scored tokens of the answers; each (2B, T) int64 on the device.
     """
-    rows = [np.concatenate([pair.prompt_ids, pair.chosen_ids]) for pair in pairs]
-    rows += [np.concatenate([pair.prompt_ids, pair.rejected_ids]) for pair in pairs]
-    input_ids, attention_mask = pad_rows(rows)
-    prompts = torch.tensor([len(pair.prompt_ids) for pair in pairs] * 2)[:, None]
-    completion_mask = attention_mask * (torch.arange(input_ids.shape[1]) >= prompts)
+    rows = [(pair.prompt_ids, pair.answers[side]) for side in (0, 1) for pair in pairs]
+    input_ids, attention_mask = pad_rows([np.concatenate([prompt, answer.ids]) for prompt, answer in rows])
+    completion_mask = torch.zeros_like(attention_mask)
+    for row, (prompt, answer) in zip(completion_mask, rows, strict=True):
+        scored = row[len(prompt) : len(prompt) + len(answer.ids)]
+        scored[:] = 1 if answer.scored is None else torch.from_numpy(answer.scored)
     ids, attention, completion = (one.to(device, non_blocking=True) for one in (input_ids, attention_mask, completion_mask))
     return ids, attention, completion
 
@@ -92,11 +93,11 @@ class PackedRow(NamedTuple):
     targets: torch.Tensor
     """(N,) the token id that is predicted."""
     members: torch.Tensor
-    """(M,) prediction, M >= N: a token of a common start belongs to several answers."""
+    """(M,) prediction that is scored: a token of a common start belongs to several answers, another one's turn to none."""
     owners: torch.Tensor
     """(M,) answer that the prediction belongs to."""
     lengths: torch.Tensor
-    """(A,) tokens of each answer."""
+    """(A,) scored tokens of each answer."""
     chosen: torch.Tensor
     """(B,) answer."""
     rejected: torch.Tensor
@@ -116,11 +117,10 @@ def pack(pairs: Sequence[EncodedPair], device: torch.device | str = "cpu", *, sh
     for members in _by_prompt(pairs):
         prompt, (answers, start) = pairs[members[0]].prompt_ids, _answers(pairs, members)
         numbers: dict[bytes, int] = {}
-        for some, common in [(answers, start)] if share else [({key: ids}, len(ids) - 1) for key, ids in answers.items()]:
+        for some, common in [(answers, start)] if share else [([answer], len(answer.ids) - 1) for answer in answers]:
             numbers |= row.add(prompt, some, common)
         for index in members:
-            chosen[index] = numbers[pairs[index].chosen_ids.tobytes()]
-            rejected[index] = numbers[pairs[index].rejected_ids.tobytes()]
+            chosen[index], rejected[index] = (numbers[answer.key] for answer in pairs[index].answers)
 
     def joined(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
@@ -182,7 +182,7 @@ def shared_tokens(pairs: Sequence[EncodedPair]) -> int:
     tokens = 0
     for members in _by_prompt(pairs):
         answers, start = _answers(pairs, members)
-        tokens += len(pairs[members[0]].prompt_ids) + start + sum(max(0, len(ids) - start - 1) for ids in answers.values())
+        tokens += len(pairs[members[0]].prompt_ids) + start + sum(max(0, len(answer.ids) - start - 1) for answer in answers)
     return tokens
 
 
@@ -194,14 +194,13 @@ def _by_prompt(pairs: Sequence[EncodedPair]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _answers(pairs: Sequence[EncodedPair], members: Sequence[int]) -> tuple[dict[bytes, np.ndarray], int]:
-    """Return the different answers of some pairs by their bytes, and how many tokens of each belong to the prefix.
+def _answers(pairs: Sequence[EncodedPair], members: Sequence[int]) -> tuple[list[Answer], int]:
+    """Return the different answers of some pairs, and how many tokens of each belong to the prefix.
 
     A lone answer belongs to it but for its last token.
     """
-    answers = {ids.tobytes(): ids for index in members for ids in (pairs[index].chosen_ids, pairs[index].rejected_ids)}
-    texts = list(answers.values())
-    return answers, common_start(texts) if len(texts) > 1 else len(texts[0]) - 1
+    answers = list({answer.key: answer for index in members for answer in pairs[index].answers}.values())
+    return answers, common_start([answer.ids for answer in answers]) if len(answers) > 1 else len(answers[0].ids) - 1
 
 
 class _RowBuilder:
@@ -219,21 +218,22 @@ class _RowBuilder:
         self.end = 0
         self.predictions = 0
 
-    def add(self, prompt: np.ndarray, answers: dict[bytes, np.ndarray], start: int) -> dict[bytes, int]:
+    def add(self, prompt: np.ndarray, answers: Sequence[Answer], start: int) -> dict[bytes, int]:
         """Add a prompt with its answers, which have their first `start` tokens in common; return the answers' numbers."""
-        beginning = next(iter(answers.values()))[:start]
+        beginning = answers[0].ids[:start]
         prefix = self._place(np.concatenate([prompt, beginning]), 0)
         common = self._predict(np.arange(prefix[0] + len(prompt) - 1, prefix[1] - 1), beginning)
         suffixes, numbers = [], {}
-        for key, ids in answers.items():
-            rest = ids[start:]
+        for answer in answers:
+            rest = answer.ids[start:]
             suffix = self._place(rest[:-1], prefix[1] - prefix[0])
             readers = np.concatenate([[prefix[1] - 1], np.arange(*suffix)])[: len(rest)]
-            own = self._predict(readers, rest)
-            numbers[key] = len(self.lengths)
-            self.members.append(np.concatenate([common, own]))
-            self.owners.append(np.full(len(ids), len(self.lengths)))
-            self.lengths.append(len(ids))
+            predictions = np.concatenate([common, self._predict(readers, rest)])
+            scored = predictions if answer.scored is None else predictions[answer.scored]
+            numbers[answer.key] = len(self.lengths)
+            self.members.append(scored)
+            self.owners.append(np.full(len(scored), len(self.lengths)))
+            self.lengths.append(len(scored))
             if suffix[1] > suffix[0]:
                 suffixes.append(suffix)
         self.trees.append((prefix, tuple(suffixes)))

@@ -19,7 +19,7 @@ ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
-_TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def read_text(value: Any, column: str) -> str:
@@ -183,7 +183,7 @@ def messages_from_transcript(prompt: str, answer: str) -> Turns:
     Returns:
         User and assistant messages by turns; an empty assistant turn at the end of the prompt alone is left out.
     """
-    _, *pieces = _TAG.split(prompt + answer)
+    _, *pieces = TAG.split(prompt + answer)
     roles = ("user" if tag == "Human" else "assistant" for tag in pieces[::2])
     turns = tuple({"role": role, "content": text.strip()} for role, text in zip(roles, pieces[1::2], strict=True))
     return turns if answer else turns[:-1]

@@ -8,22 +8,28 @@ Cutting an answer out by searching for its text, or tokenizing it alone, gives i
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from pe_dpo.data.arrival import REASONING, TOOLS, loses_tools, lost_parts
+from pe_dpo.data.dialogues import shared_length
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError, common_start, prompt_key, row_length
 from pe_dpo.data.rendering import (
+    Rendered,
+    Spans,
+    Template,
     answer_turns,
+    as_messages,
     control_tokens,
     describe_template,
+    foreign_template,
     is_blank,
-    render_pair,
-    uses_chat_template,
 )
-from pe_dpo.data.report import ANSWERS_TOO_LONG, EMPTY, IDENTICAL, NAMED_ROWS, OVERLONG, DataReport
+from pe_dpo.data.report import ANSWERS_TOO_LONG, EMPTY, IDENTICAL, NAMED_ROWS, OVERLONG, DataReport, first_of_each
 from pe_dpo.errors import DataError
 from pe_dpo.progress import advance, progress
 from pe_dpo.recipe.schema import DataSection
@@ -31,15 +37,19 @@ from pe_dpo.recipe.schema import DataSection
 _PAIRS_PER_CALL = 256
 
 
-def begin_token(tokenizer: Any) -> int | None:
-    """Return the id of the BOS token that a tokenizer puts before plain text, None where it puts none."""
-    bos: int | None = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """Return the ids that a tokenizer puts before plain text: often BOS, for some more (`[gMASK]<sop>`), for some nothing."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for length in range(len(whole) - len(bare) + 1):
+        if whole[length : length + len(bare)] == bare:
+            return list(whole[:length])
+    return []
 
 
-def with_begin(ids: list[int], begin: int | None) -> list[int]:
-    """Return token ids that begin with this token once, whether or not their text had it; None for no such token."""
-    return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
+def with_begin(ids: list[int], begin: Sequence[int]) -> list[int]:
+    """Return token ids that begin with these tokens once, whether or not their text had them, or the last of them."""
+    there = next((count for count in range(len(begin), 0, -1) if ids[:count] == list(begin[-count:])), 0)
+    return [*begin[: len(begin) - there], *ids]
 
 
 class Encoder:
@@ -58,7 +68,7 @@ class Encoder:
 
         Args:
             tokenizer: A transformers tokenizer.
-            settings: Its `template`, `overlong` and `bad_rows` count here.
+            settings: Its `template`, `template_date`, `score`, `overlong` and `bad_rows` count here.
             max_length: Most tokens of a prompt with its longer answer.
             report: What is dropped or suspicious is added to it.
             end_token_ids: Further ids that end an answer, beside the tokenizer's EOS.
@@ -67,79 +77,155 @@ class Encoder:
             DataError: A chat template is asked for and the tokenizer has none.
         """
         self.tokenizer, self.settings, self.max_length, self.report = tokenizer, settings, max_length, report
-        self.is_chat = uses_chat_template(tokenizer, settings.template)
-        self.control_tokens = control_tokens(tokenizer) if self.is_chat else None
+        self.template = Template(tokenizer, settings)
+        self.control_tokens = control_tokens(tokenizer)
         self.bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.begin = None if self.is_chat else begin_token(tokenizer)  # a chat template writes its own
+        self.prefix = begin_tokens(tokenizer)
+        self.begin = [] if self.template.is_chat else self.prefix  # a chat template writes its own
         self.ends = frozenset(end_token_ids) | ({eos} if eos is not None else set())
         self.lengths: list[int] = []
         """Tokens of every pair so far, before those that are too long were left out or cut."""
         self.end = eos if eos is not None else min(self.ends, default=None)
-        begin = f"beginning with {tokenizer.bos_token}" if self.begin is not None else "without a BOS token"
-        report.template = "the tokenizer's chat template" if self.is_chat else f"plain text {begin}"
+        begin = f"beginning with {tokenizer.decode(self.begin)}" if self.begin else "without a BOS token"
+        report.template = "the tokenizer's chat template" if self.template.is_chat else f"plain text {begin}"
         if self.end is None:
             report.remarks.append(
                 "the tokenizer has no EOS token, so answers have no end token: the model will not learn to stop; "
                 "set eos_token in the tokenizer"
             )
-        report.remarks += describe_template(tokenizer) if self.is_chat else []
+        report.remarks += describe_template(self.template) if self.template.is_chat else []
+        self._lost: defaultdict[str, list[str]] = defaultdict(list)
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Return the pairs as token ids, in order, without those that cannot or must not be scored.
 
         Empty and identical answers are never among them: two equal answers have a gradient of zero and a loss that only
-        adds noise.
+        adds noise. Nor are answers of which the chat template leaves something out.
 
         Raises:
-            DataError: A row cannot be encoded and `bad_rows` is "error", a pair is too long and `overlong` is "error", or
-                there are messages and no chat template.
+            DataError: A row cannot be encoded, or loses a part of its answers, and `bad_rows` is "error"; a pair is too long
+                and `overlong` is "error"; or there are messages and no chat template.
         """
         encoded: list[EncodedPair] = []
         with progress("encoding"):
             for start in range(0, len(pairs), _PAIRS_PER_CALL):
                 rendered = [(pair, texts) for pair in pairs[start : start + _PAIRS_PER_CALL] if (texts := self._render(pair))]
-                whole = [text for _, texts in rendered for text in texts]
-                options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-                ids = self.tokenizer(whole, **options)["input_ids"] if whole else []
+                ids = self._tokenize([text for _, texts in rendered for text in (texts.opened, *texts.answered)])
                 for row, (pair, texts) in enumerate(rendered):
                     try:
-                        encoded.append(self._cut(pair, texts, ids[3 * row : 3 * row + 3]))
+                        one = self._cut(pair, texts, ids[3 * row : 3 * row + 3])
+                        lost = self._look_for_losses(pair, texts, is_same=_is_same(one))
                     except RowError as error:
                         self.report.refuse(pair.where, error, self.settings.bad_rows)
+                    else:
+                        encoded += [] if lost else [one]
                 advance(min(start + _PAIRS_PER_CALL, len(pairs)), len(pairs))
+        if self._lost and self.settings.bad_rows == "error":
+            raise DataError(
+                f"{first_of_each(self._lost)}; take a template that writes them (data.template: file.jinja), or leave such "
+                "rows out with data.bad_rows: drop"
+            )
+        for what, names in self._lost.items():
+            self.report.dropped[what] += names
+        if self.template.has_clock:
+            self.report.template_date = self.template.today.isoformat()
         distinct = []
         for one in encoded:
-            if np.array_equal(one.chosen_ids, one.rejected_ids):
+            if _is_same(one):
                 self.report.dropped[IDENTICAL].append(one.where)
             else:
                 distinct.append(one)
         return self._fit(distinct)
 
-    def _render(self, pair: Pair) -> tuple[str, str, str] | None:
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return list(self.tokenizer(list(texts), **options)["input_ids"]) if texts else []
+
+    def _render(self, pair: Pair) -> Rendered | None:
         """Return the prompt and the prompt with each answer as text; None for a pair that is left out."""
         if is_blank(pair.chosen) or is_blank(pair.rejected):
             self.report.dropped[EMPTY].append(pair.where)
             return None
+        sides = {
+            column: side if isinstance(side, str) else json.dumps(side, ensure_ascii=False)
+            for column in ("prompt", "chosen", "rejected", "tools")
+            if (side := getattr(pair, column)) is not None
+        }
         try:
-            for column in ("prompt", "chosen", "rejected"):
-                side = getattr(pair, column)
-                text = side if isinstance(side, str) else json.dumps(side, ensure_ascii=False)
-                found = self.control_tokens.search(text) if self.control_tokens else None
-                if found:  # it would become a control id, and so fake a turn, inside the chat template
-                    raise RowError(
-                        f"column '{column}' holds the control token {found[0]!r} as text, which the tokenizer would take "
-                        "for a turn of its own; remove it, or, if the texts already are rendered with the chat "
-                        "template, write data.template: plain"
-                    )
-            texts = render_pair(pair, self.tokenizer, is_chat=self.is_chat)
+            if self.template.is_chat:
+                self._check_control_tokens(sides)
+            texts = self.template.render_pair(pair)
         except RowError as error:
             self.report.refuse(pair.where, error, self.settings.bad_rows)
             return None
-        if any(len(answer_turns(pair.prompt, answer)) > 1 for answer in (pair.chosen, pair.rejected)):
-            self.report.noted["an answer of several turns, all of them scored"].append(pair.where)
+        own = str(self.tokenizer.chat_template or "")
+        foreign = foreign_template(list(sides.values()), own)
+        if foreign:
+            self.report.noted[f"text that is already written with another template ({foreign})"].append(pair.where)
+        if not self.template.is_chat and self._control_tokens_in_plain_text(pair):
+            self.report.noted["control token within plain text, read as that token"].append(pair.where)
+        if any(spans is not None for spans in texts.spans) or any(
+            len(answer_turns(pair.prompt, answer)) > 1 for answer in (pair.chosen, pair.rejected)
+        ):
+            scored = "the last of them" if self.settings.score == "last" else "the assistant's"
+            self.report.noted[f"an answer of several turns, {scored} scored"].append(pair.where)
         return texts
 
-    def _cut(self, pair: Pair, texts: tuple[str, str, str], ids: Sequence[list[int]]) -> EncodedPair:
+    def _check_control_tokens(self, sides: dict[str, str]) -> None:
+        """Refuse control tokens as text: in a chat template they would fake a turn.
+
+        Raises:
+            RowError: There is one.
+        """
+        for column, text in sides.items():
+            found = self.control_tokens.search(text) if self.control_tokens else None
+            if found:
+                raise RowError(
+                    f"column '{column}' holds the control token {found[0]!r} as text, which the tokenizer would take "
+                    "for a turn of its own; remove it, or, if the texts already are rendered with the chat "
+                    "template, write data.template: plain"
+                )
+
+    def _control_tokens_in_plain_text(self, pair: Pair) -> bool:
+        """Return whether there are control tokens where none is expected in texts without a chat template of their own.
+
+        The tokens that begin a text and the one that ends an answer are; so is everything in texts that are rendered already.
+        """
+        own = self.tokenizer.chat_template
+        if self.control_tokens is None or own:
+            return False
+        begin = self.tokenizer.decode(self.prefix)
+        ends = tuple(self.tokenizer.decode([end]) for end in self.ends)
+        texts = [str(pair.prompt).removeprefix(begin)]
+        for answer in (str(pair.chosen).rstrip(), str(pair.rejected).rstrip()):
+            texts.append(next((answer.removesuffix(end) for end in ends if answer.endswith(end)), answer))
+        return any(self.control_tokens.search(text) for text in texts)
+
+    def _look_for_losses(self, pair: Pair, texts: Rendered, *, is_same: bool) -> bool:
+        """Count what the chat template left out of a pair; return whether its answers lost something."""
+        if not self.template.is_chat:
+            return False
+        turns = as_messages(pair.prompt)
+        lost_before = {f"{kind} that the chat template leaves out of the prompt" for _, kind in lost_parts(turns, texts.opened)}
+        if pair.tools and loses_tools(pair.tools, texts.opened):
+            lost_before.add(f"{TOOLS} that the chat template leaves out of the prompt")
+        lost: set[str] = set()
+        for answer, text in zip((pair.chosen, pair.rejected), texts.answered, strict=True):
+            own = answer_turns(pair.prompt, answer)
+            for index, kind in lost_parts(own, text[shared_length(texts.opened, text) :]):
+                if kind == REASONING and index < len(own) - 1:
+                    lost_before.add("reasoning of an earlier turn of the answer that the chat template leaves out")
+                else:
+                    lost.add(kind)
+        for what in sorted(lost_before):
+            self.report.noted[what].append(pair.where)
+        if lost:
+            kinds = " and ".join(sorted(lost))
+            with_lost = f"that differ only in their {kinds}, which" if is_same else f"with {kinds} that"
+            self._lost[f"answers {with_lost} the chat template does not write"].append(pair.where)
+        return bool(lost)
+
+    def _cut(self, pair: Pair, texts: Rendered, ids: Sequence[list[int]]) -> EncodedPair:
         """Return a pair begun, cut at the longest token prefix that the prompt and both whole texts share, and ended.
 
         Raises:
@@ -152,12 +238,45 @@ class Encoder:
         length = common_start(rows)
         if not length:
             raise RowError("has no prompt token before the answers; write a prompt")
-        if not all(text.startswith(texts[0]) for text in texts):
+        if not all(text.startswith(texts.opened) for text in texts.answered):
             self.report.noted["rendered answer that does not begin with the rendered prompt"].append(pair.where)
         elif length < len(prompt):
             self.report.noted["token that spans the border of prompt and answer"].append(pair.where)
         answers = self._end(chosen[length:]), self._end(rejected[length:])
-        return EncodedPair(chosen[:length], *answers, pair.margin or 0.0, pair.where, prompt_key(pair.prompt))
+        scored = [
+            None if spans is None else self._scored(text, spans, row, len(row) - len(ids_alone))[length : length + len(answer)]
+            for text, spans, row, ids_alone, answer in zip(
+                texts.answered, texts.spans, (chosen, rejected), ids[1:], answers, strict=True
+            )
+        ]
+        # The end token that was appended is the last turn's.
+        masks = [
+            None if mask is None else np.append(mask, np.ones(len(answer) - len(mask), dtype=bool))
+            for mask, answer in zip(scored, answers, strict=True)
+        ]
+        if any(mask is not None and not mask.any() for mask in masks):
+            raise RowError("has an answer without a token of the assistant; write data.score: all")
+        key = prompt_key(pair.prompt)
+        return EncodedPair(chosen[:length], *answers, pair.margin or 0.0, pair.where, key, *masks)
+
+    def _scored(self, text: str, spans: Spans, row: np.ndarray, offset: int) -> np.ndarray:
+        """Return which tokens of a whole row lie in some spans of its text; an end token right behind a span is its own.
+
+        Args:
+            text: What was tokenized.
+            spans: [start, end) in it.
+            row: The token ids, those before the text included.
+            offset: How many come before the text.
+        """
+        borders = [border for span in spans for border in span]
+        before = self._tokenize([text[:border] for border in borders])
+        counts = [offset + common_start([row[offset:], np.array(ids, dtype=np.int32)]) if ids else offset for ids in before]
+        mask = np.zeros(len(row), dtype=bool)
+        for start, end in zip(counts[::2], counts[1::2], strict=True):
+            mask[start:end] = True
+            if end < len(row) and int(row[end]) in self.ends:
+                mask[end] = True
+        return mask
 
     def _end(self, answer: np.ndarray) -> np.ndarray:
         """Return the answer up to its end token (ChatML writes a line break after it), or with one appended."""
@@ -179,7 +298,8 @@ class Encoder:
             longer.append(pair)
             if overlong == "truncate_prompt":
                 prompt = pair.prompt_ids
-                kept = 1 if self.bos is not None and prompt[0] == self.bos else 0
+                begins = bool(self.prefix) and list(prompt[: len(self.prefix)]) == self.prefix
+                kept = len(self.prefix) if begins else 1 if self.bos is not None and prompt[0] == self.bos else 0
                 room = self.max_length - row_length(pair) + len(prompt) - kept
                 if room < 1 or kept + room >= len(prompt):
                     self.report.dropped[ANSWERS_TOO_LONG].append(pair.where)
@@ -196,3 +316,10 @@ class Encoder:
                 "truncate_prompt"
             )
         return fitting
+
+
+def _is_same(pair: EncodedPair) -> bool:
+    """Return whether both answers of a pair are the same tokens, and the same of them are scored."""
+    one, other = pair.chosen_scored, pair.rejected_scored
+    same_scored = one is other is None or (one is not None and other is not None and np.array_equal(one, other))
+    return bool(np.array_equal(pair.chosen_ids, pair.rejected_ids) and same_scored)

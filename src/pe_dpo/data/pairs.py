@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,20 @@ class Pair:
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Answer(NamedTuple):
+    """One answer as token ids, and what of it counts."""
+
+    ids: np.ndarray
+    """int32 (A,)."""
+    scored: np.ndarray | None
+    """bool (A,); None where all tokens are."""
+
+    @property
+    def key(self) -> bytes:
+        """Bytes that are equal for equal answers alone."""
+        return self.ids.tobytes() + (b"" if self.scored is None else b"scored" + np.packbits(self.scored).tobytes())
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
     """One pair as token ids; prompt + answer is what the model reads.
@@ -71,6 +85,11 @@ class EncodedPair:
     chosen_scored: np.ndarray | None = None
     rejected_scored: np.ndarray | None = None
 
+    @property
+    def answers(self) -> tuple[Answer, Answer]:
+        """The chosen and the rejected answer."""
+        return Answer(self.chosen_ids, self.chosen_scored), Answer(self.rejected_ids, self.rejected_scored)
+
 
 def row_length(pair: EncodedPair) -> int:
     """Return the tokens of the prompt with the longer answer."""
@@ -93,7 +112,7 @@ def prompt_key(prompt: Text) -> str:
 
 
 def data_hash(encoded: Sequence[EncodedPair]) -> str:
-    """Return the sha256, in 64 hex digits, over the token ids and margins of all pairs in their order.
+    """Return the sha256, in 64 hex digits, over token ids, what of them is scored, and margins of all pairs in their order.
 
     The same data through another file format or row name hashes the same.
     """
@@ -102,6 +121,8 @@ def data_hash(encoded: Sequence[EncodedPair]) -> str:
         for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(ids.astype("<i4").tobytes())
+        for scored in (pair.chosen_scored, pair.rejected_scored):
+            digest.update(b"" if scored is None else b"scored" + np.packbits(scored).tobytes())
         digest.update(np.float64(pair.margin).tobytes())
     return digest.hexdigest()
 

@@ -33,6 +33,7 @@ class DataReport:
         unused_files: Data files or splits beside them that were not used.
         shape: In words, how the rows were understood.
         template: In words, how pairs became text.
+        template_date: The date that a chat template with a clock wrote, as 2026-11-29; None for a template without one.
         kept: Pairs to train on.
         held_out: Pairs held out.
         held_out_from: In words, where the held-out pairs come from.
@@ -51,6 +52,7 @@ class DataReport:
         self.unused_files: list[str] = []
         self.shape = ""
         self.template = ""
+        self.template_date: str | None = None
         self.kept = 0
         self.held_out = 0
         self.held_out_from = "none"
@@ -164,7 +166,9 @@ class DataReport:
         unused = f"; not used: {', '.join(self.unused_files)}" if self.unused_files else ""
         lines = [f"read {self.rows_read:,} rows: {files}{unused}"]
         lines += [f"understood as {self.shape}"] if self.shape else []
-        lines += [f"written with {self.template}"] if self.template else []
+        if self.template:
+            clock = f", which writes the date: {self.template_date} here and whenever this run is evaluated"
+            lines.append(f"written with {self.template}{clock if self.template_date else ''}")
         if self.kept:
             lines.append(f"{self.kept:,} pairs to train on, {self.held_out:,} held out ({self.held_out_from})")
         if self.tokens:
@@ -172,13 +176,14 @@ class DataReport:
             longest = f"longest pair {self.tokens['pair']['max']:,}"
             lines.append(f"median tokens: {medians}; {longest}; chosen longer in {self.chosen_longer:.0%} of pairs")
         if self.dropped:
-            lines.append(f"left out: {_first_of_each(self.dropped)}")
+            lines.append(f"left out: {first_of_each(self.dropped)}")
         if self.noted:
-            lines.append(f"used, but look at: {_first_of_each(self.noted)}")
+            lines.append(f"used, but look at: {first_of_each(self.noted)}")
         return lines + self.remarks
 
 
-def _first_of_each(found: Mapping[str, list[str]], shown: int = 3) -> str:
+def first_of_each(found: Mapping[str, list[str]], shown: int = 3) -> str:
+    """Return how many rows each finding has, and the names of the first."""
     parts = []
     for what, rows in found.items():
         short = [row if len(row) <= 120 else row[:117] + "..." for row in rows[:shown]]

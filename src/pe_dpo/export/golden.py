@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pe_dpo.data.encoding import begin_token, with_begin
+from pe_dpo.data.encoding import begin_tokens, with_begin
 from pe_dpo.data.files import read_rows
 from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError
@@ -193,7 +193,7 @@ def token_ids(tokenizer: Any, rendered: str) -> list[int]:
         rendered: a chat, or plain text.
     """
     ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    return with_begin(ids, None if tokenizer.chat_template else begin_token(tokenizer))
+    return with_begin(ids, [] if tokenizer.chat_template else begin_tokens(tokenizer))
 
 
 @torch.no_grad()

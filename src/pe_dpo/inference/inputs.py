@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pe_dpo.data import PreparedData, prepare_pairs
+from pe_dpo.data.rendering import set_template
 from pe_dpo.errors import ModelError
 from pe_dpo.model.base import BaseInfo, answer_end_tokens, inspect_base, load_tokenizer
 from pe_dpo.recipe import Recipe
@@ -32,6 +33,7 @@ def read_inputs(recipe: Recipe, *, recorded: Mapping[str, Any] | None = None) ->
     """
     base = inspect_base(**recipe.model.model_dump())
     tokenizer = load_tokenizer(recipe.model.base, revision=recipe.model.revision)
+    set_template(tokenizer, recipe.data)
     data = prepare_pairs(
         recipe.data,
         tokenizer=tokenizer,

@@ -324,4 +324,5 @@ def _of_pairs(keys: Sequence[tuple[bytes, bytes]], known: Mapping[bytes, StoredL
 
 
 def _keys(pair: EncodedPair) -> tuple[bytes, bytes]:
-    return answer_key(pair.prompt_ids, pair.chosen_ids), answer_key(pair.prompt_ids, pair.rejected_ids)
+    chosen, rejected = (answer_key(pair.prompt_ids, *answer) for answer in pair.answers)
+    return chosen, rejected

@@ -1,6 +1,6 @@
 """What the reference made of an answer, kept on disk: a run computes only what no earlier run has.
 
-    (reference, prompt ids, answer ids) → log-prob in nats, tokens
+    (reference, prompt ids, answer ids, which of them are scored) → log-prob in nats, tokens
 
 One SQLite file. A row holds 24 bytes: log-prob (float64), tokens (int64) and a checksum. Blobs, because SQLite's own REAL
 loses the sign of -0.0. A file that cannot be read, or has a row that is not what was written, is set aside and begun anew: a
@@ -53,15 +53,19 @@ class StoredLogprob(NamedTuple):
     tokens: int
 
 
-def answer_key(prompt_ids: np.ndarray, answer_ids: np.ndarray) -> bytes:
-    """Return 32 bytes that stand for an answer after its prompt: the same tokens, divided otherwise, have another key.
+def answer_key(prompt_ids: np.ndarray, answer_ids: np.ndarray, scored: np.ndarray | None = None) -> bytes:
+    """Return 32 bytes that stand for an answer after its prompt; the same tokens, divided or scored otherwise, have others.
 
     Args:
         prompt_ids: integers (P,).
         answer_ids: integers (A,).
+        scored: bool (A,), which of its tokens count; None where all do.
     """
     prompt, answer = (np.asarray(ids).astype("<i4", casting="same_kind") for ids in (prompt_ids, answer_ids))
-    return hashlib.sha256(struct.pack("<Q", prompt.size) + prompt.tobytes() + answer.tobytes()).digest()
+    digest = hashlib.sha256(struct.pack("<Q", prompt.size) + prompt.tobytes() + answer.tobytes())
+    if scored is not None:  # a mask may not look like further tokens
+        digest = hashlib.sha256(digest.digest() + np.packbits(scored).tobytes())
+    return digest.digest()
 
 
 def reference_key(*, weights: str, quantize: str, dtype: str, path: str) -> str:
