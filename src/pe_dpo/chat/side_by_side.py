@@ -19,7 +19,8 @@ from jinja2 import TemplateError
 
 from pe_dpo.data.encoding import begin_tokens, with_begin
 from pe_dpo.data.pairs import RowError, Text, Turns
-from pe_dpo.data.rendering import as_messages, control_tokens, uses_chat_template
+from pe_dpo.data.rendering import as_messages
+from pe_dpo.data.template import control_tokens, uses_chat_template
 from pe_dpo.errors import StoreUnavailable, UsageError
 from pe_dpo.inference.policy import Policy, SavedPolicy, load_policy
 from pe_dpo.inference.reference import remembered_fingerprint

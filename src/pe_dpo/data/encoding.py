@@ -15,21 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from pe_dpo.data.arrival import REASONING, TOOLS, loses_tools, lost_parts
-from pe_dpo.data.dialogues import shared_length
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError, common_start, prompt_key, row_length
-from pe_dpo.data.rendering import (
-    Rendered,
-    Spans,
-    Template,
-    answer_turns,
-    as_messages,
-    control_tokens,
-    describe_template,
-    foreign_template,
-    is_blank,
-)
+from pe_dpo.data.rendering import Rendered, Spans, answer_turns, is_blank, render_pair
 from pe_dpo.data.report import ANSWERS_TOO_LONG, EMPTY, IDENTICAL, NAMED_ROWS, OVERLONG, DataReport, first_of_each
+from pe_dpo.data.template import Template, control_tokens, describe_template, foreign_template
 from pe_dpo.errors import DataError
 from pe_dpo.progress import advance, progress
 from pe_dpo.recipe.schema import DataSection
@@ -154,7 +143,7 @@ class Encoder:
         try:
             if self.template.is_chat:
                 self._check_control_tokens(sides)
-            texts = self.template.render_pair(pair)
+            texts = render_pair(pair, self.template, last_turn_alone=self.settings.score == "last")
         except RowError as error:
             self.report.refuse(pair.where, error, self.settings.bad_rows)
             return None
@@ -203,27 +192,13 @@ class Encoder:
 
     def _look_for_losses(self, pair: Pair, texts: Rendered, *, is_same: bool) -> bool:
         """Count what the chat template left out of a pair; return whether its answers lost something."""
-        if not self.template.is_chat:
-            return False
-        turns = as_messages(pair.prompt)
-        lost_before = {f"{kind} that the chat template leaves out of the prompt" for _, kind in lost_parts(turns, texts.opened)}
-        if pair.tools and loses_tools(pair.tools, texts.opened):
-            lost_before.add(f"{TOOLS} that the chat template leaves out of the prompt")
-        lost: set[str] = set()
-        for answer, text in zip((pair.chosen, pair.rejected), texts.answered, strict=True):
-            own = answer_turns(pair.prompt, answer)
-            for index, kind in lost_parts(own, text[shared_length(texts.opened, text) :]):
-                if kind == REASONING and index < len(own) - 1:
-                    lost_before.add("reasoning of an earlier turn of the answer that the chat template leaves out")
-                else:
-                    lost.add(kind)
-        for what in sorted(lost_before):
-            self.report.noted[what].append(pair.where)
-        if lost:
-            kinds = " and ".join(sorted(lost))
+        for what in sorted(texts.lost_before):
+            self.report.noted[f"{what} that the chat template does not write"].append(pair.where)
+        if texts.lost:
+            kinds = " and ".join(sorted(texts.lost))
             with_lost = f"that differ only in their {kinds}, which" if is_same else f"with {kinds} that"
             self._lost[f"answers {with_lost} the chat template does not write"].append(pair.where)
-        return bool(lost)
+        return bool(texts.lost)
 
     def _cut(self, pair: Pair, texts: Rendered, ids: Sequence[list[int]]) -> EncodedPair:
         """Return a pair begun, cut at the longest token prefix that the prompt and both whole texts share, and ended.
@@ -260,7 +235,9 @@ class Encoder:
         return EncodedPair(chosen[:length], *answers, pair.margin or 0.0, pair.where, key, *masks)
 
     def _scored(self, text: str, spans: Spans, row: np.ndarray, offset: int) -> np.ndarray:
-        """Return which tokens of a whole row lie in some spans of its text; an end token right behind a span is its own.
+        """Return which tokens of a whole row lie in some spans of its text, each up to its end token.
+
+        An end token right behind a span belongs to it, and the line break that ChatML writes behind the end token does not.
 
         Args:
             text: What was tokenized.
@@ -273,9 +250,11 @@ class Encoder:
         counts = [offset + common_start([row[offset:], np.array(ids, dtype=np.int32)]) if ids else offset for ids in before]
         mask = np.zeros(len(row), dtype=bool)
         for start, end in zip(counts[::2], counts[1::2], strict=True):
-            mask[start:end] = True
-            if end < len(row) and int(row[end]) in self.ends:
-                mask[end] = True
+            stop = end + (end < len(row) and int(row[end]) in self.ends)
+            last = max((index for index in range(start, stop) if int(row[index]) in self.ends), default=stop - 1) + 1
+            if last < stop and not self.tokenizer.decode(row[last:stop].tolist()).strip():
+                stop = last
+            mask[start:stop] = True
         return mask
 
     def _end(self, answer: np.ndarray) -> np.ndarray:

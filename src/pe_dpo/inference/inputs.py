@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pe_dpo.data import PreparedData, prepare_pairs
-from pe_dpo.data.rendering import set_template
+from pe_dpo.data.template import set_template
 from pe_dpo.errors import ModelError
 from pe_dpo.model.base import BaseInfo, answer_end_tokens, inspect_base, load_tokenizer
 from pe_dpo.recipe import Recipe

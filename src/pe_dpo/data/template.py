@@ -1,0 +1,236 @@
+"""The chat template of a tokenizer: with a recipe's own text and arguments, its date held, its wishes found out on probes."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pe_dpo.data.arrival import REASONING_KEYS, lost_parts
+from pe_dpo.data.dialogues import shared_length
+from pe_dpo.data.pairs import Message, RowError, Turns
+from pe_dpo.errors import DataError
+from pe_dpo.recipe.schema import DataSection
+
+PROBES = ("zqxjkv", "wvkjxq")  # answers that no template contains; two, because an answer may begin or end like one of them
+"""Answers that no template contains; two, because an answer may begin or end like one of them."""
+_CALL = {"type": "function", "id": "aBcDeFgHi", "function": {"name": "zqxjkv", "arguments": {"wvkjxq": "kvjxzq"}}}
+
+
+def uses_chat_template(tokenizer: Any, template: str) -> bool:
+    """Return whether pairs are rendered by the tokenizer's chat template; "auto" takes it where there is one.
+
+    Raises:
+        DataError: `chat` is asked for and the tokenizer has none.
+    """
+    if template == "chat" and not tokenizer.chat_template:
+        raise DataError(
+            "data.template: chat: the tokenizer has no chat template; take an instruct model, or write data.template: plain"
+        )
+    return template != "plain" and bool(tokenizer.chat_template)
+
+
+def set_template(tokenizer: Any, settings: DataSection) -> None:
+    """Give a tokenizer the chat template that a recipe names, with the arguments that it sets.
+
+    The arguments are written into the template as its defaults, so that everything that is made of the tokenizer (run, adapter,
+    merged model, GGUF) renders as in training without knowing them.
+
+    Args:
+        tokenizer: A transformers tokenizer as its base has it; changed in place.
+        settings: Its `template` and `template_args` count here.
+
+    Raises:
+        DataError: The file of the template cannot be read, or there are arguments and no template.
+    """
+    if settings.template not in ("auto", "chat", "plain"):
+        try:
+            tokenizer.chat_template = Path(settings.template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"data.template: {settings.template} cannot be read ({error}); name a file with a Jinja chat template, "
+                "or write auto, chat or plain"
+            ) from error
+    if not settings.template_args:
+        return
+    if not uses_chat_template(tokenizer, settings.template):
+        raise DataError("data.template_args: there is no chat template that could take them; leave them out")
+    # The empty expression keeps Jinja from trimming a line break at the start of the template after a block.
+    defaults = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}"
+        for name, value in settings.template_args.items()
+    ) + "{{ '' }}"  # fmt: skip
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: defaults + text for name, text in template.items()}
+    else:
+        tokenizer.chat_template = defaults + template
+
+
+class Template:
+    """How pairs become text.
+
+    Attributes:
+        is_chat: Whether the tokenizer's chat template writes them, else they are plain text.
+        today: The date for a template that writes it.
+        has_clock: Whether the template writes a date.
+    """
+
+    def __init__(self, tokenizer: Any, settings: DataSection) -> None:
+        """Find out how the template wants reasoning and the arguments of tool calls.
+
+        Args:
+            tokenizer: A transformers tokenizer.
+            settings: Its `template` and `template_date` count here.
+
+        Raises:
+            DataError: A chat template is asked for and the tokenizer has none.
+        """
+        self._tokenizer = tokenizer
+        self.is_chat = uses_chat_template(tokenizer, settings.template)
+        self.today = settings.template_date or date.today()
+        self.has_clock = self.is_chat and "strftime_now" in str(tokenizer.chat_template)
+        self._content_as_parts = self._calls_as_text = False
+        self._reasoning_key: str | None = None
+        if not self.is_chat:
+            return
+        question, answer = {"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": PROBES[0]}
+        if not self._arrives((question, answer)):
+            self._content_as_parts = True
+            self._content_as_parts = self._arrives((question, answer))
+        self._reasoning_key = next(
+            (key for key in REASONING_KEYS if self._arrives((question, answer | {key: PROBES[1]}))), None
+        )
+        with_call = (question, answer | {"content": "", "tool_calls": [_CALL]})
+        if not self._arrives(with_call):
+            self._calls_as_text = True
+            self._calls_as_text = self._arrives(with_call)
+
+    def _arrives(self, turns: Turns) -> bool:
+        """Return whether a template writes all of some turns."""
+        try:
+            return not lost_parts(turns, self.render(turns))
+        except RowError:
+            return False
+
+    def render(
+        self,
+        turns: Sequence[Message],
+        *,
+        opens: bool = False,
+        tools: list[Any] | None = None,
+        args: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return messages as the chat template writes them.
+
+        Args:
+            turns: The messages.
+            opens: Whether the generation prompt follows, which opens an answer.
+            tools: Descriptions of functions.
+            args: Arguments of the template for these messages alone.
+
+        Raises:
+            RowError: The template refuses them.
+        """
+        from jinja2 import TemplateError
+
+        messages = [self._as_the_template_wants(turn) for turn in turns]
+        source = self._tokenizer.get_chat_template(tools=tools)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self._frozen_clock() + source if self.has_clock else source,
+                tokenize=False,
+                add_generation_prompt=opens,
+                **(args or {}),
+            )
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+            what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise RowError(f"is refused by the chat template ({what}); see which roles and turns it wants") from error
+        return text
+
+    def _frozen_clock(self) -> str:
+        """Return Jinja that stands before a template and replaces its clock, which in transformers is the real one."""
+        letters = "aAbBdmyYjHIMSp"
+        directives = {f"%{letter}": self.today.strftime(f"%{letter}") for letter in letters} | {"%-d": str(self.today.day)}
+        replaced = "format" + "".join(f".replace({name!r}, {value!r})" for name, value in directives.items())
+        return f"{{% macro strftime_now(format) %}}{{{{ {replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
+
+    def _as_the_template_wants(self, turn: Message) -> dict[str, Any]:
+        message = dict(turn)
+        if self._content_as_parts:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        given = [key for key in REASONING_KEYS if key in message]
+        if given and self._reasoning_key and self._reasoning_key not in message:
+            message[self._reasoning_key] = message.pop(given[0])
+        if self._calls_as_text and message.get("tool_calls"):  # put together with other text (DeepSeek-V3)
+            functions = [
+                call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}
+                for call in message["tool_calls"]
+            ]
+            calls = zip(message["tool_calls"], functions, strict=True)
+            message["tool_calls"] = [{**call, "function": function} for call, function in calls]
+        return message
+
+
+def describe_template(template: Template) -> list[str]:
+    """Return what a chat template does around an answer, measured on one probe.
+
+    Returns:
+        What is worth telling: the generation prompt that rendered answers do not have, and text of the template that is
+        scored as part of the answers. Empty for an ordinary template.
+    """
+    prompt: Turns = ({"role": "user", "content": "Hello"},)
+    try:
+        opened = template.render(prompt, opens=True)
+        answered = template.render((*prompt, {"role": "assistant", "content": PROBES[0]}))
+    except RowError:
+        return []  # the template wants other turns; the rows will show
+    head = answered[: max(answered.find(PROBES[0]), 0)]
+    shared = shared_length(opened, head)
+    facts = []
+    if shared < len(opened):
+        facts.append(
+            f"the chat template is not prefix-preserving: its generation prompt ends with {opened[shared:]!r} "
+            f"({len(opened) - shared} characters), which rendered answers do not have; it is left out"
+        )
+    if head[shared:].strip():
+        facts.append(
+            f"the chat template writes {head[shared:]!r} ({len(head) - shared} characters) between the generation "
+            "prompt and the answer; they are scored as part of both answers"
+        )
+    return facts
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Return what finds the tokenizer's special tokens in a text; None when it has none."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = {*tokenizer.all_special_tokens, *added} - {""}
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
+
+
+_FOREIGN = {
+    "Llama 2's [INST]": re.compile(r"\[INST\]|<<SYS>>"),
+    "ChatML's <|im_start|>": re.compile(r"<\|im_start\|>"),
+    "Llama 3's <|start_header_id|>": re.compile(r"<\|start_header_id\|>"),
+    "Gemma's <start_of_turn>": re.compile(r"<start_of_turn>"),
+    "Zephyr's <|user|>": re.compile(r"<\|(?:user|assistant)\|>"),
+    "DeepSeek's <｜User｜>": re.compile(r"<｜User｜>"),
+    "Alpaca's ### Response:": re.compile(r"^### ?(?:Response|Instruction|Input):", re.MULTILINE),
+    "Vicuna's USER: … ASSISTANT:": re.compile(r"(?:^|\s)USER: .*\sASSISTANT:", re.DOTALL),
+}
+
+
+def foreign_template(texts: Sequence[str], own: str | None) -> str | None:
+    """Return the name of the chat template that texts are already written with, None for none.
+
+    Args:
+        texts: Prompt and answers as the row has them.
+        own: The chat template's source under which they are meant to be; what it has itself is not foreign.
+    """
+    for name, mark in _FOREIGN.items():
+        if any(mark.search(text) for text in texts) and not (own and mark.search(own)):
+            return name
+    return None

@@ -1,0 +1,292 @@
+"""What chat templates do to a pair: what they leave out is found, what they want is given, their clock and arguments hold."""
+
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_tokenizers import CHATML, build_tokenizer
+
+from pe_dpo.data import DataReport, EncodedPair, Encoder, Pair
+from pe_dpo.data.arrival import lost_parts
+from pe_dpo.data.template import Template, foreign_template, set_template
+from pe_dpo.errors import DataError
+from pe_dpo.recipe import DataSection
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern", "days": 3}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells the weather.", "parameters": {}}}]
+NO = ({"role": "assistant", "content": "No."},)
+# as Qwen3: tool calls as JSON, reasoning of the last turn alone
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' and m.reasoning_content and loop.last %}"
+    "{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' and not loop.last else m.content %}"
+    "{{ said }}{% for c in m.tool_calls or [] %}"
+    "{{ '<tool_call>' + c.function.name + ' ' + c.function.arguments | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def answer(content: str, **more: Any) -> tuple[dict[str, Any], ...]:
+    return (turn("assistant", content, **more),)
+
+
+def encode(
+    *pairs: Pair, template: str = CHATML, eos: str = "<|im_end|>", **settings: Any
+) -> tuple[list[EncodedPair], DataReport]:
+    report = DataReport()
+    section = DataSection(train="x", **settings)
+    encoder = Encoder(build_tokenizer(template=template, eos=eos), section, max_length=10_000, report=report)
+    return encoder.encode(pairs), report
+
+
+def pair_of(chosen: Any, rejected: Any = NO, *, prompt: Any = None, tools: Any = None, where: str = "x:1", **more: Any) -> Pair:
+    return Pair(prompt or (turn("user", "Hi"),), chosen, rejected, None, tools, where, **more)
+
+
+def decoded(ids: Any, template: str = CHATML) -> str:
+    return str(build_tokenizer(template=template, eos="<|im_end|>").decode(ids.tolist()))
+
+
+# ------------------------------------------------------------------------------------------------------------- what is lost
+
+
+@pytest.mark.parametrize(("lost", "what"), [
+    (answer("", tool_calls=[CALL]), "tool calls"),
+    (answer("I will look.", tool_calls=[CALL]), "tool calls"),
+    (answer("Yes.", reasoning_content="They ask."), "reasoning"),
+    (answer("Yes.", thinking="They ask."), "reasoning"),
+])  # fmt: skip
+def test_an_answer_that_loses_something_is_one_error_with_all_its_rows(lost: Any, what: str) -> None:
+    pairs = [pair_of(lost, where=f"x:{row}") for row in range(1, 13)]
+    with pytest.raises(DataError) as error:
+        encode(*pairs, pair_of(answer("Yes.")))
+    assert str(error.value) == (
+        f"12 answers with {what} that the chat template does not write (x:1, x:2, x:3, ...); take a template that writes them "
+        "(data.template: file.jinja), or leave such rows out with data.bad_rows: drop"
+    )
+
+
+def test_rows_that_lose_something_are_dropped_by_name_when_asked() -> None:
+    pairs = pair_of(answer("", tool_calls=[CALL])), pair_of(answer("Yes."), where="x:2")
+    encoded, report = encode(*pairs, bad_rows="drop")
+    assert [one.where for one in encoded] == ["x:2"]
+    assert report.dropped == {"answers with tool calls that the chat template does not write": ["x:1"]}
+
+
+def test_pairs_that_differ_only_in_what_is_lost_are_not_called_identical() -> None:
+    pair = pair_of(answer("12", reasoning_content="3 * 4 is 12."), answer("12", reasoning_content="no idea"))
+    with pytest.raises(
+        DataError, match="1 answers that differ only in their reasoning, which the chat template does not write"
+    ):
+        encode(pair)
+    encoded, report = encode(pair, template=THINKING)
+    assert decoded(encoded[0].chosen_ids) == "<think>\n3 * 4 is 12.\n</think>\n\n12<|im_end|>"
+    assert report.dropped == report.noted == {}
+
+
+def test_thoughts_within_the_text_that_a_template_cuts_are_lost_and_other_white_space_is_not() -> None:
+    cutting = CHATML.replace("m['content'] +", "m['content'].split('</think>')[-1].strip() +")
+    with pytest.raises(DataError, match="answers with reasoning that the chat template does not write"):
+        encode(pair_of(answer("<think>\nadd\n</think>\n\n4")), template=cutting)
+    encoded, _ = encode(pair_of(answer("  4 \n")), template=cutting)
+    assert decoded(encoded[0].chosen_ids) == "4<|im_end|>"
+
+
+def test_what_the_history_loses_is_counted_and_used() -> None:
+    history = (turn("user", "2+2?"), turn("assistant", "<think>\nadd\n</think>\n\n4"), turn("user", "3+3?"))
+    called = (turn("user", "Hi"), *answer("", tool_calls=[CALL]), turn("tool", "Sunny."))
+    pairs = pair_of(answer("6"), prompt=history), pair_of(answer("6"), prompt=called, tools=TOOLS, where="x:2")
+    encoded, report = encode(pairs[0], template=THINKING)
+    assert "add" not in decoded(encoded[0].prompt_ids)
+    assert report.noted == {"reasoning of the prompt that the chat template does not write": ["x:1"]}
+    _, report = encode(pairs[1])
+    assert report.noted == {
+        "tool calls of the prompt that the chat template does not write": ["x:2"],
+        "tools that the chat template does not write": ["x:2"],
+    }
+    no_system = "{% for m in messages if m.role != 'system' %}" + CHATML.split("%}", 1)[1]
+    _, report = encode(pair_of(answer("6"), prompt=(turn("system", "Be kind."), turn("user", "Hi"))), template=no_system)
+    assert report.noted == {"system turn of the prompt that the chat template does not write": ["x:1"]}
+
+
+@pytest.mark.parametrize(("turns", "rendered", "lost"), [
+    ([turn("user", "yes"), turn("assistant", "yes"), turn("user", "yes")], "yes yes", [(2, "text")]),
+    ([turn("user", "a b")], "a  \n b", []),
+    ([turn("system", "Be kind."), turn("user", "Hi")], "[INST] Be kind.\n\nHi [/INST]", []),
+    ([turn("user", "Hi"), turn("system", "Be kind.")], "Be kind. Hi", []),
+    (answer("", tool_calls=[CALL]), "weather(city='Bern', days=3)", []),
+    (answer("", tool_calls=[CALL]), '{"name": "weather", "arguments": "{\\"city\\": \\"Bern\\", \\"days\\": 3}"}', []),
+    (answer("", tool_calls=[CALL]), "weather(city='Bern')", [(0, "tool calls")]),
+    (answer('say "é"\n'), '{"content": "say \\"\\u00e9\\""}', []),
+    (answer("", tool_calls=[{"function": {"name": "f", "arguments": {"on": True, "no": None, "x": [1.5, "q"]}}}]),
+     "f on=True no x=[1.5, 'q']", []),
+], ids=range(9))  # fmt: skip
+def test_parts_are_looked_up_in_order_in_every_way_of_writing_them(turns: Any, rendered: str, lost: Any) -> None:
+    assert lost_parts(turns, rendered) == lost
+
+
+# ---------------------------------------------------------------------------------------------------- what a template wants
+
+
+def test_arguments_of_tool_calls_are_text_where_a_template_puts_them_together_with_text() -> None:
+    wants_text = CHATML.replace("m['content'] +", "m['content'] + (m.tool_calls[0].function.name + ' ' + "
+                                "m.tool_calls[0].function.arguments if m.tool_calls else '') +")  # fmt: skip
+    encoded, report = encode(pair_of(answer("", tool_calls=[CALL])), template=wants_text)
+    assert decoded(encoded[0].chosen_ids) == 'weather {"city": "Bern", "days": 3}<|im_end|>'
+    assert report.noted == {}
+
+
+def test_content_is_a_list_of_parts_where_a_template_reads_parts() -> None:
+    wants_parts = CHATML.replace("m['content']", "m['content'][0]['text']")
+    encoded, _ = encode(pair_of(answer("Yes.")), template=wants_parts)
+    assert (decoded(encoded[0].prompt_ids), decoded(encoded[0].chosen_ids)) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Yes.<|im_end|>")  # fmt: skip
+
+
+def test_answers_go_on_with_the_assistant_turn_that_ends_a_prompt() -> None:
+    prompt = (turn("user", "Write JSON"), *answer("{ "))
+    encoded, report = encode(pair_of(answer('"a": 1}'), answer("no"), prompt=prompt))
+    assert decoded(encoded[0].prompt_ids) == "<|im_start|>user\nWrite JSON<|im_end|>\n<|im_start|>assistant\n{ "
+    assert [decoded(ids) for ids in (encoded[0].chosen_ids, encoded[0].rejected_ids)] == ['"a": 1}<|im_end|>', "no<|im_end|>"]
+    assert report.noted == {}
+    with pytest.raises(DataError, match="does not write the assistant turn that ends the prompt as it is"):
+        encode(
+            pair_of(answer("b"), prompt=(turn("user", "Hi"), *answer("so "))),
+            template=CHATML.replace("m['content'] +", "m['content'].upper() +"),
+        )
+
+
+@pytest.mark.parametrize("written", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_reaches_a_template_under_the_name_that_it_reads(written: str, read: str) -> None:
+    template = CHATML.replace("m['content'] +", f"(m.{read} or '') + m['content'] +")
+    encoded, _ = encode(pair_of(answer("Yes.", **{written: "Hm. "})), template=template)
+    assert decoded(encoded[0].chosen_ids) == "Hm. Yes.<|im_end|>"
+
+
+@pytest.mark.parametrize("body", ["{{ messages[0].content.nothing() }}", "{{ messages['x' * 2].y }}", "{{ 1 / 0 }}",
+                                  "{{ messages[0].content | int + messages[0].content }}"])  # fmt: skip
+def test_every_error_of_a_template_is_a_line_with_the_row(body: str) -> None:
+    with pytest.raises(DataError, match=r"^x:1: is refused by the chat template \(.*\); see which roles and turns it wants"):
+        encode(pair_of(answer("Yes.")), template=body)
+
+
+# --------------------------------------------------------------------------------------------------------- date, arguments
+
+
+CLOCK = "{{ strftime_now('%d %b %Y, %-d/%m/%y') if strftime_now is defined else 'no clock' }}" + CHATML
+
+
+def test_a_template_with_a_clock_writes_the_date_of_the_recipe_or_of_today_and_says_it() -> None:
+    encoded, report = encode(pair_of(answer("Yes.")), template=CLOCK, template_date=date(2024, 7, 6))
+    assert decoded(encoded[0].prompt_ids).startswith("06 Jul 2024, 6/07/24<|im_start|>")
+    assert report.template_date == "2024-07-06"
+    assert "which writes the date: 2024-07-06" in report.lines()[1]
+    encoded, report = encode(pair_of(answer("Yes.")), template=CLOCK)
+    assert decoded(encoded[0].prompt_ids).startswith(date.today().strftime("%d %b %Y, "))
+    assert report.template_date == date.today().isoformat()
+    _, report = encode(pair_of(answer("Yes.")))
+    assert report.template_date is None
+
+
+def test_a_template_of_ones_own_and_its_arguments_become_the_tokenizers(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("\n{% if loud %}LOUD {% endif %}{{ name }}" + CHATML, encoding="utf-8")
+    settings = DataSection(train="x", template=str(tmp_path / "own.jinja"), template_args={"loud": False, "name": 'a "q" é\n'})
+    tokenizer = build_tokenizer(template=CHATML, eos="<|im_end|>")
+    set_template(tokenizer, settings)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = type(tokenizer).from_pretrained(tmp_path / "saved")
+    messages = [turn("user", "Hi")]
+    for one in (tokenizer, saved):
+        assert one.apply_chat_template(messages, tokenize=False) == '\na "q" é\n<|im_start|>user\nHi<|im_end|>\n'
+        assert one.apply_chat_template(messages, tokenize=False, loud=True).startswith("\nLOUD a")
+    template = Template(tokenizer, settings)
+    assert template.render(messages, args={"name": "b"}) == "\nb<|im_start|>user\nHi<|im_end|>\n"
+
+
+def test_arguments_in_a_column_count_for_their_row_alone() -> None:
+    template = "{% if shout %}!{% endif %}" + CHATML
+    pairs = pair_of(answer("Yes."), template_args={"shout": True}), pair_of(answer("Yes."), where="x:2")
+    encoded, _ = encode(*pairs, template=template)
+    assert [decoded(one.prompt_ids)[0] for one in encoded] == ["!", "<"]
+
+
+@pytest.mark.parametrize(("settings", "line"), [
+    ({"template": "nowhere.jinja"}, "data.template: nowhere.jinja cannot be read"),
+    ({"template_args": {"a": 1}, "template": "plain"}, "data.template_args: there is no chat template that could take them"),
+])  # fmt: skip
+def test_a_template_or_arguments_that_cannot_be_used_are_an_error(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(DataError, match=line):
+        set_template(build_tokenizer(template=CHATML), DataSection(train="x", **settings))
+
+
+# ------------------------------------------------------------------------------------------------- other templates, prefixes
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("[INST] Hi [/INST]", "Llama 2's [INST]"),
+    ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "ChatML's <|im_start|>"),
+    ("<|start_header_id|>user<|end_header_id|>\n\nHi", "Llama 3's <|start_header_id|>"),
+    ("<start_of_turn>user\nHi", "Gemma's <start_of_turn>"),
+    ("### Instruction:\nHi\n\n### Response:\n", "Alpaca's ### Response:"),
+    ("A chat. USER: Hi ASSISTANT:", "Vicuna's USER: … ASSISTANT:"),
+    ("Write ### Response: into the form. [Inst]", None),
+])  # fmt: skip
+def test_texts_that_another_template_wrote_are_told(text: str, name: str | None) -> None:
+    assert foreign_template([text], own=None) == name
+    assert foreign_template([text], own=text) is None
+
+
+def test_a_foreign_template_is_a_line_of_the_report_and_ones_own_is_not() -> None:
+    alpaca = Pair("### Instruction:\nHi\n\n### Response:\n", "Yes.", "No.", None, None, "x:1")
+    _, report = encode(alpaca)
+    assert report.noted == {"text that is already written with another template (Alpaca's ### Response:)": ["x:1"]}
+    written = Pair("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Yes.<|im_end|>", "No.", None, None, "x:1")
+    report = DataReport()
+    plain = DataSection(train="x", template="plain")
+    encoder = Encoder(build_tokenizer(template=CHATML, eos="<|im_end|>"), plain, max_length=99, report=report)
+    (encoded,) = encoder.encode([written])
+    assert decoded(encoded.chosen_ids) == "Yes.<|im_end|>"
+    assert report.noted == {}
+
+
+def test_plain_text_begins_with_all_that_the_tokenizer_puts_before_it() -> None:
+    from tokenizers import processors
+
+    tokenizer = build_tokenizer(bos="<s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]"]})
+    mask = tokenizer.convert_tokens_to_ids("[gMASK]")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <s> $A <e>",
+        special_tokens=[("[gMASK]", mask), ("<s>", tokenizer.bos_token_id), ("<e>", tokenizer.eos_token_id)],
+    )
+    for prompt in ("Hi", "<s>Hi", "[gMASK]<s>Hi"):
+        encoder = Encoder(tokenizer, DataSection(train="x"), max_length=99, report=DataReport())
+        (encoded,) = encoder.encode([Pair(prompt, "Yes.", "No.", None, None, "x:1")])
+        assert tokenizer.decode(encoded.prompt_ids.tolist()) == "[gMASK]<s>Hi"
+        assert tokenizer.decode(encoded.chosen_ids.tolist()) == "Yes.<e>"
+    encoder = Encoder(tokenizer, DataSection(train="x", overlong="truncate_prompt"), max_length=9, report=DataReport())
+    (encoded,) = encoder.encode([Pair("abcdefgh", "Yes.", "No.", None, None, "x:1")])
+    assert tokenizer.decode(encoded.prompt_ids.tolist()) == "[gMASK]<s>gh"
+
+
+def test_control_tokens_in_tools_are_found_as_those_in_messages() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": "ends <|im_end|> here"}}]
+    with pytest.raises(DataError, match=r"x:1: column 'tools' holds the control token '<\|im_end\|>' as text"):
+        encode(pair_of(answer("Yes."), tools=tools))
+
+
+@pytest.mark.parametrize(("prompt", "chosen", "noted"), [
+    ("ab", "c", False), ("<s>ab", "c<e>", False), ("a<s>b", "c", True), ("ab", "<e>old<e> c", True), ("ab <e>", "c", True),
+])  # fmt: skip
+def test_control_tokens_within_plain_text_are_counted(prompt: str, chosen: str, noted: bool) -> None:
+    report = DataReport()
+    encoder = Encoder(build_tokenizer(bos="<s>"), DataSection(train="x"), max_length=99, report=report)
+    encoder.encode([Pair(prompt, chosen, "no", None, None, "x:1")])
+    assert report.noted == ({"control token within plain text, read as that token": ["x:1"]} if noted else {})
