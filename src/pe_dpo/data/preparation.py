@@ -6,6 +6,7 @@ files -> pairs -> token ids -+-> train
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain, islice
 from typing import Any
 
@@ -51,7 +52,8 @@ def prepare_pairs(
         context_length: The most tokens that the model takes, if it has a bound.
         end_token_ids: Further ids that end an answer, beside the tokenizer's EOS; from the generation config.
         only: Another path or hub id, all of whose pairs become `train` and none held out (to evaluate on).
-        recorded: The data report of a run whose held-out rows are held out again, see `split.divide`; None to split anew.
+        recorded: The data report of a run whose held-out rows are held out again, see `split.divide`, and whose date a
+            template with a clock writes; None to begin anew.
 
     Raises:
         DataError: The data cannot be found, read, understood or encoded, nothing of it is left, or `max_length` exceeds the
@@ -59,6 +61,8 @@ def prepare_pairs(
     """
     if only is not None:
         settings = settings.model_copy(update={"train": only, "eval": 0.0, "limit": None})
+    if settings.template_date is None and recorded and recorded.get("template_date"):
+        settings = settings.model_copy(update={"template_date": date.fromisoformat(recorded["template_date"])})
     if settings.max_length and context_length and settings.max_length > context_length:
         raise DataError(f"data.max_length: {settings.max_length} tokens, but the model's context is {context_length}; lower it")
     max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)

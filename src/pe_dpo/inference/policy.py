@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from pe_dpo.data.template import set_template
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.model.adapter import (
     POLICY,
@@ -195,7 +196,9 @@ def load_policy(
         tokenizer = source.tokenizer() if tokenizer is None else tokenizer
         model = base.eval() if source.adapter is None else load_adapter_for_evaluation(base, source.adapter)
     else:
-        tokenizer = load_tokenizer(section.base, revision=section.revision) if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = load_tokenizer(section.base, revision=section.revision)
+            set_template(tokenizer, source.data)
         model = _to_train(base, source)
     return Policy(model, tokenizer, info, answer_end_tokens(tokenizer, section.base, revision=section.revision))
 

@@ -83,6 +83,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
     adapter = recipe.adapter.model_copy(update={"start": absolute(recipe.adapter.start)})
     data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "eval": absolute(recipe.data.eval)})
+    if data.template not in ("auto", "chat", "plain"):
+        data = data.model_copy(update={"template": absolute(data.template)})
     return recipe.model_copy(update={"model": model, "adapter": adapter, "data": data})
 
 

@@ -133,7 +133,9 @@ class DataSection(Section):
         default_factory=dict, description="Arguments of the chat template, such as {enable_thinking: false}."
     )
     template_date: date | None = Field(
-        None, description="Today for a chat template that writes the date; default: the day on which the run starts."
+        None,
+        strict=False,
+        description="Today for a chat template that writes the date; default: the day on which the run starts.",
     )
     score: Literal["all", "last"] = Field(
         "all", description="Of an answer of several turns: score all of the assistant's turns, or its last one alone."

@@ -34,8 +34,12 @@ FREE_TO_CHANGE = (
     "train.eval_every",
     "train.log_every",
     "train.report_to",
+    "data.template_date",
 )
-"""Settings that a resumed run may have otherwise: none of them changes what is learned; but see `free_to_change`."""
+"""Settings that a resumed run may have otherwise: none of them changes what is learned; but see `free_to_change`.
+
+The date of a template is the recorded one where the recipe asks for none; another gives other token ids, which resume checks.
+"""
 _SPLIT = ("train.packing", "train.tokens_per_microbatch")
 """Settings that decide how the pairs of a step are split into forwards."""
 

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -104,6 +105,9 @@ def train(
             stack.enter_context(locked(run.folder))
             # Again, since another run may have come and gone while the pairs were prepared.
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
+        if prepared.data.report.template_date:  # so that the run's recipe, trained again, repeats it
+            written = {"template_date": date.fromisoformat(prepared.data.report.template_date)}
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=written)})
         if prepared.loaded_base is not None:
             stack.enter_context(borrowed_base(prepared.loaded_base))
         try:
