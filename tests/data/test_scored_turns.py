@@ -75,6 +75,14 @@ def test_the_last_turn_alone_is_scored_when_asked() -> None:
     assert report.noted == {"an answer of several turns, the last of them scored": ["x:1"]}
 
 
+def test_everything_is_scored_when_asked_as_it_once_was() -> None:
+    (encoded,), report, _ = encode(LONG, SHORT, score="everything")
+    assert encoded.chosen_scored is encoded.rejected_scored is None
+    (plain,), _, _ = encode(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK, template=None, score="everything")
+    assert plain.chosen_scored is None
+    assert report.noted == {"an answer of several turns, all of them scored": ["x:1"]}
+
+
 def test_transcripts_are_scored_alike_as_chat_and_as_the_text_that_they_are() -> None:
     (chat,), _, tokenizer = encode(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK)
     assert scored(chat, tokenizer) == "a<|im_end|>{\n" + USER + "}c<|im_end|>"

@@ -52,6 +52,7 @@ class Encoder:
         max_length: int,
         report: DataReport,
         end_token_ids: Collection[int] = (),
+        accepts_losses: bool = False,
     ) -> None:
         """Find out how texts are written, begun and ended, and note it in the report.
 
@@ -61,6 +62,7 @@ class Encoder:
             max_length: Most tokens of a prompt with its longer answer.
             report: What is dropped or suspicious is added to it.
             end_token_ids: Further ids that end an answer, beside the tokenizer's EOS.
+            accepts_losses: Whether answers of which the template leaves something out are used and counted.
 
         Raises:
             DataError: A chat template is asked for and the tokenizer has none.
@@ -83,6 +85,7 @@ class Encoder:
                 "set eos_token in the tokenizer"
             )
         report.remarks += describe_template(self.template) if self.template.is_chat else []
+        self.accepts_losses = accepts_losses
         self._lost: defaultdict[str, list[str]] = defaultdict(list)
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
@@ -107,15 +110,15 @@ class Encoder:
                     except RowError as error:
                         self.report.refuse(pair.where, error, self.settings.bad_rows)
                     else:
-                        encoded += [] if lost else [one]
+                        encoded += [] if lost and not self.accepts_losses else [one]
                 advance(min(start + _PAIRS_PER_CALL, len(pairs)), len(pairs))
-        if self._lost and self.settings.bad_rows == "error":
+        if self._lost and self.settings.bad_rows == "error" and not self.accepts_losses:
             raise DataError(
                 f"{first_of_each(self._lost)}; take a template that writes them (data.template: file.jinja), or leave such "
                 "rows out with data.bad_rows: drop"
             )
         for what, names in self._lost.items():
-            self.report.dropped[what] += names
+            (self.report.noted if self.accepts_losses else self.report.dropped)[what] += names
         if self.template.has_clock:
             self.report.template_date = self.template.today.isoformat()
         distinct = []
@@ -143,7 +146,7 @@ class Encoder:
         try:
             if self.template.is_chat:
                 self._check_control_tokens(sides)
-            texts = render_pair(pair, self.template, last_turn_alone=self.settings.score == "last")
+            texts = render_pair(pair, self.template, score=self.settings.score)
         except RowError as error:
             self.report.refuse(pair.where, error, self.settings.bad_rows)
             return None
@@ -156,7 +159,7 @@ class Encoder:
         if any(spans is not None for spans in texts.spans) or any(
             len(answer_turns(pair.prompt, answer)) > 1 for answer in (pair.chosen, pair.rejected)
         ):
-            scored = "the last of them" if self.settings.score == "last" else "the assistant's"
+            scored = {"all": "the assistant's", "last": "the last of them", "everything": "all of them"}[self.settings.score]
             self.report.noted[f"an answer of several turns, {scored} scored"].append(pair.where)
         return texts
 

@@ -53,7 +53,8 @@ def prepare_pairs(
         end_token_ids: Further ids that end an answer, beside the tokenizer's EOS; from the generation config.
         only: Another path or hub id, all of whose pairs become `train` and none held out (to evaluate on).
         recorded: The data report of a run whose held-out rows are held out again, see `split.divide`, and whose date a
-            template with a clock writes; None to begin anew.
+            template with a clock writes; None to begin anew. A run from before reports named these rows is read as it was:
+            every token of an answer is scored, and what its template leaves out is counted alone.
 
     Raises:
         DataError: The data cannot be found, read, understood or encoded, nothing of it is left, or `max_length` exceeds the
@@ -61,8 +62,8 @@ def prepare_pairs(
     """
     if only is not None:
         settings = settings.model_copy(update={"train": only, "eval": 0.0, "limit": None})
-    if settings.template_date is None and recorded and recorded.get("template_date"):
-        settings = settings.model_copy(update={"template_date": date.fromisoformat(recorded["template_date"])})
+    is_old = recorded is not None and recorded.get("held_out_rows") is None
+    settings = settings.model_copy(update=_as_recorded(settings, recorded or {}, is_old=is_old))
     if settings.max_length and context_length and settings.max_length > context_length:
         raise DataError(f"data.max_length: {settings.max_length} tokens, but the model's context is {context_length}; lower it")
     max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
@@ -79,7 +80,9 @@ def prepare_pairs(
         share = HELD_OUT_SHARE if settings.eval is None else float(settings.eval)
 
     pairs = read_pairs(parts, settings, report)
-    encoder = Encoder(tokenizer, settings, max_length=max_length, report=report, end_token_ids=end_token_ids)
+    encoder = Encoder(
+        tokenizer, settings, max_length=max_length, report=report, end_token_ids=end_token_ids, accepts_losses=is_old
+    )
     encoded = encoder.encode(pairs)
     _check_some_are_left(encoded, settings.train, max_length, report)
     brought_pairs: list[EncodedPair] = []
@@ -100,6 +103,14 @@ def prepare_pairs(
     report.examine(train, held_out)
     report.examine_lengths(encoder.lengths, max_length=max_length, context_length=context_length)
     return PreparedData(train, held_out, report)
+
+
+def _as_recorded(settings: DataSection, recorded: Mapping[str, Any], *, is_old: bool) -> dict[str, Any]:
+    """Return the settings that a run read its data with and that its recipe may not say."""
+    changes: dict[str, Any] = {"score": "everything"} if is_old else {}
+    if settings.template_date is None and recorded.get("template_date"):
+        changes["template_date"] = date.fromisoformat(recorded["template_date"])
+    return changes
 
 
 def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[Pair]:

@@ -6,7 +6,7 @@ plain   prompt                              and   prompt + answer
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pe_dpo.data.arrival import REASONING, loses_tools, lost_parts
 from pe_dpo.data.dialogues import ASSISTANT_TAG, TAG, is_transcript, messages_from_transcript, shared_length
@@ -33,13 +33,13 @@ class Rendered(NamedTuple):
     """Kinds of the parts of the prompt that it left out; of the earlier turns of an answer their reasoning, by design."""
 
 
-def render_pair(pair: Pair, template: Template, *, last_turn_alone: bool = False) -> Rendered:
+def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last", "everything"] = "all") -> Rendered:
     """Return a pair as text, and what of it is scored.
 
     Args:
         pair: A pair of texts or of messages.
         template: How it becomes text.
-        last_turn_alone: Whether of an answer of several turns the assistant's last one alone is scored, not all of them.
+        score: Of an answer of several turns: all of the assistant's, its last one alone, or everything is scored.
 
     Raises:
         DataError: There are messages and no chat template.
@@ -53,8 +53,8 @@ def render_pair(pair: Pair, template: Template, *, last_turn_alone: bool = False
                 "plain text was asked for; take an instruct model with data.template: chat, or data "
                 "whose prompt, chosen and rejected are text (data.template: plain)"
             )
-        chosen, rejected = (_transcript_spans(prompt, str(side), last_turn_alone) for side in sides)
-        return Rendered(prompt, (prompt + sides[0], prompt + sides[1]), (chosen, rejected))
+        spans = [None if score == "everything" else _transcript_spans(prompt, str(side), score == "last") for side in sides]
+        return Rendered(prompt, (prompt + sides[0], prompt + sides[1]), (spans[0], spans[1]))
     turns = as_messages(prompt)
     prefill = turns[-1] if turns[-1]["role"] == "assistant" else None
     start = turns if prefill is None else turns[:-1]
@@ -63,7 +63,7 @@ def render_pair(pair: Pair, template: Template, *, last_turn_alone: bool = False
     if pair.tools and loses_tools(pair.tools, opened):
         lost_before.add("tools")
     texts: list[str] = []
-    spans: list[Spans | None] = []
+    spans = []
     lost: set[str] = set()
     for answer in (answer_turns(prompt, side) for side in sides):
         if prefill is not None:  # the answers go on with its text
@@ -75,8 +75,9 @@ def render_pair(pair: Pair, template: Template, *, last_turn_alone: bool = False
                 lost_before.add(f"{kind} of an answer's earlier turns")
             else:
                 lost.add(kind)
+        has_spans = len(answer) > 1 and not lost and score != "everything"
         texts.append(text)
-        spans.append(_spans(pair, template, start, answer, text, last_turn_alone) if len(answer) > 1 and not lost else None)
+        spans.append(_spans(pair, template, start, answer, text, score == "last") if has_spans else None)
     if prefill is not None:
         opened = _opened_with(prefill, opened, texts[0])
     return Rendered(opened, (texts[0], texts[1]), (spans[0], spans[1]), frozenset(lost), frozenset(lost_before))

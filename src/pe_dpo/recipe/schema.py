@@ -137,8 +137,10 @@ class DataSection(Section):
         strict=False,
         description="Today for a chat template that writes the date; default: the day on which the run starts.",
     )
-    score: Literal["all", "last"] = Field(
-        "all", description="Of an answer of several turns: score all of the assistant's turns, or its last one alone."
+    score: Literal["all", "last", "everything"] = Field(
+        "all",
+        description="Of an answer of several turns: score all of the assistant's turns, its last one alone, or everything, the "
+        "user's words included (as before 0.2).",
     )
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
     bad_rows: Literal["error", "drop"] = "error"
