@@ -145,8 +145,10 @@ def test_the_map_to_write_quotes_names_and_leaves_open_what_cannot_be_guessed(wr
 
 
 def test_answers_without_a_prompt_that_are_no_transcripts_ask_for_the_prompt(write_lines: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match=r"prompt: question, chosen: chosen, rejected: rejected"):
-        load_pairs(write_lines({"question": "Hi", "chosen": "yes", "rejected": "no"}))
+    with pytest.raises(DataError, match=r"prompt: my_question, chosen: chosen, rejected: rejected"):
+        load_pairs(write_lines({"my_question": "Hi", "chosen": "yes", "rejected": "no"}))
+    with pytest.raises(DataError, match=r"none of them is the prompt.*add column 'prompt'"):
+        load_pairs(write_lines({"chosen": "yes", "rejected": "no"}))
 
 
 @pytest.mark.parametrize("row", [

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.chat.side_by_side import SIDES, AnswerScores, Side, SideBySide
-from pe_dpo.data.dialogues import read_messages, read_text
 from pe_dpo.data.files import SUFFIXES, read_rows
+from pe_dpo.data.messages import read_messages, read_text
 from pe_dpo.data.pairs import RowError, Text, describe_value
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import DataError

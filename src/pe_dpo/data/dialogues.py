@@ -1,4 +1,4 @@
-"""Dialogues: messages in their common spellings, and where the prompt of two whole dialogues ends.
+"""Dialogues: earlier turns in their common spellings, and where the prompt of two whole dialogues ends.
 
     chosen    [user, assistant, user | assistant: yes]          the prompt is what both share before
     rejected  [user, assistant, user | assistant: no ]          the first assistant turn that differs
@@ -7,118 +7,60 @@ Transcripts (`\\n\\nHuman: ... \\n\\nAssistant: ...`) follow the same rule: the 
 both texts share, never at the last character that they share, which may lie inside an answer or a word.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pe_dpo.data.messages import parse_written, read_messages, read_text
 from pe_dpo.data.pairs import Message, RowError, Turns, describe_value
 
 ASSISTANT_TAG = "\n\nAssistant:"
-ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
-}  # fmt: skip
 TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_EXCHANGES = (("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("input", "output"), ("prompt", "response"),
+              ("query", "response"), ("question", "answer"))  # fmt: skip
 
 
-def read_text(value: Any, column: str) -> str:
-    """Return a cell that must be text which a tokenizer can read.
+def read_history(value: Any, column: str) -> Turns:
+    """Return the turns before a prompt: pairs of what the user and the assistant said, messages, or a transcript.
 
     Args:
-        value: The cell.
+        value: A list of [user, assistant], of {user, assistant} and the like, or of messages; as JSON text too.
         column: Its name, for messages.
 
     Raises:
-        RowError: It is not text, or holds a NUL or half of a surrogate pair.
+        RowError: It is something else.
     """
-    if not isinstance(value, str):
-        raise RowError(f"column '{column}' is {describe_value(value)}; text is expected")
-    if "\0" in value:
-        raise RowError(f"column '{column}' holds a NUL character at {value.index(chr(0)) + 1}; remove it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(value[error.start]):04X}"
-        raise RowError(
-            f"column '{column}' holds half a surrogate pair ({half}) at {error.start + 1}; "
-            "remove it or write the whole character"
-        ) from error
-    return value
-
-
-def read_messages(value: Any, column: str) -> Turns:
-    """Return the messages of one cell with `role` and `content`, whatever their spelling was.
-
-    Args:
-        value: A list of messages or one message, as {role, content} or ShareGPT's {from, value}.
-        column: Its name, for messages.
-
-    Returns:
-        The messages; keys without a value are left out.
-
-    Raises:
-        RowError: It is empty, or something in it is not a message.
-    """
-    turns = [value] if isinstance(value, Mapping) else value
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"column '{column}' is {describe_value(value)}; a list of messages is expected")
-    return tuple(_read_message(turn, f"{column}[{number}]") for number, turn in enumerate(turns))
-
-
-def _read_message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(f"column '{place}' is {describe_value(turn)}; a message with role and content is expected")
-    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    role, content = turn.get(role_key), turn.get(content_key)
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowError(f"column '{place}' has the {role_key} {role!r}; one of {', '.join(ROLES)} is expected")
-    message = {key: value for key, value in turn.items() if value is not None and key not in (role_key, content_key)}
-    if role == "function_call":  # ShareGPT's turn whose value is JSON with name and arguments
-        try:
-            function = json.loads(read_text(content, place))
-        except json.JSONDecodeError as error:
+    if isinstance(value, str) and is_transcript(value):
+        return messages_from_transcript("", value)
+    given = parse_written(value, column) if isinstance(value, str) else value
+    if isinstance(given, list) and given and all(isinstance(turn, Mapping) for turn in given):
+        keys = next((keys for keys in _EXCHANGES if {*keys} <= given[0].keys()), None)
+        if keys is None:
+            return read_messages(given, column)
+        given = [[turn.get(key) for key in keys] for turn in given]
+    turns: list[Message] = []
+    for number, exchange in enumerate(given if isinstance(given, list) else [given]):
+        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise RowError(
-                f"column '{place}' is a function call that is not JSON ({error.msg}); "
-                "write name and arguments as one JSON object"
-            ) from error
-        message["tool_calls"], content = [_read_call({"type": "function", "function": function}, place)], None
-    elif "tool_calls" in message:
-        calls = message["tool_calls"]
-        if not isinstance(calls, list):
-            raise RowError(f"column '{place}' has tool_calls that are {describe_value(calls)}; a list is expected")
-        message["tool_calls"] = [_read_call(call, place) for call in calls]
-    place = f"{place}.{content_key}"
-    if content is None and "tool_calls" in message:
-        text = ""
-    elif isinstance(content, list) and content:  # OpenAI's content parts
-        kinds = [part.get("type") if isinstance(part, Mapping) else describe_value(part) for part in content]
-        if set(kinds) != {"text"}:
-            raise RowError(f"column '{place}' has a part that is not text ({', '.join(map(str, kinds))}); only text is read")
-        text = "".join(read_text(part.get("text"), place) for part in content)
-    else:
-        text = read_text(content, place)
-    return {"role": ROLES[role], "content": text, **message}
+                f"column '{column}[{number}]' is {describe_value(exchange)}; pairs [user, assistant] or messages are expected"
+            )
+        for role, text in zip(("user", "assistant"), exchange, strict=True):
+            if text is not None:
+                turns.append({"role": role, "content": read_text(text, f"{column}[{number}]")})
+    return tuple(turns)
 
 
-def _read_call(call: Any, place: str) -> dict[str, Any]:
-    """Return a tool call whose arguments are an object, which chat templates expect, rather than OpenAI's JSON text."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or "name" not in function:
-        raise RowError(f"column '{place}' has a tool call without function and name; found {str(call)[:60]!r}")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise RowError(f"column '{place}' has tool call arguments that are not JSON ({error.msg}); correct them") from error
-    return {**call, "function": {**function, "arguments": arguments if arguments is not None else {}}}
-
-
-def split_dialogues(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
+def split_dialogues(
+    chosen: Turns, rejected: Turns, names: tuple[str, str] = ("chosen", "rejected")
+) -> tuple[Turns, Turns, Turns]:
     """Return the prompt that two whole dialogues share, and the answer of each.
 
     The prompt is the longest shared beginning after which both go on with an assistant turn.
+
+    Args:
+        chosen: The whole dialogue with the preferred answer.
+        rejected: The other one.
+        names: Their columns, for messages.
 
     Raises:
         RowError: There is none; the message shows where the prompts differ.
@@ -128,9 +70,11 @@ def split_dialogues(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns
         if chosen[end]["role"] == rejected[end]["role"] == "assistant" != chosen[end - 1]["role"]:
             return chosen[:end], chosen[end:], rejected[end:]
     if shared == 0 and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        raise RowError("columns 'chosen' and 'rejected' begin with the answer and there is no prompt; add column 'prompt'")
-    difference = describe_difference(chosen[: shared + 1], rejected[: shared + 1], "chosen", "rejected")
-    raise RowError(f"the prompts inside columns 'chosen' and 'rejected' differ: {difference}; make them equal")
+        raise RowError(
+            f"columns '{names[0]}' and '{names[1]}' begin with the answer and there is no prompt; add column 'prompt'"
+        )
+    difference = describe_difference(chosen[: shared + 1], rejected[: shared + 1], *names)
+    raise RowError(f"the prompts inside columns '{names[0]}' and '{names[1]}' differ: {difference}; make them equal")
 
 
 def describe_difference(one: Turns, other: Turns, one_name: str, other_name: str) -> str:
@@ -148,10 +92,15 @@ def describe_difference(one: Turns, other: Turns, one_name: str, other_name: str
     return f"{one_name} has {len(one)} turns, {other_name} {len(other)}"
 
 
-def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
+def split_transcripts(chosen: str, rejected: str, names: tuple[str, str] = ("chosen", "rejected")) -> tuple[str, str, str]:
     """Return the prompt that two whole transcripts share, and the answer of each, as raw text.
 
     The prompt goes up to and with the last Assistant tag that both share; answers keep their leading space.
+
+    Args:
+        chosen: The whole transcript with the preferred answer.
+        rejected: The other one.
+        names: Their columns, for messages.
 
     Raises:
         RowError: The texts share no Assistant tag.
@@ -160,11 +109,37 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     end = chosen.rfind(ASSISTANT_TAG, 0, start)
     if end < 0:
         raise RowError(
-            f"columns 'chosen' and 'rejected' share no Assistant tag: they differ from character {start + 1}, "
+            f"columns '{names[0]}' and '{names[1]}' share no Assistant tag: they differ from character {start + 1}, "
             f"{chosen[start : start + 20]!r} against {rejected[start : start + 20]!r}; make the prompts equal, "
             "or add column 'prompt'"
         )
     end += len(ASSISTANT_TAG)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def split_texts(chosen: str, rejected: str, names: tuple[str, str] = ("chosen", "rejected")) -> tuple[str, str, str]:
+    """Return the prompt that two whole texts without tags share, and the answer of each.
+
+    The prompt goes up to and with the last line break that both share; where they share none, up to the last space, which the
+    answers keep. A word is never cut. Whatever of the answers is in the prompt so has the same log-prob on both sides.
+
+    Args:
+        chosen: The whole text with the preferred answer.
+        rejected: The other one.
+        names: Their columns, for messages.
+
+    Raises:
+        RowError: The texts share no beginning.
+    """
+    shared = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    end = chosen.rfind("\n", 0, max(shared, 0)) + 1
+    if not chosen[:end].strip():
+        end = max(chosen.rfind(" ", 0, max(shared, 0)), 0)
+    if not chosen[:end].strip():
+        raise RowError(
+            f"columns '{names[0]}' and '{names[1]}' share no beginning that could be the prompt: {chosen[:20]!r} against "
+            f"{rejected[:20]!r}; add column 'prompt'"
+        )
     return chosen[:end], chosen[end:], rejected[end:]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pe_dpo.data.encoding import Encoder
 from pe_dpo.data.files import Parts, find_sources
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError
-from pe_dpo.data.report import OVERLONG, PROMPT_IN_TRAINING, DataReport
+from pe_dpo.data.report import NO_WINNER, OVERLONG, PROMPT_IN_TRAINING, DataReport
 from pe_dpo.data.shapes import Shape
 from pe_dpo.data.split import divide
 from pe_dpo.errors import DataError
@@ -130,15 +130,23 @@ def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[
     if not first:
         found = next(iter(report.dropped.values()), ["the file is empty"])[0]
         raise DataError(f"{names}: no row can be used of {report.rows_read} read: {found}; pairs are expected, one a row")
-    shape = Shape([values for _, values in first], where=names, columns=settings.columns)
+    shape = Shape([values for _, values in first], where=names, columns=settings.columns, ignore=settings.ignore)
     if shape.words not in report.shape:
         report.shape = f"{report.shape} | {shape.words}" if report.shape else shape.words
-    pairs = []
+    pairs: list[Pair] = []
     for where, values in chain(first, rows):
         try:
-            pairs.append(shape.read(values, where=where))
+            pair = shape.read(values, where=where)
         except RowError as error:
             report.refuse(where, error, settings.bad_rows)
+            continue
+        if pair is None:
+            report.dropped[NO_WINNER].append(where)
+        else:
+            pairs.append(pair)
+    report.unread_columns += [name for name in shape.unread if name not in report.unread_columns]
+    for what, found in shape.noted.items():
+        report.noted[what] += found
     without_margin = [pair for pair in pairs if pair.margin is None]
     if len(without_margin) < len(pairs):  # they count as 0, which the user may not mean
         for pair in without_margin:

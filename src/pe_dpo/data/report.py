@@ -22,6 +22,7 @@ EMPTY = "empty answer"
 IDENTICAL = "identical answers"
 OVERLONG = "longer than max_length"
 ANSWERS_TOO_LONG = "answers alone longer than max_length"
+NO_WINNER = "no winner"
 PROMPT_IN_TRAINING = "held-out row whose prompt is in training"
 
 
@@ -32,6 +33,7 @@ class DataReport:
         files: Rows read from each file or split that was used.
         unused_files: Data files or splits beside them that were not used.
         shape: In words, how the rows were understood.
+        unread_columns: The columns that had content in some row and were not read.
         template: In words, how pairs became text.
         template_date: The date that a chat template with a clock wrote, as 2026-11-29; None for a template without one.
         kept: Pairs to train on.
@@ -51,6 +53,7 @@ class DataReport:
         self.files: dict[str, int] = {}
         self.unused_files: list[str] = []
         self.shape = ""
+        self.unread_columns: list[str] = []
         self.template = ""
         self.template_date: str | None = None
         self.kept = 0

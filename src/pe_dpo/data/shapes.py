@@ -3,26 +3,27 @@
 input, preferred_output, non_preferred_output  OpenAI's preference fine-tuning
 messages, rejected_response                    the last assistant turn of messages is the chosen answer
 conversations, chosen, rejected                ShareGPT {from, value}
-prompt, chosen, rejected                       text, or lists of messages (the answers may repeat the prompt)
-instruction (input, system), chosen, rejected  Alpaca; `output` is ignored
-chosen, rejected                               whole dialogues, as messages or Human/Assistant transcripts
+prompt (input), chosen, rejected               text, or lists of messages (the answers may repeat the prompt)
+instruction (input), chosen, rejected          Alpaca; `output` is ignored
+messages, chosen, rejected                     the dialogue so far, and two answers
+instruction or prompt, output                  output is a list of two answers, of which the first is chosen
+chosen, rejected                               whole dialogues (also messages and rejected_messages), transcripts, texts
+
+Each of them may have system, history (turns before the prompt), tools, chat_template_kwargs, margin or scores, and a winner.
 """
 
-import json
 import math
-import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
-from pe_dpo.data.dialogues import (
-    describe_difference,
-    is_transcript,
-    read_messages,
-    read_text,
-    split_dialogues,
-    split_transcripts,
-)
-from pe_dpo.data.pairs import Pair, RowError, Text, Turns, describe_value
+from pe_dpo.data.column_maps import explain_columns, is_labelled
+from pe_dpo.data.columns import SCORES, WINNERS, carries, find_spellings, refuse_media, refuse_unread
+from pe_dpo.data.dialogues import is_transcript, split_texts, split_transcripts
+from pe_dpo.data.messages import holds_messages, parse_written, read_messages, read_text, read_tools, without_nulls
+from pe_dpo.data.pairs import Pair, RowError, describe_value
+from pe_dpo.data.sides import Sides, add_context, check_sides, drop_keys, kind_of, read_answer, read_sides
+from pe_dpo.data.winners import Winner
 from pe_dpo.errors import DataError
 from pe_dpo.recipe.schema import Column
 
@@ -36,17 +37,17 @@ _SHAPES = {
     ("conversations", "chosen", "rejected"): "ShareGPT conversations with a chosen and a rejected answer",
     ("prompt", "chosen", "rejected"): "prompt ({prompt}), chosen and rejected ({chosen})",
     ("instruction", "chosen", "rejected"): "instruction with optional input and system, chosen, rejected",
+    ("messages", "chosen", "rejected"): "messages with a chosen and a rejected answer ({chosen})",
+    ("instruction", "output"): "instruction with optional input, and output with two answers, the first of them chosen",
+    ("prompt", "output"): "prompt ({prompt}), and output with two answers, the first of them chosen",
     ("chosen", "rejected"): "whole dialogues (messages); the prompt is what chosen and rejected share",
 }
 """The columns of each shape, and the shape in words; the first whose columns are there is taken."""
-
-_HINTS = {
-    "rejected": "rejected dispreferred nonpreferred loser losing lose worse worst bad negative neg l k",
-    "chosen": "chosen preferred accepted winner winning win better best good positive pos w j",
-    "prompt": "prompt question instruction query problem post context input user",
-}
-"""Words in the names of other people's columns that hint at ours, the likeliest first."""
-_NO_TEXT = {"id", "score", "model", "source", "rating", "logps", "system", "metadata"}
+_TRANSCRIPTS = "whole Human/Assistant transcripts; the prompt ends at the last Assistant tag that chosen and rejected share"
+_TEXTS = (
+    "whole texts without tags; the prompt is what chosen and rejected share up to the last line break, else the last space "
+    "(such texts want data.template: plain)"
+)
 
 
 class Shape:
@@ -54,51 +55,79 @@ class Shape:
 
     Attributes:
         words: What it is, for people.
-        required: The columns that every row must have.
-        kinds: For each column with an answer or prompt, `text` or `messages`, as in the first rows.
+        required: The columns that every row must have, by our names.
+        kinds: For each column with an answer or prompt, `text`, `messages` and so on, as in the first rows.
+        unread: The columns that had content in some row that was read, and were not used.
+        noted: The rows that are used and suspicious, by what is to be looked at.
     """
 
-    def __init__(self, rows: Sequence[Values], *, where: str, columns: Mapping[Column, str] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Values],
+        *,
+        where: str,
+        columns: Mapping[Column, str] | None = None,
+        ignore: Sequence[str] = (),
+    ) -> None:
         """Recognise the shape of a data set from its first rows; all rows are then held to it.
 
         Args:
             rows: The columns of the first rows, at least one.
             where: The file, for messages.
-            columns: From names that pe-dpo knows to the names of the columns that hold them.
+            columns: From names that pe-dpo knows to the names of the columns that hold them; for `winner` a comparison too.
+            ignore: Columns, and keys of messages, that are left unread on purpose.
 
         Raises:
             DataError: The columns are those of no shape (the message shows the column map to write), of unpaired
                 data, or the column map names what is not there.
         """
+        self.ignored = frozenset(ignore)
+        self.unread: list[str] = []
+        self.noted: defaultdict[str, list[str]] = defaultdict(list)
         self.columns: dict[str, str] = {str(ours): theirs for ours, theirs in (columns or {}).items()}
+        said_winner = self.columns.pop("winner", None)
+        rows = [{name: cell for name, cell in row.items() if name not in self.ignored} for row in rows]
         names = list(dict.fromkeys(name for row in rows for name in row))
         for key, column in self.columns.items():
             if column not in names:
                 raise DataError(f"data.columns.{key}: {where} has no column '{column}'; found {', '.join(names)}")
-        renamed = [self._rename(row) for row in rows]
-        found = {name for row in renamed for name in row}
-        fitting = (shape for shape in _SHAPES if found.issuperset(shape))
-        if "chosen" in found:
-            fitting = (shape for shape in fitting if shape != ("messages", "rejected_response"))
-        required = next(fitting, None)
-        if required is None:
-            raise DataError(_explain_columns(names, rows, self.columns, where=where))
-        self.required: tuple[str, ...] = required
+        self.as_text = {name for name in names if _holds_written([row[name] for row in rows if name in row])}
+        parsed = [{name: self._parsed(cell, name, is_tried=True) for name, cell in row.items()} for row in rows]
+        examples = {name: next((row[name] for row in parsed if carries(row.get(name))), None) for name in names}
+        spelled = find_spellings(examples, self.columns)
+        unknown = explain_columns(names, rows, self.columns, where=where)
+        self.columns |= spelled
+
+        renamed = [self._rename(row) for row in parsed]
+        self.required = _find_shape(renamed)
+        answers = self.columns.get("chosen", "chosen"), self.columns.get("rejected", "rejected")
+        unused = (name for name in names if name not in self.columns.values())
+        winners = [name for name in unused if name.lower() in WINNERS and carries(examples[name])]
+        is_unlabelled = "chosen" in self.required and not is_labelled(*answers)
+        if not self.required or (is_unlabelled and winners and not said_winner):
+            raise DataError(unknown)
         self.kinds: dict[str, str] = {}
-        for name in required:
-            kind = next(filter(None, (_kind(row[name]) for row in renamed if name in row)), None)
+        for name in self.required:
+            kind = next(filter(None, (kind_of(row[name], name) for row in renamed if name in row)), None)
             if kind and name != "input":
                 self.kinds[name] = kind
-        self.words = _SHAPES[required].format(prompt=self.kinds.get("prompt", "text"), chosen=self.kinds.get("chosen", "text"))
-        if required == ("chosen", "rejected") and self.kinds.get("chosen") != "messages":
-            if not any(isinstance(row.get("chosen"), str) and is_transcript(row["chosen"]) for row in renamed):
-                raise DataError(_explain_columns(names, rows, self.columns, where=where))
-            self.words = (
-                "whole Human/Assistant transcripts; the prompt ends at the last Assistant tag that chosen and rejected share"
-            )
+        self.words = _SHAPES[self.required].format(**{"prompt": "text", "chosen": "text"} | self.kinds)
+        self.split = split_transcripts
+        if self.required == ("chosen", "rejected") and self.kinds.get("chosen") != "messages":
+            if any(isinstance(row.get("chosen"), str) and is_transcript(row["chosen"]) for row in renamed):
+                self.words = _TRANSCRIPTS
+            elif _share_beginnings(renamed):
+                self.words, self.split = _TEXTS, split_texts
+            else:
+                raise DataError(unknown)
+        self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
+        written = [self.columns.get(name, name) for name in self.required if self.columns.get(name, name) in self.as_text]
+        self.words += "".join(f"; '{theirs}' read as {ours}" for ours, theirs in spelled.items())
+        self.words += f"; messages written as text in {', '.join(written)}" if written else ""
+        self.words += f"; {self.winner.words}" if self.winner else ""
 
-    def read(self, values: Values, *, where: str) -> Pair:
-        """Return one row as a pair; prompt and answers are all text or all messages.
+    def read(self, values: Values, *, where: str) -> Pair | None:
+        """Return one row as a pair, prompt and answers all text or all messages; None where neither answer won.
 
         Args:
             values: The row's columns.
@@ -106,178 +135,205 @@ class Shape:
 
         Raises:
             RowError: The row is not of the shape; its message lacks `where`.
+            DataError: A column that belongs to the prompt, or otherwise matters, has content and is not read.
         """
-        values = self._rename(values)
-        missing = [name for name in self.required if name not in values]
+        given = {name: cell for name, cell in values.items() if name not in self.ignored}
+        refuse_media(given, where)
+        row = self._rename(given)
+        names = {name: self.columns.get(name, name) for name in (*row, *self.required)}
+        missing = [names[name] for name in self.required if name not in row]
         if missing:
-            raise RowError(f"has no column '{missing[0]}'; found {', '.join(values) or 'none'}")
+            raise RowError(f"has no column '{missing[0]}'; found {', '.join(given) or 'none'}")
+        if self.winner:
+            first_won = self.winner.first_won(given)
+            if first_won is None:
+                return None
+            for one, other in () if first_won else (("chosen", "rejected"), ("chosen_score", "rejected_score")):
+                if one in row and other in row:
+                    row[one], row[other] = row[other], row[one]
+                    names[one], names[other] = names[other], names[one]
+        row |= {name: self._parsed(row[name], names[name]) for name in self.required}
         for name, kind in self.kinds.items():
-            if _kind(values[name]) != kind:
-                raise RowError(f"column '{name}' is {describe_value(values[name])}; {kind}, as in the first rows, is expected")
-        prompt, chosen, rejected = _with_system(*_read_sides(*self._cells(values)), values.get("system"))
-        for column, answer in (("chosen", chosen), ("rejected", rejected)):
-            if isinstance(prompt, str) or isinstance(answer, str):
-                break  # they are of one kind
-            if prompt and prompt[-1]["role"] == "assistant":
-                raise RowError("the prompt ends with an assistant turn; the turn before the answers is a user or tool turn")
-            for place, turn in (("begins", answer[0]), ("ends", answer[-1])):
-                if turn["role"] != "assistant":
-                    raise RowError(
-                        f"the answer in column '{column}' {place} with a turn of the role '{turn['role']}'; "
-                        "an assistant turn is expected"
-                    )
-        return Pair(prompt, chosen, rejected, _read_margin(values), _read_tools(values), where)
+            if kind_of(row[name], name) != kind:
+                raise RowError(
+                    f"column '{names[name]}' is {describe_value(row[name])}; {kind}, as in the first rows, is expected"
+                )
+        sides = add_context(self._read_sides(row, names), row, names)
+        sides = drop_keys(sides, self.ignored) if self.ignored else sides
+        check_sides(*sides, names=(names[self.required[0]], names.get("chosen", "chosen"), names.get("rejected", "rejected")))
+        pair = Pair(
+            *sides,
+            margin=_read_margin(row, names),
+            tools=_read_tools(row, names),
+            where=where,
+            template_args=_read_template_args(row.get("chat_template_kwargs"), names.get("chat_template_kwargs", "")),
+        )
+        read = {*self._note_scores(row, where), *self.required, "margin", "history", "tools", "chat_template_kwargs"}
+        columns = {self.columns.get(name, name) for name in read} | ({self.winner.column} if self.winner else set())
+        rest = {name: cell for name, cell in given.items() if name not in columns and name.strip() and carries(cell)}
+        refuse_unread(rest, sides, where)
+        in_prompt = {self.columns.get(name, name) for name in ("system", "input")}
+        self.unread += [name for name in rest if name not in in_prompt and name not in self.unread]
+        return pair
 
-    def _rename(self, values: Values) -> Values:
-        if not self.columns:
-            return values
+    def _rename(self, values: Values) -> dict[str, Any]:
+        """Return a row under our names; a column of another meaning that has such a name already is left out."""
         taken = {*self.columns.values()}
-        kept = {name: cell for name, cell in values.items() if name in (*get_args(Column), "tools") and name not in taken}
+        kept = {name: cell for name, cell in values.items() if name not in taken and name not in self.columns}
         return kept | {name: values[column] for name, column in self.columns.items() if column in values}
 
-    def _cells(self, values: Values) -> tuple[Any, Any, Any]:
-        """Return the cells that make a pair, before they are read; the prompt is None when the answers hold it."""
-        match self.required[0]:
-            case "input":
-                given = values["input"]
-                if not isinstance(given, Mapping) or "messages" not in given:
-                    raise RowError(f"column 'input' is {describe_value(given)}; an object with messages is expected")
-                return given["messages"], values["preferred_output"], values["non_preferred_output"]
-            case "messages":
-                turns = list(read_messages(values["messages"], "messages"))
-                if turns[-1]["role"] != "assistant" or len(turns) < 2:
+    def _parsed(self, cell: Any, column: str, *, is_tried: bool = False) -> Any:
+        """Return a cell, with the messages in it where its column holds messages written as text."""
+        if column not in self.as_text or not isinstance(cell, str) or not cell.strip():
+            return cell
+        try:
+            return parse_written(cell, column)
+        except RowError:
+            if is_tried:
+                return cell
+            raise
+
+    def _read_sides(self, row: Values, names: Mapping[str, str]) -> Sides:
+        """Return prompt and answers of one kind, from the columns of the shape."""
+        first = self.required[0]
+        columns = names[first], names.get("chosen", "chosen"), names.get("rejected", "rejected")
+        prompt, chosen, rejected = row[first], row.get("chosen"), row.get("rejected")
+        match self.required:
+            case ("input", *answers):
+                if not isinstance(prompt, Mapping) or "messages" not in prompt:
+                    raise RowError(f"column 'input' is {describe_value(prompt)}; an object with messages is expected")
+                prompt, chosen, rejected = prompt["messages"], *(row[name] for name in answers)
+                columns = "input", answers[0], answers[1]
+            case ("messages", "rejected_response"):
+                *prompt, last = read_messages(prompt, columns[0])
+                if last["role"] != "assistant" or not prompt:
                     raise RowError(
-                        f"column 'messages' ends with a {turns[-1]['role']} turn after {len(turns) - 1} others; "
+                        f"column '{columns[0]}' ends with a {last['role']} turn after {len(prompt)} others; "
                         "a prompt and then the chosen assistant turn are expected"
                     )
-                return turns[:-1], turns[-1:], values["rejected_response"]
-            case "conversations":
-                prompt: Any = list(read_messages(values["conversations"], "conversations"))
-            case "prompt":
-                prompt = values["prompt"]
-            case "instruction":
-                pieces = [read_text(values["instruction"], "instruction"), read_text(values.get("input") or "", "input")]
-                prompt = "\n\n".join(piece for piece in pieces if piece)
-            case _:
-                prompt = None
-        return prompt, values["chosen"], values["rejected"]
+                chosen, rejected = [last], row["rejected_response"]
+                columns = columns[0], columns[0], names["rejected_response"]
+            case (_, "output"):
+                if not isinstance(row["output"], list) or len(row["output"]) != 2:
+                    found = describe_value(row["output"])
+                    raise RowError(f"column '{names['output']}' is {found}; two answers, the better one first, are expected")
+                chosen, rejected = row["output"]
+                columns = columns[0], f"{names['output']}[0]", f"{names['output']}[1]"
+        one, other = read_answer(chosen, columns[1]), read_answer(rejected, columns[2])
+        if first in ("prompt", "instruction"):
+            prompt = _with_input(first, row, names)
+        elif first == "chosen" or (first in ("conversations", "messages") and one == read_messages(prompt, columns[0])):
+            prompt = None  # the answers are whole dialogues, and the column may be that of the chosen answer once more
+        if prompt is None and isinstance(one, str) and isinstance(other, str):
+            return self.split(one, other, columns[1:])
+        return read_sides(prompt, one, other, columns)
+
+    def _note_scores(self, row: Values, where: str) -> set[str]:
+        """Note a row whose scores do not agree with the order of its answers, and return the columns of scores."""
+        pairs = [(name, name.replace("chosen", "rejected")) for name in SCORES]
+        pairs = [pair for pair in pairs if row.keys() >= {*pair}]
+        scores = [tuple(_as_number(row[name]) for name in pair) for pair in pairs]
+        chosen, rejected = row.get("chosen"), row.get("rejected")
+        if isinstance(chosen, Mapping) and isinstance(rejected, Mapping):
+            scores += [(_as_number(chosen.get(key)), _as_number(rejected.get(key))) for key in ("score", "rating")]
+        differences = [better - worse for better, worse in scores if better is not None and worse is not None]
+        if differences and min(differences) < 0:
+            self.noted["scores that contradict the labels"].append(where)
+        elif differences and min(differences) == 0:
+            self.noted["scores that are equal"].append(where)
+        return {name for pair in pairs for name in pair}
 
 
-def _read_sides(prompt_cell: Any, chosen_cell: Any, rejected_cell: Any) -> tuple[Text, Text, Text]:
-    """Return prompt and answers of one kind, whatever mixture of text, messages and whole dialogues the row had."""
-    cells = {"chosen": chosen_cell, "rejected": rejected_cell} | ({} if prompt_cell is None else {"prompt": prompt_cell})
-    sides: dict[str, Text] = {}
-    for column, cell in cells.items():
-        sides[column] = read_messages(cell, column) if isinstance(cell, list | Mapping) else read_text(cell, column)
-    chosen, rejected, prompt = sides["chosen"], sides["rejected"], sides.get("prompt")
-    if isinstance(prompt, tuple):
-        return prompt, _after_prompt(prompt, chosen), _after_prompt(prompt, rejected)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return split_transcripts(chosen, rejected) if prompt is None else (prompt, chosen, rejected)
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise RowError(
-            f"column 'chosen' is {describe_value(chosen_cell)} and 'rejected' {describe_value(rejected_cell)}; make them alike"
-        )
-    if prompt is None:
-        return split_dialogues(chosen, rejected)
-    if chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return ({"role": "user", "content": prompt},), chosen, rejected
-    turns, chosen, rejected = split_dialogues(chosen, rejected)
-    if all(prompt.strip() != turn["content"].strip() for turn in turns):
-        difference = describe_difference(({"role": "user", "content": prompt},), turns[-1:], "prompt", "chosen")
-        raise RowError(f"column 'prompt' is no turn of the dialogue in 'chosen': {difference}; make them equal")
-    return turns, chosen, rejected
+def _find_shape(rows: Sequence[Values]) -> tuple[str, ...]:
+    """Return the required columns of the first shape that renamed rows have; empty for none."""
+    found = {name for row in rows for name in row}
+    for shape in _SHAPES:
+        if not found.issuperset(shape):
+            continue
+        values = [row[shape[0]] for row in rows if shape[0] in row]
+        is_list = any(isinstance(row.get("output"), list) and len(row["output"]) == 2 for row in rows)
+        if shape[0] == "input" and all(isinstance(value, str) for value in values):
+            continue
+        if ("output" in shape and not is_list) or ("rejected_response" in shape and "chosen" in found):
+            continue
+        return shape
+    return ()
 
 
-def _with_system(prompt: Text, chosen: Text, rejected: Text, system: Any) -> tuple[Text, Text, Text]:
-    if system is None or not read_text(system, "system").strip():
-        return prompt, chosen, rejected
-    if isinstance(prompt, str):
-        prompt = ({"role": "user", "content": prompt},)
-        chosen, rejected = _after_prompt(prompt, chosen), _after_prompt(prompt, rejected)
-    return (prompt if prompt[0]["role"] == "system" else ({"role": "system", "content": system}, *prompt)), chosen, rejected
+def _holds_written(cells: Sequence[Any]) -> bool:
+    """Return whether most texts of a column are messages written as text."""
+    texts = [cell for cell in cells if isinstance(cell, str) and cell.strip()]
+    return bool(texts) and 2 * sum(map(holds_messages, texts)) >= len(texts)
 
 
-def _after_prompt(prompt: Turns, answer: Text) -> Turns:
-    """Return an answer as messages, without the prompt where it repeats it."""
-    if isinstance(answer, str):
-        return ({"role": "assistant", "content": answer},)
-    repeats_prompt = answer[: len(prompt)] == prompt and len(answer) > len(prompt)
-    return answer[len(prompt) :] if repeats_prompt else answer
+def _share_beginnings(rows: Sequence[Values]) -> bool:
+    """Return whether chosen and rejected share a beginning in all rows, and no other column may be the prompt."""
+    for row in rows:
+        others = [cell for name, cell in row.items() if name not in ("chosen", "rejected")]
+        if any(isinstance(cell, str) and " " in cell.strip() for cell in others):
+            return False
+        try:
+            split_texts(read_text(row.get("chosen"), "chosen"), read_text(row.get("rejected"), "rejected"))
+        except RowError:
+            return False
+    return True
 
 
-def _read_margin(values: Values) -> float | None:
+def _with_input(first: str, row: Values, names: Mapping[str, str]) -> Any:
+    """Return the prompt, with the input after a blank line as Alpaca does, unless the prompt already is made of both."""
+    prompt, further = row[first], row.get("input")
+    if not isinstance(prompt, str) or (first == "prompt" and (carries(row.get("instruction")) or not carries(further))):
+        return prompt
+    prompt = read_text(prompt, names[first])
+    if further is None or further != further or further in ("", "nan", "NaN"):  # as pandas writes what is missing
+        return prompt
+    return "\n\n".join(piece for piece in (prompt, read_text(further, names["input"])) if piece)
+
+
+def _read_margin(row: Values, names: Mapping[str, str]) -> float | None:
     """Return the margin column, or the difference of two scores; numbers may be text, which is all that CSV has."""
 
     def read(column: str) -> float | None:
-        value = values[column]
-        if value is None or value == "":
+        if row[column] is None or row[column] == "":
             return None
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise RowError(f"column '{column}' is {value!r}; a finite number is expected (null where there is none)")
+        number = _as_number(row[column])
+        if number is None:
+            raise RowError(
+                f"column '{names[column]}' is {row[column]!r}; a finite number is expected (null where there is none)"
+            )
         return number
 
-    if "margin" in values:
+    if "margin" in row:
         return read("margin")
     for chosen, rejected in (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")):
-        if chosen in values and rejected in values:
+        if chosen in row and rejected in row:
             better, worse = read(chosen), read(rejected)
             return None if better is None or worse is None else better - worse
     return None
 
 
-def _read_tools(values: Values) -> list[Any] | None:
-    given = values.get("input")
-    tools = values.get("tools") or (given.get("tools") if isinstance(given, Mapping) else None)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError(f"column 'tools' is not JSON ({error.msg}); a list of function descriptions is expected") from error
-    if tools and not isinstance(tools, list):
-        raise RowError(f"column 'tools' is {describe_value(tools)}; a list of function descriptions is expected")
-    return tools or None
+def _as_number(value: Any) -> float | None:
+    """Return a cell as a finite number, None where it is none."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
-def _kind(value: Any) -> str | None:
-    return "text" if isinstance(value, str) else "messages" if isinstance(value, list | dict) else None
+def _read_tools(row: Values, names: Mapping[str, str]) -> list[Any] | None:
+    given = row.get("input")
+    inside = given.get("tools") if isinstance(given, Mapping) else None
+    return read_tools(row.get("tools"), names.get("tools", "tools")) or read_tools(inside, "input.tools")
 
 
-def _explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mapping[str, str], *, where: str) -> str:
-    """Return the message for data of no known shape: what it is, and the column map to write, guessed where possible.
-
-    Args:
-        names: The columns found.
-        rows: The first rows.
-        columns: The column map that was given.
-        where: The file.
-    """
-    found = f"{where}: the columns are {', '.join(names) or 'none'}"
-    to_do = "put two answers to one prompt into each row, as prompt, chosen, rejected"
-    if "label" in names and not {"chosen", "rejected"} <= set(names):
-        return f"{found}: this is unpaired (KTO-style) data, one answer with one label a row; pairs are needed: {to_do}"
-    parts = {name: re.findall(r"[a-z]+", re.sub(r"non[^a-z]?preferred", "nonpreferred", name.lower())) for name in names}
-    texts = [name for name in names if any(isinstance(row.get(name), str | list | dict) for row in rows)]
-    free = [name for name in texts if not _NO_TEXT & set(parts[name])]
-    guess: dict[str, str] = {}
-    for key, hints in _HINTS.items():
-        match = next((name for hint in hints.split() for name in free if hint in parts[name]), None)
-        if match is not None:
-            guess[key] = match
-            free.remove(match)
-    guess |= columns
-    if "chosen" not in guess and "rejected" not in guess and {"completion", "output", "messages"} & set(names):
-        return f"{found}: there is one answer a row and nothing to prefer it to; pairs are needed: {to_do}"
-    entries = []
-    for key in dict.fromkeys(("prompt", "chosen", "rejected", *columns)):
-        name = guess.get(key, "<column>")
-        is_plain = re.fullmatch(r"[A-Za-z_<][\w.\->]*", name)
-        entries.append(f"{key}: {name if is_plain else json.dumps(name)}")
-    return (
-        f"{found}; which of them are prompt, chosen and rejected is not clear. Say it in the recipe:\n"
-        f"data: {{columns: {{{', '.join(entries)}}}}}"
-    )
+def _read_template_args(cell: Any, column: str) -> Mapping[str, Any]:
+    """Return the arguments of the chat template for one row, from an object or its JSON text."""
+    if not carries(cell):
+        return {}
+    given = parse_written(cell, column) if isinstance(cell, str) else without_nulls(cell)
+    if not isinstance(given, Mapping):
+        raise RowError(
+            f"column '{column}' is {describe_value(cell)}; an object with arguments of the chat template is expected"
+        )
+    return given

@@ -1,0 +1,134 @@
+"""The message for data of no known shape: what it is, and the column map to write."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pe_dpo.data.columns import WINNERS, begins_with_prompt, carries, quote, read_as
+from pe_dpo.data.winners import Winner
+
+Values = Mapping[str, Any]
+
+_SEVERAL = ("completions", "answers", "responses", "candidates", "generations", "outputs", "choices", "output")
+"""Columns with a list of answers."""
+_SINGLE = ("completion", "completions", "output", "response", "answer", "messages", "conversations", "text")
+_GOOD = "chosen preferred accepted winner winning win better best good positive pos"
+_BAD = "rejected dispreferred nonpreferred loser losing lose worse worst bad negative neg"
+_HINTS = {
+    "rejected": f"{_BAD} l k",
+    "chosen": f"{_GOOD} w j",
+    "prompt": "prompt question instruction query problem post context input user history",
+}
+"""Words in the names of other people's columns that hint at ours, the likeliest first."""
+_NO_TEXT = {"id", "score", "model", "source", "rating", "logps", "system", "metadata"}
+
+
+def is_labelled(chosen: str, rejected: str) -> bool:
+    """Return whether two names of columns say themselves which of the answers is the better one."""
+    good, bad = _words(chosen), _words(rejected)
+    return bool({*_GOOD.split()} & {*good}) or bool({*_BAD.split()} & {*bad})
+
+
+def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mapping[str, str], *, where: str) -> str:
+    """Return the message for data of no known shape: what it is, and the column map to write, guessed where possible.
+
+    Args:
+        names: The columns found.
+        rows: The first rows.
+        columns: The column map that was given.
+        where: The file.
+    """
+    listed = ", ".join(names) or "none"
+    found = f"{where}: the columns are {listed if len(listed) <= 600 else listed[:600] + ' …'}"
+    values = {name: [row[name] for row in rows if carries(row.get(name))] for name in names}
+    winner = next((name for name in names if name.strip().lower() in WINNERS and values[name]), None)
+    guess, free = _guess(values, columns, winner)
+    chosen, rejected = guess.pop("chosen", None), guess.pop("rejected", None)
+    if not chosen and not rejected:
+        refusal = _refuse_single_answers(values, winner)
+        if refusal:
+            return f"{found}: {refusal}"
+    order = ("prompt", "instruction", "input", "system", "history")
+    others = {key: guess[key] for key in (*(key for key in order if key in guess), *guess)}
+    is_dialogue = any(begins_with_prompt(value) for value in values.get(chosen or "", ()))
+    if not {"prompt", "instruction", "messages"} & others.keys() and free and not is_dialogue:
+        others = {"prompt": "<column>", **others}
+    if (chosen, rejected) == ("chosen", "rejected") and not others:
+        return (
+            f"{found}: none of them is the prompt, and chosen and rejected are no whole dialogues, nor do they begin with one "
+            "prompt; add column 'prompt'"
+        )
+    entries = {**others, "chosen": chosen or "<column>", "rejected": rejected or "<column>"}
+    if chosen and rejected and not is_labelled(chosen, rejected):
+        if winner:
+            found += f"; '{winner}' seems to say which of {chosen} and {rejected} is the better one. Say it in the recipe:\n"
+            ignore = f"\n(or, if it says something else, data.ignore: [{quote(winner)}])" if columns else ""
+            return found + _write_winner(entries, winner, values[winner]) + ignore
+        if chosen[:-1] == rejected[:-1] and chosen[-1] in "01aA":
+            found += (
+                f"; no column says which of {chosen} and {rejected} is better. If it always is the first, say it in the recipe:"
+            )
+            return f"{found}\n{_write_map(entries)}"
+    return f"{found}; which of them are prompt, chosen and rejected is not clear. Say it in the recipe:\n{_write_map(entries)}"
+
+
+def _guess(
+    values: Mapping[str, Sequence[Any]], columns: Mapping[str, str], winner: str | None
+) -> tuple[dict[str, str], list[str]]:
+    """Return the likeliest column map, and the columns with text that are not in it."""
+    texts = [name for name in values if any(isinstance(value, str | list | Mapping) for value in values[name])]
+    texts = [name for name in texts if name != winner and name not in columns.values()]
+    free = [name for name in texts if not _NO_TEXT & {*_words(name)}]
+    rivals = [
+        (name, name[:-1] + other) for name in free for one, other in ("01", "12", "ab", "AB")
+        if name[-1:] == one and name[:-1] + other in free
+    ]  # fmt: skip
+    guess = dict(columns)
+    for key, hints in _HINTS.items():
+        match = next((name for hint in hints.split() for name in free if hint in _words(name)), None)
+        if key not in guess and match is not None and not (key == "prompt" and {"instruction", "messages"} & guess.keys()):
+            key = "instruction" if match == "instruction" else key
+            guess[key] = match
+            free.remove(match)
+        if key == "chosen" and rivals and not is_labelled(guess.get("chosen", ""), guess.get("rejected", "")):
+            guess |= {"chosen": rivals[0][0], "rejected": rivals[0][1]}
+            free = [name for name in free if name not in rivals[0]]
+    for name in texts:  # what belongs to the prompt is never lost on the way
+        ours = read_as(name)
+        if ours in ("history", "input", "system", "tools", "chat_template_kwargs") and name not in guess.values():
+            guess.setdefault(ours, name)
+            free = [one for one in free if one != name]
+    return guess, free
+
+
+def _refuse_single_answers(values: Mapping[str, Sequence[Any]], winner: str | None) -> str | None:
+    """Return what data are that have no two columns for answers; None where that is not known."""
+    to_do = "put two answers to one prompt into each row, as prompt, chosen, rejected"
+    lists = (name for name in values if name.strip().lower() in _SEVERAL)
+    several = next((name for name in lists if any(isinstance(value, list) and len(value) > 1 for value in values[name])), None)
+    if several:
+        return f"'{several}' is a list of answers, and no column map can say which two of them make a pair; {to_do}"
+    if winner in ("label", "labels"):
+        return f"this is unpaired (KTO-style) data, one answer with one label a row; pairs are needed: {to_do}"
+    if {*_SINGLE} & values.keys():
+        return f"there is one answer a row and nothing to prefer it to; pairs are needed: {to_do}"
+    return None
+
+
+def _write_winner(entries: Mapping[str, str], winner: str, values: Sequence[Any]) -> str:
+    """Return the map to write for two answers of which another column names the better one, or both that it may be."""
+    if Winner.is_plain(winner, entries["chosen"], entries["rejected"], values):
+        return _write_map({**entries, "winner": winner})
+    won, lost = Winner.comparisons(winner, values)
+    return (
+        f"{_write_map({**entries, 'winner': won})}\nif {entries['chosen']} is the better one there, else\n"
+        f"{_write_map({**entries, 'winner': lost})}"
+    )
+
+
+def _write_map(entries: Mapping[str, str]) -> str:
+    return f"data: {{columns: {{{', '.join(f'{key}: {quote(name)}' for key, name in entries.items())}}}}}"
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]+", re.sub(r"non[^a-z]?preferred", "nonpreferred", name.lower()))

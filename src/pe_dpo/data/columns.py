@@ -1,0 +1,219 @@
+"""What other people call the columns of preference data: spellings with one plain meaning, columns that matter, maps to write.
+
+spelling with one meaning    question -> prompt, response_chosen -> chosen     read, and said
+name that only hints         response_j, pos_answer                            an error that prints the map to write
+column that matters          history, images, weight                           an error where it has content and is not read
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pe_dpo.data.dialogues import is_transcript
+from pe_dpo.data.messages import ROLES
+from pe_dpo.data.pairs import Text
+from pe_dpo.errors import DataError
+
+Values = Mapping[str, Any]
+
+_ANSWERS = (
+    ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
+    ("chosen_answer", "rejected_answer"), ("answer_chosen", "answer_rejected"),
+    ("chosen_output", "rejected_output"), ("output_chosen", "output_rejected"),
+    ("chosen_completion", "rejected_completion"), ("completion_chosen", "completion_rejected"),
+    ("chosen_text", "rejected_text"), ("text_chosen", "text_rejected"),
+    ("chosen_messages", "rejected_messages"), ("messages_chosen", "messages_rejected"),
+    ("chosen_conversation", "rejected_conversation"), ("chosen_conversations", "rejected_conversations"),
+    ("messages", "rejected_messages"), ("conversations", "rejected_conversations"), ("response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"), ("preferred_response", "dispreferred_response"),
+    ("preferred", "dispreferred"), ("preferred", "non_preferred"), ("accepted", "rejected"), ("better", "worse"),
+)  # fmt: skip
+_PROMPTS = ("question", "query")
+_DIALOGUES = ("messages", "conversations", "conversation", "context", "dialogue")
+"""Columns of messages that are the prompt where there is no other."""
+_SYSTEMS = ("system_prompt", "system_message")
+_OURS = ("prompt", "instruction", "input", "system", "history", "chosen", "rejected", "messages", "conversations", "tools",
+         "margin", "preferred_output", "non_preferred_output", "rejected_response", "rejected_messages")  # fmt: skip
+
+_MEDIA = tuple(f"{side}{medium}{end}" for side in ("", "chosen_", "rejected_") for end in ("", "s")
+               for medium in ("image", "video", "audio", "image_path", "image_url"))  # fmt: skip
+_WEIGHTS = ("weight", "weights", "sample_weight")
+_IN_PROMPT = {
+    "history": "history chat_history conversation_history dialogue_history",
+    "input": "input context contexts document documents passage passages background knowledge",
+    "system": "system system_prompt system_message system_instruction",
+    "tools": "tools functions",
+    "prompt": "prompt instruction question query",
+    "messages": "messages conversation conversations dialogue dialog",
+    "chat_template_kwargs": "chat_template_kwargs template_kwargs template_args",
+}
+"""Columns that belong to the prompt, by the name under which the column map reads them."""
+_READ_AS = {name: ours for ours, names in _IN_PROMPT.items() for name in names.split()}
+_NOT_SCORED = ("weight", "train", "train_on_turn", "training", "loss")
+"""Keys by which other tools leave an assistant turn out of the loss, where they are false or 0."""
+
+SCORES = tuple(
+    f"{before}{joint}{after}"
+    for joint in "_-"
+    for what in ("score", "rating", "reward", "avg_rating", "overall_score")
+    for before, after in (("chosen", what), (what, "chosen"))
+)
+"""Columns with a score of the chosen answer of which more is better; that of the rejected answer is named alike."""
+
+WINNERS = (
+    "winner", "winner_id", "winner_index", "label", "labels", "preference", "preference_label", "preference_strength",
+    "overall_preference", "choice", "better", "better_id", "better_response_id", "preferred", "preferred_id",
+    "preferred_response", "chosen_id", "chosen_idx", "chosen_index",
+)  # fmt: skip
+"""Columns that say which of two answers is the better one, as published sets call them."""
+
+
+def find_spellings(examples: Mapping[str, Any], mapped: Mapping[str, str]) -> dict[str, str]:
+    """Return which columns are read under our names without a map, because their own have one plain meaning.
+
+    Args:
+        examples: A value of each column, one with content where there is one.
+        mapped: The column map that was given, from our names to theirs.
+
+    Returns:
+        From our names to theirs; names that only differ in case or in spaces around them among these.
+    """
+    names = [name for name in examples if name not in mapped.values()]
+    plain = {name.strip().lower(): name for name in reversed(names)}
+    found = {name: plain[name] for name in _OURS if name in plain and name not in examples and name not in mapped}
+    present = {*plain, *mapped}
+    if not {"chosen", "rejected"} & mapped.keys() and not present >= {"chosen", "rejected"}:
+        is_openai = isinstance(examples.get(plain.get("input", "")), Mapping)
+        pairs = [pair for pair in _ANSWERS if present >= {*pair} and not (is_openai and pair[0] == "preferred_output")]
+        if len(pairs) > 1:
+            pairs = [pair for pair in pairs if pair[0] not in ("messages", "conversations", "response")]
+        if len(pairs) == 1:
+            found |= {"chosen": plain[pairs[0][0]], "rejected": plain[pairs[0][1]]}
+    systems = [name for name in _SYSTEMS if name in plain]
+    if "system" not in present and len(systems) == 1:
+        found["system"] = plain[systems[0]]
+    prompt = _find_prompt({name: examples[theirs] for name, theirs in plain.items() if theirs not in found.values()})
+    answer = examples.get(mapped.get("chosen") or found.get("chosen") or plain.get("chosen", ""))
+    if prompt and not {"prompt", "instruction"} & present and not begins_with_prompt(answer):
+        found.pop(prompt, None)
+        found["prompt"] = plain[prompt]
+    return found
+
+
+def _find_prompt(examples: Mapping[str, Any]) -> str | None:
+    """Return the column that is the prompt under another name; None where none is, or more than one may be."""
+    asked = [name for name in _PROMPTS if name in examples]
+    dialogues = [name for name in _DIALOGUES if isinstance(examples.get(name), list)]
+    if len(asked) + len(dialogues) == 1:
+        return (asked or dialogues)[0] if dialogues not in (["messages"], ["conversations"]) else None
+    is_input = not asked and not dialogues and isinstance(examples.get("input"), str)
+    return "input" if is_input else None
+
+
+def begins_with_prompt(answer: Any) -> bool:
+    """Return whether an answer is a whole dialogue: a transcript, or messages of which the first is not the assistant's."""
+    if isinstance(answer, str):
+        return is_transcript(answer)
+    if not isinstance(answer, list) or not answer or not isinstance(answer[0], Mapping):
+        return False
+    role = next((answer[0][key] for key in ("from", "role", "speaker") if answer[0].get(key)), "")
+    return ROLES.get(str(role).strip().lower(), "assistant") != "assistant"
+
+
+def carries(value: Any) -> bool:
+    """Return whether a value is content: not null, NaN, blank, or empty at every depth."""
+    if isinstance(value, Mapping):
+        return any(map(carries, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(carries, value))
+    if isinstance(value, str):
+        return value.strip() not in ("", "null", "None", "nan", "NaN", "[]", "{}")
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def read_as(name: str) -> str | None:
+    """Return the name under which the column map reads a column that belongs to the prompt; None for another column."""
+    return _READ_AS.get(name.strip().lower())
+
+
+def refuse_media(values: Mapping[str, Any], where: str) -> None:
+    """Refuse images, sounds and videos in a row or a message.
+
+    Args:
+        values: The columns of a row, or the keys of a message.
+        where: The row, for people.
+
+    Raises:
+        DataError: There are some.
+    """
+    for name, value in values.items():
+        if name.strip().lower() in _MEDIA and carries(value):
+            raise DataError(
+                f"{where}: '{name}' has content, and pe-dpo trains on text alone; take such rows out, or train without it: "
+                f"data.ignore: [{quote(name)}]"
+            )
+
+
+def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) -> None:
+    """Refuse what was not read of a row where training without it would be another training.
+
+    That is a weight, and a column that belongs to the prompt unless its texts are found in what was read; and in the messages
+    of an answer, a key that asks for an assistant turn not to be trained on.
+
+    Args:
+        unread: The columns with content that were not read.
+        sides: Prompt, chosen and rejected answer, as read.
+        where: The row, for people.
+
+    Raises:
+        DataError: There is such a column or key; the message has the remedy.
+    """
+    for name, value in unread.items():
+        ours, ignore = read_as(name), f"data.ignore: [{quote(name)}]"
+        if name.strip().lower() in _WEIGHTS and str(value).strip() not in ("1", "1.0"):
+            raise DataError(f"{where}: column '{name}' is {value!r}, and all pairs weigh the same; train so with {ignore}")
+        if ours is None or _is_found(value, sides, but_last=ours == "messages"):
+            continue
+        remedy = f"data: {{columns: {{{'input' if ours == 'prompt' else ours}: {quote(name)}}}}}"
+        remedy = f"read it with {remedy}" if ours != name else "write it into the messages of the prompt"
+        raise DataError(
+            f"{where}: column '{name}' has content, was not read and belongs to the prompt; {remedy}, or leave it out: {ignore}"
+        )
+    for side, is_answer in zip(sides, (False, True, True), strict=True):
+        for turn in () if isinstance(side, str) else side:
+            if len(turn) > 2:
+                refuse_media(turn, where)
+            for key in _NOT_SCORED if is_answer and len(turn) > 2 and turn["role"] == "assistant" else ():
+                if key in turn and str(turn[key]).strip().lower() not in ("1", "1.0", "true"):
+                    raise DataError(
+                        f"{where}: an assistant turn of an answer has {key} {turn[key]!r}, and all are trained on (or the "
+                        f"last alone with data.score: last); train so with data.ignore: [{key}]"
+                    )
+
+
+def _is_found(value: Any, sides: Sequence[Text], *, but_last: bool) -> bool:
+    """Return whether all texts of a value, or all but the last, stand in what was read."""
+    texts = [*_texts(value)]
+    texts = texts[:-1] if but_last else texts  # the last turn of a dialogue is one of the answers, or a third one
+    read = " ".join(" ".join(_texts(sides)).split())
+    return bool(texts or but_last) and all(" ".join(text.split()) in read for text in texts)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts at every depth that are not blank; those of a message without its role."""
+    if isinstance(value, str):
+        yield from [value] if value.strip() else []
+    elif isinstance(value, Mapping):
+        is_message = bool({"content", "value", "text"} & value.keys())
+        for key, inner in value.items():
+            yield from () if is_message and key in ("role", "from", "speaker") else _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def quote(name: str) -> str:
+    """Return a name as YAML wants it inside braces."""
+    return name if re.fullmatch(r"[A-Za-z_<][\w.\->]*", name) else json.dumps(name, ensure_ascii=False)

@@ -1,0 +1,193 @@
+"""What a row holds and nobody reads is named, and stops where training without it would be another training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths_to_pairs import load_pairs, prepare_pairs
+
+from pe_dpo.errors import DataError
+
+ROW = {"prompt": "How old is he?", "chosen": "Two.", "rejected": "No idea."}
+PAIRS = [["My dog is Otto.", "Nice name."], ["He is two.", "Young."]]
+USER = {"role": "user", "content": "Hi"}
+YES = {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no"}
+
+
+@pytest.fixture
+def read(write_lines: Callable[..., Path]) -> Callable[..., Any]:
+    """Return the pairs of some rows and the report."""
+    return lambda *rows, **settings: load_pairs(write_lines(*rows), **settings)
+
+
+@pytest.mark.parametrize("row", [
+    {**ROW, "history": PAIRS},
+    {"instruction": ROW["prompt"], "input": "", "history": PAIRS, "chosen": "Two.", "rejected": "No idea."},
+    {"question": ROW["prompt"], "history": PAIRS, "response_chosen": "Two.", "response_rejected": "No idea."},
+    {**ROW, "history": '[["My dog is Otto.", "Nice name."], ["He is two.", "Young."]]'},
+    {**ROW, "history": [{"user": user, "assistant": assistant} for user, assistant in PAIRS]},
+    {**ROW, "history": [{"role": role, "content": text} for pair in PAIRS
+                        for role, text in zip(("user", "assistant"), pair, strict=True)]},
+    {**ROW, "prompt": [{"role": "user", "content": ROW["prompt"]}], "history": PAIRS},
+    {**ROW, "history": "\n\nHuman: My dog is Otto.\n\nAssistant: Nice name.\n\nHuman: He is two.\n\nAssistant: Young."},
+], ids=["prompt", "instruction", "medical", "JSON text", "objects", "messages", "before messages", "transcript"])  # fmt: skip
+def test_earlier_turns_stand_before_the_prompt(read: Callable[..., Any], row: dict[str, Any]) -> None:
+    (pair,), report = read(row)
+    assert [(turn["role"], turn["content"]) for turn in pair.prompt] == [
+        ("user", "My dog is Otto."), ("assistant", "Nice name."), ("user", "He is two."), ("assistant", "Young."),
+        ("user", "How old is he?"),
+    ]  # fmt: skip
+    assert pair.chosen == ({"role": "assistant", "content": "Two."},)
+    assert report.unread_columns == []
+
+
+def test_the_system_turn_stands_before_the_history(read: Callable[..., Any]) -> None:
+    (pair,), _ = read({**ROW, "system": "Be short.", "history": PAIRS[:1]})
+    assert [turn["role"] for turn in pair.prompt] == ["system", "user", "assistant", "user"]
+
+
+def test_a_history_that_the_dialogue_already_has_is_not_said_twice(read: Callable[..., Any]) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, USER]
+    (pair,), _ = read({"chosen": [*turns, YES], "rejected": [*turns, NO], "history": [["a", "b"]]})
+    assert pair.prompt == tuple(turns)
+
+
+def test_an_empty_history_leaves_text_as_it_is(read: Callable[..., Any]) -> None:
+    (pair,), _ = read({**ROW, "history": []})
+    assert pair.prompt == ROW["prompt"]
+
+
+def test_a_history_of_another_form_is_an_error_that_says_the_forms(read: Callable[..., Any]) -> None:
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:1: column 'history\[0\]' is text; pairs \[user, assistant\] or messages"
+    ):
+        read({**ROW, "history": ["Hi", "Hello"]})
+
+
+@pytest.mark.parametrize(("row", "prompt"), [
+    ({"instruction": "Is it polite?", "input": "Give me that!", "chosen_response": "No.", "rejected_response": "Yes."},
+     "Is it polite?\n\nGive me that!"),
+    ({"prompt": "Is it polite?", "input": "Give me that!", "chosen": "No.", "rejected": "Yes."},
+     "Is it polite?\n\nGive me that!"),
+    ({"question": "Is it polite?", "input": "Give me that!", "chosen": "No.", "rejected": "Yes."},
+     "Is it polite?\n\nGive me that!"),
+    ({"instruction": "Is it polite?", "input": None, "chosen": "No.", "rejected": "Yes."}, "Is it polite?"),
+    ({"instruction": "Is it polite?", "input": "nan", "chosen": "No.", "rejected": "Yes."}, "Is it polite?"),
+    ({"input": "Is it polite?", "chosen": "No.", "rejected": "Yes."}, "Is it polite?"),
+    ({"instruction": "Is it polite?", "input": "Give!", "prompt": "Is it polite? Give!", "chosen": "No.", "rejected": "Yes."},
+     "Is it polite? Give!"),
+])  # fmt: skip
+def test_the_input_reaches_the_prompt_once(read: Callable[..., Any], row: dict[str, Any], prompt: str) -> None:
+    (pair,), _ = read(row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "No.", "Yes.")
+
+
+def test_columns_that_nobody_read_are_named_once_and_in_the_report(
+    read: Callable[..., Any], write_lines: Callable[..., Path], tokenizer: Any
+) -> None:
+    rows = {**ROW, "id": 1, "source": "x", "note": ""}, {**ROW, "id": 2, "note": None}, {**ROW, "topic": "dogs"}
+    _, report = read(*rows)
+    assert report.unread_columns == ["id", "source", "topic"]
+    saved = prepare_pairs(write_lines(*rows), tokenizer=tokenizer, max_length=99).report.to_dict()
+    assert saved["unread_columns"] == ["id", "source", "topic"]
+
+
+def test_ignored_columns_are_not_named(read: Callable[..., Any]) -> None:
+    assert read({**ROW, "id": 1, "note": "x"}, ignore=["id"])[1].unread_columns == ["note"]
+
+
+MATTERING = {
+    "context": ({"context": "He was born in 2020."}, r"data: \{columns: \{input: context\}\}"),
+    "chat_history": ({"chat_history": PAIRS}, r"data: \{columns: \{history: chat_history\}\}"),
+    "question beside prompt": ({"question": "And his name?"}, r"data: \{columns: \{input: question\}\}"),
+    "conversation": ({"conversation": [USER, YES, USER]}, r"data: \{columns: \{messages: conversation\}\}"),
+    "functions": ({"functions": [{"name": "f"}]}, r"data: \{columns: \{tools: functions\}\}"),
+    "images": ({"images": ["cat.png"]}, "pe-dpo trains on text alone.*data.ignore: [images]"),
+    "image": ({"image": {"bytes": "x"}}, "text alone"),
+    "audio": ({"audio": "x.wav"}, "text alone"),
+    "videos": ({"videos": ["x.mp4"]}, "text alone"),
+    "weight": ({"weight": 0.5}, "all pairs weigh the same"),
+    "template_kwargs": ({"template_kwargs": {"a": 1}}, r"\{chat_template_kwargs: template_kwargs\}"),
+}
+
+
+@pytest.mark.parametrize(("extra", "remedy"), MATTERING.values(), ids=MATTERING.keys())
+def test_what_matters_and_is_not_read_stops_with_its_remedy(
+    read: Callable[..., Any], extra: dict[str, Any], remedy: str
+) -> None:
+    (name,) = extra
+    empty = dict.fromkeys(extra)
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: (column )?'{name}'.*{remedy.replace('[', chr(92) + '[')}") as raised:
+        read({**ROW, **empty}, {**ROW, **extra}, bad_rows="drop")
+    assert f"data.ignore: [{name}]" in str(raised.value)
+    pairs, report = read({**ROW, **extra}, ignore=[name])
+    assert (pairs[0].prompt, report.unread_columns) == (ROW["prompt"], [])
+
+
+def test_the_remedies_of_unread_columns_work(read: Callable[..., Any]) -> None:
+    (pair,), _ = read({**ROW, "context": "He was born in 2020."}, columns={"input": "context"})
+    assert pair.prompt == "How old is he?\n\nHe was born in 2020."
+    (pair,), _ = read({**ROW, "chat_history": PAIRS[:1]}, columns={"history": "chat_history"})
+    assert len(pair.prompt) == 3
+
+
+@pytest.mark.parametrize("extra", [
+    {"weight": 1.0}, {"context": ""}, {"images": []}, {"history": None}, {"question": "How old is he?"}, {"weight": None},
+    {"messages": [{"role": "user", "content": "How old  is he?"}, {"role": "assistant", "content": "Two."}]},
+    {"conversation": [{"input": "How old is he?", "output": "A third answer."}]},
+])  # fmt: skip
+def test_what_is_empty_or_read_anyway_does_not_stop(read: Callable[..., Any], extra: dict[str, Any]) -> None:
+    assert read({**ROW, **extra})[0][0].prompt == ROW["prompt"]
+
+
+def test_a_system_column_that_differs_from_the_system_turn_stops(read: Callable[..., Any]) -> None:
+    prompt = [{"role": "system", "content": "Be kind."}, USER]
+    assert read({"prompt": prompt, "system": "Be kind.", "chosen": [YES], "rejected": [NO]})[1].unread_columns == []
+    with pytest.raises(DataError, match=r"column 'system' has content, was not read.*data\.ignore: \[system\]"):
+        read({"prompt": prompt, "system": "Be rude.", "chosen": [YES], "rejected": [NO]})
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("train", False), ("images", ["x.png"])])
+def test_keys_of_messages_that_matter_stop_and_can_be_ignored(read: Callable[..., Any], key: str, value: Any) -> None:
+    row = {"prompt": [USER], "chosen": [{**YES, key: value}], "rejected": [NO]}
+    with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{key}.*data\.ignore: \[{key}\]"):
+        read(row)
+    assert read(row, ignore=[key])[0][0].chosen == (YES,)
+
+
+def test_turns_of_the_prompt_that_ask_not_to_be_trained_on_are_not(read: Callable[..., Any]) -> None:
+    earlier = {"role": "assistant", "content": "x", "weight": 0}
+    (pair,), _ = read({"prompt": [USER, earlier, USER], "chosen": [{**YES, "weight": 1}], "rejected": [NO]})
+    assert pair.prompt[1]["content"] == "x"
+
+
+@pytest.mark.parametrize("given", [{"enable_thinking": False, "x": None}, '{"enable_thinking": false}'])
+def test_arguments_of_the_template_are_read_from_their_column(read: Callable[..., Any], given: Any) -> None:
+    assert read({**ROW, "chat_template_kwargs": given})[0][0].template_args == {"enable_thinking": False}
+    assert read({**ROW, "kw": given}, columns={"chat_template_kwargs": "kw"})[0][0].template_args == {"enable_thinking": False}
+
+
+def test_arguments_of_the_template_that_are_none_are_an_error(read: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"column 'chat_template_kwargs' is a list; an object with arguments"):
+        read({**ROW, "chat_template_kwargs": [1]})
+    assert read({**ROW, "chat_template_kwargs": {"enable_thinking": None}})[0][0].template_args == {}
+
+
+@pytest.mark.parametrize("names", [
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"), ("chosen_reward", "rejected_reward"), ("chosen_avg_rating", "rejected_avg_rating"),
+])  # fmt: skip
+def test_scores_that_contradict_the_labels_are_counted_and_named(read: Callable[..., Any], names: tuple[str, str]) -> None:
+    scores = [(2.0, 9.0), (5, 5), ("5", "4"), (None, 3), (1, 0)]
+    pairs, report = read(*({**ROW, **dict(zip(names, both, strict=True))} for both in scores))
+    assert len(pairs) == 5
+    assert report.noted["scores that contradict the labels"] == ["train.jsonl:1"]
+    assert report.noted["scores that are equal"] == ["train.jsonl:2"]
+    assert report.unread_columns == []
+
+
+def test_errors_and_penalties_are_no_scores(read: Callable[..., Any]) -> None:
+    _, report = read({**ROW, "chosen_mqm": "0.0", "rejected_mqm": "5.0"})
+    assert (dict(report.noted), report.unread_columns) == ({}, ["chosen_mqm", "rejected_mqm"])

@@ -1,0 +1,179 @@
+"""Which of two answers won, from a column that says it."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from paths_to_pairs import load_pairs
+
+from pe_dpo.errors import DataError
+
+USER = {"role": "user", "content": "Hi"}
+
+
+def map_in(message: str, number: int = 0) -> dict[str, str]:
+    """The column map that an error prints."""
+    lines = [line for line in message.splitlines() if line.startswith("data: ")]
+    return yaml.safe_load(lines[number])["data"]["columns"]
+
+
+@pytest.fixture
+def read(write_lines: Callable[..., Path]) -> Callable[..., list[tuple[str, str]]]:
+    """Return chosen and rejected of some rows, in each of which the column X has one of the values."""
+
+    def read_values(names: tuple[str, str], winner: str, *values: Any, said: str | None = None) -> list[tuple[str, str]]:
+        one, other = names
+        rows = [{"prompt": "Hi", one: f"A{n}", other: f"B{n}", winner: value} for n, value in enumerate(values)]
+        columns = {"chosen": one, "rejected": other, "winner": said or winner}
+        return [(pair.chosen, pair.rejected) for pair in load_pairs(write_lines(*rows), columns=columns)[0]]
+
+    return read_values
+
+
+@pytest.mark.parametrize(("names", "winner", "values"), [
+    (("response_0", "response_1"), "better_response_id", (0, 1)),
+    (("response_0", "response_1"), "safer", ("response_0", "response_1")),
+    (("response_1", "response_2"), "better", (1, 2)),
+    (("response_1", "response_2"), "better", (1.0, 2.0)),
+    (("one", "two"), "best_idx", (0, 1)),
+    (("one", "two"), "w", (1, 2)),
+    (("one", "two"), "w", ("a", "B")),
+    (("one", "two"), "w", ("chosen", "rejected")),
+    (("human_ref_A", "human_ref_B"), "w", ("A", "B")),
+    (("answer_a", "answer_b"), "winner", ("model_a", "model_b")),
+    (("answer_b", "answer_a"), "winner", ("b", "a")),
+    (("response1", "response2"), "overall_preference", (-2, 1)),
+    (("response_1", "response_2"), "preference_strength", (-1, 3)),
+])  # fmt: skip
+def test_a_column_whose_values_are_plain_says_which_answer_won(
+    read: Callable[..., list[tuple[str, str]]], names: tuple[str, str], winner: str, values: tuple[Any, Any]
+) -> None:
+    assert read(names, winner, *values) == [("A0", "B0"), ("B1", "A1")]
+
+
+@pytest.mark.parametrize(("said", "values"), [
+    ("w = 1", (1, 0)), ("w == 1", ("1", "0")), ("w != 1", (0, 1)), ("w < 0", (-1, 1)), ("w > 0.5", (0.9, 0.1)),
+    ("w >= 2", (2, 1)),
+    ("w = true", (True, False)), ("w = yes", ("Yes", "no")), ("w = 'left'", ("left", "right")), ("w<=3", (3, 4)),
+])  # fmt: skip
+def test_a_comparison_says_where_the_answer_mapped_as_chosen_won(
+    read: Callable[..., list[tuple[str, str]]], said: str, values: tuple[Any, Any]
+) -> None:
+    assert read(("one", "two"), "w", *values, said=said) == [("A0", "B0"), ("B1", "A1")]
+
+
+def test_ties_are_dropped_and_counted(write_lines: Callable[..., Path]) -> None:
+    rows = [{"prompt": "Hi", "a": "x", "b": "y", "w": value} for value in (-1, 0, 2)]
+    columns = {"chosen": "a", "rejected": "b", "winner": "w < 0"}
+    pairs, report = load_pairs(write_lines(*rows), columns=columns)
+    assert [(pair.where, pair.chosen) for pair in pairs] == [("train.jsonl:1", "x"), ("train.jsonl:3", "y")]
+    assert report.dropped["no winner"] == ["train.jsonl:2"]
+
+
+def test_words_for_a_tie_are_no_winner(read: Callable[..., list[tuple[str, str]]]) -> None:
+    values = ("model_a", "tie", "tie (bothbad)", "model_b")
+    assert read(("answer_a", "answer_b"), "winner", *values) == [("A0", "B0"), ("B3", "A3")]
+    assert read(("one", "two"), "w", "x", "tie", "y", said="w = x") == [("A0", "B0"), ("B2", "A2")]
+
+
+@pytest.mark.parametrize("value", [None, "", float("nan")])
+def test_a_row_without_a_winner_is_malformed(write_lines: Callable[..., Path], value: Any) -> None:
+    rows = [{"prompt": "Hi", "a": "x", "b": "y", "w": found} for found in ("a", value)]
+    columns = {"chosen": "a", "rejected": "b", "winner": "w"}
+    with pytest.raises(DataError, match=r"train\.jsonl:2: column 'w' is empty; which of the answers won is expected"):
+        load_pairs(write_lines(*rows), columns=columns)
+    assert len(load_pairs(write_lines(*rows), columns=columns, bad_rows="drop")[0]) == 1
+
+
+@pytest.mark.parametrize("values", [(0, 1), (1,), (True, False), ("x", "y"), (-0.5, 0.25)])
+def test_a_column_whose_values_may_mean_either_is_refused_with_both_ways_to_write_it(
+    read: Callable[..., list[tuple[str, str]]], values: tuple[Any, ...]
+) -> None:
+    with pytest.raises(DataError, match=r"data\.columns\.winner: column 'labels' has .* does not say by itself") as raised:
+        read(("one", "two"), "labels", *values)
+    ways = re.findall(r'winner: "(.*?)"', str(raised.value))
+    one, other = (read(("one", "two"), "labels", *values, said=way) for way in ways)
+    assert [pair[::-1] for pair in one] == other
+
+
+def test_a_third_value_is_an_error_and_not_a_defeat(read: Callable[..., list[tuple[str, str]]]) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:3: column 'w' is 2, and was 0 and 1 before"):
+        read(("one", "two"), "w", 1, 0, 2, said="w = 1")
+    with pytest.raises(DataError, match=r"column 'w' is 'c'; one of"):
+        read(("x_a", "x_b"), "w", *("ab" * 20), "c")
+
+
+def test_scores_follow_the_answers_to_which_they_belong(write_lines: Callable[..., Path]) -> None:
+    row = {"history": "Hi", "human_ref_A": "x", "human_ref_B": "y", "labels": 0, "score_A": 3, "score_B": 7}
+    columns = {"prompt": "history", "chosen": "human_ref_A", "rejected": "human_ref_B", "winner": "labels = 1",
+               "chosen_score": "score_A", "rejected_score": "score_B"}  # fmt: skip
+    (pair,), report = load_pairs(write_lines(row), columns=columns)
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.margin) == ("Hi", "y", "x", 4.0)
+    assert report.noted == {}
+    assert "human_ref_A is the chosen answer where labels = 1, human_ref_B elsewhere" in report.shape
+
+
+def test_errors_of_a_swapped_row_name_the_column_itself(write_lines: Callable[..., Path]) -> None:
+    rows = [{"prompt": "Hi", "a": "x", "b": value, "w": "b"} for value in ("y", None)]
+    with pytest.raises(DataError, match=r"train\.jsonl:2: column 'b' is null"):
+        load_pairs(write_lines(*rows), columns={"chosen": "a", "rejected": "b", "winner": "w"})
+
+
+PUBLISHED = {
+    "HelpSteer3": ({"domain": "x", "context": [USER], "response1": "A", "response2": "B", "overall_preference": 2,
+                    "individual_preference": [{"score": 2}]}, ("B", "A")),
+    "HelpSteer2": ({"prompt": "Hi", "response_1": "A", "response_2": "B", "preference_strength": -1}, ("A", "B")),
+    "PKU-SafeRLHF": ({"prompt": "Hi", "response_0": "A", "response_1": "B", "is_response_0_safe": True,
+                      "better_response_id": 1, "safer_response_id": 0}, ("B", "A")),
+    "arena": ({"question_id": "x", "model_a": "m", "model_b": "n", "winner": "model_b", "judge": "j",
+               "conversation_a": [USER, {"role": "assistant", "content": "A"}],
+               "conversation_b": [USER, {"role": "assistant", "content": "B"}]}, ("B", "A")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "expected"), PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_published_sets_with_a_winner_are_answered_with_a_map_that_works(
+    write_lines: Callable[..., Path], row: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    path = write_lines(row)
+    with pytest.raises(DataError, match="seems to say which of") as raised:
+        load_pairs(path)
+    assert "<column>" not in str(raised.value)
+    (pair,), _ = load_pairs(path, columns=map_in(str(raised.value)))
+    answers = [side if isinstance(side, str) else side[-1]["content"] for side in (pair.chosen, pair.rejected)]
+    assert (*answers,) == expected
+    assert pair.prompt in ("Hi", (USER,))
+
+
+def test_shp_is_answered_with_both_maps_and_each_does_what_it_says(write_lines: Callable[..., Path]) -> None:
+    path = write_lines({"post_id": "x", "history": "Hi", "c_root_id_A": "i", "c_root_id_B": "j", "human_ref_A": "A",
+                        "human_ref_B": "B", "labels": 1, "score_A": 3, "score_B": 1})  # fmt: skip
+    with pytest.raises(DataError, match="if human_ref_A is the better one there, else") as raised:
+        load_pairs(path)
+    chosen = [load_pairs(path, columns=map_in(str(raised.value), number))[0][0].chosen for number in (0, 1)]
+    assert chosen == ["A", "B"]
+
+
+def test_a_map_that_forgets_the_winner_is_an_error_with_the_whole_map(write_lines: Callable[..., Path]) -> None:
+    path = write_lines({"prompt": "Hi", "response_0": "A", "response_1": "B", "better_response_id": 1})
+    columns = {"chosen": "response_0", "rejected": "response_1"}
+    with pytest.raises(
+        DataError, match=r"'better_response_id' seems to say.*\n.*\n.*data\.ignore: \[better_response_id\]"
+    ) as raised:
+        load_pairs(path, columns=columns)
+    assert map_in(str(raised.value)) == {"prompt": "prompt", **columns, "winner": "better_response_id"}
+    assert load_pairs(path, columns=columns, ignore=["better_response_id"])[0][0].chosen == "A"
+
+
+def test_a_label_beside_answers_that_are_named_is_only_unread(write_lines: Callable[..., Path]) -> None:
+    row = {"prompt": "Hi", "answer_chosen": "yes", "answer_rejected": "no", "label": 1}
+    (pair,), report = load_pairs(write_lines(row))
+    assert (pair.chosen, pair.rejected, report.unread_columns) == ("yes", "no", ["label"])
+
+
+def test_a_winner_in_a_column_that_is_not_there_is_an_error(read: Callable[..., list[tuple[str, str]]]) -> None:
+    with pytest.raises(DataError, match=r"data\.columns\.winner: train\.jsonl has no column 'x'; found one, prompt, two, w"):
+        read(("one", "two"), "w", 1, said="x = 1")
