@@ -145,8 +145,8 @@ def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[
         else:
             pairs.append(pair)
     report.unread_columns += [name for name in shape.unread if name not in report.unread_columns]
-    for what, found in shape.noted.items():
-        report.noted[what] += found
+    for what, wheres in shape.noted.items():
+        report.noted[what] += wheres
     without_margin = [pair for pair in pairs if pair.margin is None]
     if len(without_margin) < len(pairs):  # they count as 0, which the user may not mean
         for pair in without_margin:
