@@ -180,3 +180,15 @@ def test_a_target_that_matches_nothing_is_an_error_that_names_what_exists(pe_dpo
 @pytest.mark.parametrize("targets", ["[q_proj]", "[layers.0.self_attn.q_proj, down_proj]", "[lm_head]"])
 def test_targets_may_be_names_or_the_ends_of_paths(pe_dpo, recipe_file, targets):
     assert pe_dpo("check", recipe_file, "--set", f"adapter.targets={targets}").code == 0
+
+
+def test_one_pair_is_shown_as_the_model_reads_it(pe_dpo, recipe_file):
+    out = pe_dpo("check", recipe_file).out
+    (prompt,) = (line for line in out.splitlines() if line.startswith("  prompt "))
+    (chosen,) = (line.rstrip() for line in out.splitlines() if line.startswith("  chosen "))
+    assert "<|im_start|>user\\nNumber " in prompt
+    assert "«It is " in chosen
+    assert chosen.endswith("<|im_end|>»")
+    example = json.loads(pe_dpo("check", recipe_file, "--json").out)["example"]
+    assert example["prompt"].startswith("<|im_start|>user\nNumber ")
+    assert example["chosen"]["end"] == "<|im_end|>"

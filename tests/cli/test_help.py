@@ -7,7 +7,7 @@ import time
 import pytest
 
 COMMANDS = [
-    (), ("quickstart",), ("check",), ("audit",), ("train",), ("eval",), ("recipes",), ("recipes", "list"), ("recipes", "show"),
+    (), ("quickstart",), ("data",), ("check",), ("audit",), ("train",), ("eval",), ("recipes",), ("recipes", "list"), ("recipes", "show"),
     ("recipes", "losses"), ("recipes", "copy"), ("recipes", "schema"), ("report",),
 ]  # fmt: skip
 

@@ -26,9 +26,11 @@ def check(
     plan = load_recipe(recipe, turned)
 
     log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible
+    from pe_dpo.data.decoded import decode_pair, middle_pair
     from pe_dpo.training.train import prepare_run
 
-    base, _, data, _ = prepare_run(plan)
+    base, tokenizer, data, _ = prepare_run(plan)
+    example = decode_pair(middle_pair(data.train), tokenizer)
     is_adapter = plan.adapter.reference == "adapter"
     reference = "a frozen copy of the adapter it starts from" if is_adapter else "the base, adapters off"
     steps = -(-len(data.train) // plan.train.pairs_per_step)
@@ -39,6 +41,7 @@ def check(
             "base": {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length},
             "reference": {"is": reference, "run_in_training": plan.loss.uses_reference},
             "data": data.report.to_dict(),
+            "example": example._asdict(),
             "steps_per_epoch": steps,
         }
         typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
@@ -48,6 +51,7 @@ def check(
         f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}",
         f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
         f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",
-        "ready to train",
     ]
     typer.echo("\n".join(lines))
+    console.show_pair(example, unit=data.report.unit, lines=1)
+    typer.echo("ready to train")

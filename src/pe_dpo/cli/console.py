@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -18,6 +19,8 @@ from pe_dpo.progress import showing
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+    from pe_dpo.data.decoded import DecodedPair
 
 NARROWEST = 18
 """Characters to which the names of a table's rows may fold before columns have to go below."""
@@ -102,6 +105,56 @@ def say(line: str = "") -> None:
 def warn(line: str) -> None:
     """Print one line of what looks off."""
     typer.echo(f"warning: {line}")
+
+
+def show_lines(lines: Sequence[str]) -> None:
+    """Print lines, those that are wider than the terminal folded between words."""
+    from rich.console import Console
+
+    screen = Console(markup=False, highlight=False, emoji=False)
+    for line in lines:
+        screen.print(line)
+
+
+def show_grid(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows whose last column is text that folds, and whose other columns stay whole."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for row in rows:
+        grid.add_row("", *(Text(cell, no_wrap=True) for cell in row[:-1]), Text(row[-1], overflow="fold"))
+    Console().print(grid)
+
+
+def show_pair(pair: "DecodedPair", *, unit: str, lines: int) -> None:
+    """Print a pair as the model reads it: what is scored in « and », long texts cut in the middle.
+
+    Args:
+        pair: the pair.
+        unit: what its lengths are counted in.
+        lines: about how many each of its texts may take.
+    """
+    from rich.cells import cell_len, set_cell_size
+    from rich.console import Console
+
+    room = lines * max(20, Console().width - 30)
+
+    def fit(text: str) -> str:
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+        if cell_len(text) <= room:
+            return text
+        head, tail = set_cell_size(text, room * 2 // 3), set_cell_size(text[::-1], room // 3)[::-1]
+        return f"{head.rstrip()} […] {tail.lstrip()}"
+
+    rows = [["prompt", f"{pair.prompt_tokens:,}", fit(pair.prompt)]]
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        text = "".join(f"«{part['text']}»" if part["scored"] else part["text"] for part in answer["parts"])
+        scored = "" if answer["scored"] == answer["tokens"] else f", {answer['scored']:,} scored"
+        rows.append([name, f"{answer['tokens']:,}{scored}{'' if answer['end'] else ', no end'}", fit(text)])
+    say(f"\n{pair.where}, in {unit}; «scored»")
+    show_grid(rows)
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1) -> None:

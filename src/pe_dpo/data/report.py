@@ -24,6 +24,8 @@ OVERLONG = "longer than max_length"
 ANSWERS_TOO_LONG = "answers alone longer than max_length"
 NO_WINNER = "no winner"
 PROMPT_IN_TRAINING = "held-out row whose prompt is in training"
+DUPLICATE = "exact duplicate"
+CONTRADICTION = "contradicts an earlier pair (a over b, b over a)"
 
 
 class DataReport:
@@ -44,6 +46,7 @@ class DataReport:
         noted: The names of the rows that are used and suspicious, by what is to be looked at.
         remarks: What concerns every row, about the tokenizer or its template.
         warnings: What probably is not meant, each with what to do; not among the `lines`.
+        unit: What lengths are counted in.
         tokens: Quantiles of the lengths of the pairs to train on, in tokens: prompt, chosen, rejected, and pair
             (the prompt with its longer answer).
         chosen_longer: Share of the pairs to train on whose chosen answer has more tokens; equal lengths count one half.
@@ -64,6 +67,7 @@ class DataReport:
         self.noted: defaultdict[str, list[str]] = defaultdict(list)
         self.remarks: list[str] = []
         self.warnings: list[str] = []
+        self.unit = "tokens"
         self.tokens: dict[str, dict[str, int]] = {}
         self.chosen_longer: float | None = None
 
@@ -97,9 +101,9 @@ class DataReport:
         for pair in (*train, *held_out):
             answers = pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()
             if (pair.prompt_key, *answers) in seen:
-                self.noted["exact duplicate"].append(pair.where)
+                self.noted[DUPLICATE].append(pair.where)
             if (pair.prompt_key, *reversed(answers)) in seen:
-                self.noted["contradicts an earlier pair (a over b, b over a)"].append(pair.where)
+                self.noted[CONTRADICTION].append(pair.where)
             seen.add((pair.prompt_key, *answers))
             shorter, longer = sorted((pair.chosen_ids, pair.rejected_ids), key=len)
             size = len(shorter) - (1 if shorter[-1] == longer[-1] else 0)  # without the end token
@@ -163,12 +167,13 @@ class DataReport:
         }
         return {"rows_read": self.rows_read, **vars(self), **counted}
 
-    def lines(self) -> list[str]:
-        """Return the report for people: one short fact a line, most important first."""
+    def facts(self) -> list[str]:
+        """Return for people what was read, how, and what there is of it, one fact a line; nothing about single rows."""
         files = ", ".join(f"{name} ({rows:,})" for name, rows in self.files.items())
         unused = f"; not used: {', '.join(self.unused_files)}" if self.unused_files else ""
         lines = [f"read {self.rows_read:,} rows: {files}{unused}"]
         lines += [f"understood as {self.shape}"] if self.shape else []
+        lines += [f"columns not read: {', '.join(self.unread_columns)}"] if self.unread_columns else []
         if self.template:
             clock = f", which writes the date: {self.template_date} here and whenever this run is evaluated"
             lines.append(f"written with {self.template}{clock if self.template_date else ''}")
@@ -177,7 +182,12 @@ class DataReport:
         if self.tokens:
             medians = ", ".join(f"{name} {self.tokens[name]['50%']}" for name in ("prompt", "chosen", "rejected"))
             longest = f"longest pair {self.tokens['pair']['max']:,}"
-            lines.append(f"median tokens: {medians}; {longest}; chosen longer in {self.chosen_longer:.0%} of pairs")
+            lines.append(f"median {self.unit}: {medians}; {longest}; chosen longer in {self.chosen_longer:.0%} of pairs")
+        return lines
+
+    def lines(self) -> list[str]:
+        """Return the report for people: one short fact a line, most important first."""
+        lines = self.facts()
         if self.dropped:
             lines.append(f"left out: {first_of_each(self.dropped)}")
         if self.noted:

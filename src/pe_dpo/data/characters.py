@@ -1,0 +1,46 @@
+"""What stands in for a tokenizer where none was given: every character is a token, and turns are written one below another."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+END = 0x110000
+"""The id that ends an answer: the first number that is no character."""
+
+
+class Characters:
+    """As much of a transformers tokenizer as data are prepared with; its chat template leaves nothing out."""
+
+    bos_token = bos_token_id = None
+    eos_token, eos_token_id = "␃", END
+    all_special_tokens: tuple[str, ...] = ()
+    added_tokens_decoder: Mapping[int, Any] = {}
+    chat_template: str | None = "[role]\ncontent"
+
+    def __call__(self, texts: str | Sequence[str], **options: Any) -> dict[str, Any]:
+        """Return the code points of a text, or of several."""
+        if isinstance(texts, str):
+            return {"input_ids": list(map(ord, texts))}
+        return {"input_ids": [list(map(ord, text)) for text in texts]}
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        """Return the text of some code points."""
+        return "".join(self.eos_token if number == END else chr(number) for number in ids)
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str | None:
+        """Return that of all messages."""
+        return self.chat_template
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = False, **options: Any
+    ) -> str:
+        """Return messages as text, with all that they have."""
+        written = [f"[tools]\n{json.dumps(tools, ensure_ascii=False)}"] if tools else []
+        for turn in messages:
+            more = (
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                for key, value in turn.items()
+                if key not in ("role", "content")
+            )
+            written.append(f"[{turn['role']}]\n" + "\n".join(filter(None, (*more, turn["content"]))))
+        return "\n".join([*written, *(["[assistant]\n"] if add_generation_prompt else [])])

@@ -1,0 +1,218 @@
+"""What is found in a preference data set before anything is trained on it, and which of it somebody has to decide about.
+
+rows ── pairs ── token ids, or characters where there is no tokenizer
+                    ├── three of them decoded, with what is scored
+                    ├── how far length alone tells which answer was chosen
+                    └── findings: what the report counted, ends that were lost
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pe_dpo.data.characters import Characters
+from pe_dpo.data.decoded import DecodedPair, decode_pair, middle_pair
+from pe_dpo.data.pairs import EncodedPair, row_length
+from pe_dpo.data.preparation import PreparedData, prepare_pairs
+from pe_dpo.data.report import (
+    ANSWERS_TOO_LONG,
+    CONTRADICTION,
+    DUPLICATE,
+    EMPTY,
+    IDENTICAL,
+    MALFORMED,
+    OVERLONG,
+    PROMPT_IN_TRAINING,
+)
+from pe_dpo.metrics.estimates import share_right, wilson_interval
+from pe_dpo.metrics.reference_accuracy import independent_pairs
+from pe_dpo.recipe.schema import DataSection
+
+LENGTH_TELLS = 2 / 3
+"""From this share of pairs on, length alone predicts the label well enough to be learned instead of what was meant."""
+CUT_SHARE = 0.05
+"""Of the answers of a side, so many may look cut off without a decision; headings and code do, too."""
+_LONG = 100  # characters from which an answer of prose has an end
+
+REMEDIES = {
+    MALFORMED: "correct them, or leave them out with data.bad_rows: drop",
+    EMPTY: "never trained on; take them out, or write the answer",
+    IDENTICAL: "never trained on; take them out, or look for what made the answers one",
+    DUPLICATE: "each counts as often as it is there; keep one",
+    CONTRADICTION: "decide which of the two answers is the better one",
+    PROMPT_IN_TRAINING: "not measured on; take such prompts out of one of the two files",
+}
+_HARMLESS = (
+    "an answer of several turns",
+    "one answer is the beginning of the other",
+    "prompt cut at its beginning",
+    "reasoning of",
+    "rendered answer that does not begin",
+    "token that spans the border",
+)
+"""How what is good to know, and calls for nothing, begins."""
+
+
+class Finding(NamedTuple):
+    """One kind of thing that was found."""
+
+    what: str
+    number: int
+    rows: list[str]
+    """The names of some of the rows."""
+    remedy: str
+    needs_decision: bool
+
+
+class Lint:
+    """What was found in the pairs of a data set.
+
+    Attributes:
+        report: What became of every row.
+        examples: Three pairs, decoded: of middle length, the shortest and the longest.
+        length_bias: `chosen_longer` (share of the training pairs, ties ½) with its `interval`, and `auc`, the chance that a
+            chosen answer is longer than a rejected one of any pair; how well length alone `predicts` the label.
+        findings: Those that need a decision first, the most frequent first.
+    """
+
+    def __init__(self, data: PreparedData, tokenizer: Any) -> None:
+        """Look at pairs.
+
+        Args:
+            data: They and what became of every row.
+            tokenizer: The one that made them.
+        """
+        self.report = data.report
+        by_length = sorted(data.train, key=row_length)
+        some = {id(pair): pair for pair in (middle_pair(data.train), by_length[0], by_length[-1])}
+        self.examples: list[DecodedPair] = [decode_pair(pair, tokenizer) for pair in some.values()]
+        self.length_bias = _length_bias(data.train)
+        found = [*self._counted(), *_lost_ends([*data.train, *data.held_out], tokenizer, unit=self.report.unit)]
+        predicts = self.length_bias["predicts"]
+        if predicts >= LENGTH_TELLS and not self.length_bias["interval"][0] <= 0.5 <= self.length_bias["interval"][1]:
+            longer = "longer" if self.length_bias["chosen_longer"] > 0.5 else "shorter"
+            found.append(
+                Finding(
+                    f"pairs in which the {longer} answer is chosen",
+                    round(predicts * len(data.train)),
+                    [],
+                    "length alone is learned first; match lengths, or set loss.reduce: mean or loss.length_penalty",
+                    True,
+                )
+            )
+        self.findings = sorted(found, key=lambda one: (not one.needs_decision, -one.number))
+
+    @property
+    def needs_decision(self) -> bool:
+        """Whether something was found that somebody has to decide about."""
+        return any(finding.needs_decision for finding in self.findings)
+
+    def _counted(self) -> list[Finding]:
+        """Return what the report has counted as findings."""
+        found = [Finding(text, 0, [], "", True) for text in self.report.warnings]
+        for what, rows in self.report.dropped.items():
+            if what in (OVERLONG, ANSWERS_TOO_LONG):
+                if not self.report.warnings:  # else they are many, and that says so
+                    found.append(Finding(f"left out: {what}", len(rows), rows, "", False))
+            elif what == MALFORMED:
+                kinds: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+                for row in rows:
+                    where, _, why = row.partition(": ")
+                    kinds[re.sub(r"\d+|'[^']*'", "…", why)].append((where, why))
+                for named in kinds.values():
+                    places = [where for where, _ in named]
+                    found.append(Finding(f"malformed: {named[0][1]}", len(named), places, REMEDIES[MALFORMED], True))
+            else:
+                found.append(Finding(f"left out: {what}", len(rows), rows, REMEDIES.get(what, ""), True))
+        for what, rows in self.report.noted.items():
+            found.append(Finding(what, len(rows), rows, REMEDIES.get(what, ""), not what.startswith(_HARMLESS)))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON-able values."""
+        return {
+            "data": self.report.to_dict(),
+            "pairs": [pair._asdict() for pair in self.examples],
+            "length_bias": self.length_bias,
+            "findings": [{**one._asdict(), "rows": one.rows[:20]} for one in self.findings],
+            "needs_decision": self.needs_decision,
+        }
+
+
+def lint(
+    settings: DataSection,
+    *,
+    tokenizer: Any = None,
+    context_length: int | None = None,
+    end_token_ids: Collection[int] = (),
+) -> Lint:
+    """Return what is found in the data that the section of a recipe names; no bad row stops it.
+
+    Args:
+        settings: The section.
+        tokenizer: Of the model; None to look at characters.
+        context_length: The most tokens that the model takes, if it has a bound.
+        end_token_ids: Further ids that end an answer; see `prepare_pairs`.
+
+    Raises:
+        DataError: As `prepare_pairs`, where not a single row can be used.
+    """
+    overlong = "drop" if settings.overlong == "error" else settings.overlong
+    settings = settings.model_copy(update={"bad_rows": "drop", "overlong": overlong})
+    if tokenizer is None:
+        settings = settings.model_copy(update={"max_length": 10**9})
+    data = prepare_pairs(
+        settings,
+        tokenizer=Characters() if tokenizer is None else tokenizer,
+        context_length=context_length,
+        end_token_ids=end_token_ids,
+    )
+    if tokenizer is None:
+        data.report.unit = "characters"
+        data.report.template = "nothing but the names of the roles, since no tokenizer was given: lengths are characters"
+    return Lint(data, Characters() if tokenizer is None else tokenizer)
+
+
+def _length_bias(pairs: Sequence[EncodedPair]) -> dict[str, Any]:
+    chosen, rejected = (np.array([len(getattr(pair, side)) for pair in pairs]) for side in ("chosen_ids", "rejected_ids"))
+    share = share_right(chosen - rejected)
+    worth = independent_pairs((chosen > rejected) + 0.5 * (chosen == rejected), [pair.prompt_key for pair in pairs])
+    others = np.sort(rejected)
+    below = np.searchsorted(others, chosen, "left") + np.searchsorted(others, chosen, "right")
+    return {
+        "chosen_longer": share,
+        "interval": list(wilson_interval(share, worth)),
+        "auc": float(below.mean()) / (2 * len(pairs)),
+        "predicts": max(share, 1 - share),
+    }
+
+
+def _lost_ends(pairs: Sequence[EncodedPair], tokenizer: Any, *, unit: str) -> list[Finding]:
+    """Return the answers without an end token, those whose text looks cut off, and the length at which many of them were."""
+    found = []
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    remedy = "the model learns to stop there, too"
+    lengths: Counter[int] = Counter()
+    endless = [pair.where for pair in pairs if not special.issuperset((int(pair.chosen_ids[-1]), int(pair.rejected_ids[-1])))]
+    if endless:
+        what = "pairs whose answers have no end token"
+        found.append(Finding(what, len(endless), endless, "the model does not learn to stop; give the tokenizer an EOS", True))
+    for side in ("chosen", "rejected"):
+        cut = []
+        for pair in pairs:
+            ids = getattr(pair, f"{side}_ids")
+            ids = ids[:-1] if int(ids[-1]) in special else ids
+            lengths[len(ids)] += 1
+            tail = tokenizer.decode(ids[-_LONG:].tolist()).rstrip()
+            if len(tail) >= _LONG // 2 and len(ids) >= _LONG // 5 and (tail[-1].isalnum() or tail[-1] in ",;(-–"):
+                cut.append(pair.where)
+        if cut:
+            is_many = len(cut) > CUT_SHARE * len(pairs)
+            found.append(Finding(f"{side} answers that end without a full stop or the like", len(cut), cut, remedy, is_many))
+    longest = max(lengths, default=0)
+    if lengths[longest] > max(10, sum(lengths.values()) / 100) and longest >= _LONG // 5:
+        found.append(Finding(f"answers of exactly {longest} {unit}, the most there is", lengths[longest], [], remedy, True))
+    return found
