@@ -146,3 +146,18 @@ def test_looking_without_a_tokenizer_loads_neither_torch_nor_transformers(write_
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_of_several_turns_the_last_one_is_looked_at_for_its_end(look: Callable[..., Lint], chat_tokenizer: Any) -> None:
+    def turns(last: str) -> list[dict[str, str]]:
+        said = ("assistant", SENTENCE + "."), ("user", "And?"), ("assistant", last)
+        return [{"role": role, "content": content} for role, content in said]
+
+    rows = [{"prompt": [{"role": "user", "content": "Go on"}], "chosen": turns(SENTENCE), "rejected": turns(SENTENCE + "!")}]
+    found = look(*rows, tokenizer=chat_tokenizer)
+    assert [one.what for one in found.findings if one.needs_decision] == [
+        "chosen answers that end without a full stop or the like"
+    ]
+    (pair,) = found.examples
+    assert [part["scored"] for part in pair.chosen["parts"]] == [True, False, True]
+    assert pair.chosen["scored"] == len(f"{SENTENCE}.") + 1 + len(SENTENCE) + 1

@@ -44,9 +44,11 @@ def data(
     if model.base == NO_BASE:
         found = lint(plan.data)
     else:
+        from pe_dpo.data.template import set_template
         from pe_dpo.model.base import answer_end_tokens, inspect_base, load_tokenizer
 
         tokenizer = load_tokenizer(model.base, revision=model.revision)
+        set_template(tokenizer, plan.data)
         is_tokenizer_alone = Path(model.base).is_dir() and not (Path(model.base) / "config.json").is_file()
         context = None if is_tokenizer_alone else inspect_base(model.base, revision=model.revision).context_length
         ends = answer_end_tokens(tokenizer, model.base, revision=model.revision)

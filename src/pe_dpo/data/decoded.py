@@ -21,6 +21,11 @@ class DecodedPair(NamedTuple):
     """As `chosen`."""
 
 
+def special_ids(tokenizer: Any) -> set[int | None]:
+    """Return the ids of a tokenizer's special tokens; None is among them where it has no EOS."""
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+
+
 def middle_pair(pairs: Sequence[EncodedPair]) -> EncodedPair:
     """Return the pair of middle length."""
     return sorted(pairs, key=row_length)[len(pairs) // 2]
@@ -33,7 +38,7 @@ def decode_pair(pair: EncodedPair, tokenizer: Any) -> DecodedPair:
         pair: One of `prepare_pairs`.
         tokenizer: The one that made it.
     """
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    special = special_ids(tokenizer)
 
     def decode_answer(ids: np.ndarray, mask: np.ndarray | None) -> dict[str, Any]:
         scored = np.ones(len(ids), dtype=bool) if mask is None else mask

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.data.characters import Characters
-from pe_dpo.data.decoded import DecodedPair, decode_pair, middle_pair
+from pe_dpo.data.decoded import DecodedPair, decode_pair, middle_pair, special_ids
 from pe_dpo.data.pairs import EncodedPair, row_length
 from pe_dpo.data.preparation import PreparedData, prepare_pairs
 from pe_dpo.data.report import (
@@ -163,7 +163,8 @@ def lint(
     overlong = "drop" if settings.overlong == "error" else settings.overlong
     settings = settings.model_copy(update={"bad_rows": "drop", "overlong": overlong})
     if tokenizer is None:
-        settings = settings.model_copy(update={"max_length": 10**9})
+        template = "plain" if settings.template == "plain" else "chat"
+        settings = settings.model_copy(update={"max_length": 10**9, "template": template})
     data = prepare_pairs(
         settings,
         tokenizer=Characters() if tokenizer is None else tokenizer,
@@ -193,7 +194,7 @@ def _length_bias(pairs: Sequence[EncodedPair]) -> dict[str, Any]:
 def _lost_ends(pairs: Sequence[EncodedPair], tokenizer: Any, *, unit: str) -> list[Finding]:
     """Return the answers without an end token, those whose text looks cut off, and the length at which many of them were."""
     found = []
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+    special = special_ids(tokenizer)
     remedy = "the model learns to stop there, too"
     lengths: Counter[int] = Counter()
     endless = [pair.where for pair in pairs if not special.issuperset((int(pair.chosen_ids[-1]), int(pair.rejected_ids[-1])))]
@@ -203,7 +204,10 @@ def _lost_ends(pairs: Sequence[EncodedPair], tokenizer: Any, *, unit: str) -> li
     for side in ("chosen", "rejected"):
         cut = []
         for pair in pairs:
-            ids = getattr(pair, f"{side}_ids")
+            ids, scored = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_scored")
+            if scored is not None:  # of several turns the assistant's last one
+                stop = int(np.flatnonzero(scored)[-1]) + 1
+                ids = ids[np.flatnonzero(~scored[:stop]).max(initial=-1) + 1 : stop]
             ids = ids[:-1] if int(ids[-1]) in special else ids
             lengths[len(ids)] += 1
             tail = tokenizer.decode(ids[-_LONG:].tolist()).rstrip()
