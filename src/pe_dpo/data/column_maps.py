@@ -9,7 +9,7 @@ from pe_dpo.data.winners import Winner
 
 Values = Mapping[str, Any]
 
-_SEVERAL = ("completions", "answers", "responses", "candidates", "generations", "outputs", "choices", "output")
+_SEVERAL = ("completions", "answers", "responses", "candidates", "generations", "outputs", "choices", "output", "summaries")
 """Columns with a list of answers."""
 _SINGLE = ("completion", "completions", "output", "response", "answer", "messages", "conversations", "text")
 _GOOD = "chosen preferred accepted winner winning win better best good positive pos"
@@ -17,7 +17,8 @@ _BAD = "rejected dispreferred nonpreferred loser losing lose worse worst bad neg
 _HINTS = {
     "rejected": f"{_BAD} l k",
     "chosen": f"{_GOOD} w j",
-    "prompt": "prompt question instruction query problem post context input user history",
+    "prompt": "prompt question instruction query problem post context input user messages conversations conversation dialogue "
+    "history",
 }
 """Words in the names of other people's columns that hint at ours, the likeliest first."""
 _NO_TEXT = {"id", "score", "model", "source", "rating", "logps", "system", "metadata"}
@@ -44,10 +45,10 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
     winner = next((name for name in names if name.strip().lower() in WINNERS and values[name]), None)
     guess, free = _guess(values, columns, winner)
     chosen, rejected = guess.pop("chosen", None), guess.pop("rejected", None)
-    if not chosen and not rejected:
-        refusal = _refuse_single_answers(values, winner)
-        if refusal:
-            return f"{found}: {refusal}"
+    lacking = [side for side in (chosen, rejected) if side is None]
+    refusal = _refuse_single_answers(values, winner, is_alone=len(free) < len(lacking)) if lacking else None
+    if refusal and (len(lacking) == 2 or len(free) < len(lacking)):
+        return f"{found}: {refusal}"
     order = ("prompt", "instruction", "input", "system", "history")
     others = {key: guess[key] for key in (*(key for key in order if key in guess), *guess)}
     is_dialogue = any(begins_with_prompt(value) for value in values.get(chosen or "", ()))
@@ -64,6 +65,11 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
             found += f"; '{winner}' seems to say which of {chosen} and {rejected} is the better one. Say it in the recipe:\n"
             ignore = f"\n(or, if it says something else, data.ignore: [{quote(winner)}])" if columns else ""
             return found + _write_winner(entries, winner, values[winner]) + ignore
+        several = [name for name in values if name.startswith("winner_")]
+        if len(several) > 1:
+            return (
+                f"{found}; {', '.join(several)} say which answer won: write one column with the name of the better one, or tie"
+            )
         if chosen[:-1] == rejected[:-1] and chosen[-1] in "01aA":
             found += (
                 f"; no column says which of {chosen} and {rejected} is better. If it always is the first, say it in the recipe:"
@@ -101,7 +107,7 @@ def _guess(
     return guess, free
 
 
-def _refuse_single_answers(values: Mapping[str, Sequence[Any]], winner: str | None) -> str | None:
+def _refuse_single_answers(values: Mapping[str, Sequence[Any]], winner: str | None, *, is_alone: bool) -> str | None:
     """Return what data are that have no two columns for answers; None where that is not known."""
     to_do = "put two answers to one prompt into each row, as prompt, chosen, rejected"
     lists = (name for name in values if name.strip().lower() in _SEVERAL)
@@ -110,7 +116,9 @@ def _refuse_single_answers(values: Mapping[str, Sequence[Any]], winner: str | No
         return f"'{several}' is a list of answers, and no column map can say which two of them make a pair; {to_do}"
     if winner in ("label", "labels"):
         return f"this is unpaired (KTO-style) data, one answer with one label a row; pairs are needed: {to_do}"
-    if {*_SINGLE} & values.keys():
+    if is_alone and not {*_SINGLE, "chosen"} & values.keys():
+        return f"they have no two answers; pairs are needed: {to_do}"
+    if is_alone or {*_SINGLE} & values.keys():
         return f"there is one answer a row and nothing to prefer it to; pairs are needed: {to_do}"
     return None
 

@@ -21,7 +21,7 @@ from pe_dpo.data.column_maps import explain_columns, is_labelled
 from pe_dpo.data.columns import SCORES, WINNERS, carries, find_spellings, refuse_media, refuse_unread
 from pe_dpo.data.dialogues import is_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, parse_written, read_messages, read_text, read_tools, without_nulls
-from pe_dpo.data.pairs import Pair, RowError, describe_value
+from pe_dpo.data.pairs import Pair, RowError, Text, describe_value
 from pe_dpo.data.sides import Sides, add_context, check_sides, drop_keys, kind_of, read_answer, read_sides
 from pe_dpo.data.winners import Winner
 from pe_dpo.errors import DataError
@@ -220,10 +220,7 @@ class Shape:
                 chosen, rejected = row["output"]
                 columns = columns[0], f"{names['output']}[0]", f"{names['output']}[1]"
         one, other = read_answer(chosen, columns[1]), read_answer(rejected, columns[2])
-        if first in ("prompt", "instruction"):
-            prompt = _with_input(first, row, names)
-        elif first == "chosen" or (first in ("conversations", "messages") and one == read_messages(prompt, columns[0])):
-            prompt = None  # the answers are whole dialogues, and the column may be that of the chosen answer once more
+        prompt = _read_prompt(self.required, prompt, one, row, names)
         if prompt is None and isinstance(one, str) and isinstance(other, str):
             return self.split(one, other, columns[1:])
         return read_sides(prompt, one, other, columns)
@@ -279,10 +276,25 @@ def _share_beginnings(rows: Sequence[Values]) -> bool:
     return True
 
 
-def _with_input(first: str, row: Values, names: Mapping[str, str]) -> Any:
-    """Return the prompt, with the input after a blank line as Alpaca does, unless the prompt already is made of both."""
-    prompt, further = row[first], row.get("input")
-    if not isinstance(prompt, str) or (first == "prompt" and (carries(row.get("instruction")) or not carries(further))):
+def _read_prompt(required: Sequence[str], prompt: Any, chosen: Text, row: Values, names: Mapping[str, str]) -> Any:
+    """Return the prompt's text or messages; None where the answers are whole dialogues.
+
+    The input follows a prompt of text after a blank line, as in Alpaca, unless the prompt already is made of both. A column of
+    messages beside the answers may be the whole dialogue of the chosen one.
+    """
+    first = required[0]
+    if required == ("chosen", "rejected"):
+        return None
+    if first in ("conversations", "messages") and "chosen" in required:
+        dialogue = read_messages(prompt, names[first])
+        *turns, last = dialogue
+        answer = chosen if isinstance(chosen, str) else chosen[0]["content"] if len(chosen) == 1 else None
+        if turns and last["role"] == "assistant" and answer is not None and answer.strip() == last["content"].strip():
+            return turns
+        return None if chosen == dialogue else [*dialogue]
+    further = row.get("input")
+    is_made_of_both = first == "prompt" and (carries(row.get("instruction")) or not carries(further))
+    if first not in ("prompt", "instruction") or not isinstance(prompt, str) or is_made_of_both:
         return prompt
     prompt = read_text(prompt, names[first])
     if further is None or further != further or further in ("", "nan", "NaN"):  # as pandas writes what is missing

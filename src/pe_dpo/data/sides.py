@@ -156,6 +156,16 @@ def check_sides(prompt: Text, chosen: Text, rejected: Text, names: Names) -> Non
     Raises:
         RowError: One of the sides is to be refused.
     """
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # the answers go on with it
+        begun = prompt[-1]["content"].strip()
+        if "tool_calls" in prompt[-1]:
+            raise RowError(f"column '{names[0]}' ends with a tool call; the tool's turn is expected before the answers")
+        answers = [_as_turns(answer)[0]["content"].strip() for answer in (chosen, rejected)]
+        if begun and (begun in answers or all(answer.startswith(begun) for answer in answers)):
+            raise RowError(
+                f"column '{names[0]}' ends with the assistant turn {begun[:40]!r}, which the answers bring once more; leave it "
+                "out of the prompt"
+            )
     for column, answer in zip(names[1:], (chosen, rejected), strict=True):
         turns = _as_turns(answer)
         if turns[0]["content"].strip() in _MISSING and len(turns) == 1 and "tool_calls" not in turns[0]:
@@ -165,8 +175,6 @@ def check_sides(prompt: Text, chosen: Text, rejected: Text, names: Names) -> Non
             )
         if isinstance(prompt, str):
             continue
-        if prompt and prompt[-1]["role"] == "assistant":
-            raise RowError("the prompt ends with an assistant turn; the turn before the answers is a user or tool turn")
         for place, turn in (("begins", turns[0]), ("ends", turns[-1])):
             if turn["role"] != "assistant":
                 raise RowError(

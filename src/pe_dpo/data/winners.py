@@ -144,15 +144,19 @@ class Winner:
 def _meanings(column: str, chosen: str, rejected: str, values: Sequence[Any]) -> dict[str, bool] | None:
     """Return what each value of a column means, whether the first answer won; None where that is not plain."""
     seen = {key for key in map(_key, values) if not _TIES.fullmatch(key)}
+    if seen <= {"0", "1"} and "label" in column.lower():  # 1 may mean the second of them, or that the first is right
+        return None
     ends = _end(chosen.lower()), _end(rejected.lower())
     tables = [{chosen.lower(): True, rejected.lower(): False}]
     if ends[0] != ends[1]:
         tables.append({ends[0]: True, ends[1]: False})
-    is_index = column.lower().endswith(("_id", "_idx", "_index"))
-    tables += [{"0": True, "1": False}] if is_index else []
+    if not seen:
+        return tables[-1] if values else None
+    if column.lower().endswith(("_id", "_idx", "_index")):
+        tables.append({"0": True, "1": False})
     for table in (*tables, *_PLAIN):
         is_counted = table == {"1": True, "2": False} and seen != {"1", "2"} and ends != ("1", "2")
-        if seen and not is_counted and all(key in table or (key[:1].isalpha() and _end(key) in table) for key in seen):
+        if not is_counted and all(key in table or (key[:1].isalpha() and _end(key) in table) for key in seen):
             return table
     return None
 
