@@ -1,4 +1,4 @@
-"""Writing so that a kill leaves the old or the new, never a part; and JSON as other programs read it."""
+"""Writing so that a kill leaves the old or the new, never a part; JSON as other programs read it; files that a glob means."""
 
 import json
 import math
@@ -38,3 +38,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def matching_paths(path: str) -> list[Path]:
+    """Return what a path stands for: itself where it is there, else all that it matches as a glob (`**` goes down folders)."""
+    place = Path(path).expanduser()
+    if place.exists() or not any(mark in path for mark in "*?["):
+        return [place] if place.exists() else []
+    return sorted(Path(place.anchor or ".").glob(str(place.relative_to(place.anchor))))

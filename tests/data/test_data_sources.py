@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from paths_to_pairs import load_pairs
 
-from pe_dpo.data.files import divide_names, find_sources
+from pe_dpo.data.sources import divide_names, find_places
 from pe_dpo.errors import DataError
 
 ROWS = [
@@ -40,7 +40,7 @@ def test_a_folder_uses_its_train_and_test_files_and_names_the_others(write_lines
     for name in ("train.jsonl", "test.jsonl", "all.jsonl"):
         folder = write_lines(TEXT_ROW, name=name).parent
     (folder / "LICENSE").write_text("not data")
-    train, held_out, unused = find_sources(folder)
+    ((_, train, held_out, unused),) = find_places(str(folder))
     assert ([*train], [*held_out], unused) == (["train.jsonl"], ["test.jsonl"], ["all.jsonl"])
 
 
@@ -51,7 +51,7 @@ def test_the_held_out_side_of_a_folder_is_read_when_asked(write_lines: Callable[
 
 
 def test_a_file_has_no_held_out_side(write_lines: Callable[..., Path]) -> None:
-    _, held_out, unused = find_sources(write_lines(TEXT_ROW))
+    ((_, _, held_out, unused),) = find_places(str(write_lines(TEXT_ROW)))
     assert (held_out, unused) == ({}, [])
 
 
@@ -59,13 +59,13 @@ def test_two_training_files_that_differ_in_their_suffix_are_refused(write_lines:
     write_lines(TEXT_ROW, name="train.json")
     folder = write_lines(TEXT_ROW, name="train.jsonl").parent
     with pytest.raises(DataError, match=r"train\.jsonl and train\.json differ only in their suffix; name one"):
-        find_sources(folder)
+        find_places(str(folder))
 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match=r"no data file in this folder; found notes\.txt; name a \.json"):
-        find_sources(tmp_path)
+        find_places(str(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
@@ -106,7 +106,7 @@ def test_a_saved_dataset_with_splits_is_divided_by_their_names(tmp_path: Path) -
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": data, "test": data, "extra": data}).save_to_disk(str(tmp_path / "saved"))
-    train, held_out, unused = find_sources(tmp_path / "saved")
+    ((_, train, held_out, unused),) = find_places(str(tmp_path / "saved"))
     assert ([*train], [*held_out], unused) == (["saved/train"], ["saved/test"], ["saved/extra"])
     assert [where for where, _ in held_out["saved/test"]] == ["saved/test row 1", "saved/test row 2"]
 
@@ -114,19 +114,19 @@ def test_a_saved_dataset_with_splits_is_divided_by_their_names(tmp_path: Path) -
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/folder", "a/b/c", "~/missing"])
 def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(DataError, match=r"there is no such file or folder.*check the spelling"):
-        find_sources(name)
+        find_places(name)
 
 
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pe_dpo.data.files.hub_is_reachable", lambda: False)
+    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: False)
     with pytest.raises(DataError, match=r"nobody/nothing: there is no such file or folder.*the Hub cannot be reached"):
-        find_sources("nobody/nothing")
+        find_places("nobody/nothing")
 
 
 def test_a_hub_dataset_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr("pe_dpo.data.files.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": data}))
     assert [pair.where for pair in load_pairs("owner/name")[0]] == ["owner/name/train row 1", "owner/name/train row 2"]
 
@@ -137,10 +137,10 @@ def test_a_name_that_the_hub_does_not_know_is_an_error(monkeypatch: pytest.Monke
     def refuse(name: str) -> None:
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist")
 
-    monkeypatch.setattr("pe_dpo.data.files.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("pe_dpo.data.sources.hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"owner/name: there is no such file.*doesn't exist.*check the name"):
-        find_sources("owner/name")
+        find_places("owner/name")
 
 
 def test_importing_the_data_room_imports_nothing_heavy() -> None:

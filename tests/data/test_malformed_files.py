@@ -35,7 +35,7 @@ MALFORMED = {
                               "'chosen' twice", "keep one"),
     "key twice in the only object": ("x.json", row(rest=b', "chosen": "c"'), "x.json", "'chosen' twice", "keep one"),
     "not UTF-8": ("x.jsonl", GOOD + b'{"prompt": "caf\xe9"}\n', "x.jsonl:2", "not valid UTF-8: byte 0xe9", "save the file"),
-    "UTF-16": ("x.json", "[]".encode("utf-16"), "x.json", "UTF-16", "save the file as UTF-8"),
+    "cut UTF-16": ("x.json", "[]".encode("utf-16")[:-1], "x.json", "utf-16", "save the file as UTF-8"),
     "NUL": ("x.jsonl", GOOD + row(prompt=b'"a\\u0000"'), "x.jsonl:2", "NUL character at 2", "remove"),
     "half a surrogate pair": ("x.jsonl", GOOD + row(prompt=b'"a\\ud83d"'), "x.jsonl:2", "(U+D83D) at 2", "remove"),
     "NaN margin": ("x.jsonl", GOOD + row(rest=b', "margin": NaN'), "x.jsonl:2", "'margin' is nan", "finite number"),
@@ -67,7 +67,7 @@ MALFORMED = {
     "CSV row too long": ("x.csv", b"prompt,chosen,rejected\np,a,b,c\n", "x.csv row 1", "1 more cells", "quote"),
     "CSV column twice": ("x.csv", b"prompt,chosen,rejected,chosen\np,a,b,c\n", "x.csv", "column 'chosen' twice", "keep one"),
     "CSV quote left open": ("x.csv", b'prompt,chosen,rejected\np,a,"b\n', "x.csv:2", "not valid CSV", "quotes"),
-    "CSV not UTF-8": ("x.csv", b"prompt,chosen,rejected\np,a,\xff\n", "x.csv", "not valid UTF-8", "save the file"),
+    "CSV not UTF-8": ("x.csv", b"prompt,chosen,rejected\np,a,\xff\n", "x.csv row 1", "not valid UTF-8", "save the file"),
     "Parquet that is none": ("x.parquet", b"PAR1 and then nothing", "x.parquet", "cannot be read as Parquet", "fetch"),
     "unknown suffix": ("x.txt", GOOD, "x.txt", "cannot be told from '.txt'", ".jsonl"),
     "prompts that differ by a space": (

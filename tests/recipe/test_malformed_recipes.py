@@ -54,7 +54,7 @@ MALFORMED = [
     ("train: {report_to: wandb}", "1: train.report_to", "found 'wandb'; input should be a valid list"),
     ("model: {base: 7}", "1: model.base", "found 7; input should be a valid string"),
     ("adapter: {targets: q_proj}", "1: adapter.targets", "found 'q_proj'; input should be 'all-linear'"),
-    ("data: {train: d, eval: true}", "1: data.eval", "found True; input should be a valid number"),
+    ("data: {train: d, eval: true}", "1: data.eval", "found True; a share, a path, an object such as"),
     ("data: {train: d, columns: {chosen: 3}}", "1: data.columns.chosen", "found 3; input should be a valid string"),
     ("data: {train: d, columns: {better: x}}", "1: data.columns.better", "input should be 'prompt', 'chosen', 'rejected'"),
     ("loss: [hinge]", "1: loss", "found ['hinge']; input should be a valid dictionary"),

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pe_dpo import data
-from pe_dpo.data.files import find_sources
-from pe_dpo.data.preparation import read_pairs
+from pe_dpo.data.preparation import read_places
+from pe_dpo.data.sources import find_places
 from pe_dpo.recipe import DataSection
 
 
@@ -15,9 +15,9 @@ def load_pairs(
 ) -> tuple[list[data.Pair], data.DataReport]:
     """Return the pairs of one side before tokenization, and what happened to the rows."""
     report = data.DataReport()
-    train, held_out, report.unused_files = find_sources(path)
-    parts = train if split == "train" else held_out
-    return read_pairs(parts, DataSection(train=str(path), **settings), report), report
+    section = DataSection(train=str(path), **settings)
+    (pairs,) = read_places(find_places(section.train), section, report, side=split)
+    return pairs, report
 
 
 def prepare_pairs(

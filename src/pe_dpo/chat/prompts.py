@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.chat.side_by_side import SIDES, AnswerScores, Side, SideBySide
-from pe_dpo.data.files import SUFFIXES, read_rows
+from pe_dpo.data.files import data_format, read_rows
 from pe_dpo.data.messages import read_messages, read_text
 from pe_dpo.data.pairs import RowError, Text, describe_value
 from pe_dpo.disk import write_atomically
@@ -73,7 +73,7 @@ def read_prompts(path: Path) -> list[tuple[str, Text]]:
         DataError: the file cannot be read or has no prompt, or a line of it is bad; with file and line.
     """
     found: list[tuple[str, Text]] = []
-    if path.suffix.lower() in SUFFIXES:
+    if data_format(path):
         for where, values in read_rows(path):
             try:
                 found.append((where, _read_prompt(values)))

@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Literal
 
 from pe_dpo.data.encoding import Encoder
-from pe_dpo.data.files import Parts, find_sources
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError
-from pe_dpo.data.report import NO_WINNER, OVERLONG, PROMPT_IN_TRAINING, DataReport
+from pe_dpo.data.report import NO_WINNER, OVERLONG, PROMPT_IN_TRAINING, WITHOUT_MARGIN, DataReport
 from pe_dpo.data.shapes import Shape
+from pe_dpo.data.sources import Parts, Place, find_places, weigh
 from pe_dpo.data.split import divide
 from pe_dpo.errors import DataError
-from pe_dpo.recipe.schema import DataSection
+from pe_dpo.recipe.schema import DataSection, describe_sources
 
 DEFAULT_MAX_LENGTH = 2048
 """Tokens of prompt and answer where recipe and context allow more; as the DPO recipes of Zephyr and Tülu 3."""
@@ -68,28 +68,29 @@ def prepare_pairs(
         raise DataError(f"data.max_length: {settings.max_length} tokens, but the model's context is {context_length}; lower it")
     max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
     report = DataReport()
-    parts, brought, unused = find_sources(settings.train)
-    if isinstance(settings.eval, str):
-        named, named_held_out, _ = find_sources(settings.eval)
-        held_out_parts = named_held_out or named
-    else:
-        held_out_parts = brought if settings.eval is None else {}
-    report.unused_files = [*unused, *([] if held_out_parts else brought)]
+    part_names: dict[str, str] = {}
+    places = find_places(settings.train, taken=part_names)
+    held_out_places = places if settings.eval is None else []
+    if settings.eval is not None and not isinstance(settings.eval, float):
+        held_out_places = find_places(settings.eval, to_hold_out=True, taken=part_names)
+    held_out_parts = [name for place in held_out_places for name in place.held_out]
     share = 0.0
     if not held_out_parts:
-        share = HELD_OUT_SHARE if settings.eval is None else float(settings.eval)
+        share = settings.eval if isinstance(settings.eval, float) else HELD_OUT_SHARE
+    report.unused_files = [name for place in places for name in place.unused]
+    report.unused_files += [] if held_out_places is places else [name for place in places for name in place.held_out]
 
-    pairs = read_pairs(parts, settings, report)
+    of_place = read_places(places, settings, report)
     encoder = Encoder(
         tokenizer, settings, max_length=max_length, report=report, end_token_ids=end_token_ids, accepts_losses=is_old
     )
-    encoded = encoder.encode(pairs)
-    _check_some_are_left(encoded, settings.train, max_length, report)
+    encoded = encoder.encode(list(chain.from_iterable(of_place)))
+    _check_some_are_left(encoded, describe_sources(settings.train), max_length, report)
     brought_pairs: list[EncodedPair] = []
     if held_out_parts:
-        pairs = read_pairs(held_out_parts, settings, report)
-        _check_some_are_left(pairs, settings.eval, max_length, report)
-        brought_pairs = encoder.encode(pairs)
+        named = list(chain.from_iterable(read_places(held_out_places, settings, report, side="held_out")))
+        _check_some_are_left(named, ", ".join(held_out_parts), max_length, report)
+        brought_pairs = encoder.encode(named)
     train, held_out, left_out, report.held_out_rows = divide(encoded, brought_pairs, share=share, recorded=recorded)
     if left_out:
         report.dropped[PROMPT_IN_TRAINING] += [pair.where for pair in left_out]
@@ -100,6 +101,13 @@ def prepare_pairs(
             "every prompt of the held-out data is in training or was dropped" if held_out_parts else "all pairs have one prompt"
         )
         report.remarks.append(f"no pair is held out: {why}; name other held-out data to measure what is learned")
+    place_of = {pair.where: at for at, pairs in enumerate(of_place) for pair in pairs}
+    kept = [[pair for pair in train if place_of[pair.where] == at] for at in range(len(places))]
+    weighed = [weigh(pairs, place.source.weight) for place, pairs in zip(places, kept, strict=True)]
+    train = list(chain.from_iterable(weighed))
+    for place, own, trained_on in zip(places, kept, weighed, strict=True):
+        source = describe_sources(place.source)
+        report.sources.append({"source": source, "pairs": len(own), "trained_on": len(trained_on)})
     report.examine(train, held_out)
     report.examine_lengths(encoder.lengths, max_length=max_length, context_length=context_length)
     return PreparedData(train, held_out, report)
@@ -113,11 +121,36 @@ def _as_recorded(settings: DataSection, recorded: Mapping[str, Any], *, is_old: 
     return changes
 
 
+def read_places(
+    places: Sequence[Place], settings: DataSection, report: DataReport, *, side: Literal["train", "held_out"] = "train"
+) -> list[list[Pair]]:
+    """Return the pairs of each of several places before tokenization, see `read_pairs`; `limit` counts over all of them.
+
+    Args:
+        places: From `find_places`; each has its own shape, and its own columns where its source names such.
+        settings: As for `read_pairs`.
+        report: As for `read_pairs`.
+        side: Of the places, which is read.
+    """
+    found: list[list[Pair]] = []
+    before = report.rows_read
+    for place in places:
+        left = None if settings.limit is None else settings.limit - report.rows_read + before
+        own = settings.model_copy(update={"columns": place.source.columns or settings.columns, "limit": left})
+        parts = place.train if side == "train" else place.held_out
+        found.append(read_pairs(parts, own, report) if parts and left != 0 else [])
+    bring_margins = [any(pair.margin is not None for pair in pairs) for pairs in found]
+    for pairs, brings in zip(found, bring_margins, strict=True):
+        if pairs and not brings and any(bring_margins):
+            report.noted[WITHOUT_MARGIN] += [pair.where for pair in pairs]
+    return found
+
+
 def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[Pair]:
     """Return the pairs of some files before tokenization, one for every well-formed row, in order.
 
     Args:
-        parts: The files or splits, see `find_sources`; all must have one shape.
+        parts: The files or splits, see `find_places`; all must have one shape.
         settings: Its `columns`, `bad_rows` and `limit` (over all parts) count here.
         report: Files, shape and malformed rows are added to it.
 
@@ -150,7 +183,7 @@ def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[
     without_margin = [pair for pair in pairs if pair.margin is None]
     if len(without_margin) < len(pairs):  # they count as 0, which the user may not mean
         for pair in without_margin:
-            report.noted["without a margin where others have one"].append(pair.where)
+            report.noted[WITHOUT_MARGIN].append(pair.where)
     return pairs
 
 
@@ -170,7 +203,7 @@ def _good_rows(parts: Parts, settings: DataSection, report: DataReport) -> Itera
             return
 
 
-def _check_some_are_left(pairs: Sequence[object], source: object, max_length: int, report: DataReport) -> None:
+def _check_some_are_left(pairs: Sequence[object], source: str, max_length: int, report: DataReport) -> None:
     if pairs:
         return
     reasons = ", ".join(f"{len(rows)} {reason}" for reason, rows in report.dropped.items())

@@ -26,6 +26,7 @@ NO_WINNER = "no winner"
 PROMPT_IN_TRAINING = "held-out row whose prompt is in training"
 DUPLICATE = "exact duplicate"
 CONTRADICTION = "contradicts an earlier pair (a over b, b over a)"
+WITHOUT_MARGIN = "without a margin where others have one"
 
 
 class DataReport:
@@ -33,6 +34,8 @@ class DataReport:
 
     Attributes:
         files: Rows read from each file or split that was used.
+        sources: Each place that the recipe names for training, its pairs that are not held out, and how many pairs its weight
+            makes of them.
         unused_files: Data files or splits beside them that were not used.
         shape: In words, how the rows were understood.
         unread_columns: The columns that had content in some row and were not read.
@@ -54,6 +57,7 @@ class DataReport:
 
     def __init__(self) -> None:
         self.files: dict[str, int] = {}
+        self.sources: list[dict[str, Any]] = []
         self.unused_files: list[str] = []
         self.shape = ""
         self.unread_columns: list[str] = []
@@ -98,7 +102,7 @@ class DataReport:
         """
         self.kept, self.held_out = len(train), len(held_out)
         seen: set[tuple[str, bytes, bytes]] = set()
-        for pair in (*train, *held_out):
+        for pair in {id(pair): pair for pair in (*train, *held_out)}.values():  # copies that a weight asks for are one
             answers = pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()
             if (pair.prompt_key, *answers) in seen:
                 self.noted[DUPLICATE].append(pair.where)
@@ -179,6 +183,9 @@ class DataReport:
             lines.append(f"written with {self.template}{clock if self.template_date else ''}")
         if self.kept:
             lines.append(f"{self.kept:,} pairs to train on, {self.held_out:,} held out ({self.held_out_from})")
+        if any(len(self.sources) > 1 or source["pairs"] != source["trained_on"] for source in self.sources):
+            trained = "; ".join(f"{one['trained_on']:,} of {one['pairs']:,} from {one['source']}" for one in self.sources)
+            lines.append(f"pairs to train on: {trained}")
         if self.tokens:
             medians = ", ".join(f"{name} {self.tokens[name]['50%']}" for name in ("prompt", "chosen", "rejected"))
             longest = f"longest pair {self.tokens['pair']['max']:,}"

@@ -35,7 +35,7 @@ from pe_dpo.model.base import BaseInfo, answer_end_tokens, inspect_base, load_ba
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.progress import progress
 from pe_dpo.quantizations import Quantization
-from pe_dpo.recipe import Recipe
+from pe_dpo.recipe import Recipe, describe_sources
 from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE, scaled_folder
 from pe_dpo.runs.run import Run
@@ -190,7 +190,7 @@ def _held_out_pairs(
     prepared.report.tell(logger)
     pairs = prepared.train if data else prepared.held_out
     if not pairs:
-        raise UsageError(f"the run held no pairs out (data.eval: {recipe.data.eval}); name some with `data`")
+        raise UsageError(f"the run held no pairs out (data.eval: {describe_sources(recipe.data.eval)}); name some with `data`")
     recorded = None if data else saved.run.hashes.held_out
     if recorded is not None and recorded != data_hash(pairs):
         raise UsageError(

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pe_dpo.data.files import find_sources
-from pe_dpo.data.pairs import Text, prompt_key
-from pe_dpo.data.preparation import read_pairs
+from pe_dpo.data.pairs import Pair, Text, prompt_key
+from pe_dpo.data.preparation import read_places
 from pe_dpo.data.rendering import as_messages
 from pe_dpo.data.report import DataReport
+from pe_dpo.data.sources import find_places
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.metrics.estimates import clustered_mean, right, wilson_interval
 from pe_dpo.metrics.table import AnswerTable
@@ -108,13 +108,12 @@ def prompts_as_written(data: DataSection, only: str | None = None) -> dict[str, 
         only: other pairs instead.
     """
     forgiving = data.model_copy(update={"bad_rows": "drop", "limit": None})
-    places = [only] if only else [data.train, *([data.eval] if isinstance(data.eval, str) else [])]
-    found: dict[str, Text] = {}
-    for train, held_out, _ in map(find_sources, places):
-        for parts in (train, held_out):
-            pairs = read_pairs(parts, forgiving, DataReport()) if parts else []
-            found |= {prompt_key(pair.prompt): pair.prompt for pair in pairs}
-    return found
+    places = find_places(only or data.train)
+    if not only and data.eval is not None and not isinstance(data.eval, float):
+        places += find_places(data.eval)
+    sides: list[list[Pair]] = read_places(places, forgiving, DataReport())
+    sides += read_places(places, forgiving, DataReport(), side="held_out")
+    return {prompt_key(pair.prompt): pair.prompt for pairs in sides for pair in pairs}
 
 
 def win_rate(answers: AnswerTable) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import yaml
 from pe_dpo.merging.behaviour import name_expected
 from pe_dpo.merging.source import Source, describe_scale
 from pe_dpo.quantizations import is_four_bit
+from pe_dpo.recipe import describe_sources
 from pe_dpo.runs.model_card import front_matter, training_sections
 
 
@@ -30,7 +31,7 @@ def merged_card(source: Source, report: Mapping[str, Any]) -> str:
             source.run.before,
             source.run.after,
             title="Held-out pairs, before and after training",
-            between=["## Data", "", f"`{recipe.data.train}`, sha256 of the encoded pairs `{data}`.", ""],
+            between=["## Data", "", f"`{describe_sources(recipe.data.train)}`, sha256 of the encoded pairs `{data}`.", ""],
         )
     checked = "checked tensor by tensor against training" if base["was_checked"] else "not checked: there is no record of it"
     kept, (name, cause) = report["mean_kept"], name_expected(report["scale"])

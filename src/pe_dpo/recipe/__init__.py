@@ -12,20 +12,23 @@ from pe_dpo.recipe.load import (
 )
 from pe_dpo.recipe.names import SHORT_NAMES, known_keys
 from pe_dpo.recipe.presets import PRESETS
-from pe_dpo.recipe.schema import DataSection, Recipe, warnings
+from pe_dpo.recipe.schema import DataSection, DataSource, Recipe, describe_sources, list_sources, warnings
 from pe_dpo.recipe.shipped import copy_recipe, find_recipe, recipe_header, recipe_names
 
 __all__ = [
     "PRESETS",
     "SHORT_NAMES",
     "DataSection",
+    "DataSource",
     "LossDescription",
     "Recipe",
     "changed_settings",
     "copy_recipe",
     "describe",
+    "describe_sources",
     "find_recipe",
     "known_keys",
+    "list_sources",
     "load_recipe",
     "recipe_difference",
     "recipe_from_yaml",

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pe_dpo.disk import matching_paths
 from pe_dpo.errors import RecipeError
 from pe_dpo.recipe.names import explain_unknown_key, known_keys
-from pe_dpo.recipe.schema import Recipe
+from pe_dpo.recipe.schema import DataSource, Recipe
 from pe_dpo.recipe.shipped import find_recipe
 from pe_dpo.recipe.strict_yaml import Dumper, KeyPath, parse_document, parse_scalar
 
@@ -80,9 +81,20 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     def absolute(value: Any) -> Any:
         return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
 
+    def absolute_data(places: Any) -> Any:
+        if isinstance(places, list):
+            return [absolute_data(place) for place in places]
+        if isinstance(places, DataSource):
+            return places.model_copy(update={"path": absolute_data(places.path)})
+        if not isinstance(places, str) or not matching_paths(places):
+            return places
+        path, resolved = Path(places), Path(places).resolve()
+        # A file in a hub's cache is a link to one whose name does not say how it is to be read.
+        return str(resolved if resolved.suffix == path.suffix else path.parent.resolve() / path.name)
+
     model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
     adapter = recipe.adapter.model_copy(update={"start": absolute(recipe.adapter.start)})
-    data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "eval": absolute(recipe.data.eval)})
+    data = recipe.data.model_copy(update={"train": absolute_data(recipe.data.train), "eval": absolute_data(recipe.data.eval)})
     if data.template not in ("auto", "chat", "plain"):
         data = data.model_copy(update={"template": absolute(data.template)})
     return recipe.model_copy(update={"model": model, "adapter": adapter, "data": data})
@@ -123,7 +135,7 @@ def recipe_difference(old: Recipe, new: Recipe, ignore: Iterable[str] = ()) -> l
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, dict) and f"{prefix}{key}" != "data.columns":
+        if isinstance(value, dict) and f"{prefix}{key}" not in ("data.columns", "data.train", "data.eval"):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -151,16 +163,14 @@ def _apply_override(values: dict[str, Any], origins: dict[KeyPath, str], overrid
 
 
 def _path_in(values: Any, location: KeyPath) -> KeyPath:
-    """Cut the names of union members, which pydantic appends, off a location; keep a missing key's own name."""
+    """Leave out the names of union members, which pydantic puts into a location; keep a missing key's own name."""
     path: KeyPath = ()
-    for part in location:
-        if isinstance(values, dict) and part in values:
+    for at, part in enumerate(location, start=1):
+        is_there = part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values))
+        if is_there:
             values = values[part]
-        elif isinstance(values, dict) and isinstance(part, str) and len(location) <= len(path) + 1:
-            return (*path, part)
-        else:
-            return path
-        path = (*path, part)
+        if is_there or (isinstance(values, dict) and at == len(location)):
+            path = (*path, part)
     return path
 
 
@@ -169,7 +179,7 @@ def _message(error: Any, path: KeyPath) -> str:
     if error["type"] == "extra_forbidden":
         return explain_unknown_key(path)
     if error["type"] == "missing":
-        return "is missing; a recipe needs at least model.base and data.train"
+        return "is missing; " + ("a recipe needs at least model.base and data.train" if len(path) < 3 else "write it")
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     found = error.get("input")

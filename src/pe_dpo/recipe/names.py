@@ -4,7 +4,7 @@ import difflib
 
 from pydantic import BaseModel
 
-from pe_dpo.recipe.schema import Recipe
+from pe_dpo.recipe.schema import DataSource, Recipe
 
 SHORT_NAMES = {
     "beta": "loss.beta",
@@ -78,6 +78,8 @@ def known_keys() -> list[str]:
 def explain_unknown_key(path: tuple[str | int, ...]) -> str:
     """Return what to write instead of a key that is none: what another tool's key is here, or the most similar key."""
     key = str(path[-1])
+    if path[:2] in (("data", "train"), ("data", "eval")):
+        return f"unknown key; a place has {', '.join(DataSource.model_fields)}"
     if key in OTHER_NAMES:
         other = OTHER_NAMES[key]
         is_key = other.replace(":", " ").split()[0] in known_keys()

@@ -13,7 +13,7 @@ from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.metrics.estimates import mean_change, wilson_interval
 from pe_dpo.metrics.quadrants import clustered_transitions
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.recipe import describe, recipe_to_yaml
+from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.run_plots import (
     NO_PAIRS,
@@ -152,7 +152,7 @@ def _trained_section(run: Run, info: RunInfo) -> PageSection:
     rows = [
         ("Base", described),
         ("Adapter", adapter),
-        ("Data", recipe.data.train),
+        ("Data", describe_sources(recipe.data.train)),
         ("Pairs", f"{pairs['train']} to train on, {pairs['held_out']} held out" if pairs else "not counted yet"),
         ("Loss", str(loss["formula"])),
         ("Equals", str(loss["equals"])),

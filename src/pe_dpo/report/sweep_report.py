@@ -7,7 +7,7 @@ from typing import Any
 
 from pe_dpo.experiments.comparison import Comparison, RunRow
 from pe_dpo.experiments.summary import counted, hyperparameter_name
-from pe_dpo.recipe import describe, recipe_to_yaml
+from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.style import fmt
 from pe_dpo.report.sweep_plots import (
@@ -82,7 +82,7 @@ def _plan_section(sweep: SweepRecord) -> PageSection:
             turned.setdefault(hyperparameter_name(key), []).append(f"{value:g}" if isinstance(value, float) else str(value))
     rows = [
         ("Base", recipe.model.base),
-        ("Data", recipe.data.train),
+        ("Data", describe_sources(recipe.data.train)),
         ("Pairs", f"{pairs['train']} to train on, {pairs['held_out']} held out" if pairs else ""),
         ("Base recipe's loss", loss.formula),
         ("Equals", loss.equals),

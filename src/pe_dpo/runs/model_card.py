@@ -6,13 +6,13 @@ from pathlib import Path
 import yaml
 
 from pe_dpo.metrics.catalogue import headline_rows
-from pe_dpo.recipe import Recipe, describe, recipe_to_yaml
+from pe_dpo.recipe import Recipe, describe, describe_sources, recipe_to_yaml
 
 
 def model_card(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """Return the card as markdown with the metadata that hubs read."""
-    base = recipe.model.base
-    intro = ["# A LoRA adapter trained on preference pairs", "", f"Base: `{base}`. Trained by pe-dpo on `{recipe.data.train}`."]
+    base, data = recipe.model.base, describe_sources(recipe.data.train)
+    intro = ["# A LoRA adapter trained on preference pairs", "", f"Base: `{base}`. Trained by pe-dpo on `{data}`."]
     sections = training_sections(recipe, before, after, title="Held-out pairs")
     return "\n".join([*front_matter(base, library="peft"), *intro, "", *sections])
 

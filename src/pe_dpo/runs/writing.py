@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.disk import json_without_nan, write_atomically, write_json
+from pe_dpo.disk import json_without_nan, matching_paths, write_atomically, write_json
 from pe_dpo.errors import RunFolderError
-from pe_dpo.recipe import Recipe, describe, recipe_difference, recipe_to_yaml
+from pe_dpo.recipe import Recipe, describe, list_sources, recipe_difference, recipe_to_yaml
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints
 from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, RUN_FILE, read_object
 from pe_dpo.runs.model_card import model_card
@@ -233,9 +233,12 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
     if resume:
         _check_same_recipe(folder, recipe)
         return
-    inputs = {"adapter.start": recipe.adapter.start, "model.base": recipe.model.base, "data.train": recipe.data.train}
-    for name, value in {**inputs, "data.eval": recipe.data.eval}.items():
-        if isinstance(value, str) and Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
+    inputs = [("adapter.start", recipe.adapter.start or ""), ("model.base", recipe.model.base)]
+    for name, places in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        sources = [] if places is None or isinstance(places, float) else list_sources(places)
+        inputs += [(name, str(path)) for source in sources for path in matching_paths(source.path)]
+    for name, value in inputs:
+        if value and Path(value).exists() and Path(value).resolve().is_relative_to(folder.resolve()):
             raise RunFolderError(
                 f"{folder}: {name} lies in the output folder, which a fresh run empties; choose another `output`"
             )

@@ -30,7 +30,7 @@ from pe_dpo.model.provenance import adapter_fingerprint, adapter_fingerprints, b
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
-from pe_dpo.recipe import Recipe, describe, warnings, with_absolute_paths, with_gamma
+from pe_dpo.recipe import Recipe, describe, describe_sources, warnings, with_absolute_paths, with_gamma
 from pe_dpo.runs.files import scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
@@ -149,8 +149,8 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
         attach_adapter(empty_model(base.base, base.config), rank=1, alpha=1, targets=recipe.adapter.targets)
     if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
         raise DataError(
-            f"{recipe.data.train}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a margin; name its "
-            "column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
+            f"{describe_sources(recipe.data.train)}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a "
+            "margin; name its column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
         )
     prepared.data.report.tell(logger)
     for line in mixout_warnings(recipe, prepared.base, total_steps(recipe, prepared.data)):

@@ -1,0 +1,261 @@
+"""The rows of JSON lines and of JSON documents, in the layouts in which tools write tables.
+
+{"prompt": "a", "chosen": "b", …}                  an object a line, or a row
+[{"prompt": "a", …}, …]                            rows
+{"data": [{"prompt": "a", …}, …]}                  rows under one of a few names
+{"prompt": ["a", …], "chosen": ["b", …], …}        columns
+{"prompt": {"0": "a", …}, "chosen": {…}, …}        columns by their index: pandas' default
+{"0": {"prompt": "a", …}, …}                       rows by their index
+{"columns": […], "data": [[…], …]}                 pandas' "split"
+{"train": [{…}], "test": [{…}]}                    splits, see `read_json_splits`
+
+Trailing commas and objects as Python prints them have one meaning and are read. No key may stand twice in an object.
+"""
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pe_dpo.data.pairs import RowError, describe_value
+from pe_dpo.data.text_files import BOM, Row, open_bytes, read_lines
+from pe_dpo.errors import DataError
+
+_WRAPPERS = ("data", "rows", "examples", "records", "train")
+_TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*(?:[\]}]|$))')
+_BETWEEN = f" \t\r\n,{BOM}"
+"""What may stand between the values of a file that was put together."""
+_SPLITS = re.compile(r'\s*\{\s*"(train|validation|valid|val|eval|dev|test)([_-]\w*)?"\s*:\s*\[')
+
+
+def read_json_lines(path: Path, name: str) -> Iterator[Row]:
+    """Yield the object on each line, or of a JSON document whose first line is none by itself."""
+    is_first = True
+    for number, (line, error) in enumerate(read_lines(path, name), start=1):
+        line = line.lstrip(BOM)
+        if not line.strip():
+            continue
+        try:
+            row = error or _as_row(_parse(line))
+        except json.JSONDecodeError as fault:
+            cut = "; the file ends inside this row, so it may have been cut: fetch it again"
+            is_whole = line.endswith(("\n", "\r"))
+            row = RowError(f"is not valid JSON: {fault.msg} at column {fault.colno}{'' if is_whole else cut}")
+        except ValueError as fault:  # Python reads no integer of more than 4,300 digits
+            row = RowError(f"is not valid JSON: {fault}")
+        except RecursionError:
+            row = RowError("is nested too deeply to be read; a row is one flat object")
+        if is_first and isinstance(row, RowError) and line.lstrip()[0] in "[{":
+            rows = _rows_of_document(path, name)
+            if rows:
+                yield from number_rows(rows, name)
+                return
+        is_first = False
+        yield f"{name}:{number}", row
+
+
+def read_json(path: Path, name: str) -> Iterator[Row]:
+    """Yield the rows of a JSON document, or of JSON lines under the name of one.
+
+    Raises:
+        DataError: It is not JSON, or holds no rows.
+    """
+    document = _read_document(path, name)
+    if document is None:
+        yield from read_json_lines(path, name)
+        return
+    if isinstance(document, RowError):
+        raise DataError(f"{name}: {document}")
+    if not isinstance(document, list | dict):
+        raise DataError(f"{name}: holds {describe_value(document)}; a list of objects, one a pair, is expected")
+    yield from number_rows(_rows_of(document, name), name)
+
+
+def number_rows(values: Iterable[Any], name: str) -> Iterator[Row]:
+    """Yield JSON values as the rows of what has this name."""
+    return ((f"{name} row {number}", _as_row(value)) for number, value in enumerate(values, start=1))
+
+
+def read_json_splits(path: Path) -> dict[str, list[Any]]:
+    """Return the rows of each split of a document like {"train": [...], "test": [...]}; nothing for any other.
+
+    Raises:
+        DataError: The file begins like such a document, and is not JSON.
+    """
+    with open_bytes(path) as file:
+        if not _SPLITS.match(file.read(200).decode("utf-8", "replace").lstrip(BOM)):
+            return {}
+    document = _read_document(path, path.name)
+    return {split: rows for split, rows in document.items() if _are_rows(rows)} if isinstance(document, dict) else {}
+
+
+def _read_document(path: Path, name: str) -> Any:
+    """Return the JSON value in a file; None where several follow each other, as in JSON lines."""
+    lines = []
+    for number, (line, error) in enumerate(read_lines(path, name), start=1):
+        if error:
+            raise DataError(f"{name}:{number}: {error}")
+        lines.append(line)
+    try:
+        return _parse("".join(lines).lstrip(BOM))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        raise DataError(
+            f"{name}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}; "
+            "if the file ends there it may have been cut: fetch it again"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name}: cannot be read ({error}); a list of flat objects is expected") from error
+
+
+def _rows_of_document(path: Path, name: str) -> list[Any]:
+    """Return the rows of a text that as a whole is JSON, one value or several one after the other; nothing where it is not."""
+    lines = list(read_lines(path, name))
+    if any(error for _, error in lines):
+        return []
+    text = "".join(line for line, _ in lines).strip(_BETWEEN)
+    try:
+        try:
+            values = [_parse(text)]
+        except json.JSONDecodeError:
+            decoder, values, at = json.JSONDecoder(object_pairs_hook=_as_object), [], 0
+            while at < len(text):
+                value, at = decoder.raw_decode(text, at)
+                values.append(value)
+                while text[at : at + 1] in (*_BETWEEN,):
+                    at += 1
+    except (ValueError, RecursionError):
+        return []
+    if all(map(_are_rows, values)):
+        return [row for value in values for row in value]
+    rows = _rows_of(values[0], name) if len(values) == 1 and isinstance(values[0], list | dict) else values
+    return rows if _are_rows(rows) else []
+
+
+def _rows_of(document: Any, name: str) -> list[Any]:
+    """Return the rows of a JSON list or object, see the layouts at the top; an object of none of them is one row.
+
+    Raises:
+        DataError: It has several lists of rows, or columns of different lengths.
+    """
+    if isinstance(document, list):
+        return document
+    columns = {key: value for key, value in document.items() if isinstance(value, list)}
+    lists = [key for key, value in columns.items() if value and _are_rows(value)]
+    wrapper = next((key for key in _WRAPPERS if key in lists), None)
+    if wrapper and len(lists) > 1:
+        raise DataError(f"{name}: holds several lists of rows ({', '.join(lists[:5])}); name this file itself, not its folder")
+    if wrapper:
+        return columns[wrapper]
+    if isinstance(document.get("columns"), list) and all(isinstance(row, list) for row in columns.get("data", [0])):
+        return [dict(zip(document["columns"], row, strict=True)) for row in document["data"]]
+    if isinstance(document.get("data"), list):
+        return columns["data"]
+    return _rows_of_columns(document, name) or [document]
+
+
+def _rows_of_columns(document: dict[str, Any], name: str) -> list[Any]:
+    """Return the rows of an object whose values are columns, or rows by their index; nothing for any other.
+
+    Raises:
+        DataError: It has columns of different lengths.
+    """
+    values = list(document.values())
+    if document and all(isinstance(value, dict) for value in values):
+        if all(key.isdecimal() for key in document):
+            return values
+        index = list(values[0])
+        if all(key.isdecimal() for key in index) and all(value.keys() == values[0].keys() for value in values):
+            return [{column: cells[key] for column, cells in document.items()} for key in index]
+    if not all(isinstance(value, list) for value in values) or all(map(_are_messages, values)):
+        return []
+    lengths = {key: len(value) for key, value in document.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{key} {length}" for key, length in list(lengths.items())[:10])
+        raise DataError(f"{name}: has columns of different lengths ({found}); give each a value for every row")
+    return [dict(zip(document, cells, strict=True)) for cells in zip(*values, strict=True)]
+
+
+def _are_rows(value: Any) -> bool:
+    is_list_of_objects = isinstance(value, list) and all(isinstance(row, dict | RowError) for row in value)
+    return is_list_of_objects and not (value and _are_messages(value))
+
+
+def _are_messages(value: list[Any]) -> bool:
+    return all(isinstance(turn, dict) and ({"role", "from"} & turn.keys()) for turn in value)
+
+
+def _parse(text: str) -> Any:
+    """Return the JSON value in a text, also where commas stand before closing brackets or Python printed it.
+
+    Raises:
+        JSONDecodeError: It is neither; ValueError, RecursionError: it is beyond Python's limits.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_as_object)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            if text[error.pos :].strip() != ",":
+                raise
+            return json.loads(text[: error.pos], object_pairs_hook=_as_object)
+        repaired = _TRAILING_COMMA.sub(lambda found: found[1] or "", text)
+        try:
+            return json.loads(repaired, object_pairs_hook=_as_object)
+        except json.JSONDecodeError:
+            pass
+        try:
+            with warnings.catch_warnings(action="error"):
+                return _python_value(ast.parse(text.strip(), mode="eval").body)
+        except (SyntaxError, SyntaxWarning, DeprecationWarning, ValueError, RecursionError, MemoryError):
+            raise error from None
+
+
+def _python_value(node: ast.expr) -> Any:
+    """Return what a literal of Python says that JSON could say too.
+
+    Raises:
+        ValueError: JSON could not, or it is no literal.
+    """
+    match node:
+        case ast.Dict(keys=keys, values=values):
+            names = [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+            return _as_object(list(zip(names, map(_python_value, values), strict=True)))
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_python_value(item) for item in items]
+        case ast.Constant(value=str() | int() | float() | None):
+            return node.value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -number
+    raise ValueError("no literal")
+
+
+def _as_object(items: list[tuple[str, Any]]) -> dict[str, Any] | RowError:
+    """Return a JSON object, or in its place the error that it has one key twice."""
+    values = dict(items)
+    if len(values) == len(items):
+        return values
+    names = [name for name, _ in items]
+    twice = next(name for name in names if names.count(name) > 1)
+    return RowError(f"has the key '{twice}' twice in one object; keep one of them")
+
+
+def _as_row(value: Any) -> dict[str, Any] | RowError:
+    """Return a JSON value as a row, which is an object without an error anywhere inside."""
+
+    def error_in(value: Any) -> RowError | None:
+        if isinstance(value, RowError):
+            return value
+        inner: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return next((found for found in map(error_in, inner) if found), None)
+
+    try:
+        error = error_in(value)
+    except RecursionError:
+        error = RowError("is nested too deep; a flat object with one pair is expected")
+    if error is None and not isinstance(value, dict):
+        error = RowError(f"is {describe_value(value)}; an object with one pair is expected")
+    return error or value

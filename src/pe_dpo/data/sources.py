@@ -1,0 +1,254 @@
+"""What the places that a recipe names stand for, and how often the pairs of each are trained on.
+
+pairs.jsonl           one file; a JSON file of splits is divided like a folder
+folder/               train.* (or train-*, train_*) and validation|valid|val|eval|dev|test.*; else every data file
+shards/part-*.jsonl   a glob: every data file that it matches; of those, validation|…|test.* are held out
+saved dataset/        what `datasets` wrote with save_to_disk
+owner/name            a data set of the Hub, read with `datasets`
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pe_dpo.data.files import FOREIGN_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, clean_arrow, data_format, read_rows
+from pe_dpo.data.json_files import number_rows, read_json_splits
+from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.data.text_files import Row
+from pe_dpo.disk import matching_paths
+from pe_dpo.errors import DataError
+from pe_dpo.hub import hub_is_reachable, is_hub_name
+from pe_dpo.recipe.schema import DataSource, Sources, list_sources
+
+HELD_OUT_NAMES = ("validation", "valid", "val", "eval", "dev", "test")  # the first that is there is used
+_HELD_OUT = re.compile(rf"({'|'.join(HELD_OUT_NAMES)})([-_].*)?")
+
+Parts = dict[str, Iterator[Row]]
+"""The rows of files or splits by their names; a file is opened only when its rows are read, and they can be read once."""
+
+
+class Place(NamedTuple):
+    """One of the places that a recipe names, found."""
+
+    source: DataSource
+    train: Parts
+    """The parts to train on."""
+    held_out: Parts
+    """The parts to hold out, where it brings such."""
+    unused: list[str]
+    """The names of what lies there and is not used."""
+
+
+def find_places(sources: Sources, *, to_hold_out: bool = False, taken: dict[str, str] | None = None) -> list[Place]:
+    """Return the places that a recipe names, in its order.
+
+    Args:
+        sources: What stands under `data.train` or `data.eval`. What looks like a path (a known suffix, a leading `.`, `/` or
+            `~`) is never looked up on the Hub.
+        to_hold_out: Whether they are named to be held out: then all of a place is, where it brings no held-out side.
+        taken: The parts that were found before, as name: full path; those found now are added. A part is called by its
+            file's name, with the folders above it where another part has that name.
+
+    Raises:
+        DataError: There is no such file, the folder holds no data, or the Hub has no such data set or cannot be reached.
+    """
+    taken = {} if taken is None else taken
+    places = [_find(source, taken) for source in list_sources(sources)]
+    if to_hold_out:
+        return [place._replace(train={}, held_out=place.held_out or place.train) for place in places]
+    return places
+
+
+def weigh(pairs: Sequence[EncodedPair], weight: float) -> list[EncodedPair]:
+    """Return the pairs as often as a weight says: 2 gives each twice, 0.5 those of half of the prompts, 2.5 both.
+
+    Which prompts a fraction takes is a matter of their hashes, so it depends on no seed and on no order of rows.
+
+    Args:
+        pairs: Of one place, to train on.
+        weight: At least the pairs of one prompt are kept.
+    """
+    whole, fraction = divmod(weight, 1.0)
+    ranked = sorted({pair.prompt_key for pair in pairs}, key=lambda key: hashlib.sha256(key.encode()).digest())
+    kept = {*ranked[: max(round(fraction * len(ranked)), 0 if whole else 1)]}
+    return [*pairs] * int(whole) + [pair for pair in pairs if fraction and pair.prompt_key in kept]
+
+
+def divide_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names to train on and the names to hold out.
+
+    Args:
+        names: Stems of files, or names of splits.
+
+    Returns:
+        `train` itself, else names that begin with `train-` or `train_` (of several, those that say `pref`); the same
+        for the first of `HELD_OUT_NAMES` that is there. Without a training name: everything that is not a
+        held-out name; if nothing is, all names, and none held out.
+    """
+    best: dict[str, list[str]] = {}
+    reserved: set[str] = set()
+    for word in ("train", *HELD_OUT_NAMES):
+        named = [name for name in names if name == word or name.startswith((f"{word}-", f"{word}_"))]
+        best[word] = [name for name in named if name == word] or [name for name in named if "pref" in name] or named
+        reserved |= {*named} if word != "train" else set()
+    train = best["train"] or [name for name in names if name not in reserved]
+    held_out = next((best[word] for word in HELD_OUT_NAMES if best[word]), [])
+    return (train, held_out) if train else (list(names), [])
+
+
+def _find(source: DataSource, taken: dict[str, str]) -> Place:
+    path, name = Path(source.path).expanduser(), source.path
+    if path.is_file():
+        _refuse(source, "a file", "subset", "revision")
+        splits = read_json_splits(path) if data_format(path) == ".json" else {}
+        if not splits:
+            _refuse(source, "a file without splits", "split")
+        found = [_Part(split, f"{_full_name(path)}/{split}", 2, partial(number_rows, splits[split])) for split in splits]
+        return _divide(source, found or [_file(path)], taken)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        import datasets
+
+        _refuse(source, "a saved data set", "subset", "revision")
+        try:
+            data = datasets.load_from_disk(str(path))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"{path}: cannot be read as a saved dataset ({error}); save it again") from error
+        return _divide(source, _splits(data, _full_name(path), shown=1), taken)
+    if path.is_dir():
+        _refuse(source, "a folder", "subset", "revision")
+        return _divide(source, [_file(file) for file in _data_files(sorted(path.iterdir()), path)], taken)
+    matches = matching_paths(name)
+    if matches:
+        _refuse(source, "a glob", "subset", "revision")
+        return _divide(source, [_file(file) for file in _data_files(matches, path)], taken, keeps_all=True)
+    return _divide(source.model_copy(update={"split": None}), _hub_splits(source), taken)._replace(source=source)
+
+
+class _Part(NamedTuple):
+    """A file or split that could be used."""
+
+    split: str
+    full_name: str
+    shown: int
+    """How many pieces of the full name it has for people."""
+    read: Callable[[str], Iterator[Row]]
+    """Reads its rows, given what it is called."""
+
+
+def _divide(source: DataSource, parts: Sequence[_Part], taken: dict[str, str], *, keeps_all: bool = False) -> Place:
+    """Return the parts of a place by their sides, each under a name of its own."""
+    splits = [part.split for part in parts]
+    if source.split is not None:
+        train = [split for split in splits if re.fullmatch(rf"{re.escape(source.split)}(-\d+(-of-\d+)?)?", split)]
+        held_out: list[str] = []
+        if not train:
+            raise DataError(f"{source.path}: has no split '{source.split}'; found {', '.join(splits)}")
+    else:
+        train, held_out = divide_names(splits)
+        if keeps_all:
+            train = [split for split in splits if not _HELD_OUT.fullmatch(split)] or train
+    files: dict[str, str] = {}
+    for part in parts:
+        folder, _, file = part.full_name.rpartition("/")
+        other = files.setdefault(f"{folder}/{part.split}", file)
+        if other != file and part.split in train + held_out:
+            raise DataError(
+                f"{source.path}: {file} and {other} differ only in their suffix; name one of the files instead of the folder"
+            )
+    sides: tuple[Parts, Parts] = {}, {}
+    unused = []
+    for part in parts:
+        pieces = part.full_name.split("/")
+        names = ("/".join(pieces[-shown:]) for shown in range(part.shown, len(pieces) + 1))
+        name = next(names)
+        if part.split not in train + held_out:
+            unused.append(name)
+            continue
+        if part.full_name in taken.values():
+            name = f"{name} ({1 + [*taken.values()].count(part.full_name)})"
+        while name in taken:
+            name = next(names)
+        taken[name] = part.full_name
+        sides[part.split in held_out][name] = part.read(name)
+    return Place(source, *sides, unused)
+
+
+def _full_name(path: Path) -> str:
+    return str(path.parent.resolve() / path.name)  # the file itself may be a link to a name that says nothing
+
+
+def _file(path: Path) -> _Part:
+    stem = re.sub(r"\.[^.]+(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    return _Part(stem, _full_name(path), 1, partial(read_rows, path))
+
+
+def _data_files(paths: Sequence[Path], place: Path) -> list[Path]:
+    """Return those of a folder or glob that hold data.
+
+    Raises:
+        DataError: There are none.
+    """
+    files = [path for path in paths if path.is_file() and data_format(path)]
+    foreign = next((path for path in paths if path.suffix.lower() in FOREIGN_SUFFIXES), None)
+    if not files and foreign:
+        raise DataError(f"{foreign}: {FOREIGN_SUFFIXES[foreign.suffix.lower()]}")
+    if not files:
+        found = ", ".join(path.name for path in paths[:10]) or "nothing"
+        deeper = f"; files in folders below are named as {place}/**/*.parquet" if any(path.is_dir() for path in paths) else ""
+        raise DataError(f"{place}: no data file in this folder; found {found}; name a {', '.join(SUFFIXES)} file{deeper}")
+    return files
+
+
+def _splits(data: Any, full_name: str, *, shown: int) -> list[_Part]:
+    """Return the splits of what `datasets` read, or all of it where it has none."""
+
+    def rows(values: Any, name: str) -> Iterator[Row]:
+        return ((f"{name} row {number}", clean_arrow(row)) for number, row in enumerate(values, start=1))
+
+    if not hasattr(data, "keys"):
+        return [_Part("train", full_name, shown, partial(rows, data))]
+    return [_Part(split, f"{full_name}/{split}", shown + 1, partial(rows, data[split])) for split in data]
+
+
+def _hub_splits(source: DataSource) -> list[_Part]:
+    """Return the splits of a data set of the Hub.
+
+    Raises:
+        DataError: It is no name of the Hub, or cannot be looked up, or has no such subset, split or revision.
+    """
+    name = source.path
+    suffixes = (*SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), *FOREIGN_SUFFIXES)
+    if "://" in name:
+        raise DataError(f"{name}: is an address, which is not fetched; name the file here, or the data set as owner/name")
+    if name.lower().endswith(suffixes) or name.startswith((".", "/", "~")) or not is_hub_name(name):
+        raise DataError(f"{name}: there is no such file or folder (looked from {Path.cwd()}); check the spelling")
+    import datasets
+
+    missing = f"{name}: there is no such file or folder, and as the name of a data set on the Hub"
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    if not cached.exists() and not hub_is_reachable():  # noticed first, because `datasets` 5.2 retries it for 23 s
+        raise DataError(f"{missing} it cannot be looked up: the Hub cannot be reached; check the path or the network")
+    said = {"name": source.subset, "split": source.split, "revision": source.revision}
+    try:
+        data = datasets.load_dataset(name, **{key: value for key, value in said.items() if value is not None})
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        why = " ".join(str(error).split())
+        subsets = re.search(r"(?:available configs|Available): \[(.*?)\]", why)
+        if subsets:
+            found = subsets[1][:400]
+            raise DataError(f"{name}: name one of its subsets: {{path: {name}, subset: …}}; found {found}") from error
+        splits = re.search(r"Unknown split .* one of \[(.*?)\]", why)
+        if splits:
+            raise DataError(f"{name}: has no split '{source.split}'; found {splits[1][:400]}") from error
+        raise DataError(f"{missing} it cannot be read ({why[:400]}); check the name, or name a file") from error
+    full_name = "/".join(filter(None, (name, source.subset, source.split)))
+    return _splits(data, full_name, shown=full_name.count("/") + 1)
+
+
+def _refuse(source: DataSource, what: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(source, key) is not None:
+            raise DataError(f"{source.path}: is {what}, and `{key}` ({getattr(source, key)}) belongs to others; leave it out")
