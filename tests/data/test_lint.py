@@ -98,9 +98,9 @@ def test_length_that_tells_the_label_needs_a_decision(look: Callable[..., Lint])
 def test_answers_that_were_cut_off_are_found_and_many_need_a_decision(look: Callable[..., Lint]) -> None:
     cut = [row(f"{n}", SENTENCE, SENTENCE + " !") for n in range(2)]
     whole = [row(f"x{n}", SENTENCE + ".", SENTENCE[1:] + "!") for n in range(38)]
-    one = finding(look(*cut, *whole), "chosen answers that end without")
+    one = finding(look(*cut, *whole), "chosen answers whose last sentence")
     assert (one.number, one.rows, one.needs_decision) == (2, ["train.jsonl:1", "train.jsonl:2"], False)
-    assert finding(look(*cut, *whole[:20]), "chosen answers that end without").needs_decision
+    assert finding(look(*cut, *whole[:20]), "chosen answers whose last sentence").needs_decision
 
 
 def test_a_limit_at_which_answers_were_cut_is_found(look: Callable[..., Lint]) -> None:
@@ -155,9 +155,7 @@ def test_of_several_turns_the_last_one_is_looked_at_for_its_end(look: Callable[.
 
     rows = [{"prompt": [{"role": "user", "content": "Go on"}], "chosen": turns(SENTENCE), "rejected": turns(SENTENCE + "!")}]
     found = look(*rows, tokenizer=chat_tokenizer)
-    assert [one.what for one in found.findings if one.needs_decision] == [
-        "chosen answers that end without a full stop or the like"
-    ]
+    assert [one.what for one in found.findings if one.needs_decision] == ["chosen answers whose last sentence has no end"]
     (pair,) = found.examples
     assert [part["scored"] for part in pair.chosen["parts"]] == [True, False, True]
     assert pair.chosen["scored"] == len(f"{SENTENCE}.") + 1 + len(SENTENCE) + 1

@@ -11,7 +11,9 @@ import pytest
 from paths_to_pairs import load_pairs, prepare_pairs
 
 from pe_dpo.data import PreparedData
+from pe_dpo.data.lint import lint
 from pe_dpo.errors import DataError
+from pe_dpo.recipe import DataSection
 
 SHARED = Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 pytestmark = [
@@ -124,3 +126,16 @@ def test_texts_and_messages_of_the_same_pairs_become_the_same_ids() -> None:
     )
     assert [pair.prompt_ids.tolist() + pair.chosen_ids.tolist() for pair in one] == [
         pair.prompt_ids.tolist() + pair.chosen_ids.tolist() for pair in other]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "what", "count"), [
+    ("lf-dpo-en", "exact duplicate", 5),
+    ("lf-dpo-zh", "exact duplicate", 11),
+    ("wmt-mqm-ted-ende", "contradicts an earlier pair (a over b, b over a)", 8),
+    ("rasbt-politeness", "left out: identical answers", 6),
+    ("hh-harmless", "left out: empty answer", 4),
+    ("orca-openai-format", "pairs in which the shorter answer is chosen", 218),
+])  # fmt: skip
+def test_what_is_odd_in_a_data_set_needs_a_decision_without_any_model(name: str, what: str, count: int) -> None:
+    found = lint(DataSection(train=str(SHARED / "data" / name)))
+    assert [one.number for one in found.findings if one.what == what and one.needs_decision] == [count]

@@ -35,7 +35,9 @@ LENGTH_TELLS = 2 / 3
 """From this share of pairs on, length alone predicts the label well enough to be learned instead of what was meant."""
 CUT_SHARE = 0.05
 """Of the answers of a side, so many may look cut off without a decision; headings and code do, too."""
-_LONG = 100  # characters from which an answer of prose has an end
+_LAST = 100  # tokens at the end of an answer that are looked at
+_PROSE = 50  # characters from which a last line is a sentence rather than a heading or the answer to a sum
+_LIST_ITEM = re.compile(r"\s*([-*•]|\(?\w{1,2}[.)])\s")
 
 REMEDIES = {
     MALFORMED: "correct them, or leave them out with data.bad_rows: drop",
@@ -210,13 +212,13 @@ def _lost_ends(pairs: Sequence[EncodedPair], tokenizer: Any, *, unit: str) -> li
                 ids = ids[np.flatnonzero(~scored[:stop]).max(initial=-1) + 1 : stop]
             ids = ids[:-1] if int(ids[-1]) in special else ids
             lengths[len(ids)] += 1
-            tail = tokenizer.decode(ids[-_LONG:].tolist()).rstrip()
-            if len(tail) >= _LONG // 2 and len(ids) >= _LONG // 5 and (tail[-1].isalnum() or tail[-1] in ",;(-–"):
+            line = tokenizer.decode(ids[-_LAST:].tolist()).rstrip().rpartition("\n")[2]
+            if len(line) >= _PROSE and (line[-1].isalpha() or line[-1] in ",;(–-") and not _LIST_ITEM.match(line):
                 cut.append(pair.where)
         if cut:
             is_many = len(cut) > CUT_SHARE * len(pairs)
-            found.append(Finding(f"{side} answers that end without a full stop or the like", len(cut), cut, remedy, is_many))
+            found.append(Finding(f"{side} answers whose last sentence has no end", len(cut), cut, remedy, is_many))
     longest = max(lengths, default=0)
-    if lengths[longest] > max(10, sum(lengths.values()) / 100) and longest >= _LONG // 5:
+    if lengths[longest] > max(10, sum(lengths.values()) / 100) and longest >= _LAST // 4:
         found.append(Finding(f"answers of exactly {longest} {unit}, the most there is", lengths[longest], [], remedy, True))
     return found
