@@ -159,3 +159,11 @@ def test_of_several_turns_the_last_one_is_looked_at_for_its_end(look: Callable[.
     (pair,) = found.examples
     assert [part["scored"] for part in pair.chosen["parts"]] == [True, False, True]
     assert pair.chosen["scored"] == len(f"{SENTENCE}.") + 1 + len(SENTENCE) + 1
+
+
+def test_copies_that_a_weight_asks_for_are_looked_at_once(write_lines: Callable[..., Path]) -> None:
+    path = write_lines(row("a", SENTENCE, "nay"), *(row(f"{n}", "yes", "no!") for n in range(30)))
+    section = DataSection.model_validate({"train": [{"path": str(path), "weight": 2}], "eval": 0.0})
+    found = lint(section)
+    assert found.report.kept == 62
+    assert [(one.what, one.number) for one in found.findings] == [("chosen answers whose last sentence has no end", 1)]

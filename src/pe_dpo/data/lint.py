@@ -88,18 +88,19 @@ class Lint:
             tokenizer: The one that made them.
         """
         self.report = data.report
-        by_length = sorted(data.train, key=row_length)
-        some = {id(pair): pair for pair in (middle_pair(data.train), by_length[0], by_length[-1])}
+        train = list({id(pair): pair for pair in data.train}.values())  # without the copies that a weight asks for
+        by_length = sorted(train, key=row_length)
+        some = {id(pair): pair for pair in (middle_pair(train), by_length[0], by_length[-1])}
         self.examples: list[DecodedPair] = [decode_pair(pair, tokenizer) for pair in some.values()]
-        self.length_bias = _length_bias(data.train)
-        found = [*self._counted(), *_lost_ends([*data.train, *data.held_out], tokenizer, unit=self.report.unit)]
+        self.length_bias = _length_bias(train)
+        found = [*self._counted(), *_lost_ends([*train, *data.held_out], tokenizer, unit=self.report.unit)]
         predicts = self.length_bias["predicts"]
         if predicts >= LENGTH_TELLS and not self.length_bias["interval"][0] <= 0.5 <= self.length_bias["interval"][1]:
             longer = "longer" if self.length_bias["chosen_longer"] > 0.5 else "shorter"
             found.append(
                 Finding(
                     f"pairs in which the {longer} answer is chosen",
-                    round(predicts * len(data.train)),
+                    round(predicts * len(train)),
                     [],
                     "length alone is learned first; match lengths, or set loss.reduce: mean or loss.length_penalty",
                     True,
