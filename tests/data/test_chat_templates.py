@@ -4,6 +4,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from toy_tokenizers import CHATML, build_tokenizer
 
@@ -113,6 +114,20 @@ def test_what_the_history_loses_is_counted_and_used() -> None:
     no_system = "{% for m in messages if m.role != 'system' %}" + CHATML.split("%}", 1)[1]
     _, report = encode(pair_of(answer("6"), prompt=(turn("system", "Be kind."), turn("user", "Hi"))), template=no_system)
     assert report.noted == {"system turn of the prompt that the chat template does not write": ["x:1"]}
+
+
+def test_a_system_turn_that_is_written_only_without_an_answer_is_lost_in_training() -> None:
+    """As Mistral's templates, which put it before the last message where that is the user's."""
+    mistral = (
+        "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+        "{{ '[U]' + (system + ' ' if loop.last and system else '') + m.content + '[/U]' }}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    prompt = (turn("system", "Be kind."), turn("user", "Hi"))
+    encoded, report = encode(pair_of(answer("Yes."), prompt=prompt), template=mistral)
+    assert decoded(np.concatenate([encoded[0].prompt_ids, encoded[0].chosen_ids])) == "[U]Hi[/U]Yes.<|im_end|>"
+    assert report.noted["system turn of the prompt that the chat template does not write"] == ["x:1"]
 
 
 @pytest.mark.parametrize(("turns", "rendered", "lost"), [

@@ -59,9 +59,7 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
     prefill = turns[-1] if turns[-1]["role"] == "assistant" else None
     start = turns if prefill is None else turns[:-1]
     opened = template.render(start, opens=True, tools=pair.tools, args=pair.template_args)
-    lost_before = {f"{kind} of the prompt" for _, kind in lost_parts(start, opened)}
-    if pair.tools and loses_tools(pair.tools, opened):
-        lost_before.add("tools")
+    lost_before: set[str] = set()
     texts: list[str] = []
     spans = []
     lost: set[str] = set()
@@ -69,6 +67,9 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
         if prefill is not None:  # the answers go on with its text
             answer = ({**answer[0], "content": prefill["content"] + answer[0]["content"]}, *answer[1:])
         text = template.render((*start, *answer), tools=pair.tools, args=pair.template_args)
+        # In what is trained on: Mistral's template writes a system turn before an answer, and not with it.
+        lost_before |= {f"{kind} of the prompt" for _, kind in lost_parts(start, text)}
+        lost_before |= {"tools"} if pair.tools and loses_tools(pair.tools, text) else set()
         found = lost_parts(answer, text[shared_length(opened, text) :])
         for index, kind in found:
             if kind == REASONING and index < len(answer) - 1:

@@ -134,7 +134,8 @@ def data_prefix_kl(
 ) -> dict[str, dict[str, float | None]]:
     """Return Σ_t KL(π(·|y_<t) ‖ π0(·|y_<t)) along the pairs' chosen answers, per answer and per token.
 
-    This is not KL(π‖π0): the prefixes are those of the data, not of the policy.
+    This is not KL(π‖π0): the prefixes are those of the data, not of the policy. Of an answer of several turns every token
+    counts, also those of others.
 
     Args:
         policy: as in `divergences`.
