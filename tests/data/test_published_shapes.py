@@ -200,14 +200,21 @@ def test_errors_name_the_columns_of_the_file(read: Callable[..., Any]) -> None:
         read({"messages": [USER, YES], "rejected_messages": [{**USER, "content": "Ho"}, NO]})
 
 
-def test_texts_that_begin_alike_are_cut_where_no_word_is(read: Callable[..., Any]) -> None:
-    pairs, report = read({"chosen": "The sky is blue.", "rejected": "The sky is green."},
-                         {"chosen": "Q: Hi\nA: I am fine", "rejected": "Q: Hi\nA: I am ill"})  # fmt: skip
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
-        ("The sky is", " blue.", " green."),
-        ("Q: Hi\n", "A: I am fine", "A: I am ill"),
-    ]
-    assert report.shape.startswith("whole texts without tags; the prompt is what chosen and rejected share up to the last line")
+@pytest.mark.parametrize(("prompt", "chosen", "rejected"), [
+    ("The sky is", " blue.", " green."),
+    ("Is it blue?\n", "I think so", "I think not"),
+    ("Q: Hi\nA:", " I am fine", " I am ill"),
+    ("### Instruction:\nHi\n\n### Response:\n", "I am\nfine", "I am\nill"),
+    ("USER: Hi ASSISTANT:", " I am fine", " I am ill"),
+    ("[INST] Hi [/INST]", " I am fine", " I am ill"),
+    ("Name A: or B:\n", "it is A", "it is B"),
+])  # fmt: skip
+def test_texts_that_begin_alike_are_cut_where_an_answer_may_begin(
+    read: Callable[..., Any], prompt: str, chosen: str, rejected: str
+) -> None:
+    (pair,), report = read({"chosen": prompt + chosen, "rejected": prompt + rejected})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, chosen, rejected)
+    assert report.shape.startswith("whole texts; the prompt is what chosen and rejected share up to the last tag")
 
 
 @pytest.mark.parametrize("rows", [

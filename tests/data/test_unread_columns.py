@@ -54,6 +54,14 @@ def test_a_history_that_the_dialogue_already_has_is_not_said_twice(read: Callabl
     assert pair.prompt == tuple(turns)
 
 
+def test_a_transcript_with_a_system_column_keeps_its_turns(read: Callable[..., Any]) -> None:
+    prompt = "\n\nHuman: a\n\nAssistant: b\n\nHuman: Hi\n\nAssistant:"
+    (pair,), _ = read({"prompt": prompt, "system": "Be kind.", "chosen": " yes", "rejected": " no"})
+    assert [(turn["role"], turn["content"]) for turn in (*pair.prompt, *pair.chosen)] == [
+        ("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "Hi"), ("assistant", "yes")
+    ]  # fmt: skip
+
+
 def test_an_empty_history_leaves_text_as_it_is(read: Callable[..., Any]) -> None:
     (pair,), _ = read({**ROW, "history": []})
     assert pair.prompt == ROW["prompt"]
@@ -102,7 +110,8 @@ MATTERING = {
     "context": ({"context": "He was born in 2020."}, r"data: \{columns: \{input: context\}\}"),
     "chat_history": ({"chat_history": PAIRS}, r"data: \{columns: \{history: chat_history\}\}"),
     "question beside prompt": ({"question": "And his name?"}, r"data: \{columns: \{input: question\}\}"),
-    "conversation": ({"conversation": [USER, YES, USER]}, r"data: \{columns: \{messages: conversation\}\}"),
+    "conversation": ({"conversation": [USER, YES, USER]}, r"before it with data: \{columns: \{history: conversation\}\}"),
+    "dialogue as text": ({"dialogue": "He was born in 2020."}, r"prompt with data: \{columns: \{prompt: dialogue\}\}"),
     "functions": ({"functions": [{"name": "f"}]}, r"data: \{columns: \{tools: functions\}\}"),
     "images": ({"images": ["cat.png"]}, "pe-dpo trains on text alone.*data.ignore: [images]"),
     "image": ({"image": {"bytes": "x"}}, "text alone"),
@@ -131,6 +140,13 @@ def test_the_remedies_of_unread_columns_work(read: Callable[..., Any]) -> None:
     assert pair.prompt == "How old is he?\n\nHe was born in 2020."
     (pair,), _ = read({**ROW, "chat_history": PAIRS[:1]}, columns={"history": "chat_history"})
     assert len(pair.prompt) == 3
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    question = {"role": "user", "content": ROW["prompt"]}
+    for column, conversation in (("history", turns), ("prompt", [*turns, question])):
+        (pair,), _ = read({**ROW, "conversation": conversation}, columns={column: "conversation"})
+        assert pair.prompt == (*turns, question)
+    (pair,), _ = read({**ROW, "functions": [{"name": "f"}]}, columns={"tools": "functions"})
+    assert pair.tools == [{"name": "f"}]
 
 
 @pytest.mark.parametrize("extra", [

@@ -100,7 +100,7 @@ def test_a_column_whose_values_may_mean_either_is_refused_with_both_ways_to_writ
 
 
 def test_a_third_value_is_an_error_and_not_a_defeat(read: Callable[..., list[tuple[str, str]]]) -> None:
-    with pytest.raises(DataError, match=r"train\.jsonl:3: column 'w' is 2, and was 0 and 1 before"):
+    with pytest.raises(DataError, match=r"train\.jsonl:3: column 'w' is 2, after 0 and 1; a winner is one of two"):
         read(("one", "two"), "w", 1, 0, 2, said="w = 1")
     with pytest.raises(DataError, match=r"column 'w' is 'c'; one of"):
         read(("x_a", "x_b"), "w", *("ab" * 20), "c")

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pe_dpo.data.columns import WINNERS, begins_with_prompt, carries, quote, read_as
+from pe_dpo.data.messages import list_names
 from pe_dpo.data.winners import Winner
 
 Values = Mapping[str, Any]
@@ -39,8 +40,7 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
         columns: The column map that was given.
         where: The file.
     """
-    listed = ", ".join(names) or "none"
-    found = f"{where}: the columns are {listed if len(listed) <= 600 else listed[:600] + ' …'}"
+    found = f"{where}: the columns are {list_names(names)}"
     values = {name: [row[name] for row in rows if carries(row.get(name))] for name in names}
     winner = next((name for name in names if name.strip().lower() in WINNERS and values[name]), None)
     guess, free = _guess(values, columns, winner)

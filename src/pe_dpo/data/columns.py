@@ -37,13 +37,17 @@ _SYSTEMS = ("system_prompt", "system_message")
 _OURS = ("prompt", "instruction", "input", "system", "history", "chosen", "rejected", "messages", "conversations", "tools",
          "margin", "preferred_output", "non_preferred_output", "rejected_response", "rejected_messages")  # fmt: skip
 
-_MEDIA = tuple(f"{side}{medium}{end}" for side in ("", "chosen_", "rejected_") for end in ("", "s")
-               for medium in ("image", "video", "audio", "image_path", "image_url"))  # fmt: skip
+_MEDIA = tuple(
+    f"{side}{medium}{end}"
+    for side in ("", "chosen_", "rejected_")
+    for medium in ("image", "image_path", "image_url", "img", "picture", "photo", "pixel_value", "video", "audio")
+    for end in ("", "s")
+)
 _WEIGHTS = ("weight", "weights", "sample_weight")
 _IN_PROMPT = {
     "history": "history chat_history conversation_history dialogue_history",
     "input": "input context contexts document documents passage passages background knowledge",
-    "system": "system system_prompt system_message system_instruction",
+    "system": "system system_prompt system_message system_instruction systemprompt",
     "tools": "tools functions",
     "prompt": "prompt instruction question query",
     "messages": "messages conversation conversations dialogue dialog",
@@ -68,6 +72,8 @@ WINNERS = (
     "preferred_response", "chosen_id", "chosen_idx", "chosen_index",
 )  # fmt: skip
 """Columns that say which of two answers is the better one, as published sets call them."""
+
+_YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
 def find_spellings(examples: Mapping[str, Any], mapped: Mapping[str, str]) -> dict[str, str]:
@@ -159,8 +165,7 @@ def refuse_media(values: Mapping[str, Any], where: str) -> None:
 def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) -> None:
     """Refuse what was not read of a row where training without it would be another training.
 
-    That is a weight, and a column that belongs to the prompt unless its texts are found in what was read; and in the messages
-    of an answer, a key that asks for an assistant turn not to be trained on.
+    That is a weight, and a column that belongs to the prompt, unless its texts are found in what was read.
 
     Args:
         unread: The columns with content that were not read.
@@ -168,19 +173,39 @@ def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) 
         where: The row, for people.
 
     Raises:
-        DataError: There is such a column or key; the message has the remedy.
+        DataError: There is such a column; the message has the remedy.
     """
     for name, value in unread.items():
         ours, ignore = read_as(name), f"data.ignore: [{quote(name)}]"
         if name.strip().lower() in _WEIGHTS and str(value).strip() not in ("1", "1.0"):
-            raise DataError(f"{where}: column '{name}' is {value!r}, and all pairs weigh the same; train so with {ignore}")
-        if ours is None or _is_found(value, sides, but_last=ours == "messages"):
+            raise DataError(
+                f"{where}: column '{name}' is {repr(value)[:40]}, and all pairs weigh the same; train so with {ignore}"
+            )
+        is_text = ours not in ("tools", "chat_template_kwargs")
+        if ours is None or (is_text and _is_found(value, sides, but_last=ours == "messages" and isinstance(value, list))):
             continue
-        remedy = f"data: {{columns: {{{'input' if ours == 'prompt' else ours}: {quote(name)}}}}}"
-        remedy = f"read it with {remedy}" if ours != name else "write it into the messages of the prompt"
+        remedy = "write it into the messages of the prompt"
+        if ours == "messages":
+            remedy = (
+                f"read it as the prompt with {_map('prompt', name)}, or as the turns before it with {_map('history', name)}"
+            )
+        elif ours != name:
+            remedy = f"read it with {_map('input' if ours == 'prompt' else ours, name)}"
         raise DataError(
             f"{where}: column '{name}' has content, was not read and belongs to the prompt; {remedy}, or leave it out: {ignore}"
         )
+
+
+def refuse_keys(sides: Sequence[Text], where: str) -> None:
+    """Refuse keys of messages without which the training is another: media, and turns of answers not to be trained on.
+
+    Args:
+        sides: Prompt, chosen and rejected answer, as read.
+        where: The row, for people.
+
+    Raises:
+        DataError: There is such a key; the message has the remedy.
+    """
     for side, is_answer in zip(sides, (False, True, True), strict=True):
         for turn in () if isinstance(side, str) else side:
             if len(turn) > 2:
@@ -188,9 +213,13 @@ def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) 
             for key in _NOT_SCORED if is_answer and len(turn) > 2 and turn["role"] == "assistant" else ():
                 if key in turn and str(turn[key]).strip().lower() not in ("1", "1.0", "true"):
                     raise DataError(
-                        f"{where}: an assistant turn of an answer has {key} {turn[key]!r}, and all are trained on (or the "
-                        f"last alone with data.score: last); train so with data.ignore: [{key}]"
+                        f"{where}: an assistant turn of an answer has {key} {repr(turn[key])[:40]}, and all are trained on "
+                        f"(or the last alone with data.score: last); train so with data.ignore: [{key}]"
                     )
+
+
+def _map(ours: str, theirs: str) -> str:
+    return f"data: {{columns: {{{ours}: {quote(theirs)}}}}}"
 
 
 def _is_found(value: Any, sides: Sequence[Text], *, but_last: bool) -> bool:
@@ -216,4 +245,5 @@ def _texts(value: Any) -> Iterator[str]:
 
 def quote(name: str) -> str:
     """Return a name as YAML wants it inside braces."""
-    return name if re.fullmatch(r"[A-Za-z_<][\w.\->]*", name) else json.dumps(name, ensure_ascii=False)
+    is_plain = re.fullmatch(r"[A-Za-z_<][\w.\->]*", name) and name.lower() not in _YAML_WORDS
+    return name if is_plain else json.dumps(name, ensure_ascii=False)

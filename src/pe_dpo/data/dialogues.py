@@ -16,6 +16,11 @@ from pe_dpo.data.pairs import Message, RowError, Turns, describe_value
 
 ASSISTANT_TAG = "\n\nAssistant:"
 TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_ANSWER_TAG = re.compile(
+    r"(?:^|(?<=\n))(?:### )?(?:Response|Answer|AI|Bot|A):\n?|(?:^|(?<=\s))(?:### )?(?:Assistant|ASSISTANT):\n?"
+    r"|\[/INST\]|<\|assistant\|>\n?|<\|im_start\|>assistant\n|<start_of_turn>model\n|<\|end_header_id\|>\n\n"
+)
+"""What stands before an answer in rendered texts, apart from the tags of a transcript."""
 _EXCHANGES = (("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("input", "output"), ("prompt", "response"),
               ("query", "response"), ("question", "answer"))  # fmt: skip
 
@@ -120,8 +125,9 @@ def split_transcripts(chosen: str, rejected: str, names: tuple[str, str] = ("cho
 def split_texts(chosen: str, rejected: str, names: tuple[str, str] = ("chosen", "rejected")) -> tuple[str, str, str]:
     """Return the prompt that two whole texts without tags share, and the answer of each.
 
-    The prompt goes up to and with the last line break that both share; where they share none, up to the last space, which the
-    answers keep. A word is never cut. Whatever of the answers is in the prompt so has the same log-prob on both sides.
+    The prompt goes up to and with the last tag before an answer that both share (`ASSISTANT:`, `### Response:`, `[/INST]`),
+    else the last line break, else up to the last space, which the answers keep. A word is never cut. Whatever of the answers is
+    in the prompt so has the same log-prob on both sides.
 
     Args:
         chosen: The whole text with the preferred answer.
@@ -132,7 +138,8 @@ def split_texts(chosen: str, rejected: str, names: tuple[str, str] = ("chosen", 
         RowError: The texts share no beginning.
     """
     shared = min(shared_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    end = chosen.rfind("\n", 0, max(shared, 0)) + 1
+    tags = [tag.end() for tag in _ANSWER_TAG.finditer(chosen, 0, max(shared, 0))]
+    end = tags[-1] if tags else chosen.rfind("\n", 0, max(shared, 0)) + 1
     if not chosen[:end].strip():
         end = max(chosen.rfind(" ", 0, max(shared, 0)), 0)
     if not chosen[:end].strip():

@@ -4,7 +4,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pe_dpo.data.pairs import Message, RowError, Turns, describe_value
@@ -52,6 +52,12 @@ def read_text(value: Any, column: str) -> str:
     return value
 
 
+def list_names(names: Iterable[str]) -> str:
+    """Return names of columns or keys with commas, in not more than a few lines."""
+    listed = ", ".join(names) or "none"
+    return listed if len(listed) <= 600 else f"{listed[:600]} …"
+
+
 def read_messages(value: Any, column: str) -> Turns:
     """Return the messages of one cell with `role` and `content`, whatever their spelling was.
 
@@ -88,16 +94,14 @@ def _read_message(turn: Any, place: str) -> tuple[Message, bool]:
     turn = without_nulls(turn)
     role_key = next((key for key in _KEYS if key in turn), None)
     if role_key is None:
-        raise RowError(
-            f"column '{place}' has the keys {', '.join(turn) or 'none'}; a message with role and content is expected"
-        )
+        raise RowError(f"column '{place}' has the keys {list_names(turn)}; a message with role and content is expected")
     content_key = next((key for key in (_KEYS[role_key], *_KEYS.values()) if key in turn), _KEYS[role_key])
     if content_key not in turn and len(turn) > 1 and not {"tool_calls", "function_call"} & turn.keys():
-        raise RowError(f"column '{place}' has no content, only {', '.join(turn)}; a message with role and content is expected")
+        raise RowError(f"column '{place}' has no content, only {list_names(turn)}; a message with role and content is expected")
     role, content = turn[role_key], turn.get(content_key)
     spelling = role.strip().lower() if isinstance(role, str) else ""
     if spelling not in ROLES:
-        raise RowError(f"column '{place}' has the {role_key} {role!r}; write one of {', '.join(ROLES)} in its place")
+        raise RowError(f"column '{place}' has the {role_key} {str(role)[:40]!r}; write one of {', '.join(ROLES)} in its place")
     message = {key: value for key, value in turn.items() if key not in (role_key, content_key)}
     calls = message.pop("tool_calls", message.pop("function_call", None))  # the latter is OpenAI's older name
     if spelling in CALLS:
@@ -132,7 +136,7 @@ def _read_content(content: Any, place: str) -> str:
         if isinstance(text, Mapping):  # OpenAI's assistants write {"text": {"value": …}}
             text = text.get("value")
         if kind not in _TEXT_PARTS or media or not isinstance(text, str):
-            names = ", ".join(part) if isinstance(part, Mapping) else describe_value(part)
+            names = list_names(part) if isinstance(part, Mapping) else describe_value(part)
             found = kind if kind not in _TEXT_PARTS else media or names
             raise RowError(f"column '{place}' has a part that is not text ({found}); only text is read, take the row out")
         texts.append(text)
@@ -183,14 +187,30 @@ def read_tools(value: Any, column: str) -> list[Any] | None:
 
 
 def _read_json(value: Any, place: str, *, what: str, remedy: str) -> Any:
-    """Return a value that may come as JSON text."""
+    """Return a value that may come as text, as JSON or as Python prints it."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return _parse(value)
+    except ValueError as error:
+        raise RowError(f"column '{place}' has {what} not JSON ({error}); {remedy}") from error
+
+
+def _parse(text: str) -> Any:
+    """Return the value that a text holds as JSON or as Python prints it.
+
+    Raises:
+        ValueError: It holds none; the message is that of JSON.
+    """
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        found = getattr(error, "msg", error)
-        raise RowError(f"column '{place}' has {what} not JSON ({found}); {remedy}") from error
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # for backslashes in texts
+                return without_nulls(ast.literal_eval(text.strip()))  # printed from Arrow, with the nulls that it invents
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            raise ValueError(getattr(error, "msg", str(error))) from error
 
 
 def without_nulls(value: Any) -> Any:
@@ -211,15 +231,12 @@ def parse_written(text: str, column: str) -> Any:
     Raises:
         RowError: It holds none.
     """
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SyntaxWarning)  # of ast.literal_eval, for backslashes in texts
-                value = parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, Mapping | list):
-            return value
+    try:
+        value = _parse(text)
+    except ValueError:
+        value = None
+    if isinstance(value, Mapping | list):
+        return value
     found = f"column '{column}' is text ({text.strip()[:40]!r} …)" if len(text) > 40 else f"column '{column}' is {text!r}"
     raise RowError(
         f"{found}: neither JSON nor a Python list, perhaps as NumPy and pandas print it; save the data as JSON lines or Parquet"

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pe_dpo.data.column_maps import explain_columns, is_labelled
-from pe_dpo.data.columns import SCORES, WINNERS, carries, find_spellings, refuse_media, refuse_unread
+from pe_dpo.data.columns import SCORES, WINNERS, carries, find_spellings, refuse_keys, refuse_media, refuse_unread
 from pe_dpo.data.dialogues import is_transcript, split_texts, split_transcripts
-from pe_dpo.data.messages import holds_messages, parse_written, read_messages, read_text, read_tools, without_nulls
+from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
 from pe_dpo.data.pairs import Pair, RowError, Text, describe_value
 from pe_dpo.data.sides import Sides, add_context, check_sides, drop_keys, kind_of, read_answer, read_sides
 from pe_dpo.data.winners import Winner
@@ -45,7 +45,7 @@ _SHAPES = {
 """The columns of each shape, and the shape in words; the first whose columns are there is taken."""
 _TRANSCRIPTS = "whole Human/Assistant transcripts; the prompt ends at the last Assistant tag that chosen and rejected share"
 _TEXTS = (
-    "whole texts without tags; the prompt is what chosen and rejected share up to the last line break, else the last space "
+    "whole texts; the prompt is what chosen and rejected share up to the last tag of an answer, else line break, else space "
     "(such texts want data.template: plain)"
 )
 
@@ -90,7 +90,7 @@ class Shape:
         names = list(dict.fromkeys(name for row in rows for name in row))
         for key, column in self.columns.items():
             if column not in names:
-                raise DataError(f"data.columns.{key}: {where} has no column '{column}'; found {', '.join(names)}")
+                raise DataError(f"data.columns.{key}: {where} has no column '{column}'; found {list_names(names)}")
         self.as_text = {name for name in names if _holds_written([row[name] for row in rows if name in row])}
         parsed = [{name: self._parsed(cell, name, is_tried=True) for name, cell in row.items()} for row in rows]
         examples = {name: next((row[name] for row in parsed if carries(row.get(name))), None) for name in names}
@@ -143,7 +143,7 @@ class Shape:
         names = {name: self.columns.get(name, name) for name in (*row, *self.required)}
         missing = [names[name] for name in self.required if name not in row]
         if missing:
-            raise RowError(f"has no column '{missing[0]}'; found {', '.join(given) or 'none'}")
+            raise RowError(f"has no column '{missing[0]}'; found {list_names(given)}")
         if self.winner:
             first_won = self.winner.first_won(given)
             if first_won is None:
@@ -168,10 +168,13 @@ class Shape:
             where=where,
             template_args=_read_template_args(row.get("chat_template_kwargs"), names.get("chat_template_kwargs", "")),
         )
+        if not isinstance(sides[0], str) and sides[0][-1]["role"] == "assistant":
+            self.noted["prompt that ends with an assistant turn, with which the answers go on"].append(where)
         read = {*self._note_scores(row, where), *self.required, "margin", "history", "tools", "chat_template_kwargs"}
         columns = {self.columns.get(name, name) for name in read} | ({self.winner.column} if self.winner else set())
         rest = {name: cell for name, cell in given.items() if name not in columns and name.strip() and carries(cell)}
         refuse_unread(rest, sides, where)
+        refuse_keys(sides, where)
         in_prompt = {self.columns.get(name, name) for name in ("system", "input")}
         self.unread += [name for name in rest if name not in in_prompt and name not in self.unread]
         return pair
@@ -311,7 +314,7 @@ def _read_margin(row: Values, names: Mapping[str, str]) -> float | None:
         number = _as_number(row[column])
         if number is None:
             raise RowError(
-                f"column '{names[column]}' is {row[column]!r}; a finite number is expected (null where there is none)"
+                f"column '{names[column]}' is {repr(row[column])[:60]}; a finite number is expected (null where there is none)"
             )
         return number
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from pe_dpo.data.columns import carries
 from pe_dpo.data.dialogues import describe_difference, read_history, split_dialogues
-from pe_dpo.data.messages import read_messages, read_text
+from pe_dpo.data.messages import list_names, read_messages, read_text
 from pe_dpo.data.pairs import RowError, Text, Turns
+from pe_dpo.data.rendering import answer_turns, as_messages
 
 Sides = tuple[Text, Text, Text]
 Names = tuple[str, str, str]
@@ -96,12 +97,12 @@ def add_context(sides: Sides, row: Mapping[str, Any], names: Mapping[str, str]) 
     if not history and not system:
         return sides
     prompt, chosen, rejected = sides
-    head, turns = _divide_system(({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt)
+    head, turns = _divide_system(as_messages(prompt))
     if turns[: len(history)] != history:
         turns = (*history, *turns)
     if system and not head:
         head = ({"role": "system", "content": system},)
-    return (*head, *turns), _as_turns(chosen), _as_turns(rejected)
+    return (*head, *turns), answer_turns(prompt, chosen), answer_turns(prompt, rejected)
 
 
 def _as_turns(answer: Text) -> Turns:
@@ -137,7 +138,7 @@ def read_answer(cell: Any, column: str) -> Text:
         texts = [key for key in _TEXT_KEYS if isinstance(cell.get(key), str)]
         if len(texts) != 1:
             raise RowError(
-                f"column '{column}' is an object with {', '.join(cell) or 'nothing'}; text, messages, or an object with the "
+                f"column '{column}' is an object with {list_names(cell)}; text, messages, or an object with the "
                 "text under 'answer', 'text' or 'content' are expected"
             )
         return read_text(cell[texts[0]], column)

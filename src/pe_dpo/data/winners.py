@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pe_dpo.data.columns import carries
+from pe_dpo.data.messages import list_names
 from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError
 
@@ -55,7 +56,7 @@ class Winner:
         match = None if said in names else _COMPARISON.fullmatch(said)
         self.column = match["column"] if match else said
         if self.column not in names:
-            raise DataError(f"data.columns.winner: {where} has no column '{self.column}'; found {', '.join(sorted(names))}")
+            raise DataError(f"data.columns.winner: {where} has no column '{self.column}'; found {list_names(sorted(names))}")
         self.comparison: tuple[str, str] | None = None
         self.table: dict[str, bool] | None = None
         self.other: str | None = None
@@ -123,19 +124,19 @@ class Winner:
         if self.comparison is None and self.table is not None:
             won = next((self.table[name] for name in (key, _end(key)) if name in self.table), None)
             if won is None:
-                raise RowError(f"column '{self.column}' is {value!r}; one of {', '.join(self.table)} is expected")
+                raise RowError(f"column '{self.column}' is {repr(value)[:40]}; one of {', '.join(self.table)} is expected")
             return won
         sign, bound = self.comparison or ("<", "0")
         numbers = _numbers([key, bound])
         if numbers is None and sign in ("<", ">", "<=", ">="):
-            raise RowError(f"column '{self.column}' is {value!r}; a number is expected, to compare it with {bound}")
+            raise RowError(f"column '{self.column}' is {repr(value)[:40]}; a number is expected, to compare it with {bound}")
         one, other = numbers or (key, bound)
         if sign in ("<", ">"):
             return None if one == other else bool(_OPERATORS[sign](one, other))
         if sign in ("=", "==", "!=") and one != other:
             if self.other not in (None, key):
                 raise RowError(
-                    f"column '{self.column}' is {value!r}, and was {self.other} and {bound} before; a winner is one of two"
+                    f"column '{self.column}' is {repr(value)[:40]}, after {self.other} and {bound}; a winner is one of two"
                 )
             self.other = key
         return bool(_OPERATORS[sign](one, other))
