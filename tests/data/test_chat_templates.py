@@ -133,6 +133,10 @@ def test_a_system_turn_that_is_written_only_without_an_answer_is_lost_in_trainin
 @pytest.mark.parametrize(("turns", "rendered", "lost"), [
     ([turn("user", "yes"), turn("assistant", "yes"), turn("user", "yes")], "yes yes", [(2, "text")]),
     ([turn("user", "a b")], "a  \n b", []),
+    ([turn("user", "Hi"), *answer("<think>add</think>4"), turn("user", "3+3?"), *answer("We add.")], "Hi 4 3+3? We add.",
+     [(1, "reasoning")]),
+    (answer("12", reasoning_content="3 * 4 is 12."), "3 * 4 is 12. 12", []),
+    ([*answer("a", thinking="ab a b"), turn("user", "b")], "ab a b a b", []),
     ([turn("system", "Be kind."), turn("user", "Hi")], "[INST] Be kind.\n\nHi [/INST]", []),
     ([turn("user", "Hi"), turn("system", "Be kind.")], "Be kind. Hi", []),
     (answer("", tool_calls=[CALL]), "weather(city='Bern', days=3)", []),
@@ -141,7 +145,7 @@ def test_a_system_turn_that_is_written_only_without_an_answer_is_lost_in_trainin
     (answer('say "é"\n'), '{"content": "say \\"\\u00e9\\""}', []),
     (answer("", tool_calls=[{"function": {"name": "f", "arguments": {"on": True, "no": None, "x": [1.5, "q"]}}}]),
      "f on=True no x=[1.5, 'q']", []),
-], ids=range(9))  # fmt: skip
+], ids=range(12))  # fmt: skip
 def test_parts_are_looked_up_in_order_in_every_way_of_writing_them(turns: Any, rendered: str, lost: Any) -> None:
     assert lost_parts(turns, rendered) == lost
 

@@ -21,29 +21,39 @@ _THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 def lost_parts(turns: Sequence[Message], rendered: str) -> list[tuple[int, str]]:
     """Return what of some messages is not found in a rendered text, as index of the turn and kind of the part.
 
+    The texts of the turns are found one after the other. What else a turn says is looked for between that of the turn before
+    and that of the turn after, wherever those may lie; a system turn anywhere (Mistral writes it before the last user turn).
+
     Args:
         turns: Messages as a chat template got them.
         rendered: The part of the rendered text that they must be in.
     """
-    lost, cursor = [], 0
-    for index, turn in enumerate(turns):
-        # Within a turn the template decides the order; a system turn may be written anywhere (Mistral: before the last user).
-        start, ends = 0 if turn["role"] in ("system", "developer") else cursor, [cursor]
-        for kind, text in _parts(turn):
-            end = _find(text, rendered, start)
-            if end is None:
+    parts = [list(_parts(turn)) for turn in turns]
+    texts = [next((said for kind, said in own if kind == TEXT), None) for own in parts]
+    lost: list[tuple[int, str]] = []
+    after, before = [0], [len(rendered)]  # the earliest end of the texts so far, the latest start of those that follow
+    for index, text in enumerate(texts):
+        found = None if text is None else _find(text, rendered, after[-1], len(rendered))
+        if text is not None and found is None:
+            lost.append((index, TEXT))
+        after.append(after[-1] if found is None else found[1])
+    for text in reversed(texts):
+        found = None if text is None else _find(text, rendered, 0, before[-1], last=True)
+        before.append(before[-1] if found is None else found[0])
+    before.reverse()
+    for index, own in enumerate(parts):
+        for kind, value in own:
+            start, end = (0, len(rendered)) if kind == SYSTEM else (after[index], before[index + 1])
+            if kind != TEXT and _find(value, rendered, start, end) is None:
                 lost.append((index, kind))
-            elif turn["role"] not in ("system", "developer"):
-                ends.append(end)
-        cursor = max(ends)
-    return list(dict.fromkeys(lost))
+    return sorted(dict.fromkeys(lost))
 
 
 def loses_tools(tools: Sequence[Any], rendered: str) -> bool:
     """Return whether names or descriptions of functions are not found in a rendered text."""
     functions = [tool.get("function", tool) if isinstance(tool, Mapping) else {} for tool in tools]
     texts = [function[key] for function in functions for key in ("name", "description") if isinstance(function.get(key), str)]
-    return any(text.strip() and _find(text, rendered, 0) is None for text in texts)
+    return any(text.strip() and _find(text, rendered, 0, len(rendered)) is None for text in texts)
 
 
 def _parts(turn: Message) -> Iterator[tuple[str, Any]]:
@@ -79,8 +89,11 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _find(value: Any, rendered: str, start: int) -> int | None:
-    """Return where a value ends in a text, whether it is written plainly or as part of JSON or of a Python literal."""
+def _find(value: Any, rendered: str, start: int, end: int, *, last: bool = False) -> tuple[int, int] | None:
+    """Return where a value stands in [start, end) of a text, plainly or as part of JSON or of a Python literal.
+
+    The place is the first or the last one, as asked.
+    """
     if isinstance(value, str):
         text = value.strip()
         forms = [text]
@@ -88,8 +101,10 @@ def _find(value: Any, rendered: str, start: int) -> int | None:
             forms += [json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1]]
     else:
         forms = [json.dumps(value), str(value)]
-    ends = [place + len(form) for form in forms if (place := rendered.find(form, start)) >= 0]
-    if not ends and isinstance(value, str) and len(value.split()) > 1:  # white space inside it written otherwise
-        found = re.compile(r"\s+".join(map(re.escape, value.split()))).search(rendered, start)
-        ends = [found.end()] if found else []
-    return min(ends, default=None)
+    find = rendered.rfind if last else rendered.find
+    places = [(place, place + len(form)) for form in forms if (place := find(form, start, end)) >= 0]
+    if not places and isinstance(value, str) and len(value.split()) > 1:  # white space inside it written otherwise
+        places = [
+            found.span() for found in re.compile(r"\s+".join(map(re.escape, value.split()))).finditer(rendered, start, end)
+        ]
+    return (max if last else min)(places, default=None)

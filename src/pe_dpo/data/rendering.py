@@ -68,8 +68,14 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
             answer = ({**answer[0], "content": prefill["content"] + answer[0]["content"]}, *answer[1:])
         text = template.render((*start, *answer), tools=pair.tools, args=pair.template_args)
         # In what is trained on: Mistral's template writes a system turn before an answer, and not with it.
-        lost_before |= {f"{kind} of the prompt" for _, kind in lost_parts(start, text)}
-        lost_before |= {"tools"} if pair.tools and loses_tools(pair.tools, text) else set()
+        read = opened
+        if not text.startswith(opened):
+            silent = template.render(
+                (*start, {"role": "assistant", "content": PROBES[0]}), tools=pair.tools, args=pair.template_args
+            )
+            read = silent[: silent.find(PROBES[0])]
+        lost_before |= {f"{kind} of the prompt" for _, kind in lost_parts(start, read)}
+        lost_before |= {"tools"} if pair.tools and loses_tools(pair.tools, read) else set()
         found = lost_parts(answer, text[shared_length(opened, text) :])
         for index, kind in found:
             if kind == REASONING and index < len(answer) - 1:
