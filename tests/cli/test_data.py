@@ -1,6 +1,7 @@
 """`pe-dpo data`: the screen, its JSON, and the exit code for scripts."""
 
 import json
+import shlex
 
 import pytest
 from rich.cells import cell_len
@@ -62,6 +63,14 @@ def test_columns_are_mapped_as_in_other_commands(pe_dpo, write):
     done = pe_dpo("data", path, "--set", "data.columns={prompt: q, chosen: good, rejected: bad}")
     assert done.code == 0
     assert "read 20 rows: pairs.jsonl (20)" in done.out
+
+
+def test_the_map_that_an_error_shows_can_be_given_as_it_stands(pe_dpo, write):
+    path = write(*({"my question": row["prompt"], "good one": row["chosen"], "bad one": row["rejected"]} for row in CLEAN))
+    *_, flag = pe_dpo("data", path).err.splitlines()
+    option, given = shlex.split(flag)
+    assert option == "--set"
+    assert pe_dpo("data", path, option, given).code == 0
 
 
 def test_a_recipe_names_base_and_data(pe_dpo, write, recipe_file):

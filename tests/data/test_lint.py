@@ -95,6 +95,12 @@ def test_length_that_tells_the_label_needs_a_decision(look: Callable[..., Lint])
     assert found.length_bias["predicts"] == 1.0
 
 
+@pytest.mark.parametrize(("pairs", "tells"), [(5, False), (6, True)])
+def test_few_pairs_do_not_tell_that_length_does(look: Callable[..., Lint], pairs: int, tells: bool) -> None:
+    """Wilson's intervals of 5 of 5 and 6 of 6 begin at 0.566 and 0.610."""
+    assert look(*(row(f"{n}", "longer", "short") for n in range(pairs))).needs_decision == tells
+
+
 def test_answers_that_were_cut_off_are_found_and_many_need_a_decision(look: Callable[..., Lint]) -> None:
     cut = [row(f"{n}", SENTENCE, SENTENCE + " !") for n in range(2)]
     whole = [row(f"x{n}", SENTENCE + ".", SENTENCE[1:] + "!") for n in range(38)]

@@ -1,6 +1,8 @@
 """`pe-dpo data`: what is in a preference data set, before anything is trained on it."""
 
 import json as json_module
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,7 @@ from pe_dpo.cli import console, options
 
 if TYPE_CHECKING:
     from pe_dpo.data.lint import Finding, Lint
+    from pe_dpo.recipe import Recipe
 
 NO_BASE = "none"
 
@@ -23,7 +26,7 @@ def data(
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Show what a data set trains: its shape, three pairs with what is scored, and all that looks off in it."""
-    from pe_dpo.errors import UsageError
+    from pe_dpo.errors import DataError, UsageError
     from pe_dpo.recipe import load_recipe, recipe_from_yaml
 
     given = {"model.base": base, "data.train": file}
@@ -38,27 +41,42 @@ def data(
         plan = recipe_from_yaml(f"model: {{base: {NO_BASE}}}\noutput: nowhere\n", "pe-dpo data", settings)
 
     console.start(is_silent=True)  # what it would say is shown below
-    from pe_dpo.data.lint import lint
-
-    model = plan.model
-    if model.base == NO_BASE:
-        found = lint(plan.data)
-    else:
-        from pe_dpo.data.template import set_template
-        from pe_dpo.model.base import answer_end_tokens, inspect_base, load_tokenizer
-
-        tokenizer = load_tokenizer(model.base, revision=model.revision)
-        set_template(tokenizer, plan.data)
-        is_tokenizer_alone = Path(model.base).is_dir() and not (Path(model.base) / "config.json").is_file()
-        context = None if is_tokenizer_alone else inspect_base(model.base, revision=model.revision).context_length
-        ends = answer_end_tokens(tokenizer, model.base, revision=model.revision)
-        found = lint(plan.data, tokenizer=tokenizer, context_length=context, end_token_ids=ends)
+    try:
+        found = _lint(plan)
+    except DataError as error:
+        if recipe is not None:
+            raise
+        raise DataError(_with_flags(str(error))) from error
     if json:
         typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False))
     else:
         _show(found)
     if strict and found.needs_decision:
         raise typer.Exit(1)
+
+
+def _lint(plan: "Recipe") -> "Lint":
+    from pe_dpo.data.lint import lint
+
+    model = plan.model
+    if model.base == NO_BASE:
+        return lint(plan.data)
+    from pe_dpo.data.template import set_template
+    from pe_dpo.model.base import answer_end_tokens, inspect_base, load_tokenizer
+
+    tokenizer = load_tokenizer(model.base, revision=model.revision)
+    set_template(tokenizer, plan.data)
+    is_tokenizer_alone = Path(model.base).is_dir() and not (Path(model.base) / "config.json").is_file()
+    context = None if is_tokenizer_alone else inspect_base(model.base, revision=model.revision).context_length
+    ends = answer_end_tokens(tokenizer, model.base, revision=model.revision)
+    return lint(plan.data, tokenizer=tokenizer, context_length=context, end_token_ids=ends)
+
+
+def _with_flags(message: str) -> str:
+    """Return a message whose column map is to be written into a recipe as one that gives it as an option."""
+    line = re.compile(r"^data: \{columns: (\{.*\})\}$", re.MULTILINE)
+    said = line.sub(lambda found: f"--set {shlex.quote(f'data.columns={found[1]}')}", message)
+    return said.replace("Say it in the recipe:", "Say it with:")
 
 
 def _show(found: "Lint") -> None:

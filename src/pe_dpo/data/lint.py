@@ -33,6 +33,8 @@ from pe_dpo.recipe.schema import DataSection
 
 LENGTH_TELLS = 2 / 3
 """From this share of pairs on, length alone predicts the label well enough to be learned instead of what was meant."""
+LENGTH_SURELY_TELLS = 0.6
+"""So much the near end of the interval of that share must be: six pairs of six are enough, five are not."""
 CUT_SHARE = 0.05
 """Of the answers of a side, so many may look cut off without a decision; headings and code do, too."""
 _LAST = 100  # tokens at the end of an answer that are looked at
@@ -94,8 +96,8 @@ class Lint:
         self.examples: list[DecodedPair] = [decode_pair(pair, tokenizer) for pair in some.values()]
         self.length_bias = _length_bias(train)
         found = [*self._counted(), *_lost_ends([*train, *data.held_out], tokenizer, unit=self.report.unit)]
-        predicts = self.length_bias["predicts"]
-        if predicts >= LENGTH_TELLS and not self.length_bias["interval"][0] <= 0.5 <= self.length_bias["interval"][1]:
+        predicts, (low, high) = self.length_bias["predicts"], self.length_bias["interval"]
+        if predicts >= LENGTH_TELLS and max(low, 1 - high) >= LENGTH_SURELY_TELLS:
             longer = "longer" if self.length_bias["chosen_longer"] > 0.5 else "shorter"
             found.append(
                 Finding(
