@@ -127,6 +127,13 @@ def test_an_empty_list_of_calls_is_none(calls: Any) -> None:
     assert read_messages([{**YES, "tool_calls": calls}], "chosen") == (YES,)
 
 
+@pytest.mark.parametrize(("content", "text"), [
+    ({"t": 5, "unit": "°C"}, '{"t": 5, "unit": "°C"}'), ([{"t": 5}], '[{"t": 5}]'), ([{"type": "text", "text": "5"}], "5"),
+])  # fmt: skip
+def test_what_a_tool_returned_as_an_object_is_written_as_json(content: Any, text: str) -> None:
+    assert read_messages([{"role": "tool", "content": content}], "prompt") == ({"role": "tool", "content": text},)
+
+
 @pytest.mark.parametrize(("message", "found"), [
     ({"role": "tool_call", "content": "x"}, "a function call that is not JSON"),
     ({"role": "assistant", "tool_calls": [{"arguments": {}}]}, "a tool call without function and name"),

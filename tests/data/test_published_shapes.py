@@ -42,6 +42,8 @@ MESSAGES = {
     "OpenAI": {"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [YES],
                "non_preferred_output": [NO]},
     "prompt and responses of messages": {"prompt": [USER], "chosen_response": [YES], "rejected_response": [NO]},
+    "objects with messages": {"prompt": {"messages": [USER]}, "chosen": {"messages": [USER, YES]},
+                              "rejected": {"messages": [USER, NO]}},
     "one message each": {"prompt": USER, "chosen": YES, "rejected": NO},
 }  # fmt: skip
 TEXTS = {
@@ -168,6 +170,12 @@ def test_many_columns_fill_no_screen(read: Callable[..., Any]) -> None:
     with pytest.raises(DataError) as raised:
         read({f"column_number_{number}": "x y" for number in range(500)})
     assert len(str(raised.value)) < 80 * 20
+
+
+def test_lists_of_texts_written_as_text_are_refused(read: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"column 'prompt' holds lists of texts, written as text; write each row as messages"):
+        read({"prompt": '["Hi", "And \\"now\\"?"]', "chosen": '["yes", "no"]', "rejected": '["no", "no"]'})
+    assert read({"prompt": '["Hi"] or "Ho"?', "chosen": "yes", "rejected": "no"})[0]
 
 
 @pytest.mark.parametrize(("column", "value", "found"), [

@@ -68,6 +68,10 @@ def test_an_empty_history_leaves_text_as_it_is(read: Callable[..., Any]) -> None
 
 
 def test_a_history_of_another_form_is_an_error_that_says_the_forms(read: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"column 'history' is text; .*read with data: \{columns: \{input: history\}\}"):
+        read({**ROW, "history": "He was born in 2020."})
+    (pair,), _ = read({**ROW, "history": "He was born in 2020."}, columns={"input": "history"})
+    assert pair.prompt == "How old is he?\n\nHe was born in 2020."
     with pytest.raises(
         DataError, match=r"train\.jsonl:1: column 'history\[0\]' is text; pairs \[user, assistant\] or messages"
     ):
@@ -171,6 +175,12 @@ def test_keys_of_messages_that_matter_stop_and_can_be_ignored(read: Callable[...
     with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{key}.*data\.ignore: \[{key}\]"):
         read(row)
     assert read(row, ignore=[key])[0][0].chosen == (YES,)
+
+
+def test_tools_in_a_message_stop(read: Callable[..., Any]) -> None:
+    system = {"role": "system", "content": "x", "tools": [{"name": "f"}]}
+    with pytest.raises(DataError, match=r"a message has tools; move them to column 'tools', or train without: data\.ignore"):
+        read({"prompt": [system, USER], "chosen": [YES], "rejected": [NO]})
 
 
 def test_turns_of_the_prompt_that_ask_not_to_be_trained_on_are_not(read: Callable[..., Any]) -> None:

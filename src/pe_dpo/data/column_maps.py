@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pe_dpo.data.columns import WINNERS, begins_with_prompt, carries, quote, read_as
+from pe_dpo.data.columns import begins_with_prompt, carries, find_winner, quote, read_as
 from pe_dpo.data.messages import list_names
 from pe_dpo.data.winners import Winner
 
@@ -18,8 +18,8 @@ _BAD = "rejected dispreferred nonpreferred loser losing lose worse worst bad neg
 _HINTS = {
     "rejected": f"{_BAD} l k",
     "chosen": f"{_GOOD} w j",
-    "prompt": "prompt question instruction query problem post context input user messages conversations conversation dialogue "
-    "history",
+    "prompt": "prompt question instruction query problem q post context input user messages conversations conversation "
+    "dialogue history",
 }
 """Words in the names of other people's columns that hint at ours, the likeliest first."""
 _NO_TEXT = {"id", "score", "model", "source", "rating", "logps", "system", "metadata"}
@@ -42,7 +42,7 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
     """
     found = f"{where}: the columns are {list_names(names)}"
     values = {name: [row[name] for row in rows if carries(row.get(name))] for name in names}
-    winner = next((name for name in names if name.strip().lower() in WINNERS and values[name]), None)
+    winner = find_winner(values)
     guess, free = _guess(values, columns, winner)
     chosen, rejected = guess.pop("chosen", None), guess.pop("rejected", None)
     lacking = [side for side in (chosen, rejected) if side is None]

@@ -66,7 +66,7 @@ SCORES = tuple(
 )
 """Columns with a score of the chosen answer of which more is better; that of the rejected answer is named alike."""
 
-WINNERS = (
+_WINNERS = (
     "winner", "winner_id", "winner_index", "label", "labels", "preference", "preference_label", "preference_strength",
     "overall_preference", "choice", "better", "better_id", "better_response_id", "preferred", "preferred_id",
     "preferred_response", "chosen_id", "chosen_idx", "chosen_index",
@@ -116,6 +116,16 @@ def _find_prompt(examples: Mapping[str, Any]) -> str | None:
         return (asked or dialogues)[0] if dialogues not in (["messages"], ["conversations"]) else None
     is_input = not asked and not dialogues and isinstance(examples.get("input"), str)
     return "input" if is_input else None
+
+
+def find_winner(values: Mapping[str, Sequence[Any]]) -> str | None:
+    """Return the column that seems to say which of two answers is the better one, None without such.
+
+    Args:
+        values: Cells with content of each column that may be it.
+    """
+    found = (name for name, cells in values.items() if name.strip().lower() in _WINNERS and cells)
+    return next((name for name in found if not any(isinstance(cell, list | Mapping) for cell in values[name])), None)
 
 
 def begins_with_prompt(answer: Any) -> bool:
@@ -210,6 +220,11 @@ def refuse_keys(sides: Sequence[Text], where: str) -> None:
         for turn in () if isinstance(side, str) else side:
             if len(turn) > 2:
                 refuse_media(turn, where)
+            tools = next((key for key in ("tools", "functions") if carries(turn.get(key))), None)
+            if tools:
+                raise DataError(
+                    f"{where}: a message has {tools}; move them to column 'tools', or train without: data.ignore: [{tools}]"
+                )
             for key in _NOT_SCORED if is_answer and len(turn) > 2 and turn["role"] == "assistant" else ():
                 if key in turn and str(turn[key]).strip().lower() not in ("1", "1.0", "true"):
                     raise DataError(

@@ -37,7 +37,13 @@ def read_history(value: Any, column: str) -> Turns:
     """
     if isinstance(value, str) and is_transcript(value):
         return messages_from_transcript("", value)
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+        raise RowError(
+            f"column '{column}' is text; earlier turns are pairs [user, assistant] or messages, and a text that belongs to the "
+            f"prompt is read with data: {{columns: {{input: {column}}}}}"
+        )
     given = parse_written(value, column) if isinstance(value, str) else value
+    given = [given] if isinstance(given, Mapping) else given
     if isinstance(given, list) and given and all(isinstance(turn, Mapping) for turn in given):
         keys = next((keys for keys in _EXCHANGES if {*keys} <= given[0].keys()), None)
         if keys is None:

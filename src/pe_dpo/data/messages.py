@@ -62,7 +62,8 @@ def read_messages(value: Any, column: str) -> Turns:
     """Return the messages of one cell with `role` and `content`, whatever their spelling was.
 
     Args:
-        value: A list of messages or one message, as {role, content}, ShareGPT's {from, value} or {speaker, text}.
+        value: A list of messages, an object with such under `messages`, or one message; as {role, content}, ShareGPT's
+            {from, value} or {speaker, text}.
         column: Its name, for messages.
 
     Returns:
@@ -73,6 +74,8 @@ def read_messages(value: Any, column: str) -> Turns:
         RowError: It is empty, or something in it is not a message.
     """
     given = [value] if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping) and isinstance(value.get("messages"), list) and not _KEYS.keys() & value.keys():
+        given = value["messages"]
     if not isinstance(given, list) or not given:
         raise RowError(f"column '{column}' is {describe_value(value)}; a list of messages is expected")
     turns: list[Message] = []
@@ -109,8 +112,16 @@ def _read_message(turn: Any, place: str) -> tuple[Message, bool]:
     calls = _read_calls(calls, place)
     if calls:
         message["tool_calls"] = calls
+    if ROLES[spelling] == "tool" and _is_result(content):
+        content = json.dumps(content, ensure_ascii=False)
     text = "" if not content and calls else _read_content(content, f"{place}.{content_key}")
     return {"role": ROLES[spelling], "content": text, **message}, spelling in CALLS
+
+
+def _is_result(content: Any) -> bool:
+    """Return whether the content of a tool's turn is what the tool returned, as JSON, and no typed parts."""
+    parts = content if isinstance(content, list) else [content]
+    return bool(parts) and all(isinstance(part, Mapping) and not {"type", "text", "value"} & part.keys() for part in parts)
 
 
 def _read_calls(calls: Any, place: str) -> list[dict[str, Any]]:

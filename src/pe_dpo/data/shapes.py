@@ -13,12 +13,13 @@ Each of them may have system, history (turns before the prompt), tools, chat_tem
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pe_dpo.data.column_maps import explain_columns, is_labelled
-from pe_dpo.data.columns import SCORES, WINNERS, carries, find_spellings, refuse_keys, refuse_media, refuse_unread
+from pe_dpo.data.columns import SCORES, carries, find_spellings, find_winner, refuse_keys, refuse_media, refuse_unread
 from pe_dpo.data.dialogues import is_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
 from pe_dpo.data.pairs import Pair, RowError, Text, describe_value
@@ -43,6 +44,9 @@ _SHAPES = {
     ("chosen", "rejected"): "whole dialogues (messages); the prompt is what chosen and rejected share",
 }
 """The columns of each shape, and the shape in words; the first whose columns are there is taken."""
+_OBJECT_SCORES = ("score", "rating", "overall_score", "reward")
+_LISTED = re.compile(r'\["(?:[^"\\]|\\.)*"(?:, *"(?:[^"\\]|\\.)*")*\]', re.DOTALL)
+"""A JSON list of texts."""
 _TRANSCRIPTS = "whole Human/Assistant transcripts; the prompt ends at the last Assistant tag that chosen and rejected share"
 _TEXTS = (
     "whole texts; the prompt is what chosen and rejected share up to the last tag of an answer, else line break, else space "
@@ -101,11 +105,17 @@ class Shape:
         renamed = [self._rename(row) for row in parsed]
         self.required = _find_shape(renamed)
         answers = self.columns.get("chosen", "chosen"), self.columns.get("rejected", "rejected")
-        unused = (name for name in names if name not in self.columns.values())
-        winners = [name for name in unused if name.lower() in WINNERS and carries(examples[name])]
+        unused = {
+            name: [example] for name, example in examples.items() if name not in self.columns.values() and carries(example)
+        }
         is_unlabelled = "chosen" in self.required and not is_labelled(*answers)
-        if not self.required or (is_unlabelled and winners and not said_winner):
+        if not self.required or (is_unlabelled and find_winner(unused) and not said_winner):
             raise DataError(unknown)
+        if all(isinstance(row.get("prompt"), str) and _LISTED.fullmatch(row["prompt"].strip()) for row in renamed):
+            raise DataError(
+                f"{where}: column '{self.columns.get('prompt', 'prompt')}' holds lists of texts, written as text; write "
+                "each row as messages, or as one text"
+            )
         self.kinds: dict[str, str] = {}
         for name in self.required:
             kind = next(filter(None, (kind_of(row[name], name) for row in renamed if name in row)), None)
@@ -235,7 +245,7 @@ class Shape:
         scores = [tuple(_as_number(row[name]) for name in pair) for pair in pairs]
         chosen, rejected = row.get("chosen"), row.get("rejected")
         if isinstance(chosen, Mapping) and isinstance(rejected, Mapping):
-            scores += [(_as_number(chosen.get(key)), _as_number(rejected.get(key))) for key in ("score", "rating")]
+            scores += [(_as_number(chosen.get(key)), _as_number(rejected.get(key))) for key in _OBJECT_SCORES]
         differences = [better - worse for better, worse in scores if better is not None and worse is not None]
         if differences and min(differences) < 0:
             self.noted["scores that contradict the labels"].append(where)

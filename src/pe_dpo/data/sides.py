@@ -134,7 +134,7 @@ def read_answer(cell: Any, column: str) -> Text:
                 f"column '{column}' is a list of {len(cell)} texts; one answer is expected: write a row for each pair"
             )
         return read_text(cell[0], column)
-    if isinstance(cell, Mapping) and not {"role", "from", "speaker"} & cell.keys():
+    if isinstance(cell, Mapping) and not {"role", "from", "speaker", "messages"} & cell.keys():
         texts = [key for key in _TEXT_KEYS if isinstance(cell.get(key), str)]
         if len(texts) != 1:
             raise RowError(
@@ -195,6 +195,6 @@ def kind_of(value: Any, name: str) -> str | None:
         return "text"
     if name in _ANSWERS and isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         return "a list with one text"
-    if name in _ANSWERS and isinstance(value, Mapping) and not {"role", "from", "speaker"} & value.keys():
+    if name in _ANSWERS and isinstance(value, Mapping) and not {"role", "from", "speaker", "messages"} & value.keys():
         return "an object with the text"
     return "messages" if isinstance(value, list | dict) else None
