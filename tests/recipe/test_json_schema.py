@@ -33,6 +33,10 @@ def test_a_shipped_recipe_satisfies_the_schema(validator: jsonschema.Draft202012
     {"adapter": {"targets": "q_proj"}},
     {"train": {"seed": -1}},
     {"data": {}},
+    {"data": {"train": []}},
+    {"data": {"train": [{"weight": 2}]}},
+    {"data": {"train": {"path": "d", "weight": 0}}},
+    {"data": {"train": {"path": "d", "splits": "x"}}},
     {"model": {"base": "b", "quantize": "nf5"}},
 ])  # fmt: skip
 def test_a_broken_recipe_does_not(validator: jsonschema.Draft202012Validator, values: dict[str, Any]) -> None:
@@ -44,6 +48,8 @@ def test_a_broken_recipe_does_not(validator: jsonschema.Draft202012Validator, va
     {"loss": {"gamma": 0}},
     {"data": {"train": "d", "eval": "held-out.jsonl"}},
     {"data": {"train": "d", "eval": 0.1, "columns": {"chosen": "better"}}},
+    {"data": {"train": ["d", {"path": "e", "weight": 0.5, "columns": {"chosen": "better"}}], "eval": ["f"]}},
+    {"data": {"train": {"path": "d", "subset": "en", "split": "s", "revision": "r"}, "eval": {"path": "f", "split": "t"}}},
     {"adapter": {"targets": ["q_proj"]}},
     {"train": {"gradient_checkpointing": True}},
 ])  # fmt: skip

@@ -30,6 +30,12 @@ def test_the_metadata_name_the_base_whatever_letters_are_in_it(base: str, tmp_pa
     }
 
 
+def test_the_card_names_every_place_of_data(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {base: b}\noutput: o\ndata: {train: [a.jsonl, {path: o/n, split: s, weight: 2}]}\n")
+    assert "Trained by pe-dpo on `a.jsonl, o/n (split s, weight 2)`." in model_card(load_recipe(recipe), {}, {})
+
+
 def test_a_base_that_is_a_path_is_no_hub_name(tmp_path: Path) -> None:
     (tmp_path / "my: base").mkdir()
     assert "base_model" not in metadata(str(tmp_path / "my: base"), tmp_path)

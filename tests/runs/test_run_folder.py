@@ -7,6 +7,7 @@ import pytest
 
 from pe_dpo.errors import RecipeError, RunFolderError
 from pe_dpo.runs.run import Run
+from pe_dpo.runs.writing import check_run_folder
 from pe_dpo.training.train import train
 
 SHORT = ("train.max_steps=1",)
@@ -36,6 +37,14 @@ def test_overwriting_never_removes_the_data(make_recipe, tiny_pairs, tmp_path):
     with pytest.raises(RunFolderError, match=r"data\.train lies in the output folder"):
         train(make_recipe(*SHORT, f"data.train={first.folder / 'data'}"), overwrite=True)
     assert (first.folder / "data" / "train.jsonl").is_file()
+
+
+@pytest.mark.parametrize(("key", "name"), [("train", "*.jsonl"), ("train", "train.jsonl"), ("eval", "train.jsonl")])
+def test_one_of_several_places_in_the_output_folder_is_enough(make_recipe, tiny_pairs, tmp_path, key, name):
+    shutil.copytree(tiny_pairs, tmp_path / "run" / "data")
+    recipe = make_recipe(f"data.{key}=[{tiny_pairs}, {{path: '{tmp_path / 'run' / 'data' / name}', split: null}}]")
+    with pytest.raises(RunFolderError, match=rf"data\.{key} lies in the output folder"):
+        check_run_folder(tmp_path / "run", recipe, resume=False, overwrite=True)
 
 
 def test_an_output_that_is_a_file_is_refused_before_anything_is_read(make_recipe, tmp_path):

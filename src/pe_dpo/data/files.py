@@ -113,12 +113,15 @@ def clean_arrow(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row that Arrow gave as JSON lines would have had it.
 
     A column of records has every key of every record, null where a record lacks it; such nulls are left out, but a cell that
-    is null as a whole stays. Bytes that are text are text, and maps are objects.
+    is null as a whole stays. Bytes that are text are text, maps are objects, and messages whose keys are columns (a `Sequence`
+    of objects in old versions of `datasets`) are a list of messages.
     """
 
     def clean(value: Any) -> Any:
         if isinstance(value, list) and value and all(isinstance(item, tuple) for item in value):
             value = dict(value)
+        if isinstance(value, dict) and {"role", "from"} & value.keys() and all(isinstance(one, list) for one in value.values()):
+            value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
         if isinstance(value, dict):
             return {key: clean(inner) for key, inner in value.items() if inner is not None}
         if isinstance(value, list):

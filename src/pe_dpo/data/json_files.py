@@ -28,7 +28,8 @@ _WRAPPERS = ("data", "rows", "examples", "records", "train")
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*(?:[\]}]|$))')
 _BETWEEN = f" \t\r\n,{BOM}"
 """What may stand between the values of a file that was put together."""
-_SPLITS = re.compile(r'\s*\{\s*"(train|validation|valid|val|eval|dev|test)([_-]\w*)?"\s*:\s*\[')
+_SPLIT = re.compile(r"(train|validation|valid|val|eval|dev|test)([_-].*)?")
+_SPLITS = re.compile(rf'^\s*\{{.*"{_SPLIT.pattern}"\s*:\s*\[', re.DOTALL)
 
 
 def read_json_lines(path: Path, name: str) -> Iterator[Row]:
@@ -38,17 +39,19 @@ def read_json_lines(path: Path, name: str) -> Iterator[Row]:
         line = line.lstrip(BOM)
         if not line.strip():
             continue
+        value: Any = None
         try:
-            row = error or _as_row(_parse(line))
+            value = error or _parse(line)
+            row = _as_row(value)
         except json.JSONDecodeError as fault:
             cut = "; the file ends inside this row, so it may have been cut: fetch it again"
             is_whole = line.endswith(("\n", "\r"))
             row = RowError(f"is not valid JSON: {fault.msg} at column {fault.colno}{'' if is_whole else cut}")
-        except ValueError as fault:  # Python reads no integer of more than 4,300 digits
-            row = RowError(f"is not valid JSON: {fault}")
+        except ValueError:
+            row = RowError("is not valid JSON: it has an integer of more digits than Python reads (4,300); write it as text")
         except RecursionError:
             row = RowError("is nested too deeply to be read; a row is one flat object")
-        if is_first and isinstance(row, RowError) and line.lstrip()[0] in "[{":
+        if is_first and (value is None or isinstance(value, list)):
             rows = _rows_of_document(path, name)
             if rows:
                 yield from number_rows(rows, name)
@@ -86,10 +89,12 @@ def read_json_splits(path: Path) -> dict[str, list[Any]]:
         DataError: The file begins like such a document, and is not JSON.
     """
     with open_bytes(path) as file:
-        if not _SPLITS.match(file.read(200).decode("utf-8", "replace").lstrip(BOM)):
+        if not _SPLITS.match(file.read(500).decode("utf-8", "replace").lstrip(BOM)):
             return {}
     document = _read_document(path, path.name)
-    return {split: rows for split, rows in document.items() if _are_rows(rows)} if isinstance(document, dict) else {}
+    if not isinstance(document, dict):
+        return {}
+    return {split: rows for split, rows in document.items() if _SPLIT.fullmatch(split) and _are_rows(rows)}
 
 
 def _read_document(path: Path, name: str) -> Any:
@@ -99,8 +104,9 @@ def _read_document(path: Path, name: str) -> Any:
         if error:
             raise DataError(f"{name}:{number}: {error}")
         lines.append(line)
+    text = "".join(lines).lstrip(BOM)
     try:
-        return _parse("".join(lines).lstrip(BOM))
+        return _parse(text) if text.strip() else []
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return None
@@ -148,7 +154,8 @@ def _rows_of(document: Any, name: str) -> list[Any]:
     lists = [key for key, value in columns.items() if value and _are_rows(value)]
     wrapper = next((key for key in _WRAPPERS if key in lists), None)
     if wrapper and len(lists) > 1:
-        raise DataError(f"{name}: holds several lists of rows ({', '.join(lists[:5])}); name this file itself, not its folder")
+        found = ", ".join(lists[:5])
+        raise DataError(f"{name}: holds several lists of rows ({found}); name this file itself and not its folder, or save one")
     if wrapper:
         return columns[wrapper]
     if isinstance(document.get("columns"), list) and all(isinstance(row, list) for row in columns.get("data", [0])):
@@ -166,7 +173,7 @@ def _rows_of_columns(document: dict[str, Any], name: str) -> list[Any]:
     """
     values = list(document.values())
     if document and all(isinstance(value, dict) for value in values):
-        if all(key.isdecimal() for key in document):
+        if all(key.isdecimal() for key in document) or all({"chosen", "rejected"} <= value.keys() for value in values):
             return values
         index = list(values[0])
         if all(key.isdecimal() for key in index) and all(value.keys() == values[0].keys() for value in values):
@@ -208,6 +215,8 @@ def _parse(text: str) -> Any:
         except json.JSONDecodeError:
             pass
         try:
+            if not re.match(r"[\[\s]*\{\s*'", text):  # Python puts its keys into these quotes
+                raise error from None
             with warnings.catch_warnings(action="error"):
                 return _python_value(ast.parse(text.strip(), mode="eval").body)
         except (SyntaxError, SyntaxWarning, DeprecationWarning, ValueError, RecursionError, MemoryError):

@@ -135,4 +135,6 @@ def describe_value(value: Any) -> str:
         return f"the number {value}"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
+    if isinstance(value, bytes):
+        return "bytes that are not text in UTF-8"
     return "text" if isinstance(value, str) else "an object" if isinstance(value, dict) else f"a {type(value).__name__}"

@@ -161,7 +161,7 @@ def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[
     rows = _good_rows(parts, settings, report)
     first = list(islice(rows, _FIRST_ROWS))
     if not first:
-        found = next(iter(report.dropped.values()), ["the file is empty"])[0]
+        found = next(iter(report.dropped.values()), ["the file is empty or has a header alone"])[0]
         raise DataError(f"{names}: no row can be used of {report.rows_read} read: {found}; pairs are expected, one a row")
     shape = Shape([values for _, values in first], where=names, columns=settings.columns, ignore=settings.ignore)
     if shape.words not in report.shape:

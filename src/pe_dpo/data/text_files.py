@@ -132,15 +132,15 @@ def _read_cells(header: list[str], names: list[str], cells: list[str]) -> dict[s
         names: The same without spaces around them; a column without a name is an index, or empty.
         cells: The row.
     """
+    begins_with_space = [cell[:1] == " " for cell in cells[1:] if cell]
+    if all(name[:1] == " " for name in header[1:]) and begins_with_space and all(begins_with_space):
+        return RowError("has a space behind every separator, as the header has; write the separator alone")
     if len(cells) > len(names):
         return RowError(f"has {len(cells) - len(names)} more cells than the header; quote cells that hold the separator")
     if len(cells) < len(names):
         return RowError(f"ends before column '{names[len(cells)]}'; fill in the missing cells")
     if [cell.strip() for cell in cells] == names:
         return RowError("repeats the header, as files do that were put together; remove the line")
-    begins_with_space = [cell[:1] == " " for cell in cells[1:] if cell]
-    if all(name[:1] == " " for name in header[1:]) and begins_with_space and all(begins_with_space):
-        return RowError("has a space behind every separator, as the header has; write the separator alone")
     for at, (name, cell) in enumerate(zip(names, cells, strict=True)):
         if not name and cell.strip() and not (at == 0 and cell.isdigit()):
             return RowError(f"holds {cell[:20]!r} under a column that the header gives no name; name it there")
