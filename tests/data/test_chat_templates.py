@@ -116,7 +116,7 @@ def test_what_the_history_loses_is_counted_and_used() -> None:
     assert report.noted == {"system turn of the prompt that the chat template does not write": ["x:1"]}
 
 
-def test_a_system_turn_that_is_written_only_without_an_answer_is_lost_in_training() -> None:
+def test_a_system_turn_that_is_written_only_before_an_answer_is_trained_on_as_it_is_served() -> None:
     """As Mistral's templates, which put it before the last message where that is the user's."""
     mistral = (
         "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
@@ -126,6 +126,16 @@ def test_a_system_turn_that_is_written_only_without_an_answer_is_lost_in_trainin
     )
     prompt = (turn("system", "Be kind."), turn("user", "Hi"))
     encoded, report = encode(pair_of(answer("Yes."), prompt=prompt), template=mistral)
+    assert decoded(encoded[0].prompt_ids) == "[U]Be kind. Hi[/U]"
+    assert [decoded(ids) for ids in (encoded[0].chosen_ids, encoded[0].rejected_ids)] == ["Yes.<|im_end|>", "No.<|im_end|>"]
+    kept = "prompt of which the chat template writes a part only before an answer, trained on as it is served"
+    assert report.noted == {kept: ["x:1"]}
+    several = (*answer("a"), turn("user", "b"), *answer("c"))
+    encoded, report = encode(pair_of(several, prompt=prompt), template=mistral)
+    (one,) = encoded
+    assert decoded(one.prompt_ids) == "[U]Be kind. Hi[/U]"
+    assert one.chosen_scored is not None and decoded(one.chosen_ids[one.chosen_scored]) == "a<|im_end|>c<|im_end|>"
+    encoded, report = encode(pair_of(answer("Yes."), prompt=prompt), template=mistral, score="everything")
     assert decoded(np.concatenate([encoded[0].prompt_ids, encoded[0].chosen_ids])) == "[U]Hi[/U]Yes.<|im_end|>"
     assert report.noted["system turn of the prompt that the chat template does not write"] == ["x:1"]
 

@@ -129,11 +129,11 @@ def test_a_token_that_spans_two_turns_is_nobodys() -> None:
 
 
 def test_turns_that_cannot_be_told_apart_are_an_error_with_the_row() -> None:
-    backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
-    with pytest.raises(
-        DataError, match=r"x:1: .*(turn 1 is the assistant's cannot be told|has no prompt token|does not write)"
-    ):
-        encode(LONG, SHORT, template=backwards)
+    short = "{% for m in messages if m.content | length > 5 %}{{ raise_exception('long') }}{% endfor %}" + CHATML
+    with pytest.raises(DataError, match=r"x:1: which part of its answer's turn 1 is the assistant's cannot be told"):
+        encode(LONG, SHORT, template=short)
+    (encoded,), _, _ = encode(SHORT, ({"role": "assistant", "content": "e"},), template=short)
+    assert encoded.chosen_scored is None
 
 
 # ------------------------------------------------------------------------------------------------------------- rows, store

@@ -197,6 +197,9 @@ class Encoder:
         """Count what the chat template left out of a pair; return whether its answers lost something."""
         for what in sorted(texts.lost_before):
             self.report.noted[f"{what} that the chat template does not write"].append(pair.where)
+        if texts.is_whole_alone:
+            what = "prompt of which the chat template writes a part only before an answer, trained on as it is served"
+            self.report.noted[what].append(pair.where)
         if texts.lost:
             kinds = " and ".join(sorted(texts.lost))
             with_lost = f"that differ only in their {kinds}, which" if is_same else f"with {kinds} that"

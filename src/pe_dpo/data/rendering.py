@@ -31,6 +31,8 @@ class Rendered(NamedTuple):
     """Kinds of the parts of the answers that the chat template left out."""
     lost_before: frozenset[str] = frozenset()
     """Kinds of the parts of the prompt that it left out; of the earlier turns of an answer their reasoning, by design."""
+    is_whole_alone: bool = False
+    """Whether the template writes the whole prompt only where no answer follows; then the answers stand behind that."""
 
 
 def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last", "everything"] = "all") -> Rendered:
@@ -63,31 +65,37 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
     texts: list[str] = []
     spans = []
     lost: set[str] = set()
+    is_whole_alone = False
     for answer in (answer_turns(prompt, side) for side in sides):
         if prefill is not None:  # the answers go on with its text
             answer = ({**answer[0], "content": prefill["content"] + answer[0]["content"]}, *answer[1:])
         text = template.render((*start, *answer), tools=pair.tools, args=pair.template_args)
-        # In what is trained on: Mistral's template writes a system turn before an answer, and not with it.
         read = opened
         if not text.startswith(opened):
-            silent = template.render(
-                (*start, {"role": "assistant", "content": PROBES[0]}), tools=pair.tools, args=pair.template_args
-            )
-            read = silent[: silent.find(PROBES[0])]
-        lost_before |= {f"{kind} of the prompt" for _, kind in lost_parts(start, read)}
-        lost_before |= {"tools"} if pair.tools and loses_tools(pair.tools, read) else set()
-        found = lost_parts(answer, text[shared_length(opened, text) :])
-        for index, kind in found:
+            silent: Turns = (*start, {"role": "assistant", "content": PROBES[0]})
+            read = template.render(silent, tools=pair.tools, args=pair.template_args).partition(PROBES[0])[0]
+        lost_now = {f"{kind} of the prompt" for _, kind in lost_parts(start, read)}
+        lost_now |= {"tools"} if pair.tools and loses_tools(pair.tools, read) else set()
+        for index, kind in lost_parts(answer, text[shared_length(opened, text) :]):
             if kind == REASONING and index < len(answer) - 1:
                 lost_before.add(f"{kind} of an answer's earlier turns")
             else:
                 lost.add(kind)
         has_spans = len(answer) > 1 and not lost and score != "everything"
+        own = _spans(pair, template, start, answer, text, score == "last") if has_spans else None
+        # Mistral's template writes a system turn before an answer, and no more when the answer is there.
+        if lost_now and score != "everything" and text.startswith(read) and not lost_parts(start, opened):
+            is_whole_alone, lost_now = True, set()
+            moved = len(opened) - len(read)
+            text = opened + text[len(read) :]
+            own = None if own is None else [(begin + moved, end + moved) for begin, end in own]
+        lost_before |= lost_now
         texts.append(text)
-        spans.append(_spans(pair, template, start, answer, text, score == "last") if has_spans else None)
+        spans.append(own)
     if prefill is not None:
         opened = _opened_with(prefill, opened, texts[0])
-    return Rendered(opened, (texts[0], texts[1]), (spans[0], spans[1]), frozenset(lost), frozenset(lost_before))
+    both = (texts[0], texts[1]), (spans[0], spans[1])
+    return Rendered(opened, *both, frozenset(lost), frozenset(lost_before), is_whole_alone)
 
 
 def _opened_with(prefill: Message, opened: str, answered: str) -> str:
