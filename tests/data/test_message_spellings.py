@@ -122,6 +122,14 @@ def test_parallel_calls_are_one_turn(turns: list[Any]) -> None:
     assert read_messages(turns, "chosen") == ({"role": "assistant", "content": "", "tool_calls": [call("f", x=1), call("g")]},)
 
 
+def test_a_call_belongs_to_what_the_assistant_says_before_it() -> None:
+    turns = [
+        {"from": "gpt", "value": "I will look."},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    ]
+    assert read_messages(turns, "chosen") == ({"role": "assistant", "content": "I will look.", "tool_calls": [call("f", x=1)]},)
+
+
 @pytest.mark.parametrize("calls", [[], None, "", "[]", "null"])
 def test_an_empty_list_of_calls_is_none(calls: Any) -> None:
     assert read_messages([{**YES, "tool_calls": calls}], "chosen") == (YES,)

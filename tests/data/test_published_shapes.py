@@ -250,6 +250,13 @@ def test_a_prefill_stays_with_the_prompt(write_lines: Callable[..., Path]) -> No
     ]  # fmt: skip
 
 
+def test_answers_that_go_on_with_the_prompt_are_noted(read: Callable[..., Any]) -> None:
+    _, report = read(
+        {"prompt": [USER, YES], "chosen": "!", "rejected": "?"}, {"prompt": [USER], "chosen": "yes", "rejected": "no"}
+    )
+    assert report.noted == {"prompt that ends with an assistant turn, with which the answers go on": ["train.jsonl:1"]}
+
+
 @pytest.mark.parametrize(("chosen", "rejected"), [("yes", "no"), ("yes, sir", "yes, my lady")])
 def test_answers_that_bring_the_prefill_once_more_are_an_error(read: Callable[..., Any], chosen: str, rejected: str) -> None:
     with pytest.raises(

@@ -169,6 +169,24 @@ def test_a_system_column_that_differs_from_the_system_turn_stops(read: Callable[
         read({"prompt": prompt, "system": "Be rude.", "chosen": [YES], "rejected": [NO]})
 
 
+def test_a_question_beside_whole_dialogues_is_only_named(read: Callable[..., Any]) -> None:
+    (pair,), report = read({"question": "Is it?", "chosen": [USER, YES], "rejected": [USER, NO]})
+    assert (pair.prompt, report.unread_columns) == ((USER,), ["question"])
+    with pytest.raises(DataError, match="column 'context' has content"):
+        read({"context": "Is it?", "chosen": [USER, YES], "rejected": [USER, NO]})
+
+
+def test_a_prompt_that_the_map_replaces_is_not_lost(read: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"column 'prompt' has content.*read it with data: \{columns: \{input: prompt\}\}"):
+        read({**ROW, "q": "Hi"}, columns={"prompt": "q"})
+
+
+def test_ignoring_a_column_called_content_leaves_the_messages_whole(read: Callable[..., Any]) -> None:
+    assert read({"content": "x", "prompt": [USER], "chosen": [YES], "rejected": [NO]}, ignore=["content"])[0][0].chosen == (
+        YES,
+    )
+
+
 @pytest.mark.parametrize(("key", "value"), [("weight", 0), ("train", False), ("images", ["x.png"])])
 def test_keys_of_messages_that_matter_stop_and_can_be_ignored(read: Callable[..., Any], key: str, value: Any) -> None:
     row = {"prompt": [USER], "chosen": [{**YES, key: value}], "rejected": [NO]}

@@ -199,7 +199,7 @@ def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) 
             remedy = (
                 f"read it as the prompt with {_map('prompt', name)}, or as the turns before it with {_map('history', name)}"
             )
-        elif ours != name:
+        elif ours != name or ours == "prompt":
             remedy = f"read it with {_map('input' if ours == 'prompt' else ours, name)}"
         raise DataError(
             f"{where}: column '{name}' has content, was not read and belongs to the prompt; {remedy}, or leave it out: {ignore}"

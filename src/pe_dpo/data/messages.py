@@ -68,7 +68,7 @@ def read_messages(value: Any, column: str) -> Turns:
 
     Returns:
         The messages. Keys without a value are left out, at every depth, because Arrow invents them; an empty list of tool calls
-        is none; calls that follow each other as turns of their own are one turn.
+        is none; calls that are turns of their own are one turn with each other, and with what the assistant says before them.
 
     Raises:
         RowError: It is empty, or something in it is not a message.
@@ -82,8 +82,8 @@ def read_messages(value: Any, column: str) -> Turns:
     follows_call = False
     for number, turn in enumerate(given):
         message, is_call = _read_message(turn, f"{column}[{number}]")
-        if is_call and follows_call:
-            turns[-1] = {**turns[-1], "tool_calls": [*turns[-1]["tool_calls"], *message["tool_calls"]]}
+        if is_call and (follows_call or (turns and turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1])):
+            turns[-1] = {**turns[-1], "tool_calls": [*turns[-1].get("tool_calls", ()), *message["tool_calls"]]}
         else:
             turns.append(message)
         follows_call = is_call

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pe_dpo.data.column_maps import explain_columns, is_labelled
-from pe_dpo.data.columns import SCORES, carries, find_spellings, find_winner, refuse_keys, refuse_media, refuse_unread
+from pe_dpo.data.columns import SCORES, carries, find_spellings, find_winner, read_as, refuse_keys, refuse_media, refuse_unread
 from pe_dpo.data.dialogues import is_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
 from pe_dpo.data.pairs import Pair, RowError, Text, describe_value
@@ -98,9 +98,8 @@ class Shape:
         self.as_text = {name for name in names if _holds_written([row[name] for row in rows if name in row])}
         parsed = [{name: self._parsed(cell, name, is_tried=True) for name, cell in row.items()} for row in rows]
         examples = {name: next((row[name] for row in parsed if carries(row.get(name))), None) for name in names}
-        spelled = find_spellings(examples, self.columns)
-        unknown = explain_columns(names, rows, self.columns, where=where)
-        self.columns |= spelled
+        mapped, spelled = self.columns, find_spellings(examples, self.columns)
+        self.columns = mapped | spelled
 
         renamed = [self._rename(row) for row in parsed]
         self.required = _find_shape(renamed)
@@ -110,7 +109,7 @@ class Shape:
         }
         is_unlabelled = "chosen" in self.required and not is_labelled(*answers)
         if not self.required or (is_unlabelled and find_winner(unused) and not said_winner):
-            raise DataError(unknown)
+            raise DataError(explain_columns(names, rows, mapped, where=where))
         if all(isinstance(row.get("prompt"), str) and _LISTED.fullmatch(row["prompt"].strip()) for row in renamed):
             raise DataError(
                 f"{where}: column '{self.columns.get('prompt', 'prompt')}' holds lists of texts, written as text; write "
@@ -129,7 +128,7 @@ class Shape:
             elif _share_beginnings(renamed):
                 self.words, self.split = _TEXTS, split_texts
             else:
-                raise DataError(unknown)
+                raise DataError(explain_columns(names, rows, mapped, where=where))
         self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
         written = [self.columns.get(name, name) for name in self.required if self.columns.get(name, name) in self.as_text]
         self.words += "".join(f"; '{theirs}' read as {ours}" for ours, theirs in spelled.items())
@@ -163,6 +162,8 @@ class Shape:
                     row[one], row[other] = row[other], row[one]
                     names[one], names[other] = names[other], names[one]
         row |= {name: self._parsed(row[name], names[name]) for name in self.required}
+        if any(isinstance(row[name], str) and holds_messages(row[name]) for name in self.required):
+            self.noted["text that looks like messages"].append(where)
         for name, kind in self.kinds.items():
             if kind_of(row[name], name) != kind:
                 raise RowError(
@@ -183,7 +184,8 @@ class Shape:
         read = {*self._note_scores(row, where), *self.required, "margin", "history", "tools", "chat_template_kwargs"}
         columns = {self.columns.get(name, name) for name in read} | ({self.winner.column} if self.winner else set())
         rest = {name: cell for name, cell in given.items() if name not in columns and name.strip() and carries(cell)}
-        refuse_unread(rest, sides, where)
+        is_whole = self.required == ("chosen", "rejected")  # the dialogues bring what they answer
+        refuse_unread({name: rest[name] for name in rest if not (is_whole and read_as(name) == "prompt")}, sides, where)
         refuse_keys(sides, where)
         in_prompt = {self.columns.get(name, name) for name in ("system", "input")}
         self.unread += [name for name in rest if name not in in_prompt and name not in self.unread]

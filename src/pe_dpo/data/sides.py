@@ -110,7 +110,8 @@ def _as_turns(answer: Text) -> Turns:
 
 
 def drop_keys(sides: Sides, keys: Collection[str]) -> Sides:
-    """Return the sides without some keys of their messages."""
+    """Return the sides without some keys of their messages; role and content stay."""
+    keys = {*keys} - {"role", "content"}
     prompt, chosen, rejected = (
         side if isinstance(side, str) else tuple({key: turn[key] for key in turn if key not in keys} for turn in side)
         for side in sides
