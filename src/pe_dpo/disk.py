@@ -45,4 +45,7 @@ def matching_paths(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.exists() or not any(mark in path for mark in "*?["):
         return [place] if place.exists() else []
-    return sorted(Path(place.anchor or ".").glob(str(place.relative_to(place.anchor))))
+    try:
+        return sorted(Path(place.anchor or ".").glob(str(place.relative_to(place.anchor))))
+    except ValueError:  # `**` beside other letters, which is no glob
+        return []

@@ -104,7 +104,9 @@ REFUSED = {
                              "x.json:2: is not valid UTF-8: byte 0xe9"),
     "columns of two lengths": ("x.json", json.dumps(COLUMNS | {"chosen": ["b"]}),
                                r"lengths \(prompt 2, chosen 1, rejected 2\)"),
-    "lists of two names": ("x.json", json.dumps({"data": ROWS, "more": ROWS}), r"several lists of rows \(data, more\)"),
+    "lists of two names": ("x.json", json.dumps({"rows": ROWS, "more": ROWS}), r"several lists of rows \(rows, more\)"),
+    "header in another encoding": ("x.csv", "prömpt,chosen,rejected\na,b,c\n".encode("cp1252"), "x.csv:1: is not valid UTF-8"),
+    "split with a short row": ("x.json", '{"columns": ["prompt", "chosen"], "data": [["a"]]}', "x.json row 1: is a list"),
     "empty JSON": ("x.json", "\n", "x.json: no row can be used of 0 read: the file is empty"),
     "key twice in Python's object": ("x.jsonl", "{'prompt': 'a', 'chosen': 'b', 'chosen': 'x'}\n",
                                      "x.jsonl:1: has the key 'chosen'"),
@@ -152,6 +154,16 @@ def test_one_object_of_messages_is_one_row_and_no_columns(tmp_path: Path) -> Non
     row = {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}],
            "rejected": [{"role": "assistant", "content": "c"}]}  # fmt: skip
     assert [values for _, values in read_rows(write(tmp_path, "x.json", json.dumps(row)))] == [row]
+
+
+def test_one_object_of_lists_is_one_row_where_messages_are_among_them(tmp_path: Path) -> None:
+    row = {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": [], "tools": ["x"]}
+    assert [values for _, values in read_rows(write(tmp_path, "x.json", json.dumps(row)))] == [row]
+
+
+def test_rows_under_data_are_read_whatever_stands_beside_them(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.json", json.dumps({"data": ROWS, "errors": [{"code": 1}]}))
+    assert [values for _, values in read_rows(path)] == ROWS
 
 
 def test_columns_of_messages_are_columns(tmp_path: Path) -> None:

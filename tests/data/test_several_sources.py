@@ -197,6 +197,27 @@ def test_a_glob_takes_every_file_that_it_matches_and_holds_out_by_name(
     assert wheres(data.train) == ["part-2.jsonl:1"]
 
 
+def test_what_is_not_read_of_a_folder_is_named_and_hidden_files_are_no_data(
+    write_lines: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_lines(row("a"), name="pairs.jsonl")
+    write_lines(row("b"), name="._pairs.jsonl")
+    (tmp_path / "test.jsonl.zst").write_bytes(b"x")
+    ((_, train, held_out, unused),) = find_places(str(tmp_path))
+    assert ([*train], [*held_out], unused) == (["pairs.jsonl"], [], ["test.jsonl.zst"])
+
+
+def test_a_folder_of_packed_files_alone_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"train\.jsonl\.zst: is packed in a way that is not read; unpack it first"):
+        find_places(str(tmp_path))
+
+
+def test_a_pattern_that_is_no_glob_is_a_path_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\*\*\.jsonl: there is no such file or folder"):
+        find_places(str(tmp_path / "**.jsonl"))
+
+
 def test_a_glob_goes_down_folders(tmp_path: Path, tokenizer: Any) -> None:
     for folder in ("a", "a/b"):
         (tmp_path / folder).mkdir()

@@ -16,6 +16,7 @@ import ast
 import json
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ _WRAPPERS = ("data", "rows", "examples", "records", "train")
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*(?:[\]}]|$))')
 _BETWEEN = f" \t\r\n,{BOM}"
 """What may stand between the values of a file that was put together."""
-_SPLIT = re.compile(r"(train|validation|valid|val|eval|dev|test)([_-].*)?")
+HELD_OUT_NAMES = ("validation", "valid", "val", "eval", "dev", "test")  # the first that is there is used
+_SPLIT = re.compile(rf"({'|'.join(('train', *HELD_OUT_NAMES))})([_-].*)?")
 _SPLITS = re.compile(rf'^\s*\{{.*"{_SPLIT.pattern}"\s*:\s*\[', re.DOTALL)
 
 
@@ -88,10 +90,13 @@ def read_json_splits(path: Path) -> dict[str, list[Any]]:
     Raises:
         DataError: The file begins like such a document, and is not JSON.
     """
-    with open_bytes(path) as file:
-        if not _SPLITS.match(file.read(500).decode("utf-8", "replace").lstrip(BOM)):
-            return {}
-    document = _read_document(path, path.name)
+    try:
+        with open_bytes(path) as file:
+            if not _SPLITS.match(file.read(500).decode("utf-8", "replace").lstrip(BOM)):
+                return {}
+        document = _read_document(path, path.name)
+    except (OSError, EOFError, zlib.error):  # said when the rows are read
+        return {}
     if not isinstance(document, dict):
         return {}
     return {split: rows for split, rows in document.items() if _SPLIT.fullmatch(split) and _are_rows(rows)}
@@ -153,13 +158,14 @@ def _rows_of(document: Any, name: str) -> list[Any]:
     columns = {key: value for key, value in document.items() if isinstance(value, list)}
     lists = [key for key, value in columns.items() if value and _are_rows(value)]
     wrapper = next((key for key in _WRAPPERS if key in lists), None)
-    if wrapper and len(lists) > 1:
+    if wrapper and len(lists) > 1 and wrapper != "data":
         found = ", ".join(lists[:5])
         raise DataError(f"{name}: holds several lists of rows ({found}); name this file itself and not its folder, or save one")
     if wrapper:
         return columns[wrapper]
-    if isinstance(document.get("columns"), list) and all(isinstance(row, list) for row in columns.get("data", [0])):
-        return [dict(zip(document["columns"], row, strict=True)) for row in document["data"]]
+    names, cells = columns.get("columns", []), columns.get("data", [])
+    if names and all(isinstance(one, str) for one in names) and all(isinstance(row, list) for row in cells):
+        return [dict(zip(names, row, strict=True)) if len(row) == len(names) else row for row in cells]
     if isinstance(document.get("data"), list):
         return columns["data"]
     return _rows_of_columns(document, name) or [document]
@@ -178,7 +184,7 @@ def _rows_of_columns(document: dict[str, Any], name: str) -> list[Any]:
         index = list(values[0])
         if all(key.isdecimal() for key in index) and all(value.keys() == values[0].keys() for value in values):
             return [{column: cells[key] for column, cells in document.items()} for key in index]
-    if not all(isinstance(value, list) for value in values) or all(map(_are_messages, values)):
+    if not all(isinstance(value, list) for value in values) or any(value and _are_messages(value) for value in values):
         return []
     lengths = {key: len(value) for key, value in document.items()}
     if len(set(lengths.values())) > 1:
@@ -189,7 +195,7 @@ def _rows_of_columns(document: dict[str, Any], name: str) -> list[Any]:
 
 def _are_rows(value: Any) -> bool:
     is_list_of_objects = isinstance(value, list) and all(isinstance(row, dict | RowError) for row in value)
-    return is_list_of_objects and not (value and _are_messages(value))
+    return is_list_of_objects and not (value and _are_messages(value))  # an empty list is a side without rows
 
 
 def _are_messages(value: list[Any]) -> bool:

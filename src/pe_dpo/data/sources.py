@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pe_dpo.data.files import FOREIGN_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, clean_arrow, data_format, read_rows
-from pe_dpo.data.json_files import number_rows, read_json_splits
+from pe_dpo.data.json_files import HELD_OUT_NAMES, number_rows, read_json_splits
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.text_files import Row
 from pe_dpo.disk import matching_paths
@@ -23,7 +23,6 @@ from pe_dpo.errors import DataError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
 from pe_dpo.recipe.schema import DataSource, Sources, list_sources
 
-HELD_OUT_NAMES = ("validation", "valid", "val", "eval", "dev", "test")  # the first that is there is used
 _HELD_OUT = re.compile(rf"({'|'.join(HELD_OUT_NAMES)})([-_].*)?")
 
 Parts = dict[str, Iterator[Row]]
@@ -100,7 +99,7 @@ def divide_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _find(source: DataSource, taken: dict[str, str]) -> Place:
-    path, name = Path(source.path).expanduser(), source.path
+    path = Path(source.path).expanduser()
     if path.is_file():
         _refuse(source, "a file", "subset", "revision")
         splits = read_json_splits(path) if data_format(path) == ".json" else {}
@@ -117,13 +116,16 @@ def _find(source: DataSource, taken: dict[str, str]) -> Place:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{path}: cannot be read as a saved dataset ({error}); save it again") from error
         return _divide(source, _splits(data, _full_name(path), shown=1), taken)
-    if path.is_dir():
-        _refuse(source, "a folder", "subset", "revision")
-        return _divide(source, [_file(file) for file in _data_files(sorted(path.iterdir()), path)], taken)
-    matches = matching_paths(name)
-    if matches:
-        _refuse(source, "a glob", "subset", "revision")
-        return _divide(source, [_file(file) for file in _data_files(matches, path)], taken, keeps_all=True)
+    is_folder = path.is_dir()
+    files = [file for file in (path.iterdir() if is_folder else matching_paths(source.path)) if not file.name.startswith(".")]
+    if files or is_folder:
+        _refuse(source, "a folder" if is_folder else "a glob", "subset", "revision")
+        parts = [_file(file) for file in _data_files(sorted(files), path)]
+        place = _divide(source, parts, taken, keeps_all=not is_folder)
+        place.unused.extend(
+            file.name for file in sorted(files) if file.suffix.lower() in FOREIGN_SUFFIXES and not data_format(file)
+        )
+        return place
     return _divide(source.model_copy(update={"split": None}), _hub_splits(source), taken)._replace(source=source)
 
 

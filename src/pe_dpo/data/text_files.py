@@ -70,17 +70,16 @@ def read_csv(path: Path, name: str, *, usual: str) -> Iterator[Row]:
         usual: The separator; another one is taken where the header has it and not this one, or where a line `sep=;` says so.
 
     Raises:
-        DataError: A quote is open or misplaced, or the header names a column twice.
+        DataError: A quote is open or misplaced, or the header names a column twice or is not readable.
     """
     csv.field_size_limit(2**31 - 1)  # the module's own limit of 128 KiB refuses long answers
-    flawed: dict[int, RowError] = {}
+    flaws: list[RowError] = []  # of the lines of a row
     is_new_row = True
 
     def lines() -> Iterator[str]:
         nonlocal is_new_row
-        for number, (line, error) in enumerate(read_lines(path, name), start=1):
-            if error:
-                flawed[number] = error
+        for line, error in read_lines(path, name):
+            flaws.extend([error] if error else [])
             line, is_new_row = (line.lstrip(BOM), False) if is_new_row else (line, False)
             yield line
 
@@ -95,17 +94,19 @@ def read_csv(path: Path, name: str, *, usual: str) -> Iterator[Row]:
     try:
         header = next(reader, [])
         names = [cell.strip() for cell in header]
+        if flaws:
+            raise DataError(f"{name}:{reader.line_num + skipped}: {flaws[0]}")
         check_names(names, name)
         while True:
-            is_new_row, begin = True, reader.line_num
+            is_new_row = True
+            flaws.clear()
             cells = next(reader, None)
             if cells is None:
                 return
             if len(cells) < 2 and not "".join(cells).strip():  # a blank line
                 continue
             number += 1
-            wrong = next((flawed[line] for line in flawed if begin < line - skipped <= reader.line_num), None)
-            yield f"{name} row {number}", wrong or _read_cells(header, names, cells)
+            yield f"{name} row {number}", flaws[0] if flaws else _read_cells(header, names, cells)
     except csv.Error as error:
         raise DataError(
             f"{name}:{reader.line_num + skipped}: is not valid CSV: {error}; check the quotes (one inside a cell is written "
