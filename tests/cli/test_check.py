@@ -192,3 +192,14 @@ def test_one_pair_is_shown_as_the_model_reads_it(pe_dpo, recipe_file):
     example = json.loads(pe_dpo("check", recipe_file, "--json").out)["example"]
     assert example["prompt"].startswith("<|im_start|>user\nNumber ")
     assert example["chosen"]["end"] == "<|im_end|>"
+
+
+def test_many_rows_that_are_too_long_are_a_warning_with_the_remedy(pe_dpo, recipe_file):
+    """The longest of the 33 pairs has 64 tokens."""
+    done = pe_dpo("check", recipe_file, "--set", "data.max_length=60")
+    (line,) = (line for line in done.out.splitlines() if line.startswith("warning: "))
+    assert "rows (" in line
+    assert "are left out because they are longer than 60 tokens: data.max_length: " in line
+    assert json.loads(pe_dpo("check", recipe_file, "--set", "data.max_length=60", "--json").out)["warnings"] == [
+        line.removeprefix("warning: ")
+    ]

@@ -11,6 +11,7 @@ import pytest
 from pe_dpo.audit.audit import audit
 from pe_dpo.data import data_hash
 from pe_dpo.evaluation.evaluate import evaluate
+from pe_dpo.experiments.point import share
 from pe_dpo.inference import inputs
 from pe_dpo.merging.source import Source
 from pe_dpo.recipe import Recipe
@@ -93,3 +94,11 @@ def test_only_the_old_run_trains_on_held_out_prompts(runs: Callable[[bool], Reci
         sides = [{pair.prompt_ids.tobytes() for pair in side} for side in (data.train, data.held_out)]
         assert bool(sides[0] & sides[1]) == is_old
         assert any("read in training too" in line for line in data.report.warnings) == is_old
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_sweep_share_what_its_first_run_held_out(runs: Callable[[bool], Recipe]) -> None:
+    for is_old in (True, False):
+        recipe = runs(is_old)
+        shared = share(recipe, Path(recipe.output))
+        assert data_hash(shared.data.held_out) == Run(recipe.output).info.hashes.held_out
