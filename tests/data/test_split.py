@@ -110,6 +110,17 @@ def test_the_rows_of_a_run_are_held_out_again_whatever_came_after(write_lines: C
     assert again.report.held_out_rows == first.report.held_out_rows
 
 
+def test_the_same_data_in_a_file_of_another_name_are_split_as_the_run_was(
+    write_lines: Callable[..., Path], tokenizer: Any
+) -> None:
+    rows = [as_text(number) for number in range(20)]
+    first = prepare_pairs(write_lines(*rows), tokenizer=tokenizer, max_length=99, eval=0.2)
+    moved = DataSection(train=str(write_lines(*rows, name="moved.jsonl")), max_length=99, eval=0.2)
+    again = pe_dpo.data.prepare_pairs(moved, tokenizer=tokenizer, recorded=first.report.to_dict())
+    assert data_hash(again.held_out) == data_hash(first.held_out)
+    assert {pair.where.partition(":")[0] for pair in again.held_out} == {"moved.jsonl"}
+
+
 def test_the_rows_of_a_held_out_file_are_those_of_the_run(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     write_lines(as_text(8), as_text(9), name="test.jsonl")
     folder = write_lines(as_text(1), as_text(2)).parent

@@ -38,17 +38,18 @@ def divide(
         brought: The pairs of held-out data of its own, empty where a share of `encoded` is held out.
         share: Of `encoded` to hold out, see `split_by_prompt`; 0 where there are others.
         recorded: The data report of a run that is gone on with or evaluated: the rows that it held out are held out again. An
-            older one names no rows; its pairs are split as then, where prompts were told apart as their rows say them.
+            older one names no rows; its pairs are split as then, where prompts were told apart as their rows say them. Where
+            a row is not there any more, under its name, the pairs are split anew: the same data in another file give the same.
     """
     is_old = recorded is not None and recorded.get("held_out_rows") is None
     pairs = [*encoded, *brought] if is_old else join_prompts([*encoded, *brought])
     own, brought = pairs[: len(encoded)], pairs[len(encoded) :]
-    if recorded is None or is_old:
+    rows = set(() if recorded is None or is_old else recorded["held_out_rows"])
+    if recorded is None or is_old or not rows <= {pair.where for pair in brought or own}:
         train, held_out = split_by_prompt(own, share)
         trained = {pair.prompt_key for pair in train}
         is_held_out = [pair.prompt_key not in trained for pair in brought]
     else:
-        rows = set(recorded["held_out_rows"])
         train = [pair for pair in own if brought or pair.where not in rows]
         held_out = [pair for pair in own if not brought and pair.where in rows]
         is_held_out = [pair.where in rows for pair in brought]
