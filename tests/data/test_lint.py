@@ -167,6 +167,16 @@ def test_of_several_turns_the_last_one_is_looked_at_for_its_end(look: Callable[.
     assert pair.chosen["scored"] == len(f"{SENTENCE}.") + 1 + len(SENTENCE) + 1
 
 
+def test_what_can_be_done_stands_beside_what_was_found(look: Callable[..., Lint]) -> None:
+    alpaca = row("### Instruction:\nHi\n\n### Response:\n")
+    found = look({**alpaca, "chosen_score": 1, "rejected_score": 2}, {**row("b"), "chosen_score": 2, "rejected_score": 1})
+    assert [(one.what.partition(" (")[0], one.rows, one.remedy, one.needs_decision) for one in found.findings] == [
+        ("scores that contradict the labels", ["train.jsonl:1"], "decide whether the scores or the labels are right", True),
+        ("text that is already written with another template", ["train.jsonl:1"],
+         "give the bare texts, or write data.template: plain", True),
+    ]  # fmt: skip
+
+
 def test_copies_that_a_weight_asks_for_are_looked_at_once(write_lines: Callable[..., Path]) -> None:
     path = write_lines(row("a", SENTENCE, "nay"), *(row(f"{n}", "yes", "no!") for n in range(30)))
     section = DataSection.model_validate({"train": [{"path": str(path), "weight": 2}], "eval": 0.0})

@@ -26,6 +26,7 @@ from pe_dpo.data.report import (
     MALFORMED,
     OVERLONG,
     PROMPT_IN_TRAINING,
+    WITHOUT_MARGIN,
 )
 from pe_dpo.metrics.estimates import share_right, wilson_interval
 from pe_dpo.metrics.reference_accuracy import independent_pairs
@@ -48,11 +49,18 @@ REMEDIES = {
     DUPLICATE: "each counts as often as it is there; keep one",
     CONTRADICTION: "decide which of the two answers is the better one",
     PROMPT_IN_TRAINING: "not measured on; take such prompts out of one of the two files",
+    "scores that contradict the labels": "decide whether the scores or the labels are right",
+    "text that is already written with another template": "give the bare texts, or write data.template: plain",
+    "text that looks like messages": "it is read as text; write the column as messages",
+    WITHOUT_MARGIN: "counts as a margin of 0",
 }
+"""What to do about what begins so."""
 _HARMLESS = (
     "an answer of several turns",
     "one answer is the beginning of the other",
     "prompt cut at its beginning",
+    "prompt of which the chat template writes a part only before an answer",
+    "prompt that ends with an assistant turn",
     "reasoning of",
     "rendered answer that does not begin",
     "token that spans the border",
@@ -131,9 +139,9 @@ class Lint:
                     places = [where for where, _ in named]
                     found.append(Finding(f"malformed: {named[0][1]}", len(named), places, REMEDIES[MALFORMED], True))
             else:
-                found.append(Finding(f"left out: {what}", len(rows), rows, REMEDIES.get(what, ""), True))
+                found.append(Finding(f"left out: {what}", len(rows), rows, _remedy(what), True))
         for what, rows in self.report.noted.items():
-            found.append(Finding(what, len(rows), rows, REMEDIES.get(what, ""), not what.startswith(_HARMLESS)))
+            found.append(Finding(what, len(rows), rows, _remedy(what), not what.startswith(_HARMLESS)))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,6 +188,10 @@ def lint(
         data.report.unit = "characters"
         data.report.template = "nothing but the names of the roles, since no tokenizer was given: lengths are characters"
     return Lint(data, Characters() if tokenizer is None else tokenizer)
+
+
+def _remedy(what: str) -> str:
+    return next((remedy for beginning, remedy in REMEDIES.items() if what.startswith(beginning)), "")
 
 
 def _length_bias(pairs: Sequence[EncodedPair]) -> dict[str, Any]:

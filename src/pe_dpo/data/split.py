@@ -6,6 +6,7 @@
 A group is on one side, under the smallest of its keys, so that pairs whose keys share no ids lie as they lay before.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def join_prompts(encoded: Sequence[EncodedPair]) -> list[EncodedPair]:
         return key
 
     for pair in encoded:
-        parents[root(pair.prompt_ids.tobytes())] = root(pair.prompt_key)
+        parents[root(hashlib.sha256(pair.prompt_ids.tobytes()).digest())] = root(pair.prompt_key)
     smallest: dict[str | bytes, str] = {}
     for pair in encoded:
         group = root(pair.prompt_key)
