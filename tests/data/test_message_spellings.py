@@ -267,5 +267,10 @@ def test_a_missing_value_as_an_answer_is_an_error(write_lines: Callable[..., Pat
         load_pairs(write_lines({"prompt": [USER], "chosen": [YES], "rejected": [{"role": "assistant", "content": missing}]}))
 
 
+def test_a_missing_value_as_a_prompt_is_an_error(write_lines: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"column 'question' is the text 'nan', which stands where a value was missing"):
+        load_pairs(write_lines({"question": "nan", "chosen": "yes", "rejected": "no"}))
+
+
 def test_an_answer_that_speaks_of_none_is_an_answer(write_lines: Callable[..., Path]) -> None:
     assert load_pairs(write_lines({"prompt": "Hi", "chosen": "None of them.", "rejected": "nan is a number"}))[0]

@@ -38,6 +38,10 @@ MESSAGES = {
     "Capybara": {"conversation": [{"input": "Hi", "output": "x"}], "prompt": "Hi", "chosen": [USER, YES],
                  "rejected": [USER, NO]},
     "conversation": {"conversation": [USER], "chosen": "yes", "rejected": "no"},
+    "UltraInteract": {"trajectory": share(("user", "Hi")), "chosen": "yes", "rejected": "no"},
+    "OpenHermesPreferences": {"prompt": "Hi", "candidates_completions": ["yes", "no"], "ranks": [1, 2], "chosen": [USER, YES],
+                              "rejected": [USER, NO]},
+    "H4 Orca": {"question": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]},
     "context of messages": {"context": [USER], "chosen": "yes", "rejected": "no"},
     "OpenAI": {"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [YES],
                "non_preferred_output": [NO]},
@@ -149,6 +153,7 @@ def test_the_map_that_an_error_prints_loses_no_column(
 @pytest.mark.parametrize(("row", "found"), [
     ({"prompt": "Hi", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]}, "'answers' is a list of answers"),
     ({"instruction": "Hi", "completions": [{"response": "a"}, {"response": "b"}]}, "'completions' is a list of answers"),
+    ({"prompt": "Hi", "replies": ["a", "b"]}, "'replies' is a list of answers"),
     ({"info": {"post": "x"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "'summaries' is a list of answers"),
     ({"prompt": "Hi", "response": "x", "helpfulness": 3}, "there is one answer a row"),
     ({"prompt": "Hi", "chosen": "x"}, "there is one answer a row"),

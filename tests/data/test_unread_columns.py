@@ -116,6 +116,7 @@ MATTERING = {
     "question beside prompt": ({"question": "And his name?"}, r"data: \{columns: \{input: question\}\}"),
     "conversation": ({"conversation": [USER, YES, USER]}, r"before it with data: \{columns: \{history: conversation\}\}"),
     "dialogue as text": ({"dialogue": "He was born in 2020."}, r"prompt with data: \{columns: \{prompt: dialogue\}\}"),
+    "initial_reason_steps": ({"initial_reason_steps": "Step 1:"}, "write it as an assistant turn at the end of the prompt"),
     "functions": ({"functions": [{"name": "f"}]}, r"data: \{columns: \{tools: functions\}\}"),
     "images": ({"images": ["cat.png"]}, "pe-dpo trains on text alone.*data.ignore: [images]"),
     "image": ({"image": {"bytes": "x"}}, "text alone"),

@@ -10,7 +10,18 @@ from pe_dpo.data.winners import Winner
 
 Values = Mapping[str, Any]
 
-_SEVERAL = ("completions", "answers", "responses", "candidates", "generations", "outputs", "choices", "output", "summaries")
+_SEVERAL = (
+    "completions",
+    "answers",
+    "responses",
+    "candidates",
+    "generations",
+    "outputs",
+    "choices",
+    "replies",
+    "output",
+    "summaries",
+)
 """Columns with a list of answers."""
 _SINGLE = ("completion", "completions", "output", "response", "answer", "messages", "conversations", "text")
 _GOOD = "chosen preferred accepted winner winning win better best good positive pos"

@@ -31,7 +31,7 @@ _ANSWERS = (
     ("preferred", "dispreferred"), ("preferred", "non_preferred"), ("accepted", "rejected"), ("better", "worse"),
 )  # fmt: skip
 _PROMPTS = ("question", "query")
-_DIALOGUES = ("messages", "conversations", "conversation", "context", "dialogue")
+_DIALOGUES = ("messages", "conversations", "conversation", "context", "dialogue", "trajectory")
 """Columns of messages that are the prompt where there is no other."""
 _SYSTEMS = ("system_prompt", "system_message")
 _OURS = ("prompt", "instruction", "input", "system", "history", "chosen", "rejected", "messages", "conversations", "tools",
@@ -51,9 +51,10 @@ _IN_PROMPT = {
     "tools": "tools functions",
     "prompt": "prompt instruction question query",
     "messages": "messages conversation conversations dialogue dialog",
+    "prefill": "prefill prefix answer_prefix initial_reason_steps",
     "chat_template_kwargs": "chat_template_kwargs template_kwargs template_args",
 }
-"""Columns that belong to the prompt, by the name under which the column map reads them."""
+"""Columns that belong to the prompt, by the name under which the column map reads them; none reads a prefill."""
 _READ_AS = {name: ours for ours, names in _IN_PROMPT.items() for name in names.split()}
 _NOT_SCORED = ("weight", "train", "train_on_turn", "training", "loss")
 """Keys by which other tools leave an assistant turn out of the loss, where they are false or 0."""
@@ -195,7 +196,9 @@ def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) 
         if ours is None or (is_text and _is_found(value, sides, but_last=ours == "messages" and isinstance(value, list))):
             continue
         remedy = "write it into the messages of the prompt"
-        if ours == "messages":
+        if ours == "prefill":
+            remedy = "write it as an assistant turn at the end of the prompt"
+        elif ours == "messages":
             remedy = (
                 f"read it as the prompt with {_map('prompt', name)}, or as the turns before it with {_map('history', name)}"
             )

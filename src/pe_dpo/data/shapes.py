@@ -120,20 +120,24 @@ class Shape:
             kind = next(filter(None, (kind_of(row[name], name) for row in renamed if name in row)), None)
             if kind and name != "input":
                 self.kinds[name] = kind
-        self.words = _SHAPES[self.required].format(**{"prompt": "text", "chosen": "text"} | self.kinds)
-        self.split = split_transcripts
-        if self.required == ("chosen", "rejected") and self.kinds.get("chosen") != "messages":
-            if any(isinstance(row.get("chosen"), str) and is_transcript(row["chosen"]) for row in renamed):
-                self.words = _TRANSCRIPTS
-            elif _share_beginnings(renamed):
-                self.words, self.split = _TEXTS, split_texts
-            else:
-                raise DataError(explain_columns(names, rows, mapped, where=where))
+        are_texts = self.required == ("chosen", "rejected") and self.kinds.get("chosen") != "messages"
+        is_tagged = any(isinstance(row.get("chosen"), str) and is_transcript(row["chosen"]) for row in renamed)
+        self.split = split_transcripts if is_tagged else split_texts
+        if are_texts and not is_tagged and not _share_beginnings(renamed):
+            raise DataError(explain_columns(names, rows, mapped, where=where))
         self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
-        written = [self.columns.get(name, name) for name in self.required if self.columns.get(name, name) in self.as_text]
-        self.words += "".join(f"; '{theirs}' read as {ours}" for ours, theirs in spelled.items())
-        self.words += f"; messages written as text in {', '.join(written)}" if written else ""
-        self.words += f"; {self.winner.words}" if self.winner else ""
+        self.words = self._describe(spelled)
+
+    def _describe(self, spelled: Mapping[str, str]) -> str:
+        """Return the shape in words, with the columns that were `spelled` otherwise."""
+        words = _SHAPES[self.required].format(**{"prompt": "text", "chosen": "text"} | self.kinds)
+        if self.required == ("chosen", "rejected") and self.kinds.get("chosen") != "messages":
+            words = _TEXTS if self.split is split_texts else _TRANSCRIPTS
+        words += "".join(f"; '{theirs}' read as {ours}" for ours, theirs in spelled.items())
+        required = [self.columns.get(name, name) for name in self.required]
+        written = [column for column in required if column in self.as_text]
+        words += f"; messages written as text in {', '.join(written)}" if written else ""
+        return words + (f"; {self.winner.words}" if self.winner else "")
 
     def read(self, values: Values, *, where: str) -> Pair | None:
         """Return one row as a pair, prompt and answers all text or all messages; None where neither answer won.
@@ -166,9 +170,9 @@ class Shape:
             self.noted["text that looks like messages"].append(where)
         for name, kind in self.kinds.items():
             if kind_of(row[name], name) != kind:
-                raise RowError(
-                    f"column '{names[name]}' is {describe_value(row[name])}; {kind}, as in the first rows, is expected"
-                )
+                others = ", or a file of its own for such rows" if kind_of(row[name], name) else ""
+                found = describe_value(row[name])
+                raise RowError(f"column '{names[name]}' is {found}; {kind}, as in the first rows, is expected{others}")
         sides = add_context(self._read_sides(row, names), row, names)
         sides = drop_keys(sides, self.ignored) if self.ignored else sides
         check_sides(*sides, names=(names[self.required[0]], names.get("chosen", "chosen"), names.get("rejected", "rejected")))

@@ -158,6 +158,11 @@ def check_sides(prompt: Text, chosen: Text, rejected: Text, names: Names) -> Non
     Raises:
         RowError: One of the sides is to be refused.
     """
+    if isinstance(prompt, str) and prompt.strip() in ("nan", "NaN", "<NA>"):
+        raise RowError(
+            f"column '{names[0]}' is the text {prompt.strip()!r}, which stands where a value was missing; write the prompt, "
+            "or take the row out"
+        )
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # the answers go on with it
         begun = prompt[-1]["content"].strip()
         if "tool_calls" in prompt[-1]:
