@@ -40,7 +40,7 @@ def test_a_list_of_paths_is_read_in_its_order_and_each_is_counted(write_lines: C
     assert wheres(data.train) == ["one.jsonl:1", "one.jsonl:2", "other.jsonl:1"]
     assert data.report.files == {"one.jsonl": 2, "other.jsonl": 1}
     assert [(source["pairs"], source["trained_on"]) for source in data.report.sources] == [(2, 2), (1, 1)]
-    assert f"pairs to train on: 2 of 2 from {one}; 1 of 1 from {other}" in data.report.lines()
+    assert f"pairs to train on: 2 of 2 from {one}, 1 of 1 from {other}" in data.report.lines()
     assert json.loads(json.dumps(data.report.to_dict()))["sources"][1] == {"source": str(other), "pairs": 1, "trained_on": 1}
 
 
@@ -324,3 +324,16 @@ def test_a_folder_of_packed_files_is_divided_by_their_names(tmp_path: Path) -> N
     ((_, train, held_out, unused),) = find_places(str(tmp_path))
     assert ([*train], [*held_out], unused) == (["train.jsonl.gz"], ["test.csv.gz"], [])
     assert [values for _, values in held_out["test.csv.gz"]] == [row("a", "b", "c")]
+
+
+def test_lines_about_hundreds_of_files_stay_short(tmp_path: Path, tokenizer: Any) -> None:
+    for number in range(300):
+        (tmp_path / f"part-{number:03}.jsonl").write_text(json.dumps(row(f"p{number}")))
+    data = prepare(tokenizer, train=f"{tmp_path}/*.jsonl", eval=0)
+    read = data.report.lines()[0]
+    assert read.startswith("read 300 rows: part-000.jsonl (1), part-001.jsonl (1),")
+    assert read.endswith("part-007.jsonl (1) and 292 more")
+    (tmp_path / "part-000.jsonl").write_text('{"x": 1}')
+    with pytest.raises(DataError, match=r"part-007\.jsonl and 292 more: the columns are") as raised:
+        prepare(tokenizer, train=f"{tmp_path}/*.jsonl", limit=1)
+    assert len(str(raised.value)) < 600

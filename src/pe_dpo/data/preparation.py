@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pe_dpo.data.encoding import Encoder
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError
-from pe_dpo.data.report import NO_WINNER, OVERLONG, PROMPT_IN_TRAINING, WITHOUT_MARGIN, DataReport
+from pe_dpo.data.report import NO_WINNER, OVERLONG, PROMPT_IN_TRAINING, WITHOUT_MARGIN, DataReport, list_names
 from pe_dpo.data.shapes import Shape
 from pe_dpo.data.sources import Parts, Place, find_places, weigh
 from pe_dpo.data.split import divide
@@ -89,13 +89,13 @@ def prepare_pairs(
     brought_pairs: list[EncodedPair] = []
     if held_out_parts:
         named = list(chain.from_iterable(read_places(held_out_places, settings, report, side="held_out")))
-        _check_some_are_left(named, ", ".join(held_out_parts), max_length, report)
+        _check_some_are_left(named, list_names(held_out_parts), max_length, report)
         brought_pairs = encoder.encode(named)
     train, held_out, left_out, report.held_out_rows = divide(encoded, brought_pairs, share=share, recorded=recorded)
     if left_out:
         report.dropped[PROMPT_IN_TRAINING] += [pair.where for pair in left_out]
     if held_out_parts or share:
-        report.held_out_from = ", ".join(held_out_parts) if held_out_parts else f"{share:.1%} of the pairs, split by prompt"
+        report.held_out_from = list_names(held_out_parts) if held_out_parts else f"{share:.1%} of the pairs, split by prompt"
     if not held_out and (share or held_out_parts):
         why = (
             "every prompt of the held-out data is in training or was dropped" if held_out_parts else "all pairs have one prompt"
@@ -157,7 +157,7 @@ def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[
     Raises:
         DataError: A file cannot be read, its rows are of no known shape, or a row is malformed.
     """
-    names = ", ".join(parts)
+    names = list_names(list(parts))
     rows = _good_rows(parts, settings, report)
     first = list(islice(rows, _FIRST_ROWS))
     if not first:

@@ -173,8 +173,8 @@ class DataReport:
 
     def facts(self) -> list[str]:
         """Return for people what was read, how, and what there is of it, one fact a line; nothing about single rows."""
-        files = ", ".join(f"{name} ({rows:,})" for name, rows in self.files.items())
-        unused = f"; not used: {', '.join(self.unused_files)}" if self.unused_files else ""
+        files = list_names([f"{name} ({rows:,})" for name, rows in self.files.items()])
+        unused = f"; not used: {list_names(self.unused_files)}" if self.unused_files else ""
         lines = [f"read {self.rows_read:,} rows: {files}{unused}"]
         lines += [f"understood as {self.shape}"] if self.shape else []
         lines += [f"columns not read: {', '.join(self.unread_columns)}"] if self.unread_columns else []
@@ -184,7 +184,7 @@ class DataReport:
         if self.kept:
             lines.append(f"{self.kept:,} pairs to train on, {self.held_out:,} held out ({self.held_out_from})")
         if any(len(self.sources) > 1 or source["pairs"] != source["trained_on"] for source in self.sources):
-            trained = "; ".join(f"{one['trained_on']:,} of {one['pairs']:,} from {one['source']}" for one in self.sources)
+            trained = list_names([f"{one['trained_on']:,} of {one['pairs']:,} from {one['source']}" for one in self.sources])
             lines.append(f"pairs to train on: {trained}")
         if self.tokens:
             medians = ", ".join(f"{name} {self.tokens[name]['50%']}" for name in ("prompt", "chosen", "rejected"))
@@ -209,3 +209,8 @@ def first_of_each(found: Mapping[str, list[str]], shown: int = 3) -> str:
         short = [row if len(row) <= 120 else row[:117] + "..." for row in rows[:shown]]
         parts.append(f"{len(rows):,} {what} ({', '.join(short)}{', ...' if len(rows) > shown else ''})")
     return "; ".join(parts)
+
+
+def list_names(names: Sequence[str], shown: int = 8) -> str:
+    """Return names for a line that people read: all of a few, of many the first and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")

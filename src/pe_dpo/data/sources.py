@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from pe_dpo.data.files import FOREIGN_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, clean_arrow, data_format, read_rows
 from pe_dpo.data.json_files import HELD_OUT_NAMES, number_rows, read_json_splits
 from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.data.report import list_names
 from pe_dpo.data.text_files import Row
 from pe_dpo.disk import matching_paths
 from pe_dpo.errors import DataError
@@ -122,10 +123,8 @@ def _find(source: DataSource, taken: dict[str, str]) -> Place:
         _refuse(source, "a folder" if is_folder else "a glob", "subset", "revision")
         parts = [_file(file) for file in _data_files(sorted(files), path)]
         place = _divide(source, parts, taken, keeps_all=not is_folder)
-        place.unused.extend(
-            file.name for file in sorted(files) if file.suffix.lower() in FOREIGN_SUFFIXES and not data_format(file)
-        )
-        return place
+        unread = [file.name for file in sorted(files) if file.suffix.lower() in FOREIGN_SUFFIXES and not data_format(file)]
+        return place._replace(unused=place.unused + unread)
     return _divide(source.model_copy(update={"split": None}), _hub_splits(source), taken)._replace(source=source)
 
 
@@ -147,7 +146,7 @@ def _divide(source: DataSource, parts: Sequence[_Part], taken: dict[str, str], *
         train = [split for split in splits if re.fullmatch(rf"{re.escape(source.split)}(-\d+(-of-\d+)?)?", split)]
         held_out: list[str] = []
         if not train:
-            raise DataError(f"{source.path}: has no split '{source.split}'; found {', '.join(splits)}")
+            raise DataError(f"{source.path}: has no split '{source.split}'; found {list_names(splits)}")
     else:
         train, held_out = divide_names(splits)
         if keeps_all:
