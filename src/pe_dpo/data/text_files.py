@@ -45,9 +45,15 @@ def read_lines(path: Path, name: str) -> Iterator[tuple[str, RowError | None]]:
                 raise DataError(f"{name}: is not valid {encoding} ({error.reason}); save the file as UTF-8") from error
             return
         for raw in file:
+            try:
+                line = raw.decode("utf-8")
+                if "\r" not in line or "\r" not in line.rstrip("\r\n"):
+                    yield line, None
+                    continue
+            except UnicodeDecodeError:
+                pass
             # Files of old Macs have \r alone, so that all of them is one line of \n.
-            pieces = re.split(rb"(?<=\r)(?=[^\r\n])", raw) if b"\r" in raw.rstrip(b"\r\n") else [raw]
-            for piece in pieces:
+            for piece in re.split(rb"(?<=\r)(?=[^\r\n])", raw):
                 try:
                     yield piece.decode("utf-8"), None
                 except UnicodeDecodeError as error:
@@ -79,8 +85,9 @@ def read_csv(path: Path, name: str, *, usual: str) -> Iterator[Row]:
     def lines() -> Iterator[str]:
         nonlocal is_new_row
         for line, error in read_lines(path, name):
-            flaws.extend([error] if error else [])
-            line, is_new_row = (line.lstrip(BOM), False) if is_new_row else (line, False)
+            if error or is_new_row:
+                flaws.extend([error] if error else [])
+                line, is_new_row = line.lstrip(BOM) if is_new_row else line, False
             yield line
 
     source = lines()
