@@ -103,6 +103,22 @@ def test_the_system_turn_and_the_prompt_are_said_once(read: Callable[..., Any], 
     assert (pair.prompt, pair.chosen, pair.rejected) == ((SYSTEM, USER), (YES,), (NO,))
 
 
+def test_texts_that_repeat_the_prompt_lose_it_and_that_is_said(read: Callable[..., Any]) -> None:
+    pairs, report = read({"prompt": "Q: Hi\nA:", "chosen": "Q: Hi\nA: yes", "rejected": "Q: Hi\nA: no"},
+                         {"prompt": "Q: Ho\nA:", "chosen": "Q: Ho\nA: yea", "rejected": "Q: Ho\nA: nay"})  # fmt: skip
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        ("Q: Hi\nA:", " yes", " no"), ("Q: Ho\nA:", " yea", " nay")
+    ]  # fmt: skip
+    assert report.shape == "prompt (text), chosen and rejected (text); the answers repeat the prompt, which is left out of them"
+
+
+def test_one_row_of_many_that_repeats_the_prompt_is_noted(read: Callable[..., Any]) -> None:
+    row = {"prompt": "Rust?", "chosen": "Rust? A language.", "rejected": "Rust? A metal."}
+    pairs, report = read(row, {"prompt": "Hi", "chosen": "yes", "rejected": "no"})
+    assert pairs[0].chosen == "Rust? A language."
+    assert report.noted == {"answers that begin with the whole prompt": ["train.jsonl:1"]}
+
+
 def test_long_dialogues_under_other_names_share_their_beginning(read: Callable[..., Any]) -> None:
     for chosen, rejected in (("messages", "rejected_messages"), ("chosen_messages", "rejected_messages")):
         (pair,), report = read({chosen: [*EARLIER, USER, YES], rejected: [*EARLIER, USER, NO]})

@@ -233,6 +233,11 @@ def test_scores_that_contradict_the_labels_are_counted_and_named(read: Callable[
     assert report.unread_columns == []
 
 
+def test_a_negative_margin_contradicts_the_labels(read: Callable[..., Any]) -> None:
+    _, report = read({**ROW, "margin": -1}, {**ROW, "margin": 0}, {**ROW, "margin": 2})
+    assert report.noted == {"scores that contradict the labels": ["train.jsonl:1"]}
+
+
 def test_errors_and_penalties_are_no_scores(read: Callable[..., Any]) -> None:
     _, report = read({**ROW, "chosen_mqm": "0.0", "rejected_mqm": "5.0"})
     assert (dict(report.noted), report.unread_columns) == ({}, ["chosen_mqm", "rejected_mqm"])

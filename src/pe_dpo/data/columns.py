@@ -126,7 +126,10 @@ def find_winner(values: Mapping[str, Sequence[Any]]) -> str | None:
         values: Cells with content of each column that may be it.
     """
     found = (name for name, cells in values.items() if name.strip().lower() in _WINNERS and cells)
-    return next((name for name in found if not any(isinstance(cell, list | Mapping) for cell in values[name])), None)
+    short = (
+        name for name in found if all(not isinstance(cell, list | Mapping) and len(str(cell)) < 60 for cell in values[name])
+    )
+    return next(short, None)
 
 
 def begins_with_prompt(answer: Any) -> bool:

@@ -125,6 +125,7 @@ class Shape:
         self.split = split_transcripts if is_tagged else split_texts
         if are_texts and not is_tagged and not _share_beginnings(renamed):
             raise DataError(explain_columns(names, rows, mapped, where=where))
+        self.repeats_prompt = all(_repeat_prompt(*(row.get(name) for name in self.required)) for row in renamed)
         self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
         self.words = self._describe(spelled)
 
@@ -136,6 +137,7 @@ class Shape:
         words += "".join(f"; '{theirs}' read as {ours}" for ours, theirs in spelled.items())
         required = [self.columns.get(name, name) for name in self.required]
         written = [column for column in required if column in self.as_text]
+        words += "; the answers repeat the prompt, which is left out of them" if self.repeats_prompt else ""
         words += f"; messages written as text in {', '.join(written)}" if written else ""
         return words + (f"; {self.winner.words}" if self.winner else "")
 
@@ -166,8 +168,6 @@ class Shape:
                     row[one], row[other] = row[other], row[one]
                     names[one], names[other] = names[other], names[one]
         row |= {name: self._parsed(row[name], names[name]) for name in self.required}
-        if any(isinstance(row[name], str) and holds_messages(row[name]) for name in self.required):
-            self.noted["text that looks like messages"].append(where)
         for name, kind in self.kinds.items():
             if kind_of(row[name], name) != kind:
                 others = ", or a file of its own for such rows" if kind_of(row[name], name) else ""
@@ -183,7 +183,17 @@ class Shape:
             where=where,
             template_args=_read_template_args(row.get("chat_template_kwargs"), names.get("chat_template_kwargs", "")),
         )
-        if not isinstance(sides[0], str) and sides[0][-1]["role"] == "assistant":
+        self._look_at(given, row, sides, where)
+        return pair
+
+    def _look_at(self, given: Values, row: Values, sides: Sides, where: str) -> None:
+        """Note what is suspicious in a row, and the columns that were not read; refuse those that matter."""
+        prompt = sides[0]
+        if any(isinstance(row[name], str) and holds_messages(row[name]) for name in self.required):
+            self.noted["text that looks like messages"].append(where)
+        if _repeat_prompt(*sides):
+            self.noted["answers that begin with the whole prompt"].append(where)
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             self.noted["prompt that ends with an assistant turn, with which the answers go on"].append(where)
         read = {*self._note_scores(row, where), *self.required, "margin", "history", "tools", "chat_template_kwargs"}
         columns = {self.columns.get(name, name) for name in read} | ({self.winner.column} if self.winner else set())
@@ -193,7 +203,6 @@ class Shape:
         refuse_keys(sides, where)
         in_prompt = {self.columns.get(name, name) for name in ("system", "input")}
         self.unread += [name for name in rest if name not in in_prompt and name not in self.unread]
-        return pair
 
     def _rename(self, values: Values) -> dict[str, Any]:
         """Return a row under our names; a column of another meaning that has such a name already is left out."""
@@ -242,6 +251,8 @@ class Shape:
         prompt = _read_prompt(self.required, prompt, one, row, names)
         if prompt is None and isinstance(one, str) and isinstance(other, str):
             return self.split(one, other, columns[1:])
+        if self.repeats_prompt and _repeat_prompt(prompt, one, other):
+            one, other = one[len(prompt) :], other[len(prompt) :]
         return read_sides(prompt, one, other, columns)
 
     def _note_scores(self, row: Values, where: str) -> set[str]:
@@ -253,9 +264,10 @@ class Shape:
         if isinstance(chosen, Mapping) and isinstance(rejected, Mapping):
             scores += [(_as_number(chosen.get(key)), _as_number(rejected.get(key))) for key in _OBJECT_SCORES]
         differences = [better - worse for better, worse in scores if better is not None and worse is not None]
-        if differences and min(differences) < 0:
+        margin = _as_number(row.get("margin"))
+        if min([0.0, *differences, margin or 0.0]) < 0:
             self.noted["scores that contradict the labels"].append(where)
-        elif differences and min(differences) == 0:
+        elif 0 in differences:
             self.noted["scores that are equal"].append(where)
         return {name for pair in pairs for name in pair}
 
@@ -280,6 +292,13 @@ def _holds_written(cells: Sequence[Any]) -> bool:
     """Return whether most texts of a column are messages written as text."""
     texts = [cell for cell in cells if isinstance(cell, str) and cell.strip()]
     return bool(texts) and 2 * sum(map(holds_messages, texts)) >= len(texts)
+
+
+def _repeat_prompt(prompt: Any, chosen: Any = None, rejected: Any = None) -> bool:
+    """Return whether both answers are texts that begin with the whole prompt."""
+    answers = [answer for answer in (chosen, rejected) if isinstance(answer, str)]
+    is_prompt = isinstance(prompt, str) and bool(prompt.strip()) and len(answers) == 2
+    return is_prompt and all(answer.startswith(prompt) and answer[len(prompt) :].strip() for answer in answers)
 
 
 def _share_beginnings(rows: Sequence[Values]) -> bool:

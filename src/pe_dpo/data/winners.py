@@ -68,7 +68,7 @@ class Winner:
         self.table = _meanings(self.column, chosen, rejected, values)
         if self.table is None and not (self.column.lower() in _SIGNED and _numbers(values)):
             ways = self.comparisons(self.column, values)
-            shown = ", ".join(sorted({_key(value) for value in values})[:5]) or "nothing"
+            shown = ", ".join(sorted({_key(value)[:40] for value in values})[:5]) or "nothing"
             raise DataError(
                 f"data.columns.winner: column '{self.column}' has {shown}, which does not say by itself whether {chosen} or "
                 f'{rejected} won; write winner: "{ways[0]}" if {chosen} won there, winner: "{ways[1]}" if it lost there'
@@ -98,7 +98,7 @@ class Winner:
         numbers = _numbers(values) or []
         if any(number < 0 for number in numbers) or any(not number.is_integer() for number in numbers):
             return [f"{column} < 0", f"{column} > 0"]
-        keys = [key for key in dict.fromkeys(map(_key, values)) if not _TIES.fullmatch(key)] or ["1"]
+        keys = [key for key in dict.fromkeys(_key(value)[:40] for value in values) if not _TIES.fullmatch(key)] or ["1"]
         if {*keys} <= {"0", "1"}:
             keys = ["1", "0"]
         elif {*keys} <= {"true", "false"}:
