@@ -256,3 +256,32 @@ def test_maps_of_arrow_and_messages_by_columns_are_objects_and_messages(tmp_path
     pyarrow.parquet.write_table(pyarrow.table({"prompt": prompt, "arguments": arguments}), tmp_path / "x.parquet")
     messages = [{"role": "system", "content": "kind"}, {"role": "user", "content": "a"}]
     assert [values for _, values in read_rows(tmp_path / "x.parquet")] == [{"prompt": messages, "arguments": {"city": "Bern"}}]
+
+
+def test_the_same_rows_are_the_same_pairs_in_every_format(tmp_path: Path, chat_tokenizer: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    user = {"role": "user", "content": "Wie heißt \u201eFluss\u201c?\r\n\tJa"}
+    rows: list[dict[str, Any]] = [
+        {"prompt": [user], "chosen": [{"role": "assistant", "content": "Bach\u2028\U0001f600"}],
+         "rejected": [{"role": "assistant", "content": ' "Strom", nein '}], "margin": 0.5},
+        {"prompt": [{"role": "system", "content": "Kurz"}, user], "chosen": [{"role": "assistant", "content": "a;b|c"}],
+         "rejected": [{"role": "assistant", "content": "0"}], "margin": 2.0},
+    ]  # fmt: skip
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    table = [{name: json.dumps(cell, ensure_ascii=False) for name, cell in row.items()} for row in rows]
+    quoted = [
+        "prompt;chosen;rejected;margin",
+        *(";".join('"' + cell.replace('"', '""') + '"' for cell in row.values()) for row in table),
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    places = [
+        write(tmp_path, "x.jsonl", lines), write(tmp_path, "y.jsonl.gz", gzip.compress(lines.encode("utf-16"))),
+        write(tmp_path, "x.json", json.dumps({name: [row[name] for row in rows] for name in rows[0]})),
+        write(tmp_path, "py.jsonl", "".join(f"{row}\n" for row in rows)), write(tmp_path, "x.csv", "\r\n".join(quoted)),
+        tmp_path / "x.parquet", tmp_path / "saved",
+    ]  # fmt: skip
+    found = [prepare_pairs(place, tokenizer=chat_tokenizer, eval=0).train for place in places]
+    assert [pair.margin for pair in found[0]] == [0.5, 2.0]
+    assert chat_tokenizer.decode(found[0][0].chosen_ids).startswith("Bach\u2028\U0001f600<|im_end|>")
+    assert len({data_hash(pairs) for pairs in found}) == 1

@@ -165,6 +165,20 @@ def test_the_held_out_sides_that_folders_bring_are_held_out_together(tmp_path: P
     assert shared.report.unused_files == ["test.jsonl", "y/test.jsonl"]
 
 
+def test_a_place_that_needs_a_map_is_told_that_it_can_have_one_of_its_own(
+    write_lines: Callable[..., Path], tokenizer: Any
+) -> None:
+    one, other = write_lines(row("a"), name="one.jsonl"), write_lines({"q": "b", "w": "x", "l": "y"}, name="other.jsonl")
+    with pytest.raises(DataError, match=rf"\{{columns: \{{.*\nor for this place alone: \{{path: {other}, columns: …\}}"):
+        prepare(tokenizer, train=[str(one), str(other)])
+
+
+def test_no_columns_of_a_place_undo_those_of_all(write_lines: Callable[..., Path], tokenizer: Any) -> None:
+    one, other = write_lines({"q": "a", "chosen": "yes", "rejected": "no"}, name="one.jsonl"), write_lines(row("b"))
+    data = prepare(tokenizer, train=[str(one), {"path": str(other), "columns": {}}], columns={"prompt": "q"}, eval=0)
+    assert [tokenizer.decode(pair.prompt_ids) for pair in data.train] == ["a", "b"]
+
+
 @pytest.mark.parametrize(("limit", "files"), [(2, {"one.jsonl": 2}), (3, {"one.jsonl": 2, "other.jsonl": 1})])
 def test_a_limit_counts_over_all_places(
     write_lines: Callable[..., Path], tokenizer: Any, limit: int, files: dict[str, int]
@@ -225,6 +239,15 @@ def test_a_glob_goes_down_folders(tmp_path: Path, tokenizer: Any) -> None:
     data = prepare(tokenizer, train=f"{tmp_path}/**/*.jsonl", eval=0)
     assert [(pair.where, tokenizer.decode(pair.prompt_ids)) for pair in data.train] == [
         ("x.jsonl:1", "a/b"), ("a/x.jsonl:1", "a")]  # fmt: skip
+
+
+def test_folders_below_a_glob_say_which_side_their_files_are_on(tmp_path: Path, tokenizer: Any) -> None:
+    for folder in ("test-project/train", "test-project/test", "test-project/more"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "0.jsonl").write_text(json.dumps(row(folder)))
+    data = prepare(tokenizer, train=f"{tmp_path}/test-project/**/*.jsonl")
+    assert [tokenizer.decode(pair.prompt_ids) for pair in data.train] == ["test-project/more", "test-project/train"]
+    assert [tokenizer.decode(pair.prompt_ids) for pair in data.held_out] == ["test-project/test"]
 
 
 def test_a_glob_without_a_match_is_an_error(tmp_path: Path) -> None:

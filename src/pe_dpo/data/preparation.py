@@ -136,9 +136,15 @@ def read_places(
     before = report.rows_read
     for place in places:
         left = None if settings.limit is None else settings.limit - report.rows_read + before
-        own = settings.model_copy(update={"columns": place.source.columns or settings.columns, "limit": left})
+        columns = settings.columns if place.source.columns is None else place.source.columns
+        own = settings.model_copy(update={"columns": columns, "limit": left})
         parts = place.train if side == "train" else place.held_out
-        found.append(read_pairs(parts, own, report) if parts and left != 0 else [])
+        try:
+            found.append(read_pairs(parts, own, report) if parts and left != 0 else [])
+        except DataError as error:
+            if len(places) == 1 or "{columns: " not in str(error):
+                raise
+            raise DataError(f"{error}\nor for this place alone: {{path: {place.source.path}, columns: …}}") from error
     bring_margins = [any(pair.margin is not None for pair in pairs) for pairs in found]
     for pairs, brings in zip(found, bring_margins, strict=True):
         if pairs and not brings and any(bring_margins):

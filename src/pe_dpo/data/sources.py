@@ -24,6 +24,7 @@ from pe_dpo.errors import DataError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
 from pe_dpo.recipe.schema import DataSource, Sources, list_sources
 
+_SIDE = re.compile(rf"({'|'.join(('train', *HELD_OUT_NAMES))})([-_].*)?")
 _HELD_OUT = re.compile(rf"({'|'.join(HELD_OUT_NAMES)})([-_].*)?")
 
 Parts = dict[str, Iterator[Row]]
@@ -121,7 +122,8 @@ def _find(source: DataSource, taken: dict[str, str]) -> Place:
     files = [file for file in (path.iterdir() if is_folder else matching_paths(source.path)) if not file.name.startswith(".")]
     if files or is_folder:
         _refuse(source, "a folder" if is_folder else "a glob", "subset", "revision")
-        parts = [_file(file) for file in _data_files(sorted(files), path)]
+        top = next((at for at, piece in enumerate(path.parts) if re.search(r"[*?[]", piece)), len(path.parts))
+        parts = [_file(file, folders=file.parts[top:-1]) for file in _data_files(sorted(files), path)]
         place = _divide(source, parts, taken, keeps_all=not is_folder)
         unread = [file.name for file in sorted(files) if file.suffix.lower() in FOREIGN_SUFFIXES and not data_format(file)]
         return place._replace(unused=place.unused + unread)
@@ -134,7 +136,7 @@ class _Part(NamedTuple):
     split: str
     full_name: str
     shown: int
-    """How many pieces of the full name it has for people."""
+    """How many pieces of the full name it has for people: one for a file, more for a split."""
     read: Callable[[str], Iterator[Row]]
     """Reads its rows, given what it is called."""
 
@@ -153,8 +155,8 @@ def _divide(source: DataSource, parts: Sequence[_Part], taken: dict[str, str], *
             train = [split for split in splits if not _HELD_OUT.fullmatch(split)] or train
     files: dict[str, str] = {}
     for part in parts:
-        folder, _, file = part.full_name.rpartition("/")
-        other = files.setdefault(f"{folder}/{part.split}", file)
+        file = part.full_name.rpartition("/")[2]
+        other = files.setdefault(_without_suffix(part.full_name) if part.shown == 1 else part.full_name, file)
         if other != file and part.split in train + held_out:
             raise DataError(
                 f"{source.path}: {file} and {other} differ only in their suffix; name one of the files instead of the folder"
@@ -181,9 +183,14 @@ def _full_name(path: Path) -> str:
     return str(path.parent.resolve() / path.name)  # the file itself may be a link to a name that says nothing
 
 
-def _file(path: Path) -> _Part:
-    stem = re.sub(r"\.[^.]+(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    return _Part(stem, _full_name(path), 1, partial(read_rows, path))
+def _without_suffix(name: str) -> str:
+    return re.sub(r"\.[^./]+(\.gz)?$", "", name, flags=re.IGNORECASE)
+
+
+def _file(path: Path, folders: Sequence[str] = ()) -> _Part:
+    """Return a file as a part; its split is its name, or that of the first of these folders that names a side."""
+    split = next(filter(_SIDE.fullmatch, folders), _without_suffix(path.name))
+    return _Part(split, _full_name(path), 1, partial(read_rows, path))
 
 
 def _data_files(paths: Sequence[Path], place: Path) -> list[Path]:
@@ -198,7 +205,7 @@ def _data_files(paths: Sequence[Path], place: Path) -> list[Path]:
         raise DataError(f"{foreign}: {FOREIGN_SUFFIXES[foreign.suffix.lower()]}")
     if not files:
         found = ", ".join(path.name for path in paths[:10]) or "nothing"
-        deeper = f"; files in folders below are named as {place}/**/*.parquet" if any(path.is_dir() for path in paths) else ""
+        deeper = f"; files in folders below are named as {place}/**/*" if any(path.is_dir() for path in paths) else ""
         raise DataError(f"{place}: no data file in this folder; found {found}; name a {', '.join(SUFFIXES)} file{deeper}")
     return files
 
