@@ -101,6 +101,19 @@ def test_what_cannot_be_looked_at_is_said(pe_dpo, arguments, said):
     assert said in done.err
 
 
+def test_many_kinds_of_findings_stay_within_a_screen(pe_dpo, write):
+    def bad(*words):
+        return [{**CLEAN[0], column: value} for column in words for value in (1, None, [], {}, True, ["x"], {"x": 1})]
+
+    long_words = [{**CLEAN[0], "margin": letter * 500} for letter in "abcdefgh"]
+    done = pe_dpo("data", write(*CLEAN, *long_words, *bad("prompt", "chosen", "rejected")), columns=80)
+    assert (done.code, done.err) == (0, "")
+    assert "\n  8  malformed: column 'margin' is" in done.out  # one kind, whatever the value
+    assert "kinds more; all of them with --json" in done.out
+    assert len(done.out.splitlines()) <= 65
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
 def test_no_control_character_of_the_data_reaches_the_terminal_and_nothing_is_wider_than_it(pe_dpo, write):
     rows = [{"prompt": "p\x1b[2J\a" + "长" * 300, "chosen": "[red]\x9b" + "w" * 500, "rejected": "\r\t" + "汉字 " * 200}]
     done = pe_dpo("data", write(*rows), "--set", "data.eval=0", columns=80)

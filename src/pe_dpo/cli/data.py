@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pe_dpo.recipe import Recipe
 
 NO_BASE = "none"
+SHOWN_FINDINGS = 12
+"""Of each heading, so that a screen holds them."""
 
 
 def data(
@@ -96,11 +98,14 @@ def _show(found: "Lint") -> None:
         findings = [one for one in found.findings if one.needs_decision == is_open]
         if findings:
             console.say(f"\n{heading}")
-            console.show_grid([[f"{one.number:,}" if one.number else "", _describe(one)] for one in findings])
+            shown = [[f"{one.number:,}" if one.number else "", _describe(one)] for one in findings[:SHOWN_FINDINGS]]
+            more = len(findings) - len(shown)
+            console.show_grid([*shown, *([["", f"… and {more} kinds more; all of them with --json"]] if more else [])])
     if not found.needs_decision:
         console.say("\nnothing was found that needs a decision")
 
 
 def _describe(finding: "Finding") -> str:
     rows = ", ".join(finding.rows[:3]) + (", …" if len(finding.rows) > 3 else "")
-    return finding.what + (f" ({rows})" if rows else "") + (f": {finding.remedy}" if finding.remedy else "")
+    what = finding.what if len(finding.what) <= 300 else f"{finding.what[:299]}…"
+    return what + (f" ({rows})" if rows else "") + (f": {finding.remedy}" if finding.remedy else "")

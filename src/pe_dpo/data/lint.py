@@ -40,6 +40,8 @@ CUT_SHARE = 0.05
 """Of the answers of a side, so many may look cut off without a decision; headings and code do, too."""
 _LAST = 100  # tokens at the end of an answer that are looked at
 _PROSE = 50  # characters from which a last line is a sentence rather than a heading or the answer to a sum
+# What differs between errors of one kind: numbers and quoted values (long ones may have been cut before the closing quote).
+_VALUE = re.compile(r"(column '[^']*')|\d+|'[^';]*(?:'|(?=;)|$)")
 _LIST_ITEM = re.compile(r"\s*([-*•]|\(?\w{1,2}[.)])\s")
 
 REMEDIES = {
@@ -134,7 +136,7 @@ class Lint:
                 kinds: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
                 for row in rows:
                     where, _, why = row.partition(": ")
-                    kinds[re.sub(r"\d+|'[^']*'", "…", why)].append((where, why))
+                    kinds[_VALUE.sub(lambda found: found[1] or "…", why)].append((where, why))
                 for named in kinds.values():
                     places = [where for where, _ in named]
                     found.append(Finding(f"malformed: {named[0][1]}", len(named), places, REMEDIES[MALFORMED], True))
