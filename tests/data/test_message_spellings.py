@@ -50,7 +50,9 @@ ARROW = [
     ("AI", "assistant"), ("Human", "user"), ("USER", "user"), ("prompter", "user"), ("System", "system"), ("ipython", "tool"),
     ("tool_response", "tool"), ("observation", "tool"), ("function", "tool"),
 ])  # fmt: skip
-@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value"), ("speaker", "text"), ("role", "value")])
+@pytest.mark.parametrize("keys", [
+    ("role", "content"), ("from", "value"), ("speaker", "text"), ("role", "value"), ("role", "message"),
+])  # fmt: skip
 def test_roles_that_people_write_are_read(written: str, role: str, keys: tuple[str, str]) -> None:
     assert read_messages([dict(zip(keys, (written, "x"), strict=True))], "prompt") == ({"role": role, "content": "x"},)
 
@@ -80,6 +82,14 @@ def test_what_is_no_message_is_said_as_what_it_is(message: dict[str, Any], found
 ])  # fmt: skip
 def test_typed_parts_are_joined(content: list[Any]) -> None:
     assert read_messages([{"role": "user", "content": content}], "prompt") == (USER,)
+
+
+def test_parts_of_gemini_and_a_system_column_of_bedrock_are_read(write_lines: Callable[..., Path]) -> None:
+    row = {"system": [{"text": "Be kind."}], "prompt": [{"role": "user", "parts": [{"text": "Hi"}]}],
+           "chosen": [{"role": "model", "parts": [{"text": "yes"}]}], "rejected": [NO]}  # fmt: skip
+    (pair,), report = load_pairs(write_lines(row))
+    assert (pair.prompt, pair.chosen) == (({"role": "system", "content": "Be kind."}, USER), (YES,))
+    assert report.unread_columns == []
 
 
 @pytest.mark.parametrize(("part", "name"), [

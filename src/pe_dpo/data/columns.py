@@ -256,9 +256,9 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield from [value] if value.strip() else []
     elif isinstance(value, Mapping):
-        is_message = bool({"content", "value", "text"} & value.keys())
         for key, inner in value.items():
-            yield from () if is_message and key in ("role", "from", "speaker") else _texts(inner)
+            is_role = key in ("role", "from", "speaker") and str(inner).strip().lower() in ROLES
+            yield from () if is_role else _texts(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner)

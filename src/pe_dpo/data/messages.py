@@ -22,6 +22,8 @@ CALLS = ("function_call", "tool_call")
 """Roles of turns whose content is JSON with the name and arguments of one call, or a list of such."""
 _KEYS = {"from": "value", "role": "content", "speaker": "text"}
 """Where the role stands, and where the content stands beside it."""
+_CONTENTS = ("content", "value", "text", "parts", "message")
+"""Where else it may stand: in Gemini's parts, in Cohere's message."""
 _MEDIA = ("image", "image_url", "images", "video", "audio", "input_audio", "file", "source")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _ROLE_IN_TEXT = re.compile(rf"""['"](?:role|from|speaker)['"]\s*:\s*['"](?:{"|".join(ROLES)})['"]""", re.IGNORECASE)
@@ -98,7 +100,7 @@ def _read_message(turn: Any, place: str) -> tuple[Message, bool]:
     role_key = next((key for key in _KEYS if key in turn), None)
     if role_key is None:
         raise RowError(f"column '{place}' has the keys {list_names(turn)}; a message with role and content is expected")
-    content_key = next((key for key in (_KEYS[role_key], *_KEYS.values()) if key in turn), _KEYS[role_key])
+    content_key = next((key for key in (_KEYS[role_key], *_CONTENTS) if key in turn), _KEYS[role_key])
     if content_key not in turn and len(turn) > 1 and not {"tool_calls", "function_call"} & turn.keys():
         raise RowError(f"column '{place}' has no content, only {list_names(turn)}; a message with role and content is expected")
     role, content = turn[role_key], turn.get(content_key)
@@ -114,7 +116,7 @@ def _read_message(turn: Any, place: str) -> tuple[Message, bool]:
         message["tool_calls"] = calls
     if ROLES[spelling] == "tool" and _is_result(content):
         content = json.dumps(content, ensure_ascii=False)
-    text = "" if not content and calls else _read_content(content, f"{place}.{content_key}")
+    text = "" if not content and calls else read_content(content, f"{place}.{content_key}")
     return {"role": ROLES[spelling], "content": text, **message}, spelling in CALLS
 
 
@@ -133,8 +135,16 @@ def _read_calls(calls: Any, place: str) -> list[dict[str, Any]]:
     return [_read_call(call, place) for call in ([calls] if isinstance(calls, Mapping) else calls or ())]
 
 
-def _read_content(content: Any, place: str) -> str:
-    """Return text, or the texts of typed parts joined: under `text` or `value`, with a type or, as Bedrock's, without."""
+def read_content(content: Any, place: str) -> str:
+    """Return text, or the texts of typed parts joined: under `text` or `value`, with a type or, as Bedrock's, without.
+
+    Args:
+        content: The cell or the content of a message.
+        place: The column, for messages.
+
+    Raises:
+        RowError: It is neither, or a part is no text.
+    """
     if not isinstance(content, list) or not content:
         return read_text(content, place)
     texts = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from pe_dpo.data.columns import carries
 from pe_dpo.data.dialogues import describe_difference, read_history, split_dialogues
-from pe_dpo.data.messages import list_names, read_messages, read_text
+from pe_dpo.data.messages import list_names, read_content, read_messages, read_text
 from pe_dpo.data.pairs import RowError, Text, Turns
 from pe_dpo.data.rendering import answer_turns, as_messages
 
@@ -93,7 +93,7 @@ def add_context(sides: Sides, row: Mapping[str, Any], names: Mapping[str, str]) 
         RowError: One of them cannot be read.
     """
     history = read_history(row["history"], names["history"]) if carries(row.get("history")) else ()
-    system = read_text(row["system"], names["system"]) if carries(row.get("system")) else ""
+    system = read_content(row["system"], names["system"]) if carries(row.get("system")) else ""
     if not history and not system:
         return sides
     prompt, chosen, rejected = sides
