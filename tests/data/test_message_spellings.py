@@ -46,7 +46,8 @@ ARROW = [
 
 
 @pytest.mark.parametrize(("written", "role"), [
-    ("model", "assistant"), ("bot", "assistant"), ("chatgpt", "assistant"), ("gpt", "assistant"), ("Assistant", "assistant"),
+    ("model", "assistant"), ("bot", "assistant"), ("chatgpt", "assistant"), ("gpt", "assistant"), ("gpt-4", "assistant"),
+    ("Assistant", "assistant"),
     ("AI", "assistant"), ("Human", "user"), ("USER", "user"), ("prompter", "user"), ("System", "system"), ("ipython", "tool"),
     ("tool_response", "tool"), ("observation", "tool"), ("function", "tool"),
 ])  # fmt: skip
@@ -170,7 +171,7 @@ def test_tools_are_read_as_objects_and_as_text(tools: Any) -> None:
     assert read_tools(tools, "tools") == [{"name": "f"}]
 
 
-@pytest.mark.parametrize("tools", [[], "[]", "null", "", None, " ", float("nan")])
+@pytest.mark.parametrize("tools", [[], "[]", "null", "", None, " ", float("nan"), "nan", "None"])
 def test_an_empty_list_of_tools_is_none(write_lines: Callable[..., Path], tools: Any) -> None:
     (pair,), report = load_pairs(write_lines({"prompt": [USER], "chosen": [YES], "rejected": [NO], "tools": tools}))
     assert (pair.tools, report.unread_columns) == (None, [])

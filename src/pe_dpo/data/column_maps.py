@@ -76,6 +76,10 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
             found += f"; '{winner}' seems to say which of {chosen} and {rejected} is the better one. Say it in the recipe:\n"
             ignore = f"\n(or, if it says something else, data.ignore: [{quote(winner)}])" if columns else ""
             return found + _write_winner(entries, winner, values[winner]) + ignore
+        alike = [name for name in values if name[:-1] == chosen[:-1] and name[-1:].isalnum()]
+        if len(alike) > 2 and len(chosen) > 1 and rejected in alike:
+            answers = f"{list_names(alike)} are {len(alike)} answers, and no column map can say which two of them make a pair"
+            return f"{found}; {answers}: put two answers to one prompt into each row, as prompt, chosen, rejected"
         several = [name for name in values if name.startswith("winner_")]
         if len(several) > 1:
             return (

@@ -51,7 +51,7 @@ _IN_PROMPT = {
     "tools": "tools functions",
     "prompt": "prompt instruction question query",
     "messages": "messages conversation conversations dialogue dialog",
-    "prefill": "prefill prefix answer_prefix initial_reason_steps",
+    "prefill": "prefill answer_prefix assistant_prefix initial_reason_steps",
     "chat_template_kwargs": "chat_template_kwargs template_kwargs template_args",
 }
 """Columns that belong to the prompt, by the name under which the column map reads them; none reads a prefill."""

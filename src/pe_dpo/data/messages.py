@@ -105,8 +105,9 @@ def _read_message(turn: Any, place: str) -> tuple[Message, bool]:
         raise RowError(f"column '{place}' has no content, only {list_names(turn)}; a message with role and content is expected")
     role, content = turn[role_key], turn.get(content_key)
     spelling = role.strip().lower() if isinstance(role, str) else ""
+    spelling = "gpt" if spelling.startswith("gpt") else spelling  # gpt-4 and the like
     if spelling not in ROLES:
-        raise RowError(f"column '{place}' has the {role_key} {str(role)[:40]!r}; write one of {', '.join(ROLES)} in its place")
+        raise RowError(f"column '{place}' has the role {str(role)[:40]!r}; write one of {', '.join(ROLES)} in its place")
     message = {key: value for key, value in turn.items() if key not in (role_key, content_key)}
     calls = message.pop("tool_calls", message.pop("function_call", None))  # the latter is OpenAI's older name
     if spelling in CALLS:
@@ -189,12 +190,12 @@ def read_tools(value: Any, column: str) -> list[Any] | None:
     Raises:
         RowError: It is something else.
     """
-    if isinstance(value, str):
-        value = value.strip() and _read_json(
-            value, column, what="text that is", remedy="a list of function descriptions is expected"
-        )
-    else:
+    if not isinstance(value, str):
         value = without_nulls(value)
+    elif value.strip() in ("", "nan", "NaN", "None"):
+        return None
+    else:
+        value = _read_json(value, column, what="text that is", remedy="a list of function descriptions is expected")
     if not value or value != value:  # pandas writes NaN for a missing cell
         return None
     if not isinstance(value, list):
