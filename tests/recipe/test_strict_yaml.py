@@ -65,6 +65,8 @@ def test_every_value_knows_its_line() -> None:
     ("a: 1\nb: !mine 3\n", r"x\.yaml:2: the YAML tag !mine is not used in recipes; write a plain value"),
     ("a: &x 1\n", r"x\.yaml:1: anchors and aliases \(&, \*\) are not used in recipes; write the value out"),
     ("a: &x {c: 1}\nb: *x\n", r"x\.yaml:1: anchors and aliases"),
+    ("a: *parts\n", r"x\.yaml:1: anchors and aliases .*write the value out, and a path that begins with \* in quotes"),
+    ("a: {b: *.jsonl}\n", r"x\.yaml:1: not readable as YAML: .*, and a path that begins with \* in quotes"),
     ("a:\n\tb: 1\n", r"x\.yaml:2: not readable as YAML: found character '\\t'"),
     ("a: [1, 2\n", r"x\.yaml:2: not readable as YAML: expected ',' or '\]'"),
     ("a: b: c\n", r"x\.yaml:1: not readable as YAML: mapping values are not allowed here"),

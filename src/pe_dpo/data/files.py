@@ -68,7 +68,8 @@ def read_rows(path: Path, name: str | None = None) -> Iterator[Row]:
     suffix = data_format(path)
     if suffix is None:
         last = path.suffix.lower()
-        unknown = f"the format cannot be told from '{last}'; one of {', '.join(SUFFIXES)} is expected"
+        known = ", ".join(SUFFIXES)
+        unknown = f"the format cannot be told from '{last}'; one of {known} is expected: name the file for what it holds"
         raise DataError(f"{path}: {FOREIGN_SUFFIXES.get(last, unknown)}")
     try:
         with open_bytes(path) as file:

@@ -51,11 +51,14 @@ def parse_document(text: str, where: str) -> tuple[dict[str, Any], dict[KeyPath,
     Raises:
         RecipeError: It is not YAML, not a mapping, or has a repeated key, a tag, an anchor or an alias.
     """
+    quotes = ", and a path that begins with * in quotes"
     try:
         for event in yaml.parse(text, Loader=_Loader):
             line = event.start_mark.line + 1 if event.start_mark else 1
             if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-                raise RecipeError(f"{where}:{line}: anchors and aliases (&, *) are not used in recipes; write the value out")
+                raise RecipeError(
+                    f"{where}:{line}: anchors and aliases (&, *) are not used in recipes; write the value out{quotes}"
+                )
             tag = getattr(event, "tag", None)
             if tag is not None:
                 raise RecipeError(f"{where}:{line}: the YAML tag {tag} is not used in recipes; write a plain value")
@@ -63,7 +66,8 @@ def parse_document(text: str, where: str) -> tuple[dict[str, Any], dict[KeyPath,
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise RecipeError(f"{where}:{line}: not readable as YAML: {error.problem or error.context}") from error
+        hint = quotes if "alias" in str(error.context) else ""
+        raise RecipeError(f"{where}:{line}: not readable as YAML: {error.problem or error.context}{hint}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not readable as YAML: {error}") from error
     if not isinstance(node, yaml.MappingNode):
