@@ -123,7 +123,9 @@ def test_answers_without_an_end_are_found(look: Callable[..., Lint]) -> None:
 def test_rows_that_are_too_long_are_said_once(look: Callable[..., Lint], tokenizer: Any) -> None:
     rows = [row("p" * (40 if n < 3 else 4) + f"{n:02}") for n in range(20)]
     found = look(*rows, tokenizer=tokenizer, max_length=20)
-    assert [one.what[:40] for one in found.findings] == ["3 of 20 rows (15%) are left out because "]
+    assert [(one.what[:40], one.number, one.rows) for one in found.findings] == [
+        ("3 of 20 rows (15%) are left out because ", 3, ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"])
+    ]
     few = look(*rows, *(row(f"x{n:02}") for n in range(100)), tokenizer=tokenizer, max_length=20)
     assert [(one.what, one.needs_decision) for one in few.findings] == [("left out: longer than max_length", False)]
 

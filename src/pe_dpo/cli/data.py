@@ -98,14 +98,15 @@ def _show(found: "Lint") -> None:
         findings = [one for one in found.findings if one.needs_decision == is_open]
         if findings:
             console.say(f"\n{heading}")
-            shown = [[f"{one.number:,}" if one.number else "", _describe(one)] for one in findings[:SHOWN_FINDINGS]]
+            shown = [_row(one) for one in findings[:SHOWN_FINDINGS]]
             more = len(findings) - len(shown)
             console.show_grid([*shown, *([["", f"… and {more} kinds more; all of them with --json"]] if more else [])])
     if not found.needs_decision:
         console.say("\nnothing was found that needs a decision")
 
 
-def _describe(finding: "Finding") -> str:
+def _row(finding: "Finding") -> list[str]:
     rows = ", ".join(finding.rows[:3]) + (", …" if len(finding.rows) > 3 else "")
     what = finding.what if len(finding.what) <= 300 else f"{finding.what[:299]}…"
-    return what + (f" ({rows})" if rows else "") + (f": {finding.remedy}" if finding.remedy else "")
+    number = "" if what.startswith(f"{finding.number:,} of ") else f"{finding.number:,}"
+    return [number, what + (f" ({rows})" if rows else "") + (f": {finding.remedy}" if finding.remedy else "")]

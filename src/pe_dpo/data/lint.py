@@ -127,11 +127,11 @@ class Lint:
 
     def _counted(self) -> list[Finding]:
         """Return what the report has counted as findings."""
-        found = [Finding(text, 0, [], "", True) for text in self.report.warnings]
+        too_long = [row for what in (OVERLONG, ANSWERS_TOO_LONG) for row in self.report.dropped.get(what, [])]
+        found = [Finding(text, len(too_long), too_long, "", True) for text in self.report.warnings]
         for what, rows in self.report.dropped.items():
             if what in (OVERLONG, ANSWERS_TOO_LONG):
-                if not any("are left out because" in text for text in self.report.warnings):  # else that says so
-                    found.append(Finding(f"left out: {what}", len(rows), rows, "", False))
+                found += [] if self.report.warnings else [Finding(f"left out: {what}", len(rows), rows, "", False)]
             elif what == MALFORMED:
                 kinds: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
                 for row in rows:
