@@ -119,6 +119,14 @@ def test_one_row_of_many_that_repeats_the_prompt_is_noted(read: Callable[..., An
     assert report.noted == {"answers that begin with the whole prompt": ["train.jsonl:1"]}
 
 
+@pytest.mark.parametrize("printed", ["['yes']", "{'answer': 'yes', 'score': 1}"])
+def test_lists_and_objects_that_pandas_printed_into_text_are_noted(read: Callable[..., Any], printed: str) -> None:
+    _, report = read(
+        {"prompt": "Hi", "chosen": printed, "rejected": "no"}, {"prompt": "Hi", "chosen": "[1]", "rejected": "{x}"}
+    )
+    assert report.noted == {"text that looks like a printed list or object": ["train.jsonl:1"]}
+
+
 def test_long_dialogues_under_other_names_share_their_beginning(read: Callable[..., Any]) -> None:
     for chosen, rejected in (("messages", "rejected_messages"), ("chosen_messages", "rejected_messages")):
         (pair,), report = read({chosen: [*EARLIER, USER, YES], rejected: [*EARLIER, USER, NO]})

@@ -158,6 +158,7 @@ def test_the_remedies_of_unread_columns_work(read: Callable[..., Any]) -> None:
     {"weight": 1.0}, {"context": ""}, {"images": []}, {"history": None}, {"question": "How old is he?"}, {"weight": None},
     {"messages": [{"role": "user", "content": "How old  is he?"}, {"role": "assistant", "content": "Two."}]},
     {"conversation": [{"input": "How old is he?", "output": "A third answer."}]},
+    {"conversation": "[{'input': 'How old is he?', 'output': 'A third answer.'}]"},
 ])  # fmt: skip
 def test_what_is_empty_or_read_anyway_does_not_stop(read: Callable[..., Any], extra: dict[str, Any]) -> None:
     assert read({**ROW, **extra})[0][0].prompt == ROW["prompt"]

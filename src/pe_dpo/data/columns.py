@@ -9,11 +9,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pe_dpo.data.dialogues import is_transcript
-from pe_dpo.data.messages import ROLES
-from pe_dpo.data.pairs import Text
+from pe_dpo.data.messages import ROLES, parse_written
+from pe_dpo.data.pairs import RowError, Text
 from pe_dpo.errors import DataError
 
 Values = Mapping[str, Any]
@@ -196,7 +197,7 @@ def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) 
                 f"{where}: column '{name}' is {repr(value)[:40]}, and all pairs weigh the same; train so with {ignore}"
             )
         is_text = ours not in ("tools", "chat_template_kwargs")
-        if ours is None or (is_text and _is_found(value, sides, but_last=ours == "messages" and isinstance(value, list))):
+        if ours is None or (is_text and _is_found(value, sides, is_dialogue=ours == "messages")):
             continue
         remedy = "write it into the messages of the prompt"
         if ours == "prefill":
@@ -243,10 +244,14 @@ def _map(ours: str, theirs: str) -> str:
     return f"data: {{columns: {{{ours}: {quote(theirs)}}}}}"
 
 
-def _is_found(value: Any, sides: Sequence[Text], *, but_last: bool) -> bool:
-    """Return whether all texts of a value, or all but the last, stand in what was read."""
+def _is_found(value: Any, sides: Sequence[Text], *, is_dialogue: bool) -> bool:
+    """Return whether all texts of a value stand in what was read; of a dialogue all but the last, which is an answer."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(RowError):  # a text that only begins so
+            value = parse_written(value, "")
     texts = [*_texts(value)]
-    texts = texts[:-1] if but_last else texts  # the last turn of a dialogue is one of the answers, or a third one
+    but_last = is_dialogue and isinstance(value, list)
+    texts = texts[:-1] if but_last else texts
     read = " ".join(" ".join(_texts(sides)).split())
     return bool(texts or but_last) and all(" ".join(text.split()) in read for text in texts)
 

@@ -47,6 +47,8 @@ _SHAPES = {
 _OBJECT_SCORES = ("score", "rating", "overall_score", "reward")
 _LISTED = re.compile(r'\["(?:[^"\\]|\\.)*"(?:, *"(?:[^"\\]|\\.)*")*\]', re.DOTALL)
 """A JSON list of texts."""
+_PRINTED = re.compile(r"\s*(?:\['.*'\]|\{'\w+': .*\})\s*", re.DOTALL)
+"""A list of texts or an object as Python prints it, and pandas writes it into CSV."""
 _TRANSCRIPTS = "whole Human/Assistant transcripts; the prompt ends at the last Assistant tag that chosen and rejected share"
 _TEXTS = (
     "whole texts; the prompt is what chosen and rejected share up to the last tag of an answer, else line break, else space "
@@ -191,6 +193,8 @@ class Shape:
         prompt = sides[0]
         if any(isinstance(row[name], str) and holds_messages(row[name]) for name in self.required):
             self.noted["text that looks like messages"].append(where)
+        if any(isinstance(row[name], str) and _PRINTED.fullmatch(row[name]) for name in self.required):
+            self.noted["text that looks like a printed list or object"].append(where)
         if _repeat_prompt(*sides):
             self.noted["answers that begin with the whole prompt"].append(where)
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
