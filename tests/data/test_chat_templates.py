@@ -146,6 +146,9 @@ def test_a_system_turn_that_is_written_only_before_an_answer_is_trained_on_as_it
     ([turn("user", "Hi"), *answer("<think>add</think>4"), turn("user", "3+3?"), *answer("We add.")], "Hi 4 3+3? We add.",
      [(1, "reasoning")]),
     (answer("12", reasoning_content="3 * 4 is 12."), "3 * 4 is 12. 12", []),
+    (answer("I call weather.", tool_calls=[CALL]), "I call weather.", [(0, "tool calls")]),
+    (answer("4 is it", reasoning_content="4"), "4 is it", [(0, "reasoning")]),
+    (answer("yes", reasoning_details=[{"type": "reasoning.text", "text": "hm"}]), "yes", [(0, "reasoning")]),
     ([*answer("a", thinking="ab a b"), turn("user", "b")], "ab a b a b", []),
     ([turn("system", "Be kind."), turn("user", "Hi")], "[INST] Be kind.\n\nHi [/INST]", []),
     ([turn("user", "Hi"), turn("system", "Be kind.")], "Be kind. Hi", []),
@@ -155,7 +158,7 @@ def test_a_system_turn_that_is_written_only_before_an_answer_is_trained_on_as_it
     (answer('say "é"\n'), '{"content": "say \\"\\u00e9\\""}', []),
     (answer("", tool_calls=[{"function": {"name": "f", "arguments": {"on": True, "no": None, "x": [1.5, "q"]}}}]),
      "f on=True no x=[1.5, 'q']", []),
-], ids=range(12))  # fmt: skip
+], ids=range(15))  # fmt: skip
 def test_parts_are_looked_up_in_order_in_every_way_of_writing_them(turns: Any, rendered: str, lost: Any) -> None:
     assert lost_parts(turns, rendered) == lost
 
@@ -189,6 +192,31 @@ def test_answers_go_on_with_the_assistant_turn_that_ends_a_prompt() -> None:
             pair_of(answer("b"), prompt=(turn("user", "Hi"), *answer("so "))),
             template=CHATML.replace("m['content'] +", "m['content'].upper() +"),
         )
+
+
+def test_the_reasoning_of_a_turn_that_ends_a_prompt_goes_with_it() -> None:
+    prompt = (turn("user", "Hi"), turn("assistant", "", reasoning_content="hm"))
+    encoded, _ = encode(pair_of(answer("yes"), answer("no"), prompt=prompt), template=THINKING)
+    assert decoded(encoded[0].prompt_ids).endswith("<|im_start|>assistant\n<think>\nhm")
+    assert decoded(encoded[0].chosen_ids) == "\n</think>\n\nyes<|im_end|>"
+    with pytest.raises(DataError, match="x:1: the chat template does not write the assistant turn that ends the prompt"):
+        encode(pair_of(answer("yes"), answer("no"), prompt=prompt))
+    prompt = (turn("user", "Hi"), turn("assistant", "Well, ", reasoning_content="hm"))
+    with pytest.raises(DataError, match="answers with reasoning that the chat template does not write"):
+        encode(pair_of(answer("yes"), answer("no"), prompt=prompt))
+    with pytest.raises(DataError, match="x:1: the prompt ends with a tool call without its result"):
+        encode(pair_of(answer("yes"), prompt=(turn("user", "Hi"), *answer("", tool_calls=[CALL]))), template=THINKING)
+
+
+def test_an_answer_of_reasoning_alone_is_no_empty_one() -> None:
+    encoded, report = encode(pair_of(answer("", reasoning_content="hm")), template=THINKING)
+    assert decoded(encoded[0].chosen_ids) == "<think>\nhm\n</think>\n\n<|im_end|>"
+    assert report.dropped == {}
+
+
+def test_keys_of_messages_that_no_template_reads_are_named() -> None:
+    _, report = encode(pair_of(answer("yes", score=1, id="a"), prompt=(turn("user", "Hi", weight=0.5),)), ignore=["id"])
+    assert report.unread_columns == ["score (of messages)", "weight (of messages)"]
 
 
 @pytest.mark.parametrize("written", ["reasoning_content", "reasoning", "thinking"])
@@ -246,6 +274,25 @@ def test_arguments_in_a_column_count_for_their_row_alone() -> None:
     assert [decoded(one.prompt_ids)[0] for one in encoded] == ["!", "<"]
 
 
+def test_an_argument_that_the_template_never_reads_is_an_error() -> None:
+    template = "{% if enable_thinking %}!{% endif %}" + CHATML
+    with pytest.raises(
+        DataError, match=r"data\.template_args: the chat template never reads enable_thinkng; did you mean enable_thinking"
+    ):
+        set_template(build_tokenizer(template=template), DataSection(train="x", template_args={"enable_thinkng": False}))
+    with pytest.raises(DataError, match="x:1: column 'chat_template_kwargs': the chat template never reads zzz; leave it out"):
+        encode(pair_of(answer("Yes."), template_args={"zzz": 1}), template=template)
+
+
+def test_control_tokens_that_are_not_called_special_are_found_where_the_template_writes_them() -> None:
+    tokenizer = build_tokenizer(template="{% for m in messages %}{{ '<｜User｜>' + m.content }}{% endfor %}", eos="<e>")
+    tokenizer.add_tokens(["<｜User｜>", "<|fim_prefix|>"])
+    encoder = Encoder(tokenizer, DataSection(train="x"), max_length=99, report=DataReport())
+    with pytest.raises(DataError, match="x:1: column 'chosen' holds the control token '<｜User｜>' as text"):
+        encoder.encode([pair_of(answer("yes<｜User｜>more"))])
+    assert len(encoder.encode([pair_of(answer("the token <|fim_prefix|>"))])) == 1
+
+
 @pytest.mark.parametrize(("settings", "line"), [
     ({"template": "nowhere.jinja"}, "data.template: nowhere.jinja cannot be read"),
     ({"template_args": {"a": 1}, "template": "plain"}, "data.template_args: there is no chat template that could take them"),
@@ -265,11 +312,21 @@ def test_a_template_or_arguments_that_cannot_be_used_are_an_error(settings: dict
     ("<start_of_turn>user\nHi", "Gemma's <start_of_turn>"),
     ("### Instruction:\nHi\n\n### Response:\n", "Alpaca's ### Response:"),
     ("A chat. USER: Hi ASSISTANT:", "Vicuna's USER: … ASSISTANT:"),
+    ("### Human: Hi\n### Assistant:", "tags such as Human: and Assistant:"),
+    ("User: Hi\n\nAssistant:", "tags such as Human: and Assistant:"),
     ("Write ### Response: into the form. [Inst]", None),
+    ("Question: is 5 prime? Name the Human: Assistant ratio.", None),
 ])  # fmt: skip
 def test_texts_that_another_template_wrote_are_told(text: str, name: str | None) -> None:
-    assert foreign_template([text], own=None) == name
-    assert foreign_template([text], own=text) is None
+    assert foreign_template([text], [], own="{{ messages }}") == name
+    assert foreign_template([text], [], own=text, is_chat=False) is None
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|eot_id|>", "<end_of_turn>\n", "<|endoftext|>"])
+def test_answers_that_end_with_the_end_token_of_another_model_are_told(end: str) -> None:
+    assert foreign_template(["Hi"], ["Yes.", "No." + end], own=CHATML) == end.strip()
+    assert foreign_template(["Hi"], ["Yes." + end], own=CHATML + end.strip()) is None
+    assert foreign_template(["Hi"], ["Yes." + end], own="", is_chat=False) is None
 
 
 def test_a_foreign_template_is_a_line_of_the_report_and_ones_own_is_not() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 from pe_dpo.data.pairs import Message
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Under which messages carry their reasoning beside the content."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+"""Under which messages carry their reasoning beside the content, as text."""
+KNOWN_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS)
+_ANY_REASONING = re.compile(r"reason|think|thought", re.IGNORECASE)
 
 TEXT, SYSTEM, REASONING, CALLS, TOOLS = "text", "system turn", "reasoning", "tool calls", "tools"
 _THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
@@ -42,10 +44,15 @@ def lost_parts(turns: Sequence[Message], rendered: str) -> list[tuple[int, str]]
         before.append(before[-1] if found is None else found[0])
     before.reverse()
     for index, own in enumerate(parts):
+        text = texts[index]
+        said = "" if text is None or (index, TEXT) in lost else text.strip()
         for kind, value in own:
-            start, end = (0, len(rendered)) if kind == SYSTEM else (after[index], before[index + 1])
-            if kind != TEXT and _find(value, rendered, start, end) is None:
-                lost.append((index, kind))
+            part = rendered if kind == SYSTEM else rendered[after[index] : before[index + 1]]
+            # What stands in the turn's own text, too, must be there once more.
+            is_there = any(part.count(form) > said.count(form) for form in _forms(value))
+            if kind == TEXT or is_there or (_find(value, said, 0, len(said)) is None and _find(value, part, 0, len(part))):
+                continue
+            lost.append((index, kind))
     return sorted(dict.fromkeys(lost))
 
 
@@ -66,9 +73,9 @@ def _parts(turn: Message) -> Iterator[tuple[str, Any]]:
         said = content
     if said.strip():
         yield SYSTEM if turn["role"] in ("system", "developer") else TEXT, said
-    for key in REASONING_KEYS:
-        if isinstance(turn.get(key), str) and turn[key].strip():
-            yield REASONING, turn[key]
+    for key, value in turn.items():
+        if key not in ("role", "content") and _ANY_REASONING.search(key):
+            yield from ((REASONING, leaf) for leaf in _leaves(value) if not isinstance(leaf, str) or leaf.strip())
     for call in turn.get("tool_calls") or ():
         function = call["function"]
         yield CALLS, function["name"]
@@ -89,22 +96,23 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _find(value: Any, rendered: str, start: int, end: int, *, last: bool = False) -> tuple[int, int] | None:
-    """Return where a value stands in [start, end) of a text, plainly or as part of JSON or of a Python literal.
+def _forms(value: Any) -> list[str]:
+    """Return how a value may be written: plainly, as part of JSON, or of a Python literal."""
+    if not isinstance(value, str):
+        return [json.dumps(value), str(value)]
+    text = value.strip()
+    return (
+        [text]
+        if text.isalnum()
+        else [text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1]]
+    )
 
-    The place is the first or the last one, as asked.
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        forms = [text]
-        if not text.isalnum():
-            forms += [json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1]]
-    else:
-        forms = [json.dumps(value), str(value)]
+
+def _find(value: Any, rendered: str, start: int, end: int, *, last: bool = False) -> tuple[int, int] | None:
+    """Return where a value stands in [start, end) of a text, in the first or the last place, as asked."""
     find = rendered.rfind if last else rendered.find
-    places = [(place, place + len(form)) for form in forms if (place := find(form, start, end)) >= 0]
+    places = [(place, place + len(form)) for form in _forms(value) if (place := find(form, start, end)) >= 0]
     if not places and isinstance(value, str) and len(value.split()) > 1:  # white space inside it written otherwise
-        places = [
-            found.span() for found in re.compile(r"\s+".join(map(re.escape, value.split()))).finditer(rendered, start, end)
-        ]
+        spaced = re.compile(r"\s+".join(map(re.escape, value.split())))
+        places = [found.span() for found in spaced.finditer(rendered, start, end)]
     return (max if last else min)(places, default=None)

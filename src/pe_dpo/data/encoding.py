@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from pe_dpo.data.arrival import KNOWN_KEYS
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError, common_start, prompt_key, row_length
-from pe_dpo.data.rendering import Rendered, Spans, answer_turns, is_blank, render_pair
+from pe_dpo.data.rendering import Rendered, Spans, answer_turns, as_messages, is_blank, render_pair
 from pe_dpo.data.report import ANSWERS_TOO_LONG, EMPTY, IDENTICAL, NAMED_ROWS, OVERLONG, DataReport, first_of_each
-from pe_dpo.data.template import Template, control_tokens, describe_template, foreign_template
+from pe_dpo.data.template import Template, control_tokens, describe_template, foreign_template, unknown_arguments
 from pe_dpo.errors import DataError
 from pe_dpo.progress import advance, progress
 from pe_dpo.recipe.schema import DataSection
@@ -146,14 +147,14 @@ class Encoder:
         try:
             if self.template.is_chat:
                 self._check_control_tokens(sides)
+                unknown = unknown_arguments(self.tokenizer, pair.template_args)
+                if unknown:
+                    raise RowError(f"column 'chat_template_kwargs': {unknown}")
             texts = render_pair(pair, self.template, score=self.settings.score)
         except RowError as error:
             self.report.refuse(pair.where, error, self.settings.bad_rows)
             return None
-        own = str(self.tokenizer.chat_template or "")
-        foreign = foreign_template(list(sides.values()), own)
-        if foreign:
-            self.report.noted[f"text that is already written with another template ({foreign})"].append(pair.where)
+        self._note_what_is_foreign(pair)
         if not self.template.is_chat and self._control_tokens_in_plain_text(pair):
             self.report.noted["control token within plain text, read as that token"].append(pair.where)
         if any(spans is not None for spans in texts.spans) or any(
@@ -162,6 +163,23 @@ class Encoder:
             scored = {"all": "the assistant's", "last": "the last of them", "everything": "all of them"}[self.settings.score]
             self.report.noted[f"an answer of several turns, {scored} scored"].append(pair.where)
         return texts
+
+    def _note_what_is_foreign(self, pair: Pair) -> None:
+        """Count texts of another chat template, and name the keys of messages that this one never reads."""
+        asked: list[str] = [str(pair.prompt)]
+        said: list[str] = [str(pair.chosen), str(pair.rejected)]
+        own = str(self.tokenizer.chat_template or "")
+        if self.template.is_chat:
+            turns = as_messages(pair.prompt)
+            answers = [turn for side in (pair.chosen, pair.rejected) for turn in answer_turns(pair.prompt, side)]
+            asked, said = [turn["content"] for turn in turns], [turn["content"] for turn in answers]
+            keys = {key for turn in (*turns, *answers) for key, value in turn.items() if value not in ("", [], {})}
+            unread = sorted(key for key in keys - {*KNOWN_KEYS, *self.settings.ignore} if key not in own)
+            named = [f"{key} (of messages)" for key in unread]
+            self.report.unread_columns += [name for name in named if name not in self.report.unread_columns]
+        foreign = foreign_template(asked, said, own, is_chat=self.template.is_chat)
+        if foreign:
+            self.report.noted[f"text that is already written with another template ({foreign})"].append(pair.where)
 
     def _check_control_tokens(self, sides: dict[str, str]) -> None:
         """Refuse control tokens as text: in a chat template they would fake a turn.

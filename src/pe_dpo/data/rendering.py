@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
-from pe_dpo.data.arrival import REASONING, loses_tools, lost_parts
+from pe_dpo.data.arrival import REASONING, REASONING_KEYS, loses_tools, lost_parts
 from pe_dpo.data.dialogues import ASSISTANT_TAG, TAG, is_transcript, messages_from_transcript, shared_length
 from pe_dpo.data.pairs import Message, Pair, RowError, Text, Turns
 from pe_dpo.data.template import PROBES, Template
@@ -67,15 +67,14 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
     lost: set[str] = set()
     is_whole_alone = False
     for answer in (answer_turns(prompt, side) for side in sides):
-        if prefill is not None:  # the answers go on with its text
-            answer = ({**answer[0], "content": prefill["content"] + answer[0]["content"]}, *answer[1:])
+        if prefill is not None:
+            answer = (_continued(prefill, answer[0]), *answer[1:])
         text = template.render((*start, *answer), tools=pair.tools, args=pair.template_args)
         read = opened
         if not text.startswith(opened):
             silent: Turns = (*start, {"role": "assistant", "content": PROBES[0]})
             read = template.render(silent, tools=pair.tools, args=pair.template_args).partition(PROBES[0])[0]
-        lost_now = {f"{kind} of the prompt" for _, kind in lost_parts(start, read)}
-        lost_now |= {"tools"} if pair.tools and loses_tools(pair.tools, read) else set()
+        lost_now, lost_alone = (_lost_of_prompt(start, pair, part) for part in (read, opened))
         for index, kind in lost_parts(answer, text[shared_length(opened, text) :]):
             if kind == REASONING and index < len(answer) - 1:
                 lost_before.add(f"{kind} of an answer's earlier turns")
@@ -84,8 +83,8 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
         has_spans = len(answer) > 1 and not lost and score != "everything"
         own = _spans(pair, template, start, answer, text, score == "last") if has_spans else None
         # Mistral's template writes a system turn before an answer, and no more when the answer is there.
-        if lost_now and score != "everything" and text.startswith(read) and not lost_parts(start, opened):
-            is_whole_alone, lost_now = True, set()
+        if lost_alone < lost_now and score != "everything" and text.startswith(read):
+            is_whole_alone, lost_now = True, lost_alone
             moved = len(opened) - len(read)
             text = opened + text[len(read) :]
             own = None if own is None else [(begin + moved, end + moved) for begin, end in own]
@@ -98,9 +97,27 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
     return Rendered(opened, *both, frozenset(lost), frozenset(lost_before), is_whole_alone)
 
 
+def _lost_of_prompt(turns: Turns, pair: Pair, read: str) -> set[str]:
+    """Return the kinds of what a rendered prompt does not have of its messages and tools."""
+    lost = {f"{kind} of the prompt" for _, kind in lost_parts(turns, read)}
+    return lost | ({"tools"} if pair.tools and loses_tools(pair.tools, read) else set())
+
+
+def _continued(prefill: Message, answer: Message) -> Message:
+    """Return an answer's first turn with what the assistant turn that ends the prompt has of it in front.
+
+    Raises:
+        RowError: The prompt's turn is a call, with which no text goes on.
+    """
+    if prefill.get("tool_calls"):
+        raise RowError("the prompt ends with a tool call without its result; add the tool's turn, or write it into the answers")
+    joined = {key: prefill[key] + answer.get(key, "") for key in REASONING_KEYS if isinstance(prefill.get(key), str)}
+    return {**prefill, **answer, **joined, "content": prefill["content"] + answer["content"]}
+
+
 def _opened_with(prefill: Message, opened: str, answered: str) -> str:
     """Return the rendered text up to the end of an answer's beginning that the prompt brings."""
-    said = prefill["content"].lstrip()
+    said = prefill["content"].lstrip() or next((prefill[key].strip() for key in REASONING_KEYS if key in prefill), "")
     place = answered.find(said, shared_length(opened, answered))
     if place < 0:
         raise RowError(
@@ -207,10 +224,11 @@ def answer_turns(prompt: Text, answer: Text) -> Turns:
 
 
 def is_blank(answer: Text) -> bool:
-    """Return whether an answer has nothing but white space, and no tool call."""
+    """Return whether an answer has nothing but white space, no tool call and no reasoning."""
     if isinstance(answer, str):
         return not answer.strip()
-    return not any(turn["content"].strip() or turn.get("tool_calls") for turn in answer)
+    keys = ("tool_calls", *REASONING_KEYS)
+    return not any(turn["content"].strip() or any(turn.get(key) for key in keys) for turn in answer)
 
 
 def is_open_transcript(prompt: str) -> bool:

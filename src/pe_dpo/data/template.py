@@ -1,5 +1,6 @@
 """The chat template of a tokenizer: with a recipe's own text and arguments, its date held, its wishes found out on probes."""
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,9 @@ def set_template(tokenizer: Any, settings: DataSection) -> None:
         return
     if not uses_chat_template(tokenizer, settings.template):
         raise DataError("data.template_args: there is no chat template that could take them; leave them out")
+    unknown = unknown_arguments(tokenizer, settings.template_args)
+    if unknown:
+        raise DataError(f"data.template_args: {unknown}")
     # The empty expression keeps Jinja from trimming a line break at the start of the template after a block.
     defaults = "".join(
         f"{{% if {name} is not defined %}}{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}"
@@ -204,10 +208,25 @@ def describe_template(template: Template) -> list[str]:
     return facts
 
 
+def unknown_arguments(tokenizer: Any, args: Mapping[str, Any]) -> str:
+    """Return what is wrong with arguments for a chat template: that it never reads one of them; empty where it reads all."""
+    words = set(re.findall(r"[A-Za-z_]\w*", str(tokenizer.chat_template)))
+    for name in args:
+        if name not in words:
+            close = difflib.get_close_matches(name, words, n=1)
+            return f"the chat template never reads {name}; " + (f"did you mean {close[0]}?" if close else "leave it out")
+    return ""
+
+
 def control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """Return what finds the tokenizer's special tokens in a text; None when it has none."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    tokens = {*tokenizer.all_special_tokens, *added} - {""}
+    """Return what finds the tokenizer's control tokens in a text; None when it has none.
+
+    They are the special ones, and those that the chat template writes between bars (DeepSeek's `<｜User｜>` is not special).
+    """
+    own, bars = str(tokenizer.chat_template or ""), re.compile(r"<[|｜].*[|｜]>")
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    between = {text for text in added if bars.fullmatch(text) and text in own}
+    tokens = {*tokenizer.all_special_tokens, *(text for text, special in added.items() if special), *between} - {""}
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
@@ -221,16 +240,28 @@ _FOREIGN = {
     "Alpaca's ### Response:": re.compile(r"^### ?(?:Response|Instruction|Input):", re.MULTILINE),
     "Vicuna's USER: … ASSISTANT:": re.compile(r"(?:^|\s)USER: .*\sASSISTANT:", re.DOTALL),
 }
+_TAGS = re.compile(r"\A\s*(?:#+ ?)?(?:Human|User|USER): |^(?:#+ ?)?(?:Assistant|ASSISTANT|AI|Bot):\s*\Z", re.MULTILINE)
+_ANSWER_TAG = re.compile(r"\A\s*(?:#+ ?)?(?:Assistant|ASSISTANT|AI|Bot): ")
+_FOREIGN_END = re.compile(
+    r"(?:</s>|<eos>|<end_of_turn>|<\|(?:eot_id|im_end|endoftext|end|end_of_text|eot)\|>|<｜end▁of▁sentence｜>)\s*\Z"
+)
 
 
-def foreign_template(texts: Sequence[str], own: str | None) -> str | None:
-    """Return the name of the chat template that texts are already written with, None for none.
+def foreign_template(asked: Sequence[str], said: Sequence[str], own: str, *, is_chat: bool = True) -> str | None:
+    """Return what shows that texts are already written with another chat template, None for nothing.
 
     Args:
-        texts: Prompt and answers as the row has them.
-        own: The chat template's source under which they are meant to be; what it has itself is not foreign.
+        asked: Texts of the prompt, as the row has them.
+        said: Texts of the answers.
+        own: The source of the tokenizer's chat template; what it has itself is not foreign.
+        is_chat: Whether that template will write them; plain text may end as it does and have the tags of a dialogue.
     """
     for name, mark in _FOREIGN.items():
-        if any(mark.search(text) for text in texts) and not (own and mark.search(own)):
+        if any(mark.search(text) for text in (*asked, *said)) and not mark.search(own):
             return name
-    return None
+    if not is_chat:
+        return None
+    ends = (found[0].strip() for text in said if (found := _FOREIGN_END.search(text)))
+    end = next((end for end in ends if end not in own), None)
+    has_tags = any(map(_TAGS.search, asked)) or any(map(_ANSWER_TAG.search, said))
+    return end or ("tags such as Human: and Assistant:" if has_tags else None)
