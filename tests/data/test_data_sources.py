@@ -111,6 +111,16 @@ def test_a_saved_dataset_with_splits_is_divided_by_their_names(tmp_path: Path) -
     assert [where for where, _ in held_out["saved/test"]] == ["saved/test row 1", "saved/test row 2"]
 
 
+def test_images_of_a_saved_dataset_are_not_decoded_but_refused_or_ignored(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(dict.fromkeys(TEXT_ROW, datasets.Value("string")) | {"image": datasets.Image()})
+    rows = {name: [cell] for name, cell in TEXT_ROW.items()} | {"image": [{"bytes": b"\x89PNG no image", "path": None}]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match=r"saved row 1: 'image' has content"):
+        load_pairs(tmp_path / "saved")
+    assert [pair.prompt for pair in load_pairs(tmp_path / "saved", ignore=["image"])[0]] == ["Hi"]
+
+
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/folder", "a/b/c", "~/missing"])
 def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(name: str) -> None:
     with pytest.raises(DataError, match=r"there is no such file or folder.*check the spelling"):

@@ -10,6 +10,7 @@ owner/name            a data set of the Hub, read with `datasets`
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,7 +215,14 @@ def _splits(data: Any, full_name: str, *, shown: int) -> list[_Part]:
     """Return the splits of what `datasets` read, or all of it where it has none."""
 
     def rows(values: Any, name: str) -> Iterator[Row]:
-        return ((f"{name} row {number}", clean_arrow(row)) for number, row in enumerate(values, start=1))
+        for column, feature in values.features.items():
+            if getattr(feature, "decode", False):  # an image or a sound, which is not looked at
+                values = values.cast_column(column, replace(feature, decode=False))
+        try:
+            for number, row in enumerate(values, start=1):
+                yield f"{name} row {number}", clean_arrow(row)
+        except (ImportError, OSError) as error:
+            raise DataError(f"{name}: cannot be read ({error}); save the columns of text alone") from error
 
     if not hasattr(data, "keys"):
         return [_Part("train", full_name, shown, partial(rows, data))]
