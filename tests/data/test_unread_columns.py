@@ -85,6 +85,7 @@ def test_a_history_of_another_form_is_an_error_that_says_the_forms(read: Callabl
      "Is it polite?\n\nGive me that!"),
     ({"question": "Is it polite?", "input": "Give me that!", "chosen": "No.", "rejected": "Yes."},
      "Is it polite?\n\nGive me that!"),
+    ({"instruction": "Reverse it", "input": "[10, 20]", "chosen": "No.", "rejected": "Yes."}, "Reverse it\n\n[10, 20]"),
     ({"instruction": "Is it polite?", "input": None, "chosen": "No.", "rejected": "Yes."}, "Is it polite?"),
     ({"instruction": "Is it polite?", "input": "nan", "chosen": "No.", "rejected": "Yes."}, "Is it polite?"),
     ({"input": "Is it polite?", "chosen": "No.", "rejected": "Yes."}, "Is it polite?"),

@@ -246,13 +246,15 @@ def _map(ours: str, theirs: str) -> str:
 
 def _is_found(value: Any, sides: Sequence[Text], *, is_dialogue: bool) -> bool:
     """Return whether all texts of a value stand in what was read; of a dialogue all but the last, which is an answer."""
+    read = " ".join(" ".join(_texts(sides)).split())
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        if " ".join(value.split()) in read:
+            return True
         with suppress(RowError):  # a text that only begins so
             value = parse_written(value, "")
     texts = [*_texts(value)]
     but_last = is_dialogue and isinstance(value, list)
     texts = texts[:-1] if but_last else texts
-    read = " ".join(" ".join(_texts(sides)).split())
     return bool(texts or but_last) and all(" ".join(text.split()) in read for text in texts)
 
 
