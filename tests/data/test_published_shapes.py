@@ -193,7 +193,9 @@ def test_what_no_map_can_say_is_said_and_no_map_is_printed(read: Callable[..., A
 
 
 def test_two_answers_of_which_nothing_says_the_better_one_are_answered_so(read: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match=r"no column says which of answer_0 and answer_1 is better\. If it always is the first"):
+    with pytest.raises(
+        DataError, match=r"no column is known to say which of answer_0 and answer_1 is better\. If it always is the first"
+    ):
         read({"question": "Hi", "answer_0": "a", "answer_1": "b"})
 
 

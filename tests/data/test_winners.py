@@ -122,6 +122,19 @@ def test_errors_of_a_swapped_row_name_the_column_itself(write_lines: Callable[..
         load_pairs(write_lines(*rows), columns={"chosen": "a", "rejected": "b", "winner": "w"})
 
 
+def test_a_two_alone_is_the_second_answer_and_a_one_alone_may_be_either(read: Callable[..., list[tuple[str, str]]]) -> None:
+    assert read(("one", "two"), "w", 2) == [("B0", "A0")]
+    with pytest.raises(DataError, match="does not say by itself"):
+        read(("one", "two"), "w", 1)
+
+
+def test_a_column_that_speaks_of_a_winner_is_offered(write_lines: Callable[..., Path]) -> None:
+    path = write_lines({"prompt": "Hi", "answer_a": "A", "answer_b": "B", "human vote": "b", "source": "x"})
+    with pytest.raises(DataError, match="'human vote' seems to say which of answer_a and answer_b") as raised:
+        load_pairs(path)
+    assert load_pairs(path, columns=map_in(str(raised.value)))[0][0].chosen == "B"
+
+
 PUBLISHED = {
     "HelpSteer3": ({"domain": "x", "context": [USER], "response1": "A", "response2": "B", "overall_preference": 2,
                     "individual_preference": [{"score": 2}]}, ("B", "A")),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pe_dpo.data.columns import begins_with_prompt, carries, find_winner, quote, read_as
+from pe_dpo.data.columns import begins_with_prompt, carries, find_winner, guess_winner, quote, read_as
 from pe_dpo.data.messages import list_names
 from pe_dpo.data.winners import Winner
 
@@ -72,6 +72,12 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
         )
     entries = {**others, "chosen": chosen or "<column>", "rejected": rejected or "<column>"}
     if chosen and rejected and not is_labelled(chosen, rejected):
+        several = [name for name in values if name.startswith("winner_")]
+        if len(several) > 1:
+            return (
+                f"{found}; {', '.join(several)} say which answer won: write one column with the name of the better one, or tie"
+            )
+        winner = winner or guess_winner({name: values[name] for name in values if name not in entries.values()})
         if winner:
             found += f"; '{winner}' seems to say which of {chosen} and {rejected} is the better one. Say it in the recipe:\n"
             ignore = f"\n(or, if it says something else, data.ignore: [{quote(winner)}])" if columns else ""
@@ -80,16 +86,11 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
         if len(alike) > 2 and len(chosen) > 1 and rejected in alike:
             answers = f"{list_names(alike)} are {len(alike)} answers, and no column map can say which two of them make a pair"
             return f"{found}; {answers}: put two answers to one prompt into each row, as prompt, chosen, rejected"
-        several = [name for name in values if name.startswith("winner_")]
-        if len(several) > 1:
-            return (
-                f"{found}; {', '.join(several)} say which answer won: write one column with the name of the better one, or tie"
-            )
         if chosen[:-1] == rejected[:-1] and chosen[-1] in "01aA":
             found += (
-                f"; no column says which of {chosen} and {rejected} is better. If it always is the first, say it in the recipe:"
+                f"; no column is known to say which of {chosen} and {rejected} is better. If it always is the first, say it"
             )
-            return f"{found}\n{_write_map(entries)}"
+            return f"{found} in the recipe:\n{_write_map(entries)}"
     return f"{found}; which of them are prompt, chosen and rejected is not clear. Say it in the recipe:\n{_write_map(entries)}"
 
 

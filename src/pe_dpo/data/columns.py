@@ -74,6 +74,8 @@ _WINNERS = (
     "preferred_response", "chosen_id", "chosen_idx", "chosen_index",
 )  # fmt: skip
 """Columns that say which of two answers is the better one, as published sets call them."""
+_WINNING = {"winner", "won", "preference", "preferred", "label", "labels", "better", "best", "verdict", "vote", "choice"}
+"""Words in the names of others that may say it."""
 
 _YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
@@ -121,16 +123,23 @@ def _find_prompt(examples: Mapping[str, Any]) -> str | None:
 
 
 def find_winner(values: Mapping[str, Sequence[Any]]) -> str | None:
-    """Return the column that seems to say which of two answers is the better one, None without such.
+    """Return the column that says which of two answers is the better one, by its name and its short values; None without such.
 
     Args:
         values: Cells with content of each column that may be it.
     """
-    found = (name for name, cells in values.items() if name.strip().lower() in _WINNERS and cells)
-    short = (
-        name for name in found if all(not isinstance(cell, list | Mapping) and len(str(cell)) < 60 for cell in values[name])
-    )
-    return next(short, None)
+    found = (name for name in values if name.strip().lower() in _WINNERS and values[name])
+    return next((name for name in found if all(map(_is_short, values[name]))), None)
+
+
+def guess_winner(values: Mapping[str, Sequence[Any]]) -> str | None:
+    """Return the column of `find_winner`, or else one that may be it because its name speaks of a winner."""
+    found = (name for name in values if {*re.findall("[a-z]+", name.lower())} & _WINNING and values[name])
+    return find_winner(values) or next((name for name in found if all(map(_is_short, values[name]))), None)
+
+
+def _is_short(cell: Any) -> bool:
+    return not isinstance(cell, list | Mapping) and len(str(cell)) < 60
 
 
 def begins_with_prompt(answer: Any) -> bool:

@@ -156,7 +156,7 @@ def _meanings(column: str, chosen: str, rejected: str, values: Sequence[Any]) ->
     if column.lower().endswith(("_id", "_idx", "_index")):
         tables.append({"0": True, "1": False})
     for table in (*tables, *_PLAIN):
-        is_counted = table == {"1": True, "2": False} and seen != {"1", "2"} and ends != ("1", "2")
+        is_counted = table == {"1": True, "2": False} and "2" not in seen and ends != ("1", "2")  # 1 may be the second after 0
         if not is_counted and all(key in table or (key[:1].isalpha() and _end(key) in table) for key in seen):
             return table
     return None
