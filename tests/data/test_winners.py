@@ -122,6 +122,17 @@ def test_errors_of_a_swapped_row_name_the_column_itself(write_lines: Callable[..
         load_pairs(write_lines(*rows), columns={"chosen": "a", "rejected": "b", "winner": "w"})
 
 
+@pytest.mark.parametrize("values", [(1, 2, 3), (1,), (2,)])
+def test_positive_strengths_alone_are_the_second_answers(
+    read: Callable[..., list[tuple[str, str]]], values: tuple[int, ...]
+) -> None:
+    for names, winner in (
+        (("response1", "response2"), "overall_preference"),
+        (("response_1", "response_2"), "preference_strength"),
+    ):
+        assert read(names, winner, *values) == [(f"B{n}", f"A{n}") for n in range(len(values))]
+
+
 def test_a_two_alone_is_the_second_answer_and_a_one_alone_may_be_either(read: Callable[..., list[tuple[str, str]]]) -> None:
     assert read(("one", "two"), "w", 2) == [("B0", "A0")]
     with pytest.raises(DataError, match="does not say by itself"):

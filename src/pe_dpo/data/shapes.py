@@ -109,7 +109,7 @@ class Shape:
         unused = {
             name: [example] for name, example in examples.items() if name not in self.columns.values() and carries(example)
         }
-        is_unlabelled = "chosen" in self.required and not is_labelled(*answers)
+        is_unlabelled = "output" in self.required or ("chosen" in self.required and not is_labelled(*answers))
         if not self.required or (is_unlabelled and find_winner(unused) and not said_winner):
             raise DataError(explain_columns(names, rows, mapped, where=where))
         if all(isinstance(row.get("prompt"), str) and _LISTED.fullmatch(row["prompt"].strip()) for row in renamed):

@@ -145,6 +145,8 @@ class Winner:
 def _meanings(column: str, chosen: str, rejected: str, values: Sequence[Any]) -> dict[str, bool] | None:
     """Return what each value of a column means, whether the first answer won; None where that is not plain."""
     seen = {key for key in map(_key, values) if not _TIES.fullmatch(key)}
+    if column.lower() in _SIGNED and _numbers(values):  # 1 and 2 are strengths of the second answer, no numbers of answers
+        return None
     if seen <= {"0", "1"} and "label" in column.lower():  # 1 may mean the second of them, or that the first is right
         return None
     ends = _end(chosen.lower()), _end(rejected.lower())
