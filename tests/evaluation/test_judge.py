@@ -295,3 +295,12 @@ def test_prompts_are_shown_as_their_rows_say_them(tiny_pairs):
 def test_prompts_of_a_held_out_file_elsewhere_are_found_too(tiny_pairs):
     data = DataSection(train=str(tiny_pairs / "train.jsonl"), eval=str(tiny_pairs / "test.jsonl"))
     assert len(prompts_as_written(data)) == 33
+
+
+def test_prompts_of_all_places_are_found_each_by_its_own_columns(tmp_path):
+    for name, column in (("a", "prompt"), ("b", "q"), ("c", "prompt"), ("d", "prompt")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"{column}": "{name}?", "chosen": "yes", "rejected": "no"}}\n')
+    mapped = {"path": str(tmp_path / "b.jsonl"), "columns": {"prompt": "q"}, "weight": 0.5}
+    data = DataSection(train=[str(tmp_path / "a.jsonl"), mapped], eval=[str(tmp_path / "c.jsonl"), str(tmp_path / "[d].jsonl")])
+    assert sorted(prompts_as_written(data).values()) == ["a?", "b?", "c?", "d?"]
+    assert list(prompts_as_written(data, str(tmp_path / "c.jsonl")).values()) == ["c?"]
