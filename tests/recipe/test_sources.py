@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pe_dpo.disk import matching_paths
 from pe_dpo.recipe import (
     DataSource,
     Recipe,
@@ -71,6 +72,16 @@ def test_paths_are_made_absolute_wherever_they_stand(tmp_path: Path, monkeypatch
     assert paths == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl", f"{tmp_path}/part-*.jsonl", "owner/name"]
     assert found.data.eval == [f"{tmp_path}/a.jsonl", "x"]
     assert list_sources(found.data.train)[1].weight == 2
+
+
+def test_a_glob_holds_in_a_folder_whose_name_has_the_marks_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "[my] data").mkdir()
+    (tmp_path / "[my] data" / "part-1.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path / "[my] data")
+    found = with_absolute_paths(recipe("train: 'part-*.jsonl'"))
+    monkeypatch.chdir(tmp_path)
+    assert matching_paths(list_sources(found.data.train)[0].path) == [tmp_path / "[my] data" / "part-1.jsonl"]
+    assert with_absolute_paths(found) == found
 
 
 def test_a_link_to_a_file_without_its_suffix_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

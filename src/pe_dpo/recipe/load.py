@@ -3,6 +3,7 @@
 Every error is reported at once: file:line (or the override), the key, what was found, what to do.
 """
 
+import glob
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
             return places.model_copy(update={"path": absolute_data(places.path)})
         if not isinstance(places, str) or not matching_paths(places):
             return places
+        if not Path(places).exists():
+            return places if Path(places).is_absolute() else f"{glob.escape(str(Path.cwd()))}/{places}"
         path, resolved = Path(places), Path(places).resolve()
         # A file in a hub's cache is a link to one whose name does not say how it is to be read.
         return str(resolved if resolved.suffix == path.suffix else path.parent.resolve() / path.name)
