@@ -48,6 +48,18 @@ def test_the_system_turn_stands_before_the_history(read: Callable[..., Any]) -> 
     assert [turn["role"] for turn in pair.prompt] == ["system", "user", "assistant", "user"]
 
 
+def test_a_history_that_begins_with_the_system_turn_brings_it_once(read: Callable[..., Any]) -> None:
+    system = {"role": "system", "content": "Be short."}
+    history = [system, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (pair,), _ = read({**ROW, "history": history})
+    assert [turn["role"] for turn in pair.prompt] == ["system", "user", "assistant", "user"]
+    assert read({**ROW, "history": history, "system": "Be short."})[0][0].prompt == pair.prompt
+    with pytest.raises(DataError, match="column 'system' has content, was not read"):
+        read({**ROW, "history": history, "system": "Be long."})
+    with pytest.raises(DataError, match="column 'history' begins with another system turn than the prompt"):
+        read({**ROW, "prompt": [{**system, "content": "x"}, USER], "history": history})
+
+
 def test_a_history_that_the_dialogue_already_has_is_not_said_twice(read: Callable[..., Any]) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, USER]
     (pair,), _ = read({"chosen": [*turns, YES], "rejected": [*turns, NO], "history": [["a", "b"]]})

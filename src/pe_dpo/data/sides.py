@@ -98,10 +98,12 @@ def add_context(sides: Sides, row: Mapping[str, Any], names: Mapping[str, str]) 
         return sides
     prompt, chosen, rejected = sides
     head, turns = _divide_system(as_messages(prompt))
+    earlier_head, history = _divide_system(history)
+    if head and earlier_head and head != earlier_head:
+        raise RowError(f"column '{names['history']}' begins with another system turn than the prompt; leave one of them out")
     if turns[: len(history)] != history:
         turns = (*history, *turns)
-    if system and not head:
-        head = ({"role": "system", "content": system},)
+    head = head or earlier_head or (({"role": "system", "content": system},) if system else ())
     return (*head, *turns), answer_turns(prompt, chosen), answer_turns(prompt, rejected)
 
 
