@@ -221,6 +221,14 @@ def test_what_is_not_read_of_a_folder_is_named_and_hidden_files_are_no_data(
     assert ([*train], [*held_out], unused) == (["pairs.jsonl"], [], ["test.jsonl.zst"])
 
 
+def test_a_packed_file_beside_the_plain_one_is_not_read(write_lines: Callable[..., Path], tmp_path: Path) -> None:
+    write_lines(row("a"), name="pairs.jsonl")
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(json.dumps(row("a")).encode()))
+    for place in (str(tmp_path), str(tmp_path / "pairs*")):
+        ((_, train, _, unused),) = find_places(place)
+        assert ([*train], unused) == (["pairs.jsonl"], ["pairs.jsonl.gz"])
+
+
 def test_a_folder_of_packed_files_alone_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl.zst").write_bytes(b"x")
     with pytest.raises(DataError, match=r"train\.jsonl\.zst: is packed in a way that is not read; unpack it first"):

@@ -124,9 +124,10 @@ def _find(source: DataSource, taken: dict[str, str]) -> Place:
     if files or is_folder:
         _refuse(source, "a folder" if is_folder else "a glob", "subset", "revision")
         top = next((at for at, piece in enumerate(path.parts) if re.search(r"[*?[]", piece)), len(path.parts))
-        parts = [_file(file, folders=file.parts[top:-1]) for file in _data_files(sorted(files), path)]
+        read = _data_files(sorted(files), path)
+        parts = [_file(file, folders=file.parts[top:-1]) for file in read]
         place = _divide(source, parts, taken, keeps_all=not is_folder)
-        unread = [file.name for file in sorted(files) if file.suffix.lower() in FOREIGN_SUFFIXES and not data_format(file)]
+        unread = [file.name for file in sorted(files) if file.suffix.lower() in FOREIGN_SUFFIXES and file not in read]
         return place._replace(unused=place.unused + unread)
     return _divide(source.model_copy(update={"split": None}), _hub_splits(source), taken)._replace(source=source)
 
@@ -195,12 +196,13 @@ def _file(path: Path, folders: Sequence[str] = ()) -> _Part:
 
 
 def _data_files(paths: Sequence[Path], place: Path) -> list[Path]:
-    """Return those of a folder or glob that hold data.
+    """Return those of a folder or glob that hold data; a packed file is none where it lies there unpacked too.
 
     Raises:
         DataError: There are none.
     """
     files = [path for path in paths if path.is_file() and data_format(path)]
+    files = [path for path in files if path.suffix.lower() != ".gz" or path.with_suffix("") not in files]
     foreign = next((path for path in paths if path.suffix.lower() in FOREIGN_SUFFIXES), None)
     if not files and foreign:
         raise DataError(f"{foreign}: {FOREIGN_SUFFIXES[foreign.suffix.lower()]}")
