@@ -119,6 +119,17 @@ def test_columns_that_nobody_read_are_named_once_and_in_the_report(
     assert saved["unread_columns"] == ["id", "source", "topic"]
 
 
+def test_what_objects_hold_beside_their_text_is_named(read: Callable[..., Any]) -> None:
+    row = {
+        "prompt": "Hi",
+        "chosen": {"answer": "yes", "score": 1, "why": "x"},
+        "rejected": {"answer": "no", "score": 0, "why": ""},
+    }
+    assert read(row)[1].unread_columns == ["chosen.why"]
+    row = {"input": {"messages": [USER], "system": "x", "tools": []}, "preferred_output": [YES], "non_preferred_output": [NO]}
+    assert read(row)[1].unread_columns == ["input.system"]
+
+
 def test_ignored_columns_are_not_named(read: Callable[..., Any]) -> None:
     assert read({**ROW, "id": 1, "note": "x"}, ignore=["id"])[1].unread_columns == ["note"]
 

@@ -23,7 +23,17 @@ from pe_dpo.data.columns import SCORES, carries, find_spellings, find_winner, re
 from pe_dpo.data.dialogues import is_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
 from pe_dpo.data.pairs import Pair, RowError, Text, describe_value
-from pe_dpo.data.sides import Sides, add_context, check_sides, drop_keys, kind_of, read_answer, read_sides
+from pe_dpo.data.sides import (
+    OBJECT_SCORES,
+    Sides,
+    add_context,
+    check_sides,
+    drop_keys,
+    kind_of,
+    read_answer,
+    read_sides,
+    unread_keys,
+)
 from pe_dpo.data.winners import Winner
 from pe_dpo.errors import DataError
 from pe_dpo.recipe.schema import Column
@@ -44,7 +54,6 @@ _SHAPES = {
     ("chosen", "rejected"): "whole dialogues (messages); the prompt is what chosen and rejected share",
 }
 """The columns of each shape, and the shape in words; the first whose columns are there is taken."""
-_OBJECT_SCORES = ("score", "rating", "overall_score", "reward")
 _LISTED = re.compile(r'\["(?:[^"\\]|\\.)*"(?:, *"(?:[^"\\]|\\.)*")*\]', re.DOTALL)
 """A JSON list of texts."""
 _PRINTED = re.compile(r"\s*(?:\['.*'\]|\{'\w+': .*\})\s*", re.DOTALL)
@@ -206,7 +215,8 @@ class Shape:
         refuse_unread({name: rest[name] for name in rest if not (is_whole and read_as(name) == "prompt")}, sides, where)
         refuse_keys(sides, where)
         in_prompt = {self.columns.get(name, name) for name in ("system", "input")}
-        self.unread += [name for name in rest if name not in in_prompt and name not in self.unread]
+        inside = [f"{self.columns.get(name, name)}.{key}" for name in self.required for key in unread_keys(row[name])]
+        self.unread += [name for name in (*rest, *inside) if name not in in_prompt and name not in self.unread]
 
     def _rename(self, values: Values) -> dict[str, Any]:
         """Return a row under our names; a column of another meaning that has such a name already is left out."""
@@ -266,7 +276,7 @@ class Shape:
         scores = [tuple(_as_number(row[name]) for name in pair) for pair in pairs]
         chosen, rejected = row.get("chosen"), row.get("rejected")
         if isinstance(chosen, Mapping) and isinstance(rejected, Mapping):
-            scores += [(_as_number(chosen.get(key)), _as_number(rejected.get(key))) for key in _OBJECT_SCORES]
+            scores += [(_as_number(chosen.get(key)), _as_number(rejected.get(key))) for key in OBJECT_SCORES]
         differences = [better - worse for better, worse in scores if better is not None and worse is not None]
         margin = _as_number(row.get("margin"))
         if min([0.0, *differences, margin or 0.0]) < 0:

@@ -22,6 +22,9 @@ Names = tuple[str, str, str]
 _ANSWERS = ("chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response")
 _TEXT_KEYS = ("answer", "text", "content", "response", "output", "completion", "value")
 """Where an answer that is an object without a role has its text."""
+OBJECT_SCORES = ("score", "rating", "overall_score", "reward")
+"""Where such an object has its score, of which more is better."""
+_READ_KEYS = (*_TEXT_KEYS, *OBJECT_SCORES, "messages", "tools", "parallel_tool_calls")
 _MISSING = ("nan", "NaN", "None", "null", "<NA>")
 """What is left of a missing value when data were written as text."""
 
@@ -146,6 +149,13 @@ def read_answer(cell: Any, column: str) -> Text:
             )
         return read_text(cell[texts[0]], column)
     return read_messages(cell, column) if isinstance(cell, list | Mapping) else read_text(cell, column)
+
+
+def unread_keys(cell: Any) -> list[str]:
+    """Return the keys with content of an object with text or messages that nobody reads; none for a message or another cell."""
+    if not isinstance(cell, Mapping) or {"role", "from", "speaker"} & cell.keys():
+        return []
+    return [key for key in cell if key not in _READ_KEYS and carries(cell[key])]
 
 
 def check_sides(prompt: Text, chosen: Text, rejected: Text, names: Names) -> None:
