@@ -93,8 +93,6 @@ REFUSED = {
     "column twice": ("x.csv", "prompt,chosen, chosen\na,b,c\n", "x.csv: has the column 'chosen' twice; keep one"),
     "spaces behind separators": ("x.csv", 'prompt, chosen, rejected\na, "b, x", "c"\n',
                                  "x.csv row 1: has a space behind every"),
-    "content without a name": ("x.csv", CELLS.replace("\n", ",note\n").replace(",note", ",", 1), "row 1: holds 'note' under a"),
-    "index that is none": ("x.csv", ",prompt,chosen,rejected\nid-7,a,b,c\n", "x.csv row 1: holds 'id-7' under a column that"),
     "quote after a backslash": ("x.csv", 'prompt,chosen,rejected\n"a \\"b\\"",b,c\n',
                                 "x.csv:2: is not valid CSV.*written twice"),
     "header alone": ("x.csv", "prompt,chosen,rejected\n", "x.csv: no row can be used of 0 read.*a header alone"),
@@ -176,6 +174,13 @@ def test_line_breaks_and_quotes_inside_cells_stay(tmp_path: Path) -> None:
     path = write(tmp_path, "x.csv", 'prompt,chosen,rejected\r\n"a\r\nb","say ""hi""\n\nx", c \r\n')
     ((pair,), _) = load_pairs(path)
     assert (pair.prompt, pair.chosen, pair.rejected) == ("a\r\nb", 'say "hi"\n\nx', " c ")
+
+
+def test_columns_of_csv_without_a_name_are_told_as_not_read_by_their_place(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.csv", ",prompt,chosen,rejected,\nid-7,a,b,c,note\n8,d,e,f,\n")
+    pairs, report = load_pairs(path)
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [("a", "b", "c"), ("d", "e", "f")]
+    assert report.unread_columns == ["column 1", "column 5"]
 
 
 def test_separators_that_are_no_line_breaks_stay_in_a_row(tmp_path: Path) -> None:

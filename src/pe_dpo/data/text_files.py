@@ -68,7 +68,7 @@ def _not_utf8(line: bytes, at: int) -> str:
 
 
 def read_csv(path: Path, name: str, *, usual: str) -> Iterator[Row]:
-    """Yield the rows of a file of cells with a header; the name of a column without name and content is left out.
+    """Yield the rows of a file of cells with a header.
 
     Args:
         path: The file.
@@ -137,7 +137,7 @@ def _read_cells(header: list[str], names: list[str], cells: list[str]) -> dict[s
 
     Args:
         header: The names as they stand in the file.
-        names: The same without spaces around them; a column without a name is an index, or empty.
+        names: The same without spaces around them; one without a name that is neither empty nor an index gets its place.
         cells: The row.
     """
     begins_with_space = [cell[:1] == " " for cell in cells[1:] if cell]
@@ -149,7 +149,8 @@ def _read_cells(header: list[str], names: list[str], cells: list[str]) -> dict[s
         return RowError(f"ends before column '{names[len(cells)]}'; fill in the missing cells")
     if [cell.strip() for cell in cells] == names:
         return RowError("repeats the header, as files do that were put together; remove the line")
-    for at, (name, cell) in enumerate(zip(names, cells, strict=True)):
-        if not name and cell.strip() and not (at == 0 and cell.isdigit()):
-            return RowError(f"holds {cell[:20]!r} under a column that the header gives no name; name it there")
-    return {name: cell for name, cell in zip(names, cells, strict=True) if name}
+    row = {name: cell for name, cell in zip(names, cells, strict=True) if name}
+    for at, (name, cell) in enumerate(zip(names, cells, strict=True), start=1):
+        if not name and cell.strip() and not (at == 1 and cell.isdigit()):
+            row.setdefault(f"column {at}", cell)
+    return row
