@@ -146,7 +146,7 @@ def begins_with_prompt(answer: Any) -> bool:
     """Return whether an answer is a whole dialogue: a transcript, or messages of which the first is not the assistant's."""
     if isinstance(answer, str):
         return is_transcript(answer)
-    if not isinstance(answer, list) or not answer or not isinstance(answer[0], Mapping):
+    if not isinstance(answer, list | tuple) or not answer or not isinstance(answer[0], Mapping):
         return False
     role = next((answer[0][key] for key in ("from", "role", "speaker") if answer[0].get(key)), "")
     return ROLES.get(str(role).strip().lower(), "assistant") != "assistant"
@@ -205,8 +205,15 @@ def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) 
             raise DataError(
                 f"{where}: column '{name}' is {repr(value)[:40]}, and all pairs weigh the same; train so with {ignore}"
             )
-        is_text = ours not in ("tools", "chat_template_kwargs")
-        if ours is None or (is_text and _is_found(value, sides, is_dialogue=ours == "messages")):
+        if ours is None:
+            continue
+        if ours == "messages":
+            is_read = _is_found(value, sides, is_dialogue=True)
+        elif ours == "prefill":  # both answers may begin with it
+            is_read = all(_is_found(value, (sides[0], answer)) for answer in sides[1:])
+        else:  # the same words in an answer are not those that the answer follows
+            is_read = ours not in ("tools", "chat_template_kwargs") and _is_found(value, sides[:1])
+        if is_read:
             continue
         remedy = "write it into the messages of the prompt"
         if ours == "prefill":
@@ -253,18 +260,26 @@ def _map(ours: str, theirs: str) -> str:
     return f"data: {{columns: {{{ours}: {quote(theirs)}}}}}"
 
 
-def _is_found(value: Any, sides: Sequence[Text], *, is_dialogue: bool) -> bool:
+def _is_found(value: Any, sides: Sequence[Text], *, is_dialogue: bool = False) -> bool:
     """Return whether all texts of a value stand in what was read; of a dialogue all but the last, which is an answer."""
     read = " ".join(" ".join(_texts(sides)).split())
+
+    def stands(text: str) -> bool:
+        text = " ".join(text.split())
+        # Not inside a longer word or number; scripts without spaces between words have no such borders.
+        before = r"(?<![A-Za-z0-9])" if re.match("[A-Za-z0-9]", text) else ""
+        after = r"(?![A-Za-z0-9])" if re.search("[A-Za-z0-9]$", text) else ""
+        return text in read and re.search(f"{before}{re.escape(text)}{after}", read) is not None
+
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        if " ".join(value.split()) in read:
+        if stands(value):
             return True
         with suppress(RowError):  # a text that only begins so
             value = parse_written(value, "")
     texts = [*_texts(value)]
     but_last = is_dialogue and isinstance(value, list)
     texts = texts[:-1] if but_last else texts
-    return bool(texts or but_last) and all(" ".join(text.split()) in read for text in texts)
+    return bool(texts or but_last) and all(map(stands, texts))
 
 
 def _texts(value: Any) -> Iterator[str]:

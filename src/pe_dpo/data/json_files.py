@@ -6,6 +6,7 @@
 {"prompt": ["a", …], "chosen": ["b", …], …}        columns
 {"prompt": {"0": "a", …}, "chosen": {…}, …}        columns by their index: pandas' default
 {"0": {"prompt": "a", …}, …}                       rows by their index
+{"What is …?": {"chosen": "b", "rejected": "c"}}   rows by their prompt
 {"columns": […], "data": [[…], …]}                 pandas' "split"
 {"train": [{…}], "test": [{…}]}                    splits, see `read_json_splits`
 
@@ -21,12 +22,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pe_dpo.data.columns import begins_with_prompt, read_as
 from pe_dpo.data.pairs import RowError, describe_value
 from pe_dpo.data.text_files import BOM, Row, open_bytes, read_lines
 from pe_dpo.errors import DataError
 
 _WRAPPERS = ("data", "rows", "examples", "records", "train")
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*(?:[\]}]|$))')
+_ID = re.compile(r"[\w.:/-]*\d[\w.:/-]*", re.ASCII)
+"""What may be the id of a row: one word with a digit."""
 _BETWEEN = f" \t\r\n,{BOM}"
 """What may stand between the values of a file that was put together."""
 HELD_OUT_NAMES = ("validation", "valid", "val", "eval", "dev", "test")  # the first that is there is used
@@ -179,8 +183,10 @@ def _rows_of_columns(document: dict[str, Any], name: str) -> list[Any]:
     """
     values = list(document.values())
     if document and all(isinstance(value, dict) for value in values):
-        if all(key.isdecimal() for key in document) or all({"chosen", "rejected"} <= value.keys() for value in values):
+        if all(key.isdecimal() for key in document):
             return values
+        if all({"chosen", "rejected"} <= value.keys() for value in values):
+            return _rows_by_key(document, name)
         index = list(values[0])
         if all(key.isdecimal() for key in index) and all(value.keys() == values[0].keys() for value in values):
             return [{column: cells[key] for column, cells in document.items()} for key in index]
@@ -191,6 +197,29 @@ def _rows_of_columns(document: dict[str, Any], name: str) -> list[Any]:
         found = ", ".join(f"{key} {length}" for key, length in list(lengths.items())[:10])
         raise DataError(f"{name}: has columns of different lengths ({found}); give each a value for every row")
     return [dict(zip(document, cells, strict=True)) for cells in zip(*values, strict=True)]
+
+
+def _rows_by_key(document: dict[str, dict[str, Any]], name: str) -> list[Any]:
+    """Return the rows of an object whose keys are prompts, or the ids of rows that bring their own.
+
+    Raises:
+        DataError: The keys are needed as prompts, and some are none.
+    """
+    rows = list(document.values())
+    answers = [row[side] for row in rows for side in ("chosen", "rejected")]
+    if any(read_as(key) in ("prompt", "input", "messages") for row in rows for key in row) or any(
+        map(begins_with_prompt, answers)
+    ):
+        return rows
+    ids = [key for key in document if not key.strip() or _ID.fullmatch(key)]
+    if len(ids) == len(document):
+        return rows
+    if ids:
+        raise DataError(
+            f"{name}: the keys of its objects are taken for prompts, as these have none, and {ids[0]!r} looks like the id of a "
+            'row; write the rows as a list, each with its "prompt"'
+        )
+    return [{"prompt": key, **row} for key, row in document.items()]
 
 
 def _are_rows(value: Any) -> bool:

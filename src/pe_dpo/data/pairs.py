@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from pe_dpo.errors import DataError
 Message = Mapping[str, Any]
 Turns = tuple[Message, ...]
 Text = str | Turns
+Cut = Literal["prompt", "words"] | None
+"""Where answers were cut off from whole texts: behind the prompt that they repeat, or between words that both share."""
 
 
 class RowError(DataError):
@@ -35,6 +37,7 @@ class Pair:
         tools: Function descriptions in OpenAI's form, handed to the chat template; None without.
         where: The row for people: `train.jsonl:17` (a line) or `x.parquet row 3` (counted from 1).
         template_args: Arguments of the chat template for this row alone, from its column `chat_template_kwargs`.
+        cut: Where the answers were cut off from whole texts; None where they were not, or at a line break or tag.
     """
 
     prompt: Text
@@ -44,6 +47,7 @@ class Pair:
     tools: list[Any] | None
     where: str
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    cut: Cut = None
 
 
 class Answer(NamedTuple):

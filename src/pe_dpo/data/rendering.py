@@ -66,7 +66,7 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
     spans = []
     lost: set[str] = set()
     is_whole_alone = False
-    for answer in (answer_turns(prompt, side) for side in sides):
+    for answer in _answers(pair):
         if prefill is not None:
             answer = (_continued(prefill, answer[0]), *answer[1:])
         text = template.render((*start, *answer), tools=pair.tools, args=pair.template_args)
@@ -95,6 +95,23 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
         opened = _opened_with(prefill, opened, texts[0])
     both = (texts[0], texts[1]), (spans[0], spans[1])
     return Rendered(opened, *both, frozenset(lost), frozenset(lost_before), is_whole_alone)
+
+
+def _answers(pair: Pair) -> list[Turns]:
+    """Return both answers as messages.
+
+    Raises:
+        RowError: They were cut off where no turn of the user's ends.
+    """
+    if pair.cut == "words":
+        raise RowError(
+            "chosen and rejected share their first words alone, which are no prompt that a chat template could write; add "
+            "column 'prompt' (or train on them as plain text, with data.template: plain)"
+        )
+    answers = [answer_turns(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
+    if pair.cut == "prompt":  # the space between prompt and answer is the template's to write
+        answers = [({**first, "content": first["content"].lstrip()}, *rest) for first, *rest in answers]
+    return answers
 
 
 def _lost_of_prompt(turns: Turns, pair: Pair, read: str) -> set[str]:

@@ -19,10 +19,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pe_dpo.data.column_maps import explain_columns, is_labelled
-from pe_dpo.data.columns import SCORES, carries, find_spellings, find_winner, read_as, refuse_keys, refuse_media, refuse_unread
-from pe_dpo.data.dialogues import is_transcript, split_texts, split_transcripts
+from pe_dpo.data.columns import (
+    SCORES,
+    begins_with_prompt,
+    carries,
+    find_spellings,
+    find_winner,
+    quote,
+    read_as,
+    refuse_keys,
+    refuse_media,
+    refuse_unread,
+)
+from pe_dpo.data.dialogues import is_cut_between_words, is_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
-from pe_dpo.data.pairs import Pair, RowError, Text, describe_value
+from pe_dpo.data.pairs import Cut, Pair, RowError, describe_value
 from pe_dpo.data.sides import (
     OBJECT_SCORES,
     Sides,
@@ -31,6 +42,7 @@ from pe_dpo.data.sides import (
     drop_keys,
     kind_of,
     read_answer,
+    read_prompt,
     read_sides,
     unread_keys,
 )
@@ -184,7 +196,8 @@ class Shape:
                 others = ", or a file of its own for such rows" if kind_of(row[name], name) else ""
                 found = describe_value(row[name])
                 raise RowError(f"column '{names[name]}' is {found}; {kind}, as in the first rows, is expected{others}")
-        sides = add_context(self._read_sides(row, names), row, names)
+        sides, cut = self._read_sides(row, names)
+        sides = add_context(sides, row, names)
         sides = drop_keys(sides, self.ignored) if self.ignored else sides
         check_sides(*sides, names=(names[self.required[0]], names.get("chosen", "chosen"), names.get("rejected", "rejected")))
         pair = Pair(
@@ -193,6 +206,7 @@ class Shape:
             tools=_read_tools(row, names),
             where=where,
             template_args=_read_template_args(row.get("chat_template_kwargs"), names.get("chat_template_kwargs", "")),
+            cut=cut,
         )
         self._look_at(given, row, sides, where)
         return pair
@@ -235,8 +249,8 @@ class Shape:
                 return cell
             raise
 
-    def _read_sides(self, row: Values, names: Mapping[str, str]) -> Sides:
-        """Return prompt and answers of one kind, from the columns of the shape."""
+    def _read_sides(self, row: Values, names: Mapping[str, str]) -> tuple[Sides, Cut]:
+        """Return prompt and answers of one kind, from the columns of the shape, and where the answers were cut off."""
         first = self.required[0]
         columns = names[first], names.get("chosen", "chosen"), names.get("rejected", "rejected")
         prompt, chosen, rejected = row[first], row.get("chosen"), row.get("rejected")
@@ -262,12 +276,17 @@ class Shape:
                 chosen, rejected = row["output"]
                 columns = columns[0], f"{names['output']}[0]", f"{names['output']}[1]"
         one, other = read_answer(chosen, columns[1]), read_answer(rejected, columns[2])
-        prompt = _read_prompt(self.required, prompt, one, row, names)
+        if prompt is None and self.required != ("chosen", "rejected") and not begins_with_prompt(one):
+            asked = next((name for name in row if read_as(name) in ("prompt", "input") and carries(row[name])), None)
+            remedy = f"read it from another column with data: {{columns: {{prompt: {quote(asked)}}}}}" if asked else "write it"
+            raise RowError(f"column '{columns[0]}' is null, where the prompt is expected; {remedy}")
+        prompt = read_prompt(self.required, prompt, one, row, names)
         if prompt is None and isinstance(one, str) and isinstance(other, str):
-            return self.split(one, other, columns[1:])
+            sides = self.split(one, other, columns[1:])
+            return sides, "words" if self.split is split_texts and is_cut_between_words(sides[0]) else None
         if self.repeats_prompt and _repeat_prompt(prompt, one, other):
-            one, other = one[len(prompt) :], other[len(prompt) :]
-        return read_sides(prompt, one, other, columns)
+            return (prompt, one[len(prompt) :], other[len(prompt) :]), "prompt"
+        return read_sides(prompt, one, other, columns), None
 
     def _note_scores(self, row: Values, where: str) -> set[str]:
         """Note a row whose scores do not agree with the order of its answers, and return the columns of scores."""
@@ -326,32 +345,6 @@ def _share_beginnings(rows: Sequence[Values]) -> bool:
         except RowError:
             return False
     return True
-
-
-def _read_prompt(required: Sequence[str], prompt: Any, chosen: Text, row: Values, names: Mapping[str, str]) -> Any:
-    """Return the prompt's text or messages; None where the answers are whole dialogues.
-
-    The input follows a prompt of text after a blank line, as in Alpaca, unless the prompt already is made of both. A column of
-    messages beside the answers may be the whole dialogue of the chosen one.
-    """
-    first = required[0]
-    if required == ("chosen", "rejected"):
-        return None
-    if first in ("conversations", "messages") and "chosen" in required:
-        dialogue = read_messages(prompt, names[first])
-        *turns, last = dialogue
-        answer = chosen if isinstance(chosen, str) else chosen[0]["content"] if len(chosen) == 1 else None
-        if turns and last["role"] == "assistant" and answer is not None and answer.strip() == last["content"].strip():
-            return turns
-        return None if chosen == dialogue else [*dialogue]
-    further = row.get("input")
-    is_made_of_both = first == "prompt" and (carries(row.get("instruction")) or not carries(further))
-    if first not in ("prompt", "instruction") or not isinstance(prompt, str) or is_made_of_both:
-        return prompt
-    prompt = read_text(prompt, names[first])
-    if further is None or further != further or further in ("", "nan", "NaN"):  # as pandas writes what is missing
-        return prompt
-    return "\n\n".join(piece for piece in (prompt, read_text(further, names["input"])) if piece)
 
 
 def _read_margin(row: Values, names: Mapping[str, str]) -> float | None:

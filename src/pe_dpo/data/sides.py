@@ -6,14 +6,14 @@ answer  "yes"     [assistant]         [user, assistant]   [system, user, assista
 The answers lose what they repeat of the prompt; the system turn may stand on either side; history goes before the prompt.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pe_dpo.data.columns import carries
 from pe_dpo.data.dialogues import describe_difference, read_history, split_dialogues
 from pe_dpo.data.messages import list_names, read_content, read_messages, read_text
 from pe_dpo.data.pairs import RowError, Text, Turns
-from pe_dpo.data.rendering import answer_turns, as_messages
+from pe_dpo.data.rendering import answer_turns, as_messages, is_open_transcript
 
 Sides = tuple[Text, Text, Text]
 Names = tuple[str, str, str]
@@ -27,6 +27,41 @@ OBJECT_SCORES = ("score", "rating", "overall_score", "reward")
 _READ_KEYS = (*_TEXT_KEYS, *OBJECT_SCORES, "messages", "tools", "parallel_tool_calls")
 _MISSING = ("nan", "NaN", "None", "null", "<NA>")
 """What is left of a missing value when data were written as text."""
+
+
+def read_prompt(required: Sequence[str], prompt: Any, chosen: Text, row: Mapping[str, Any], names: Mapping[str, str]) -> Any:
+    """Return the prompt's text or messages; None where the answers are whole dialogues.
+
+    The input follows a prompt of text after a blank line, as in Alpaca, unless the prompt already is made of both. A column of
+    messages beside the answers may be the whole dialogue of the chosen one.
+
+    Args:
+        required: The columns of the shape.
+        prompt: The cell of the first of them.
+        chosen: The preferred answer, from `read_answer`.
+        row: All columns, under our names.
+        names: From our names to those of the columns, for messages.
+
+    Raises:
+        RowError: The prompt or the input cannot be read.
+    """
+    first = required[0]
+    if required == ("chosen", "rejected"):
+        return None
+    if first in ("conversations", "messages") and "chosen" in required:
+        dialogue = read_messages(prompt, names[first])
+        *turns, last = dialogue
+        answer = chosen if isinstance(chosen, str) else chosen[0]["content"] if len(chosen) == 1 else None
+        if turns and last["role"] == "assistant" and answer is not None and answer.strip() == last["content"].strip():
+            return turns
+        return None if chosen == dialogue else [*dialogue]
+    further = row.get("input")
+    is_made_of_both = first == "prompt" and (carries(row.get("instruction")) or not carries(further))
+    if first not in ("prompt", "instruction") or not isinstance(prompt, str) or is_made_of_both:
+        return prompt
+    prompt = read_text(prompt, names[first])
+    is_given = further is not None and further == further and not (isinstance(further, str) and is_missing(further))
+    return "\n\n".join(filter(None, (prompt, read_text(further, names["input"])))) if is_given else prompt
 
 
 def read_sides(prompt_cell: Any, chosen: Text, rejected: Text, names: Names) -> Sides:
@@ -105,9 +140,21 @@ def add_context(sides: Sides, row: Mapping[str, Any], names: Mapping[str, str]) 
     if head and earlier_head and head != earlier_head:
         raise RowError(f"column '{names['history']}' begins with another system turn than the prompt; leave one of them out")
     if turns[: len(history)] != history:
-        turns = (*history, *turns)
+        turns = (*_without_overlap(history, turns), *turns)
     head = head or earlier_head or (({"role": "system", "content": system},) if system else ())
     return (*head, *turns), answer_turns(prompt, chosen), answer_turns(prompt, rejected)
+
+
+def _without_overlap(history: Turns, turns: Turns) -> Turns:
+    """Return a history without the question at its end that waits for an answer, where the turns begin with it."""
+    asked = history
+    while asked and asked[-1]["role"] == "assistant" and not any(asked[-1][key] for key in asked[-1] if key != "role"):
+        asked = asked[:-1]  # an exchange whose answer is an empty text
+    if not asked or asked[-1]["role"] == "assistant":
+        return history
+    bare = [[(turn["role"], turn["content"].strip()) for turn in part] for part in (asked, turns)]
+    overlap = next((length for length in range(len(asked), 0, -1) if bare[0][-length:] == bare[1][:length]), 0)
+    return asked[:-overlap] if overlap else history
 
 
 def _as_turns(answer: Text) -> Turns:
@@ -170,21 +217,7 @@ def check_sides(prompt: Text, chosen: Text, rejected: Text, names: Names) -> Non
     Raises:
         RowError: One of the sides is to be refused.
     """
-    if isinstance(prompt, str) and prompt.strip() in ("nan", "NaN", "<NA>"):
-        raise RowError(
-            f"column '{names[0]}' is the text {prompt.strip()!r}, which stands where a value was missing; write the prompt, "
-            "or take the row out"
-        )
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # the answers go on with it
-        begun = prompt[-1]["content"].strip()
-        if "tool_calls" in prompt[-1]:
-            raise RowError(f"column '{names[0]}' ends with a tool call; the tool's turn is expected before the answers")
-        answers = [_as_turns(answer)[0]["content"].strip() for answer in (chosen, rejected)]
-        if begun and (begun in answers or all(answer.startswith(begun) for answer in answers)):
-            raise RowError(
-                f"column '{names[0]}' ends with the assistant turn {begun[:40]!r}, which the answers bring once more; leave it "
-                "out of the prompt"
-            )
+    _check_prompt(prompt, (chosen, rejected), names[0])
     for column, answer in zip(names[1:], (chosen, rejected), strict=True):
         turns = _as_turns(answer)
         if turns[0]["content"].strip() in _MISSING and len(turns) == 1 and "tool_calls" not in turns[0]:
@@ -193,6 +226,8 @@ def check_sides(prompt: Text, chosen: Text, rejected: Text, names: Names) -> Non
                 "the answer, or take the row out"
             )
         if isinstance(prompt, str):
+            if is_open_transcript(prompt) and answer_turns(prompt, answer)[-1]["role"] != "assistant":
+                raise RowError(f"the answer in column '{column}' ends with a Human turn; an Assistant turn is expected")
             continue
         for place, turn in (("begins", turns[0]), ("ends", turns[-1])):
             if turn["role"] != "assistant":
@@ -200,6 +235,30 @@ def check_sides(prompt: Text, chosen: Text, rejected: Text, names: Names) -> Non
                     f"the answer in column '{column}' {place} with a turn of the role '{turn['role']}'; "
                     "an assistant turn is expected"
                 )
+
+
+def _check_prompt(prompt: Text, answers: tuple[Text, Text], name: str) -> None:
+    """Refuse a prompt that is missing, or ends with what the answers bring or a tool was asked."""
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt[-1]["role"] == "user" else "said elsewhere"
+    if asked.strip() in ("", "nan", "NaN", "<NA>"):
+        found = f"the text {asked.strip()!r}, which stands where a value was missing" if asked.strip() else "blank"
+        in_turn = "" if isinstance(prompt, str) else "the last user turn in "
+        raise RowError(f"{in_turn}column '{name}' is {found}; write the prompt, or take the row out")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # the answers go on with it
+        begun = prompt[-1]["content"].strip()
+        if "tool_calls" in prompt[-1]:
+            raise RowError(f"column '{name}' ends with a tool call; the tool's turn is expected before the answers")
+        begins = [_as_turns(answer)[0]["content"].strip() for answer in answers]
+        if begun and (begun in begins or all(answer.startswith(begun) for answer in begins)):
+            raise RowError(
+                f"column '{name}' ends with the assistant turn {begun[:40]!r}, which the answers bring once more; leave it "
+                "out of the prompt"
+            )
+
+
+def is_missing(text: str) -> bool:
+    """Return whether a text is blank, or what is left of a missing value."""
+    return text.strip() in ("", *_MISSING)
 
 
 def kind_of(value: Any, name: str) -> str | None:
