@@ -79,7 +79,9 @@ class Encoder:
         """Tokens of every pair so far, before those that are too long were left out or cut."""
         self.end = eos if eos is not None else min(self.ends, default=None)
         begin = f"beginning with {tokenizer.decode(self.begin)}" if self.begin else "without a BOS token"
-        report.template = "the tokenizer's chat template" if self.template.is_chat else f"plain text {begin}"
+        own = settings.template not in ("auto", "chat", "plain")
+        chat = f"the chat template {settings.template}" if own else "the tokenizer's chat template"
+        report.template = chat if self.template.is_chat else f"plain text {begin}"
         if self.end is None:
             report.remarks.append(
                 "the tokenizer has no EOS token, so answers have no end token: the model will not learn to stop; "
