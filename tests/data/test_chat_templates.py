@@ -315,7 +315,10 @@ def test_a_template_or_arguments_that_cannot_be_used_are_an_error(settings: dict
     ("### Human: Hi\n### Assistant:", "tags such as Human: and Assistant:"),
     ("User: Hi\n\nAssistant:", "tags such as Human: and Assistant:"),
     ("Write ### Response: into the form. [Inst]", None),
+    ("Human: Hi\nAssistant: yes\nHuman: and?", "tags such as Human: and Assistant:"),
     ("Question: is 5 prime? Name the Human: Assistant ratio.", None),
+    ("User: what does 'Assistant:' mean?", None),
+    ("Human: a novel\n\nSummarize.", None),
 ])  # fmt: skip
 def test_texts_that_another_template_wrote_are_told(text: str, name: str | None) -> None:
     assert foreign_template([text], [], own="{{ messages }}") == name
@@ -327,12 +330,51 @@ def test_answers_that_end_with_the_end_token_of_another_model_are_told(end: str)
     assert foreign_template(["Hi"], ["Yes.", "No." + end], own=CHATML) == end.strip()
     assert foreign_template(["Hi"], ["Yes." + end], own=CHATML + end.strip()) is None
     assert foreign_template(["Hi"], ["Yes." + end], own="", is_chat=False) is None
+    assert foreign_template(["Hi"], ["<s>Yes." + end], own=CHATML) is None  # HTML
+
+
+def test_tags_of_ones_own_template_are_told_where_they_would_be_written_twice() -> None:
+    llama2 = "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content }}{% endfor %}"
+    pair = Pair("[INST] Hi [/INST]", "Yes.", "No.", None, None, "x:1")
+    _, report = encode(pair, template=llama2)
+    assert report.noted["text that is already written with a chat template (Llama 2's [INST])"] == ["x:1"]
+
+
+@pytest.mark.parametrize(("form", "text"), [("%e %b %Y", " 5 Mar 2026"), ("%-I:%M %F", "12:00 2026-03-05"), ("%j%%", "064%")])
+def test_every_directive_of_a_clock_is_the_dates(form: str, text: str) -> None:
+    template = f"{{{{ strftime_now('{form}') }}}}" + CHATML
+    encoded, _ = encode(pair_of(answer("Yes.")), template=template, template_date=date(2026, 3, 5))
+    assert decoded(encoded[0].prompt_ids).startswith(text + "<|im_start|>")
+
+
+@pytest.mark.parametrize(("args", "line"), [
+    ({"add_generation_prompt": True}, "add_generation_prompt is set by the program; leave it out"),
+    ({"enable_thinking": "False"}, "enable_thinking is the text 'False', which a template takes for true; write false"),
+])  # fmt: skip
+def test_arguments_that_cannot_mean_what_they_say_are_an_error(args: dict[str, Any], line: str) -> None:
+    template = "{% if enable_thinking %}!{% endif %}" + CHATML
+    with pytest.raises(DataError, match=f"x:1: column 'chat_template_kwargs': {line}"):
+        encode(pair_of(answer("Yes."), template_args=args), template=template)
+    with pytest.raises(DataError, match=f"data.template_args: {line}"):
+        set_template(build_tokenizer(template=template), DataSection(train="x", template_args=args))
+
+
+def test_text_that_a_tokenizer_does_not_know_is_counted() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"hi": 0, "yes": 1, "no": 2, "[UNK]": 3, "<e>": 4}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer, report = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="<e>"), DataReport()
+    pairs = Pair("hi", " yes", " no", None, None, "x:1"), Pair("hi", " yes 中文", " no", None, None, "x:2")
+    Encoder(tokenizer, DataSection(train="x"), max_length=9, report=report).encode(pairs)
+    assert report.noted == {"text that the tokenizer does not know, read as its unknown token": ["x:2"]}
 
 
 def test_a_foreign_template_is_a_line_of_the_report_and_ones_own_is_not() -> None:
     alpaca = Pair("### Instruction:\nHi\n\n### Response:\n", "Yes.", "No.", None, None, "x:1")
     _, report = encode(alpaca)
-    assert report.noted == {"text that is already written with another template (Alpaca's ### Response:)": ["x:1"]}
+    assert report.noted == {"text that is already written with a chat template (Alpaca's ### Response:)": ["x:1"]}
     written = Pair("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Yes.<|im_end|>", "No.", None, None, "x:1")
     report = DataReport()
     plain = DataSection(train="x", template="plain")

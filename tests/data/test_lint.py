@@ -174,7 +174,7 @@ def test_what_can_be_done_stands_beside_what_was_found(look: Callable[..., Lint]
     found = look({**alpaca, "chosen_score": 1, "rejected_score": 2}, {**row("b"), "chosen_score": 2, "rejected_score": 1})
     assert [(one.what.partition(" (")[0], one.rows, one.remedy, one.needs_decision) for one in found.findings] == [
         ("scores that contradict the labels", ["train.jsonl:1"], "decide whether the scores or the labels are right", True),
-        ("text that is already written with another template", ["train.jsonl:1"],
+        ("text that is already written with a chat template", ["train.jsonl:1"],
          "give the bare texts, or write data.template: plain", True),
     ]  # fmt: skip
 

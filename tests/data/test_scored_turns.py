@@ -121,6 +121,27 @@ def test_calls_are_scored_and_what_the_tool_answers_is_not() -> None:
     assert scored(encoded, tokenizer) == '<c>f{"x": "Bern"}</c>{<r>Sunny.</r>}It is sunny.<|im_end|>'
 
 
+def test_what_the_template_writes_before_one_answer_alone_is_counted() -> None:
+    _, report, _ = encode(LONG, SHORT, template=THINK_IN_ANSWERS)
+    assert report.noted["answers before which the chat template writes different text"] == ["x:1"]
+    _, report, _ = encode(SHORT, ({"role": "assistant", "content": "e"},), template=THINK_IN_ANSWERS)
+    assert report.noted == {}
+
+
+def test_a_prefill_is_not_scored_where_the_template_begins_the_answers_otherwise() -> None:
+    prompt = (turn("user", "Hi"), turn("assistant", "So "))
+    (encoded,), _, tokenizer = encode(LONG, SHORT, template=THINK_IN_ANSWERS, prompt=prompt)
+    assert scored(encoded, tokenizer) == "{So }a<|im_end|>{\n" + USER + "}<think>\n\n</think>\n\nc<|im_end|>"
+    assert encoded.rejected_scored is not None
+    kept = encoded.rejected_ids[encoded.rejected_scored].tolist()
+    assert tokenizer.decode(kept) == "d<|im_end|>"
+
+
+def test_a_blank_turn_within_an_answer_is_no_answer() -> None:
+    encoded, report, _ = encode((*LONG[:2], turn("assistant", "")), SHORT)
+    assert (encoded, report.dropped) == ([], {"empty answer": ["x:1"]})
+
+
 def test_a_token_that_spans_two_turns_is_nobodys() -> None:
     tokenizer, report = build_tokenizer(merges=(("a", "Ċ"),)), DataReport()
     encoder = Encoder(tokenizer, DataSection(train="x"), max_length=99, report=report)

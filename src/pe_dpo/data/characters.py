@@ -11,7 +11,7 @@ END = 0x110000
 class Characters:
     """As much of a transformers tokenizer as data are prepared with; its chat template leaves nothing out."""
 
-    bos_token = bos_token_id = None
+    bos_token = bos_token_id = unk_token = unk_token_id = None
     eos_token, eos_token_id = "␃", END
     all_special_tokens: tuple[str, ...] = ()
     added_tokens_decoder: Mapping[int, Any] = {}

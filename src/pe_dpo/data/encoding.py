@@ -181,7 +181,7 @@ class Encoder:
             self.report.unread_columns += [name for name in named if name not in self.report.unread_columns]
         foreign = foreign_template(asked, said, own, is_chat=self.template.is_chat)
         if foreign:
-            self.report.noted[f"text that is already written with another template ({foreign})"].append(pair.where)
+            self.report.noted[f"text that is already written with a chat template ({foreign})"].append(pair.where)
 
     def _check_control_tokens(self, sides: dict[str, str]) -> None:
         """Refuse control tokens as text: in a chat template they would fake a turn.
@@ -217,6 +217,8 @@ class Encoder:
         """Count what the chat template left out of a pair; return whether its answers lost something."""
         for what in sorted(texts.lost_before):
             self.report.noted[f"{what} that the chat template does not write"].append(pair.where)
+        if not texts.begins_alike:
+            self.report.noted["answers before which the chat template writes different text"].append(pair.where)
         if texts.is_whole_alone:
             what = "prompt of which the chat template writes a part only before an answer, trained on as it is served"
             self.report.noted[what].append(pair.where)
@@ -236,6 +238,10 @@ class Encoder:
         prompt, chosen, rejected = rows
         if self.bos is not None and list(chosen[:2]) == [self.bos, self.bos]:
             raise RowError("begins with two BOS tokens; remove the one in the text of the prompt or template")
+        unknown = self.tokenizer.unk_token_id
+        is_there = unknown is not None and any((row == unknown).any() for row in rows)
+        if is_there and self.tokenizer.unk_token not in "".join(texts.answered):
+            self.report.noted["text that the tokenizer does not know, read as its unknown token"].append(pair.where)
         length = common_start(rows)
         if not length:
             raise RowError("has no prompt token before the answers; write a prompt")

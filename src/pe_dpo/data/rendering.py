@@ -33,6 +33,8 @@ class Rendered(NamedTuple):
     """Kinds of the parts of the prompt that it left out; of the earlier turns of an answer their reasoning, by design."""
     is_whole_alone: bool = False
     """Whether the template writes the whole prompt only where no answer follows; then the answers stand behind that."""
+    begins_alike: bool = True
+    """Whether the template writes the same before both answers (Qwen3 writes an empty thought before the last turn alone)."""
 
 
 def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last", "everything"] = "all") -> Rendered:
@@ -61,40 +63,79 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
     prefill = turns[-1] if turns[-1]["role"] == "assistant" else None
     start = turns if prefill is None else turns[:-1]
     opened = template.render(start, opens=True, tools=pair.tools, args=pair.template_args)
-    lost_before: set[str] = set()
-    texts: list[str] = []
-    spans = []
-    lost: set[str] = set()
-    is_whole_alone = False
-    for answer in _answers(pair):
-        if prefill is not None:
-            answer = (_continued(prefill, answer[0]), *answer[1:])
-        text = template.render((*start, *answer), tools=pair.tools, args=pair.template_args)
-        read = opened
-        if not text.startswith(opened):
-            silent: Turns = (*start, {"role": "assistant", "content": PROBES[0]})
-            read = template.render(silent, tools=pair.tools, args=pair.template_args).partition(PROBES[0])[0]
-        lost_now, lost_alone = (_lost_of_prompt(start, pair, part) for part in (read, opened))
-        for index, kind in lost_parts(answer, text[shared_length(opened, text) :]):
-            if kind == REASONING and index < len(answer) - 1:
-                lost_before.add(f"{kind} of an answer's earlier turns")
-            else:
-                lost.add(kind)
-        has_spans = len(answer) > 1 and not lost and score != "everything"
-        own = _spans(pair, template, start, answer, text, score == "last") if has_spans else None
-        # Mistral's template writes a system turn before an answer, and no more when the answer is there.
-        if lost_alone < lost_now and score != "everything" and text.startswith(read):
-            is_whole_alone, lost_now = True, lost_alone
-            moved = len(opened) - len(read)
-            text = opened + text[len(read) :]
-            own = None if own is None else [(begin + moved, end + moved) for begin, end in own]
-        lost_before |= lost_now
-        texts.append(text)
-        spans.append(own)
+    answers = list(_answers(pair))
     if prefill is not None:
-        opened = _opened_with(prefill, opened, texts[0])
-    both = (texts[0], texts[1]), (spans[0], spans[1])
-    return Rendered(opened, *both, frozenset(lost), frozenset(lost_before), is_whole_alone)
+        answers = [(_continued(prefill, answer[0]), *answer[1:]) for answer in answers]
+    chosen_side, rejected_side = (_render_side(pair, template, start, opened, answer, score) for answer in answers)
+    spans = [chosen_side.spans, rejected_side.spans]
+    if prefill is not None:
+        ends = [_prefill_end(prefill, opened, side.text) for side in (chosen_side, rejected_side)]
+        if score != "everything" and chosen_side.text[: ends[0]] != rejected_side.text[: ends[1]]:
+            # Where the template begins the two otherwise, the prompt ends before the prefill; still it is not scored.
+            spans = [
+                [(max(begin, end), until) for begin, until in side.spans or [(0, len(side.text))]]
+                for side, end in zip((chosen_side, rejected_side), ends, strict=True)
+            ]
+        opened = chosen_side.text[: ends[0]]
+    return Rendered(
+        opened,
+        (chosen_side.text, rejected_side.text),
+        (spans[0], spans[1]),
+        chosen_side.lost | rejected_side.lost,
+        chosen_side.lost_before | rejected_side.lost_before,
+        is_whole_alone=chosen_side.is_whole_alone or rejected_side.is_whole_alone,
+        begins_alike=None in (chosen_side.head, rejected_side.head) or chosen_side.head == rejected_side.head,
+    )
+
+
+class _Side(NamedTuple):
+    """A prompt with one of its answers, as `Rendered` has the two."""
+
+    text: str
+    spans: Spans | None
+    lost: frozenset[str]
+    lost_before: frozenset[str]
+    is_whole_alone: bool
+    head: str | None
+    """What the template writes between generation prompt and answer; None for an answer with more than its text."""
+
+
+def _render_side(
+    pair: Pair, template: Template, start: Turns, opened: str, answer: Turns, score: Literal["all", "last", "everything"]
+) -> _Side:
+    """Return a prompt with one answer as text, and what became of it.
+
+    Raises:
+        RowError: See `render_pair`.
+    """
+    text = template.render((*start, *answer), tools=pair.tools, args=pair.template_args)
+    read = opened
+    if not text.startswith(opened):
+        silent: Turns = (*start, {"role": "assistant", "content": PROBES[0]})
+        read = template.render(silent, tools=pair.tools, args=pair.template_args).partition(PROBES[0])[0]
+    lost: set[str] = set()
+    lost_before, lost_alone = (_lost_of_prompt(start, pair, part) for part in (read, opened))
+    # Mistral's template writes a system turn before an answer, and no more when the answer is there.
+    is_whole_alone = lost_alone < lost_before and score != "everything" and text.startswith(read)
+    lost_before = lost_alone if is_whole_alone else lost_before
+    begin = shared_length(opened, text)
+    for index, kind in lost_parts(answer, text[begin:]):
+        if kind == REASONING and index < len(answer) - 1:
+            lost_before.add(f"{kind} of an answer's earlier turns")
+        else:
+            lost.add(kind)
+    said, is_plain = (
+        answer[0]["content"].strip(),
+        answer[0].keys() <= {"role", "content"} and "<think>" not in answer[0]["content"],
+    )
+    head = text[begin : text.find(said, begin)] if said and is_plain and said in text[begin:] else None
+    has_spans = len(answer) > 1 and not lost and score != "everything"
+    spans = _spans(pair, template, start, answer, text, score == "last") if has_spans else None
+    if is_whole_alone:
+        moved = len(opened) - len(read)
+        text = opened + text[len(read) :]
+        spans = None if spans is None else [(begin + moved, end + moved) for begin, end in spans]
+    return _Side(text, spans, frozenset(lost), frozenset(lost_before), is_whole_alone, head)
 
 
 def _answers(pair: Pair) -> list[Turns]:
@@ -132,8 +173,12 @@ def _continued(prefill: Message, answer: Message) -> Message:
     return {**prefill, **answer, **joined, "content": prefill["content"] + answer["content"]}
 
 
-def _opened_with(prefill: Message, opened: str, answered: str) -> str:
-    """Return the rendered text up to the end of an answer's beginning that the prompt brings."""
+def _prefill_end(prefill: Message, opened: str, answered: str) -> int:
+    """Return where in a rendered text the beginning of an answer ends that the prompt brings.
+
+    Raises:
+        RowError: It is not there.
+    """
     said = prefill["content"].lstrip() or next((prefill[key].strip() for key in REASONING_KEYS if key in prefill), "")
     place = answered.find(said, shared_length(opened, answered))
     if place < 0:
@@ -141,7 +186,7 @@ def _opened_with(prefill: Message, opened: str, answered: str) -> str:
             "the chat template does not write the assistant turn that ends the prompt as it is; write the whole answers "
             "into chosen and rejected instead"
         )
-    return answered[: place + len(said)]
+    return place + len(said)
 
 
 def _spans(pair: Pair, template: Template, start: Turns, answer: Turns, text: str, last_turn_alone: bool) -> Spans:
@@ -241,11 +286,13 @@ def answer_turns(prompt: Text, answer: Text) -> Turns:
 
 
 def is_blank(answer: Text) -> bool:
-    """Return whether an answer has nothing but white space, no tool call and no reasoning."""
+    """Return whether an answer, or one of its assistant's turns, has nothing but white space, no tool call and no reasoning."""
     if isinstance(answer, str):
         return not answer.strip()
     keys = ("tool_calls", *REASONING_KEYS)
-    return not any(turn["content"].strip() or any(turn.get(key) for key in keys) for turn in answer)
+    return any(
+        turn["role"] == "assistant" and not (turn["content"].strip() or any(turn.get(key) for key in keys)) for turn in answer
+    )
 
 
 def is_open_transcript(prompt: str) -> bool:

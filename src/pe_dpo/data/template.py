@@ -157,8 +157,8 @@ class Template:
 
     def _frozen_clock(self) -> str:
         """Return Jinja that stands before a template and replaces its clock, which in transformers is the real one."""
-        letters = "aAbBdmyYjHIMSp"
-        directives = {f"%{letter}": self.today.strftime(f"%{letter}") for letter in letters} | {"%-d": str(self.today.day)}
+        written = set(re.findall(r"%[-_0^#]?[A-Za-z]", str(self._tokenizer.chat_template)))
+        directives = {name: self.today.strftime(name) for name in sorted(written)} | {"%%": "%"}
         replaced = "format" + "".join(f".replace({name!r}, {value!r})" for name, value in directives.items())
         return f"{{% macro strftime_now(format) %}}{{{{ {replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
@@ -208,8 +208,17 @@ def describe_template(template: Template) -> list[str]:
     return facts
 
 
+_SET_HERE = ("add_generation_prompt", "continue_final_message", "messages", "conversation", "tools", "tokenize",
+             "chat_template", "return_dict", "return_tensors", "return_assistant_tokens_mask", "strftime_now")  # fmt: skip
+
+
 def unknown_arguments(tokenizer: Any, args: Mapping[str, Any]) -> str:
-    """Return what is wrong with arguments for a chat template: that it never reads one of them; empty where it reads all."""
+    """Return what is wrong with arguments for a chat template, such as that it never reads one; empty for nothing."""
+    for name, value in args.items():
+        if name in _SET_HERE:
+            return f"{name} is set by the program; leave it out"
+        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+            return f"{name} is the text {value!r}, which a template takes for true; write {value.strip().lower()}"
     words = set(re.findall(r"[A-Za-z_]\w*", str(tokenizer.chat_template)))
     for name in args:
         if name not in words:
@@ -240,7 +249,8 @@ _FOREIGN = {
     "Alpaca's ### Response:": re.compile(r"^### ?(?:Response|Instruction|Input):", re.MULTILINE),
     "Vicuna's USER: … ASSISTANT:": re.compile(r"(?:^|\s)USER: .*\sASSISTANT:", re.DOTALL),
 }
-_TAGS = re.compile(r"\A\s*(?:#+ ?)?(?:Human|User|USER): |^(?:#+ ?)?(?:Assistant|ASSISTANT|AI|Bot):\s*\Z", re.MULTILINE)
+_ASSISTANT = r"^(?:#+ ?)?(?:Assistant|ASSISTANT|AI|Bot):"
+_TAGS = re.compile(rf"\A\s*(?:#+ ?)?(?:Human|User|USER): .*{_ASSISTANT}|{_ASSISTANT}\s*\Z", re.MULTILINE | re.DOTALL)
 _ANSWER_TAG = re.compile(r"\A\s*(?:#+ ?)?(?:Assistant|ASSISTANT|AI|Bot): ")
 _FOREIGN_END = re.compile(
     r"(?:</s>|<eos>|<end_of_turn>|<\|(?:eot_id|im_end|endoftext|end|end_of_text|eot)\|>|<｜end▁of▁sentence｜>)\s*\Z"
@@ -248,20 +258,21 @@ _FOREIGN_END = re.compile(
 
 
 def foreign_template(asked: Sequence[str], said: Sequence[str], own: str, *, is_chat: bool = True) -> str | None:
-    """Return what shows that texts are already written with another chat template, None for nothing.
+    """Return what shows that texts are already written with a chat template, None for nothing.
 
     Args:
         asked: Texts of the prompt, as the row has them.
         said: Texts of the answers.
-        own: The source of the tokenizer's chat template; what it has itself is not foreign.
-        is_chat: Whether that template will write them; plain text may end as it does and have the tags of a dialogue.
+        own: The source of the tokenizer's chat template.
+        is_chat: Whether that template will write them: then its own tags, too, would be there twice. Plain text may have them,
+            end as they do, and have the tags of a dialogue.
     """
     for name, mark in _FOREIGN.items():
-        if any(mark.search(text) for text in (*asked, *said)) and not mark.search(own):
+        if any(mark.search(text) for text in (*asked, *said)) and (is_chat or not mark.search(own)):
             return name
     if not is_chat:
         return None
-    ends = (found[0].strip() for text in said if (found := _FOREIGN_END.search(text)))
+    ends = (found[0].strip() for text in said if (found := _FOREIGN_END.search(text)) and "<s>" not in text)
     end = next((end for end in ends if end not in own), None)
     has_tags = any(map(_TAGS.search, asked)) or any(map(_ANSWER_TAG.search, said))
     return end or ("tags such as Human: and Assistant:" if has_tags else None)
