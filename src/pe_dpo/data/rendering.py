@@ -63,7 +63,7 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
     prefill = turns[-1] if turns[-1]["role"] == "assistant" else None
     start = turns if prefill is None else turns[:-1]
     opened = template.render(start, opens=True, tools=pair.tools, args=pair.template_args)
-    answers = list(_answers(pair))
+    answers = _answers(pair)
     if prefill is not None:
         answers = [(_continued(prefill, answer[0]), *answer[1:]) for answer in answers]
     chosen_side, rejected_side = (_render_side(pair, template, start, opened, answer, score) for answer in answers)
