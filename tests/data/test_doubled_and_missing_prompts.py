@@ -174,3 +174,16 @@ def test_keys_of_json_of_which_some_look_like_ids_are_refused_by_name(tmp_path: 
     (tmp_path / "x.json").write_text(json.dumps({"What?": ANSWERS, "row_17": ANSWERS}))
     with pytest.raises(DataError, match="'row_17' looks like the id of a row; write the rows as a list, each"):
         load_pairs(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(("prompt", "chosen", "rejected"), [
+    ("Hi", "Hi there", "Hi. Go away"),
+    ("Hi", "Hi there", "Hi you"),
+    ("Yes", "Yesterday I", "Yes no"),
+    ("Say it", "Say its name", "Say it now"),
+])  # fmt: skip
+def test_answers_that_begin_with_the_word_of_a_prompt_are_not_cut(
+    read: Callable[..., Any], prompt: str, chosen: str, rejected: str
+) -> None:
+    (pair,), _ = read({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, chosen, rejected)

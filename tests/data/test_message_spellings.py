@@ -285,3 +285,12 @@ def test_a_missing_value_as_a_prompt_is_an_error(write_lines: Callable[..., Path
 
 def test_an_answer_that_speaks_of_none_is_an_answer(write_lines: Callable[..., Path]) -> None:
     assert load_pairs(write_lines({"prompt": "Hi", "chosen": "None of them.", "rejected": "nan is a number"}))[0]
+
+
+def test_calls_under_both_names_are_one_where_they_are_equal_and_else_refused() -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    (turn,) = read_messages([message | {"function_call": {"name": "f", "arguments": '{"x": 1}'}}], "chosen")
+    assert turn == message
+    with pytest.raises(RowError, match=r"'chosen\[0\]' has tool_calls and another function_call; write all calls into tool_"):
+        read_messages([message | {"function_call": {"name": "g", "arguments": "{}"}}], "chosen")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from paths_to_pairs import load_pairs, prepare_pairs
 
+from pe_dpo.data.characters import Characters
 from pe_dpo.errors import DataError
 
 ROW = {"prompt": "How old is he?", "chosen": "Two.", "rejected": "No idea."}
@@ -266,3 +267,29 @@ def test_a_negative_margin_contradicts_the_labels(read: Callable[..., Any]) -> N
 def test_errors_and_penalties_are_no_scores(read: Callable[..., Any]) -> None:
     _, report = read({**ROW, "chosen_mqm": "0.0", "rejected_mqm": "5.0"})
     assert (dict(report.noted), report.unread_columns) == ({}, ["chosen_mqm", "rejected_mqm"])
+
+
+@pytest.mark.parametrize("scores", [
+    {"score": {"chosen": 1, "rejected": 3}},
+    {"rewards_chosen": 1, "rewards_rejected": 3},
+    {"score_w": "1", "score_l": "3"},
+    {"chosen": [YES | {"score": 1}], "rejected": [NO | {"score": 3}]},
+])  # fmt: skip
+def test_scores_wherever_they_stand_are_compared_with_the_labels(read: Callable[..., Any], scores: dict[str, Any]) -> None:
+    row = {"prompt": [USER], "chosen": [YES], "rejected": [NO]} | scores
+    _, report = read(row)
+    assert report.noted["scores that contradict the labels"] == ["train.jsonl:1"]
+    assert report.unread_columns == []
+
+
+def test_without_a_tokenizer_scores_of_messages_are_no_part_of_the_answer() -> None:
+    messages = [USER | {"id": "7"}, YES | {"score": "1", "reasoning_content": "Why not."}]
+    assert Characters().apply_chat_template(messages) == "[user]\nHi\n[assistant]\nWhy not.\nyes"
+
+
+def test_hundreds_of_unread_columns_are_a_few_lines(read: Callable[..., Any]) -> None:
+    _, report = read({**ROW, **{f"a_column_of_number_{number}": 1 for number in range(300)}})
+    (line,) = (line for line in report.facts() if line.startswith("columns not read"))
+    assert line.startswith("columns not read: a_column_of_number_0, a_column_of_number_1, ")
+    assert line.endswith(" and 274 more")
+    assert len(line) < 640

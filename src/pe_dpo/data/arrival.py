@@ -14,7 +14,8 @@ from pe_dpo.data.pairs import Message
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 """Under which messages carry their reasoning beside the content, as text."""
 KNOWN_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS)
-_ANY_REASONING = re.compile(r"reason|think|thought", re.IGNORECASE)
+ANY_REASONING = re.compile(r"reason|think|thought", re.IGNORECASE)
+"""Finds keys of messages that hold reasoning, whatever they are called."""
 
 TEXT, SYSTEM, REASONING, CALLS, TOOLS = "text", "system turn", "reasoning", "tool calls", "tools"
 _THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
@@ -74,7 +75,7 @@ def _parts(turn: Message) -> Iterator[tuple[str, Any]]:
     if said.strip():
         yield SYSTEM if turn["role"] in ("system", "developer") else TEXT, said
     for key, value in turn.items():
-        if key not in ("role", "content") and _ANY_REASONING.search(key):
+        if key not in ("role", "content") and ANY_REASONING.search(key):
             yield from ((REASONING, leaf) for leaf in _leaves(value) if not isinstance(leaf, str) or leaf.strip())
     for call in turn.get("tool_calls") or ():
         function = call["function"]

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pe_dpo.data.arrival import ANY_REASONING
+
 END = 0x110000
 """The id that ends an answer: the first number that is no character."""
 
@@ -34,13 +36,13 @@ class Characters:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = False, **options: Any
     ) -> str:
-        """Return messages as text, with all that they have."""
+        """Return messages as text, with their calls and reasoning; scores and ids are not said by anyone."""
         written = [f"[tools]\n{json.dumps(tools, ensure_ascii=False)}"] if tools else []
         for turn in messages:
             more = (
                 value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 for key, value in turn.items()
-                if key not in ("role", "content")
+                if key == "tool_calls" or ANY_REASONING.search(key)
             )
             written.append(f"[{turn['role']}]\n" + "\n".join(filter(None, (*more, turn["content"]))))
         return "\n".join([*written, *(["[assistant]\n"] if add_generation_prompt else [])])

@@ -60,14 +60,6 @@ _READ_AS = {name: ours for ours, names in _IN_PROMPT.items() for name in names.s
 _NOT_SCORED = ("weight", "train", "train_on_turn", "training", "loss")
 """Keys by which other tools leave an assistant turn out of the loss, where they are false or 0."""
 
-SCORES = tuple(
-    f"{before}{joint}{after}"
-    for joint in "_-"
-    for what in ("score", "rating", "reward", "avg_rating", "overall_score")
-    for before, after in (("chosen", what), (what, "chosen"))
-)
-"""Columns with a score of the chosen answer of which more is better; that of the rejected answer is named alike."""
-
 _WINNERS = (
     "winner", "winner_id", "winner_index", "label", "labels", "preference", "preference_label", "preference_strength",
     "overall_preference", "choice", "better", "better_id", "better_response_id", "preferred", "preferred_id",

@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 from pe_dpo.data.pairs import Message, RowError, Turns, describe_value
@@ -55,9 +56,12 @@ def read_text(value: Any, column: str) -> str:
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Return names of columns or keys with commas, in not more than a few lines."""
-    listed = ", ".join(names) or "none"
-    return listed if len(listed) <= 600 else f"{listed[:600]} …"
+    """Return names of columns or keys with commas; of many those that fit into a few lines, and how many more there are."""
+    names = [name if len(name) <= 200 else f"{name[:200]} …" for name in names]
+    ends = accumulate(len(name) + 2 for name in names)
+    shown = sum(end <= 600 for end in ends)
+    more = f" and {len(names) - shown:,} more" if shown < len(names) else ""
+    return (", ".join(names[:shown]) or "none") + more
 
 
 def read_messages(value: Any, column: str) -> Turns:
@@ -109,10 +113,14 @@ def _read_message(turn: Any, place: str) -> tuple[Message, bool]:
     if spelling not in ROLES:
         raise RowError(f"column '{place}' has the role {str(role)[:40]!r}; write one of {', '.join(ROLES)} in its place")
     message = {key: value for key, value in turn.items() if key not in (role_key, content_key)}
-    calls = message.pop("tool_calls", message.pop("function_call", None))  # the latter is OpenAI's older name
+    older = _read_calls(message.pop("function_call", None), place)  # OpenAI's older name for a single call
+    calls = message.pop("tool_calls", None)
     if spelling in CALLS:
         calls, content = content, None
     calls = _read_calls(calls, place)
+    if older and calls and all(call["function"] != older[0]["function"] for call in calls):
+        raise RowError(f"column '{place}' has tool_calls and another function_call; write all calls into tool_calls")
+    calls = calls or older
     if calls:
         message["tool_calls"] = calls
     if ROLES[spelling] == "tool" and _is_result(content):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pe_dpo.data import messages
 from pe_dpo.data.pairs import EncodedPair, RowError
 from pe_dpo.errors import DataError
 
@@ -177,7 +178,7 @@ class DataReport:
         unused = f"; not used: {list_names(self.unused_files)}" if self.unused_files else ""
         lines = [f"read {self.rows_read:,} rows: {files}{unused}"]
         lines += [f"understood as {self.shape}"] if self.shape else []
-        lines += [f"columns not read: {', '.join(self.unread_columns)}"] if self.unread_columns else []
+        lines += [f"columns not read: {messages.list_names(self.unread_columns)}"] if self.unread_columns else []
         if self.template:
             clock = f", which writes the date: {self.template_date} here and whenever this run is evaluated"
             lines.append(f"written with {self.template}{clock if self.template_date else ''}")

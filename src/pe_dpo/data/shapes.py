@@ -12,7 +12,6 @@ chosen, rejected                               whole dialogues (also messages an
 Each of them may have system, history (turns before the prompt), tools, chat_template_kwargs, margin or scores, and a winner.
 """
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 
 from pe_dpo.data.column_maps import explain_columns, is_labelled
 from pe_dpo.data.columns import (
-    SCORES,
     begins_with_prompt,
     carries,
     find_spellings,
@@ -34,8 +32,8 @@ from pe_dpo.data.columns import (
 from pe_dpo.data.dialogues import is_cut_between_words, is_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
 from pe_dpo.data.pairs import Cut, Pair, RowError, describe_value
+from pe_dpo.data.scores import compare_scores, read_margin
 from pe_dpo.data.sides import (
-    OBJECT_SCORES,
     Sides,
     add_context,
     check_sides,
@@ -148,7 +146,10 @@ class Shape:
         self.split = split_transcripts if is_tagged else split_texts
         if are_texts and not is_tagged and not _share_beginnings(renamed):
             raise DataError(explain_columns(names, rows, mapped, where=where))
-        self.repeats_prompt = all(_repeat_prompt(*(row.get(name) for name in self.required)) for row in renamed)
+        # Answers to "Hi" may begin with that word, and repeat nothing.
+        are_words = all(re.fullmatch(r"\w*", str(row.get(self.required[0])).strip()) for row in renamed)
+        repeat_prompt = all(_repeat_prompt(*(row.get(name) for name in self.required)) for row in renamed)
+        self.repeats_prompt = repeat_prompt and not are_words
         self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
         self.words = self._describe(spelled)
 
@@ -202,7 +203,7 @@ class Shape:
         check_sides(*sides, names=(names[self.required[0]], names.get("chosen", "chosen"), names.get("rejected", "rejected")))
         pair = Pair(
             *sides,
-            margin=_read_margin(row, names),
+            margin=read_margin(row, names),
             tools=_read_tools(row, names),
             where=where,
             template_args=_read_template_args(row.get("chat_template_kwargs"), names.get("chat_template_kwargs", "")),
@@ -222,7 +223,12 @@ class Shape:
             self.noted["answers that begin with the whole prompt"].append(where)
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             self.noted["prompt that ends with an assistant turn, with which the answers go on"].append(where)
-        read = {*self._note_scores(row, where), *self.required, "margin", "history", "tools", "chat_template_kwargs"}
+        differences, scores = compare_scores(row)
+        if min([0.0, *differences]) < 0:
+            self.noted["scores that contradict the labels"].append(where)
+        elif 0 in differences:
+            self.noted["scores that are equal"].append(where)
+        read = {*scores, *self.required, "margin", "history", "tools", "chat_template_kwargs"}
         columns = {self.columns.get(name, name) for name in read} | ({self.winner.column} if self.winner else set())
         rest = {name: cell for name, cell in given.items() if name not in columns and name.strip() and carries(cell)}
         is_whole = self.required == ("chosen", "rejected")  # the dialogues bring what they answer
@@ -288,22 +294,6 @@ class Shape:
             return (prompt, one[len(prompt) :], other[len(prompt) :]), "prompt"
         return read_sides(prompt, one, other, columns), None
 
-    def _note_scores(self, row: Values, where: str) -> set[str]:
-        """Note a row whose scores do not agree with the order of its answers, and return the columns of scores."""
-        pairs = [(name, name.replace("chosen", "rejected")) for name in SCORES]
-        pairs = [pair for pair in pairs if row.keys() >= {*pair}]
-        scores = [tuple(_as_number(row[name]) for name in pair) for pair in pairs]
-        chosen, rejected = row.get("chosen"), row.get("rejected")
-        if isinstance(chosen, Mapping) and isinstance(rejected, Mapping):
-            scores += [(_as_number(chosen.get(key)), _as_number(rejected.get(key))) for key in OBJECT_SCORES]
-        differences = [better - worse for better, worse in scores if better is not None and worse is not None]
-        margin = _as_number(row.get("margin"))
-        if min([0.0, *differences, margin or 0.0]) < 0:
-            self.noted["scores that contradict the labels"].append(where)
-        elif 0 in differences:
-            self.noted["scores that are equal"].append(where)
-        return {name for pair in pairs for name in pair}
-
 
 def _find_shape(rows: Sequence[Values]) -> tuple[str, ...]:
     """Return the required columns of the first shape that renamed rows have; empty for none."""
@@ -328,10 +318,12 @@ def _holds_written(cells: Sequence[Any]) -> bool:
 
 
 def _repeat_prompt(prompt: Any, chosen: Any = None, rejected: Any = None) -> bool:
-    """Return whether both answers are texts that begin with the whole prompt."""
+    """Return whether both answers are texts that begin with the whole prompt, and not inside a word or a sentence."""
     answers = [answer for answer in (chosen, rejected) if isinstance(answer, str)]
-    is_prompt = isinstance(prompt, str) and bool(prompt.strip()) and len(answers) == 2
-    return is_prompt and all(answer.startswith(prompt) and answer[len(prompt) :].strip() for answer in answers)
+    if not isinstance(prompt, str) or not prompt.strip() or len(answers) != 2:
+        return False
+    follows = [answer[len(prompt) :] for answer in answers if answer.startswith(prompt)]
+    return len(follows) == 2 and all(rest.strip() and not (prompt[-1].isalnum() and not rest[0].isspace()) for rest in follows)
 
 
 def _share_beginnings(rows: Sequence[Values]) -> bool:
@@ -345,37 +337,6 @@ def _share_beginnings(rows: Sequence[Values]) -> bool:
         except RowError:
             return False
     return True
-
-
-def _read_margin(row: Values, names: Mapping[str, str]) -> float | None:
-    """Return the margin column, or the difference of two scores; numbers may be text, which is all that CSV has."""
-
-    def read(column: str) -> float | None:
-        if row[column] is None or row[column] == "":
-            return None
-        number = _as_number(row[column])
-        if number is None:
-            raise RowError(
-                f"column '{names[column]}' is {repr(row[column])[:60]}; a finite number is expected (null where there is none)"
-            )
-        return number
-
-    if "margin" in row:
-        return read("margin")
-    for chosen, rejected in (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")):
-        if chosen in row and rejected in row:
-            better, worse = read(chosen), read(rejected)
-            return None if better is None or worse is None else better - worse
-    return None
-
-
-def _as_number(value: Any) -> float | None:
-    """Return a cell as a finite number, None where it is none."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _read_tools(row: Values, names: Mapping[str, str]) -> list[Any] | None:

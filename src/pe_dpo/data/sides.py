@@ -14,6 +14,7 @@ from pe_dpo.data.dialogues import describe_difference, read_history, split_dialo
 from pe_dpo.data.messages import list_names, read_content, read_messages, read_text
 from pe_dpo.data.pairs import RowError, Text, Turns
 from pe_dpo.data.rendering import answer_turns, as_messages, is_open_transcript
+from pe_dpo.data.scores import OBJECT_SCORES
 
 Sides = tuple[Text, Text, Text]
 Names = tuple[str, str, str]
@@ -22,8 +23,6 @@ Names = tuple[str, str, str]
 _ANSWERS = ("chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response")
 _TEXT_KEYS = ("answer", "text", "content", "response", "output", "completion", "value")
 """Where an answer that is an object without a role has its text."""
-OBJECT_SCORES = ("score", "rating", "overall_score", "reward")
-"""Where such an object has its score, of which more is better."""
 _READ_KEYS = (*_TEXT_KEYS, *OBJECT_SCORES, "messages", "tools", "parallel_tool_calls")
 _MISSING = ("nan", "NaN", "None", "null", "<NA>")
 """What is left of a missing value when data were written as text."""
