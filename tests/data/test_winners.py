@@ -47,6 +47,18 @@ def read(write_lines: Callable[..., Path]) -> Callable[..., list[tuple[str, str]
     (("answer_b", "answer_a"), "winner", ("b", "a")),
     (("response1", "response2"), "overall_preference", (-2, 1)),
     (("response_1", "response_2"), "preference_strength", (-1, 3)),
+    (("answer_a", "answer_b"), "winner", ("A>B", "B>A")),
+    (("answer_a", "answer_b"), "winner", ("[[A>>B]]", "[[B > A]]")),
+    (("answer_b", "answer_a"), "winner", ("B>A", "A>B")),
+    (("answer_a", "answer_b"), "winner", ("[[A]]", "[[B]]")),
+    (("answer_a", "answer_b"), "winner", ("A is better than B", "A is much worse than B")),
+    (("answer_a", "answer_b"), "winner", ("A over B", "B over A")),
+    (("answer_a", "answer_b"), "winner", ("Assistant A", "Option (B)")),
+    (("response_1", "response_2"), "preference",
+     ("Response 1 is slightly better than Response 2", "Response 2 is better than Response 1")),
+    (("response_1", "response_2"), "w", ("response_1 > response_2", "response_1 < response_2")),
+    (("response_1", "response_2"), "w", ("1 > 2", "2 > 1")),
+    (("human_ref_A", "human_ref_B"), "w", ("human ref A", "human-ref-B")),
 ])  # fmt: skip
 def test_a_column_whose_values_are_plain_says_which_answer_won(
     read: Callable[..., list[tuple[str, str]]], names: tuple[str, str], winner: str, values: tuple[Any, Any]
@@ -77,6 +89,103 @@ def test_words_for_a_tie_are_no_winner(read: Callable[..., list[tuple[str, str]]
     values = ("model_a", "tie", "tie (bothbad)", "model_b")
     assert read(("answer_a", "answer_b"), "winner", *values) == [("A0", "B0"), ("B3", "A3")]
     assert read(("one", "two"), "w", "x", "tie", "y", said="w = x") == [("A0", "B0"), ("B2", "A2")]
+
+
+def test_answers_that_are_said_to_be_equal_have_no_winner(read: Callable[..., list[tuple[str, str]]]) -> None:
+    assert read(("answer_a", "answer_b"), "winner", "A>B", "A=B", "[[A ~ B]]", "B>>A") == [("A0", "B0"), ("B3", "A3")]
+
+
+@pytest.mark.parametrize(("values", "shown"), [
+    (("not B", "not A"), "not a, not b"), (("B", "not A"), "b, not a"), (("A > B > C", "B"), "a > b > c, b"),
+    (("A is hardly better than B", "B"), "a is hardly better than b, b"), (("gpt-b", "claude-a"), "claude-a, gpt-b"),
+])  # fmt: skip
+def test_a_value_that_only_ends_with_an_answer_does_not_name_it(
+    read: Callable[..., list[tuple[str, str]]], values: tuple[str, ...], shown: str
+) -> None:
+    with pytest.raises(DataError, match=rf"column 'winner' has {shown}, which does not say by itself"):
+        read(("answer_a", "answer_b"), "winner", *values)
+
+
+def test_a_later_value_that_only_ends_with_an_answer_is_an_error(read: Callable[..., list[tuple[str, str]]]) -> None:
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:31: column 'winner' is 'not B'; one of answer_a, answer_b|a, b is expected"
+    ):
+        read(("answer_a", "answer_b"), "winner", *("ab" * 15), "not B")
+
+
+MODELS = [("llama-2", "mistral-1", "llama-2"), ("mistral-1", "llama-2", "llama-2"), ("gpt-2", "gpt-1", "gpt-1")]
+
+
+@pytest.mark.parametrize(("answers", "names"), [
+    (("response_1", "response_2"), ("model_1", "model_2")), (("answer_a", "answer_b"), ("model_a", "model_b")),
+    (("response_a", "response_b"), ("response_a_model", "response_b_model")),
+    (("output1", "output2"), ("generator1", "generator2")),
+])  # fmt: skip
+def test_a_winner_called_as_its_model_is_the_answer_of_that_model(
+    write_lines: Callable[..., Path], answers: tuple[str, str], names: tuple[str, str]
+) -> None:
+    rows = [
+        {"prompt": "Hi", answers[0]: f"A{n}", answers[1]: f"B{n}", names[0]: one, names[1]: other, "winner": winner}
+        for n, (one, other, winner) in enumerate([*MODELS, ("x", "y", "tie")])
+    ]
+    with pytest.raises(DataError, match="'winner' seems to say which of") as raised:
+        load_pairs(write_lines(*rows))
+    pairs, report = load_pairs(write_lines(*rows), columns=map_in(str(raised.value)))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("A0", "B0"), ("B1", "A1"), ("B2", "A2")]
+    assert report.dropped["no winner"] == ["train.jsonl:4"]
+    assert f"the chosen answer is the one whose {names[0]} or {names[1]} winner names" in report.shape
+
+
+def test_a_winner_that_both_or_none_of_the_models_is_called_is_malformed(write_lines: Callable[..., Path]) -> None:
+    row = {"prompt": "Hi", "r_1": "A", "r_2": "B", "model_1": "phi", "model_2": "yi", "w": "yi"}
+    for model, winner in (("yi", "yi"), ("zephyr", "phi")):
+        path = write_lines(*[row] * 20, {**row, "model_1": model, "w": winner})
+        with pytest.raises(
+            DataError, match=r"train\.jsonl:21: column 'w' is '(yi|phi)'; what one of model_1 and model_2 has, and"
+        ):
+            load_pairs(path, columns={"chosen": "r_1", "rejected": "r_2", "winner": "w"})
+
+
+def test_numbers_and_letters_are_no_names_of_models(write_lines: Callable[..., Path]) -> None:
+    row = {"prompt": "Hi", "r_1": "A", "r_2": "B", "source_1": "2", "source_2": "1", "w": 2}
+    columns = {"chosen": "r_1", "rejected": "r_2", "winner": "w"}
+    assert load_pairs(write_lines(row), columns=columns)[0][0].chosen == "B"
+    assert load_pairs(write_lines({**row, "source_1": "b", "w": "b"}), columns=columns)[0][0].chosen == "B"
+
+
+def test_a_winner_that_names_the_place_of_its_model_goes_by_the_place(write_lines: Callable[..., Path]) -> None:
+    row = {"prompt": "Hi", "answer_a": "A", "answer_b": "B", "model_a": "llama-2", "model_b": "gpt-1", "winner": "model_b"}
+    columns = {"chosen": "answer_a", "rejected": "answer_b", "winner": "winner"}
+    assert load_pairs(write_lines(row), columns=columns)[0][0].chosen == "B"
+
+
+@pytest.mark.parametrize("values", [("1 > 3", "3 > 1"), ("[[x>y]]", "[[y>x]]"), ("x=y", "x!=y"), ("it's x", "y")])
+def test_the_ways_that_an_error_offers_can_be_followed_to_the_letter(
+    write_lines: Callable[..., Path], read: Callable[..., list[tuple[str, str]]], values: tuple[str, str]
+) -> None:
+    rows = [{"prompt": "Hi", "answer_a": f"A{n}", "answer_b": f"B{n}", "preference": said} for n, said in enumerate(values)]
+    with pytest.raises(DataError, match="'preference' seems to say which of") as raised:
+        load_pairs(write_lines(*rows))
+    maps = [map_in(str(raised.value), number) for number in (0, 1)]
+    found = [[pair.chosen for pair in load_pairs(write_lines(*rows), columns=one)[0]] for one in maps]
+    assert found == [["A0", "B1"], ["B0", "A1"]]
+    with pytest.raises(DataError, match="does not say by itself") as raised:
+        read(("answer_a", "answer_b"), "preference", *values)
+    ways = [yaml.safe_load(f"{{{way}}}")["winner"] for way in re.findall(r"(winner: [^c].+?) if ", str(raised.value))]
+    assert ways == [one["winner"] for one in maps]
+
+
+def test_a_winner_of_many_values_is_answered_without_a_comparison(write_lines: Callable[..., Path]) -> None:
+    rows = [{"prompt": "Hi", "answer_a": "x", "answer_b": "y", "preference": word} for word in ("left", "right", "middle")]
+    with pytest.raises(DataError, match="answer_a or answer_b, or tie") as raised:
+        load_pairs(write_lines(*rows))
+    columns = map_in(str(raised.value))
+    assert columns == {"prompt": "prompt", "chosen": "answer_a", "rejected": "answer_b", "winner": "<column>"}
+    with pytest.raises(DataError, match="write a column with the name of the better one, or tie"):
+        load_pairs(write_lines(*rows), columns={**columns, "winner": "preference"})
+    named = [{**row, "better": better} for row, better in zip(rows, ("answer_b", "answer_a", "tie"), strict=True)]
+    pairs, _ = load_pairs(write_lines(*named), columns={**columns, "winner": "better"})
+    assert [pair.chosen for pair in pairs] == ["y", "x"]
 
 
 @pytest.mark.parametrize("value", [None, "", float("nan")])

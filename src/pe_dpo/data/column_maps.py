@@ -81,7 +81,7 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
         if winner:
             found += f"; '{winner}' seems to say which of {chosen} and {rejected} is the better one. Say it in the recipe:\n"
             ignore = f"\n(or, if it says something else, data.ignore: [{quote(winner)}])" if columns else ""
-            return found + _write_winner(entries, winner, values[winner]) + ignore
+            return found + _write_winner(entries, winner, rows) + ignore
         alike = [name for name in values if name[:-1] == chosen[:-1] and name[-1:].isalnum()]
         if len(alike) > 2 and len(chosen) > 1 and rejected in alike:
             answers = f"{list_names(alike)} are {len(alike)} answers, and no column map can say which two of them make a pair"
@@ -139,11 +139,17 @@ def _refuse_single_answers(values: Mapping[str, Sequence[Any]], winner: str | No
     return None
 
 
-def _write_winner(entries: Mapping[str, str], winner: str, values: Sequence[Any]) -> str:
+def _write_winner(entries: Mapping[str, str], winner: str, rows: Sequence[Values]) -> str:
     """Return the map to write for two answers of which another column names the better one, or both that it may be."""
-    if Winner.is_plain(winner, entries["chosen"], entries["rejected"], values):
+    if Winner.is_plain(winner, entries["chosen"], entries["rejected"], rows):
         return _write_map({**entries, "winner": winner})
-    won, lost = Winner.comparisons(winner, values)
+    ways = Winner.comparisons(winner, [row[winner] for row in rows if carries(row.get(winner))])
+    if not ways:
+        return (
+            f"{_write_map({**entries, 'winner': '<column>'})}\nwith a column that has the name of the better one, "
+            f"{entries['chosen']} or {entries['rejected']}, or tie"
+        )
+    won, lost = ways
     return (
         f"{_write_map({**entries, 'winner': won})}\nif {entries['chosen']} is the better one there, else\n"
         f"{_write_map({**entries, 'winner': lost})}"
