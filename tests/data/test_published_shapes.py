@@ -303,3 +303,29 @@ def test_a_column_map_reads_texts_that_are_messages_in_a_csv(tmp_path: Path) -> 
     (tmp_path / "x.csv").write_text('q,a,b\n"' + json.dumps([USER]).replace('"', '""') + '",yes,no\n')
     (pair,), _ = load_pairs(tmp_path / "x.csv", columns={"prompt": "q", "chosen": "a", "rejected": "b"})
     assert (pair.prompt, pair.chosen) == ((USER,), (YES,))
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [USER, YES], "rejected": "no"},
+    {"messages": [USER, YES], "rejected": [USER, NO]},
+    {"conversations": share(("human", "Hi"), ("gpt", "yes")), "rejected": {"from": "gpt", "value": "no"}},
+])  # fmt: skip
+def test_a_dialogue_with_the_rejected_answer_beside_it_is_a_pair(read: Callable[..., Any], row: dict[str, Any]) -> None:
+    (pair,), report = read(row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (YES,), (NO,))
+    assert "'rejected' read as rejected_response" in report.shape
+
+
+@pytest.mark.parametrize("row", [
+    {"instances": [{"prompt": "Hi", "chosen": "yes", "rejected": "no"}]},
+    {"row_idx": 0, "row": {"prompt": "Hi", "chosen": "yes", "rejected": "no"}, "truncated_cells": []},
+])  # fmt: skip
+def test_rows_that_lie_one_level_deeper_are_told_so(read: Callable[..., Any], row: dict[str, Any]) -> None:
+    inner = "row" if "row" in row else "instances"
+    with pytest.raises(DataError, match=f"the rows lie one level deeper, in '{inner}': write its objects as the rows"):
+        read(row)
+
+
+def test_two_answers_of_unknown_names_are_two_answers(read: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match=r"not clear.*\n.*\{prompt: prompt, chosen: <column>, rejected: <column>\}"):
+        read({"prompt": "a", "model_output": "b", "gold": "c"})

@@ -1,10 +1,12 @@
 """What a row holds and nobody reads is named, and stops where training without it would be another training."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from paths_to_pairs import load_pairs, prepare_pairs
 
 from pe_dpo.data.characters import Characters
@@ -139,8 +141,8 @@ MATTERING = {
     "context": ({"context": "He was born in 2020."}, r"data: \{columns: \{input: context\}\}"),
     "chat_history": ({"chat_history": PAIRS}, r"data: \{columns: \{history: chat_history\}\}"),
     "question beside prompt": ({"question": "And his name?"}, r"data: \{columns: \{input: question\}\}"),
-    "conversation": ({"conversation": [USER, YES, USER]}, r"before it with data: \{columns: \{history: conversation\}\}"),
-    "dialogue as text": ({"dialogue": "He was born in 2020."}, r"prompt with data: \{columns: \{prompt: dialogue\}\}"),
+    "conversation": ({"conversation": [USER, YES, USER]}, r"data: \{columns: \{prompt: conversation\}, ignore: .prompt.\}"),
+    "dialogue as text": ({"dialogue": "He was born in 2020."}, r"after 'prompt' with data: \{columns: \{input: dialogue\}\}"),
     "initial_reason_steps": ({"initial_reason_steps": "Step 1:"}, "write it as an assistant turn at the end of the prompt"),
     "functions": ({"functions": [{"name": "f"}]}, r"data: \{columns: \{tools: functions\}\}"),
     "images": ({"images": ["cat.png"]}, "pe-dpo trains on text alone.*data.ignore: [images]"),
@@ -204,7 +206,9 @@ def test_a_question_beside_whole_dialogues_is_only_named(read: Callable[..., Any
 
 
 def test_a_prompt_that_the_map_replaces_is_not_lost(read: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match=r"column 'prompt' has content.*read it with data: \{columns: \{input: prompt\}\}"):
+    with pytest.raises(
+        DataError, match=r"column 'prompt' has content.*read it after 'q' with data: \{columns: \{input: prompt\}\}"
+    ):
         read({**ROW, "q": "Hi"}, columns={"prompt": "q"})
 
 
@@ -293,3 +297,53 @@ def test_hundreds_of_unread_columns_are_a_few_lines(read: Callable[..., Any]) ->
     assert line.startswith("columns not read: a_column_of_number_0, a_column_of_number_1, ")
     assert line.endswith(" and 274 more")
     assert len(line) < 640
+
+
+ANSWER = {"role": "assistant", "content": "b"}
+MAPS = {
+    "earlier turns": ({"prompt": "Ho", "dialogue": [USER, ANSWER]}, ["Hi", "b", "Ho"]),
+    "the dialogue that is asked": ({"prompt": "Ho", "dialogue": [USER, ANSWER, USER]}, ["Hi", "b", "Hi"]),
+    "instruction and input": ({"prompt": "Q17", "instruction": "Add.", "input": "1, 2"}, ["Add.\n\n1, 2"]),
+    "input before the instruction": ({"prompt": "Q17", "input": "1, 2", "instruction": "Add."}, ["Add.\n\n1, 2"]),
+    "question beside messages": ({"prompt": [USER], "question": "Who?"}, ["Who?"]),
+    "prompt beside a dialogue": ({"conversations": [USER], "prompt": "Who?"}, ["Who?"]),
+    "context": ({"prompt": "Who?", "context": "He is two."}, ["Who?\n\nHe is two."]),
+    "system": ({"prompt": "Hi", "systemprompt": "Be kind."}, ["Be kind.", "Hi"]),
+    "chat history": ({"prompt": "Hi", "chat_history": PAIRS[:1]}, ["My dog is Otto.", "Nice name.", "Hi"]),
+}
+
+
+@pytest.mark.parametrize(("row", "contents"), MAPS.values(), ids=MAPS.keys())
+def test_the_map_that_an_error_prints_reads_the_column(
+    read: Callable[..., Any], row: dict[str, Any], contents: list[str]
+) -> None:
+    row = row | {"chosen": "yes", "rejected": "no"}
+    with pytest.raises(DataError, match="was not read and belongs to the prompt") as error:
+        read(row)
+    written = re.search(r"data: (\{columns: \{.*?\}(?:, ignore: \[.*?\])?\})", str(error.value))
+    assert written
+    (pair,), _ = read(row, **yaml.safe_load(written[1]))
+    assert [pair.prompt] == contents or [turn["content"] for turn in pair.prompt] == contents
+
+
+@pytest.mark.parametrize(("row", "remedy"), [
+    ({"background": "B", "knowledge": "K"}, "one column alone is read as input, so write background, knowledge into one"),
+    ({"context": "C", "input": "I"}, "one column alone is read as input, so write context, input into one"),
+    ({"documents": ["B", "K"]}, r"write it as one text, and read it with data: \{columns: \{input: documents\}\}"),
+    ({"prompt": [USER], "context": "C"}, "write it into the messages of the prompt, or leave it out"),
+    ({"prompt": [{"role": "system", "content": "x"}, USER], "systemprompt": "S"}, "the prompt has another system turn"),
+    ({"system": "x", "systemprompt": "S"}, "the prompt has another system turn; take one"),
+])  # fmt: skip
+def test_what_no_map_can_read_is_answered_without_one(read: Callable[..., Any], row: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(DataError, match=remedy):
+        read({"prompt": "Hi", "chosen": "yes", "rejected": "no"} | row)
+
+
+def test_a_history_with_a_blank_turn_or_two_of_the_users_in_a_row_is_noted(read: Callable[..., Any]) -> None:
+    _, report = read(
+        {**ROW, "history": [["a", ""], ["c", "d"]]},
+        {**ROW, "history": [USER]},
+        {**ROW, "history": PAIRS},
+        {**ROW, "history": []},
+    )
+    assert report.noted == {"history with a blank turn, or two user turns in a row": ["train.jsonl:1", "train.jsonl:2"]}

@@ -53,6 +53,9 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
     """
     found = f"{where}: the columns are {list_names(names)}"
     values = {name: [row[name] for row in rows if carries(row.get(name))] for name in names}
+    inner = next((name for name in values if any(map(_is_row, values[name]))), None)
+    if inner:
+        return f"{found}; the rows lie one level deeper, in '{inner}': write its objects as the rows, in a list or one a line"
     winner = find_winner(values)
     guess, free = _guess(values, columns, winner)
     chosen, rejected = guess.pop("chosen", None), guess.pop("rejected", None)
@@ -100,7 +103,7 @@ def _guess(
     """Return the likeliest column map, and the columns with text that are not in it."""
     texts = [name for name in values if any(isinstance(value, str | list | Mapping) for value in values[name])]
     texts = [name for name in texts if name != winner and name not in columns.values()]
-    free = [name for name in texts if not _NO_TEXT & {*_words(name)}]
+    free = [name for name in texts if not _NO_TEXT & {*_words(name)} or _words(name)[-1] in _SINGLE]
     rivals = [
         (name, name[:-1] + other) for name in free for one, other in ("01", "12", "ab", "AB")
         if name[-1:] == one and name[:-1] + other in free
@@ -121,6 +124,12 @@ def _guess(
             guess.setdefault(ours, name)
             free = [one for one in free if one != name]
     return guess, free
+
+
+def _is_row(value: Any) -> bool:
+    """Return whether a cell holds a whole row, or a list of such."""
+    row = value[0] if isinstance(value, list) and value else value
+    return isinstance(row, Mapping) and (len({"prompt", "instruction", "question", "chosen", "rejected"} & row.keys()) > 1)
 
 
 def _refuse_single_answers(values: Mapping[str, Sequence[Any]], winner: str | None, *, is_alone: bool) -> str | None:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pe_dpo.data.dialogues import is_transcript
-from pe_dpo.data.messages import ROLES, parse_written
+from pe_dpo.data.dialogues import is_transcript, read_history
+from pe_dpo.data.messages import ROLES, holds_messages, list_names, parse_written
 from pe_dpo.data.pairs import RowError, Text
 from pe_dpo.errors import DataError
 
@@ -93,6 +93,10 @@ def find_spellings(examples: Mapping[str, Any], mapped: Mapping[str, str]) -> di
             pairs = [pair for pair in pairs if pair[0] not in ("messages", "conversations", "response")]
         if len(pairs) == 1:
             found |= {"chosen": plain[pairs[0][0]], "rejected": plain[pairs[0][1]]}
+    if "rejected" in present and not {"chosen", "rejected_response"} & present:
+        dialogue = next((name for name in ("messages", "conversations") if name in plain), None)
+        found |= {"rejected_response": plain["rejected"]} if dialogue else {}
+        found |= {"messages": plain[dialogue]} if dialogue == "conversations" else {}
     systems = [name for name in _SYSTEMS if name in plain]
     if "system" not in present and len(systems) == 1:
         found["system"] = plain[systems[0]]
@@ -178,7 +182,9 @@ def refuse_media(values: Mapping[str, Any], where: str) -> None:
             )
 
 
-def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) -> None:
+def refuse_unread(
+    unread: Mapping[str, Any], sides: Sequence[Text], where: str, *, taken: Mapping[str, str], is_text: bool
+) -> None:
     """Refuse what was not read of a row where training without it would be another training.
 
     That is a weight, and a column that belongs to the prompt, unless its texts are found in what was read.
@@ -187,15 +193,19 @@ def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) 
         unread: The columns with content that were not read.
         sides: Prompt, chosen and rejected answer, as read.
         where: The row, for people.
+        taken: From our names to the columns that were read under them; `prompt` to that of the prompt, where it has its own.
+        is_text: Whether the row's prompt is text, after which an input may stand.
 
     Raises:
         DataError: There is such a column; the message has the remedy.
     """
+    missing = {}
     for name, value in unread.items():
-        ours, ignore = read_as(name), f"data.ignore: [{quote(name)}]"
+        ours = read_as(name)
         if name.strip().lower() in _WEIGHTS and str(value).strip() not in ("1", "1.0"):
             raise DataError(
-                f"{where}: column '{name}' is {repr(value)[:40]}, and all pairs weigh the same; train so with {ignore}"
+                f"{where}: column '{name}' is {repr(value)[:40]}, and all pairs weigh the same; train so with "
+                f"data.ignore: [{quote(name)}]"
             )
         if ours is None:
             continue
@@ -205,20 +215,43 @@ def refuse_unread(unread: Mapping[str, Any], sides: Sequence[Text], where: str) 
             is_read = all(_is_found(value, (sides[0], answer)) for answer in sides[1:])
         else:  # the same words in an answer are not those that the answer follows
             is_read = ours not in ("tools", "chat_template_kwargs") and _is_found(value, sides[:1])
-        if is_read:
-            continue
-        remedy = "write it into the messages of the prompt"
-        if ours == "prefill":
-            remedy = "write it as an assistant turn at the end of the prompt"
-        elif ours == "messages":
-            remedy = (
-                f"read it as the prompt with {_map('prompt', name)}, or as the turns before it with {_map('history', name)}"
-            )
-        elif ours != name or ours == "prompt":
-            remedy = f"read it with {_map('input' if ours == 'prompt' else ours, name)}"
+        if not is_read:
+            missing[name] = value
+    if missing:
+        name = min(missing, key=lambda name: read_as(name) != "prompt")  # an instruction takes its input along
         raise DataError(
-            f"{where}: column '{name}' has content, was not read and belongs to the prompt; {remedy}, or leave it out: {ignore}"
+            f"{where}: column '{name}' has content, was not read and belongs to the prompt; "
+            f"{_remedy(name, missing, sides[0], taken, is_text=is_text)}, or leave it out: data.ignore: [{quote(name)}]"
         )
+
+
+def _remedy(name: str, missing: Mapping[str, Any], prompt: Text, taken: Mapping[str, str], *, is_text: bool) -> str:
+    """Return how a column that was not read can be, such that the next error is not its reverse."""
+    ours, asked = str(read_as(name)), taken.get("prompt")
+    alike = [other for other in missing if read_as(other) == ours]
+    written = "write it into the prompt" if isinstance(prompt, str) else "write it into the messages of the prompt"
+    if ours == "prefill":
+        return "write it as an assistant turn at the end of the prompt"
+    if ours == "messages" and "history" not in taken:
+        with suppress(RowError):
+            if read_history(missing[name], name)[-1]["role"] == "assistant":
+                return f"read it as the turns before the prompt with {_map('history', name)}"
+    if ours in ("messages", "prompt"):
+        if asked is None:
+            return written
+        can_follow = is_text and "input" not in taken and isinstance(missing[name], str) and not holds_messages(missing[name])
+        after = f"after '{asked}' with {_map('input', name)}, or " if can_follow else ""
+        instead = f"data: {{columns: {{prompt: {quote(name)}}}, ignore: [{quote(asked)}]}}"
+        return f"read it {after}in the place of '{asked}' with {instead}"
+    if ours == "system" and not isinstance(prompt, str) and prompt[0]["role"] in ("system", "developer"):
+        return "the prompt has another system turn; take one of the two out"
+    if (ours == "input" and not is_text) or ours == name or taken.get(ours) == name:
+        return written
+    if ours in taken or len(alike) > 1:
+        several = list_names([*alike, *(taken[ours] for _ in range(ours in taken))])
+        return f"one column alone is read as {ours}, so write {several} into one"
+    is_list = ours == "input" and not isinstance(missing[name], str)
+    return f"{'write it as one text, and ' if is_list else ''}read it with {_map(ours, name)}"
 
 
 def refuse_keys(sides: Sequence[Text], where: str) -> None:

@@ -53,6 +53,7 @@ REMEDIES = {
     PROMPT_IN_TRAINING: "not measured on; take such prompts out of one of the two files",
     "scores that contradict the labels": "decide whether the scores or the labels are right",
     "text that is already written with a chat template": "give the bare texts, or write data.template: plain",
+    "history with a blank turn": "take the exchange out of the history, or write its answer",
     "text that looks like messages": "it is read as text; write the column as messages",
     WITHOUT_MARGIN: "counts as a margin of 0",
 }

@@ -15,6 +15,7 @@ Each of them may have system, history (turns before the prompt), tools, chat_tem
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from pe_dpo.data.column_maps import explain_columns, is_labelled
@@ -64,6 +65,8 @@ _SHAPES = {
     ("chosen", "rejected"): "whole dialogues (messages); the prompt is what chosen and rejected share",
 }
 """The columns of each shape, and the shape in words; the first whose columns are there is taken."""
+_CONTEXT = ("history", "input", "system", "tools", "chat_template_kwargs")
+"""What stands beside the prompt, and belongs to it."""
 _LISTED = re.compile(r'\["(?:[^"\\]|\\.)*"(?:, *"(?:[^"\\]|\\.)*")*\]', re.DOTALL)
 """A JSON list of texts."""
 _PRINTED = re.compile(r"\s*(?:\['.*'\]|\{'\w+': .*\})\s*", re.DOTALL)
@@ -223,6 +226,12 @@ class Shape:
             self.noted["answers that begin with the whole prompt"].append(where)
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             self.noted["prompt that ends with an assistant turn, with which the answers go on"].append(where)
+        turns = pairwise(prompt) if "history" in row and not isinstance(prompt, str) else ()
+        if any(
+            (not one["content"].strip() and "tool_calls" not in one) or one["role"] == next_one["role"] == "user"
+            for one, next_one in turns
+        ):
+            self.noted["history with a blank turn, or two user turns in a row"].append(where)
         differences, scores = compare_scores(row)
         if min([0.0, *differences]) < 0:
             self.noted["scores that contradict the labels"].append(where)
@@ -232,7 +241,16 @@ class Shape:
         columns = {self.columns.get(name, name) for name in read} | ({self.winner.column} if self.winner else set())
         rest = {name: cell for name, cell in given.items() if name not in columns and name.strip() and carries(cell)}
         is_whole = self.required == ("chosen", "rejected")  # the dialogues bring what they answer
-        refuse_unread({name: rest[name] for name in rest if not (is_whole and read_as(name) == "prompt")}, sides, where)
+        first = self.required[0]
+        taken = {name: self.columns.get(name, name) for name in _CONTEXT if carries(row.get(name))}
+        taken |= {} if is_whole or "rejected_response" in self.required else {"prompt": self.columns.get(first, first)}
+        refuse_unread(
+            {name: rest[name] for name in rest if not (is_whole and read_as(name) == "prompt")},
+            sides,
+            where,
+            taken=taken,
+            is_text=first in ("prompt", "instruction") and isinstance(row[first], str),
+        )
         refuse_keys(sides, where)
         in_prompt = {self.columns.get(name, name) for name in ("system", "input")}
         inside = [f"{self.columns.get(name, name)}.{key}" for name in self.required for key in unread_keys(row[name])]
