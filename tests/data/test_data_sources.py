@@ -31,6 +31,22 @@ TEXT_ROW = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
     (["a", "b"], ["a", "b"], []),
     (["validation"], ["validation"], []),
     (["training", "tests"], ["training", "tests"], []),
+    (["training", "evaluation", "testing", "heldout"], ["training"], ["evaluation"]),
+    (["training", "testing"], ["training"], ["testing"]),
+    (["helpful-train", "helpful-test"], ["helpful-train"], ["helpful-test"]),
+    (["dpo_train_v1", "dpo_eval_v1", "notes"], ["dpo_train_v1"], ["dpo_eval_v1"]),
+    (["pairs", "pairs.held_out"], ["pairs"], ["pairs.held_out"]),
+    (["pairs", "my holdout", "held-out-2"], ["pairs"], ["held-out-2"]),
+    (["Train", "Test"], ["Train"], ["Test"]),
+    (["a-valid", "a-test", "b"], ["b"], ["a-valid"]),
+    (["helpful-train", "harmless-train", "helpful-test", "test"], ["helpful-train", "harmless-train"], ["test"]),
+    (["helpful-train-00000-of-00002", "helpful-train-00001-of-00002", "helpful-dev"],
+     ["helpful-train-00000-of-00002", "helpful-train-00001-of-00002"], ["helpful-dev"]),
+    (["train", "helpful-train", "evaluation"], ["train"], []),
+    (["more-train", "pairs"], ["more-train", "pairs"], []),
+    (["a-train-test", "b"], ["a-train-test", "b"], []),
+    (["latest", "contest", "devil", "trainer", "evaluations"], ["latest", "contest", "devil", "trainer", "evaluations"], []),
+    (["helpful-test", "harmless-test"], ["helpful-test", "harmless-test"], []),
 ])  # fmt: skip
 def test_names_divide_into_training_and_held_out(names: list[str], train: list[str], held_out: list[str]) -> None:
     assert divide_names(names) == (train, held_out)
@@ -42,6 +58,43 @@ def test_a_folder_uses_its_train_and_test_files_and_names_the_others(write_lines
     (folder / "LICENSE").write_text("not data")
     ((_, train, held_out, unused),) = find_places(str(folder))
     assert ([*train], [*held_out], unused) == (["train.jsonl"], ["test.jsonl"], ["all.jsonl"])
+
+
+def test_test_files_of_a_folder_are_never_trained_on_for_their_longer_names(write_lines: Callable[..., Path]) -> None:
+    for name in ("helpful-train.jsonl", "helpful-test.jsonl", "harmless-eval.jsonl"):
+        folder = write_lines(TEXT_ROW, name=name).parent
+    ((_, train, held_out, unused),) = find_places(str(folder))
+    assert ([*train], [*held_out], unused) == (["helpful-train.jsonl"], ["harmless-eval.jsonl"], ["helpful-test.jsonl"])
+    ((_, train, held_out, unused),) = find_places(f"{folder}/*.jsonl")
+    assert ([*train], [*held_out], unused) == (["helpful-train.jsonl"], ["harmless-eval.jsonl"], ["helpful-test.jsonl"])
+
+
+def test_folders_below_a_glob_say_a_side_by_their_words_where_the_file_says_none(tmp_path: Path) -> None:
+    for name in ("training/a", "evaluation/a", "model-eval/train", "more/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(TEXT_ROW))
+    ((_, train, held_out, unused),) = find_places(f"{tmp_path}/**/*.jsonl")
+    assert (len(train), [*held_out], unused) == (3, ["a.jsonl"], [])
+    assert [where for where, _ in held_out["a.jsonl"]] == ["a.jsonl:1"]
+
+
+@pytest.mark.parametrize(("names", "train", "held_out"), [
+    (["training", "evaluation"], ["x.json/training"], ["x.json/evaluation"]),
+    (["helpful-train", "helpful-test"], ["x.json/helpful-train"], ["x.json/helpful-test"]),
+    (["data", "test"], ["x.json/data"], ["x.json/test"]), (["train", "held_out"], ["x.json/train"], []),
+])  # fmt: skip
+def test_splits_of_a_json_document_are_divided_as_files_are(
+    tmp_path: Path, names: list[str], train: list[str], held_out: list[str]
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({name: [{**TEXT_ROW, "prompt": name}] for name in names}))
+    ((_, found, others, _),) = find_places(str(tmp_path / "x.json"))
+    assert ([*found], [*others]) == (train, held_out)
+    assert [values["prompt"] for rows in found.values() for _, values in rows] == names[:1]
+
+
+def test_a_document_of_one_pair_is_no_document_of_splits(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({**TEXT_ROW, "test_cases": [{"in": 1}]}))
+    assert [pair.chosen for pair in load_pairs(tmp_path / "x.json")[0]] == ["yes"]
 
 
 def test_the_held_out_side_of_a_folder_is_read_when_asked(write_lines: Callable[..., Path]) -> None:

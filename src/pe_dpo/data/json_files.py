@@ -24,6 +24,7 @@ from typing import Any
 
 from pe_dpo.data.columns import begins_with_prompt, read_as
 from pe_dpo.data.pairs import RowError, describe_value
+from pe_dpo.data.split import named_side
 from pe_dpo.data.text_files import BOM, Row, open_bytes, read_lines
 from pe_dpo.errors import DataError
 
@@ -33,9 +34,8 @@ _ID = re.compile(r"[\w.:/-]*\d[\w.:/-]*", re.ASCII)
 """What may be the id of a row: one word with a digit."""
 _BETWEEN = f" \t\r\n,{BOM}"
 """What may stand between the values of a file that was put together."""
-HELD_OUT_NAMES = ("validation", "valid", "val", "eval", "dev", "test")  # the first that is there is used
-_SPLIT = re.compile(rf"({'|'.join(('train', *HELD_OUT_NAMES))})([_-].*)?")
-_SPLITS = re.compile(rf'^\s*\{{.*"{_SPLIT.pattern}"\s*:\s*\[', re.DOTALL)
+_LISTS = re.compile(r'"([^"\\]*)"\s*:\s*\[')
+"""A key of a list."""
 
 
 def read_json_lines(path: Path, name: str) -> Iterator[Row]:
@@ -91,19 +91,23 @@ def number_rows(values: Iterable[Any], name: str) -> Iterator[Row]:
 def read_json_splits(path: Path) -> dict[str, list[Any]]:
     """Return the rows of each split of a document like {"train": [...], "test": [...]}; nothing for any other.
 
+    Rows under one of the names that stand for all rows are a split beside those that are named as a side.
+
     Raises:
         DataError: The file begins like such a document, and is not JSON.
     """
     try:
         with open_bytes(path) as file:
-            if not _SPLITS.match(file.read(500).decode("utf-8", "replace").lstrip(BOM)):
-                return {}
+            head = file.read(500).decode("utf-8", "replace").lstrip(BOM)
+        if not head.lstrip().startswith("{") or not any(map(named_side, _LISTS.findall(head))):
+            return {}
         document = _read_document(path, path.name)
     except (OSError, EOFError, zlib.error):  # said when the rows are read
         return {}
-    if not isinstance(document, dict):
+    if not isinstance(document, dict) or {"chosen", "rejected"} & document.keys():
         return {}
-    return {split: rows for split, rows in document.items() if _SPLIT.fullmatch(split) and _are_rows(rows)}
+    splits = {name: rows for name, rows in document.items() if (named_side(name) or name in _WRAPPERS) and _are_rows(rows)}
+    return splits if any(map(named_side, splits)) else {}
 
 
 def _read_document(path: Path, name: str) -> Any:

@@ -1,8 +1,9 @@
 """What the places that a recipe names stand for, and how often the pairs of each are trained on.
 
 pairs.jsonl           one file; a JSON file of splits is divided like a folder
-folder/               train.* (or train-*, train_*) and validation|valid|val|eval|dev|test.*; else every data file
-shards/part-*.jsonl   a glob: every data file that it matches; of those, validation|…|test.* are held out
+folder/               train.* (or train-*, train_*) and validation|valid|val|eval|dev|test.*, else those with such a word in
+                      their names (helpful-train, evaluation); else every data file
+shards/part-*.jsonl   a glob: every data file that it matches; of those, the ones named like held-out data are held out
 saved dataset/        what `datasets` wrote with save_to_disk
 owner/name            a data set of the Hub, read with `datasets`
 """
@@ -16,17 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pe_dpo.data.files import FOREIGN_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, clean_arrow, data_format, read_rows
-from pe_dpo.data.json_files import HELD_OUT_NAMES, number_rows, read_json_splits
+from pe_dpo.data.json_files import number_rows, read_json_splits
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.report import list_names
+from pe_dpo.data.split import HELD_OUT_NAMES, HELD_OUT_WORDS, named_side
 from pe_dpo.data.text_files import Row
 from pe_dpo.disk import matching_paths
 from pe_dpo.errors import DataError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
 from pe_dpo.recipe.schema import DataSource, Sources, list_sources
-
-_SIDE = re.compile(rf"({'|'.join(('train', *HELD_OUT_NAMES))})([-_].*)?")
-_HELD_OUT = re.compile(rf"({'|'.join(HELD_OUT_NAMES)})([-_].*)?")
 
 Parts = dict[str, Iterator[Row]]
 """The rows of files or splits by their names; a file is opened only when its rows are read, and they can be read once."""
@@ -79,25 +78,32 @@ def weigh(pairs: Sequence[EncodedPair], weight: float) -> list[EncodedPair]:
     return [*pairs] * int(whole) + [pair for pair in pairs if fraction and pair.prompt_key in kept]
 
 
-def divide_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+def divide_names(names: Sequence[str], *, keeps_all: bool = False) -> tuple[list[str], list[str]]:
     """Return the names to train on and the names to hold out.
 
     Args:
         names: Stems of files, or names of splits.
+        keeps_all: Whether all are trained on that are not named as held out, also where some begin with `train`.
 
     Returns:
         `train` itself, else names that begin with `train-` or `train_` (of several, those that say `pref`); the same
-        for the first of `HELD_OUT_NAMES` that is there. Without a training name: everything that is not a
-        held-out name; if nothing is, all names, and none held out.
+        for the first of `HELD_OUT_NAMES` that is there. Without such a training name words anywhere in a name count too, see
+        `named_side`: the first of `HELD_OUT_WORDS` is held out, the others are not used; trained on are the names with a
+        training word where something is held out, else everything that is not named as held out; if nothing is, all names,
+        and none held out.
     """
     best: dict[str, list[str]] = {}
-    reserved: set[str] = set()
     for word in ("train", *HELD_OUT_NAMES):
         named = [name for name in names if name == word or name.startswith((f"{word}-", f"{word}_"))]
         best[word] = [name for name in named if name == word] or [name for name in named if "pref" in name] or named
-        reserved |= {*named} if word != "train" else set()
-    train = best["train"] or [name for name in names if name not in reserved]
     held_out = next((best[word] for word in HELD_OUT_NAMES if best[word]), [])
+    if best["train"] and not keeps_all:
+        return best["train"], held_out
+    reserved = [name for name in names if named_side(name) == "held_out"]
+    for word in () if held_out else HELD_OUT_WORDS:
+        held_out = held_out or [name for name in reserved if re.search(rf"(?<![^-_. ]){word}(?![^-_. ])", name, re.IGNORECASE)]
+    train = [name for name in names if reserved and not keeps_all and named_side(name) == "train"]
+    train = train or [name for name in names if name not in reserved]
     return (train, held_out) if train else (list(names), [])
 
 
@@ -152,9 +158,7 @@ def _divide(source: DataSource, parts: Sequence[_Part], taken: dict[str, str], *
         if not train:
             raise DataError(f"{source.path}: has no split '{source.split}'; found {list_names(splits)}")
     else:
-        train, held_out = divide_names(splits)
-        if keeps_all:
-            train = [split for split in splits if not _HELD_OUT.fullmatch(split)] or train
+        train, held_out = divide_names(splits, keeps_all=keeps_all)
     files: dict[str, str] = {}
     for part in parts:
         file = part.full_name.rpartition("/")[2]
@@ -190,8 +194,10 @@ def _without_suffix(name: str) -> str:
 
 
 def _file(path: Path, folders: Sequence[str] = ()) -> _Part:
-    """Return a file as a part; its split is its name, or that of the first of these folders that names a side."""
-    split = next(filter(_SIDE.fullmatch, folders), _without_suffix(path.name))
+    """Return a file as a part; its split is the first of these folders or its own name that says a side, else its name."""
+    begin_so = [folder for folder in folders if named_side(folder, by_words=False)]
+    stem = _without_suffix(path.name)
+    split = next(filter(named_side, (*begin_so, stem, *folders)), stem)
     return _Part(split, _full_name(path), 1, partial(read_rows, path))
 
 

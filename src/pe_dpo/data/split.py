@@ -1,4 +1,4 @@
-"""Which pairs are held out: none whose prompt the model reads in training.
+"""Which pairs are held out: those of files and splits that are called so, and none whose prompt the model reads in training.
 
     as rows say it       "Hi"   [{user: "Hi"}]   "Hi\\n"      three keys
     as the model reads   12 5   12 5             12 5         one prompt: keys that share token ids are one group
@@ -7,11 +7,19 @@ A group is on one side, under the smallest of its keys, so that pairs whose keys
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pe_dpo.data.pairs import EncodedPair
+
+HELD_OUT_NAMES = ("validation", "valid", "val", "eval", "dev", "test")
+"""How files and splits that are held out begin; the first that is there is used."""
+HELD_OUT_WORDS = (*HELD_OUT_NAMES, "evaluation", "testing", "heldout", "held_out", "held-out", "held out", "holdout")
+"""Words anywhere in a name that say so, in the order in which one is taken before another."""
+_BEGINS = re.compile(rf"(?:(train)|{'|'.join(HELD_OUT_NAMES)})(?:[-_].*)?")
+_WORDS = re.compile(rf"(?<![^-_. ])(?:(train(?:ing)?)|{'|'.join(HELD_OUT_WORDS)})(?![^-_. ])", re.IGNORECASE)
 
 
 class Sides(NamedTuple):
@@ -23,6 +31,21 @@ class Sides(NamedTuple):
     """Of those that were brought to be held out: the ones whose prompt is in training."""
     held_out_rows: list[str] | None
     """The rows held out, for the report; None where a run from before runs named them is repeated."""
+
+
+def named_side(name: str, *, by_words: bool = True) -> Literal["train", "held_out"] | None:
+    """Return the side that a name says: by how it begins, else by its words; None for no side or both.
+
+    Args:
+        name: Of a file without its suffix, of a folder or of a split.
+        by_words: Whether words further behind count.
+
+    Example:
+        train_prefs, helpful-train and training are to train on; test-train, Evaluation and v1.held_out are held out.
+    """
+    begins = _BEGINS.fullmatch(name)
+    sides = {bool(found[1]) for found in ([begins] if begins else _WORDS.finditer(name) if by_words else [])}
+    return None if len(sides) != 1 else "train" if sides == {True} else "held_out"
 
 
 def divide(
