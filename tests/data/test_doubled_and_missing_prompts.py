@@ -68,6 +68,7 @@ def test_a_history_that_ends_with_another_question_stays_as_it_is(read: Callable
     ("nan", "column 'prompt' is the text 'nan', which stands where a value was missing"),
     ([{"role": "user", "content": ""}], "the last user turn in column 'prompt' is blank"),
     ([*EARLIER, {"role": "user", "content": "nan"}], "the last user turn in column 'prompt' is the text 'nan'"),
+    ("\n\nHuman: \n\nAssistant:", "the last user turn in column 'prompt' is blank"),
 ])  # fmt: skip
 def test_a_missing_prompt_is_no_prompt(refusal: Callable[..., str], prompt: Any, found: str) -> None:
     assert found in refusal({"prompt": prompt, **ANSWERS})
@@ -187,3 +188,25 @@ def test_answers_that_begin_with_the_word_of_a_prompt_are_not_cut(
 ) -> None:
     (pair,), _ = read({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, chosen, rejected)
+
+
+def test_whole_transcripts_beside_the_question_that_they_ask_have_it_once(read: Callable[..., Any]) -> None:
+    asked = "\n\nHuman: a\n\nAssistant: b\n\nHuman: Hi you\n\nAssistant:"
+    (pair,), _ = read({"prompt": "Hi you", "chosen": f"{asked} yes", "rejected": f"{asked} no"})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (asked, " yes", " no")
+    row = {"prompt": "Write a scene.", "chosen": f"{asked} yes", "rejected": f"{asked} no"}
+    (pair,), _ = read(row)
+    assert (pair.prompt, pair.chosen) == (row["prompt"], row["chosen"])
+
+
+@pytest.mark.parametrize(("prompt", "begun", "space"), [("2 + 2?\n", "2 + 2? ", ""), ("\n2 + 2?", "2 + 2? ", " ")])
+def test_a_repeated_prompt_is_found_without_the_white_space_around_it(
+    read: Callable[..., Any], prompt: str, begun: str, space: str
+) -> None:
+    (pair,), _ = read({"prompt": prompt, "chosen": f"{begun}4", "rejected": f"{begun}5"})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, f"{space}4", f"{space}5")
+
+
+def test_answers_that_repeat_the_last_message_are_noted(read: Callable[..., Any]) -> None:
+    _, report = read({"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": "2 + 2? 4", "rejected": "2 + 2? 5"})
+    assert report.noted == {"answers that begin with the whole prompt": ["train.jsonl:1"]}

@@ -30,7 +30,7 @@ from pe_dpo.data.columns import (
     refuse_media,
     refuse_unread,
 )
-from pe_dpo.data.dialogues import is_cut_between_words, is_transcript, split_texts, split_transcripts
+from pe_dpo.data.dialogues import is_cut_between_words, is_transcript, messages_from_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
 from pe_dpo.data.pairs import Cut, Pair, RowError, describe_value
 from pe_dpo.data.scores import compare_scores, read_margin
@@ -151,7 +151,7 @@ class Shape:
             raise DataError(explain_columns(names, rows, mapped, where=where))
         # Answers to "Hi" may begin with that word, and repeat nothing.
         are_words = all(re.fullmatch(r"\w*", str(row.get(self.required[0])).strip()) for row in renamed)
-        repeat_prompt = all(_repeat_prompt(*(row.get(name) for name in self.required)) for row in renamed)
+        repeat_prompt = all(_behind_prompt(*(row.get(name) for name in self.required)) for row in renamed)
         self.repeats_prompt = repeat_prompt and not are_words
         self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
         self.words = self._describe(spelled)
@@ -222,7 +222,8 @@ class Shape:
             self.noted["text that looks like messages"].append(where)
         if any(isinstance(row[name], str) and _PRINTED.fullmatch(row[name]) for name in self.required):
             self.noted["text that looks like a printed list or object"].append(where)
-        if _repeat_prompt(*sides):
+        asked, *said = (side if isinstance(side, str) else side[0 if at else -1]["content"] for at, side in enumerate(sides))
+        if _behind_prompt(asked, *said) and (isinstance(prompt, str) or " " in asked.strip()):
             self.noted["answers that begin with the whole prompt"].append(where)
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             self.noted["prompt that ends with an assistant turn, with which the answers go on"].append(where)
@@ -305,12 +306,23 @@ class Shape:
             remedy = f"read it from another column with data: {{columns: {{prompt: {quote(asked)}}}}}" if asked else "write it"
             raise RowError(f"column '{columns[0]}' is null, where the prompt is expected; {remedy}")
         prompt = read_prompt(self.required, prompt, one, row, names)
-        if prompt is None and isinstance(one, str) and isinstance(other, str):
-            sides = self.split(one, other, columns[1:])
-            return sides, "words" if self.split is split_texts and is_cut_between_words(sides[0]) else None
-        if self.repeats_prompt and _repeat_prompt(prompt, one, other):
-            return (prompt, one[len(prompt) :], other[len(prompt) :]), "prompt"
+        if isinstance(one, str) and isinstance(other, str):
+            return self._read_texts(prompt, one, other, columns)
         return read_sides(prompt, one, other, columns), None
+
+    def _read_texts(self, prompt: Any, chosen: str, rejected: str, columns: tuple[str, str, str]) -> tuple[Sides, Cut]:
+        """Return the sides of a row whose answers are texts, without the prompt that they may repeat."""
+        if prompt is None:
+            sides = self.split(chosen, rejected, columns[1:])
+            return sides, "words" if self.split is split_texts and is_cut_between_words(sides[0]) else None
+        if isinstance(prompt, str) and is_transcript(chosen) and is_transcript(rejected):
+            whole = split_transcripts(chosen, rejected, columns[1:])
+            if any(turn["content"] == prompt.strip() for turn in messages_from_transcript(whole[0], "")):
+                return whole, None
+        behind = _behind_prompt(prompt, chosen, rejected) if self.repeats_prompt else None
+        if behind:
+            return (prompt, *behind), "prompt"
+        return read_sides(prompt, chosen, rejected, columns), None
 
 
 def _find_shape(rows: Sequence[Values]) -> tuple[str, ...]:
@@ -335,13 +347,23 @@ def _holds_written(cells: Sequence[Any]) -> bool:
     return bool(texts) and 2 * sum(map(holds_messages, texts)) >= len(texts)
 
 
-def _repeat_prompt(prompt: Any, chosen: Any = None, rejected: Any = None) -> bool:
-    """Return whether both answers are texts that begin with the whole prompt, and not inside a word or a sentence."""
-    answers = [answer for answer in (chosen, rejected) if isinstance(answer, str)]
-    if not isinstance(prompt, str) or not prompt.strip() or len(answers) != 2:
-        return False
-    follows = [answer[len(prompt) :] for answer in answers if answer.startswith(prompt)]
-    return len(follows) == 2 and all(rest.strip() and not (prompt[-1].isalnum() and not rest[0].isspace()) for rest in follows)
+def _behind_prompt(prompt: Any, chosen: Any = None, rejected: Any = None) -> tuple[str, str] | None:
+    """Return what two texts say behind the prompt that both begin with, apart from white space around it.
+
+    None where they do not begin with all of it, or go on inside a word or a sentence.
+    """
+    stem = prompt.strip() if isinstance(prompt, str) else ""
+    rests = []
+    for text in (chosen, rejected) if stem else ():
+        if not isinstance(text, str) or not text.lstrip().startswith(stem):
+            return None
+        is_exact = text.startswith(prompt)
+        rest = text[len(prompt) :] if is_exact else text.lstrip()[len(stem) :]
+        is_inside = (prompt if is_exact else stem)[-1].isalnum() and not rest[:1].isspace()
+        if not rest.strip() or is_inside:
+            return None
+        rests.append(rest if is_exact or not prompt[-1].isspace() else rest.lstrip())
+    return (rests[0], rests[1]) if rests else None
 
 
 def _share_beginnings(rows: Sequence[Values]) -> bool:

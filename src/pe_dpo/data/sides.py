@@ -238,10 +238,11 @@ def check_sides(prompt: Text, chosen: Text, rejected: Text, names: Names) -> Non
 
 def _check_prompt(prompt: Text, answers: tuple[Text, Text], name: str) -> None:
     """Refuse a prompt that is missing, or ends with what the answers bring or a tool was asked."""
-    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt[-1]["role"] == "user" else "said elsewhere"
+    last = as_messages(prompt)[-1]
+    asked = last["content"] if last["role"] == "user" else "said elsewhere"
     if asked.strip() in ("", "nan", "NaN", "<NA>"):
         found = f"the text {asked.strip()!r}, which stands where a value was missing" if asked.strip() else "blank"
-        in_turn = "" if isinstance(prompt, str) else "the last user turn in "
+        in_turn = "" if isinstance(prompt, str) and not is_open_transcript(prompt) else "the last user turn in "
         raise RowError(f"{in_turn}column '{name}' is {found}; write the prompt, or take the row out")
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":  # the answers go on with it
         begun = prompt[-1]["content"].strip()
