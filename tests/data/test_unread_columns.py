@@ -145,13 +145,86 @@ MATTERING = {
     "dialogue as text": ({"dialogue": "He was born in 2020."}, r"after 'prompt' with data: \{columns: \{input: dialogue\}\}"),
     "initial_reason_steps": ({"initial_reason_steps": "Step 1:"}, "write it as an assistant turn at the end of the prompt"),
     "functions": ({"functions": [{"name": "f"}]}, r"data: \{columns: \{tools: functions\}\}"),
-    "images": ({"images": ["cat.png"]}, "pe-dpo trains on text alone.*data.ignore: [images]"),
-    "image": ({"image": {"bytes": "x"}}, "text alone"),
-    "audio": ({"audio": "x.wav"}, "text alone"),
-    "videos": ({"videos": ["x.mp4"]}, "text alone"),
-    "weight": ({"weight": 0.5}, "all pairs weigh the same"),
+    "chosen_reasoning": (
+        {"chosen_reasoning": "He was born so."},
+        "belongs to an answer; write the answers as messages with it",
+    ),
+    "tool_calls_rejected": ({"tool_calls_rejected": [{"name": "f"}]}, "belongs to an answer"),
+    "prefix": ({"prefix": "Step 1:"}, "write it as an assistant turn at the end of the prompt"),
     "template_kwargs": ({"template_kwargs": {"a": 1}}, r"\{chat_template_kwargs: template_kwargs\}"),
 }
+
+
+NOT_TRAINED_ON = {
+    "images": (["cat.png"], "pe-dpo trains on text alone"), "image": ({"bytes": "x"}, "text alone"),
+    "audio": ("x.wav", "text alone"), "videos": (["x.mp4"], "text alone"),
+    "weight": (0.5, "is 0.5, and all pairs weigh the same"), "train": (False, "is False, and all pairs are trained on"),
+}  # fmt: skip
+"""Columns for which single rows, or all, cannot be trained on as they say."""
+
+
+@pytest.mark.parametrize(("name", "value", "why"), [(name, *said) for name, said in NOT_TRAINED_ON.items()])
+def test_single_rows_that_cannot_be_trained_on_as_they_say_are_refused_as_rows(
+    read: Callable[..., Any], name: str, value: Any, why: str
+) -> None:
+    rows = ROW, {**ROW, name: value}, {**ROW, name: None}
+    with pytest.raises(DataError, match=rf"train\.jsonl:2: .*'{name}' .*{why}; take such rows out.*data\.ignore: \[{name}\]"):
+        read(*rows)
+    pairs, report = read(*rows, bad_rows="drop")
+    assert [pair.where for pair in pairs] == ["train.jsonl:1", "train.jsonl:3"]
+    ((_, (malformed,)),) = report.dropped.items()
+    assert malformed.startswith("train.jsonl:2: ")
+    assert len(read(*rows, ignore=[name])[0]) == 3
+
+
+@pytest.mark.parametrize(("name", "value", "why"), [(name, *said) for name, said in NOT_TRAINED_ON.items()])
+def test_what_all_rows_say_is_one_error(read: Callable[..., Any], name: str, value: Any, why: str) -> None:
+    rows = [{**ROW, name: value}] * 3
+    with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{why}, and so it is in every row; .*data\.ignore: \[{name}\]"):
+        read(*rows, bad_rows="drop")
+    pairs, report = read(*rows, ignore=[name])
+    assert (len(pairs), report.unread_columns) == (3, [])
+
+
+def test_a_weight_that_is_mapped_as_the_margin_is_read(read: Callable[..., Any]) -> None:
+    assert read({**ROW, "weight": 0.5}, columns={"margin": "weight"})[0][0].margin == 0.5
+
+
+def test_a_row_that_is_to_train_on_is_only_named(read: Callable[..., Any]) -> None:
+    assert read({**ROW, "train": True, "chosen_reasoning": "Two"})[1].unread_columns == ["train", "chosen_reasoning"]
+
+
+def test_a_column_of_both_splits_in_one_file_is_refused_and_can_be_ignored(read: Callable[..., Any]) -> None:
+    rows = [{**ROW, "split": side} for side in ("train", "train_prefs", "other", "held_out")]
+    why = r"train\.jsonl:4: column 'split' is 'held_out', and 'train' in train\.jsonl:1; .*data\.ignore: \[split\]"
+    with pytest.raises(DataError, match=why):
+        read(*rows, bad_rows="drop")
+    assert len(read(*rows, ignore=["split"])[0]) == 4
+    for one in (rows[:3], rows[2:]):  # a file of its own for each
+        assert read(*one)[1].unread_columns == ["split"]
+    assert len(read({**ROW, "source": "train"}, {**ROW, "source": "test"})[0]) == 2
+
+
+@pytest.mark.parametrize("column", ["winner", "preferred", "label"])
+def test_a_winner_that_contradicts_the_order_of_the_answers_is_counted(read: Callable[..., Any], column: str) -> None:
+    rows = [{**ROW, column: value} for value in ("chosen", "rejected", "Rejected", "a", None)]
+    pairs, report = read(*rows)
+    assert (len(pairs), report.unread_columns) == (5, [column])
+    assert report.noted == {"a winner that contradicts the order of the answers": ["train.jsonl:2", "train.jsonl:3"]}
+    row = {"prompt": "Hi", "response_chosen": "yes", "response_rejected": "no", column: "response_rejected"}
+    assert [*read(row)[1].noted] == ["a winner that contradicts the order of the answers"]
+
+
+def test_one_odd_first_row_does_not_decide_how_the_others_are_read(read: Callable[..., Any]) -> None:
+    odd = {**ROW, "prompt": [USER]}
+    pairs, report = read(odd, *[ROW] * 30, bad_rows="drop")
+    assert (len(pairs), pairs[0].prompt) == (30, ROW["prompt"])
+    assert report.dropped["malformed"] == [
+        "train.jsonl:1: column 'prompt' is a list; text, as in the first rows, is expected, or a file of its own for such rows"
+    ]
+    odd = {"prompt": [USER], "chosen": "yes", "rejected": "no"}
+    rows = [{"prompt": [USER], "chosen": [YES], "rejected": [NO]}] * 3
+    assert [pair.where for pair in read(odd, *rows, bad_rows="drop")[0]] == [f"train.jsonl:{row}" for row in (2, 3, 4)]
 
 
 @pytest.mark.parametrize(("extra", "remedy"), MATTERING.values(), ids=MATTERING.keys())

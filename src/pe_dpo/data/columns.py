@@ -8,7 +8,7 @@ column that matters          history, images, weight                           a
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -45,6 +45,18 @@ _MEDIA = tuple(
     for end in ("", "s")
 )
 _WEIGHTS = ("weight", "weights", "sample_weight")
+_TRAINED = ("train", "train_on", "training", "use_for_training")
+"""Columns that leave a row out of training, where they are false or 0."""
+_IN_ANSWERS = {
+    name
+    for side in ("chosen", "rejected")
+    for part in ("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "tool_calls", "function_call")
+    for joint in "_-"
+    for name in (f"{side}{joint}{part}", f"{part}{joint}{side}")
+}
+"""Columns that belong to an answer."""
+SPLITS = ("split", "splits", "split_name", "data_split", "dataset_split", "subset", "partition", "fold", "set")
+"""Columns that say of a row to which part of a data set it belongs."""
 _IN_PROMPT = {
     "history": "history chat_history conversation_history dialogue_history",
     "input": "input context contexts document documents passage passages background knowledge",
@@ -52,7 +64,7 @@ _IN_PROMPT = {
     "tools": "tools functions",
     "prompt": "prompt instruction question query",
     "messages": "messages conversation conversations dialogue dialog",
-    "prefill": "prefill answer_prefix assistant_prefix initial_reason_steps",
+    "prefill": "prefill prefix answer_prefix response_prefix assistant_prefix initial_reason_steps",
     "chat_template_kwargs": "chat_template_kwargs template_kwargs template_args",
 }
 """Columns that belong to the prompt, by the name under which the column map reads them; none reads a prefill."""
@@ -164,22 +176,52 @@ def read_as(name: str) -> str | None:
     return _READ_AS.get(name.strip().lower())
 
 
-def refuse_media(values: Mapping[str, Any], where: str) -> None:
-    """Refuse images, sounds and videos in a row or a message.
+def what_matters(name: str, value: Any) -> str | None:
+    """Return why a pair cannot be trained on as its row or message says; None where it can.
 
     Args:
-        values: The columns of a row, or the keys of a message.
+        name: A column that is not read, or a key of a message.
+        value: Its cell.
+    """
+    name, said = name.strip(), str(value).strip().lower()
+    if name.lower() in _MEDIA and carries(value):
+        return f"'{name}' has content, and pe-dpo trains on text alone"
+    if name.lower() in _WEIGHTS and carries(value) and said not in ("1", "1.0"):
+        return f"column '{name}' is {repr(value)[:40]}, and all pairs weigh the same"
+    if name.lower() in _TRAINED and said in ("false", "0", "0.0", "no"):
+        return f"column '{name}' is {repr(value)[:40]}, and all pairs are trained on"
+    return None
+
+
+def refuse_row(values: Values, where: str = "", *, of_all: Collection[str] = ()) -> None:
+    """Refuse media, a weight, and a row that is not to be trained on.
+
+    Args:
+        values: The columns of a row that are not read, or keys of a message.
         where: The row, for people.
+        of_all: The columns for which all rows would be refused.
 
     Raises:
-        DataError: There are some.
+        RowError: The row is to be refused.
+        DataError: All rows are.
     """
     for name, value in values.items():
-        if name.strip().lower() in _MEDIA and carries(value):
-            raise DataError(
-                f"{where}: '{name}' has content, and pe-dpo trains on text alone; take such rows out, or train without it: "
-                f"data.ignore: [{quote(name)}]"
-            )
+        reason = what_matters(name, value)
+        if reason and name in of_all:
+            raise DataError(f"{where}: {reason}, and so it is in every row; train without it: data.ignore: [{quote(name)}]")
+        if reason:
+            raise RowError(f"{reason}; take such rows out, or train without it: data.ignore: [{quote(name)}]")
+
+
+def names_rejected(values: Values, rejected: str) -> bool:
+    """Return whether a column that says which answer is the better one names the rejected answer.
+
+    Args:
+        values: The columns that were not read.
+        rejected: That of the rejected answer.
+    """
+    said = (str(values[name]).strip().lower() for name in values if name.strip().lower() in _WINNERS)
+    return any(value in ("rejected", rejected.lower()) for value in said)
 
 
 def refuse_unread(
@@ -187,7 +229,7 @@ def refuse_unread(
 ) -> None:
     """Refuse what was not read of a row where training without it would be another training.
 
-    That is a weight, and a column that belongs to the prompt, unless its texts are found in what was read.
+    That is a column that belongs to the prompt or an answer, unless its texts are found there.
 
     Args:
         unread: The columns with content that were not read.
@@ -202,9 +244,10 @@ def refuse_unread(
     missing = {}
     for name, value in unread.items():
         ours = read_as(name)
-        if name.strip().lower() in _WEIGHTS and str(value).strip() not in ("1", "1.0"):
+        if name.strip().lower() in _IN_ANSWERS and not _is_found(value, sides[1:]):
             raise DataError(
-                f"{where}: column '{name}' is {repr(value)[:40]}, and all pairs weigh the same; train so with "
+                f"{where}: column '{name}' has content, was not read and belongs to an answer; write the answers as messages "
+                f"with it: {{role: assistant, reasoning_content: …, tool_calls: …, content: …}}, or leave it out: "
                 f"data.ignore: [{quote(name)}]"
             )
         if ours is None:
@@ -254,29 +297,27 @@ def _remedy(name: str, missing: Mapping[str, Any], prompt: Text, taken: Mapping[
     return f"{'write it as one text, and ' if is_list else ''}read it with {_map(ours, name)}"
 
 
-def refuse_keys(sides: Sequence[Text], where: str) -> None:
+def refuse_keys(sides: Sequence[Text]) -> None:
     """Refuse keys of messages without which the training is another: media, and turns of answers not to be trained on.
 
     Args:
         sides: Prompt, chosen and rejected answer, as read.
-        where: The row, for people.
 
     Raises:
-        DataError: There is such a key; the message has the remedy.
+        RowError: There is such a key; the message has the remedy.
     """
     for side, is_answer in zip(sides, (False, True, True), strict=True):
         for turn in () if isinstance(side, str) else side:
-            if len(turn) > 2:
-                refuse_media(turn, where)
+            for key in turn if len(turn) > 2 else ():
+                if key.strip().lower() in _MEDIA:
+                    refuse_row({key: turn[key]})
             tools = next((key for key in ("tools", "functions") if carries(turn.get(key))), None)
             if tools:
-                raise DataError(
-                    f"{where}: a message has {tools}; move them to column 'tools', or train without: data.ignore: [{tools}]"
-                )
+                raise RowError(f"a message has {tools}; move them to column 'tools', or train without: data.ignore: [{tools}]")
             for key in _NOT_SCORED if is_answer and len(turn) > 2 and turn["role"] == "assistant" else ():
                 if key in turn and str(turn[key]).strip().lower() not in ("1", "1.0", "true"):
-                    raise DataError(
-                        f"{where}: an assistant turn of an answer has {key} {repr(turn[key])[:40]}, and all are trained on "
+                    raise RowError(
+                        f"an assistant turn of an answer has {key} {repr(turn[key])[:40]}, and all are trained on "
                         f"(or the last alone with data.score: last); train so with data.ignore: [{key}]"
                     )
 

@@ -51,6 +51,7 @@ REMEDIES = {
     DUPLICATE: "each counts as often as it is there; keep one",
     CONTRADICTION: "decide which of the two answers is the better one",
     PROMPT_IN_TRAINING: "not measured on; take such prompts out of one of the two files",
+    "a winner that contradicts the order of the answers": "decide whether the column or the order of the answers is right",
     "scores that contradict the labels": "decide whether the scores or the labels are right",
     "text that is already written with a chat template": "give the bare texts, or write data.template: plain",
     "history with a blank turn": "take the exchange out of the history, or write its answer",

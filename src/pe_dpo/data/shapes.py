@@ -13,22 +13,25 @@ Each of them may have system, history (turns before the prompt), tools, chat_tem
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from pe_dpo.data.column_maps import explain_columns, is_labelled
 from pe_dpo.data.columns import (
+    SPLITS,
     begins_with_prompt,
     carries,
     find_spellings,
     find_winner,
+    names_rejected,
     quote,
     read_as,
     refuse_keys,
-    refuse_media,
+    refuse_row,
     refuse_unread,
+    what_matters,
 )
 from pe_dpo.data.dialogues import is_cut_between_words, is_transcript, messages_from_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
@@ -45,6 +48,7 @@ from pe_dpo.data.sides import (
     read_sides,
     unread_keys,
 )
+from pe_dpo.data.split import named_side
 from pe_dpo.data.winners import Winner
 from pe_dpo.errors import DataError
 from pe_dpo.recipe.schema import Column
@@ -86,6 +90,8 @@ class Shape:
         required: The columns that every row must have, by our names.
         kinds: For each column with an answer or prompt, `text`, `messages` and so on, as in the first rows.
         unread: The columns that had content in some row that was read, and were not used.
+        refused: The columns for which every one of the first rows cannot be trained on, as images.
+        sides: For each column that says whether a row is to train on, what the first row said that did, and its name.
         noted: The rows that are used and suspicious, by what is to be looked at.
     """
 
@@ -111,6 +117,7 @@ class Shape:
         """
         self.ignored = frozenset(ignore)
         self.unread: list[str] = []
+        self.sides: dict[str, tuple[str, Any, str]] = {}
         self.noted: defaultdict[str, list[str]] = defaultdict(list)
         self.columns: dict[str, str] = {str(ours): theirs for ours, theirs in (columns or {}).items()}
         said_winner = self.columns.pop("winner", None)
@@ -141,9 +148,9 @@ class Shape:
             )
         self.kinds: dict[str, str] = {}
         for name in self.required:
-            kind = next(filter(None, (kind_of(row[name], name) for row in renamed if name in row)), None)
-            if kind and name != "input":
-                self.kinds[name] = kind
+            kinds = Counter(filter(None, (kind_of(row[name], name) for row in renamed if name in row)))
+            if kinds and name != "input":
+                self.kinds[name] = kinds.most_common(1)[0][0]  # of equally many the first
         are_texts = self.required == ("chosen", "rejected") and self.kinds.get("chosen") != "messages"
         is_tagged = any(isinstance(row.get("chosen"), str) and is_transcript(row["chosen"]) for row in renamed)
         self.split = split_transcripts if is_tagged else split_texts
@@ -154,6 +161,7 @@ class Shape:
         repeat_prompt = all(_behind_prompt(*(row.get(name) for name in self.required)) for row in renamed)
         self.repeats_prompt = repeat_prompt and not are_words
         self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
+        self.refused = {name for name in rows[0] if all(what_matters(name, row.get(name)) for row in rows)}
         self.words = self._describe(spelled)
 
     def _describe(self, spelled: Mapping[str, str]) -> str:
@@ -180,7 +188,8 @@ class Shape:
             DataError: A column that belongs to the prompt, or otherwise matters, has content and is not read.
         """
         given = {name: cell for name, cell in values.items() if name not in self.ignored}
-        refuse_media(given, where)
+        mapped = self.columns.values()
+        refuse_row({name: given[name] for name in given if name not in mapped}, where, of_all=self.refused)
         row = self._rename(given)
         names = {name: self.columns.get(name, name) for name in (*row, *self.required)}
         missing = [names[name] for name in self.required if name not in row]
@@ -252,10 +261,27 @@ class Shape:
             taken=taken,
             is_text=first in ("prompt", "instruction") and isinstance(row[first], str),
         )
-        refuse_keys(sides, where)
+        refuse_keys(sides)
+        self._compare_marks(rest, where)
         in_prompt = {self.columns.get(name, name) for name in ("system", "input")}
         inside = [f"{self.columns.get(name, name)}.{key}" for name in self.required for key in unread_keys(row[name])]
         self.unread += [name for name in (*rest, *inside) if name not in in_prompt and name not in self.unread]
+
+    def _compare_marks(self, rest: Values, where: str) -> None:
+        """Compare what a row says of itself, in columns that were not read, with what is made of it."""
+        if names_rejected(rest, self.columns.get("rejected", "rejected")):
+            self.noted["a winner that contradicts the order of the answers"].append(where)
+        for name, value in rest.items():
+            side = named_side(str(value)) if name.strip().lower() in SPLITS else None
+            if side is None:
+                continue
+            first_side, first, first_where = self.sides.setdefault(name, (side, value, where))
+            if first_side != side:
+                raise DataError(
+                    f"{where}: column '{name}' is {repr(value)[:40]}, and {repr(first)[:40]} in {first_where}; rows of one "
+                    "place are not divided by it: write a file of each, for data.train and data.eval, or use all alike with "
+                    f"data.ignore: [{quote(name)}]"
+                )
 
     def _rename(self, values: Values) -> dict[str, Any]:
         """Return a row under our names; a column of another meaning that has such a name already is left out."""
