@@ -194,9 +194,9 @@ def test_whole_transcripts_beside_the_question_that_they_ask_have_it_once(read: 
     asked = "\n\nHuman: a\n\nAssistant: b\n\nHuman: Hi you\n\nAssistant:"
     (pair,), _ = read({"prompt": "Hi you", "chosen": f"{asked} yes", "rejected": f"{asked} no"})
     assert (pair.prompt, pair.chosen, pair.rejected) == (asked, " yes", " no")
-    row = {"prompt": "Write a scene.", "chosen": f"{asked} yes", "rejected": f"{asked} no"}
+    row = {"prompt": "Write a scene.", "chosen": f"{asked} yes", "rejected": "Human: b\n\nAssistant: c"}
     (pair,), _ = read(row)
-    assert (pair.prompt, pair.chosen) == (row["prompt"], row["chosen"])
+    assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt"], row["chosen"], row["rejected"])
 
 
 @pytest.mark.parametrize(("prompt", "begun", "space"), [("2 + 2?\n", "2 + 2? ", ""), ("\n2 + 2?", "2 + 2? ", " ")])

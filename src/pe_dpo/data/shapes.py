@@ -341,10 +341,9 @@ class Shape:
         if prompt is None:
             sides = self.split(chosen, rejected, columns[1:])
             return sides, "words" if self.split is split_texts and is_cut_between_words(sides[0]) else None
-        if isinstance(prompt, str) and is_transcript(chosen) and is_transcript(rejected):
-            whole = split_transcripts(chosen, rejected, columns[1:])
-            if any(turn["content"] == prompt.strip() for turn in messages_from_transcript(whole[0], "")):
-                return whole, None
+        asked = {"role": "user", "content": prompt.strip() if isinstance(prompt, str) else None}
+        if all(is_transcript(text) and asked in messages_from_transcript("", text) for text in (chosen, rejected)):
+            return split_transcripts(chosen, rejected, columns[1:]), None
         behind = _behind_prompt(prompt, chosen, rejected) if self.repeats_prompt else None
         if behind:
             return (prompt, *behind), "prompt"
