@@ -10,6 +10,7 @@ import yaml
 from paths_to_pairs import load_pairs, prepare_pairs
 
 from pe_dpo.data.characters import Characters
+from pe_dpo.data.shapes import Shape
 from pe_dpo.errors import DataError
 
 ROW = {"prompt": "How old is he?", "chosen": "Two.", "rejected": "No idea."}
@@ -403,13 +404,15 @@ def test_the_map_that_an_error_prints_reads_the_column(
     ({"background": "B", "knowledge": "K"}, "one column alone is read as input, so write background, knowledge into one"),
     ({"context": "C", "input": "I"}, "one column alone is read as input, so write context, input into one"),
     ({"documents": ["B", "K"]}, r"write it as one text, and read it with data: \{columns: \{input: documents\}\}"),
+    ({"prompt": None, "question": "Q?", "context": ["B", "K"]}, r"write it as one text, and read it with .*input: context"),
+    ({"instruction": "I", "query": "Q", "prompt": "P"}, r"read it in the place of 'prompt' with data: \{columns: \{prompt: in"),
     ({"prompt": [USER], "context": "C"}, "write it into the messages of the prompt, or leave it out"),
     ({"prompt": [{"role": "system", "content": "x"}, USER], "systemprompt": "S"}, "the prompt has another system turn"),
     ({"system": "x", "systemprompt": "S"}, "the prompt has another system turn; take one"),
 ])  # fmt: skip
 def test_what_no_map_can_read_is_answered_without_one(read: Callable[..., Any], row: dict[str, Any], remedy: str) -> None:
     with pytest.raises(DataError, match=remedy):
-        read({"prompt": "Hi", "chosen": "yes", "rejected": "no"} | row)
+        read({name: cell for name, cell in ({"prompt": "Hi", "chosen": "yes", "rejected": "no"} | row).items() if cell})
 
 
 def test_a_history_with_a_blank_turn_or_two_of_the_users_in_a_row_is_noted(read: Callable[..., Any]) -> None:
@@ -420,3 +423,66 @@ def test_a_history_with_a_blank_turn_or_two_of_the_users_in_a_row_is_noted(read:
         {**ROW, "history": []},
     )
     assert report.noted == {"history with a blank turn, or two user turns in a row": ["train.jsonl:1", "train.jsonl:2"]}
+
+
+CONTEXT = [
+    "history",
+    "chat_history",
+    "input",
+    "context",
+    "documents",
+    "system",
+    "systemprompt",
+    "functions",
+    "prompt",
+    "instruction",
+    "question",
+    "query",
+    "messages",
+    "dialogue",
+    "conversation",
+    "prefill",
+    "template_kwargs",
+]
+PROMPTS = [
+    {"prompt": "Hi"},
+    {"prompt": [{"role": "system", "content": "Be kind."}, USER]},
+    {"instruction": "Hi"},
+    {"question": "Hi"},
+    {"conversations": [USER]},
+]
+
+
+@pytest.mark.parametrize("asked", PROMPTS, ids=lambda asked: " ".join(map(str, asked)))
+@pytest.mark.parametrize("more", CONTEXT)
+def test_no_remedy_leads_to_itself(asked: dict[str, Any], more: str) -> None:
+    for other in CONTEXT:
+        texts = {name: f"{name} says" for name in (other, more)}
+        row: dict[str, Any] = {**texts, **asked, "chosen": "yes", "rejected": "no"}
+        row |= {name: [["a", f"{name} says"]] for name in texts if "history" in name}
+        row |= {
+            name: [USER, {"role": "assistant", "content": f"{name} says"}] for name in texts if name[:2] in ("me", "di", "co")
+        }
+        row |= {
+            name: [{"name": "f"}] if name == "functions" else {"a": 1}
+            for name in texts
+            if name in ("functions", "template_kwargs")
+        }
+        settings: dict[str, Any] = {"columns": {}, "ignore": []}
+        errors: list[str] = []
+        while True:
+            try:
+                Shape([row], where="f", **settings).read(row, where="f:1")
+            except DataError as error:
+                assert str(error) not in errors
+                errors.append(str(error))
+                written = re.search(r"data: (\{columns: \{.*?\}(?:, ignore: \[.*?\])?\})", str(error))
+                if not written or "<column>" in str(error):
+                    break  # it says what to write
+                said = yaml.safe_load(written[1])
+                settings = {
+                    "columns": settings["columns"] | said["columns"],
+                    "ignore": settings["ignore"] + said.get("ignore", []),
+                }
+            else:
+                break

@@ -123,7 +123,8 @@ def find_spellings(examples: Mapping[str, Any], mapped: Mapping[str, str]) -> di
 def _find_prompt(examples: Mapping[str, Any]) -> str | None:
     """Return the column that is the prompt under another name; None where none is, or more than one may be."""
     asked = [name for name in _PROMPTS if name in examples]
-    dialogues = [name for name in _DIALOGUES if isinstance(examples.get(name), list)]
+    lists = {name: value for name, value in examples.items() if isinstance(value, list)}
+    dialogues = [name for name in _DIALOGUES if name in lists and all(isinstance(turn, Mapping) for turn in lists[name])]
     if len(asked) + len(dialogues) == 1:
         return (asked or dialogues)[0] if dialogues not in (["messages"], ["conversations"]) else None
     is_input = not asked and not dialogues and isinstance(examples.get("input"), str)
@@ -236,7 +237,7 @@ def refuse_unread(
         sides: Prompt, chosen and rejected answer, as read.
         where: The row, for people.
         taken: From our names to the columns that were read under them; `prompt` to that of the prompt, where it has its own.
-        is_text: Whether the row's prompt is text, after which an input may stand.
+        is_text: Whether the row's prompt is text, after which an input would be read.
 
     Raises:
         DataError: There is such a column; the message has the remedy.

@@ -259,7 +259,8 @@ class Shape:
             sides,
             where,
             taken=taken,
-            is_text=first in ("prompt", "instruction") and isinstance(row[first], str),
+            is_text=isinstance(row[first], str)
+            and (first == "instruction" or (first == "prompt" and not carries(row.get("instruction")))),
         )
         refuse_keys(sides)
         self._compare_marks(rest, where)
