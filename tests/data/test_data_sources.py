@@ -92,6 +92,17 @@ def test_splits_of_a_json_document_are_divided_as_files_are(
     assert [values["prompt"] for rows in found.values() for _, values in rows] == names[:1]
 
 
+def test_a_document_of_splits_in_a_folder_is_to_be_named_itself(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"training": [TEXT_ROW], "evaluation": [TEXT_ROW]}))
+    with pytest.raises(
+        DataError, match=r"x\.json: holds several lists of rows \(training, evaluation\); name this file itself"
+    ):
+        load_pairs(tmp_path)
+    path.write_text(json.dumps({"about": "pairs", "training": [TEXT_ROW]}))
+    assert [pair.chosen for pair in load_pairs(tmp_path)[0]] == ["yes"]
+
+
 def test_a_document_of_one_pair_is_no_document_of_splits(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({**TEXT_ROW, "test_cases": [{"in": 1}]}))
     assert [pair.chosen for pair in load_pairs(tmp_path / "x.json")[0]] == ["yes"]

@@ -93,6 +93,8 @@ def test_words_for_a_tie_are_no_winner(read: Callable[..., list[tuple[str, str]]
 
 def test_answers_that_are_said_to_be_equal_have_no_winner(read: Callable[..., list[tuple[str, str]]]) -> None:
     assert read(("answer_a", "answer_b"), "winner", "A>B", "A=B", "[[A ~ B]]", "B>>A") == [("A0", "B0"), ("B3", "A3")]
+    ties = ("tied", "both_bad", "the same", "A tie", "no preference", "none")
+    assert read(("answer_a", "answer_b"), "winner", "A", *ties, "B") == [("A0", "B0"), ("B7", "A7")]
 
 
 @pytest.mark.parametrize(("values", "shown"), [
@@ -197,7 +199,7 @@ def test_a_row_without_a_winner_is_malformed(write_lines: Callable[..., Path], v
     assert len(load_pairs(write_lines(*rows), columns=columns, bad_rows="drop")[0]) == 1
 
 
-@pytest.mark.parametrize("values", [(0, 1), (1,), (True, False), ("x", "y"), (-0.5, 0.25)])
+@pytest.mark.parametrize("values", [(0, 1), (1,), (True, False), ("x", "y"), (-0.5, 0.25), (0.9, 0.1)])
 def test_a_column_whose_values_may_mean_either_is_refused_with_both_ways_to_write_it(
     read: Callable[..., list[tuple[str, str]]], values: tuple[Any, ...]
 ) -> None:

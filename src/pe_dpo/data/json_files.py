@@ -165,7 +165,8 @@ def _rows_of(document: Any, name: str) -> list[Any]:
         return document
     columns = {key: value for key, value in document.items() if isinstance(value, list)}
     lists = [key for key, value in columns.items() if value and _are_rows(value)]
-    wrapper = next((key for key in _WRAPPERS if key in lists), None)
+    named = None if {"chosen", "rejected"} & document.keys() else next(filter(named_side, lists), None)
+    wrapper = next((key for key in _WRAPPERS if key in lists), named)
     if wrapper and len(lists) > 1 and wrapper != "data":
         found = ", ".join(lists[:5])
         raise DataError(f"{name}: holds several lists of rows ({found}); name this file itself and not its folder, or save one")

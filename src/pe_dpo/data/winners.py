@@ -26,7 +26,7 @@ _COMPARISON = re.compile(
 )  # a value with signs of its own stands in quotes
 _SIGNED = ("overall_preference", "preference_strength")
 """Columns of which negative numbers mean the first answer, as in HelpSteer2 and HelpSteer3."""
-_TIES = re.compile(r"(tie|both|neither|equal|draw|same)\b.*")
+_TIES = re.compile(r"(?:(?:(?:a|the) )?(?:tied?|both|neither|none|equal(?:ly)?|draw|same)|no (?:preference|winner))(?![a-z]).*")
 _PLAIN = (
     {"chosen": True, "rejected": False},
     {"a": True, "b": False},
@@ -129,11 +129,14 @@ class Winner:
     def comparisons(column: str, values: Sequence[Any]) -> list[str]:
         """Return both ways to write which answer won, that the first did and that it did not, for some values of a column.
 
-        None are returned for more than two values that are no numbers around 0: no comparison of one of them says it of all.
+        None are returned for more than two values that are no signed numbers and no shares: no comparison of one of them
+        says it of all.
         """
         numbers = _numbers(values) or []
-        if any(number < 0 for number in numbers) or any(not number.is_integer() for number in numbers):
+        if any(number < 0 for number in numbers):
             return [f"{column} < 0", f"{column} > 0"]
+        if any(not number.is_integer() for number in numbers) and max(numbers) <= 1:
+            return [f"{column} > 0.5", f"{column} < 0.5"]
         keys = [key for key in dict.fromkeys(map(_key, values)) if not _TIES.fullmatch(key)] or ["1"]
         if len(keys) > 2 or any(len(key) > _LONGEST for key in keys):
             return []
