@@ -210,3 +210,24 @@ def test_a_repeated_prompt_is_found_without_the_white_space_around_it(
 def test_answers_that_repeat_the_last_message_are_noted(read: Callable[..., Any]) -> None:
     _, report = read({"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": "2 + 2? 4", "rejected": "2 + 2? 5"})
     assert report.noted == {"answers that begin with the whole prompt": ["train.jsonl:1"]}
+
+
+def test_one_row_that_does_not_repeat_its_prompt_changes_nothing_for_the_others(read: Callable[..., Any]) -> None:
+    rows = [{"prompt": asked, "chosen": f"{asked} yes", "rejected": f"{asked} no"} for asked in ("Is it?", "Was it?")]
+    pairs, _ = read({"prompt": "Who?", **ANSWERS}, *rows)
+    assert [(pair.prompt, pair.chosen) for pair in pairs] == [("Who?", "yes"), ("Is it?", " yes"), ("Was it?", " yes")]
+
+
+def test_single_words_that_answers_repeat_in_several_rows_are_their_prompts(read: Callable[..., Any]) -> None:
+    rows = [{"prompt": asked, "chosen": f"{asked} yes", "rejected": f"{asked} no"} for asked in ("one", "two", "三")]
+    pairs, _ = read(*rows)
+    assert [(pair.prompt, pair.chosen) for pair in pairs] == [("one", " yes"), ("two", " yes"), ("三", " yes")]
+
+
+@pytest.mark.parametrize(("history", "prompt"), [
+    ([["a ", " b"]], [*EARLIER, ASKED]),
+    ([["x", "y"], ["a", "b"]], [*EARLIER, ASKED]),
+])  # fmt: skip
+def test_exchanges_that_history_and_prompt_both_have_are_said_once(read: Callable[..., Any], history: Any, prompt: Any) -> None:
+    (pair,), _ = read({"history": history, "prompt": prompt, **ANSWERS})
+    assert [turn["content"] for turn in pair.prompt] == [*(["x", "y"] if len(history) > 1 else []), "a", "b", "Next?"]

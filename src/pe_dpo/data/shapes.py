@@ -156,10 +156,10 @@ class Shape:
         self.split = split_transcripts if is_tagged else split_texts
         if are_texts and not is_tagged and not _share_beginnings(renamed):
             raise DataError(explain_columns(names, rows, mapped, where=where))
+        repeated = [row[self.required[0]].strip() for row in renamed if _behind_prompt(*map(row.get, self.required))]
         # Answers to "Hi" may begin with that word, and repeat nothing.
-        are_words = all(re.fullmatch(r"\w*", str(row.get(self.required[0])).strip()) for row in renamed)
-        repeat_prompt = all(_behind_prompt(*(row.get(name) for name in self.required)) for row in renamed)
-        self.repeats_prompt = repeat_prompt and not are_words
+        are_words = len({*repeated}) < 3 and all(re.fullmatch(r"\w*", prompt) for prompt in repeated)
+        self.repeats_prompt = 2 * len(repeated) > len(renamed) and not are_words
         self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
         self.refused = {name for name in rows[0] if all(what_matters(name, row.get(name)) for row in rows)}
         self.words = self._describe(spelled)

@@ -138,22 +138,25 @@ def add_context(sides: Sides, row: Mapping[str, Any], names: Mapping[str, str]) 
     earlier_head, history = _divide_system(history)
     if head and earlier_head and head != earlier_head:
         raise RowError(f"column '{names['history']}' begins with another system turn than the prompt; leave one of them out")
-    if turns[: len(history)] != history:
+    if _bare(turns[: len(history)]) != _bare(history):
         turns = (*_without_overlap(history, turns), *turns)
     head = head or earlier_head or (({"role": "system", "content": system},) if system else ())
     return (*head, *turns), answer_turns(prompt, chosen), answer_turns(prompt, rejected)
 
 
 def _without_overlap(history: Turns, turns: Turns) -> Turns:
-    """Return a history without the question at its end that waits for an answer, where the turns begin with it."""
+    """Return a history without its end, where the turns begin with that: a question still without an answer, or exchanges."""
     asked = history
     while asked and asked[-1]["role"] == "assistant" and not any(asked[-1][key] for key in asked[-1] if key != "role"):
         asked = asked[:-1]  # an exchange whose answer is an empty text
-    if not asked or asked[-1]["role"] == "assistant":
-        return history
-    bare = [[(turn["role"], turn["content"].strip()) for turn in part] for part in (asked, turns)]
-    overlap = next((length for length in range(len(asked), 0, -1) if bare[0][-length:] == bare[1][:length]), 0)
+    shortest = 2 if asked and asked[-1]["role"] == "assistant" else 1
+    lengths = range(len(asked), shortest - 1, -1)
+    overlap = next((length for length in lengths if _bare(asked[-length:]) == _bare(turns[:length])), 0)
     return asked[:-overlap] if overlap else history
+
+
+def _bare(turns: Turns) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
 
 
 def _as_turns(answer: Text) -> Turns:
