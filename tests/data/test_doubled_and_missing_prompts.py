@@ -164,11 +164,22 @@ def test_prompts_as_keys_of_json_are_the_prompts(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", [{"question": "Hi", **ANSWERS}, {"chosen": [ASKED, YES], "rejected": [ASKED, NO]}])
-def test_keys_of_rows_that_bring_their_prompt_are_ids(tmp_path: Path, row: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("row", "prompt"), [
+    ({"question": "Hi", **ANSWERS}, "Hi"),
+    ({"chosen": [ASKED, YES], "rejected": [ASKED, NO]}, (ASKED,)),
+    ({"chosen": "### Instruction: a\n### Response: b", "rejected": "### Instruction: a\n### Response: c"},
+     "### Instruction: a\n### Response:"),
+])  # fmt: skip
+def test_keys_of_rows_that_bring_their_prompt_are_ids(tmp_path: Path, row: dict[str, Any], prompt: Any) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"first": row, "second": row}))
     pairs, _ = load_pairs(tmp_path / "x.json")
-    assert [pair.prompt for pair in pairs] == ["Hi" if "question" in row else (ASKED,)] * 2
+    assert [pair.prompt for pair in pairs] == [prompt] * 2
+
+
+def test_keys_beside_another_text_are_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"item one": {"problem": "What is it?", **ANSWERS}}))
+    with pytest.raises(DataError, match=r"data: \{columns: \{prompt: problem, "):
+        load_pairs(tmp_path / "x.json")
 
 
 def test_keys_of_json_of_which_some_look_like_ids_are_refused_by_name(tmp_path: Path) -> None:

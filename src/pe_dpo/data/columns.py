@@ -333,10 +333,14 @@ def _is_found(value: Any, sides: Sequence[Text], *, is_dialogue: bool = False) -
 
     def stands(text: str) -> bool:
         text = " ".join(text.split())
-        # Not inside a longer word or number; scripts without spaces between words have no such borders.
-        before = r"(?<![A-Za-z0-9])" if re.match("[A-Za-z0-9]", text) else ""
-        after = r"(?![A-Za-z0-9])" if re.search("[A-Za-z0-9]$", text) else ""
-        return text in read and re.search(f"{before}{re.escape(text)}{after}", read) is not None
+        place = read.find(text)
+        while place >= 0 and (joined(place) or joined(place + len(text))):
+            place = read.find(text, place + 1)
+        return place >= 0
+
+    def joined(place: int) -> bool:  # inside a word or number; scripts without spaces between words have no such borders
+        around = read[max(place - 1, 0) : place + 1]
+        return len(around) == 2 and around.isascii() and around.isalnum()
 
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         if stands(value):

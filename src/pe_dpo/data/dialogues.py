@@ -156,9 +156,9 @@ def split_texts(chosen: str, rejected: str, names: tuple[str, str] = ("chosen", 
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def is_cut_between_words(prompt: str) -> bool:
-    """Return whether a prompt from `split_texts` ends neither with a tag nor with a line break."""
-    return not prompt.endswith("\n") and all(tag.end() != len(prompt) for tag in _ANSWER_TAG.finditer(prompt))
+def ends_with_tag(prompt: str) -> bool:
+    """Return whether a text ends with what stands before an answer in rendered texts."""
+    return any(tag.end() == len(prompt) for tag in _ANSWER_TAG.finditer(prompt))
 
 
 def is_transcript(text: str) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.data.columns import begins_with_prompt, read_as
+from pe_dpo.data.dialogues import ends_with_tag, split_texts
 from pe_dpo.data.pairs import RowError, describe_value
 from pe_dpo.data.split import named_side
 from pe_dpo.data.text_files import BOM, Row, open_bytes, read_lines
@@ -211,10 +212,10 @@ def _rows_by_key(document: dict[str, dict[str, Any]], name: str) -> list[Any]:
         DataError: The keys are needed as prompts, and some are none.
     """
     rows = list(document.values())
-    answers = [row[side] for row in rows for side in ("chosen", "rejected")]
-    if any(read_as(key) in ("prompt", "input", "messages") for row in rows for key in row) or any(
-        map(begins_with_prompt, answers)
-    ):
+    others = [(key, cell) for row in rows for key, cell in row.items() if key not in ("chosen", "rejected")]
+    if any(read_as(key) in ("prompt", "input", "messages") or (isinstance(cell, str) and " " in cell) for key, cell in others):
+        return rows
+    if any(begins_with_prompt(row[side]) for row in rows for side in ("chosen", "rejected")) or all(map(_share_tag, rows)):
         return rows
     ids = [key for key in document if not key.strip() or _ID.fullmatch(key)]
     if len(ids) == len(document):
@@ -225,6 +226,14 @@ def _rows_by_key(document: dict[str, dict[str, Any]], name: str) -> list[Any]:
             'row; write the rows as a list, each with its "prompt"'
         )
     return [{"prompt": key, **row} for key, row in document.items()]
+
+
+def _share_tag(row: dict[str, Any]) -> bool:
+    """Return whether two texts begin with one prompt and the tag of an answer."""
+    try:
+        return ends_with_tag(split_texts(row["chosen"], row["rejected"])[0])
+    except (TypeError, RowError):
+        return False
 
 
 def _are_rows(value: Any) -> bool:

@@ -33,7 +33,7 @@ from pe_dpo.data.columns import (
     refuse_unread,
     what_matters,
 )
-from pe_dpo.data.dialogues import is_cut_between_words, is_transcript, messages_from_transcript, split_texts, split_transcripts
+from pe_dpo.data.dialogues import ends_with_tag, is_transcript, messages_from_transcript, split_texts, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_text, read_tools, without_nulls
 from pe_dpo.data.pairs import Cut, Pair, RowError, describe_value
 from pe_dpo.data.scores import compare_scores, read_margin
@@ -341,7 +341,8 @@ class Shape:
         """Return the sides of a row whose answers are texts, without the prompt that they may repeat."""
         if prompt is None:
             sides = self.split(chosen, rejected, columns[1:])
-            return sides, "words" if self.split is split_texts and is_cut_between_words(sides[0]) else None
+            is_whole = self.split is split_transcripts or sides[0].endswith("\n") or ends_with_tag(sides[0])
+            return sides, None if is_whole else "words"
         asked = {"role": "user", "content": prompt.strip() if isinstance(prompt, str) else None}
         if all(is_transcript(text) and asked in messages_from_transcript("", text) for text in (chosen, rejected)):
             return split_transcripts(chosen, rejected, columns[1:]), None
