@@ -268,6 +268,28 @@ def test_a_file_whose_name_has_the_marks_of_a_glob_is_that_file(write_lines: Cal
     assert wheres(prepare(tokenizer, train=str(path), eval=0).train) == ["pairs [1].jsonl:1"]
 
 
+def test_a_run_that_trained_on_what_is_held_out_by_its_name_now_is_read_as_it_was(
+    write_lines: Callable[..., Path], tokenizer: Any
+) -> None:
+    for name, prompts in (("helpful-train", "abcd"), ("helpful-test", "ef"), ("harmless-eval", "gh")):
+        folder = write_lines(*map(row, prompts), name=f"{name}.jsonl").parent
+    anew = prepare(tokenizer, train=str(folder))
+    assert ([*anew.report.files], anew.report.held_out_from) == (
+        ["helpful-train.jsonl", "harmless-eval.jsonl"], "harmless-eval.jsonl"
+    )  # fmt: skip
+    held_out = ["helpful-test.jsonl:1"]
+    files = dict.fromkeys(["harmless-eval.jsonl", "helpful-test.jsonl", "helpful-train.jsonl"], 2)
+    recorded = {"files": files, "held_out_from": "5.0% of the pairs, split by prompt", "held_out_rows": held_out}
+    section = DataSection(train=str(folder), max_length=99)
+    then = pe_dpo.data.prepare_pairs(section, tokenizer=tokenizer, recorded=recorded)
+    assert ([*then.report.files], wheres(then.held_out), len(then.train)) == ([*files], held_out, 7)
+    new = prepare(tokenizer, train=str(folder), eval=0.3)
+    assert [*new.report.files] == ["helpful-train.jsonl"]
+    section = section.model_copy(update={"eval": 0.3})
+    again = pe_dpo.data.prepare_pairs(section, tokenizer=tokenizer, recorded=new.report.to_dict())
+    assert (wheres(again.train), wheres(again.held_out)) == (wheres(new.train), wheres(new.held_out))
+
+
 def test_a_split_of_a_folder_is_read_alone(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     for name in ("train", "test", "extra-00000-of-00002", "extra-00001-of-00002"):
         folder = write_lines(row(name), name=f"{name}.jsonl").parent

@@ -17,7 +17,7 @@ from pe_dpo.data.shapes import Shape
 from pe_dpo.data.sources import Parts, Place, find_places, weigh
 from pe_dpo.data.split import divide
 from pe_dpo.errors import DataError
-from pe_dpo.recipe.schema import DataSection, describe_sources
+from pe_dpo.recipe.schema import DataSection, Sources, describe_sources
 
 DEFAULT_MAX_LENGTH = 2048
 """Tokens of prompt and answer where recipe and context allow more; as the DPO recipes of Zephyr and Tülu 3."""
@@ -69,7 +69,7 @@ def prepare_pairs(
     max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
     report = DataReport()
     part_names: dict[str, str] = {}
-    places = find_places(settings.train, taken=part_names)
+    places = _find_again(settings.train, recorded or {}, part_names)
     held_out_places = places if settings.eval is None else []
     if settings.eval is not None and not isinstance(settings.eval, float):
         held_out_places = find_places(settings.eval, to_hold_out=True, taken=part_names)
@@ -111,6 +111,24 @@ def prepare_pairs(
     report.examine(train, held_out)
     report.examine_lengths(encoder.lengths, max_length=max_length, context_length=context_length)
     return PreparedData(train, held_out, report)
+
+
+def _find_again(sources: Sources, recorded: Mapping[str, Any], taken: dict[str, str]) -> list[Place]:
+    """Return the places to train on, with the sides that a run gave them.
+
+    A run from before words further behind in a name said its side trained on files that are held out, or not used, since then.
+    """
+    read = {*recorded.get("files", ())}
+    places = find_places(sources, taken=taken)
+    is_split_by_prompt = str(recorded.get("held_out_from")).endswith(("split by prompt", "none"))
+    if is_split_by_prompt and not read <= {name for place in places for name in place.train}:
+        taken_then: dict[str, str] = {}
+        then = find_places(sources, taken=taken_then, by_words=False)
+        if read <= {name for place in then for name in place.train}:
+            taken.clear()
+            taken |= taken_then
+            return then
+    return places
 
 
 def _as_recorded(settings: DataSection, recorded: Mapping[str, Any], *, is_old: bool) -> dict[str, Any]:

@@ -43,7 +43,9 @@ class Place(NamedTuple):
     """The names of what lies there and is not used."""
 
 
-def find_places(sources: Sources, *, to_hold_out: bool = False, taken: dict[str, str] | None = None) -> list[Place]:
+def find_places(
+    sources: Sources, *, to_hold_out: bool = False, taken: dict[str, str] | None = None, by_words: bool = True
+) -> list[Place]:
     """Return the places that a recipe names, in its order.
 
     Args:
@@ -52,12 +54,13 @@ def find_places(sources: Sources, *, to_hold_out: bool = False, taken: dict[str,
         to_hold_out: Whether they are named to be held out: then all of a place is, where it brings no held-out side.
         taken: The parts that were found before, as name: full path; those found now are added. A part is called by its
             file's name, with the folders above it where another part has that name.
+        by_words: Whether words further behind in a name say its side, see `named_side`; they did not in earlier runs.
 
     Raises:
         DataError: There is no such file, the folder holds no data, or the Hub has no such data set or cannot be reached.
     """
     taken = {} if taken is None else taken
-    places = [_find(source, taken) for source in list_sources(sources)]
+    places = [_find(source, taken, by_words=by_words) for source in list_sources(sources)]
     if to_hold_out:
         return [place._replace(train={}, held_out=place.held_out or place.train) for place in places]
     return places
@@ -78,12 +81,13 @@ def weigh(pairs: Sequence[EncodedPair], weight: float) -> list[EncodedPair]:
     return [*pairs] * int(whole) + [pair for pair in pairs if fraction and pair.prompt_key in kept]
 
 
-def divide_names(names: Sequence[str], *, keeps_all: bool = False) -> tuple[list[str], list[str]]:
+def divide_names(names: Sequence[str], *, keeps_all: bool = False, by_words: bool = True) -> tuple[list[str], list[str]]:
     """Return the names to train on and the names to hold out.
 
     Args:
         names: Stems of files, or names of splits.
         keeps_all: Whether all are trained on that are not named as held out, also where some begin with `train`.
+        by_words: As for `find_places`.
 
     Returns:
         `train` itself, else names that begin with `train-` or `train_` (of several, those that say `pref`); the same
@@ -99,23 +103,25 @@ def divide_names(names: Sequence[str], *, keeps_all: bool = False) -> tuple[list
     held_out = next((best[word] for word in HELD_OUT_NAMES if best[word]), [])
     if best["train"] and not keeps_all:
         return best["train"], held_out
-    reserved = [name for name in names if named_side(name) == "held_out"]
-    for word in () if held_out else HELD_OUT_WORDS:
+    reserved = [name for name in names if named_side(name, by_words=by_words) == "held_out"]
+    for word in () if held_out or not by_words else HELD_OUT_WORDS:
         held_out = held_out or [name for name in reserved if re.search(rf"(?<![^-_. ]){word}(?![^-_. ])", name, re.IGNORECASE)]
-    train = [name for name in names if reserved and not keeps_all and named_side(name) == "train"]
+    words_count = reserved and by_words and not keeps_all
+    train = [name for name in names if words_count and named_side(name) == "train"]
     train = train or [name for name in names if name not in reserved]
     return (train, held_out) if train else (list(names), [])
 
 
-def _find(source: DataSource, taken: dict[str, str]) -> Place:
+def _find(source: DataSource, taken: dict[str, str], *, by_words: bool) -> Place:
     path = Path(source.path).expanduser()
+    divide = partial(_divide, taken=taken, by_words=by_words)
     if path.is_file():
         _refuse(source, "a file", "subset", "revision")
         splits = read_json_splits(path) if data_format(path) == ".json" else {}
         if not splits:
             _refuse(source, "a file without splits", "split")
         found = [_Part(split, f"{_full_name(path)}/{split}", 2, partial(number_rows, splits[split])) for split in splits]
-        return _divide(source, found or [_file(path)], taken)
+        return divide(source, found or [_file(path)])
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
@@ -124,18 +130,18 @@ def _find(source: DataSource, taken: dict[str, str]) -> Place:
             data = datasets.load_from_disk(str(path))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{path}: cannot be read as a saved dataset ({error}); save it again") from error
-        return _divide(source, _splits(data, _full_name(path), shown=1), taken)
+        return divide(source, _splits(data, _full_name(path), shown=1))
     is_folder = path.is_dir()
     files = [file for file in (path.iterdir() if is_folder else matching_paths(source.path)) if not file.name.startswith(".")]
     if files or is_folder:
         _refuse(source, "a folder" if is_folder else "a glob", "subset", "revision")
         top = next((at for at, piece in enumerate(path.parts) if re.search(r"[*?[]", piece)), len(path.parts))
         read = _data_files(sorted(files), path)
-        parts = [_file(file, folders=file.parts[top:-1]) for file in read]
-        place = _divide(source, parts, taken, keeps_all=not is_folder)
+        parts = [_file(file, folders=file.parts[top:-1], by_words=by_words) for file in read]
+        place = divide(source, parts, keeps_all=not is_folder)
         unread = [file.name for file in sorted(files) if file.suffix.lower() in FOREIGN_SUFFIXES and file not in read]
         return place._replace(unused=place.unused + unread)
-    return _divide(source.model_copy(update={"split": None}), _hub_splits(source), taken)._replace(source=source)
+    return divide(source.model_copy(update={"split": None}), _hub_splits(source))._replace(source=source)
 
 
 class _Part(NamedTuple):
@@ -149,7 +155,9 @@ class _Part(NamedTuple):
     """Reads its rows, given what it is called."""
 
 
-def _divide(source: DataSource, parts: Sequence[_Part], taken: dict[str, str], *, keeps_all: bool = False) -> Place:
+def _divide(
+    source: DataSource, parts: Sequence[_Part], *, taken: dict[str, str], by_words: bool, keeps_all: bool = False
+) -> Place:
     """Return the parts of a place by their sides, each under a name of its own."""
     splits = [part.split for part in parts]
     if source.split is not None:
@@ -158,7 +166,7 @@ def _divide(source: DataSource, parts: Sequence[_Part], taken: dict[str, str], *
         if not train:
             raise DataError(f"{source.path}: has no split '{source.split}'; found {list_names(splits)}")
     else:
-        train, held_out = divide_names(splits, keeps_all=keeps_all)
+        train, held_out = divide_names(splits, keeps_all=keeps_all, by_words=by_words)
     files: dict[str, str] = {}
     for part in parts:
         file = part.full_name.rpartition("/")[2]
@@ -193,11 +201,11 @@ def _without_suffix(name: str) -> str:
     return re.sub(r"\.[^./]+(\.gz)?$", "", name, flags=re.IGNORECASE)
 
 
-def _file(path: Path, folders: Sequence[str] = ()) -> _Part:
+def _file(path: Path, folders: Sequence[str] = (), *, by_words: bool = True) -> _Part:
     """Return a file as a part; its split is the first of these folders or its own name that says a side, else its name."""
     begin_so = [folder for folder in folders if named_side(folder, by_words=False)]
     stem = _without_suffix(path.name)
-    split = next(filter(named_side, (*begin_so, stem, *folders)), stem)
+    split = next(filter(named_side, (*begin_so, stem, *folders) if by_words else begin_so), stem)
     return _Part(split, _full_name(path), 1, partial(read_rows, path))
 
 
