@@ -319,13 +319,22 @@ def test_a_dialogue_with_the_rejected_answer_beside_it_is_a_pair(read: Callable[
 @pytest.mark.parametrize("row", [
     {"instances": [{"prompt": "Hi", "chosen": "yes", "rejected": "no"}]},
     {"row_idx": 0, "row": {"prompt": "Hi", "chosen": "yes", "rejected": "no"}, "truncated_cells": []},
+    {"result": {"page": {"items": [{"prompt": "Hi", "chosen": "yes", "rejected": "no"}]}}},
 ])  # fmt: skip
-def test_rows_that_lie_one_level_deeper_are_told_so(read: Callable[..., Any], row: dict[str, Any]) -> None:
-    inner = "row" if "row" in row else "instances"
-    with pytest.raises(DataError, match=f"the rows lie one level deeper, in '{inner}': write its objects as the rows"):
+def test_rows_that_lie_deeper_are_told_so(read: Callable[..., Any], row: dict[str, Any]) -> None:
+    inner = "row" if "row" in row else next(iter(row))
+    with pytest.raises(DataError, match=f"the rows lie deeper, in '{inner}': write the objects there as the rows"):
         read(row)
 
 
 def test_two_answers_of_unknown_names_are_two_answers(read: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match=r"not clear.*\n.*\{prompt: prompt, chosen: <column>, rejected: <column>\}"):
         read({"prompt": "a", "model_output": "b", "gold": "c"})
+
+
+def test_a_dialogue_that_ends_with_a_question_has_no_answer_beside_the_rejected_one(read: Callable[..., Any]) -> None:
+    row = {"messages": [USER], "good_reply": "yes", "rejected": "no"}
+    with pytest.raises(DataError, match=r"\{columns: \{prompt: messages, chosen: good_reply, rejected: rejected\}\}"):
+        read(row)
+    (pair,), _ = read(row, columns={"prompt": "messages", "chosen": "good_reply", "rejected": "rejected"})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (YES,), (NO,))

@@ -53,9 +53,9 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
     """
     found = f"{where}: the columns are {list_names(names)}"
     values = {name: [row[name] for row in rows if carries(row.get(name))] for name in names}
-    inner = next((name for name in values if any(map(_is_row, values[name]))), None)
+    inner = next((name for name in values if any(map(_holds_rows, values[name]))), None)
     if inner:
-        return f"{found}; the rows lie one level deeper, in '{inner}': write its objects as the rows, in a list or one a line"
+        return f"{found}; the rows lie deeper, in '{inner}': write the objects there as the rows, in a list or one a line"
     winner = find_winner(values)
     guess, free = _guess(values, columns, winner)
     chosen, rejected = guess.pop("chosen", None), guess.pop("rejected", None)
@@ -126,10 +126,13 @@ def _guess(
     return guess, free
 
 
-def _is_row(value: Any) -> bool:
-    """Return whether a cell holds a whole row, or a list of such."""
+def _holds_rows(value: Any, depth: int = 3) -> bool:
+    """Return whether a cell holds a whole row, or a list of such, so many levels down."""
     row = value[0] if isinstance(value, list) and value else value
-    return isinstance(row, Mapping) and (len({"prompt", "instruction", "question", "chosen", "rejected"} & row.keys()) > 1)
+    if not isinstance(row, Mapping):
+        return False
+    is_row = len({"prompt", "instruction", "question", "chosen", "rejected"} & row.keys()) > 1
+    return is_row or (depth > 1 and any(_holds_rows(inner, depth - 1) for inner in row.values()))
 
 
 def _refuse_single_answers(values: Mapping[str, Sequence[Any]], winner: str | None, *, is_alone: bool) -> str | None:

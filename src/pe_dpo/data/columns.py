@@ -106,7 +106,8 @@ def find_spellings(examples: Mapping[str, Any], mapped: Mapping[str, str]) -> di
         if len(pairs) == 1:
             found |= {"chosen": plain[pairs[0][0]], "rejected": plain[pairs[0][1]]}
     if "rejected" in present and not {"chosen", "rejected_response"} & present:
-        dialogue = next((name for name in ("messages", "conversations") if name in plain), None)
+        dialogues = (name for name in ("messages", "conversations") if name in plain)
+        dialogue = next((name for name in dialogues if _role(examples[plain[name]], -1) == "assistant"), None)
         found |= {"rejected_response": plain["rejected"]} if dialogue else {}
         found |= {"messages": plain[dialogue]} if dialogue == "conversations" else {}
     systems = [name for name in _SYSTEMS if name in plain]
@@ -155,10 +156,15 @@ def begins_with_prompt(answer: Any) -> bool:
     """Return whether an answer is a whole dialogue: a transcript, or messages of which the first is not the assistant's."""
     if isinstance(answer, str):
         return is_transcript(answer)
-    if not isinstance(answer, list | tuple) or not answer or not isinstance(answer[0], Mapping):
-        return False
-    role = next((answer[0][key] for key in ("from", "role", "speaker") if answer[0].get(key)), "")
-    return ROLES.get(str(role).strip().lower(), "assistant") != "assistant"
+    return _role(answer, 0) not in ("assistant", None)
+
+
+def _role(messages: Any, place: int) -> str | None:
+    """Return the role of one of some messages; None where there are none."""
+    if not isinstance(messages, list | tuple) or not messages or not isinstance(messages[place], Mapping):
+        return None
+    said = next((messages[place][key] for key in ("from", "role", "speaker") if messages[place].get(key)), "")
+    return ROLES.get(str(said).strip().lower(), "assistant")
 
 
 def carries(value: Any) -> bool:
