@@ -115,7 +115,7 @@ def test_a_later_value_that_only_ends_with_an_answer_is_an_error(read: Callable[
         read(("answer_a", "answer_b"), "winner", *("ab" * 15), "not B")
 
 
-MODELS = [("llama-2", "mistral-1", "llama-2"), ("mistral-1", "llama-2", "llama-2"), ("gpt-2", "gpt-1", "gpt-1")]
+MODELS = [("llama-2", "mistral-1", "llama-2"), ("mistral-1", "llama-2", "llama-2"), ("m2", "m1", "m1")]
 
 
 @pytest.mark.parametrize(("answers", "names"), [

@@ -213,7 +213,7 @@ def _models(column: str, chosen: str, rejected: str, rows: Sequence[Mapping[str,
         if one != other and second.lower() == f"{first[:at]}{other}{first[at + len(one) :]}".lower()
     ]
     said = [row for row in rows if carries(row.get(column)) and not _TIES.fullmatch(_key(row[column]))]
-    if not all(isinstance(row[column], str) and re.search("[^\\W\\d_]{2}", row[column]) for row in said):
+    if not all(isinstance(row[column], str) and re.search(r"[^\W\d_].|.[^\W\d_]", row[column].strip()) for row in said):
         return None  # a letter or a number is none of their names
     for first, second in sorted(pairs):
         if said and all(_key(row[column]) in (_key(row.get(first)), _key(row.get(second))) for row in said):
