@@ -242,3 +242,12 @@ def test_single_words_that_answers_repeat_in_several_rows_are_their_prompts(read
 def test_exchanges_that_history_and_prompt_both_have_are_said_once(read: Callable[..., Any], history: Any, prompt: Any) -> None:
     (pair,), _ = read({"history": history, "prompt": prompt, **ANSWERS})
     assert [turn["content"] for turn in pair.prompt] == [*(["x", "y"] if len(history) > 1 else []), "a", "b", "Next?"]
+
+
+def test_an_input_alone_is_the_prompt_but_not_that_of_a_missing_instruction(
+    read: Callable[..., Any], refusal: Callable[..., str]
+) -> None:
+    pairs, _ = read(*({"instruction": asked, "input": "Hi", **ANSWERS} for asked in ("", "  ")))
+    assert [pair.prompt for pair in pairs] == ["Hi", "Hi"]
+    found = refusal({"instruction": "nan", "input": "Hi", **ANSWERS})
+    assert "column 'instruction' is the text 'nan', which stands where a value was missing" in found

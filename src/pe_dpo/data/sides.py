@@ -26,6 +26,8 @@ _TEXT_KEYS = ("answer", "text", "content", "response", "output", "completion", "
 _READ_KEYS = (*_TEXT_KEYS, *OBJECT_SCORES, "messages", "tools", "parallel_tool_calls")
 _MISSING = ("nan", "NaN", "None", "null", "<NA>")
 """What is left of a missing value when data were written as text."""
+_MISSING_PROMPTS = ("nan", "NaN", "<NA>")
+"""Of these, what nobody asks."""
 
 
 def read_prompt(required: Sequence[str], prompt: Any, chosen: Text, row: Mapping[str, Any], names: Mapping[str, str]) -> Any:
@@ -60,7 +62,10 @@ def read_prompt(required: Sequence[str], prompt: Any, chosen: Text, row: Mapping
         return prompt
     prompt = read_text(prompt, names[first])
     is_given = further is not None and further == further and not (isinstance(further, str) and is_missing(further))
-    return "\n\n".join(filter(None, (prompt, read_text(further, names["input"])))) if is_given else prompt
+    if not is_given or prompt.strip() in _MISSING_PROMPTS:
+        return prompt
+    further = read_text(further, names["input"])
+    return f"{prompt}\n\n{further}" if prompt.strip() else further
 
 
 def read_sides(prompt_cell: Any, chosen: Text, rejected: Text, names: Names) -> Sides:
@@ -243,7 +248,7 @@ def _check_prompt(prompt: Text, answers: tuple[Text, Text], name: str) -> None:
     """Refuse a prompt that is missing, or ends with what the answers bring or a tool was asked."""
     last = as_messages(prompt)[-1]
     asked = last["content"] if last["role"] == "user" else "said elsewhere"
-    if asked.strip() in ("", "nan", "NaN", "<NA>"):
+    if asked.strip() in ("", *_MISSING_PROMPTS):
         found = f"the text {asked.strip()!r}, which stands where a value was missing" if asked.strip() else "blank"
         in_turn = "" if isinstance(prompt, str) and not is_open_transcript(prompt) else "the last user turn in "
         raise RowError(f"{in_turn}column '{name}' is {found}; write the prompt, or take the row out")
