@@ -1,5 +1,6 @@
 """Policy and reference on one base: the reference is what it is said to be, before and after training."""
 
+import copy
 import json
 import shutil
 
@@ -213,6 +214,49 @@ def test_an_adapter_with_missing_tensors_is_not_loaded_half(base, sft):
 def test_targets_that_name_nothing_are_refused(base):
     with pytest.raises(ModelError, match=r"adapter\.targets: .* is called nowhere; there are down_proj, gate_proj"):
         attach_adapter(base, rank=4, alpha=8, targets=["nowhere"])
+
+
+def test_attention_and_mlp_are_the_layers_in_blocks_of_that_name(base):
+    for targets, names in (
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", {"gate_proj", "up_proj", "down_proj"}),
+    ):
+        model = attach_adapter(copy.deepcopy(base), rank=4, alpha=8, targets=targets)
+        assert set(model.peft_config["default"].target_modules) == names
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_a_name_in_both_blocks_is_told_apart_by_its_block():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def targeted(targets):
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2))
+        return set(attach_adapter(base, rank=2, alpha=4, targets=targets).base_model.targeted_module_names)
+
+    blocks = ("transformer.h.0.", "transformer.h.1.")
+    assert targeted("attention") == {block + name for block in blocks for name in ("attn.c_attn", "attn.c_proj")}
+    assert targeted("mlp") == {block + name for block in blocks for name in ("mlp.c_fc", "mlp.c_proj")}
+
+
+def test_a_base_without_such_blocks_says_what_there_is():
+    from torch import nn
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.Linear(4, 4)
+
+        def get_output_embeddings(self):
+            return None
+
+    with pytest.raises(ModelError, match=r"adapter\.targets: mlp: no block of the base has a name with mlp or .*such as wide"):
+        attach_adapter(Bare(), rank=2, alpha=4, targets="mlp")
+
+
+def test_a_rank_stabilized_adapter_is_scaled_by_the_root_of_its_rank(base):
+    model = attach_adapter(base, rank=16, alpha=8, targets=["q_proj"], rslora=True)
+    (scale,) = {module.scaling[POLICY] for module in model.modules() if hasattr(module, "lora_A")}
+    assert scale == 8 / 4
 
 
 def test_a_folder_without_an_adapter_is_refused(base, tmp_path):

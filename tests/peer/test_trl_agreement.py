@@ -18,40 +18,27 @@ pytestmark = pytest.mark.peer
 TOLERANCE = 1e-5
 LOG_2 = math.log(2)
 
-LOSSES = {
-    "dpo": ("dpo", {"loss_type": "sigmoid", "beta": 0.3}, {"beta": 0.3, "gamma": 0.3}),
-    "hinge": (
-        "dpo",
-        {"loss_type": "hinge", "beta": 0.3},
-        {"link": "hinge", "beta": 0.3, "gamma": 0.3, "margin": 1.0},
-    ),
-    "ipo": (
-        "dpo",
-        {"loss_type": "ipo", "beta": 0.2},
-        {"link": "squared", "reduce": "mean", "beta": 1.0, "gamma": 1.0, "margin": 1 / (2 * 0.2)},
-    ),
-    "length-normalised dpo": (
-        "dpo",
-        {"loss_type": "sigmoid_norm", "beta": 5.0},
-        {"reduce": "mean", "beta": 5.0, "gamma": 5.0},
-    ),
-    "robust dpo": (
-        "dpo",
-        {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
-        {"beta": 0.3, "gamma": 0.3, "label_smoothing": 0.2, "label_smoothing_mode": "unbiased"},
-    ),
-    "simpo": (
-        "cpo",
-        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0},
-        {"reduce": "mean", "beta": 2.0, "gamma": 0.0, "margin": 0.7},
-    ),
-    "conservative, without a reference": (
-        "cpo",
-        {"loss_type": "sigmoid", "beta": 0.3, "cpo_alpha": 0.0, "label_smoothing": 0.2},
-        {"beta": 0.3, "gamma": 0.0, "label_smoothing": 0.2},
-    ),
+NAMES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "dpo": ("dpo", {"loss_type": "sigmoid"}, {}),
+    "hinge": ("dpo", {"loss_type": "hinge"}, {}),
+    "ipo": ("dpo", {"loss_type": "ipo"}, {}),
+    "dpo-norm": ("dpo", {"loss_type": "sigmoid_norm"}, {}),
+    "robust": ("dpo", {"loss_type": "robust", "label_smoothing": 0.2}, {"label_smoothing": 0.2}),
+    "simpo": ("cpo", {"loss_type": "simpo", "simpo_gamma": 0.7, "cpo_alpha": 0.0}, {"margin": 0.7}),
+    "cdpo": ("cpo", {"loss_type": "sigmoid", "cpo_alpha": 0.0, "label_smoothing": 0.2}, {"label_smoothing": 0.2, "gamma": 0.0}),
 }
-every_loss = pytest.mark.parametrize(("kind", "theirs", "ours"), LOSSES.values(), ids=LOSSES.keys())
+"""Preset: TRL's trainer, what it calls the loss, and what the preset needs beside its β."""
+BETAS = {"simpo": (1.0, 2.0, 10.0), "dpo-norm": (1.0, 5.0, 10.0)}
+
+
+def loss_of(name: str, beta: float) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """TRL's trainer, its arguments, and our loss section."""
+    kind, theirs, ours = NAMES[name]
+    return kind, {**theirs, "beta": beta}, {"preset": name, "beta": beta, **ours}
+
+
+LOSSES = {(name, beta): loss_of(name, beta) for name in NAMES for beta in BETAS.get(name, (0.05, 0.3, 0.7))}
+every_loss = pytest.mark.parametrize(("name", "beta"), LOSSES)
 
 
 def marked(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
@@ -92,27 +79,28 @@ def test_one_step_has_the_loss_and_the_adapter_gradient_of_trl(
     both: Callable[..., Any],
     our_step: Callable[..., Any],
     peer_step: Callable[..., Any],
-    kind: str,
-    theirs: dict[str, Any],
-    ours: dict[str, Any],
+    name: str,
+    beta: float,
 ) -> None:
-    mine, peer = both(kind, theirs, ours)
+    """Under one name and one β, at three β; IPO's loss here is β² times that of the paper."""
+    mine, peer = both(*LOSSES[name, beta])
     our, their = our_step(mine), peer_step(peer)
-    assert our.loss == pytest.approx(their.loss, rel=TOLERANCE)
+    factor = beta**2 if name == "ipo" else 1
+    assert our.loss == pytest.approx(factor * their.loss, rel=TOLERANCE)
     assert our.gradients.keys() == their.gradients.keys()
     assert len(their.gradients) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
-    for name, gradient in their.gradients.items():
-        assert gradient.norm() > 0, name
-        assert (our.gradients[name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
+    for weight, gradient in their.gradients.items():
+        assert gradient.norm() > 0, weight
+        assert (our.gradients[weight] - factor * gradient).norm() <= TOLERANCE * factor * gradient.norm(), weight
 
 
-@pytest.mark.parametrize("name", ["dpo", "hinge", "robust dpo", "conservative, without a reference"])
+@pytest.mark.parametrize("name", ["dpo", "hinge", "robust", "cdpo"])
 def test_the_metrics_that_bear_trls_names_have_trls_values(
     both: Callable[..., Any], peer_step: Callable[..., Any], name: str
 ) -> None:
-    mine, peer = both(*LOSSES[name])
+    mine, peer = both(*LOSSES[name, 0.3])
     peer_step(peer)
-    theirs = peer._metrics["train"] if LOSSES[name][0] == "dpo" else peer._stored_metrics["train"]
+    theirs = peer._metrics["train"] if NAMES[name][0] == "dpo" else peer._stored_metrics["train"]
     ours = pair_metrics(mine.forward_pairs(mine.model, mine.train_dataset)[0])
     shared = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"]
     assert {key: ours[key] for key in shared} == pytest.approx({key: theirs[key][0] for key in shared}, rel=3e-5)
@@ -120,7 +108,7 @@ def test_the_metrics_that_bear_trls_names_have_trls_values(
 
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [("dpo", "adamw_torch"), ("simpo", "adamw_torch"), ("hinge", "sgd"), ("length-normalised dpo", "sgd")],
+    [("dpo", "adamw_torch"), ("simpo", "adamw_torch"), ("hinge", "sgd"), ("dpo-norm", "sgd")],
 )
 def test_three_optimizer_steps_have_the_losses_of_trl(
     both: Callable[..., Any],
@@ -129,7 +117,7 @@ def test_three_optimizer_steps_have_the_losses_of_trl(
 ) -> None:
     """Of both of TRL's trainers; that the losses are one step's is shown for each of them above."""
     options = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "optim": optimizer, "learning_rate": 1e-3}
-    mine, peer = both(*LOSSES[name], **options)
+    mine, peer = both(*loss_of(name, BETAS.get(name, (0, 0.3))[1]), **options)
     batches = list(mine.get_train_dataloader())
     order = [int(pair.where.split(":")[1]) - 1 for batch in batches for pair in batch]
     peer.train_dataset = peer.train_dataset.select(order)

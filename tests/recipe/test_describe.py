@@ -17,13 +17,13 @@ PER_TOKEN = "log p(chosen)/|chosen| − log p(rejected)/|rejected|, per token"
 
 PUBLISHED = {
     "dpo": "DPO (Rafailov et al. 2023, arXiv 2305.18290)",
-    "gdpo": "generalized DPO (Cho, 'Continued musing on DPO')",
+    "gdpo": "generalized DPO (not the online method GDPO) (Cho, 'Continued musing on DPO')",
     "hdpo": "H-DPO with α = β/γ (Omura et al. 2024, arXiv 2411.07595)",
     "cdpo": "conservative DPO (Mitchell 2023",
     "robust": "robust DPO (Chowdhury et al. 2024, arXiv 2403.00409)",
     "ipo": "IPO with τ =",
-    "hinge": "generalized hinge (Cho",
-    "rso": "RSO's hinge-norm (Liu et al. 2023, arXiv 2309.06657)",
+    "hinge": "the hinge loss, RSO's hinge-norm (Liu et al. 2023, arXiv 2309.06657)",
+    "gen-hinge": "generalized hinge (Cho",
     "slic": "SLiC-HF (Zhao et al. 2023, arXiv 2305.10425)",
     "simpo": "SimPO (Meng et al. 2024, arXiv 2405.14734)",
     "repo": "RePO (Wu et al. 2025, arXiv 2503.07426)",
@@ -51,7 +51,7 @@ def test_a_preset_other_than_generalized_dpo_has_one_name_only(name: str) -> Non
     ({"beta": 0.3, "gamma": 0.3}, "dpo"),
     ({"gamma": "2x"}, "gdpo"),
     ({"gamma": 0, "reduce": "mean", "margin": 0.3, "beta": 10.0}, "simpo"),
-    ({"link": "hinge", "margin": 1.0}, "rso"),
+    ({"link": "hinge", "margin": 1.0}, "hinge"),
     ({"preset": "simpo", "link": "hinge"}, "repo"),
     ({"reference_floor": 0.0, "beta": 1.0}, "hypo"),
     ({"preset": "slic", "sft_weight": 0.5, "margin": 2.0}, "slic"),
@@ -62,7 +62,7 @@ def test_a_mixture_that_is_a_published_loss_is_recognised(loss: dict[str, Any], 
 
 @pytest.mark.parametrize("loss", [
     {"preset": "simpo", "gamma": "0.5x"},
-    {"preset": "hinge", "gamma": 0},
+    {"preset": "gen-hinge", "gamma": 0},
     {"margin": 0.5},
     {"preset": "simpo", "margin": 0.0},
     {"reference_floor": -1.0},
@@ -85,7 +85,7 @@ def test_the_temperature_of_ipo_accounts_for_beta() -> None:
     ({}, f"−log σ(z),  z = 0.1·Δπ − 0.1·Δ0,  Δ = {SUMMED}"),
     ({"preset": "simpo"}, f"−log σ(z),  z = 2·Δπ − 1,  Δ = {PER_TOKEN}"),
     ({"preset": "slic"}, f"max(0, −z) + 0.1·NLL(chosen)/|chosen|,  z = 1·Δπ − 1,  Δ = {SUMMED}"),
-    ({"preset": "ipo"}, f"z²,  z = 1·Δπ − 1·Δ0 − 5,  Δ = {PER_TOKEN}"),
+    ({"preset": "ipo"}, f"z²,  z = 0.1·Δπ − 0.1·Δ0 − 0.5,  Δ = {PER_TOKEN}"),
     ({"preset": "hypo"}, f"−log σ(z),  z = 0.1·Δπ − 0.1·max(Δ0, 0),  Δ = {SUMMED}"),
     ({"preset": "rdpo"}, f"−log σ(z),  z = 0.1·Δπ − 0.1·Δ0 + 0.01·(|chosen| − |rejected|),  Δ = {SUMMED}"),
     ({"preset": "cdpo"}, f"0.9·[−log σ(z)] + 0.1·[−log σ(z′)],  z = 0.1·Δπ − 0.1·Δ0,  Δ = {SUMMED}"),
@@ -102,7 +102,7 @@ def test_a_negative_length_penalty_is_subtracted_in_the_formula() -> None:
 
 @pytest.mark.parametrize(("loss", "value"), [
     ({"preset": "dpo"}, math.log1p(math.exp(-0.2))),
-    ({"preset": "rso"}, 0.8),
+    ({"preset": "hinge"}, 0.8),
     ({"preset": "hypo", "beta": 0.5}, math.log1p(math.exp(-1.0))),
 ])  # fmt: skip
 def test_the_formula_is_what_the_loss_computes(loss: dict[str, Any], value: float) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from pe_dpo.errors import RecipeError
 from pe_dpo.recipe import Recipe, load_recipe, recipe_difference, recipe_from_yaml, recipe_names, recipe_to_yaml, warnings
+from pe_dpo.recipe.schema import Optimizer, Schedule
 
 RECIPE = """\
 model: {base: some/base}
@@ -45,6 +47,31 @@ def test_a_recipe_that_says_only_what_it_must_gets_the_documented_defaults() -> 
     assert (recipe["loss"]["preset"], recipe["loss"]["beta"], recipe["loss"]["gamma"]) == ("dpo", 0.1, "1x")
     assert (recipe["train"]["pairs_per_step"], recipe["train"]["learning_rate"], recipe["train"]["epochs"]) == (64, 2e-5, 1.0)
     assert recipe["mixout"] == {"p": 0.0, "form": "column", "draws": "step", "warmup": 0.0}
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_said() -> None:
+    assert read("adapter.rank=64").adapter.alpha == 128.0
+    assert read("adapter={rank: 8, alpha: 12}").adapter.alpha == 12.0
+    resolved = read("adapter.rank=64")
+    assert recipe_from_yaml(recipe_to_yaml(resolved), "again") == resolved
+
+
+def test_one_tracker_is_a_word() -> None:
+    assert read("train.report_to=wandb").train.report_to == ["wandb"]
+    assert read("train.report_to=[wandb, tensorboard]").train.report_to == ["wandb", "tensorboard"]
+
+
+def test_warmup_is_a_share_or_a_number_of_steps() -> None:
+    assert [read(f"train.warmup={value}").train.warmup for value in (0, 0.05, 10)] == [0, 0.05, 10]
+    assert "train.warmup" in message_of("train.warmup=1.5") and "neither a share" in message_of("train.warmup=1.5")
+
+
+def test_optimizers_and_schedules_have_the_names_of_transformers() -> None:
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    assert set(get_args(Optimizer)) <= {one.value for one in OptimizerNames}
+    assert set(get_args(Schedule)) <= {one.value for one in SchedulerType}
 
 
 def test_a_section_with_nothing_under_it_is_its_defaults() -> None:
@@ -201,3 +228,9 @@ def test_summed_log_probs_without_reference_are_warned_of() -> None:
 @pytest.mark.parametrize("preset", ["dpo", "simpo", "rso", "cpo", "slic", "hinge", "ipo", "repo"])
 def test_published_losses_are_not_warned_of(preset: str) -> None:
     assert warnings(read(f"loss={{preset: {preset}}}")) == []
+
+
+@pytest.mark.parametrize("preset", ["simpo", "cpo", "slic", "repo"])
+def test_a_gamma_beside_a_loss_without_reference_is_taken_for_a_papers_letter(preset: str) -> None:
+    (warning,) = warnings(read(f"loss={{preset: {preset}, gamma: 0.5}}"))
+    assert "in the paper's letters γ is loss.margin" in warning

@@ -51,7 +51,7 @@ MALFORMED = [
     ("train: {seed: true}", "1: train.seed", "found True; input should be a valid integer"),
     ("train: {pairs_per_step: 8.0}", "1: train.pairs_per_step", "found 8.0; input should be a valid integer"),
     ("train: {gradient_checkpointing: yes}", "1: train.gradient_checkpointing", "found 'yes'; input should be 'auto'"),
-    ("train: {report_to: wandb}", "1: train.report_to", "found 'wandb'; input should be a valid list"),
+    ("train: {report_to: 5}", "1: train.report_to", "found 5; input should be a valid list"),
     ("model: {base: 7}", "1: model.base", "found 7; input should be a valid string"),
     ("adapter: {targets: q_proj}", "1: adapter.targets", "found 'q_proj'; input should be 'all-linear'"),
     ("data: {train: d, eval: true}", "1: data.eval", "found True; a share, a path, an object such as"),

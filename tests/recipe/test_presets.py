@@ -27,12 +27,12 @@ PAPERS: dict[str, dict[str, Any]] = {
     "cdpo": {"label_smoothing": 0.1},
     # ((1−ε)·f(z) − ε·f(−z)) / (1−2ε); Chowdhury et al.
     "robust": {"label_smoothing": 0.1, "label_smoothing_mode": "unbiased"},
-    # (Δπ − Δ0 − 1/(2τ))²; Azar et al., τ = 0.1
-    "ipo": {"beta": 1.0, "gamma": 1.0, "margin": 5.0, "link": "squared", "reduce": "mean"},
-    # max(0, γ·Δ0 − β·Δπ) of Cho's post, and a margin
-    "hinge": {"gamma": 0.05, "margin": 1.0, "link": "hinge"},
+    # (Δπ − Δ0 − 1/(2τ))² times τ²; Azar et al., τ = 0.1
+    "ipo": {"margin": 0.5, "link": "squared", "reduce": "mean"},
     # max(0, 1 − γ·(Δπ − Δ0)); Liu et al.
-    "rso": {"margin": 1.0, "link": "hinge"},
+    "hinge": {"margin": 1.0, "link": "hinge"},
+    # max(0, γ·Δ0 − β·Δπ) of Cho's post, and a margin
+    "gen-hinge": {"gamma": 0.05, "margin": 1.0, "link": "hinge"},
     # max(0, δ − Δπ) − λ·log π(reference answer); Zhao et al.
     "slic": {"beta": 1.0, "gamma": 0.0, "margin": 1.0, "link": "hinge", "sft_weight": 0.1},
     # −log σ(β·Δπ per token − γ); Meng et al.: β = 2, γ/β = 0.5 for Llama-3-Base
@@ -71,8 +71,30 @@ def test_a_preset_says_where_it_was_published(name: str) -> None:
     assert PRESETS[name].source.count(" ") >= 1
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("sigmoid", "dpo"), ("sigmoid_norm", "dpo-norm"), ("rso", "hinge")])
+def test_other_names_of_a_loss_are_that_loss(theirs: str, ours: str) -> None:
+    assert LossSection(preset=theirs) == LossSection(preset=ours)
+
+
+@pytest.mark.parametrize("name", [
+    "orpo", "kto", "kto_pair", "apo_zero", "apo_down", "bco_pair", "sppo_hard", "nca_pair", "exo_pair", "aot", "aot_unpaired",
+    "discopop", "sft",
+])  # fmt: skip
+def test_losses_that_are_not_here_say_what_they_are_and_what_is_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is not here: .*(nearest|use an SFT tool)"):
+        LossSection(preset=name)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 0.5])
+def test_ipo_aims_where_its_beta_says(beta: float) -> None:
+    """(β·x − ½)² is least at x = 1/(2β) nats per token; a resolved recipe read again aims at the same."""
+    loss = LossSection(preset="ipo", beta=beta)
+    assert loss.margin / loss.beta == pytest.approx(1 / (2 * beta), rel=1e-12)
+    assert LossSection(**loss.model_dump()) == loss
+
+
 def test_gamma_follows_a_beta_that_is_set_beside_a_preset() -> None:
-    assert LossSection(preset="rso", beta=0.4).gamma_value == 0.4
+    assert LossSection(preset="hinge", beta=0.4).gamma_value == 0.4
     assert LossSection(preset="gdpo", beta=0.4).gamma_value == pytest.approx(0.2, rel=1e-12)
     assert LossSection(preset="simpo", beta=10.0).gamma_value == 0.0
 

@@ -221,6 +221,7 @@ def _to_train(base: Any, recipe: Recipe) -> Any:
             dropout=adapter.dropout,
             targets=adapter.targets,
             init="gaussian" if adapter.init == "gaussian" else "default",
+            rslora=adapter.rslora,
             seed=recipe.train.seed,
         )
     if not adapter_parameters(model):

@@ -26,6 +26,7 @@ def attach_adapter(
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
     init: Literal["default", "gaussian"] = "default",
+    rslora: bool = False,
     seed: int = 0,
 ) -> Any:
     """Return the base with a fresh LoRA adapter in float32, as a PEFT model; B = 0, so that π = π0.
@@ -35,8 +36,9 @@ def attach_adapter(
         rank: r.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
         dropout: on the adapter's input, per token.
-        targets: "all-linear" (all but the head), or names of modules.
+        targets: "all-linear" (all but the head), "attention" or "mlp" (the layers in blocks of that name), or names of modules.
         init: "default" or "gaussian", both with B = 0.
+        rslora: whether the update is scaled by alpha / √rank instead (Kalajdzievski 2023, arXiv 2312.03732).
         seed: of A.
 
     Raises:
@@ -47,9 +49,14 @@ def attach_adapter(
 
     if init not in ("default", "gaussian"):
         raise ModelError(f"init is {init!r}: only default and gaussian start with B = 0 on an unchanged base")
+    head, layers = base.get_output_embeddings(), (nn.Linear, Conv1D)  # the latter is GPT-2's
+    there = [path for path, module in base.named_modules() if isinstance(module, layers) and module is not head]
+    if isinstance(targets, str) and targets in _BLOCKS:
+        targets = _in_blocks(targets, there)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=targets,
         init_lora_weights="gaussian" if init == "gaussian" else True,
@@ -57,8 +64,6 @@ def attach_adapter(
         task_type="CAUSAL_LM",
     )
     named = [] if isinstance(targets, str) else targets
-    head, layers = base.get_output_embeddings(), (nn.Linear, Conv1D)  # the latter is GPT-2's
-    there = [path for path, module in base.named_modules() if isinstance(module, layers) and module is not head]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -70,6 +75,28 @@ def attach_adapter(
     left = [target for target in named if target in model.peft_config[POLICY].target_modules]
     _check_targets(left, model.base_model.targeted_module_names, there)
     return _in_float32(model).train()
+
+
+_BLOCKS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "moe", "expert")}
+"""What the names of blocks have in them, by the word of a recipe."""
+
+
+def _in_blocks(kind: str, there: Sequence[str]) -> list[str]:
+    """Return names of the linear layers in blocks of one kind: their own where no other layer has it, else with their block's.
+
+    Raises:
+        ModelError: there are none.
+    """
+    blocks = {path: path.lower().split(".")[:-1] for path in there}
+    inside = [path for path, names in blocks.items() if any(word in name for word in _BLOCKS[kind] for name in names)]
+    if not inside:
+        raise ModelError(
+            f"adapter.targets: {kind}: no block of the base has a name with {' or '.join(_BLOCKS[kind])}; name the layers, "
+            f"such as {', '.join(sorted({path.rpartition('.')[2] for path in there}))}"
+        )
+    outside = {path.rsplit(".", 1)[-1] for path in there if path not in inside}
+    parts = [path.split(".") for path in inside]
+    return list(dict.fromkeys(own[-1] if own[-1] not in outside else ".".join(own[-2:]) for own in parts))
 
 
 def _check_targets(targets: Sequence[str], matched: Sequence[str], there: Sequence[str]) -> None:

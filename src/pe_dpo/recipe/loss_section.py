@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pe_dpo.errors import RecipeError
 from pe_dpo.links import LinkName, link_named
-from pe_dpo.recipe.presets import PRESETS
+from pe_dpo.recipe.presets import ALIASES, NOT_HERE, PRESETS
 from pe_dpo.recipe.section import Finite, NonNegative, Positive, Section
 
 MULTIPLE = re.compile(r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)x$")
@@ -46,11 +46,16 @@ class LossSection(Section):
         if not isinstance(values, dict):
             return values
         name = values.get("preset", "dpo")
+        if isinstance(name, str) and name in ALIASES:
+            name = ALIASES[name]
+            values = values | {"preset": name}
         return {**PRESETS[name].values, **values} if isinstance(name, str) and name in PRESETS else values
 
     @field_validator("preset")
     @classmethod
     def _preset_is_published(cls, preset: str) -> str:
+        if preset in NOT_HERE:
+            raise ValueError(f"{preset} is not here: {NOT_HERE[preset]}")
         if preset not in PRESETS:
             close = difflib.get_close_matches(preset, PRESETS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(PRESETS)}"

@@ -14,7 +14,9 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     "dpo": Preset("DPO", "Rafailov et al. 2023, arXiv 2305.18290", {"beta": 0.1, "gamma": "1x"}),
-    "gdpo": Preset("generalized DPO", "Cho, 'Continued musing on DPO'", {"beta": 0.1, "gamma": "0.5x"}),
+    "gdpo": Preset(
+        "generalized DPO (not the online method GDPO)", "Cho, 'Continued musing on DPO'", {"beta": 0.1, "gamma": "0.5x"}
+    ),
     "hdpo": Preset("H-DPO with α = β/γ", "Omura et al. 2024, arXiv 2411.07595", {"beta": 0.1, "gamma": "1.1x"}),
     "cdpo": Preset(
         "conservative DPO",
@@ -27,19 +29,19 @@ PRESETS: dict[str, Preset] = {
         {"beta": 0.1, "gamma": "1x", "label_smoothing": 0.1, "label_smoothing_mode": "unbiased"},
     ),
     "ipo": Preset(
-        "IPO with τ = β/(2·margin), on per-token log-probs",
+        "IPO with τ = β/(2·margin), on per-token log-probs, β² times the paper's loss",
         "Azar et al. 2023, arXiv 2310.12036",
-        {"beta": 1.0, "gamma": "1x", "margin": 5.0, "link": "squared", "reduce": "mean"},
+        {"beta": 0.1, "gamma": "1x", "margin": 0.5, "link": "squared", "reduce": "mean"},
     ),
     "hinge": Preset(
+        "the hinge loss, RSO's hinge-norm",
+        "Liu et al. 2023, arXiv 2309.06657",
+        {"beta": 0.1, "gamma": "1x", "margin": 1.0, "link": "hinge"},
+    ),
+    "gen-hinge": Preset(
         "generalized hinge",
         "Cho, 'Continued musing on DPO', with a margin so that pairs which π0 ranks wrong can flip",
         {"beta": 0.1, "gamma": "0.5x", "margin": 1.0, "link": "hinge"},
-    ),
-    "rso": Preset(
-        "RSO's hinge-norm",
-        "Liu et al. 2023, arXiv 2309.06657",
-        {"beta": 0.1, "gamma": "1x", "margin": 1.0, "link": "hinge"},
     ),
     "slic": Preset(
         "SLiC-HF",
@@ -65,3 +67,28 @@ PRESETS: dict[str, Preset] = {
     "hypo": Preset("HyPO", "arXiv 2602.11902", {"beta": 0.1, "gamma": "1x", "reference_floor": 0.0}),
     "rdpo": Preset("R-DPO", "Park et al. 2024, arXiv 2403.19159", {"beta": 0.1, "gamma": "1x", "length_penalty": 0.01}),
 }
+
+ALIASES = {"sigmoid": "dpo", "sigmoid_norm": "dpo-norm", "rso": "hinge"}
+"""What the same losses are called elsewhere."""
+
+NOT_HERE = {
+    "orpo": "odds ratio plus likelihood, without a reference; nearest: simpo or cpo",
+    "kto": "for single answers with a label; nearest, for pairs: dpo",
+    "kto_pair": "KTO on pairs, each answer against an estimate of the KL; nearest: dpo",
+    "apo_zero": "raises the chosen and lowers the rejected answer by separate terms; nearest: dpo with sft_weight",
+    "apo_down": "lowers both answers, the rejected one more; nearest: dpo",
+    "bco_pair": "a binary classifier of each answer around a running mean; nearest: dpo",
+    "sppo_hard": "squares each answer's log-ratio against ±½; nearest: ipo",
+    "nca_pair": "contrasts each answer with the reference; nearest: dpo with sft_weight",
+    "exo_pair": "the reverse KL between two distributions over the pair; nearest: cdpo",
+    "aot": "sorts rewards across the batch, so that no pair has a loss of its own; nearest: dpo",
+    "aot_pair": "sorts rewards across the batch, so that no pair has a loss of its own; nearest: dpo",
+    "aot_unpaired": "sorts rewards across the batch, so that no pair has a loss of its own; nearest: dpo",
+    "discopop": "a logistic loss mixed with an exponential one; nearest: dpo",
+    "sft": "the likelihood of the chosen answer alone; use an SFT tool, or sft_weight beside another loss",
+    "alphapo": "another shape of the reward than the log-prob; nearest: simpo",
+    "bco": "for single answers with a label; nearest, for pairs: dpo",
+    "grpo": "an online method: it samples answers and scores them; pairs that are there already are for dpo",
+    "ppo": "an online method: it samples answers and scores them; pairs that are there already are for dpo",
+}
+"""Losses of other tools that are no point of the formula: what they are, and the nearest preset."""

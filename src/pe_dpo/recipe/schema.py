@@ -26,6 +26,20 @@ Column = Literal[
 """Names of columns of preference data that `data.columns` may map to a file's own."""
 
 
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adafactor", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix",
+    "sgd", "adagrad", "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit",
+    "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop",
+    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "grokadamw", "stable_adamw",
+]  # fmt: skip
+"""The optimizers of transformers that need nothing but parameters and a learning rate."""
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+"""The schedules of transformers that look at the step alone."""
+
+
 class ModelSection(Section):
     """The base model, loaded once: policy and reference share it."""
 
@@ -44,10 +58,13 @@ class AdapterSection(Section):
     """The trained part: LoRA in float32. Defaults r = 16, alpha = 2r, no dropout: as QLoRA and Zephyr's DPO recipes."""
 
     rank: Count = 16
-    alpha: Positive = 32.0
+    alpha: Positive = Field(32.0, description="The update is scaled by alpha / rank; default: 2 * rank.")
+    rslora: bool = Field(False, description="Scale by alpha / √rank instead (rank-stabilized LoRA, arXiv 2312.03732).")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
-        "all-linear", description="all-linear (every linear layer but the head), or names of modules."
+    targets: Literal["all-linear", "attention", "mlp"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear",
+        description="all-linear (every linear layer but the head), attention or mlp (those in blocks of that name), or a list "
+        "of names of modules.",
     )
     init: str = Field("default", description="default (B = 0) or gaussian (B = 0); others move the reference and are refused.")
     bias: str = Field("none", description="none; trainable biases would stay on in the reference and are refused.")
@@ -55,6 +72,12 @@ class AdapterSection(Section):
     reference: Literal["base", "adapter"] | None = Field(
         None, description="Needed with start: is π0 the base alone, or the base with a frozen copy of that adapter?"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_twice_the_rank(cls, values: Any) -> Any:
+        rank = values.get("rank") if isinstance(values, dict) and "alpha" not in values else None
+        return values | {"alpha": 2.0 * rank} if isinstance(rank, int) and rank > 0 else values
 
     @field_validator("init")
     @classmethod
@@ -87,8 +110,8 @@ class AdapterSection(Section):
             )
         if self.reference == "adapter" and not self.start:
             raise ValueError("reference: adapter as the reference needs start: the folder of that adapter")
-        of_the_adapter = ("rank", "alpha", "targets", "init")
-        fixed = [key for key in of_the_adapter if getattr(self, key) != type(self).model_fields[key].default]
+        defaults = {name: field.default for name, field in type(self).model_fields.items()} | {"alpha": 2.0 * self.rank}
+        fixed = [key for key in ("rank", "alpha", "rslora", "targets", "init") if getattr(self, key) != defaults[key]]
         if self.start and fixed:
             raise ValueError(f"{', '.join(fixed)}: set by the adapter that the run starts from; leave out")
         return self
@@ -177,7 +200,7 @@ class DataSection(Section):
     score: Literal["all", "last", "everything"] = Field(
         "all",
         description="Of an answer of several turns: score all of the assistant's turns, its last one alone, or everything, the "
-        "user's words included (as before 0.2).",
+        "user's words included, as the first runs did.",
     )
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
     bad_rows: Literal["error", "drop"] = "error"
@@ -262,9 +285,12 @@ class TrainSection(Section):
         description="Rows without padding in which prompts stand once. auto: where a check at the start shows that the model "
         "computes the same; true: stop if it does not; false: padded.",
     )
-    optimizer: Literal["adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit", "sgd"] = "adamw_torch"
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Share of the steps; as Zephyr's DPO recipe.")
+    optimizer: Optimizer = Field("adamw_torch", description="By transformers' names; some need a package of their own.")
+    schedule: Schedule = Field("linear", description="Of the learning rate, by transformers' names.")
+    schedule_args: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="Arguments of the schedule, such as {min_lr_rate: 0.1} for cosine_with_min_lr."
+    )
+    warmup: NonNegative = Field(0.1, description="Share of the steps (as Zephyr's DPO recipe), or steps where it is 1 or more.")
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = Field(1.0, description="0 for no clipping.")
     gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: only if memory asks for it.")
@@ -273,7 +299,21 @@ class TrainSection(Section):
     save_every: Count | None = Field(None, description="Steps between checkpoints; default: a tenth of the run.")
     keep_checkpoints: Count = Field(2, description="Newest checkpoints kept; one may be torn by a kill, two may not.")
     log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
-    report_to: list[str] = Field(default_factory=list, description="Trackers of transformers: tensorboard, wandb, …")
+    report_to: list[str] = Field(
+        default_factory=list, description="Trackers of transformers, one or a list: tensorboard, wandb, …"
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, report_to: Any) -> Any:
+        return [report_to] if isinstance(report_to, str) else report_to
+
+    @field_validator("warmup")
+    @classmethod
+    def _warmup_is_a_share_or_steps(cls, warmup: float) -> float:
+        if warmup >= 1 and warmup != int(warmup):
+            raise ValueError(f"{warmup:g} is neither a share of the steps (below 1) nor a number of steps")
+        return warmup
 
 
 class ReferenceSection(Section):
@@ -360,6 +400,11 @@ def warnings(recipe: Recipe) -> list[str]:
     found: list[str] = []
     if loss.is_calibrated:
         return found
+    if loss.preset in ("simpo", "cpo", "slic", "repo") and loss.gamma_value != 0:
+        found.append(
+            f"loss.gamma: {loss.gamma} weighs the reference, which {loss.preset} does without; in the paper's letters γ is "
+            "loss.margin"
+        )
     if link_named(loss.link).has_kink and loss.gamma_value == 0 and loss.margin <= 0 and loss.margin_scale == 0:
         found.append(f"loss: {loss.link} with gamma 0 and margin 0 is content with the uniform policy; set margin > 0")
     if loss.gamma_value == 0 and loss.reduce == "sum" and loss.margin == 0 and loss.sft_weight == 0:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pe_dpo.data import PreparedData
+from pe_dpo.errors import RecipeError
 from pe_dpo.recipe import Recipe
 
 
@@ -25,7 +26,8 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=min(math.ceil(settings.warmup * steps), steps - 1) if settings.schedule != "constant" else 0,
+        lr_scheduler_kwargs=dict(settings.schedule_args),
+        warmup_steps=warmup_steps(recipe, steps),
         optim=settings.optimizer,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -48,6 +50,42 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
     # One process drives one GPU; without this Trainer would spread the batch over all that it sees.
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Check that the optimizer and the schedule of a recipe can be made.
+
+    Raises:
+        RecipeError: a package is missing, or the schedule needs or does not know an argument.
+    """
+    from transformers import Trainer, TrainingArguments, get_scheduler
+
+    settings = recipe.train
+    args = TrainingArguments(output_dir=recipe.output, optim=settings.optimizer, use_cpu=not torch.cuda.is_available())
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise RecipeError(f"train.optimizer: {settings.optimizer}: {error}; install it, or take adamw_torch") from error
+    weight = torch.nn.Parameter(torch.zeros(1))
+    try:
+        get_scheduler(
+            settings.schedule,
+            torch.optim.SGD([weight], lr=settings.learning_rate),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=dict(settings.schedule_args),
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"train.schedule: {settings.schedule}: {error}; see train.schedule_args") from error
+
+
+def warmup_steps(recipe: Recipe, steps: int) -> int:
+    """Return the steps in which the learning rate rises, of so many in all; the last step is none of them."""
+    settings = recipe.train
+    if settings.schedule == "constant":
+        return 0
+    asked = int(settings.warmup) if settings.warmup >= 1 else math.ceil(settings.warmup * steps)
+    return min(asked, steps - 1)
 
 
 def total_steps(recipe: Recipe, data: PreparedData) -> int:

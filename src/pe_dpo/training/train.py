@@ -34,7 +34,7 @@ from pe_dpo.recipe import Recipe, describe, describe_sources, warnings, with_abs
 from pe_dpo.runs.files import scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
-from pe_dpo.training.arguments import total_steps, training_arguments
+from pe_dpo.training.arguments import check_optimizer, total_steps, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, Snapshots, StopOnSignal
 from pe_dpo.training.diagnostics import diagnose_scale
 from pe_dpo.training.gamma import find_gamma, forget_if_any, score_own_part, with_recorded_gamma
@@ -126,7 +126,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
         recorded: The data report of a run that goes on, whose held-out rows are held out again.
 
     Raises:
-        RecipeError: a tracker is not known or not installed.
+        RecipeError: a tracker is not known or not installed, or an optimizer or a schedule cannot be made.
         ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
         DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one.
     """
@@ -137,6 +137,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     if unknown:
         found = ", ".join(sorted(available)) or "none"
         raise RecipeError(f"train.report_to: {unknown[0]} is not known or not installed; installed trackers: {found}")
+    check_optimizer(recipe)
     for line in describe(recipe.loss).lines():
         logger.info(line)
     for line in warnings(recipe):
@@ -271,6 +272,7 @@ def build_trainer(
     caching = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
     reference = open_reference(policy, scorer, caching=caching, path=recipe.reference.store)
     asked, (recipe, calibration) = recipe, find_gamma(recipe, reference, data.train)
+    recorded = Run(writer.folder).data_report if resume and writer else None
 
     trainer = PairTrainer(
         reference,
@@ -280,6 +282,7 @@ def build_trainer(
         keep_checkpoints=settings.keep_checkpoints,
         prompts_together=settings.prompts_together,
         starts_at_reference=recipe.policy_starts_as_reference,
+        first_step_moves=recorded is None or recorded.get("held_out_rows") is not None,  # else a run of the first days
         callbacks=callbacks,
     )
     if mixout.layers:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
@@ -72,12 +73,13 @@ class PairTrainer(Trainer):
         keep_checkpoints: int = 1,
         prompts_together: bool = False,
         starts_at_reference: bool = True,
+        first_step_moves: bool = True,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self.reference, self.loss, self.held_out = reference, loss, data.held_out
         self.policy, self.scorer = reference.policy, reference.scorer
         self.keep_checkpoints, self.prompts_together = keep_checkpoints, prompts_together
-        self.starts_at_reference = starts_at_reference
+        self.starts_at_reference, self.first_step_moves = starts_at_reference, first_step_moves
         self.monitored = data.held_out or train_probe(data.train)
         """Pairs whose metrics are measured along the way."""
         self.monitored_reference: PairLogprobs | None = None
@@ -105,6 +107,16 @@ class PairTrainer(Trainer):
         kind = str(self.accelerator.distributed_type.value)
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
             raise UsageError(f"launched as {kind}; start several processes with torchrun, one per GPU")
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return transformers' schedule, a step earlier while the learning rate rises: the first step has 1/w of it, not 0."""
+        is_new = getattr(self, "lr_scheduler", None) is None
+        schedule: Any = super().create_scheduler(num_training_steps, optimizer)
+        rise = self.args.get_warmup_steps(num_training_steps)
+        if is_new and rise and self.first_step_moves:
+            (factor,) = set(schedule.lr_lambdas)
+            self.lr_scheduler = LambdaLR(schedule.optimizer, lambda step: factor(step + 1 if step < rise else step))
+        return self.lr_scheduler
 
     def get_train_dataloader(self) -> DataLoader:
         """Every process gets the whole optimizer batch and takes its own share of it in `training_step`."""
