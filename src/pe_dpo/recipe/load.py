@@ -61,7 +61,7 @@ def recipe_from_yaml(text: str, where: str, overrides: Iterable[str] = (), *, de
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        found: dict[KeyPath, str] = {}
+        found: dict[KeyPath, list[str]] = {}
         for one in error.errors():
             path = _path_in(values, tuple(one["loc"]))
             message = _message(one, path)
@@ -69,11 +69,21 @@ def recipe_from_yaml(text: str, where: str, overrides: Iterable[str] = (), *, de
             named = (*map(str, path), *key.split("."))
             if colon and ".".join(named) in known_keys():  # an error of a section, or of the whole recipe, that names the key
                 path, message = named, rest
+            found.setdefault(path, []).append(message)
+        lines_found = []
+        for path, messages in found.items():
             known = path
             while known not in origins and known:
                 known = known[:-1]
-            found.setdefault(path, f"{origins.get(known, where)}: {'.'.join(map(str, path))}: {message}")
-        raise RecipeError("\n".join(found.values())) from error
+            lines_found.append(f"{origins.get(known, where)}: {'.'.join(map(str, path))}: {_in_one(messages)}")
+        raise RecipeError("\n".join(lines_found)) from error
+
+
+def _in_one(messages: list[str]) -> str:
+    """Return what is wrong with one value, every form named that it might have had."""
+    begins = messages[0].partition("; input should be ")[0]
+    forms = [message.partition("; input should be ")[2] for message in messages]
+    return f"{begins}; input should be {', or '.join(dict.fromkeys(forms))}" if all(forms) else messages[0]
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:

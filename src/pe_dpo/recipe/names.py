@@ -4,6 +4,7 @@ import difflib
 
 from pydantic import BaseModel
 
+from pe_dpo.recipe.elsewhere import OTHER_NAMES
 from pe_dpo.recipe.schema import DataSource, Recipe
 
 SHORT_NAMES = {
@@ -22,49 +23,6 @@ SHORT_NAMES = {
     "output": "output",
 }
 """Short name: dotted key. They are flags of `train` and `quickstart`, and axes of `sweep`."""
-
-OTHER_NAMES = {
-    "simpo_gamma": "that is the margin here: loss.margin (gamma is the weight of the reference)",
-    "gamma_beta_ratio": "that is margin / beta here: set loss.margin (gamma is the weight of the reference)",
-    "num_train_epochs": "train.epochs",
-    "loss_type": "loss.preset",
-    "per_device_train_batch_size": "train.pairs_per_step (pairs per optimizer step; micro-batches are found by themselves)",
-    "gradient_accumulation_steps": "train.pairs_per_step (accumulation is derived from it)",
-    "batch_size": "train.pairs_per_step",
-    "model_name_or_path": "model.base",
-    "load_in_4bit": "model.quantize: nf4",
-    "load_in_8bit": "model.quantize: int8",
-    "torch_dtype": "model.dtype",
-    "dataset_name": "data.train",
-    "datasets": "data.train: a list of {path: …, weight: …, columns: …}",
-    "dataset_mixer": "data.train: a list of {path: …, weight: …}",
-    "dataset_config": "data.train: {path: …, subset: …}",
-    "dataset_train_split": "data.train: {path: …, split: …}",
-    "lora_r": "adapter.rank",
-    "r": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "target_modules": "adapter.targets",
-    "lora_target_modules": "adapter.targets",
-    "init_lora_weights": "adapter.init",
-    "use_dora": "DoRA is not supported",
-    "modules_to_save": "fully trained modules are not supported; LoRA only",
-    "rpo_alpha": "loss.sft_weight",
-    "cpo_alpha": "loss.sft_weight",
-    "ref_model": "the reference is the base with adapters off (adapter.reference)",
-    "output_dir": "output",
-    "lr": "train.learning_rate",
-    "warmup_ratio": "train.warmup",
-    "lr_scheduler_type": "train.schedule",
-    "optim": "train.optimizer",
-    "logging_steps": "train.log_every",
-    "eval_steps": "train.eval_every",
-    "save_steps": "train.save_every",
-    "save_total_limit": "train.keep_checkpoints",
-    "trust_remote_code": "code from a model repository is never run; convert the model to a class of transformers",
-    "precompute_ref_log_probs": "the reference pass is arranged by the program; drop the key",
-}
-"""Keys of other tools, and what they are called here."""
 
 
 def known_keys() -> list[str]:
@@ -88,13 +46,18 @@ def explain_unknown_key(path: tuple[str | int, ...]) -> str:
         other = OTHER_NAMES[key]
         is_key = other.replace(":", " ").split()[0] in known_keys()
         return f"unknown key; here it is {other}" if is_key else f"unknown key; {other}"
-    sections = difflib.get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.7) if len(path) == 1 else []
-    if sections:
-        return f"unknown key; did you mean {sections[0]}?"
     names = {dotted.rsplit(".", 1)[-1]: dotted for dotted in known_keys()}
     if key in names:
         return f"unknown key here; did you mean {names[key]}?"
     inside = [name for name in known_keys() if name.startswith(".".join(map(str, path[:-1])))]
-    close = difflib.get_close_matches(".".join(map(str, path)), inside or list(names.values()), n=1, cutoff=0.5)
-    close = close or [names[name] for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)]
-    return f"unknown key; did you mean {close[0]}?" if close else "unknown key; `pe-dpo recipes schema` lists what there is"
+    sections = list(Recipe.model_fields)
+    candidates = [*(sections if len(path) == 1 else inside), *names.values(), *sections]
+    near = [name for name in candidates if _is_typo(key, name.rsplit(".", 1)[-1])]
+    return f"unknown key; did you mean {near[0]}?" if near else "unknown key; `pe-dpo recipes schema` lists what there is"
+
+
+def _is_typo(written: str, meant: str) -> bool:
+    """Return whether one or two letters make the difference; in short names, one."""
+    matcher = difflib.SequenceMatcher(None, written, meant, autojunk=False)
+    edits = sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal")
+    return edits <= (2 if len(meant) > 4 else 1)

@@ -57,7 +57,7 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The trained part: LoRA in float32. Defaults r = 16, alpha = 2r, no dropout: as QLoRA and Zephyr's DPO recipes."""
 
-    rank: Count = 16
+    rank: Annotated[int, Field(ge=1, le=16384)] = 16
     alpha: Positive = Field(32.0, description="The update is scaled by alpha / rank; default: 2 * rank.")
     rslora: bool = Field(False, description="Scale by alpha / √rank instead (rank-stabilized LoRA, arXiv 2312.03732).")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -268,9 +268,11 @@ class GenerationSection(Section):
 class TrainSection(Section):
     """The optimizer's side. Micro-batches are found from a token budget; accumulation is derived, never typed."""
 
-    epochs: Positive = 1.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.0
     max_steps: Count | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs.")
-    learning_rate: Positive = Field(2.0e-5, description="Ten times what full fine-tuning takes, as usual for LoRA.")
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(
+        2.0e-5, description="Ten times what full fine-tuning takes, as usual for LoRA."
+    )
     pairs_per_step: Count = Field(64, description="Pairs per optimizer step (the batch size), whatever the split.")
     prompts_together: bool = Field(
         False,

@@ -1,7 +1,8 @@
 """What every part of a recipe is made of: strict sections, and numbers and places in their bounds."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
@@ -13,14 +14,17 @@ Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum"
 """Checked by `check_scales`, which says more than a bound would."""
 
 
-Location = Annotated[
-    str,
-    StringConstraints(min_length=1),
-    BeforeValidator(
-        lambda value: str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
-    ),
-]
-"""A path (~/ is the home folder) or a hub id."""
+def _expanded(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if "\0" in value:
+        raise ValueError(f"{value!r} holds a NUL character, which no path can have")
+    value = os.path.expandvars(value) if value.startswith("$") else value
+    return str(Path(value).expanduser()) if value.startswith("~/") else value
+
+
+Location = Annotated[str, StringConstraints(min_length=1), BeforeValidator(_expanded)]
+"""A path (~/ is the home folder, $NAME a variable of the environment at its beginning) or a hub id."""
 
 
 class Section(BaseModel):
