@@ -1,6 +1,7 @@
 """`pe-dpo recipes`: list, show, losses, copy, schema."""
 
 import json
+import re
 
 import pytest
 
@@ -42,15 +43,24 @@ def test_show_of_nothing_names_the_nearest(pe_dpo):
     assert done.err.startswith("error: qwen2.5-7b-dp: no such file and no such recipe; did you mean qwen2.5-7b-dpo?")
 
 
-def test_losses_have_a_line_each_with_their_source(pe_dpo):
+def test_losses_are_listed_with_formula_source_and_other_names(pe_dpo):
     lines = pe_dpo("recipes", "losses").out.splitlines()
-    assert [line.split()[0] for line in lines] == list(PRESETS)
-    assert "dpo        DPO: Rafailov et al. 2023, arXiv 2305.18290" in lines
+    assert [re.split(r"[ :]", line)[0] for line in lines[::2]] == list(PRESETS)
+    assert lines[:2] == [
+        "dpo (also sigmoid): DPO; Rafailov et al. 2023, arXiv 2305.18290", "    −log σ(z),  z = 0.1·Δπ − 0.1·Δ0"
+    ]  # fmt: skip
+
+
+def test_show_of_a_loss_that_is_not_here_says_what_is_nearest(pe_dpo):
+    done = pe_dpo("recipes", "show", "orpo")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: orpo is not here: odds ratio plus likelihood, without a reference; nearest: simpo")
 
 
 def test_copy_makes_a_recipe_that_loads(pe_dpo, tmp_path):
     done = pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo", tmp_path / "mine.yaml")
-    assert (done.code, done.out.strip()) == (0, f"copied to {tmp_path / 'mine.yaml'}")
+    assert (done.code, done.out.splitlines()[0]) == (0, f"copied to {tmp_path / 'mine.yaml'}")
+    assert done.out.splitlines()[1].endswith(f"then: pe-dpo check {tmp_path / 'mine.yaml'}")
     assert load_recipe(tmp_path / "mine.yaml").model.base == "Qwen/Qwen2.5-0.5B-Instruct"
 
 

@@ -20,7 +20,7 @@ def test_json_is_all_that_is_printed(pe_dpo, recipe_file, tmp_path):
 
 
 def test_json_says_why_a_run_failed(pe_dpo, recipe_file, tmp_path):
-    command = ("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, "--json", "--set", "train.learning_rate=1.0e+30")
+    command = ("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, "--json", "--set", "loss.beta=1.0e+300")
     done = pe_dpo(*command)
     (state,) = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (done.code, state["status"]) == (1, "failed")
@@ -28,7 +28,7 @@ def test_json_says_why_a_run_failed(pe_dpo, recipe_file, tmp_path):
 
 
 def test_where_all_runs_failed_no_comparison_is_advised(pe_dpo, recipe_file, tmp_path):
-    done = pe_dpo("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, "--set", "train.learning_rate=1.0e+30")
+    done = pe_dpo("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, "--set", "loss.beta=1.0e+300")
     assert done.code == 1
     assert "failed: runs/base/seed-0: " in done.out
     assert "pe-dpo compare" not in done.out

@@ -73,7 +73,7 @@ def test_training_the_run_s_own_recipe_again_gives_the_same_adapter(pe_dpo, trai
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "loss"), [
     (["--gamma", "0", "--margin", "1"], {"preset": "dpo", "gamma": 0.0, "margin": 1.0, "link": "logistic"}),
-    (["--loss", "hinge"], {"preset": "hinge", "gamma": "0.5x", "margin": 1.0, "link": "hinge"}),
+    (["--loss", "hinge"], {"preset": "hinge", "gamma": "1x", "margin": 1.0, "link": "hinge"}),
     (["--loss", "simpo", "--set", "loss.reduce=sum"], {"preset": "simpo", "gamma": 0.0, "margin": 1.0, "reduce": "sum"}),
 ])  # fmt: skip
 def test_the_dials_reach_the_run(pe_dpo, recipe_file, tmp_path, arguments, loss):

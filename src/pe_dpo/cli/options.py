@@ -15,7 +15,12 @@ LINKS = get_args(LinkName)
 
 Loss = Annotated[str | None, typer.Option("--loss", help="A named loss: dpo, gdpo, hinge, simpo, … (recipes losses).")]
 Beta = Annotated[float | None, typer.Option("--beta", help="Weight of the policy.")]
-Gamma = Annotated[str | None, typer.Option("--gamma", help='Weight of the reference: a number, or "0.5x" times beta.')]
+Gamma = Annotated[
+    str | None,
+    typer.Option(
+        "--gamma", help='Weight of the reference: a number, "0.5x" times beta, or found from data: auto, balance:S, scale:G.'
+    ),
+]
 Margin = Annotated[float | None, typer.Option("--margin", help="Constant subtracted from the score.")]
 Link = Annotated[str | None, typer.Option("--link", help=f"{', '.join(LINKS[:-1])} or {LINKS[-1]}.")]
 Mixout = Annotated[

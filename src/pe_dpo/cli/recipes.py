@@ -1,6 +1,7 @@
 """`pe-dpo recipes`: the recipes and losses that come with the package."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,15 @@ def list_recipes() -> None:
 @recipes.command()
 def show(name: Annotated[str, typer.Argument(help="A recipe, shipped or your own, or a named loss.")]) -> None:
     """Show a recipe, or a named loss: the effective formula, κ = γ/β, and the published name that it equals."""
+    from pe_dpo.errors import UsageError
     from pe_dpo.recipe import PRESETS, describe, find_recipe, load_recipe
     from pe_dpo.recipe.loss_section import LossSection
+    from pe_dpo.recipe.presets import ALIASES, NOT_HERE
 
-    if name in PRESETS:
-        typer.echo("\n".join(describe(LossSection(preset=name)).lines()))
+    if name in NOT_HERE:
+        raise UsageError(f"{name} is not here: {NOT_HERE[name]}")
+    if name in PRESETS or name in ALIASES:
+        typer.echo("\n".join(describe(LossSection(preset=ALIASES.get(name, name))).lines()))
         return
     recipe = load_recipe(name)
     typer.echo(find_recipe(name).read_text(encoding="utf-8"))
@@ -34,11 +39,19 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, shipped or your own
 
 @recipes.command()
 def losses() -> None:
-    """List the named losses with their papers."""
+    """List the named losses with their formulas and papers, and what other tools call them."""
     from pe_dpo.recipe import PRESETS
+    from pe_dpo.recipe.describe import formula
+    from pe_dpo.recipe.loss_section import LossSection
+    from pe_dpo.recipe.presets import ALIASES
 
     for name, preset in PRESETS.items():
-        typer.echo(f"{name:10} {preset.title}: {preset.source}")
+        others = [other for other, ours in ALIASES.items() if ours == name]
+        also = f" (also {', '.join(others)})" if others else ""
+        typer.echo(f"{name}{also}: {preset.title}; {preset.source}")
+        loss = LossSection(preset=name)
+        per_token = "  (Δ per token)" if loss.reduce == "mean" else ""
+        typer.echo(f"    {formula(loss).rpartition(',  Δ = ')[0]}{per_token}")
 
 
 @recipes.command()
@@ -49,7 +62,8 @@ def copy(
     """Copy a recipe, to change it."""
     from pe_dpo.recipe import copy_recipe
 
-    typer.echo(f"copied to {copy_recipe(name, to)}")
+    copied = copy_recipe(name, to)
+    typer.echo(f"copied to {copied}\nput your own data and base in, then: pe-dpo check {shlex.quote(str(copied))}")
 
 
 @recipes.command()
