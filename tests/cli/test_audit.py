@@ -102,3 +102,13 @@ def test_a_recipe_that_asks_for_one_is_shown(pe_dpo, recipe_file, tmp_path):
     done = pe_dpo("recipes", "show", path)
     assert (done.code, done.err) == (0, "")
     assert "z = 0.1·Δπ − γ·Δ0" in done.out
+
+
+def test_fewer_rows_and_mixout_may_be_asked_for(pe_dpo, recipe_file):
+    done = pe_dpo("audit", recipe_file, "--limit", 20, "--mixout", 0.5, "--json")
+    assert done.code == 0 and json.loads(done.out)["pairs"] <= 20
+    done = pe_dpo("audit", recipe_file, "--limit", 20, "--set", "data.limit=30")
+    assert (
+        done.code,
+        done.err.startswith("error: --set data.limit=30 and --set data.limit=20: data.limit is given twice"),
+    ) == (2, True)

@@ -203,3 +203,10 @@ def test_many_rows_that_are_too_long_are_a_warning_with_the_remedy(pe_dpo, recip
     assert json.loads(pe_dpo("check", recipe_file, "--set", "data.max_length=60", "--json").out)["warnings"] == [
         line.removeprefix("warning: ")
     ]
+
+
+def test_check_takes_every_flag_of_train(pe_dpo):
+    def flags(command):
+        return {word for word in pe_dpo(command, "--help").out.replace("│", " ").split() if word.startswith("--")}
+
+    assert flags("train") - {"--resume", "--overwrite"} <= flags("check")

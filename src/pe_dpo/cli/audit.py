@@ -23,6 +23,8 @@ def audit(
     gamma: options.Gamma = None,
     margin: options.Margin = None,
     link: options.Link = None,
+    mixout: options.Mixout = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Read only this many rows, for a try.")] = None,
     set_: options.Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Draw it as PNG into this folder.")] = None,
@@ -34,7 +36,9 @@ def audit(
     from pe_dpo.errors import UsageError
     from pe_dpo.recipe import describe, load_recipe, warnings
 
-    plan = load_recipe(recipe, options.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link))
+    set_ = [*(set_ or []), *([] if limit is None else [f"data.limit={limit}"])]
+    turned = options.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout)
+    plan = load_recipe(recipe, turned)
     if plots is not None and plots.exists() and not plots.is_dir():
         raise UsageError(f"--plots {plots}: is a file; name a folder")
 

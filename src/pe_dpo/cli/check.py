@@ -16,13 +16,20 @@ def check(
     margin: options.Margin = None,
     link: options.Link = None,
     mixout: options.Mixout = None,
+    lr: options.LearningRate = None,
+    epochs: options.Epochs = None,
+    seed: options.Seed = None,
+    output: options.Output = None,
     set_: options.Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Check recipe, loss, reference, base and data; exit 1 with the reason where training could not work."""
     from pe_dpo.recipe import describe, load_recipe
 
-    turned = options.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout)
+    turned = options.overrides(
+        set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout, lr=lr,
+        epochs=epochs, seed=seed, output=output,
+    )  # fmt: skip
     plan = load_recipe(recipe, turned)
 
     log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible
