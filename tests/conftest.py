@@ -27,6 +27,12 @@ CHATML = (
 WORDS = ("red", "green", "blue", "round", "square", "small", "large", "sweet", "sour", "bitter", "warm", "cold", "near", "far")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first, so that at the end no process waits for another one's last long test."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """What the tests imported stays to the end: no garbage collection, of which each training has one, looks through it."""
     gc.collect()
