@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pe_dpo.data import EncodedPair
@@ -215,6 +215,7 @@ def test_every_pair_is_in_one_row_and_rows_are_in_the_order_of_the_data(pairs, b
 
 
 @given(any_pairs, budgets)
+@example([pair([1], [1], [1]), pair([1], [1], [1, 1]), pair([1], [1], [1] * 5), pair([1], [2, 1], [2, 1, 1, 1])], 9)
 def test_no_row_of_several_pairs_exceeds_the_budget(pairs, budget):
     for row in split_into_rows(pairs, budget):
         assert pack([pairs[index] for index in row]).input_ids.numel() <= budget or len(row) == 1

@@ -167,13 +167,21 @@ def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[lis
     rows: list[list[int]] = []
     filled: list[tuple[int, int]] = []  # tokens and number of each row, the emptiest first
     for size, members in blocks:
-        if len(rows) < rows_needed or filled[0][0] + size > token_budget:
+        is_new = len(rows) < rows_needed
+        if not is_new:
+            tokens, row = filled[0]
+            grown = tokens + size
+            prompt = pairs[members[0]].prompt_ids.tobytes()
+            # Two blocks of one prompt share less of its answers' starts than each alone, and may need more than their sum.
+            if any(pairs[index].prompt_ids.tobytes() == prompt for index in rows[row]):
+                grown = max(grown, shared_tokens([pairs[index] for index in (*rows[row], *members)]))
+            is_new = grown > token_budget
+        if is_new:
             rows.append([*members])
             heappush(filled, (size, len(rows) - 1))
         else:
-            tokens, row = filled[0]
             rows[row].extend(members)
-            heapreplace(filled, (tokens + size, row))
+            heapreplace(filled, (grown, row))
     return [sorted(rows[row]) for _, row in sorted(filled, key=lambda entry: (-entry[0], entry[1]))]
 
 
