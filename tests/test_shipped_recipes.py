@@ -6,19 +6,24 @@ text, what ends a turn, and what becomes of a system turn that is not there.
 
 import functools
 import json
+import re
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from pe_dpo.data import EncodedPair, prepare_pairs
+from pe_dpo.data.template import set_template
+from pe_dpo.merging.merge import merge
 from pe_dpo.model.base import end_token_ids, load_tokenizer
-from pe_dpo.recipe import Recipe, find_recipe, load_recipe, recipe_header, recipe_names
+from pe_dpo.recipe import PRESETS, Recipe, find_recipe, load_recipe, recipe_header, recipe_names
 from pe_dpo.recipe.strict_yaml import parse_document
 from pe_dpo.training.train import train
 
@@ -29,8 +34,44 @@ SYSTEM<|im_end|>
 {{ message['content'] }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+PLAIN_CHATML = "{% for" + CHATML.split("{% for", 1)[1]
+# The last turn has a think block, empty without reasoning; with thinking off the generation prompt has it.
+QWEN3 = """\
+{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' and loop.last %}<think>
+{{ message['reasoning_content'] }}
+</think>
+
+{% endif %}{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+# The system turn has the date and the mode; with thinking off every answer has an empty think block.
+SMOLLM3 = """\
+{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}
+<|im_start|>system
+Today Date: {{ strftime_now("%d %B %Y") }}
+Reasoning Mode: {{ "/think" if enable_thinking else "/no_think" }}
+
+{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' and not enable_thinking %}<think>
+
+</think>
+{% endif %}{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if not enable_thinking %}<think>
+
+</think>
+{% endif %}{% endif %}"""
 LLAMA3 = """\
-{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>
+{{ bos_token }}<|start_header_id|>system<|end_header_id|>
+
+Today Date: DATE
+
+<|eot_id|>{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>
 
 {{ message['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
 
@@ -45,6 +86,10 @@ GEMMA = """\
 {{ message['content'] | trim }}<end_of_turn>
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
+# A whole dialogue ends with the EOS that generation never reaches, since it stops at <|end|>.
+PHI4 = """\
+{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
 
 
 class Family(NamedTuple):
@@ -60,40 +105,97 @@ class Family(NamedTuple):
     ends: tuple[str, ...]
     """What generation stops at, by the generation config."""
     options: dict[str, object]
+    """Of the model's configuration."""
+    opening: str
+    """The prompt of the question Q, up to the answer."""
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75,
+    "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
+}  # fmt: skip
 FAMILIES = {
     "Qwen/Qwen2.5": Family(
         "qwen2", CHATML.replace("SYSTEM", "You are Qwen."), {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         ("<|im_start|>",), "<|im_end|>", ("<|im_end|>", "<|endoftext|>"), {"tie_word_embeddings": True},
+        "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
     ),
-    "HuggingFaceTB/SmolLM2": Family(
-        "llama", CHATML.replace("SYSTEM", "You are SmolLM."),
-        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
-        ("<|endoftext|>",), "<|im_end|>", ("<|im_end|>",), {"tie_word_embeddings": True},
+    "Qwen/Qwen3-4B-Instruct-2507": Family(
+        "qwen3", PLAIN_CHATML, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        ("<|im_start|>",), "<|im_end|>", ("<|im_end|>", "<|endoftext|>"), {"tie_word_embeddings": True, "head_dim": 32},
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
     ),
-    "meta-llama/Llama-3": Family(
-        "llama", LLAMA3, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
-        ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"), "<|eot_id|>", ("<|end_of_text|>", "<|eot_id|>"), {},
+    "Qwen/Qwen3": Family(
+        "qwen3", QWEN3, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        ("<|im_start|>",), "<|im_end|>", ("<|im_end|>", "<|endoftext|>"), {"head_dim": 32},
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    "HuggingFaceTB/SmolLM3": Family(
+        "smollm3", SMOLLM3, {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+        ("<|im_start|>", "<|endoftext|>"), "<|im_end|>", ("<|im_end|>",),
+        {"tie_word_embeddings": True, "no_rope_layers": [1, 0]},
+        f"<|im_start|>system\nToday Date: {date.today():%d %B %Y}\nReasoning Mode: /no_think\n\n"
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n",
+    ),
+    "meta-llama/Llama-3.1": Family(
+        "llama", LLAMA3.replace("DATE", "26 Jul 2024"), {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"), "<|eot_id|>", ("<|end_of_text|>", "<|eot_id|>"),
+        {"rope_parameters": LLAMA3_ROPE},
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "meta-llama/Llama-3.2": Family(
+        "llama", LLAMA3.replace("DATE", '{{ strftime_now("%d %b %Y") }}'),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"), "<|eot_id|>", ("<|end_of_text|>", "<|eot_id|>"),
+        {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: {date.today():%d %b %Y}\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
     "mistralai/Mistral-7B": Family(
-        "mistral", INST, {"bos_token": "<s>", "eos_token": "</s>"}, ("[INST]", "[/INST]"), "</s>", ("</s>",), {},
+        "mistral", INST, {"bos_token": "<s>", "eos_token": "</s>"}, ("[INST]", "[/INST]"), "</s>", ("</s>",),
+        {"sliding_window": None}, "<s>[INST] Q[/INST]",
     ),
     "google/gemma-2": Family(
         "gemma2", GEMMA, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
         ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", ("<eos>", "<end_of_turn>"), {"head_dim": 16},
+        "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n",
+    ),
+    "google/gemma-3": Family(
+        "gemma3_text", GEMMA, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+        ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", ("<eos>", "<end_of_turn>"),
+        {"head_dim": 16, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
+        "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n",
+    ),
+    "microsoft/Phi-4-mini": Family(
+        "phi3", PHI4, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+        ("<|user|>", "<|assistant|>", "<|end|>"), "<|end|><|endoftext|>", ("<|end|>", "<|endoftext|>"),
+        {"tie_word_embeddings": True, "original_max_position_embeddings": 1024, "rope_parameters": LONG_ROPE},
+        "<|user|>Q<|end|><|assistant|>",
     ),
 }  # fmt: skip
-"""By the beginning of the base's name."""
+"""By the beginning of the base's name; of several the longest counts."""
 
-ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-LINEAR = [f"self_attn.{name}" for name in ATTENTION] + [f"mlp.{name}" for name in FEED_FORWARD]
+LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+FUSED = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
 PAIRS = 12
 
 
-def family_of(base: str) -> Family:
-    (found,) = [family for name, family in FAMILIES.items() if base.startswith(name)]
-    return found
+def family_of(run: "Run") -> Family:
+    return FAMILIES[family_name(load_recipe(run.name).model.base)]
+
+
+def family_name(base: str) -> str:
+    return max((name for name in FAMILIES if base.startswith(name)), key=len)
+
+
+ONE_OF_EACH_TYPE = sorted(
+    {FAMILIES[family_name(load_recipe(name).model.base)].model_type: name for name in recipe_names()}.values()
+)
 
 
 def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
@@ -128,10 +230,10 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The tiny base that stands for a base's name, built once."""
 
     @functools.cache
-    def build(family_name: str) -> Path:
-        return build_base(FAMILIES[family_name], tmp_path_factory.mktemp("bases") / family_name.replace("/", "-"))
+    def build(name: str) -> Path:
+        return build_base(FAMILIES[name], tmp_path_factory.mktemp("bases") / name.replace("/", "-"))
 
-    return lambda base: build(next(name for name in FAMILIES if base.startswith(name)))
+    return lambda base: build(family_name(base))
 
 
 @pytest.fixture(scope="session")
@@ -173,6 +275,10 @@ def run(
     ])  # fmt: skip
     train(recipe)
     return Run(request.param, recipe, folder, json.loads((folder / "run.json").read_text()))
+
+
+def linear_of(run: Run) -> list[str]:
+    return FUSED if family_of(run).model_type == "phi3" else LINEAR
 
 
 def encode(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[EncodedPair]:
@@ -219,22 +325,25 @@ def test_a_recipe_names_only_keys_that_differ_from_the_defaults(name: str, tmp_p
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_s_name_begins_with_its_base(name: str) -> None:
+def test_a_recipe_s_name_is_its_base_and_its_loss(name: str) -> None:
     """qwen2.5-7b-dpo is for Qwen2.5-7B."""
-    stem = load_recipe(name).model.base.split("/")[1].lower()
-    family, size = name.split("-")[0], next(part for part in name.split("-") if part[0].isdigit() and part.endswith("b"))
-    assert stem.startswith(family)
-    assert f"-{size}" in stem
+    (base,) = {name.removesuffix(f"-{loss}") for loss in ("mixout-ready", *PRESETS) if name.endswith(f"-{loss}")}
+    assert load_recipe(name).model.base.split("/")[1].lower().startswith(base)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_read_without_scrolling_sideways(name: str) -> None:
+    assert max(map(len, find_recipe(name).read_text(encoding="utf-8").splitlines())) <= 80
 
 
 # ---------------------------------------------------------------- as a run
 
 
 @pytest.mark.slow
-def test_lora_sits_on_the_seven_linear_kinds_of_every_layer_and_nowhere_else(run: Run) -> None:
+def test_lora_sits_on_the_linear_kinds_of_every_layer_and_nowhere_else(run: Run) -> None:
     expected = {
         f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
-        for layer in range(2) for module in LINEAR for side in "AB"
+        for layer in range(2) for module in linear_of(run) for side in "AB"
     }  # fmt: skip
     assert set(load_file(run.folder / "adapter_model.safetensors")) == expected
 
@@ -260,7 +369,7 @@ def test_the_base_is_quantized_when_the_recipe_says_so(run: Run) -> None:
     """auto leaves these tiny bases as they are."""
     quantize = load_recipe(run.name).model.quantize
     assert run.record["base"]["quantize"] == ("nf4" if quantize == "nf4" else "none")
-    assert len(run.record["base"]["quantized_layers"]) == (2 * len(LINEAR) if quantize == "nf4" else 0)
+    assert len(run.record["base"]["quantized_layers"]) == (2 * len(linear_of(run)) if quantize == "nf4" else 0)
 
 
 def test_the_reference_is_run_unless_gamma_is_zero(run: Run) -> None:
@@ -273,16 +382,60 @@ def test_policy_and_reference_are_one_before_the_first_step(run: Run) -> None:
 
 def test_answers_end_with_the_family_s_end_of_turn_and_nothing_after_it(run: Run) -> None:
     """Byte tokens make the texts readable: the answer of pair n is 'It is 2n.' and the end of the turn."""
-    tokenizer = load_tokenizer(run.recipe.model.base)
-    end = family_of(load_recipe(run.name).model.base).end_of_turn
+    tokenizer = load_tokenizer(str(run.folder))
     texts = {tokenizer.decode(pair.chosen_ids).lstrip() for pair in encode(run.recipe, tokenizer)}
-    assert texts == {f"It is {2 * number}.{end}" for number in range(PAIRS)}
+    assert texts == {f"It is {2 * number}.{family_of(run).end_of_turn}" for number in range(PAIRS)}
 
 
 def test_prompts_open_as_the_family_does(run: Run) -> None:
-    """ChatML with its default system turn, the others with one BOS."""
-    tokenizer = load_tokenizer(run.recipe.model.base)
-    prompt = tokenizer.decode(encode(run.recipe, tokenizer)[0].prompt_ids)
-    bos = tokenizer.bos_token
-    assert prompt.startswith("<|im_start|>system\nYou are " if "im_start" in tokenizer.chat_template else f"{bos}")
-    assert bos is None or "im_start" in bos or prompt.count(bos) == 1
+    """With one BOS, the date of the run, and where the base may think an empty think block before the answer."""
+    tokenizer = load_tokenizer(str(run.folder))
+    prompts = [tokenizer.decode(pair.prompt_ids) for pair in encode(run.recipe, tokenizer)]
+    assert {re.sub(r"What is (\d+) and \1\?", "Q", prompt) for prompt in prompts} == {family_of(run).opening}
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("name", "published"), [
+    ("gemma-2-9b-simpo", "gemma"), ("gemma-3-1b-dpo", "gemma3"), ("llama-3.1-8b-simpo", "llama3_1"),
+    ("llama-3.2-3b-hinge", "llama3_2"), ("qwen2.5-7b-dpo", "qwen2_5"), ("qwen3-4b-dpo", "qwen3_instruct_2507"),
+    ("qwen3-8b-gdpo", "qwen3"),
+])  # fmt: skip
+def test_the_published_templates_end_prompts_and_answers_as_those_here(name: str, published: str, conversations: Path) -> None:
+    trl = pytest.importorskip("trl")
+    family = FAMILIES[family_name(load_recipe(name).model.base)]
+    tokenizer = build_tokenizer(family)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{published}.jinja").read_text()
+    data = load_recipe(name, [f"data.train={conversations}"]).data
+    set_template(tokenizer, data)
+    pair = prepare_pairs(data, tokenizer=tokenizer, end_token_ids=tokenizer.convert_tokens_to_ids(list(family.ends))).train[0]
+    assert tokenizer.decode(pair.prompt_ids).endswith(f"What is 0 and 0?<{family.opening.partition('Q<')[2]}")
+    assert tokenizer.decode(pair.chosen_ids) == f"It is 0.{family.end_of_turn}"
+
+
+# ---------------------------------------------------------------- merged
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """In training mode without dropout: in evaluation, bitsandbytes may repack 4-bit weights on a CPU."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ONE_OF_EACH_TYPE, indirect=True)
+def test_a_run_merges_into_the_model_that_plain_peft_makes_of_its_base(run: Run, tmp_path: Path) -> None:
+    """What training changed arrives to 1 %, after two steps of a small learning rate."""
+    verdict = merge(run.folder, tmp_path / "merged")
+    assert (verdict.describe(), verdict.faults) == ("serves what was trained", [])
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    quantized = {"quantization_config": nf4} if run.record["base"]["quantize"] == "nf4" else {}
+    model, ids = AutoModelForCausalLM.from_pretrained(run.recipe.model.base, **quantized), torch.arange(3, 123).view(2, 60)
+    reference = logits(model, ids)
+    trained = logits(PeftModel.from_pretrained(model, run.folder), ids)
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids)
+    assert (merged - trained).abs().max() < 0.01 * (trained - reference).abs().max()

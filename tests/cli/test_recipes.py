@@ -37,6 +37,20 @@ def test_show_takes_a_file_of_ones_own(pe_dpo, recipe_file):
     assert pe_dpo("recipes", "show", recipe_file).out.startswith("model: {base: ")
 
 
+@pytest.mark.parametrize("arguments", [("list",), ("losses",), *(("show", name) for name in (*PRESETS, *recipe_names()))])
+def test_nothing_is_wider_than_the_screen(pe_dpo, arguments):
+    assert max(map(len, pe_dpo("recipes", *arguments, columns=80).out.splitlines())) <= 80
+
+
+def test_what_is_folded_stands_below_its_own_column(pe_dpo):
+    assert pe_dpo("recipes", "show", "cdpo", columns=80).out.splitlines()[:4] == [
+        "loss    0.9·[−log σ(z)] + 0.1·[−log σ(z′)],  z = 0.1·Δπ − 0.1·Δ0,  Δ = log",
+        "        p(chosen) − log p(rejected), summed over tokens",
+        "κ = γ/β 1",
+        "equals  conservative DPO (Mitchell 2023, 'A note on DPO with noisy preferences')",
+    ]
+
+
 def test_show_of_nothing_names_the_nearest(pe_dpo):
     done = pe_dpo("recipes", "show", "qwen2.5-7b-dp")
     assert (done.code, done.out) == (2, "")
@@ -58,21 +72,21 @@ def test_show_of_a_loss_that_is_not_here_says_what_is_nearest(pe_dpo):
 
 
 def test_copy_makes_a_recipe_that_loads(pe_dpo, tmp_path):
-    done = pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo", tmp_path / "mine.yaml")
+    done = pe_dpo("recipes", "copy", "qwen3-0.6b-dpo", tmp_path / "mine.yaml")
     assert (done.code, done.out.splitlines()[0]) == (0, f"copied to {tmp_path / 'mine.yaml'}")
     assert done.out.splitlines()[1].endswith(f"then: pe-dpo check {tmp_path / 'mine.yaml'}")
-    assert load_recipe(tmp_path / "mine.yaml").model.base == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert load_recipe(tmp_path / "mine.yaml").model.base == "Qwen/Qwen3-0.6B"
 
 
 def test_copy_without_a_place_copies_here(pe_dpo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo").code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["qwen2.5-0.5b-dpo.yaml"]
+    assert pe_dpo("recipes", "copy", "qwen3-0.6b-dpo").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen3-0.6b-dpo.yaml"]
 
 
 def test_copy_over_something_is_refused(pe_dpo, tmp_path):
     (tmp_path / "mine.yaml").write_text("mine")
-    done = pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo", tmp_path / "mine.yaml")
+    done = pe_dpo("recipes", "copy", "qwen3-0.6b-dpo", tmp_path / "mine.yaml")
     assert (done.code, done.out) == (2, "")
     assert done.err == f"error: {tmp_path / 'mine.yaml'}: exists already; name another file\n"
     assert (tmp_path / "mine.yaml").read_text() == "mine"
@@ -80,7 +94,7 @@ def test_copy_over_something_is_refused(pe_dpo, tmp_path):
 
 def test_copy_to_an_impossible_place_is_one_message(pe_dpo, tmp_path):
     (tmp_path / "file").write_text("")
-    done = pe_dpo("recipes", "copy", "qwen2.5-0.5b-dpo", tmp_path / "file" / "mine.yaml")
+    done = pe_dpo("recipes", "copy", "qwen3-0.6b-dpo", tmp_path / "file" / "mine.yaml")
     assert done.code == 2
     assert done.err.startswith(f"error: {tmp_path / 'file' / 'mine.yaml'}: ")
 

@@ -55,21 +55,21 @@ def test_a_recipe_without_comment_has_an_empty_header(tmp_path: Path) -> None:
 
 
 def test_a_copy_into_a_folder_keeps_its_name_and_bytes(tmp_path: Path) -> None:
-    copy = copy_recipe("smollm2-1.7b-dpo", tmp_path)
-    assert copy == tmp_path / "smollm2-1.7b-dpo.yaml"
-    assert copy.read_bytes() == find_recipe("smollm2-1.7b-dpo").read_bytes()
+    copy = copy_recipe("smollm3-3b-dpo", tmp_path)
+    assert copy == tmp_path / "smollm3-3b-dpo.yaml"
+    assert copy.read_bytes() == find_recipe("smollm3-3b-dpo").read_bytes()
 
 
 def test_a_copy_to_a_file_makes_the_folders_above_it(tmp_path: Path) -> None:
-    assert copy_recipe("smollm2-1.7b-dpo", tmp_path / "a" / "b" / "mine.yaml").name == "mine.yaml"
-    assert load_recipe(tmp_path / "a" / "b" / "mine.yaml") == load_recipe("smollm2-1.7b-dpo")
+    assert copy_recipe("smollm3-3b-dpo", tmp_path / "a" / "b" / "mine.yaml").name == "mine.yaml"
+    assert load_recipe(tmp_path / "a" / "b" / "mine.yaml") == load_recipe("smollm3-3b-dpo")
 
 
 def test_a_copy_never_overwrites(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("mine")
     with pytest.raises(UsageError, match=r"mine\.yaml: exists already; name another file"):
-        copy_recipe("smollm2-1.7b-dpo", mine)
+        copy_recipe("smollm3-3b-dpo", mine)
     assert mine.read_text() == "mine"
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,7 @@ def list_recipes() -> None:
     from pe_dpo.recipe import recipe_header, recipe_names
 
     for name in recipe_names():
-        typer.echo(f"{name:32} {recipe_header(name).splitlines()[0]}")
+        _say(f"{name:24}{recipe_header(name).splitlines()[0]}", indent=24)
 
 
 @recipes.command()
@@ -30,11 +32,12 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, shipped or your own
     if name in NOT_HERE:
         raise UsageError(f"{name} is not here: {NOT_HERE[name]}")
     if name in PRESETS or name in ALIASES:
-        typer.echo("\n".join(describe(LossSection(preset=ALIASES.get(name, name))).lines()))
-        return
-    recipe = load_recipe(name)
-    typer.echo(find_recipe(name).read_text(encoding="utf-8"))
-    typer.echo("\n".join(describe(recipe.loss).lines()))
+        loss = LossSection(preset=ALIASES.get(name, name))
+    else:
+        loss = load_recipe(name).loss
+        typer.echo(find_recipe(name).read_text(encoding="utf-8"))
+    for line in describe(loss).lines():
+        _say(line, indent=8)
 
 
 @recipes.command()
@@ -48,10 +51,10 @@ def losses() -> None:
     for name, preset in PRESETS.items():
         others = [other for other, ours in ALIASES.items() if ours == name]
         also = f" (also {', '.join(others)})" if others else ""
-        typer.echo(f"{name}{also}: {preset.title}; {preset.source}")
+        _say(f"{name}{also}: {preset.title}; {preset.source}", indent=2)
         loss = LossSection(preset=name)
         per_token = "  (Δ per token)" if loss.reduce == "mean" else ""
-        typer.echo(f"    {formula(loss).rpartition(',  Δ = ')[0]}{per_token}")
+        _say(f"    {formula(loss).rpartition(',  Δ = ')[0]}{per_token}", indent=6)
 
 
 @recipes.command()
@@ -72,3 +75,10 @@ def schema() -> None:
     from pe_dpo.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False))
+
+
+def _say(line: str, *, indent: int) -> None:
+    """Print a line, folded between words where the terminal is narrower, the lines below it indented."""
+    columns = shutil.get_terminal_size().columns
+    below = " " * indent
+    typer.echo(textwrap.fill(line, columns, subsequent_indent=below, break_long_words=False, break_on_hyphens=False))
