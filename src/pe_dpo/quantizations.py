@@ -2,6 +2,7 @@
 
 nf4          codes of 4 bits in blocks of 64, the blocks' scales in 8 bits (double quantization)
 nf4-single   the same with the scales in float32
+fp4, fp4-single   other codes, coarser for weights; some bases come so
 int8         codes of 8 bits with a scale per row
 none         as they are computed with
 
@@ -10,17 +11,22 @@ A new way is a name here and what bitsandbytes is to do for it, in `model/quanti
 
 from typing import Literal, TypeGuard, assert_never, get_args
 
-FourBit = Literal["nf4", "nf4-single"]
+FourBit = Literal["nf4", "nf4-single", "fp4", "fp4-single"]
 Quantization = Literal[FourBit, "int8", "none"]
 
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 QUANTIZATIONS_IN_WORDS = f"{', '.join(QUANTIZATIONS[:-1])} or {QUANTIZATIONS[-1]}"
 
 
+def four_bit_kind(quantize: FourBit) -> tuple[str, bool]:
+    """Return bitsandbytes' name of the codes, and whether the blocks' scales are quantized too."""
+    return quantize.removesuffix("-single"), not quantize.endswith("-single")
+
+
 def is_four_bit(quantize: Quantization) -> TypeGuard[FourBit]:
     """Return whether the weights are codes of 4 bits, whose values can be read back and merged into."""
     match quantize:
-        case "nf4" | "nf4-single":
+        case "nf4" | "nf4-single" | "fp4" | "fp4-single":
             return True
         case "int8" | "none":
             return False

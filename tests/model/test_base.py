@@ -191,7 +191,7 @@ def test_tensors_missing_from_the_files_are_not_made_up(tiny_base, tmp_path, qua
         ({"config.json": '{"model_type": "t5"}'}, "t5 is not a causal language model"),
         (
             {"config.json": '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'},
-            r"is already quantized \(gptq\); name the original base",
+            r"comes as gptq codes, which cannot be trained on",
         ),
     ],
 )

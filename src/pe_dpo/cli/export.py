@@ -15,16 +15,23 @@ KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0")
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A whole model on disk, as `pe-dpo merge` writes it.")],
+    model: Annotated[Path, typer.Argument(help="A whole model on disk, as `pe-dpo merge` writes it; a base for --plain.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A new or empty folder for the export.")] = None,
     gguf: Annotated[str | None, typer.Option(help="Write a GGUF file: f16, bf16, q8_0, q4_0 or f32.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts or pairs; default: five short questions.")] = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Read the file back and compare; needs 4 bytes of memory a parameter.")
     ] = True,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="Write a base of fp8, MXFP4 or 4-bit codes, or .bin files, as 16-bit safetensors."),
+    ] = False,
     push: Annotated[str | None, typer.Option(help="Push the export, or without --gguf MODEL itself, to ORG/NAME.")] = None,
 ) -> None:
     """Write a model as GGUF with an Ollama Modelfile and golden prompts, checked by reading it back; or push it."""
+    if plain:
+        _export_plain(str(model), output, others=[gguf, prompts, push])
+        return
     _check_request(model, output, gguf, prompts, push)
 
     console.start()
@@ -44,6 +51,19 @@ def export(
         from pe_dpo.export.push import push_folder
 
         console.say(push_folder(folder, push, private=True))
+
+
+def _export_plain(base: str, output: Path | None, *, others: list[object]) -> None:
+    from pe_dpo.errors import UsageError
+
+    if output is None or any(other is not None for other in others):
+        raise UsageError("--plain goes with -o FOLDER, and with nothing else")
+    console.start()
+    from pe_dpo.export.plain_folder import export_plain
+
+    codes = export_plain(base, output)
+    console.say(f"{output}: {f'{codes} tensors of codes' if codes else 'its tensors'} written plainly, all others as they were")
+    console.say(f"next: name it in a recipe: {{model: {{base: {output}}}}}")
 
 
 def _check_request(model: Path, output: Path | None, gguf: str | None, prompts: Path | None, push: str | None) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from pe_dpo.merging.behaviour import name_expected
 from pe_dpo.merging.source import Source, describe_scale
-from pe_dpo.quantizations import is_four_bit
+from pe_dpo.quantizations import four_bit_kind, is_four_bit
 from pe_dpo.recipe import describe_sources
 from pe_dpo.runs.model_card import front_matter, training_sections
 
@@ -75,10 +75,13 @@ def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str
     revision = f", revision={base['revision']!r}" if base["revision"] else ""
     quantization = "BitsAndBytesConfig(load_in_8bit=True)" if base["quantize"] == "int8" else "None"
     if is_four_bit(source.facts.quantize):
+        kind, is_double = four_bit_kind(source.facts.quantize)
         quantization = (
-            f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant="
-            f"{base['quantize'] == 'nf4'}, bnb_4bit_compute_dtype=torch.{base['dtype']})"
+            f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r}, bnb_4bit_use_double_quant="
+            f"{is_double}, bnb_4bit_compute_dtype=torch.{base['dtype']})"
         )
+    if source.facts.is_prequantized:
+        quantization = "None"  # its own files say how
     body = [
         *("```", *commands, "```", ""),
         "```python",

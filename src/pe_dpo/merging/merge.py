@@ -79,7 +79,8 @@ def merge(
             as_trained = Unmerged(source, source.facts, dtype=plan.dtype) if source.pairs else None
             expected = as_trained
             if as_trained is not None and onto == "original" and source.facts.quantize != "none":
-                expected = Unmerged(source, source.facts._replace(quantize="none"), dtype=plan.dtype)
+                plain = source.original or source.facts._replace(quantize="none")
+                expected = Unmerged(source, plain, dtype=plan.dtype)
             tensors, hashes = write(plan, folder, as_trained.base if as_trained is not None else None)
             verdict = Verdict(plan, folder, tensors, hashes, expected=expected, as_trained=as_trained)
             if verdict.faults and not force:

@@ -135,6 +135,7 @@ class Plan:
                 "int8 also rounds what flows through a layer, so that no merged weights compute what was trained; merge with "
                 "`onto` original, or serve with `onto` adapter"
             )
+        self._check_original()
         if self.onto == "original" and source.facts.quantize != "none":
             logger.warning(
                 "onto the original weights: their quantization error was part of training, and is not of what is served"
@@ -146,7 +147,7 @@ class Plan:
             if not source.allow_base_mismatch:
                 raise ModelError(f"{what}; restore it; `allow_base_mismatch` merges all the same")
             logger.warning(what)
-        if self.onto == "dequantized":
+        if self.onto == "dequantized" or source.original is not None:
             return  # tensor by tensor as loaded, later
         changed = changed_files(record.model_dump(), source.base_folder)
         if changed and not source.allow_base_mismatch:
@@ -156,6 +157,23 @@ class Plan:
             )
         if changed:
             logger.warning(f"{changed[0]} of the base is not the file of training")
+
+    def _check_original(self) -> None:
+        """Check that what is merged onto is there, for a base that came as codes."""
+        codes, original = self.source.facts, self.source.original
+        if self.onto == "original" and codes.is_prequantized and original is None:
+            raise ModelError(
+                f"{codes.base}: holds codes, not the weights they were made of; name the base that has those with `base`, or "
+                "merge `onto` dequantized"
+            )
+        if original is None:
+            return
+        if self.onto == "dequantized":
+            raise ModelError(
+                f"{original.base}: is not what was trained on, which were the codes of {codes.base}; leave `base` out, or "
+                "merge `onto` original"
+            )
+        logger.warning(f"nothing shows that the codes of {codes.base} were made of {original.base}")
 
     def _check_nothing_lacks(self, parameters: set[str]) -> None:
         """Where no model will be loaded, check by name that the files have what the model has and what training had.

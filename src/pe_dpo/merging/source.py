@@ -35,7 +35,7 @@ from pe_dpo.model.adapter import REFERENCE
 from pe_dpo.model.adapter_config import expected_tensors
 from pe_dpo.model.base import BaseInfo, empty_model, end_token_ids, inspect_base
 from pe_dpo.model.provenance import adapter_fingerprints, base_folder, changed, template_fingerprint, tokenizer_fingerprint
-from pe_dpo.model.tensor_files import TensorFiles
+from pe_dpo.model.weight_files import weight_files
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.schema import DataSection
 from pe_dpo.runs.run import Run
@@ -51,6 +51,7 @@ class BaseRecord(BaseModel):
     id: str
     revision: str | None = None
     quantize: Quantization
+    prequantized: bool = False
     dtype: Literal["float32", "bfloat16"]
     device: str | None = None
     parameters: int | None = None
@@ -102,13 +103,7 @@ class Source:
                     f"{path}: cannot be used ({why or error}), and without it the base cannot be checked; take another copy of "
                     "the run"
                 ) from error
-        if self.record is None and quantize is None:
-            raise UsageError(
-                f"{target}: nothing there says how its base was loaded in training, and that decides what is served; say it "
-                "with `quantize` nf4, nf4-single (without double quantization), int8 or none"
-            )
-        if self.record is not None and quantize not in (None, self.record.quantize):
-            raise UsageError(f"{target}: was trained on {self.record.quantize}, as base.json says; leave `quantize` out")
+        self._check_quantize(quantize)
         self.trained: Path = found.adapter
         """The adapter that was trained."""
         self.adapter = AdapterFiles(found.adapter)
@@ -117,6 +112,10 @@ class Source:
         if self.record is not None:
             revision = self.record.revision if base is None else None
             how |= {"quantize": self.record.quantize, "dtype": self.record.dtype, "revision": revision}
+        self.original = self._original(base)
+        """The base whose weights the codes of training were made of, where training had codes from files and it is named."""
+        if self.original is not None and self.record is not None:
+            how |= {"base": self.record.id, "revision": self.record.revision}
         self.facts = inspect_base(**how)
         _check_adapter_tensors(self.adapter, self.facts)
         self.recipe = found.recipe
@@ -140,9 +139,27 @@ class Source:
         """Of the adapters in `reference` and `trained`: what their sum is, `adapter` is."""
         self.scale = self.record.scale if self.record else 1.0
         """How far what is served is from the reference; 1 is what was trained."""
-        self.base_folder = base_folder(self.facts)
-        self.files = TensorFiles(self.base_folder)
-        """The base's weights."""
+        onto = self.original or self.facts
+        self.base_folder = base_folder(onto.base, onto.revision)
+        self.files = weight_files(self.base_folder)
+        """The base's weights that are merged onto."""
+
+    def _check_quantize(self, quantize: str | None) -> None:
+        """Check that one of training's record and the caller says how the base was loaded, and not each something else."""
+        if self.record is None and quantize is None:
+            raise UsageError(
+                f"{self.folder}: nothing there says how its base was loaded in training, and that decides what is served; "
+                "say it with `quantize` nf4, nf4-single (without double quantization), int8 or none"
+            )
+        if self.record is not None and quantize not in (None, self.record.quantize):
+            raise UsageError(f"{self.folder}: was trained on {self.record.quantize}, as base.json says; leave `quantize` out")
+
+    def _original(self, base: str | None) -> BaseInfo | None:
+        """The base that is named, where training had codes that came in files and these are not they."""
+        if base is None or self.record is None or not self.record.prequantized:
+            return None
+        named = inspect_base(base, quantize="auto", dtype=self.record.dtype)
+        return None if named.is_prequantized else named._replace(quantize="none")
 
     def _held_out_pairs(self, found: SavedPolicy, data: str | None, count: int) -> list[EncodedPair]:
         """`count` pairs, evenly spread over those held out, or over `data`."""

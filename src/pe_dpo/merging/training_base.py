@@ -11,6 +11,7 @@ from pe_dpo.merging.plan import Onto, PlannedTensor
 from pe_dpo.merging.source import Source
 from pe_dpo.model.fingerprint import parameter_fingerprint
 from pe_dpo.model.quantization import dequantized, quantized_parameter
+from pe_dpo.model.weight_files import FourBitFiles
 from pe_dpo.quantizations import is_four_bit
 
 
@@ -46,7 +47,7 @@ class TrainingBase:
         if record is None:
             return cls(source, (), {}, torch.device("cpu"))
         # int8 codes cannot be made again from here; the files were compared instead.
-        is_known = not source.allow_base_mismatch and quantize != "int8"
+        is_known = not source.allow_base_mismatch and quantize != "int8" and source.original is None
         device = "cuda" if record.device == "cuda" and torch.cuda.is_available() else "cpu"
         return cls(source, record.quantized_layers, record.tensors if is_known else {}, torch.device(device))
 
@@ -63,7 +64,9 @@ class TrainingBase:
         files, quantize, dtype = self.source.files, self.source.facts.quantize, self.source.facts.dtype
         stored = files.read(planned.source)
         codes: Any = None
-        if is_four_bit(quantize) and planned.module_name.removesuffix(".weight") in self.quantized_layers:
+        if isinstance(files, FourBitFiles) and files.has_codes(planned.source):
+            codes = files.codes(planned.source, dtype)
+        elif is_four_bit(quantize) and planned.module_name.removesuffix(".weight") in self.quantized_layers:
             codes = quantized_parameter(stored.to(dtype), quantize, device=self.device)
         expected = self.fingerprints.get(planned.recorded_as)
         usual = dtype if stored.is_floating_point() else stored.dtype

@@ -1,8 +1,10 @@
 """The base model: found, loaded once, quantized if asked."""
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
-from pe_dpo.model.quantization import four_bit_layers, keep_weights_unpacked, quantization_config
+from pe_dpo.model.quantization import four_bit_layers, keep_weights_unpacked, quantization_config, stored_quantization
 from pe_dpo.quantizations import Quantization
 
 Quantize = Quantization | Literal["auto"]
@@ -21,6 +23,10 @@ NEEDS_CODE = (
     "another"
 )
 """Of a model or tokenizer; transformers would ask whether to run it, and run it on a y from wherever it came."""
+NO_TENSORS = (
+    "its .bin files hold more than tensors, or are damaged, and were not read (nothing in them was run); take the base as "
+    "safetensors"
+)
 LARGE_BASE = 1_000_000_000
 """Parameters from which `quantize: auto` means nf4: below, 16-bit weights take under 2 GB anyway."""
 
@@ -35,6 +41,8 @@ class BaseInfo(NamedTuple):
     context_length: int | None
     quantize: Quantization
     dtype: torch.dtype
+    is_prequantized: bool = False
+    """Whether its files hold the codes already, as bitsandbytes makes them."""
 
 
 def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize = "auto", dtype: str = "auto") -> BaseInfo:
@@ -63,12 +71,9 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
         raise _unusable(base, f"no model found there: {nowhere}", error) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"{base}: {config.model_type} is not a causal language model of this transformers version")
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method is not None:
-        raise ModelError(
-            f"{base}: is already quantized ({method}); name the original base and let model.quantize do it, so that the run "
-            "knows exactly which weights it trained on"
-        )
+    settings = getattr(config, "quantization_config", None)
+    if settings:
+        quantize = _as_it_comes(base, settings, quantize)
     parameters = sum(p.numel() for p in empty_model(base, config).parameters())
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
@@ -80,7 +85,37 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
         context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
         quantize=quantize if quantize != "auto" else "nf4" if parameters >= LARGE_BASE else "none",
         dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
+        is_prequantized=bool(settings),
     )
+
+
+def _way_out(base: str, settings: Mapping[str, Any]) -> str:
+    """What can be done with a base whose codes another library made, in a sentence."""
+    if settings.get("quant_method") in ("fp8", "mxfp4"):  # some have no other weights
+        return (
+            f"Write them out in 16 bits with `{shlex.join(['pe-dpo', 'export', base, '--plain', '-o', 'BASE'])}` and name BASE "
+            "in model.base; model.quantize then makes nf4 of it, and `pe-dpo audit --four-bit-noise` measures what that changes"
+        )
+    return "Name the model that they were made of, or one quantized by bitsandbytes (…-bnb-4bit), which is trained on as it is"
+
+
+def _as_it_comes(base: str, settings: Mapping[str, Any], quantize: Quantize) -> Quantization:
+    """Return how a base was quantized that lies so on disk.
+
+    Raises:
+        ModelError: not by bitsandbytes, or otherwise than is asked for.
+    """
+    stored = stored_quantization(settings)
+    if stored is None:
+        raise ModelError(
+            f"{base}: comes as {settings.get('quant_method')} codes, which cannot be trained on. {_way_out(base, settings)}"
+        )
+    if quantize not in ("auto", stored):
+        raise ModelError(
+            f"{base}: comes quantized ({stored}), and is trained on these very codes: write model.quantize: {stored}, or leave "
+            f"it out; for {quantize} name the base that it was made from"
+        )
+    return stored
 
 
 def empty_model(base: str, config: Any) -> Any:
@@ -116,18 +151,22 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
             local_files_only=_is_local(info.base),
             dtype=info.dtype,
             device_map={"": device},
-            quantization_config=quantization_config(info.quantize, info.dtype),
             output_loading_info=True,
             trust_remote_code=False,
+            **({} if info.is_prequantized else {"quantization_config": quantization_config(info.quantize, info.dtype)}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unusable(info.base, "cannot be loaded: ", error) from error
+    except UnpicklingError as error:  # torch's own message says how to run what is in there
+        raise ModelError(f"{info.base}: {NO_TENSORS}") from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelError(
             f"{info.base}: {len(missing)} tensors of the model are missing from its files ({missing[0]}, …) and would be "
             "random; fetch the model again"
         )
+    if info.is_prequantized:  # transformers leaves all as it lies in the files
+        compute_in(model, info.dtype, keep_float32=True)
     keep_weights_unpacked(model)
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -148,15 +187,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+def compute_in(model: nn.Module, dtype: torch.dtype, *, keep_float32: bool = False) -> None:
     """Let a loaded base, with or without adapters, compute in another dtype; 4-bit codes and adapters stay what they are.
 
-    In place, and not to be undone: weights that were rounded to 16 bits stay rounded. For measuring what a dtype does.
+    In place, and not to be undone: weights that were rounded to 16 bits stay rounded.
+
+    Args:
+        model: that was loaded.
+        dtype: to compute in.
+        keep_float32: leave weights that are in float32, such as the correction of a router, as they are.
     """
     for _, layer in four_bit_layers(model):
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and "lora_" not in name:
+        is_kept = keep_float32 and parameter.dtype == torch.float32
+        if parameter.is_floating_point() and "lora_" not in name and not is_kept:
             parameter.data = parameter.data.to(dtype)
 
 

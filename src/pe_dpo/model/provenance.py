@@ -3,6 +3,7 @@
 Written beside the adapter as base.json:
 
     id, revision, quantize, dtype, device, parameters      how it was loaded
+    prequantized                                          whether its files hold the codes, or the weights they were made of
     quantized_layers                                      which modules were; only these are quantized again
     config                                                sha256 of what the configuration says of the arithmetic
     files                                                 sha256 of configuration and weights on disk
@@ -29,32 +30,33 @@ _ASIDE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version",
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
 
 
-def base_folder(info: BaseInfo, *, is_loaded: bool = False) -> Path:
+def base_folder(base: str, revision: str | None = None, *, is_loaded: bool = False) -> Path:
     """Return the folder with the files of a base: its own, or the snapshot in the hub's cache, completed if the hub is there.
 
     Args:
-        info: of the base.
+        base: path or hub id.
+        revision: branch, tag or commit of a hub id.
         is_loaded: its files were just read, so that nothing needs to be fetched.
 
     Raises:
         ModelError: they cannot be had.
     """
-    if Path(info.base).is_dir():
-        return Path(info.base)
+    if Path(base).is_dir():
+        return Path(base)
     from huggingface_hub import snapshot_download
 
-    wanted = [*(pattern for pattern in _WEIGHTS if ".bin" not in pattern), *_BESIDE]
+    safetensors = [pattern for pattern in _WEIGHTS if ".bin" not in pattern]
+    is_offline = is_loaded or not hub_is_reachable()
     try:
-        return Path(
-            snapshot_download(
-                info.base,
-                revision=info.revision,
-                allow_patterns=wanted,
-                local_files_only=is_loaded or not hub_is_reachable(),
-            )
+        folder = Path(
+            snapshot_download(base, revision=revision, allow_patterns=[*safetensors, *_BESIDE], local_files_only=is_offline)
         )
+        if not any(folder.glob("model*.safetensors")):
+            wanted = [*_WEIGHTS, *_BESIDE]
+            folder = Path(snapshot_download(base, revision=revision, allow_patterns=wanted, local_files_only=is_offline))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{info.base}: its files cannot be had: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{base}: its files cannot be had: {str(error).splitlines()[0]}") from error
+    return folder
 
 
 def base_record(model: nn.Module, info: BaseInfo, tokenizer: Any) -> dict[str, Any]:
@@ -62,11 +64,12 @@ def base_record(model: nn.Module, info: BaseInfo, tokenizer: Any) -> dict[str, A
 
     Reads the files once and hashes the weights once; for a large base that is some seconds.
     """
-    folder = base_folder(info, is_loaded=True)
+    folder = base_folder(info.base, info.revision, is_loaded=True)
     return {
         "id": info.base,
         "revision": getattr(model.config, "_commit_hash", None) or info.revision,
         "quantize": info.quantize,
+        "prequantized": info.is_prequantized,
         "dtype": str(info.dtype).removeprefix("torch."),
         "device": next(model.parameters()).device.type,
         "parameters": info.parameters,

@@ -3,7 +3,7 @@
 Their names: `pe_dpo.quantizations`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from typing import Any, assert_never
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_dpo.errors import ModelError
-from pe_dpo.quantizations import FourBit, Quantization
+from pe_dpo.quantizations import QUANTIZATIONS, FourBit, Quantization, four_bit_kind
 
 
 def quantization_config(quantize: Quantization, dtype: torch.dtype) -> Any:
@@ -28,15 +28,33 @@ def quantization_config(quantize: Quantization, dtype: torch.dtype) -> Any:
             return None
         case "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
-        case "nf4" | "nf4-single":
+        case "nf4" | "nf4-single" | "fp4" | "fp4-single":
+            kind, is_double = four_bit_kind(quantize)
             return BitsAndBytesConfig(
                 load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=quantize == "nf4",
+                bnb_4bit_quant_type=kind,
+                bnb_4bit_use_double_quant=is_double,
                 bnb_4bit_compute_dtype=dtype,
             )
         case _:
             assert_never(quantize)
+
+
+def stored_quantization(settings: Mapping[str, Any]) -> Quantization | None:
+    """Return how bitsandbytes quantized a base that lies quantized on disk; None where another library did.
+
+    Args:
+        settings: `quantization_config` of its config.json.
+    """
+    is_four_bit = settings.get("load_in_4bit", settings.get("_load_in_4bit", False))
+    is_eight_bit = settings.get("load_in_8bit", settings.get("_load_in_8bit", False))
+    if settings.get("quant_method", "bitsandbytes") != "bitsandbytes" or not (is_four_bit or is_eight_bit):
+        return None
+    if is_eight_bit:
+        return "int8"
+    kind = settings.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
+    name = kind if settings.get("bnb_4bit_use_double_quant") else f"{kind}-single"
+    return name if name in QUANTIZATIONS else None
 
 
 def quantized_parameter(weight: Tensor, quantize: FourBit, *, device: torch.device | str) -> Any:
@@ -51,8 +69,41 @@ def quantized_parameter(weight: Tensor, quantize: FourBit, *, device: torch.devi
     """
     from bitsandbytes.nn import Params4bit
 
-    plain = Params4bit(weight, requires_grad=False, compress_statistics=quantize == "nf4", quant_type="nf4")
-    return plain.to(device)
+    kind, is_double = four_bit_kind(quantize)
+    return Params4bit(weight, requires_grad=False, compress_statistics=is_double, quant_type=kind).to(device)
+
+
+def stored_parameter(codes: Tensor, scales: Mapping[str, Tensor], dtype: torch.dtype, *, device: torch.device | str) -> Any:
+    """Return the 4-bit parameter that loading makes of codes that lie in a file.
+
+    Args:
+        codes: as they lie there.
+        scales: what lies beside them, by the end of its name.
+        dtype: to compute in.
+        device: to put it on; the codes are the same everywhere.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    parameter: Any = Params4bit.from_prequantized(
+        data=codes, quantized_stats=dict(scales), requires_grad=False, device=torch.device(device)
+    )
+    parameter.quant_state.dtype = dtype
+    return parameter
+
+
+def coded_shape(state: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return shape and dtype of the weight that codes in a file were made of.
+
+    Args:
+        state: the tensor beside them that has this as JSON.
+
+    Raises:
+        ValueError, KeyError, AttributeError: it has not.
+    """
+    from bitsandbytes.utils import unpack_tensor_to_dict
+
+    says = unpack_tensor_to_dict(state)
+    return tuple(says["shape"]), getattr(torch, says["dtype"])
 
 
 def dequantized(parameter: Any) -> Tensor:
