@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks step | run | sweep | merge | worlds | audit | mixout | plot | table`."""
+"""The commands: `python -m benchmarks step | run | sweep | merge | worlds | audit | mixout | architectures | plot | table`."""
 
 import argparse
 import json
@@ -53,6 +53,13 @@ def main() -> None:
 
         keep_heap()
         run_mixout(Settings("mixout", rounds=1 if options.quick else options.rounds, is_quick=options.quick, out=options.out))
+        return
+    if options.command == "architectures":
+        from benchmarks.architectures.run import run_architectures
+        from benchmarks.architectures.table import architectures_table
+
+        settings = Settings("architectures", out=options.out)
+        print(architectures_table(run_architectures(settings, names=options.names, again=options.again)))
         return
     settings = Settings(options.command, options.shape, options.dtype, options.model)
     if options.command == "memory-one":
@@ -124,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     worlds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     _add_common(commands.add_parser("audit", help="seconds of an audit of 10,000 pairs from a filled store"))
     _add_common(commands.add_parser("mixout", help="what mixout costs over plain LoRA: a layer, its memory, a step"))
+    kinds = commands.add_parser("architectures", help="every kind of base, tiny: checked, trained, merged, held against PEFT")
+    kinds.add_argument("names", nargs="*", help="of the table; default: those that this version has not measured yet")
+    kinds.add_argument("--again", action="store_true", help="measure those, too, that this version has measured")
+    kinds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     commands.add_parser("table", help="print the README's table from the results")
     drawn = commands.add_parser("plot", help="draw the results of `step`, `merge`, `worlds` or `mixout` again")
     drawn.add_argument("file", type=Path)

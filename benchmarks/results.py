@@ -47,7 +47,8 @@ class Settings:
     @property
     def name(self) -> str:
         """Name of the results."""
-        return "-".join([self.command, self.shape, self.dtype, self.model] + ["quick"] * self.is_quick)
+        shape = [] if self.command == "architectures" else [self.shape, self.dtype, self.model]
+        return "-".join([self.command, *shape] + ["quick"] * self.is_quick)
 
 
 def machine() -> dict[str, Any]:
