@@ -109,6 +109,40 @@ def test_a_flip_that_takes_longer_than_a_number_can_tell_is_infinite_and_not_nan
     assert time_to_pass(nats(-5000.0), nats(0.0), beta=1.0).item() == pytest.approx(5001 / 2, rel=1e-12)
 
 
+# ---------------------------------------------------------------- with a weight of the rejected answer
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.5])
+@pytest.mark.parametrize(("link", "margin"), [("logistic", 0.0), ("hinge", 2.0), ("squared", 1.0)])
+def test_a_pair_with_a_rejected_weight_flips_when_small_steps_on_both_answers_flip_it(link, margin, weight):
+    """50 midpoint steps on log π+ and log π− apart, with autograd's gradient, to the time at which it shall be a tie."""
+    loss = Loss(beta=0.5, gamma=0.5, margin=margin, link=link, rejected_weight=weight)
+    reference = PairLogprobs(tensor(-7.0), tensor(-6.0), *torch.ones(2, 1))
+    found = forecast(loss, reference, torch.zeros(1))
+    time = found.flip_times[1] / (2 * 0.5**2)
+    assert 0 < time < 40
+    assert found.hinge_accuracy == (margin > 0)
+
+    def slopes(both: torch.Tensor) -> torch.Tensor:
+        both = both.requires_grad_()
+        out = loss(reference._replace(chosen=both[:1], rejected=both[1:]), reference, torch.zeros(1))
+        return -torch.autograd.grad(out.loss.sum(), both)[0]
+
+    both, step = tensor(-7.0, -6.0), time / 50
+    for _ in range(50):
+        middle = both.detach() + step / 2 * slopes(both)
+        both = both.detach() + step * slopes(middle)
+    assert (both[0] - both[1]).item() == pytest.approx(0.0, abs=1e-3)
+
+
+def test_with_a_rejected_weight_no_pair_has_an_optimum_and_scores_spread_with_what_is_in_them():
+    """log p(chosen) − ½·log p(rejected) is −4, −1 and −5, sd 2.0817; Δ0 is −1, 0 and −1."""
+    reference = PairLogprobs(tensor(-7.0, -2.0, -9.0), tensor(-6.0, -2.0, -8.0), *torch.ones(2, 3))
+    found = forecast(Loss(beta=0.5, gamma=1.5, rejected_weight=0.5), reference, torch.zeros(3))
+    assert found.delta == pytest.approx(2.0817 * 1.0, rel=1e-4)
+    assert all(math.isnan(share) for share in found.ideal_accuracy)
+
+
 # ---------------------------------------------------------------- where a hinge ends
 
 

@@ -119,6 +119,33 @@ def test_the_weights_are_summed_up_as_size_evenness_and_saturation(four):
     assert (metrics["weight/saturated"], metrics["weight/saturated_low"]) == (0.5, 0.25)
 
 
+def test_with_a_rejected_weight_the_score_has_it_and_rankings_and_rewards_do_not():
+    """λ = ½, β = γ = 1, m = 1. Policy −4, −6 and −9, −8; reference −5, −4 and −9, −9.
+
+    z + m = (−4 + 3) − (−5 + 2) = 2 and (−9 + 4) − (−9 + 4½) = −½; Δπ = 2, −1; Δ0 = −1, 0; reward margins 3 and −1.
+    M = γ·(l0+ − λ·l0−) + m − (1−λ)·lπ− = −3 + 1 + 3 = 1 and −4½ + 1 + 4 = ½.
+    """
+    policy, reference = logprobs([-4, -9], [-6, -8]), logprobs([-5, -9], [-4, -9])
+    loss = Loss(beta=1.0, gamma=1.0, margin=1.0, rejected_weight=0.5)
+    table = tables.table_of(policy, reference, loss(policy, reference, torch.zeros(2)), loss)
+    assert table.score.tolist() == [1.0, -1.5]
+    assert table.implicit_preference.tolist() == [2.0, -0.5]
+    assert table.reward_margin.tolist() == [3.0, -1.0]
+    assert table.effective_margin().tolist() == [1.0, 0.5]
+    assert table.effective_margin("reference").tolist() == [0.0, 1.0]
+    metrics = pair_metrics(table)
+    assert (metrics["accuracy/policy"], metrics["accuracy/reference"]) == (0.5, 0.25)
+    assert metrics["regimes/policy_right_reference_wrong/pairs"] == 1
+
+
+def test_accuracy_of_the_score_can_differ_from_that_of_rewards_with_a_rejected_weight():
+    """Both rose by 1 nat, chosen from −3 and rejected from −4: rewards tie, and ½ of the rejected one's rise is no loss."""
+    policy, reference = logprobs([-2], [-3]), logprobs([-3], [-4])
+    loss = Loss(beta=1.0, gamma=1.0, rejected_weight=0.5)
+    metrics = pair_metrics(tables.table_of(policy, reference, loss(policy, reference, torch.zeros(1)), loss))
+    assert (metrics["accuracy/implicit"], metrics["rewards/accuracies"]) == (1.0, 0.5)
+
+
 def test_a_hinge_does_not_report_saturation(four):
     assert not [key for key in pair_metrics(tables.with_loss(four, replace(HALF, link="hinge"))) if "saturated" in key]
 

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from exact_lm import ANSWERS, World, kl, logprobs_of_all_answers, lowest, make_world, minimize, optimum
+from exact_lm import ANSWERS, World, kl, logprobs_of_all_answers, lowest, make_world, minimize, optimum, tabular_optimum
 
 
 @pytest.fixture
@@ -25,6 +25,33 @@ def test_the_minimum_of_the_loss_is_the_tempered_reference_times_the_exponential
     found = lowest(trace[:140])
     assert kl(target, found) < 1e-6
     assert kl(found, world.base_logprobs) == pytest.approx(kl(target, world.base_logprobs), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_with_a_rejected_weight_the_minimum_is_that_of_a_table_of_answers(world):
+    target = tabular_optimum(world, gamma=1.0, rejected_weight=0.75)
+    found = lowest(minimize(world, gamma=1.0, rejected_weight=0.75, evaluations=140))
+    assert kl(target, found) < 1e-6
+
+
+def test_the_table_of_answers_is_at_the_closed_form_where_there_is_one(world):
+    found = tabular_optimum(world, gamma=2.0, rejected_weight=1.0)
+    assert kl(optimum(world, gamma=2.0), found) < 1e-12
+
+
+def test_a_rejected_weight_raises_the_chosen_answers_and_costs_margin(world):
+    """The trade-off of DPO-Shift, at the minimum: both answers are likelier, and further apart by less."""
+    chosen, rejected = torch.tensor(list(itertools.permutations(range(len(ANSWERS)), 2))).T
+    label = torch.sigmoid(world.reward[:, chosen] - world.reward[:, rejected])
+    found = []
+    for weight in (1.0, 0.95, 0.75):
+        logprobs = tabular_optimum(world, gamma=1.0, rejected_weight=weight)
+        one, other = ((label * logprobs[:, side]).sum().item() / label.sum().item() for side in (chosen, rejected))
+        found.append((one, other, one - other))
+    chosen_logprob, rejected_logprob, margin = zip(*found, strict=True)
+    assert list(chosen_logprob) == sorted(chosen_logprob)
+    assert list(rejected_logprob) == sorted(rejected_logprob)
+    assert list(margin) == sorted(margin, reverse=True)
 
 
 def test_the_three_minima_are_far_apart(world):

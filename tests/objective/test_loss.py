@@ -156,6 +156,67 @@ def test_float32_in_gives_float32_out():
     assert {value.dtype for value in out} == {torch.float32}
 
 
+# ---------------------------------------------------------------- the weight of the rejected answer (DPO-Shift)
+
+
+def test_the_rejected_answer_counts_with_its_weight_under_both_models():
+    """λ = ¾: z = 0.5·(−1 + ¾·5) − 0.25·(−3 + ¾·5) = 0.5·2.75 − 0.25·0.75 = 1.1875; rewards stay those of single answers."""
+    out = preference_loss(nats(-1), nats(-5), nats(-3), nats(-5), beta=0.5, gamma=0.25, rejected_weight=0.75)
+    assert out.score.item() == 1.1875
+    assert out.loss.item() == pytest.approx(logistic(1.1875), rel=1e-12)
+    assert (out.chosen_reward.item(), out.rejected_reward.item()) == (0.25, -1.25)
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.95, 1.5])
+@pytest.mark.parametrize("link", ["logistic", "hinge", "squared"])
+def test_a_rejected_answer_is_pulled_down_so_many_times_as_hard_as_the_chosen_one_is_pulled_up(link, weight):
+    chosen, rejected = nats(-1, -7, -3).requires_grad_(), nats(-5, -2, -30).requires_grad_()
+    reference = nats(-3, -6, -4), nats(-5, -1, -20)
+    out = preference_loss(chosen, rejected, *reference, margin=0.5, link=link, rejected_weight=weight)
+    up, down = torch.autograd.grad(out.loss.sum(), (chosen, rejected))
+    torch.testing.assert_close(down, -weight * up, rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.weight, -up / 0.1, rtol=1e-12, atol=0)
+
+
+def test_at_the_reference_every_pair_still_starts_at_log_two():
+    """γ = β: the score is 0 whatever λ, though log p(chosen) − λ·log p(rejected) is −12 and −43.625."""
+    at_reference = nats(-12.0, -60.0), nats(-0.0, -21.8333333)
+    out = preference_loss(*at_reference, *at_reference, beta=0.1, rejected_weight=0.75)
+    assert (out.score.tolist(), out.weight.tolist()) == ([0.0, 0.0], [0.5, 0.5])
+
+
+def test_swapped_labels_have_the_weight_on_the_other_answer():
+    """λ = ½, γ = 0, β = 1: z = −1 + ½·3 = ½, z′ = −3 + ½·1 = −2½, not −½; gradients −(1−ε)σ(−½) + ½·ε·σ(2½) and so on."""
+    policy = nats(-1).requires_grad_(), nats(-3).requires_grad_()
+    out = preference_loss(*policy, beta=1.0, gamma=0, rejected_weight=0.5, label_smoothing=0.25)
+    assert out.loss.item() == pytest.approx(0.75 * logistic(0.5) + 0.25 * logistic(-2.5), rel=1e-12)
+    up, down = torch.autograd.grad(out.loss.sum(), policy)
+    assert up.item() == pytest.approx(-0.75 * sigmoid(-0.5) + 0.5 * 0.25 * sigmoid(2.5), rel=1e-12)
+    assert down.item() == pytest.approx(0.5 * 0.75 * sigmoid(-0.5) - 0.25 * sigmoid(2.5), rel=1e-12)
+    assert out.weight.item() == -up.item()
+
+
+def test_it_is_the_loss_of_the_papers_own_code():
+    """logits = (log π+ − λ·log π−) − (log π0+ − λ·log π0−), −log σ(β·logits): its trainer, without smoothing, in a loop."""
+    generator = torch.Generator().manual_seed(0)
+    columns = [-80 * torch.rand(50, generator=generator, dtype=torch.float64) for _ in range(4)]
+    found = preference_loss(*columns, beta=0.01, rejected_weight=0.7).loss.tolist()
+    for row, (chosen, rejected, before_chosen, before_rejected) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        logits = (chosen - 0.7 * rejected) - (before_chosen - 0.7 * before_rejected)
+        assert found[row] == pytest.approx(math.log1p(math.exp(-0.01 * logits)), rel=1e-12)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_a_hinge_that_is_told_to_stay_stays_with_a_rejected_weight_too(reduce):
+    """γ = β, margin 0: exactly 0 under every pair, per token too, so that rounding moves nothing."""
+    generator = torch.Generator().manual_seed(0)
+    at = [-90 * torch.rand(200, generator=generator, dtype=torch.float64) for _ in range(2)]
+    lengths = {f"{side}_lengths": torch.randint(1, 40, (200,), generator=generator) for side in ("chosen", "rejected")}
+    out = preference_loss(*at, *at, beta=0.1, link="hinge", reduce=reduce, rejected_weight=0.95, **lengths)
+    assert not out.weight.any()
+    assert not out.score.any()
+
+
 # ---------------------------------------------------------------- the hinge at its kink (TRAPS 8)
 
 
@@ -427,6 +488,12 @@ def test_a_missing_reference_is_refused_unless_gamma_is_zero(gamma, given):
         ({"label_smoothing": -0.01}, r"label_smoothing is -0\.01"),
         ({"label_smoothing_mode": "robust"}, "label_smoothing_mode is 'robust': expected conservative or unbiased"),
         ({"sft_weight": -1.0}, r"sft_weight is -1\.0: it must be >= 0"),
+        ({"rejected_weight": 0.0}, r"rejected_weight is 0\.0: it must be finite and > 0"),
+        ({"rejected_weight": float("inf")}, "rejected_weight is inf"),
+        (
+            {"rejected_weight": 0.9, "reference_floor": 0.0},
+            "reference_floor bounds Δ0, which is not in the score with rejected_",
+        ),
         ({"link": "sigmoid"}, "link is 'sigmoid': expected one of logistic, hinge, squared, or a callable"),
     ],
 )

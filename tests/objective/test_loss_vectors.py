@@ -52,10 +52,15 @@ COEFFICIENTS: tuple[dict[str, float], ...] = (
     {"beta": 0.5, "gamma": 0.125, "margin": -0.25, "reference_floor": 0.0},
     {"beta": 2.0, "gamma": 0.0, "margin": 1.5, "length_penalty": 0.03125, "sft_weight": 0.25},
     {"beta": 0.25, "gamma": 0.5, "margin": 0.75, "reference_floor": -2.0, "length_penalty": -0.0625, "sft_weight": 1.0},
+    {"beta": 0.1, "gamma": 0.1, "rejected_weight": 0.75},
+    {"beta": 0.5, "gamma": 0.125, "margin": 0.5, "rejected_weight": 0.95, "length_penalty": 0.03125, "sft_weight": 0.5},
+    {"beta": 2.0, "gamma": 0.0, "margin": -0.25, "rejected_weight": 1.25},
 )
 
 
-@pytest.mark.parametrize("coefficients", COEFFICIENTS, ids=lambda c: f"beta={c['beta']},gamma={c['gamma']}")
+@pytest.mark.parametrize(
+    "coefficients", COEFFICIENTS, ids=lambda c: ",".join(f"{name}={c[name]}" for name in c if name != "margin")
+)
 @pytest.mark.parametrize("smoothing", [(0.0, "conservative"), (0.125, "conservative"), (0.25, "unbiased")])
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 @pytest.mark.parametrize("link", ["logistic", "hinge", "squared"])
@@ -95,32 +100,38 @@ def _by_decimal(
     length_penalty: float = 0.0,
     sft_weight: float = 0.0,
     label_smoothing: float = 0.0,
+    rejected_weight: float = 1.0,
 ) -> dict[str, float]:
     """Return the five quantities of one pair, from the formulas of the loss module's first lines and their derivatives."""
     with localcontext() as context:
         context.prec = 50
-        b, g, e = Decimal(beta), Decimal(gamma), Decimal(label_smoothing)
+        b, g, e, lam = Decimal(beta), Decimal(gamma), Decimal(label_smoothing), Decimal(rejected_weight)
         per_w, per_l = (Decimal(1), Decimal(1)) if reduce == "sum" else (Decimal(pair.len_w), Decimal(pair.len_l))
-        preference = Decimal(pair.pol_w) / per_w - Decimal(pair.pol_l) / per_l
-        reference = Decimal(pair.ref_w) / per_w - Decimal(pair.ref_l) / per_l
+        policy = Decimal(pair.pol_w) / per_w, Decimal(pair.pol_l) / per_l
+        reference = Decimal(pair.ref_w) / per_w, Decimal(pair.ref_l) / per_l
         longer = pair.len_w - pair.len_l
 
         def score(sign: int) -> Decimal:
-            floored = sign * reference if reference_floor is None else max(sign * reference, Decimal(reference_floor))
+            """z for sign 1; z′, with the answers in each other's place, for sign −1."""
+            (ours, other), (theirs, their_other) = policy[::sign], reference[::sign]
+            asked = theirs - lam * their_other
+            floored = asked if reference_floor is None else max(asked, Decimal(reference_floor))
             shift = Decimal(margin) + Decimal(pair.shift)
-            return b * sign * preference - g * floored - shift + sign * Decimal(length_penalty) * longer
+            return b * (ours - lam * other) - g * floored - shift + sign * Decimal(length_penalty) * longer
 
         (value, slope), (swapped, swapped_slope) = _link_by_decimal(link, score(1)), _link_by_decimal(link, score(-1))
         sign, scale = (1, Decimal(1)) if mode == "conservative" else (-1, 1 - 2 * e)
         mixed = ((1 - e) * value + sign * e * swapped) / scale
-        mixed_slope = ((1 - e) * slope - sign * e * swapped_slope) / scale
+        # z has the chosen answer with 1 and the rejected one with −λ; in z′ it is the other way round.
+        chosen_slope = ((1 - e) * slope - lam * sign * e * swapped_slope) / scale
+        rejected_slope = (sign * e * swapped_slope - lam * (1 - e) * slope) / scale
         sft = Decimal(sft_weight) / pair.len_w
         return {
             "loss": float(mixed - sft * Decimal(pair.pol_w)),
-            "grad_w": float(b * mixed_slope / per_w - sft),
-            "grad_l": float(-b * mixed_slope / per_l),
+            "grad_w": float(b * chosen_slope / per_w - sft),
+            "grad_l": float(b * rejected_slope / per_l),
             "z": float(score(1)),
-            "dloss_dz": float(mixed_slope),
+            "dloss_dz": float(chosen_slope),
         }
 
 

@@ -88,3 +88,9 @@ def test_a_number_that_contradicts_the_recipe_is_refused_with_where_it_came_from
         with_gamma(read("gamma: auto, reference_floor: 0"), 0.0)
     with pytest.raises(RecipeError, match=r"loss\.gamma: scale:1 came to 0.1, which cannot be used: .*zero gradient"):
         with_gamma(read("gamma: scale:1, link: hinge"), 0.1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_rests_on_what_a_rejected_weight_leaves_out_of_the_score(way: str) -> None:
+    with pytest.raises(RecipeError, match=rf"gamma: {way} rests on Δ0, and with rejected_weight 0.9 .*multiple of beta"):
+        read(f"gamma: {way}, rejected_weight: 0.9")

@@ -31,6 +31,7 @@ PUBLISHED = {
     "dpo-norm": "length-normalised DPO (Lambert et al. 2024 (Tülu 3), arXiv 2411.15124)",
     "hypo": "HyPO (arXiv 2602.11902)",
     "rdpo": "R-DPO (Park et al. 2024, arXiv 2403.19159)",
+    "dpo-shift": "DPO-Shift with f(λ) fixed (Yang et al. 2025, arXiv 2502.07599)",
 }
 UNPUBLISHED = "no published loss by itself: a mixture of the terms above"
 
@@ -54,6 +55,7 @@ def test_a_preset_other_than_generalized_dpo_has_one_name_only(name: str) -> Non
     ({"link": "hinge", "margin": 1.0}, "hinge"),
     ({"preset": "simpo", "link": "hinge"}, "repo"),
     ({"reference_floor": 0.0, "beta": 1.0}, "hypo"),
+    ({"rejected_weight": 0.6}, "dpo-shift"),
     ({"preset": "slic", "sft_weight": 0.5, "margin": 2.0}, "slic"),
 ])  # fmt: skip
 def test_a_mixture_that_is_a_published_loss_is_recognised(loss: dict[str, Any], published: str) -> None:
@@ -68,6 +70,8 @@ def test_a_mixture_that_is_a_published_loss_is_recognised(loss: dict[str, Any], 
     {"reference_floor": -1.0},
     {"margin_scale": 1.0},
     {"length_penalty": -0.01},
+    {"rejected_weight": 1.2},
+    {"preset": "simpo", "rejected_weight": 0.9},
     {"sft_weight": 0.1},
     {"preset": "slic", "beta": 0.5},
     {"preset": "ipo", "reduce": "sum"},
@@ -90,6 +94,10 @@ def test_the_temperature_of_ipo_accounts_for_beta() -> None:
     ({"preset": "rdpo"}, f"−log σ(z),  z = 0.1·Δπ − 0.1·Δ0 + 0.01·(|chosen| − |rejected|),  Δ = {SUMMED}"),
     ({"preset": "cdpo"}, f"0.9·[−log σ(z)] + 0.1·[−log σ(z′)],  z = 0.1·Δπ − 0.1·Δ0,  Δ = {SUMMED}"),
     ({"preset": "robust"}, f"(0.9·[−log σ(z)] − 0.1·[−log σ(z′)]) / 0.8,  z = 0.1·Δπ − 0.1·Δ0,  Δ = {SUMMED}"),
+    ({"preset": "dpo-shift"}, "−log σ(z),  z = 0.01·Δλπ − 0.01·Δλ0,  Δλ = log p(chosen) − 0.95·log p(rejected), "
+     "summed over tokens"),
+    ({"preset": "simpo", "rejected_weight": 0.5}, "−log σ(z),  z = 2·Δλπ − 1,  Δλ = log p(chosen)/|chosen| − "
+     "0.5·log p(rejected)/|rejected|, per token"),
     ({"margin": -2.0, "margin_scale": 0.5}, f"−log σ(z),  z = 0.1·Δπ − 0.1·Δ0 + 2 − 0.5·margin column,  Δ = {SUMMED}"),
 ])  # fmt: skip
 def test_the_formula_is_the_loss_with_its_numbers(loss: dict[str, Any], formula: str) -> None:
@@ -122,6 +130,15 @@ def test_the_formula_is_what_the_loss_computes(loss: dict[str, Any], value: floa
 ])  # fmt: skip
 def test_the_notes_say_where_learning_starts(gamma: float, note: str) -> None:
     assert describe(LossSection(gamma=gamma)).notes == [note]
+
+
+def test_a_rejected_weight_says_how_the_answers_are_pulled_and_nothing_of_rankings() -> None:
+    """γ ≠ β weighs pairs by log π0(chosen) − λ·log π0(rejected), which is not how the reference ranks them."""
+    pull = "a rejected answer is pulled down 0.95 times as hard as its chosen one is pulled up"
+    assert describe(LossSection(preset="dpo-shift")).notes == ["κ = 1: every pair starts with weight ½ and loss log 2", pull]
+    assert describe(LossSection(preset="dpo-shift", gamma="2x")).notes == [pull]
+    (note, _) = describe(LossSection(preset="cdpo", rejected_weight=0.9)).notes
+    assert note.endswith("(the margin keeps its sign, and 0.9 is on the other answer)")
 
 
 @pytest.mark.parametrize("loss", [{"link": "hinge", "margin": 1.0}, {"margin": 1.0}])

@@ -13,7 +13,7 @@ from pe_dpo.recipe.loss_section import LossSection
 PLAIN = {
     "beta": 0.1, "gamma": 0.1, "margin": 0.0, "link": "logistic", "reduce": "sum", "reference_floor": None,
     "label_smoothing": 0.0, "label_smoothing_mode": "conservative", "sft_weight": 0.0, "length_penalty": 0.0,
-    "margin_scale": 0.0,
+    "rejected_weight": 1.0, "margin_scale": 0.0,
 }  # fmt: skip
 
 PAPERS: dict[str, dict[str, Any]] = {
@@ -47,6 +47,8 @@ PAPERS: dict[str, dict[str, Any]] = {
     "hypo": {"reference_floor": 0.0},
     # −log σ(β·(Δπ − Δ0) + α·(|chosen| − |rejected|)); Park et al., α = 0.01
     "rdpo": {"length_penalty": 0.01},
+    # −log σ(β·((log π+ − f(λ)·log π−) − (log π0+ − f(λ)·log π0−))); Yang et al., β and f(λ) of the models that they published
+    "dpo-shift": {"beta": 0.01, "gamma": 0.01, "rejected_weight": 0.95},
 }
 
 

@@ -12,8 +12,10 @@ Source: Rafailov et al. 2023 (arXiv 2305.18290) for κ = 1; Cho, "Continued musi
 import itertools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from scipy import optimize
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -71,8 +73,39 @@ def optimum(world: World, *, beta: float = 1.0, gamma: float) -> Tensor:
     return torch.log_softmax(gamma / beta * world.base_logprobs + world.reward / beta, dim=1)
 
 
-def minimize(world: World, *, beta: float = 1.0, gamma: float, evaluations: int) -> list[tuple[float, Tensor]]:
-    """Return the population loss and the log-probs of all answers at each evaluation of a run of LBFGS over the adapters."""
+def tabular_optimum(world: World, *, beta: float = 1.0, gamma: float, rejected_weight: float) -> Tensor:
+    """Return log π*, (prompts, 21), found by descent on one logit an answer, loss and gradient written in NumPy.
+
+    There is no closed form where the rejected answer has a weight λ <= 1, but the loss is convex: log p(chosen) − λ·log
+    p(rejected) is concave in the logits.
+    """
+    (chosen, rejected), found = np.array(list(itertools.permutations(range(len(ANSWERS)), 2))).T, []
+    for reward, base in zip(world.reward.numpy(), world.base_logprobs.numpy(), strict=True):
+        label = 1 / (1 + np.exp(reward[rejected] - reward[chosen]))
+        offset = gamma * (base[chosen] - rejected_weight * base[rejected])
+
+        def loss(logits: np.ndarray, label: np.ndarray = label, offset: np.ndarray = offset) -> tuple[float, np.ndarray]:
+            logprobs = logits - np.logaddexp.reduce(logits)
+            score = beta * (logprobs[chosen] - rejected_weight * logprobs[rejected]) - offset
+            pull = beta * label / (1 + np.exp(score))
+            slope = np.zeros(len(ANSWERS))
+            np.add.at(slope, chosen, -pull)
+            np.add.at(slope, rejected, rejected_weight * pull)
+            return float((label * np.logaddexp(0, -score)).sum()), slope - np.exp(logprobs) * slope.sum()
+
+        logits = optimize.minimize(loss, base, jac=True, method="BFGS", options={"gtol": 1e-9}).x
+        found.append(logits - np.logaddexp.reduce(logits))
+    return torch.from_numpy(np.stack(found))
+
+
+def minimize(world: World, *, evaluations: int, **loss: float) -> list[tuple[float, Tensor]]:
+    """Return the population loss and the log-probs of all answers at each evaluation of a run of LBFGS over the adapters.
+
+    Args:
+        world: whose adapters are trained.
+        evaluations: most evaluations of the loss.
+        loss: coefficients of `preference_loss`; beta is 1 if it is not said.
+    """
     chosen, rejected = torch.tensor(list(itertools.permutations(range(len(ANSWERS)), 2))).T
     label = torch.sigmoid(world.reward[:, chosen] - world.reward[:, rejected]).flatten()
     reference = world.base_logprobs[:, chosen].flatten(), world.base_logprobs[:, rejected].flatten()
@@ -87,10 +120,10 @@ def minimize(world: World, *, beta: float = 1.0, gamma: float, evaluations: int)
         optimizer.zero_grad()
         policy = logprobs_of_all_answers(world.policy)
         answers = policy[:, chosen].flatten(), policy[:, rejected].flatten()
-        loss = (label * preference_loss(*answers, *reference, beta=beta, gamma=gamma).loss).sum() / len(ANSWERS)
-        loss.backward()
-        trace.append((loss.item(), policy.detach()))
-        return loss
+        total = (label * preference_loss(*answers, *reference, **{"beta": 1.0, **loss}).loss).sum() / len(ANSWERS)
+        total.backward()
+        trace.append((total.item(), policy.detach()))
+        return total
 
     optimizer.step(population_loss)
     return trace

@@ -67,6 +67,11 @@ def calibrate_loss(loss: LossSection, reference: PairLogprobs, margins: Tensor, 
     Raises:
         UsageError: no γ does what is asked; the message says what is reachable.
     """
+    if loss.rejected_weight != 1:
+        raise UsageError(
+            f"loss.gamma: {loss.gamma}: rests on Δ0, which is not in the score with rejected_weight {loss.rejected_weight:g}; "
+            "write a number, or a multiple of beta such as 1x"
+        )
     lengths = (reference.chosen_lengths - reference.rejected_lengths).double().numpy()
     return calibrate_gamma(
         str(loss.gamma),

@@ -1,6 +1,7 @@
 """What training will make of a pair, known before it begins: closed forms for a pair with two logits of its own.
 
     dz/dt = −2β²·link′(z)        score z of a pair under gradient flow, when no other pair moves its answers
+    with λ on the rejected answer      dz/dt = −(1+λ²)β²·link′(z),   dΔπ/dz = (1+λ)/((1+λ²)β)
     logistic     e^z + z = e^z₀ + z₀ + 2β²t
     hinge        z = min(0, z₀ + 2β²t) from z₀ < 0, and z₀ where it starts at 0 or above
     squared      z = z₀·e^(−4β²t)
@@ -21,7 +22,9 @@ from pe_dpo.links import LinkName
 from pe_dpo.objective import Loss
 
 
-def time_to_pass(start: np.ndarray, goal: np.ndarray, *, beta: float, link: LinkName = "logistic") -> np.ndarray:
+def time_to_pass(
+    start: np.ndarray, goal: np.ndarray, *, beta: float, link: LinkName = "logistic", rejected_weight: float = 1.0
+) -> np.ndarray:
     """Return the time until each score has risen above a goal: 0 where it starts there, infinite where it never will.
 
     With the score at a tie as the goal, this is the time until a pair that is ranked wrong flips.
@@ -31,6 +34,7 @@ def time_to_pass(start: np.ndarray, goal: np.ndarray, *, beta: float, link: Link
         goal: (B,).
         beta: coefficient of the policy, > 0.
         link: of the loss.
+        rejected_weight: λ > 0 of the loss.
 
     Example:
         c = 50 nats wrong, β = γ = 0.1, margin 0: from z = 0 to z = γc = 5 in (e⁵ + 5 − 1)/(2β²) = 152.4/(2β²); with γ = 0 from
@@ -47,7 +51,21 @@ def time_to_pass(start: np.ndarray, goal: np.ndarray, *, beta: float, link: Link
                 units = np.where((start < 0) & (goal < 0), 0.5 * np.log(start / goal), math.inf)
             case _:
                 assert_never(link)
-        return np.where(rise <= 0, 0.0, units) / (2 * beta**2)
+        return np.where(rise <= 0, 0.0, units) / ((1 + rejected_weight**2) * beta**2)
+
+
+def flow_score_at_tie(score: np.ndarray, preference: np.ndarray, loss: Loss) -> np.ndarray:
+    """Return the score that each pair has when the flow from step 0 has brought it to a tie, Δπ = 0.
+
+    With λ other than 1 a tie alone does not tell the score: it depends on how likely both answers are there.
+
+    Args:
+        score: z at step 0, where the policy is the reference, (B,).
+        preference: Δ0, (B,).
+        loss: that gives these scores.
+    """
+    weight = loss.rejected_weight
+    return score - loss.beta * (1 + weight**2) / (1 + weight) * preference
 
 
 def ideal_preference(agreement: float, score_at_tie: np.ndarray, swapped_at_tie: np.ndarray, loss: Loss) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a loss will do to pairs of which only the reference's log-probs are known: its gradient at step 0, and where it leads.
 
-At step 0 the policy is the reference, so Δπ = Δ0 and z = (β−γ)·Δ0 − m: no forward is needed to know each pair's weight. What
-comes later is told by the closed forms of `audit.dynamics`, as if each pair had two logits of its own.
+At step 0 the policy is the reference, so Δπ = Δ0 and z = (β−γ)·Δ0 − m, in z with the loss's λ: no forward is needed to know
+each pair's weight. What comes later is told by the closed forms of `audit.dynamics`, as if each pair had two logits of its own.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pe_dpo.audit.dynamics import ideal_preference, time_to_pass
+from pe_dpo.audit.dynamics import flow_score_at_tie, ideal_preference, time_to_pass
 from pe_dpo.inference.pairs import preferences
 from pe_dpo.metrics.estimates import share_right
 from pe_dpo.metrics.quadrants import effective_pairs, saturation
@@ -32,7 +32,7 @@ class Forecast:
     kappa: float
     """γ/β."""
     delta: float
-    """(γ−β)·sd(Δ0): the spread of scores at step 0, with the sign of γ−β."""
+    """(γ−β)·sd(Δ0): the spread of scores at step 0, with the sign of γ−β; with λ of what the score has in the place of Δ0."""
     loss: float
     """Mean at step 0."""
     weight_right: float
@@ -53,7 +53,8 @@ class Forecast:
     never_flips: float
     """Share of pairs ranked wrong that never flip; NaN without such pairs."""
     ideal_accuracy: tuple[float, float, float]
-    """Share ranked right when every pair is at its own optimum, for AGREEMENTS; ties ½."""
+    """Share ranked right when every pair is at its own optimum, for AGREEMENTS; ties ½. NaN with λ other than 1, where raising
+    both answers together raises both scores and no pair has an optimum."""
 
 
 def forecast(loss: Loss, reference: PairLogprobs, margin: Tensor) -> Forecast:
@@ -72,18 +73,27 @@ def forecast(loss: Loss, reference: PairLogprobs, margin: Tensor) -> Forecast:
         loss(of._replace(chosen=tied, rejected=tied), of, margin).score.numpy() for of in (reference, swapped)
     )
     preference = preferences(reference, loss.reduce)
+    has_optimum = loss.rejected_weight == 1
+    if not has_optimum:
+        score_at_tie = flow_score_at_tie(score, preference, loss)
     wrong = preference < 0
     units = 2 * loss.beta**2
-    times = time_to_pass(score[wrong], score_at_tie[wrong], beta=loss.beta, link=loss.link) * units
+    times = time_to_pass(
+        score[wrong], score_at_tie[wrong], beta=loss.beta, link=loss.link, rejected_weight=loss.rejected_weight
+    )
+    times = times * units
     # Order statistics: between a number and never there is nothing to interpolate.
     first, middle, last = np.quantile(times, FLIP_QUANTILES, method="inverted_cdf").tolist() if wrong.any() else (math.nan,) * 3
-    few, some, most = (share_right(ideal_preference(p, score_at_tie, swapped_at_tie, loss)) for p in AGREEMENTS)
+    few, some, most = (
+        share_right(ideal_preference(p, score_at_tie, swapped_at_tie, loss)) if has_optimum else math.nan for p in AGREEMENTS
+    )
+    scored = preferences(reference, loss.reduce, rejected_weight=loss.rejected_weight)
     extremes = saturation(start.score, loss.link)
     total = float(pull.sum()) or math.nan
     return Forecast(
         gamma=loss.gamma,
         kappa=loss.gamma / loss.beta,
-        delta=(loss.gamma - loss.beta) * float(preference.std(ddof=1)) if len(preference) > 1 else math.nan,
+        delta=(loss.gamma - loss.beta) * float(scored.std(ddof=1)) if len(scored) > 1 else math.nan,
         loss=float(start.loss.mean()),
         weight_right=float(pull[preference > 0].sum()) / total,
         weight_wrong=float(pull[wrong].sum()) / total,

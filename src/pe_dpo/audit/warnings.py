@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
+from pe_dpo.recipe.describe import preference_names
+
 if TYPE_CHECKING:
     from pe_dpo.audit.audit import Audit
 
@@ -20,6 +22,7 @@ SLOWEST_FLIP = 1000
 def warnings(audit: "Audit") -> list[str]:
     """Return what looks off: in the gradient of step 0, in how the reference ranks the pairs, in where the loss leads."""
     plan, without_reference = audit.recipe, audit.kappas[0]
+    weight = audit.loss.rejected_weight
     lines = []
     if math.isnan(plan.effective):
         lines.append(
@@ -27,9 +30,10 @@ def warnings(audit: "Audit") -> list[str]:
         )
     if abs(plan.delta) > LARGEST_DELTA and not math.isnan(plan.effective):
         lines.append(
-            f"δ = (γ−β)·sd(Δ0) = {plan.delta:.3g}: at step 0 scores spread so wide that pairs which the reference ranks right "
-            f"have {plan.weight_right:.0%} of the gradient and those it ranks wrong {plan.weight_wrong:.0%}; bring gamma "
-            f"closer to beta, lower both{', or use reduce: mean' if audit.loss.reduce == 'sum' else ''}"
+            f"δ = (γ−β)·sd({preference_names(weight)[1]}) = {plan.delta:.3g}: at step 0 scores spread so wide that pairs which "
+            f"the reference ranks right have {plan.weight_right:.0%} of the gradient and those it ranks wrong "
+            f"{plan.weight_wrong:.0%}; bring gamma closer to beta, lower both"
+            f"{', or use reduce: mean' if audit.loss.reduce == 'sum' else ''}"
         )
     if plan.effective < SMALLEST_EFFECTIVE:
         lines.append(
@@ -47,7 +51,7 @@ def warnings(audit: "Audit") -> list[str]:
     elif slower > SLOWEST_FLIP:
         lines.append(
             f"half of the pairs that the reference ranks wrong take {slower:.0e} times as long to flip as with gamma 0, longer "
-            "than any run; lower gamma, or set reference_floor: 0"
+            f"than any run; lower gamma{', or set reference_floor: 0' if weight == 1 else ''}"
         )
     return lines
 

@@ -93,6 +93,7 @@ def _show_ranking(found: "Audit") -> None:
 
 def _show_forecasts(found: "Audit") -> None:
     from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES
+    from pe_dpo.recipe.describe import preference_names
 
     columns = [found.recipe, *found.kappas]
 
@@ -101,7 +102,7 @@ def _show_forecasts(found: "Audit") -> None:
 
     rows = [
         row("γ", lambda one: f"{one.gamma:.4g}"),
-        row("δ = (γ−β)·sd(Δ0)", lambda one: f"{one.delta:.3g}"),
+        row(f"δ = (γ−β)·sd({preference_names(found.loss.rejected_weight)[1]})", lambda one: f"{one.delta:.3g}"),
         row("gradient on pairs ranked right", lambda one: _share(one.weight_right)),
         row("gradient on pairs ranked wrong", lambda one: _share(one.weight_wrong)),
         row("effective share of pairs", lambda one: _share(one.effective)),

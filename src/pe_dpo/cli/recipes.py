@@ -54,7 +54,7 @@ def losses() -> None:
         _say(f"{name}{also}: {preset.title}; {preset.source}", indent=2)
         loss = LossSection(preset=name)
         per_token = "  (Δ per token)" if loss.reduce == "mean" else ""
-        _say(f"    {formula(loss).rpartition(',  Δ = ')[0]}{per_token}", indent=6)
+        _say(f"    {formula(loss).partition(',  Δ = ')[0].removesuffix(', summed over tokens')}{per_token}", indent=6)
 
 
 @recipes.command()

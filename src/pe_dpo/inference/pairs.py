@@ -54,7 +54,7 @@ def with_texts(table: PairTable, pairs: Sequence[EncodedPair], tokenizer: Any) -
     )
 
 
-def preferences(logprobs: PairLogprobs, reduce: str) -> Floats:
-    """Return Δ of each pair, (N,): of summed log-probs, or of log-probs per token ("mean")."""
-    columns = (np.asarray(field.double().cpu()) for field in logprobs)
-    return delta(*columns, per_token=reduce == "mean")
+def preferences(logprobs: PairLogprobs, reduce: str, *, rejected_weight: float = 1.0) -> Floats:
+    """Return Δ of each pair, (N,): of summed log-probs, or of log-probs per token ("mean"); as a score has it with its λ."""
+    chosen, rejected, *lengths = (np.asarray(field.double().cpu()) for field in logprobs)
+    return delta(chosen, rejected_weight * rejected, *lengths, per_token=reduce == "mean")

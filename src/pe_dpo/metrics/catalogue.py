@@ -107,7 +107,7 @@ def _saturation(table: PairTable) -> tuple[float, float]:
 
 
 def _margin_quantile(share: float) -> Callable[[PairTable], float]:
-    return lambda table: float(np.quantile(table.effective_margin, share))
+    return lambda table: float(np.quantile(table.effective_margin(), share))
 
 
 # A line or a few for each, to be read as a table.
@@ -140,6 +140,7 @@ _OF_PAIRS: tuple[Metric[PairTable], ...] = (
         function=lambda table: share_right(preference(table, "reference", "regimes_length_matched")), is_share=True,
         form=".3f", of_fixed_set=True),
     Metric(key="accuracy/implicit", title="accuracy of the score before its margin",
+        explanation="pairs with z + m > 0; differs from reward accuracy under a floor or a rejected_weight alone",
         numerator=lambda table: right(table.implicit_preference), is_share=True, form=".3f"),
     Metric(key="rewards/accuracies", title="reward accuracy", explanation="pairs whose chosen reward is the larger one",
         needs=_REWARDS, numerator=lambda table: right(table.reward_margin), is_share=True, form=".3f", direction=1,
@@ -223,7 +224,8 @@ def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, f
 
     `rewards/accuracies` is the share of pairs whose chosen reward is larger (what DPO papers plot, trivially above ½ in
     training); rewards are per token where the loss is (`reduce: mean`). `accuracy/policy` is the share that the policy itself
-    ranks right; `accuracy/implicit` that with z + m > 0, which differs from `rewards/accuracies` under a floor alone;
+    ranks right; `accuracy/implicit` that with z + m > 0, which differs from `rewards/accuracies` under a floor, or a
+    `rejected_weight` λ, which only the score has;
     `accuracy/shift` that with Δπ > Δ0, whatever γ (½ at step 0). Ties count ½ in all of them. Quadrants, displacement and
     reference accuracy are there when the reference was run, `margin/…` and `weight/saturated…` when the loss is known. What is
     not defined is left out and never NaN: an empty quadrant's mean, or a mean over a pair that has no number.

@@ -132,7 +132,7 @@ class PairTable(Table):
 
     NAME = "where"
     TEXTS = ("prompt", "chosen", "rejected")
-    SETTINGS = ("beta", "gamma", "reduce", "reference_floor", "link")
+    SETTINGS = ("beta", "gamma", "reduce", "reference_floor", "link", "rejected_weight")
 
     where: Texts
     """Place of each pair in the data."""
@@ -149,7 +149,7 @@ class PairTable(Table):
     score: Floats
     """z."""
     weight: Floats
-    """−∂loss/∂(β·Δπ)."""
+    """−∂loss/∂(β·log π(chosen)), see `objective.PreferenceLoss`."""
     chosen_reward: Floats
     rejected_reward: Floats
     initial_chosen: Floats | None = None
@@ -165,6 +165,8 @@ class PairTable(Table):
     reduce: Literal["sum", "mean"] = "sum"
     reference_floor: float | None = None
     link: LinkName | None = None
+    rejected_weight: float = 1.0
+    """λ: the score has it on the log-probs of rejected answers; Δ and rewards do not."""
 
     @property
     def has_reference(self) -> bool:
@@ -180,6 +182,11 @@ class PairTable(Table):
         """Return Δπ − Δ0 of each pair."""
         return self.delta("policy", per_token=per_token) - self.delta("reference", per_token=per_token)
 
+    def scored(self, model: Model = "policy") -> Floats:
+        """Return log-prob(chosen) − λ·log-prob(rejected) of each pair as the score has it: Δ where λ is 1."""
+        logprobs = getattr(self, f"{model}_chosen"), self.rejected_weight * getattr(self, f"{model}_rejected")
+        return delta(*logprobs, self.chosen_lengths, self.rejected_lengths, per_token=self.reduce == "mean")
+
     @property
     def length_difference(self) -> Floats:
         """|chosen| − |rejected| in tokens."""
@@ -192,19 +199,24 @@ class PairTable(Table):
 
     @property
     def implicit_preference(self) -> Floats:
-        """β·Δπ − γ·max(Δ0, floor), the score before margins; it is the margin of rewards, but for the floor."""
-        if self.reference_floor is None:
+        """z + m, the score before margins; it is the margin of rewards, but for a floor or a λ."""
+        if self.reference_floor is None and self.rejected_weight == 1:
             return self.reward_margin
-        assert self.beta is not None and self.gamma is not None, "a loss with a floor is known"
-        per_token = self.reduce == "mean"
-        floored = np.maximum(self.delta("reference", per_token=per_token), self.reference_floor)
-        return self.beta * self.delta(per_token=per_token) - self.gamma * floored
+        assert self.beta is not None and self.gamma is not None, "a loss with a floor or a λ is known"
+        if self.gamma == 0:
+            return self.beta * self.scored()
+        reference = self.scored("reference")
+        floored = reference if self.reference_floor is None else np.maximum(reference, self.reference_floor)
+        return self.beta * self.scored() - self.gamma * floored
 
-    @property
-    def effective_margin(self) -> Floats:
-        """M = (γ·max(Δ0, floor) + m)/β, which Δπ has to reach: z >= 0 ⇔ Δπ >= M."""
+    def effective_margin(self, model: Model = "policy") -> Floats:
+        """Return M, which Δπ has to reach: z >= 0 ⇔ Δπ >= M = (γ·max(Δ0, floor) + m)/β.
+
+        With λ other than 1 it is M for a rejected answer that is as likely as under this model, and moves as that does.
+        """
         assert self.beta is not None, "the loss is known"
-        return self.delta(per_token=self.reduce == "mean") - self.score / self.beta
+        rest = self.scored(model) - self.delta(model, per_token=self.reduce == "mean")
+        return self.scored() - self.score / self.beta - rest
 
     def displacement(self, side: Literal["chosen", "rejected"]) -> Floats:
         """Return log π − log π0 of one answer of each pair."""

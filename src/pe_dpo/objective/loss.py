@@ -1,15 +1,17 @@
 """The generalized preference loss: one formula, a separate coefficient for policy and reference.
 
-    z    = β·Δπ − γ·max(Δ0, floor) − m          Δ = log-prob(chosen) − log-prob(rejected), summed or per token
+    z    = β·Δπ − γ·max(Δ0, floor) − m          Δ = log-prob(chosen) − λ·log-prob(rejected), summed or per token
     m    = margin + pair_margin − length_penalty·(|chosen| − |rejected|)
     loss = mix[link](z) + sft_weight·NLL(chosen)/|chosen|
 
-γ = β with the logistic link is DPO; γ = 0 with a margin and per-token log-probs is SimPO. `mix` is label smoothing, which
-weighs the loss of a pair against that of the same pair with its labels swapped.
+γ = β with the logistic link is DPO; γ = 0 with a margin and per-token log-probs is SimPO; λ below 1 (`rejected_weight`) is
+DPO-Shift. `mix` is label smoothing, which weighs the loss of a pair against that of the same pair with its labels swapped; then
+λ is on the answer that is labelled chosen. Elsewhere in the package Δ is without λ: what a model prefers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -34,8 +36,9 @@ class PreferenceLoss(NamedTuple):
     rejected_reward: Tensor
     """The same for the rejected answer, detached."""
     weight: Tensor
-    """−∂loss/∂(β·Δπ) without the SFT term: how hard this pair pulls, detached; negative where it pulls back (squared link
-    beyond its target, smoothing)."""
+    """−∂loss/∂(β·log π(chosen)) without the SFT term: how hard this pair pulls its chosen answer up (per token with
+    reduce="mean"), detached; negative where it pulls back (squared link beyond its target, smoothing). Its rejected answer is
+    pulled down λ times as hard."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Loss:
     label_smoothing_mode: SmoothingMode = "conservative"
     sft_weight: float = 0.0
     length_penalty: float = 0.0
+    rejected_weight: float = 1.0
     margin_scale: float = 0.0
     """Times the margin that the data give each pair, added to `margin`."""
 
@@ -95,6 +99,7 @@ class Loss:
             label_smoothing_mode=self.label_smoothing_mode,
             sft_weight=self.sft_weight,
             length_penalty=self.length_penalty,
+            rejected_weight=self.rejected_weight,
             pair_margin=self.margin_scale * margin if self.margin_scale else None,
         )
 
@@ -117,6 +122,7 @@ def preference_loss(
     label_smoothing_mode: SmoothingMode = "conservative",
     sft_weight: float = 0.0,
     length_penalty: float = 0.0,
+    rejected_weight: float = 1.0,
     pair_margin: Tensor | None = None,
 ) -> PreferenceLoss:
     """Return the loss of each pair, its score, both rewards, and the weight with which it drives learning.
@@ -140,6 +146,7 @@ def preference_loss(
             is the score of the pair with its labels swapped.
         sft_weight: weight of the per-token negative log-likelihood of the chosen answer, >= 0.
         length_penalty: α of R-DPO, added to the score as α·(|chosen| − |rejected|).
+        rejected_weight: λ > 0, on the rejected answer's log-probs under both models; below 1 it is DPO-Shift.
         pair_margin: further margin per pair, (B,); it keeps its sign when labels are swapped.
 
     Returns:
@@ -153,11 +160,13 @@ def preference_loss(
 
     Source:
         Rafailov et al. 2023 (arXiv 2305.18290) eq. 7 for γ = β; Cho, "Continued musing on DPO", for γ apart from β;
-        Mitchell 2023 and Chowdhury et al. 2024 (arXiv 2403.00409) for the two smoothings; Park et al. 2024
-        (arXiv 2403.19159) for the length penalty.
+        Mitchell 2023 and Chowdhury et al. 2024 (arXiv 2403.00409) for the two smoothings; Park et al. 2024 (arXiv 2403.19159)
+        for the length penalty; Yang et al. 2025 (arXiv 2502.07599) for the weight of the rejected answer, their f(λ).
     """
     gamma = beta if gamma is None else gamma
-    _check_coefficients(beta, gamma, reduce, reference_floor, label_smoothing, label_smoothing_mode, sft_weight)
+    _check_coefficients(
+        beta, gamma, reduce, reference_floor, label_smoothing, label_smoothing_mode, sft_weight, rejected_weight
+    )
     tensors = {
         "policy_chosen": policy_chosen,
         "policy_rejected": policy_rejected,
@@ -167,46 +176,41 @@ def preference_loss(
         "rejected_lengths": rejected_lengths,
         "pair_margin": pair_margin,
     }
-    needs_lengths = reduce == "mean" or sft_weight != 0 or length_penalty != 0
     pi_chosen, pi_rejected, ref_chosen, ref_rejected, len_chosen, len_rejected, extra_margin = _alike(
-        tensors, gamma=gamma, needs_lengths=needs_lengths
+        tensors, gamma=gamma, needs_lengths=reduce == "mean" or sft_weight != 0 or length_penalty != 0
     )
-    ref_chosen, ref_rejected = ref_chosen.detach(), ref_rejected.detach()
-
-    def preference(chosen: Tensor, rejected: Tensor) -> Tensor:
-        if reduce == "sum":
-            return chosen - rejected
-        # One division for both answers: two would miss a hinge's kink by a rounding error.
-        return (chosen * len_rejected - rejected * len_chosen) / (len_chosen * len_rejected)
 
     def reward(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
         total = beta * policy - gamma * reference
         return (total / lengths if reduce == "mean" else total).detach()
 
-    policy, reference = preference(pi_chosen, pi_rejected), preference(ref_chosen, ref_rejected)
+    both_ways = partial(_both_ways, lengths=(len_chosen, len_rejected), reduce=reduce, rejected_weight=rejected_weight)
+    policies, references = both_ways(pi_chosen, pi_rejected), both_ways(ref_chosen.detach(), ref_rejected.detach())
+    if reference_floor is not None:
+        references = [reference.clamp(min=reference_floor) for reference in references]
     tilt = length_penalty * (len_chosen - len_rejected)
 
-    def signed_score(sign: int, policy: Tensor) -> Tensor:
-        """Score of the pair as labelled (sign 1) or with its labels swapped (sign −1)."""
-        floored = sign * reference if reference_floor is None else (sign * reference).clamp(min=reference_floor)
-        return beta * sign * policy - gamma * floored - margin - extra_margin + sign * tilt
+    def scores(policies: Sequence[Tensor]) -> list[Tensor]:
+        """z as labelled, and z′ with the labels swapped."""
+        found = zip((1, -1), policies, references, strict=True)
+        return [beta * policy - gamma * floored - margin - extra_margin + sign * tilt for sign, policy, floored in found]
 
-    def mixed(policy: Tensor) -> Tensor:
-        straight = apply_link(link, signed_score(1, policy))
+    def mixed(*policies: Tensor) -> Tensor:
+        straight, swapped = scores(policies)
         if label_smoothing == 0:
-            return straight
-        swapped = apply_link(link, signed_score(-1, policy))
+            return apply_link(link, straight)
+        straight, swapped = (1 - label_smoothing) * apply_link(link, straight), label_smoothing * apply_link(link, swapped)
         if label_smoothing_mode == "conservative":
-            return (1 - label_smoothing) * straight + label_smoothing * swapped
-        return ((1 - label_smoothing) * straight - label_smoothing * swapped) / (1 - 2 * label_smoothing)
+            return straight + swapped
+        return (straight - swapped) / (1 - 2 * label_smoothing)
 
-    loss = mixed(policy)
+    loss, (slope, swapped_slope) = mixed(*policies), _slopes(mixed, policies)
     return PreferenceLoss(
         loss=loss if sft_weight == 0 else loss - sft_weight * pi_chosen / len_chosen,
-        score=signed_score(1, policy.detach()),
+        score=scores(policies)[0].detach(),
         chosen_reward=reward(pi_chosen, ref_chosen, len_chosen),
         rejected_reward=reward(pi_rejected, ref_rejected, len_rejected),
-        weight=-_slope(mixed, policy) / beta,
+        weight=-(slope - rejected_weight * swapped_slope) / beta,
     )
 
 
@@ -223,12 +227,23 @@ def apply_link(link: LinkName | Callable[[Tensor], Tensor], score: Tensor) -> Te
     return link_value(link, score)
 
 
-def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """Derivative of an elementwise function, detached."""
+def _both_ways(
+    chosen: Tensor, rejected: Tensor, *, lengths: tuple[Tensor, Tensor], reduce: Reduce, rejected_weight: float
+) -> list[Tensor]:
+    """log p(chosen) − λ·log p(rejected), and log p(rejected) − λ·log p(chosen); summed or per token."""
+    ways = (chosen, rejected, *lengths), (rejected, chosen, *reversed(lengths))
+    if reduce == "sum":
+        return [one - rejected_weight * other for one, other, *_ in ways]
+    # One division for both answers: two would miss a hinge's kink by a rounding error.
+    product = lengths[0] * lengths[1]
+    return [(one * len_other - rejected_weight * other * len_one) / product for one, other, len_one, len_other in ways]
+
+
+def _slopes(function: Callable[..., Tensor], at: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Derivatives of an elementwise function by each of its arguments, detached; 0 by one that it does not depend on."""
     with torch.inference_mode(False), torch.enable_grad():
-        point = at.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(point).sum(), point)
-    return slope
+        points = [each.detach().clone().requires_grad_() for each in at]
+        return torch.autograd.grad(function(*points).sum(), points, allow_unused=True, materialize_grads=True)
 
 
 def _check_coefficients(
@@ -239,6 +254,7 @@ def _check_coefficients(
     label_smoothing: float,
     label_smoothing_mode: str,
     sft_weight: float,
+    rejected_weight: float,
 ) -> None:
     if not beta > 0:
         raise ValueError(f"beta is {beta}: it must be > 0")
@@ -254,6 +270,10 @@ def _check_coefficients(
         raise ValueError(f"label_smoothing_mode is {label_smoothing_mode!r}: expected {' or '.join(get_args(SmoothingMode))}")
     if not sft_weight >= 0:
         raise ValueError(f"sft_weight is {sft_weight}: it must be >= 0")
+    if not 0 < rejected_weight < float("inf"):
+        raise ValueError(f"rejected_weight is {rejected_weight}: it must be finite and > 0")
+    if rejected_weight != 1 and reference_floor is not None:
+        raise ValueError("reference_floor bounds Δ0, which is not in the score with rejected_weight other than 1: drop one")
 
 
 def _alike(tensors: dict[str, Tensor | None], *, gamma: float, needs_lengths: bool) -> list[Tensor]:

@@ -36,17 +36,20 @@ def describe(loss: LossSection) -> LossDescription:
     ]
     notes = []
     if loss.label_smoothing:
-        notes.append("z′ is the score of the pair with its labels swapped (the margin keeps its sign)")
+        moves = "" if loss.rejected_weight == 1 else f", and {loss.rejected_weight:g} is on the other answer"
+        notes.append(f"z′ is the score of the pair with its labels swapped (the margin keeps its sign{moves})")
     if loss.kappa is None:
         notes.append(f"γ is found from the reference's log-probs of the training pairs ({loss.gamma}); `pe-dpo audit` tells it")
-    elif loss.kappa > 1:
+    elif loss.kappa > 1 and loss.rejected_weight == 1:
         notes.append("κ > 1: learning starts on pairs that the reference already ranks right")
-    elif 0 < loss.kappa < 1:
+    elif 0 < loss.kappa < 1 and loss.rejected_weight == 1:
         notes.append("κ < 1: learning starts on pairs that the reference ranks wrong")
     elif loss.kappa == 0:
         notes.append("κ = 0: the reference is never run")
-    elif loss.link == "logistic" and loss.margin == 0:
+    elif loss.kappa == 1 and loss.link == "logistic" and loss.margin == 0:
         notes.append("κ = 1: every pair starts with weight ½ and loss log 2")
+    if loss.rejected_weight != 1 and not loss.label_smoothing:
+        notes.append(f"a rejected answer is pulled down {loss.rejected_weight:g} times as hard as its chosen one is pulled up")
     return LossDescription(
         formula=formula(loss),
         kappa=loss.kappa,
@@ -57,9 +60,13 @@ def describe(loss: LossSection) -> LossDescription:
 
 def formula(loss: LossSection) -> str:
     """Return the loss with its numbers filled in."""
-    score = [f"{loss.beta:g}·Δπ"]
+    policy, reference = preference_names(loss.rejected_weight)
+    delta = f"Δ = {_DELTA[loss.reduce]}"
+    if loss.rejected_weight != 1:
+        delta = delta.replace("Δ", "Δλ").replace("− ", f"− {loss.rejected_weight:g}·")
+    score = [f"{loss.beta:g}·{policy}"]
     if loss.uses_reference:
-        floored = "Δ0" if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
+        floored = reference if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
         score.append(f"− {'γ' if loss.is_calibrated else f'{loss.gamma_value:g}'}·{floored}")
     if loss.margin:
         score.append(f"{'−' if loss.margin > 0 else '+'} {abs(loss.margin):g}")
@@ -78,7 +85,12 @@ def formula(loss: LossSection) -> str:
             parts = [f"({1 - epsilon:g}·[{link}] − {epsilon:g}·[{swapped}]) / {1 - 2 * epsilon:g}"]
     if loss.sft_weight:
         parts.append(f"+ {loss.sft_weight:g}·NLL(chosen)/|chosen|")
-    return f"{' '.join(parts)},  z = {' '.join(score)},  Δ = {_DELTA[loss.reduce]}"
+    return f"{' '.join(parts)},  z = {' '.join(score)},  {delta}"
+
+
+def preference_names(rejected_weight: float) -> tuple[str, str]:
+    """Return what the score is made of, of the policy and of the reference, in a formula with this λ."""
+    return ("Δπ", "Δ0") if rejected_weight == 1 else ("Δλπ", "Δλ0")
 
 
 _DELTA = {
@@ -103,5 +115,7 @@ def _form(loss: LossSection) -> tuple[object, ...]:
         loss.sft_weight > 0,
         loss.length_penalty > 0,
         loss.length_penalty < 0,
+        loss.rejected_weight < 1,
+        loss.rejected_weight > 1,
         loss.beta == 1 if fixed_beta else None,
     )

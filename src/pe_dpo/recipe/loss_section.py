@@ -20,7 +20,7 @@ CALIBRATED = re.compile(r"^(?:auto|(balance|scale):([0-9]*\.?[0-9]+(?:[eE][-+]?[
 
 
 class LossSection(Section):
-    """z = β·Δπ − γ·max(Δ0, floor) − m, link(z); see `pe-dpo recipes show`."""
+    """z = β·Δπ − γ·max(Δ0, floor) − m, link(z), Δ = log p(chosen) − λ·log p(rejected); see `pe-dpo recipes show`."""
 
     preset: str = Field("dpo", description=f"One of {', '.join(PRESETS)}; every other key overrides it.")
     beta: Positive = 0.1
@@ -38,6 +38,11 @@ class LossSection(Section):
     label_smoothing_mode: Literal["conservative", "unbiased"] = "conservative"
     sft_weight: NonNegative = 0.0
     length_penalty: Finite = 0.0
+    rejected_weight: Positive = Field(
+        1.0,
+        description="λ of DPO-Shift, on the rejected answer's log-probs under policy and reference; below 1 the likelihood of "
+        "chosen answers falls less, or rises, and the margin between the two grows less.",
+    )
     margin_scale: Finite = Field(0.0, description="Times the data's margin column, added to the margin of each pair.")
 
     @model_validator(mode="before")
@@ -97,6 +102,23 @@ class LossSection(Section):
             raise ValueError(f"gamma: {self.gamma} times beta {self.beta:g} is not finite; write a smaller one")
         if self.reference_floor is not None and self.gamma_value == 0:
             raise ValueError("reference_floor: has no effect with gamma = 0; drop it, or set gamma > 0")
+        return self
+
+    @model_validator(mode="after")
+    def _rejected_weight_leaves_delta(self) -> "LossSection":
+        if self.rejected_weight == 1:
+            return self
+        score = f"log p(chosen) − {self.rejected_weight:g}·log p(rejected)"
+        if self.reference_floor is not None:
+            raise ValueError(
+                f"reference_floor: is a bound of Δ0, and with rejected_weight {self.rejected_weight:g} the score is made of "
+                f"{score}; drop one of the two"
+            )
+        if self.is_calibrated:
+            raise ValueError(
+                f"gamma: {self.gamma} rests on Δ0, and with rejected_weight {self.rejected_weight:g} the score is made of "
+                f"{score}; write a number, or a multiple of beta such as 1x"
+            )
         return self
 
     @model_validator(mode="after")

@@ -66,6 +66,11 @@ PRESETS: dict[str, Preset] = {
     ),
     "hypo": Preset("HyPO", "arXiv 2602.11902", {"beta": 0.1, "gamma": "1x", "reference_floor": 0.0}),
     "rdpo": Preset("R-DPO", "Park et al. 2024, arXiv 2403.19159", {"beta": 0.1, "gamma": "1x", "length_penalty": 0.01}),
+    "dpo-shift": Preset(
+        "DPO-Shift with f(λ) fixed",
+        "Yang et al. 2025, arXiv 2502.07599",
+        {"beta": 0.01, "gamma": "1x", "rejected_weight": 0.95},
+    ),
 }
 
 ALIASES = {"sigmoid": "dpo", "sigmoid_norm": "dpo-norm", "rso": "hinge"}

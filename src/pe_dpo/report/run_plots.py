@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from pe_dpo.metrics.estimates import correlation, correlation_interval, length_slope, wilson_interval
 from pe_dpo.metrics.quadrants import QUADRANTS
-from pe_dpo.metrics.table import Floats, PairTable
+from pe_dpo.metrics.table import Floats, Model, PairTable
 from pe_dpo.report.content import PageSection, Plot
 from pe_dpo.report.style import (
     BLUE,
@@ -358,20 +358,20 @@ def _preference_scatters(run: Run, pairs: PairTable) -> list[Plot]:
         floored = values if loss.reference_floor is None else np.maximum(values, loss.reference_floor)
         return kappa * np.asarray(floored, dtype=np.float64)
 
-    offset, note = loss.margin / loss.beta, ""
-    if loss.margin_scale or loss.length_penalty:
-        offset = float(np.median(pairs.effective_margin - line(reference)))
-        note = " Margins differ between pairs; the line is that of the median margin."
+    differ = bool(loss.margin_scale or loss.length_penalty or loss.rejected_weight != 1)
+    note = " Margins differ between pairs; the line is that of the median margin." if differ else ""
     floored = "Δ0" if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
-    plus = f" {'+' if offset >= 0 else '−'} {abs(offset):.3g}" if offset else ""
-    label = f"z = 0: Δπ = {f'{kappa:.3g}·{floored}{plus}' if kappa else f'{offset:.3g}'}"
     xlim = padded(reference)
     ylim = padded(policy if start is None else np.concatenate([start, policy]))
     unit = "nats per token" if per_token else "nats"
     plots = []
-    for when, preference in (("start", start), ("end", policy)):
+    models: tuple[Model, Model] = "initial", "policy"
+    for when, model, preference in zip(("start", "end"), models, (start, policy), strict=True):
         if preference is None:
             continue
+        offset = float(np.median(pairs.effective_margin(model) - line(reference))) if differ else loss.margin / loss.beta
+        plus = f" {'+' if offset >= 0 else '−'} {abs(offset):.3g}" if offset else ""
+        label = f"z = 0: Δπ = {f'{kappa:.3g}·{floored}{plus}' if kappa else f'{offset:.3g}'}"
         xlabel, ylabel = f"Δ0, reference's preference ({unit})", f"Δπ, policy's preference ({unit})"
         with panel(xlabel, ylabel, height=4.1) as (figure, axes):
             axes.axhline(0, color=QUIET, linewidth=0.8)

@@ -132,8 +132,8 @@ class Measurements:
         if not table.knows("initial_chosen") and table.has_reference and recipe.policy_starts_as_reference:
             table = table.since(None)
         gamma = None if math.isnan(kappa) else kappa * recipe.loss.beta
-        floor, link = recipe.loss.reference_floor, recipe.loss.link
-        return replace(table, beta=recipe.loss.beta, gamma=gamma, reduce=recipe.loss.reduce, reference_floor=floor, link=link)
+        known = {name: getattr(recipe.loss, name) for name in PairTable.SETTINGS if name != "gamma"}
+        return replace(table, **known, gamma=gamma)
 
     def answers(self, *, with_texts: bool = True) -> AnswerTable | None:
         """Return the sampled answers one by one; None where there are none.

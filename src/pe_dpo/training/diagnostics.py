@@ -6,6 +6,7 @@ from pe_dpo.links import link_named
 from pe_dpo.metrics.estimates import wilson_interval
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe import Recipe
+from pe_dpo.recipe.describe import preference_names
 from pe_dpo.recipe.loss_section import LossSection
 
 Metrics = Mapping[str, float]
@@ -24,12 +25,12 @@ def diagnose_scale(recipe: Recipe, first: PairTable, *, of: str) -> list[str]:
     """
     if not first.has_reference or len(first) < 2 or recipe.loss.gamma_value == 0:
         return []
-    spread = float(first.delta("reference", per_token=recipe.loss.reduce == "mean").std(ddof=1))
+    spread, (_, what) = float(first.scored("reference").std(ddof=1)), preference_names(recipe.loss.rejected_weight)
     delta = (recipe.loss.gamma_value - recipe.loss.beta) * spread
     if abs(delta) <= 1:
         return []
     return [
-        f"δ = (γ−β)·sd(Δ0) = {delta:.2f}: with sd(Δ0) = {spread:.3g} nats over the {of} pairs a few of them take "
+        f"δ = (γ−β)·sd({what}) = {delta:.2f}: with sd({what}) = {spread:.3g} nats over the {of} pairs a few of them take "
         "nearly all of the gradient at the start; bring gamma closer to beta, or use reduce: mean"
     ]
 
@@ -77,7 +78,8 @@ def _diagnose_likelihoods(metrics: Metrics, before: Metrics, loss: LossSection) 
     chosen, rejected = metrics.get("displacement/chosen", 0.0), metrics.get("displacement/rejected", 0.0)
     if chosen < 0 and rejected < 0:
         fell = metrics["displacement/chosen_fell"]
-        turn = "raise loss.sft_weight" if loss.sft_weight else "loss.sft_weight counteracts it"
+        lower = f"loss.rejected_weight below {min(1, loss.rejected_weight):g}"
+        turn = f"raise loss.sft_weight or set {lower}" if loss.sft_weight else f"loss.sft_weight or {lower} counteracts it"
         if wilson_interval(fell, int(metrics["pairs"]))[0] > 0.5:
             found["both_fell"] = (
                 f"both answers became less likely than under the reference (chosen {chosen:.2f}, rejected {rejected:.2f} "
@@ -136,7 +138,7 @@ def _diagnose_rankings(metrics: Metrics, loss: LossSection) -> dict[str, str]:
     if all(f"{table}/satisfied_early" in metrics for table in tables):
         share = min(metrics[f"{table}/satisfied_early"] for table in tables) / metrics["pairs"]
         wrong = min(metrics.get(f"{table}/policy_wrong_reference_wrong/mean_score", 0.0) for table in tables)
-        floor = "" if loss.reference_floor is not None else "loss.reference_floor: 0 (HyPO), "
+        floor = "" if loss.reference_floor is not None or loss.rejected_weight != 1 else "loss.reference_floor: 0 (HyPO), "
         if share >= 0.2 and (link_named(loss.link).has_kink or wrong >= 1):
             found["satisfied_early"] = (
                 f"satisfied early: the loss is content (z >= 0) with {share:.0%} of the pairs although the policy ranks them "
