@@ -457,7 +457,7 @@ def test_an_adapter_as_the_reference_is_run_as_such(make_recipe, tmp_path):
     start = f"adapter={{start: '{trained}', reference: adapter}}"
     plain = audit(make_recipe(store))
     frozen = audit(make_recipe(store, start))
-    assert frozen.reference["is"] == "a frozen copy of the adapter"
+    assert frozen.reference["is"].startswith("a frozen copy of ")
     assert not np.array_equal(plain.preference, frozen.preference)
     raw = audit(make_recipe(store, f"adapter={{start: '{trained}', reference: base}}"))
     assert np.array_equal(plain.preference, raw.preference)

@@ -29,7 +29,6 @@ from pe_dpo.errors import MergeRefused, ModelError, PeDpoError, RunFolderError, 
 from pe_dpo.merging import training_base as training_base_module
 from pe_dpo.merging import unmerged as unmerged_module
 from pe_dpo.merging import write as write_module
-from pe_dpo.merging.adapter_files import AdapterFiles, Change
 from pe_dpo.merging.merge import merge
 from pe_dpo.merging.merged_tensor import stochastically_rounded
 from pe_dpo.merging.plan import Plan
@@ -38,6 +37,7 @@ from pe_dpo.merging.training_base import TrainingBase
 from pe_dpo.merging.write import write_tensors
 from pe_dpo.model import base as base_module
 from pe_dpo.model.adapter_config import write_adapter_config
+from pe_dpo.model.adapter_files import AdapterFiles, Change
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.model.quantization import four_bit_layers
 from pe_dpo.model.tensor_files import TensorInfo, TensorWriter

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from pe_dpo.errors import MergeRefused, ModelError, UsageError
 from pe_dpo.merging import source as source_module
-from pe_dpo.merging.adapter_files import AdapterFiles, save_scaled_adapter
 from pe_dpo.merging.adapter_package import package_adapter
 from pe_dpo.merging.behaviour import Agreement
 from pe_dpo.merging.compare import compare_merges
 from pe_dpo.merging.merge import merge
 from pe_dpo.merging.source import open_source
 from pe_dpo.model.adapter import load_adapter_for_evaluation, scaled
+from pe_dpo.model.adapter_files import AdapterFiles, save_scaled_adapter
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.training.train import train
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import MergeRefused, ModelError, UsageError
-from pe_dpo.merging.adapter_files import AdapterFiles
 from pe_dpo.merging.merge import merge
+from pe_dpo.model.adapter_files import AdapterFiles
 from pe_dpo.training.train import train
 
 

@@ -51,7 +51,7 @@ def test_the_resolved_recipe_repeats_the_run_to_the_bit(run, tmp_path):
 def test_the_record_says_what_the_reference_was_and_what_everything_was_made_of(run):
     record = read_object(run.folder / RUN_FILE)
     assert record["status"] == "finished"
-    assert record["reference_card"]["is"] == "the base with adapters off"
+    assert record["reference_card"]["is"] == "the base, adapters off"
     assert record["reference_card"]["base_sha256"] == record["hashes"]["base"]
     assert record["start"]["largest_difference"] == 0.0
     assert {"torch", "transformers", "peft", "bitsandbytes"} <= record["versions"].keys()

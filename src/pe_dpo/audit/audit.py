@@ -69,7 +69,7 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
         "base": facts.base,
         "quantize": facts.quantize,
         "dtype": dtype,
-        "is": "a frozen copy of the adapter" if recipe.adapter.reference == "adapter" else "the base, adapters off",
+        "is": recipe.adapter.describe_reference(),
         "was_run": was_run,
     }
     found = Audit(logprobs, recipe.loss, margins, [pair.prompt_key for pair in pairs], described)

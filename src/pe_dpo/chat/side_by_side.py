@@ -4,7 +4,7 @@
       └─► y of the tuned (adapters on)   ──► log π, log π0
 
 The gap log π(y|x) − log π0(y|x) says how far training moved an answer. Each side keeps its own cache of what it has read, so
-that adapters can go on and off between any two tokens.
+that adapters can go on and off between any two tokens. Where π0 has an adapter, "the base" is the base with that.
 """
 
 import logging
@@ -26,8 +26,8 @@ from pe_dpo.inference.policy import Policy, SavedPolicy, load_policy
 from pe_dpo.inference.reference import remembered_fingerprint
 from pe_dpo.inference.reference_store import ReferenceStore, default_store_path
 from pe_dpo.inference.sampling import Growing
-from pe_dpo.model.adapter import REFERENCE
-from pe_dpo.model.adapter_config import check_adapter
+from pe_dpo.model.adapter import is_trained_over
+from pe_dpo.model.adapter_config import REFERENCE, check_adapter
 from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.objective import completion_logprobs
 from pe_dpo.recipe.loss_section import LossSection
@@ -228,8 +228,11 @@ def open_side_by_side(
         except StoreUnavailable:
             fingerprint = base_fingerprint(policy.model)
         saved.check_base(policy.base, fingerprint)
-    is_frozen_copy = REFERENCE in policy.model.peft_config
-    reference = "the frozen copy of the adapter that training started from" if is_frozen_copy else policy.base.base
+    reference = policy.base.base
+    if is_trained_over(policy.model):
+        reference = f"{reference} with the adapter that training was over"
+    elif REFERENCE in policy.model.peft_config:
+        reference = "the frozen copy of the adapter that training started from"
     logger.info(f"base: {reference}; tuned: {target}")
     return SideBySide(
         policy,

@@ -38,8 +38,7 @@ def check(
 
     base, tokenizer, data, _ = prepare_run(plan)
     example = decode_pair(middle_pair(data.train), tokenizer)
-    is_adapter = plan.adapter.reference == "adapter"
-    reference = "a frozen copy of the adapter it starts from" if is_adapter else "the base, adapters off"
+    reference = plan.adapter.describe_reference()
     steps = -(-len(data.train) // plan.train.pairs_per_step)
     if json:
         found = {

@@ -34,7 +34,8 @@ def merge(
 ) -> None:
     """Merge adapter and base into one model, and prove that it does what was trained; write nothing where it does not."""
     ignored = {"--dtype": dtype != "auto", "--rounding": rounding != "auto", "--force": force}
-    if sft is None and scale == 1:
+    is_copied = sft is None and scale == 1 and not (target / "trained").is_dir()  # there a run over an adapter has its own
+    if is_copied:
         ignored |= {"--pairs": pairs is not None, "--data": data is not None}
     words = {"--onto": onto, "--dtype": dtype, "--rounding": rounding, "--quantize": quantize}
     _check_request(target, output, words, compare=compare, ignored=[name for name, given in ignored.items() if given])
@@ -58,7 +59,7 @@ def merge(
     if output is not None:
         source["pairs"] = 32 if pairs is None else pairs
         if onto == "adapter":
-            found |= _package(target, output, source, show=not json)
+            found |= _package(target, output, source | ({"pairs": 0} if is_copied else {}), show=not json)
         else:
             found |= _merge(target, output, {**source, **plan, "onto": onto, "force": force}, show=not json)
     if json:
@@ -142,12 +143,13 @@ def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool
     from pe_dpo.runs.staging import check_free
 
     check_free(output)
-    if settings["sft"] is None and settings["scale"] == 1:
-        settings = {**settings, "pairs": 0}  # it is copied, bit for bit
     with open_source(target, **settings) as source:
         commands, held_out = package_adapter(source, output)
     if show:
         console.say(f"adapter, tokenizer and the recipe of its base: {output}")
+        if held_out is not None and held_out.shift_kept is not None:
+            pairs = len(source.pairs)
+            console.say(f"on {pairs} held-out pairs it keeps {held_out.shift_kept:.4f} of the preference shift of training")
         for line in commands:
             console.say(line)
     measured = held_out.to_dict() if held_out else None

@@ -17,7 +17,7 @@ from pe_dpo.experiments.on_ray import run_on_ray
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.experiments.point import PointState, run_metrics, run_point, share
 from pe_dpo.inference.inputs import Inputs
-from pe_dpo.model.provenance import adapter_fingerprint
+from pe_dpo.model.provenance import adapter_inputs
 from pe_dpo.recipe import Recipe, recipe_difference, with_absolute_paths
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RUN_FILE
@@ -90,8 +90,7 @@ def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
     difference = recipe_difference(old, asked, ignore=free_to_change(old))
     if difference:
         raise RunFolderError(f"{folder}: was trained with other settings ({'; '.join(difference)}); move it away")
-    if asked.adapter.start:
-        check_same_inputs(run, {"start": adapter_fingerprint(Path(asked.adapter.start))})
+    check_same_inputs(run, adapter_inputs(asked.adapter))
     return PointState(point, "finished", info.seconds, run_metrics(folder, info.after))
 
 

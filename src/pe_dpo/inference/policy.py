@@ -1,4 +1,4 @@
-"""Policy and reference from one model: adapters on is π, adapters off (or their frozen copy) is π0; and where one is saved.
+"""Policy and reference from one model: adapters on is π, adapters off (or a frozen adapter) is π0; and where one is saved.
 
 run.json, recipe.yaml, adapter    a run: knows its base, its data and its loss
 adapter_config.json               any LoRA adapter: names its base, at best
@@ -22,11 +22,12 @@ from pe_dpo.model.adapter import (
     adapter_parameters,
     as_reference,
     attach_adapter,
+    lay_under,
     load_adapter_for_evaluation,
     scaled,
     start_from_adapter,
 )
-from pe_dpo.model.adapter_config import read_adapter_config
+from pe_dpo.model.adapter_config import read_adapter_config, trained_folder
 from pe_dpo.model.base import BaseInfo, answer_end_tokens, evaluating, inspect_base, load_base, load_tokenizer
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import ModelSection
@@ -129,6 +130,8 @@ class SavedPolicy:
                 f"{folder}: is neither a run (run.json), an adapter (adapter_config.json) nor a model (config.json); "
                 "name the folder of one of them"
             )
+        if self.adapter is not None:
+            trained_folder(self.adapter)  # which refuses half of a sum
 
     def inspect(self) -> BaseInfo:
         """Return what is known of the base, or of a whole model, without its weights."""
@@ -224,6 +227,8 @@ def _to_train(base: Any, recipe: Recipe) -> Any:
             rslora=adapter.rslora,
             seed=recipe.train.seed,
         )
+    if adapter.over:
+        model = lay_under(model, adapter.over)
     if not adapter_parameters(model):
         raise ModelError(
             "no parameter of the adapter is trainable, so nothing would be learned: PEFT before 0.21 freezes it when a frozen "

@@ -238,7 +238,7 @@ def reference_logprobs(recipe: Recipe, info: BaseInfo, pairs: Sequence[EncodedPa
     device = default_device()
     settings, wish = recipe.reference, recipe.train.tokens_per_microbatch
     caching: Caching = "auto" if settings.policy == "skip" else settings.policy
-    if caching != "step" and recipe.adapter.reference != "adapter":
+    if caching != "step" and recipe.adapter.of_reference is None:
         stored = stored_logprobs(info, pairs, device=device, packing=recipe.train.packing, path=settings.store)
         if stored is not None:
             return stored, False

@@ -22,7 +22,8 @@ def merged_card(source: Source, report: Mapping[str, Any]) -> str:
         report: of the merge.
     """
     licence, base, recipe = _base_licence(source.base_folder), report["base"], source.recipe
-    intro = [f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. A LoRA adapter, merged in {report['dtype']}."]
+    adapters = "A LoRA adapter and the one under it" if source.is_over else "A LoRA adapter"
+    intro = [f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. {adapters}, merged in {report['dtype']}."]
     training = ["The adapter was not trained by pe-dpo; nothing is known here of its data and loss.", ""]
     if recipe is not None:
         data = source.run.hashes.data or "unknown"

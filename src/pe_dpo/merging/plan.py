@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pe_dpo.errors import ModelError
-from pe_dpo.merging.adapter_files import Change
 from pe_dpo.merging.source import Source
+from pe_dpo.model.adapter_files import Change
 from pe_dpo.model.base import empty_model
 from pe_dpo.model.fingerprint import config_fingerprint
 from pe_dpo.model.provenance import changed_files

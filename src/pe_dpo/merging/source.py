@@ -3,12 +3,12 @@
 Which adapter is served: the one that was trained, fused with the one under it, or scaled toward the reference.
 
     as trained     W0 + ΔW                          its own files
-    sft            W0 + ΔW_sft + ΔW                 two adapters in one
+    over, sft      W0 + ΔW_sft + ΔW                 two adapters in one; a run over another adapter has their sum in its folder
     scale a        W_ref + a·(W − W_ref)            0 < a < 1: between the reference and what was trained
 
         W0 + a·ΔW                                   π0 is the base
         W0 + (1 − a)·ΔW_ref + a·ΔW                  π0 has a frozen copy of the adapter that training started from
-        W0 + ΔW_sft + a·ΔW                          π0 has the adapter named by sft
+        W0 + ΔW_sft + a·ΔW                          π0 has the adapter that is named by sft, or that training was over
 
 A fused or scaled adapter is a folder of plain PEFT files that goes away when the source is closed, and everything goes on from
 it as from any other adapter. What it is held against is not made of it: PEFT with the adapters of training, their scalings
@@ -19,7 +19,7 @@ Wortsman et al. 2022 (WiSE-FT, arXiv 2109.01903): interpolated weights. It is th
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,9 +30,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pe_dpo.data import EncodedPair, data_hash, prepare_pairs
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.policy import SavedPolicy
-from pe_dpo.merging.adapter_files import AdapterFiles, save_fused_adapter, save_scaled_adapter
-from pe_dpo.model.adapter import REFERENCE
-from pe_dpo.model.adapter_config import expected_tensors
+from pe_dpo.model.adapter_config import REFERENCE, expected_tensors, trained_folder
+from pe_dpo.model.adapter_files import AdapterFiles, save_fused_adapter, save_scaled_adapter
 from pe_dpo.model.base import BaseInfo, empty_model, end_token_ids, inspect_base
 from pe_dpo.model.provenance import adapter_fingerprints, base_folder, changed, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.weight_files import weight_files
@@ -104,10 +103,12 @@ class Source:
                     "the run"
                 ) from error
         self._check_quantize(quantize)
-        self.trained: Path = found.adapter
+        self.trained = trained_folder(found.adapter)
         """The adapter that was trained."""
         self.adapter = AdapterFiles(found.adapter)
         """The one that is served; it may be made of the trained one."""
+        self.is_over = self.trained != found.adapter
+        """Whether it was trained over the frozen adapter of π0, and is served with it."""
         how = found.section.model_dump()
         if self.record is not None:
             revision = self.record.revision if base is None else None
@@ -117,7 +118,7 @@ class Source:
         if self.original is not None and self.record is not None:
             how |= {"base": self.record.id, "revision": self.record.revision}
         self.facts = inspect_base(**how)
-        _check_adapter_tensors(self.adapter, self.facts)
+        _check_tensors({found.adapter, self.trained}, self.facts)
         self.recipe = found.recipe
         self.run = found.run
         """run.json; empty for an adapter that was not trained here."""
@@ -135,7 +136,7 @@ class Source:
         frozen = found.adapter / REFERENCE
         self.reference = frozen if (frozen / "adapter_config.json").is_file() else None
         """The adapter that π0 has; None where π0 is the bare base."""
-        self.weights = (0.0, 1.0)
+        self.weights = (float(self.is_over), 1.0)
         """Of the adapters in `reference` and `trained`: what their sum is, `adapter` is."""
         self.scale = self.record.scale if self.record else 1.0
         """How far what is served is from the reference; 1 is what was trained."""
@@ -221,7 +222,7 @@ def open_source(
         return
     if sft is not None and (source.recipe is not None or source.reference is not None):
         raise UsageError(
-            f"{target}: a run goes on with the adapter that it starts from, so that is in it already; leave `sft` out"
+            f"{target}: a run has the adapter that it starts from or is over, so that is in it already; leave `sft` out"
         )
     if scale != 1:
         if source.scale != 1:
@@ -232,10 +233,10 @@ def open_source(
         if scale > 1:
             logger.warning(f"a = {scale} goes beyond what was trained (extrapolation)")
     source.reference = Path(sft) if sft is not None else source.reference
-    weight = 1.0 if sft is not None else 1 - scale if source.reference else 0.0
+    weight = 1.0 if sft is not None or source.is_over else 1 - scale if source.reference else 0.0
     with TemporaryDirectory() as scratch:
         if source.reference is not None and weight:
-            save_fused_adapter((AdapterFiles(source.reference), source.adapter), (weight, scale), Path(scratch))
+            save_fused_adapter((AdapterFiles(source.reference), AdapterFiles(source.trained)), (weight, scale), Path(scratch))
         else:
             save_scaled_adapter(source.adapter, scale, Path(scratch))
         source.adapter, source.weights, source.scale = AdapterFiles(scratch), (weight, scale), scale * source.scale
@@ -247,25 +248,26 @@ def describe_scale(scale: float) -> str:
     return f"scaled {'toward' if scale < 1 else 'away from'} the reference by a = {scale}"
 
 
-def _check_adapter_tensors(adapter: AdapterFiles, facts: BaseInfo) -> None:
-    """Check that a saved adapter has the tensors that its configuration asks for: PEFT fills in missing ones, and drops others.
+def _check_tensors(folders: Iterable[Path], facts: BaseInfo) -> None:
+    """Check that saved adapters have the tensors that their configurations ask for: PEFT fills in or drops others.
 
     Whole embeddings may be there besides, where the vocabulary was resized.
     """
-    model = empty_model(facts.base, facts.config)
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    resized = {f"{name}.weight" for name, module in model.named_modules() if module in embeddings}
-    expected = expected_tensors(model, adapter.config)
-    whole = {change.replacement for name, change in adapter.changes.items() if name in resized}
-    over = sorted({key for change in adapter.changes.values() for key in change.keys} - expected - whole)
-    if over:
-        raise ModelError(
-            f"{adapter.folder}: its configuration asks for no {over[0]} (and {len(over) - 1} more); PEFT would drop them; "
-            "take another copy of the adapter"
-        )
-    missing = sorted(expected - {tensor.name for tensor in adapter.tensors})
-    if missing:
-        raise ModelError(
-            f"{adapter.folder}: {len(missing)} tensors of the adapter are missing from its file ({missing[0]}, …); take "
-            "another copy of it"
-        )
+    for adapter in map(AdapterFiles, folders):
+        model = empty_model(facts.base, facts.config)
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+        resized = {f"{name}.weight" for name, module in model.named_modules() if module in embeddings}
+        expected = expected_tensors(model, adapter.config)
+        whole = {change.replacement for name, change in adapter.changes.items() if name in resized}
+        over = sorted({key for change in adapter.changes.values() for key in change.keys} - expected - whole)
+        if over:
+            raise ModelError(
+                f"{adapter.folder}: its configuration asks for no {over[0]} (and {len(over) - 1} more); PEFT would drop them; "
+                "take another copy of the adapter"
+            )
+        missing = sorted(expected - {tensor.name for tensor in adapter.tensors})
+        if missing:
+            raise ModelError(
+                f"{adapter.folder}: {len(missing)} tensors of the adapter are missing from its file ({missing[0]}, …); take "
+                "another copy of it"
+            )

@@ -19,7 +19,8 @@ from pe_dpo.log import quiet
 from pe_dpo.merging.behaviour import TOKENS, Agreement, Behaviour, agreement, measure, verification_failures
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.training_base import TrainingBase
-from pe_dpo.model.adapter import POLICY, REFERENCE, acting, add_finished_adapter
+from pe_dpo.model.adapter import POLICY, acting, add_finished_adapter
+from pe_dpo.model.adapter_config import REFERENCE
 from pe_dpo.model.base import BaseInfo, compute_in, inspect_base, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprints
 from pe_dpo.model.provenance import changed

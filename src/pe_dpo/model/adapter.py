@@ -1,6 +1,11 @@
-"""Policy and reference from one base: adapters on is π, adapters off (or their frozen copy) is π0."""
+"""Policy and reference from one base: adapters on is π, adapters off (or a frozen adapter) is π0.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+fresh, or start with reference: base        π = W0 + ΔW           π0 = W0
+start with reference: adapter               π = W0 + ΔW           π0 = W0 + ΔW_ref      a frozen copy of the start
+over                                        π = W0 + ΔW_ref + ΔW  π0 = W0 + ΔW_ref      the frozen adapter acts under π
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +15,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter_config import check_adapter, without_advice
+from pe_dpo.model.adapter_config import REFERENCE, TRAINED, check_adapter, trained_folder, without_advice
+from pe_dpo.model.adapter_files import AdapterFiles, check_is_plain, save_fused_adapter
+from pe_dpo.model.adapter_targets import BLOCKS, check_targets, in_blocks
 
 POLICY = "default"
 """Name of the trained adapter; PEFT's own default, so that what is saved loads in plain PEFT."""
-REFERENCE = "reference"
-"""Name of the frozen copy when the reference is an adapter."""
 
 
 def attach_adapter(
@@ -51,8 +56,8 @@ def attach_adapter(
         raise ModelError(f"init is {init!r}: only default and gaussian start with B = 0 on an unchanged base")
     head, layers = base.get_output_embeddings(), (nn.Linear, Conv1D)  # the latter is GPT-2's
     there = [path for path, module in base.named_modules() if isinstance(module, layers) and module is not head]
-    if isinstance(targets, str) and targets in _BLOCKS:
-        targets = _in_blocks(targets, there)
+    if isinstance(targets, str) and targets in BLOCKS:
+        targets = in_blocks(targets, there)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -69,46 +74,12 @@ def attach_adapter(
         try:
             model = get_peft_model(base, config, adapter_name=POLICY)
         except ValueError as error:
-            _check_targets(named, there, there)
+            check_targets(named, there, there)
             raise ModelError(f"adapter.targets: {str(error).splitlines()[0]}") from error
     # PEFT takes names of experts' layers that are bare parameters today out of its list; what is left has to match.
     left = [target for target in named if target in model.peft_config[POLICY].target_modules]
-    _check_targets(left, model.base_model.targeted_module_names, there)
+    check_targets(left, model.base_model.targeted_module_names, there)
     return _in_float32(model).train()
-
-
-_BLOCKS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "moe", "expert")}
-"""What the names of blocks have in them, by the word of a recipe."""
-
-
-def _in_blocks(kind: str, there: Sequence[str]) -> list[str]:
-    """Return names of the linear layers in blocks of one kind: their own where no other layer has it, else with their block's.
-
-    Raises:
-        ModelError: there are none.
-    """
-    blocks = {path: path.lower().split(".")[:-1] for path in there}
-    inside = [path for path, names in blocks.items() if any(word in name for word in _BLOCKS[kind] for name in names)]
-    if not inside:
-        raise ModelError(
-            f"adapter.targets: {kind}: no block of the base has a name with {' or '.join(_BLOCKS[kind])}; name the layers, "
-            f"such as {', '.join(sorted({path.rpartition('.')[2] for path in there}))}"
-        )
-    outside = {path.rsplit(".", 1)[-1] for path in there if path not in inside}
-    parts = [path.split(".") for path in inside]
-    return list(dict.fromkeys(own[-1] if own[-1] not in outside else ".".join(own[-2:]) for own in parts))
-
-
-def _check_targets(targets: Sequence[str], matched: Sequence[str], there: Sequence[str]) -> None:
-    """Check that each target is the name of a matched module, or the end of its path.
-
-    Raises:
-        ModelError: naming those that are not, and the layers that are there.
-    """
-    unknown = [target for target in targets if not any(f".{path}".endswith(f".{target}") for path in matched)]
-    if unknown:
-        names = ", ".join(sorted({path.rpartition(".")[2] for path in there}))
-        raise ModelError(f"adapter.targets: no linear layer of the base is called {', '.join(unknown)}; there are {names}")
 
 
 def start_from_adapter(
@@ -138,18 +109,64 @@ def start_from_adapter(
     return _in_float32(model).train()
 
 
+def lay_under(model: Any, folder: str | Path) -> Any:
+    """Return a model whose fresh adapter trains over a finished, frozen one: π has both, π0 the finished one alone.
+
+    Args:
+        model: from `attach_adapter`.
+        folder: the finished adapter, as PEFT saves it, on the same base.
+
+    Raises:
+        ModelError: as `start_from_adapter`; or one of the two is not plain LoRA, so that their sum is no LoRA adapter.
+    """
+    check_adapter(folder)
+    try:
+        check_is_plain(AdapterFiles(folder))
+    except ModelError as error:
+        what = str(error).partition(";")[0]
+        raise ModelError(
+            f"{what}; only plain LoRA can lie under a new adapter: merge it into its base (`pe-dpo merge`, or PEFT's "
+            "merge_and_unload), and take that as model.base"
+        ) from error
+    bare = sorted(model.peft_config[POLICY].target_parameters or ())
+    if bare:
+        raise ModelError(
+            f"adapter.over: the new adapter would be on {', '.join(bare)} too, experts or routers that PEFT trains as bare "
+            "parameters, and the sum with those cannot be saved as one adapter; name adapter.targets (q_proj, v_proj, …)"
+        )
+    _check_complete(_with_adapter(model, folder, REFERENCE), Path(folder), REFERENCE)
+    for module in model.modules():
+        if REFERENCE in getattr(module, "lora_dropout", {}):
+            module.lora_dropout[REFERENCE] = nn.Identity()
+    _act_together(model)
+    return _in_float32(model).train()
+
+
 def load_adapter_for_evaluation(base: nn.Module, folder: str | Path) -> Any:
-    """Return the base with a finished adapter, nothing trainable, in eval mode.
+    """Return the base with a finished adapter, nothing trainable, in eval mode; as in training where that was over another.
 
     Raises:
         ModelError: as `start_from_adapter`.
     """
     check_adapter(folder)
-    model, frozen = _with_adapter(base, folder, POLICY), Path(folder) / REFERENCE
-    _check_complete(model, Path(folder), POLICY)
+    own, frozen = trained_folder(folder), Path(folder) / REFERENCE
+    model = _with_adapter(base, own, POLICY)
+    _check_complete(model, own, POLICY)
     if frozen.is_dir():
         _check_complete(_with_adapter(model, frozen, REFERENCE), frozen, REFERENCE)
+    if own != Path(folder):
+        _act_together(model)
     return _in_float32(model).eval()
+
+
+def is_trained_over(model: Any) -> bool:
+    """Return whether the frozen adapter of a PEFT model acts under the policy; to be asked while the policy is active."""
+    return REFERENCE in model.base_model.active_adapters
+
+
+def _act_together(model: Any) -> None:
+    with _trainable_as_before(model):
+        model.base_model.set_adapter([REFERENCE, POLICY], inference_mode=True)
 
 
 def add_finished_adapter(model: Any, folder: str | Path, name: str = POLICY) -> Any:
@@ -198,7 +215,7 @@ def borrowed_base(base: Any) -> Iterator[None]:
 def as_reference(model: Any) -> Iterator[Any]:
     """Within the block, without gradients, `model` is the reference π0; afterwards it is the policy again, trainable as before.
 
-    π0 is the base with the frozen copy where there is one, else the base alone, also within `scaled`.
+    π0 is the base with the frozen adapter where there is one, else the base alone, also within `scaled`.
     """
     with torch.no_grad():
         if REFERENCE in model.peft_config:
@@ -213,8 +230,8 @@ def as_reference(model: Any) -> Iterator[Any]:
 def scaled(model: Any, scale: float) -> Iterator[Any]:
     """Within the block the policy is scaled toward the reference, W0 + (1−a)·ΔW0 + a·ΔW; afterwards it is as it was.
 
-    ΔW0 is the frozen copy's update where that is the reference, else 0. With a = 1 nothing is touched. The reference, what is
-    trainable and training or eval mode stay as they are; what is saved has no scale.
+    ΔW0 is the frozen copy's update where that is the reference, else 0. Over a frozen adapter it is W0 + ΔW0 + a·ΔW. With a = 1
+    nothing is touched. The reference, what is trainable and training or eval mode stay as they are; what is saved has no scale.
 
     Args:
         model: a PEFT model of this module with the policy active.
@@ -231,7 +248,9 @@ def scaled(model: Any, scale: float) -> Iterator[Any]:
     if scale == 1:
         yield model
         return
-    frozen = {REFERENCE: 1 - scale} if REFERENCE in model.peft_config else {}
+    frozen = {}
+    if REFERENCE in model.peft_config:
+        frozen = {REFERENCE: 1.0 if is_trained_over(model) else 1 - scale}
     with acting(model, {**frozen, POLICY: scale}):
         yield model
 
@@ -278,17 +297,24 @@ def _trainable_as_before(model: Any) -> Iterator[Callable[[], None]]:
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
-    """Write the trained adapter as plain PEFT files, and the frozen copy into a subfolder where there is one.
+    """Write the policy's adapter as plain PEFT files, and the frozen one into a subfolder where there is one.
+
+    Over a frozen adapter the policy's is the sum of both, so that plain PEFT loads the policy; the trained one alone, which is
+    another model on the bare base, goes into a subfolder of its own.
 
     Embedding layers are never saved: they are the base's. PEFT's own README.md is not written: a run has a card of ours, and
     compiling a template for it at each checkpoint took 12 % of a tiny training.
     """
-    names = [POLICY, *([REFERENCE] if REFERENCE in model.peft_config else [])]
+    is_over, folder = is_trained_over(model), Path(folder)
+    places = {POLICY: folder / TRAINED if is_over else folder} | ({REFERENCE: folder} if REFERENCE in model.peft_config else {})
     model.create_or_update_model_card = lambda _: None  # peft 0.21 has no argument for it
     try:
-        model.save_pretrained(str(folder), selected_adapters=names, save_embedding_layers=False)
+        for name, place in places.items():
+            model.save_pretrained(str(place), selected_adapters=[name], save_embedding_layers=False)
     finally:
         del model.create_or_update_model_card
+    if is_over:
+        save_fused_adapter((AdapterFiles(folder / REFERENCE), AdapterFiles(folder / TRAINED)), (1.0, 1.0), folder)
 
 
 def restore_adapter(model: Any, folder: str | Path) -> None:
@@ -300,8 +326,9 @@ def restore_adapter(model: Any, folder: str | Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    wanted = _check_complete(model, Path(folder), POLICY)
-    weights = load_file(Path(folder) / "adapter_model.safetensors")
+    folder = trained_folder(folder)
+    wanted = _check_complete(model, folder, POLICY)
+    weights = load_file(folder / "adapter_model.safetensors")
     for name, tensor in weights.items():
         if tensor.shape != wanted[name].shape:
             raise ModelError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the run has {tuple(wanted[name].shape)}")

@@ -12,6 +12,11 @@ from torch import nn
 from pe_dpo.errors import ModelError
 from pe_dpo.recipe.schema import MOVING_INITS
 
+REFERENCE = "reference"
+"""Name of the frozen adapter where the reference has one, and of its folder beside the policy's adapter."""
+TRAINED = "trained"
+"""Folder with the trained adapter alone where it was trained over the frozen one: the folder around it has the sum of both."""
+
 
 def read_adapter_config(folder: str | Path) -> Any:
     """Return the PEFT config of a saved LoRA adapter.
@@ -37,19 +42,43 @@ def check_adapter(folder: str | Path) -> Any:
     """Return the PEFT config of a LoRA adapter whose reference is well defined.
 
     Raises:
-        ModelError: as `start_from_adapter`.
+        ModelError: as `start_from_adapter`; or see `trained_folder`.
     """
     config = read_adapter_config(folder)
+    trained_folder(folder)
+    otherwise = "merge it into its base (`pe-dpo merge`), and take what that writes as model.base"
     if config.bias != "none":
-        raise ModelError(f"{folder}: has bias={config.bias}, which stays on when adapters are off and moves the reference")
+        raise ModelError(
+            f"{folder}: has bias={config.bias}, which stays on when adapters are off and moves the reference; {otherwise}"
+        )
     if config.modules_to_save:
-        raise ModelError(f"{folder}: trains whole modules ({', '.join(config.modules_to_save)}); only LoRA is supported")
+        names = ", ".join(config.modules_to_save)
+        raise ModelError(f"{folder}: trains whole modules ({names}); only LoRA is supported; {otherwise}")
     if config.use_dora:
-        raise ModelError(f"{folder}: is a DoRA adapter; only plain LoRA is supported")
+        raise ModelError(f"{folder}: is a DoRA adapter; only plain LoRA is supported; {otherwise}")
     init = str(config.init_lora_weights).lower()
     if init.startswith(MOVING_INITS):
         raise ModelError(f"{folder}: was initialised by {init}, which changed its base; the base on disk is not its reference")
     return config
+
+
+def trained_folder(folder: str | Path) -> Path:
+    """Return where the trained adapter lies alone: the folder itself, unless it was trained over a frozen one.
+
+    Raises:
+        ModelError: it was, and the frozen one is not there any more; or this is the trained one alone, which is another model.
+    """
+    trained, frozen, whole = Path(folder) / TRAINED, Path(folder) / REFERENCE, Path(folder).resolve().parent
+    if Path(folder).resolve().name == TRAINED and (whole / REFERENCE / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: was trained over the adapter in {whole / REFERENCE}, and without that it is another model; name "
+            f"{whole}, which has the sum of both"
+        )
+    if not (trained / "adapter_config.json").is_file():
+        return Path(folder)
+    if not (frozen / "adapter_config.json").is_file():
+        raise ModelError(f"{frozen}: is missing, the adapter over which {trained} was trained; take another copy of the run")
+    return trained
 
 
 def write_adapter_config(folder: str | Path, *, base: str | None, **settings: Any) -> None:

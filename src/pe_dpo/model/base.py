@@ -61,7 +61,9 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
-        raise ModelError(f"{base}: is an adapter, not a base; name its base in model.base and the adapter in adapter.start")
+        raise ModelError(
+            f"{base}: is an adapter, not a base; name its base in model.base, and the adapter in adapter.start or adapter.over"
+        )
     if not Path(base).exists() and (base.startswith((".", "/", "~")) or not is_hub_name(base)):
         raise ModelError(f"{base}: no such folder; model.base is a folder with config.json, or a hub id")
     try:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pe_dpo.model.adapter import REFERENCE
+from pe_dpo.model.adapter_config import REFERENCE
 from pe_dpo.model.base import BaseInfo
 
 ARITHMETIC = 1

@@ -24,6 +24,7 @@ from pe_dpo.hub import hub_is_reachable
 from pe_dpo.model.base import BaseInfo
 from pe_dpo.model.fingerprint import config_fingerprint, file_fingerprints, parameter_fingerprints, plain_name
 from pe_dpo.model.quantization import four_bit_layers
+from pe_dpo.recipe.schema import AdapterSection
 
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _ASIDE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
@@ -110,14 +111,21 @@ def template_fingerprint(tokenizer: Any) -> str | None:
     return None if template is None else hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
 
 
-def adapter_fingerprint(folder: Path) -> str:
-    """Return sha256 (hex) over a saved adapter's weights and what its configuration says; what lies below does not count."""
-    own = {name: value for name, value in adapter_fingerprints(folder).items() if "/" not in name}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+def adapter_inputs(adapter: AdapterSection) -> dict[str, str]:
+    """Return sha256 (hex) of each adapter that a run starts from or trains over, by its key in the recipe.
+
+    Its weights and what its configuration says count; what lies below its folder does not.
+    """
+    found = {}
+    for key, folder in (("start", adapter.start), ("over", adapter.over)):
+        if folder is not None:
+            own = {name: value for name, value in adapter_fingerprints(Path(folder)).items() if "/" not in name}
+            found[key] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    return found
 
 
 def adapter_fingerprints(folder: Path) -> dict[str, str]:
-    """Return sha256 (hex) of a saved adapter's weights and of what its configuration says, and of the frozen copy beside it.
+    """Return sha256 (hex) of a saved adapter's weights and of what its configuration says, and of those in folders below it.
 
     Where the base lies, and which versions wrote the file, is left out of the configuration.
     """

@@ -61,6 +61,7 @@ OTHER_NAMES = {
     "finetuning_type": "LoRA is the only way of training here; drop the key",
     "lora_model_dir": "adapter.start",
     "adapter_name_or_path": "adapter.start",
+    "create_new_adapter": "adapter.over (the folder of the adapter that stays frozen under the new one)",
     # the data
     "dataset_name": "data.train",
     "dataset": "data.train",

@@ -106,7 +106,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         return str(resolved if resolved.suffix == path.suffix else path.parent.resolve() / path.name)
 
     model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
-    adapter = recipe.adapter.model_copy(update={"start": absolute(recipe.adapter.start)})
+    adapter = recipe.adapter.model_copy(update={key: absolute(getattr(recipe.adapter, key)) for key in ("start", "over")})
     data = recipe.data.model_copy(update={"train": absolute_data(recipe.data.train), "eval": absolute_data(recipe.data.eval)})
     if data.template not in ("auto", "chat", "plain"):
         data = data.model_copy(update={"template": absolute(data.template)})

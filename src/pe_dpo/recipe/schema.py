@@ -72,6 +72,9 @@ class AdapterSection(Section):
     reference: Literal["base", "adapter"] | None = Field(
         None, description="Needed with start: is π0 the base alone, or the base with a frozen copy of that adapter?"
     )
+    over: Location | None = Field(
+        None, description="Folder of a finished LoRA adapter (say, from SFT) that stays frozen under the new one; π0 has it."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -108,6 +111,12 @@ class AdapterSection(Section):
                 f"reference: the run starts from the adapter {self.start}: say which model is the reference. "
                 "reference: adapter keeps a frozen copy of it (usual after SFT), reference: base takes the raw base"
             )
+        if self.over and self.start:
+            raise ValueError(
+                f"over: {self.over} stays frozen under a new adapter, start goes on with {self.start} itself; keep one of them"
+            )
+        if self.over and self.reference:
+            raise ValueError("reference: over says it already: the base with that frozen adapter; leave reference out")
         if self.reference == "adapter" and not self.start:
             raise ValueError("reference: adapter as the reference needs start: the folder of that adapter")
         defaults = {name: field.default for name, field in type(self).model_fields.items()} | {"alpha": 2.0 * self.rank}
@@ -115,6 +124,17 @@ class AdapterSection(Section):
         if self.start and fixed:
             raise ValueError(f"{', '.join(fixed)}: set by the adapter that the run starts from; leave out")
         return self
+
+    @property
+    def of_reference(self) -> str | None:
+        """The folder of the adapter that π0 has; None where π0 is the base alone."""
+        return self.over or (self.start if self.reference == "adapter" else None)
+
+    def describe_reference(self) -> str:
+        """Return in words which model π0 is."""
+        if self.over:
+            return f"the base with the adapter {self.over}"
+        return f"a frozen copy of {self.start}" if self.of_reference else "the base, adapters off"
 
 
 class DataSource(Section):

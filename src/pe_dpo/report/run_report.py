@@ -134,6 +134,8 @@ def _trained_section(run: Run, info: RunInfo) -> PageSection:
     if recipe.adapter.start is not None:
         reference = "the raw base" if recipe.adapter.reference == "base" else "a frozen copy of it"
         adapter = f"starts from {recipe.adapter.start}; π0 is {reference}"
+    if recipe.adapter.over is not None:
+        adapter += f"; over the frozen adapter {recipe.adapter.over}, which π0 has"
     described = recipe.model.base
     if base:
         revision = f" at {base['revision']}" if base.get("revision") else ""

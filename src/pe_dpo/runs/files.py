@@ -1,6 +1,8 @@
 """What the files of a run are called, where they lie, and how a JSON file of one is read.
 
 adapter_model.safetensors, adapter_config.json, tokenizer files   what plain PEFT loads
+reference/           the adapter that π0 has, where it has one
+trained/             what was trained alone, where the adapter above is its sum with the one in reference/
 README.md            model card
 recipe.yaml          resolved; training it again repeats the run
 run.json             id, status, versions, hashes, reference card, held-out metrics before and after

@@ -13,6 +13,12 @@ def model_card(recipe: Recipe, before: Mapping[str, float], after: Mapping[str, 
     """Return the card as markdown with the metadata that hubs read."""
     base, data = recipe.model.base, describe_sources(recipe.data.train)
     intro = ["# A LoRA adapter trained on preference pairs", "", f"Base: `{base}`. Trained by pe-dpo on `{data}`."]
+    if recipe.adapter.over:
+        intro += [
+            "",
+            f"It is the sum of two: `{recipe.adapter.over}`, which stayed frozen and is the reference's (in `reference/`),",
+            "and what was trained over it (in `trained/`; alone on the bare base that is another model).",
+        ]
     sections = training_sections(recipe, before, after, title="Held-out pairs")
     return "\n".join([*front_matter(base, library="peft"), *intro, "", *sections])
 

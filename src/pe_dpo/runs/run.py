@@ -50,13 +50,15 @@ class Hashes(BaseModel):
     base: str | None = None
     start: str | None = None
     """The adapter that training started from."""
+    over: str | None = None
+    """The frozen adapter that it trained over."""
     adapter: dict[str, str] = {}
     """The files of the trained adapter."""
 
     @property
     def inputs(self) -> dict[str, str]:
         """The hashes of what the run started from."""
-        return self.model_dump(include={"data", "held_out", "base", "start"}, exclude_none=True)
+        return self.model_dump(include={"data", "held_out", "base", "start", "over"}, exclude_none=True)
 
 
 class RunInfo(BaseModel):

@@ -59,7 +59,7 @@ _OURS = {
     *("README.md", REPORT_FILE, "eval_pairs.parquet", "generations.parquet", "evaluation.json", ".staging", "reference"),
     *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
-    *("snapshots", "scaled", "report", "report.html", "log.txt"),
+    *("trained", "snapshots", "scaled", "report", "report.html", "log.txt"),
     "runs",  # what the tensorboard tracker writes
 }
 
@@ -112,7 +112,7 @@ class RunWriter:
             hashes: The hashes of what the run would start from now, which must be what it started from.
 
         Raises:
-            RunFolderError: the run started with other data, another base or start adapter, or no checkpoint is whole and its
+            RunFolderError: the run started with other data, another base or adapter, or no checkpoint is whole and its
                 own.
         """
         run = Run(self.folder)
@@ -141,20 +141,19 @@ class RunWriter:
 
         Args:
             recipe: The recipe of the run, with γ as a number.
-            hashes: The hashes of data, held-out pairs, base and start adapter.
+            hashes: The hashes of data, held-out pairs, base, and the adapter that it starts from or trains over.
             base: What the base is, file by file and tensor by tensor.
             data_report: What became of every row.
             pairs: How many, to train on and held out.
         """
         write_json(self.folder / BASE_FILE, base)
         write_json(self.folder / REPORT_FILE, data_report)
-        is_base = recipe.adapter.reference != "adapter"
         self.update(
             versions=versions(),
             hashes=dict(hashes),
             base={key: base[key] for key in ("id", "revision", "quantize", "dtype", "parameters", "quantized_layers")},
             reference_card={
-                "is": "the base with adapters off" if is_base else f"a frozen copy of {recipe.adapter.start}",
+                "is": recipe.adapter.describe_reference(),
                 "base_sha256": hashes["base"],
                 "run_in_training": recipe.loss.gamma_value != 0,
             },
@@ -233,7 +232,8 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
     if resume:
         _check_same_recipe(folder, recipe)
         return
-    inputs = [("adapter.start", recipe.adapter.start or ""), ("model.base", recipe.model.base)]
+    adapter = recipe.adapter
+    inputs = [("adapter.start", adapter.start or ""), ("adapter.over", adapter.over or ""), ("model.base", recipe.model.base)]
     for name, places in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         sources = [] if places is None or isinstance(places, float) else list_sources(places)
         inputs += [(name, str(path)) for source in sources for path in matching_paths(source.path)]
@@ -279,7 +279,7 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def check_same_inputs(run: Run, hashes: Mapping[str, str]) -> None:
-    """Check that a resumed run sees the data, the base and the start adapter that it started with.
+    """Check that a resumed run sees the data, the base and the adapters that it started with.
 
     Raises:
         RunFolderError: naming what differs.

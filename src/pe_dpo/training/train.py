@@ -22,15 +22,16 @@ from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import POLICY, attach_adapter, borrowed_base, save_adapter
-from pe_dpo.model.adapter_config import check_adapter
-from pe_dpo.model.base import empty_model
+from pe_dpo.model.adapter import POLICY, attach_adapter, borrowed_base, lay_under, save_adapter
+from pe_dpo.model.adapter_config import check_adapter, without_advice
+from pe_dpo.model.base import empty_model, load_tokenizer
 from pe_dpo.model.mixout import attach_mixout
-from pe_dpo.model.provenance import adapter_fingerprint, adapter_fingerprints, base_record
+from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record, template_fingerprint
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, describe, describe_sources, warnings, with_absolute_paths, with_gamma
+from pe_dpo.recipe.schema import AdapterSection
 from pe_dpo.runs.files import scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
@@ -142,12 +143,10 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
         logger.info(line)
     for line in warnings(recipe):
         logger.warning(line)
-    if recipe.adapter.start:
-        check_adapter(recipe.adapter.start)
+    for folder in filter(None, (recipe.adapter.start, recipe.adapter.over)):
+        check_adapter(folder)
     prepared = shared or read_inputs(recipe, recorded=recorded)
-    if not recipe.adapter.start and recipe.adapter.targets != "all-linear":  # else each target matches, or is the adapter's
-        base = prepared.base
-        attach_adapter(empty_model(base.base, base.config), rank=1, alpha=1, targets=recipe.adapter.targets)
+    _check_adapters(recipe.adapter, prepared)
     if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
         raise DataError(
             f"{describe_sources(recipe.data.train)}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a "
@@ -159,6 +158,27 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     if recipe.generation.scales and not prepared.data.held_out:
         logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
     return prepared
+
+
+def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
+    """Check what of the adapters depends on base and tokenizer, on a base without weights.
+
+    Raises:
+        ModelError: a target matches nothing, or the adapter under the new one does not fit the base or cannot lie there.
+    """
+    base = prepared.base
+    if adapter.over or (not adapter.start and adapter.targets != "all-linear"):  # else each target matches, or is the adapter's
+        empty = attach_adapter(empty_model(base.base, base.config), rank=1, alpha=1, targets=adapter.targets)
+        if adapter.over:
+            with without_advice():  # of torch, that an empty model keeps no values
+                lay_under(empty, adapter.over)
+    folder = adapter.over or adapter.start
+    theirs = load_tokenizer(folder) if folder and (Path(folder) / "tokenizer_config.json").is_file() else None
+    if theirs and theirs.chat_template and template_fingerprint(theirs) != template_fingerprint(prepared.tokenizer):
+        logger.warning(
+            f"{folder}: has a chat template beside it, and the pairs are rendered with another one; if the adapter was trained "
+            "with its own, name that one's file in data.template"
+        )
 
 
 def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool, callbacks: Sequence[Any]) -> TrainResult:
@@ -300,8 +320,7 @@ def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: 
     info, tokenizer, data, _ = prepared
     base = trainer.reference.base_fingerprint
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base}
-    if recipe.adapter.start:
-        hashes["start"] = adapter_fingerprint(Path(recipe.adapter.start))
+    hashes |= adapter_inputs(recipe.adapter)
     checkpoint = None
     if writer.writes and Run(writer.folder).info.hashes.data is not None:
         checkpoint = writer.resume(hashes)

@@ -3,7 +3,7 @@
     column     y = W0 x + s · B · (A · diag(m)/(1−p)) x        m multiplies the columns of A; no token pays for it
     element    y = W0 x + (M ⊙ s·B·A)/(1−p) · x                made and forgotten in blocks of rows, forward and backward
 
-Where the reference is an adapter too, ΔW is mixed with that one's update instead of 0.
+Where the reference is a frozen copy, ΔW is mixed with its update instead of 0. One that acts under ΔW is not in the mixture.
 """
 
 from collections.abc import Callable, Iterator

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter import POLICY, REFERENCE
+from pe_dpo.model.adapter import POLICY
+from pe_dpo.model.adapter_config import REFERENCE
 from pe_dpo.model.mixout.masks import Form, Layer, Mixout
 from pe_dpo.model.mixout.weights import mix_elements, mix_units
 

@@ -216,9 +216,7 @@ def save_fused_adapter(adapters: tuple[AdapterFiles, AdapterFiles], weights: tup
         ModelError: one of them is not plain LoRA, whose sum is no LoRA adapter.
     """
     for adapter in adapters:
-        odd = [name for name, change in adapter.changes.items() if len(change.keys) != 2 or change.a is None]
-        if odd or adapter.config.fan_in_fan_out:
-            raise ModelError(f"{adapter.folder}: {(odd or ['the whole'])[0]} is not plain LoRA; only that can be fused")
+        check_is_plain(adapter)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name in sorted({*adapters[0].changes, *adapters[1].changes}):
@@ -238,7 +236,19 @@ def save_fused_adapter(adapters: tuple[AdapterFiles, AdapterFiles], weights: tup
     write_adapter_config(
         folder, base=adapters[1].config.base_model_name_or_path, r=largest, lora_alpha=largest, rank_pattern=odd_ranks,
         alpha_pattern=dict(odd_ranks), target_modules=sorted(ranks), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        fan_in_fan_out=any(adapter.config.fan_in_fan_out for adapter in adapters),
     )  # fmt: skip
+
+
+def check_is_plain(adapter: AdapterFiles) -> None:
+    """Check that an adapter is plain LoRA, so that its sum with another one is a LoRA adapter, too.
+
+    Raises:
+        ModelError: it has DoRA, LoRA biases, or whole tensors (modules_to_save, trained biases, embeddings).
+    """
+    odd = [name for name, change in adapter.changes.items() if len(change.keys) != 2 or change.a is None]
+    if odd:
+        raise ModelError(f"{adapter.folder}: {odd[0]} is not plain LoRA; only that can be fused")
 
 
 def _target(key: str) -> tuple[str | None, str]:
