@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoded_pairs import encode, pair_of, turn
 from toy_tokenizers import CHATML, build_tokenizer
 
-from pe_dpo.data import DataReport, EncodedPair, Encoder, Pair
+from pe_dpo.data import DataReport, Encoder, Pair
 from pe_dpo.data.arrival import lost_parts
 from pe_dpo.data.template import Template, foreign_template, set_template
 from pe_dpo.errors import DataError
@@ -16,7 +17,6 @@ from pe_dpo.recipe import DataSection
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern", "days": 3}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells the weather.", "parameters": {}}}]
-NO = ({"role": "assistant", "content": "No."},)
 # as Qwen3: tool calls as JSON, reasoning of the last turn alone
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
@@ -29,25 +29,8 @@ THINKING = (
 )
 
 
-def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
-
-
 def answer(content: str, **more: Any) -> tuple[dict[str, Any], ...]:
     return (turn("assistant", content, **more),)
-
-
-def encode(
-    *pairs: Pair, template: str = CHATML, eos: str = "<|im_end|>", **settings: Any
-) -> tuple[list[EncodedPair], DataReport]:
-    report = DataReport()
-    section = DataSection(train="x", **settings)
-    encoder = Encoder(build_tokenizer(template=template, eos=eos), section, max_length=10_000, report=report)
-    return encoder.encode(pairs), report
-
-
-def pair_of(chosen: Any, rejected: Any = NO, *, prompt: Any = None, tools: Any = None, where: str = "x:1", **more: Any) -> Pair:
-    return Pair(prompt or (turn("user", "Hi"),), chosen, rejected, None, tools, where, **more)
 
 
 def decoded(ids: Any, template: str = CHATML) -> str:

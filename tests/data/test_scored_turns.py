@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoded_pairs import encode, pair_of, turn
 from toy_tokenizers import CHATML, THINK_IN_ANSWERS, THINK_IN_GENERATION_PROMPT, build_tokenizer
 
 from pe_dpo.data import DataReport, EncodedPair, Encoder, Pair, data_hash
@@ -34,19 +35,10 @@ TOOLS_INSIDE = (
 )
 
 
-def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
+CHAT, PLAIN = build_tokenizer(template=CHATML, eos="<|im_end|>"), build_tokenizer()
 
 
-def encode(chosen: Any, rejected: Any, *, template: str | None = CHATML, prompt: Any = None, **settings: Any) -> Any:
-    eos = "<|im_end|>" if template else "<e>"
-    tokenizer, report = build_tokenizer(template=template, eos=eos), DataReport()
-    encoder = Encoder(tokenizer, DataSection(train="x", **settings), max_length=10_000, report=report)
-    encoded = encoder.encode([Pair(prompt or (turn("user", "Hi"),), chosen, rejected, None, None, "x:1")])
-    return encoded, report, tokenizer
-
-
-def scored(encoded: EncodedPair, tokenizer: Any) -> str:
+def scored(encoded: EncodedPair, tokenizer: Any = CHAT) -> str:
     """The chosen answer with what is not scored in braces."""
     assert encoded.chosen_scored is not None
     pieces, open_ = [], False
@@ -63,34 +55,34 @@ USER = "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_users_words_within_an_answer_are_read_and_not_scored_and_it_is_said() -> None:
-    (encoded,), report, tokenizer = encode(LONG, SHORT)
-    assert scored(encoded, tokenizer) == "a<|im_end|>{\n" + USER + "}c<|im_end|>"
+    (encoded,), report = encode(pair_of(LONG, SHORT))
+    assert scored(encoded) == "a<|im_end|>{\n" + USER + "}c<|im_end|>"
     assert encoded.rejected_scored is None
     assert report.noted == {"an answer of several turns, the assistant's scored": ["x:1"]}
 
 
 def test_the_last_turn_alone_is_scored_when_asked() -> None:
-    (encoded,), report, tokenizer = encode(LONG, SHORT, score="last")
-    assert scored(encoded, tokenizer) == "{a<|im_end|>\n" + USER + "}c<|im_end|>"
+    (encoded,), report = encode(pair_of(LONG, SHORT), score="last")
+    assert scored(encoded) == "{a<|im_end|>\n" + USER + "}c<|im_end|>"
     assert report.noted == {"an answer of several turns, the last of them scored": ["x:1"]}
 
 
 def test_everything_is_scored_when_asked_as_it_once_was() -> None:
-    (encoded,), report, _ = encode(LONG, SHORT, score="everything")
+    (encoded,), report = encode(pair_of(LONG, SHORT), score="everything")
     assert encoded.chosen_scored is encoded.rejected_scored is None
-    (plain,), _, _ = encode(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK, template=None, score="everything")
+    (plain,), _ = encode(pair_of(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK), template=None, score="everything")
     assert plain.chosen_scored is None
     assert report.noted == {"an answer of several turns, all of them scored": ["x:1"]}
 
 
 def test_transcripts_are_scored_alike_as_chat_and_as_the_text_that_they_are() -> None:
-    (chat,), _, tokenizer = encode(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK)
-    assert scored(chat, tokenizer) == "a<|im_end|>{\n" + USER + "}c<|im_end|>"
-    (plain,), report, tokenizer = encode(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK, template=None)
-    assert scored(plain, tokenizer) == " a{\n\nHuman: b\n\nAssistant:} c<e>"
+    (chat,), _ = encode(pair_of(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK))
+    assert scored(chat) == "a<|im_end|>{\n" + USER + "}c<|im_end|>"
+    (plain,), report = encode(pair_of(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK), template=None)
+    assert scored(plain, PLAIN) == " a{\n\nHuman: b\n\nAssistant:} c<e>"
     assert report.noted == {"an answer of several turns, the assistant's scored": ["x:1"]}
-    (plain,), _, tokenizer = encode(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK, template=None, score="last")
-    assert scored(plain, tokenizer) == "{ a\n\nHuman: b\n\nAssistant:} c<e>"
+    (plain,), _ = encode(pair_of(" a\n\nHuman: b\n\nAssistant: c", " d", prompt=ASK), template=None, score="last")
+    assert scored(plain, PLAIN) == "{ a\n\nHuman: b\n\nAssistant:} c<e>"
 
 
 @pytest.mark.parametrize(("template", "expected"), [
@@ -100,8 +92,8 @@ def test_transcripts_are_scored_alike_as_chat_and_as_the_text_that_they_are() ->
     (TOOLS_INSIDE, "a<|im_end|>{\n" + USER + "}c<|im_end|>"),
 ])  # fmt: skip
 def test_turns_are_found_under_templates_that_write_them_otherwise_in_the_middle(template: str, expected: str) -> None:
-    (encoded,), _, tokenizer = encode(LONG, SHORT, template=template)
-    assert scored(encoded, tokenizer) == expected
+    (encoded,), _ = encode(pair_of(LONG, SHORT), template=template)
+    assert scored(encoded) == expected
 
 
 def test_reasoning_that_a_template_cuts_from_an_earlier_turn_is_counted_and_the_turn_scored_without_it() -> None:
@@ -110,35 +102,35 @@ def test_reasoning_that_a_template_cuts_from_an_earlier_turn_is_counted_and_the_
         turn("user", "b"),
         turn("assistant", "c", reasoning_content="h2"),
     )
-    (encoded,), report, tokenizer = encode(thinking, SHORT, template=CUT_THOUGHTS)
-    assert scored(encoded, tokenizer) == "a<|im_end|>{\n" + USER + "}<think>h2</think>c<|im_end|>"
+    (encoded,), report = encode(pair_of(thinking, SHORT), template=CUT_THOUGHTS)
+    assert scored(encoded) == "a<|im_end|>{\n" + USER + "}<think>h2</think>c<|im_end|>"
     assert report.noted["reasoning of an answer's earlier turns that the chat template does not write"] == ["x:1"]
 
 
 def test_calls_are_scored_and_what_the_tool_answers_is_not() -> None:
     called = (turn("assistant", "", tool_calls=[CALL]), turn("tool", "Sunny."), turn("assistant", "It is sunny."))
-    (encoded,), _, tokenizer = encode(called, SHORT, template=TOOLS_INSIDE)
-    assert scored(encoded, tokenizer) == '<c>f{"x": "Bern"}</c>{<r>Sunny.</r>}It is sunny.<|im_end|>'
+    (encoded,), _ = encode(pair_of(called, SHORT), template=TOOLS_INSIDE)
+    assert scored(encoded) == '<c>f{"x": "Bern"}</c>{<r>Sunny.</r>}It is sunny.<|im_end|>'
 
 
 def test_what_the_template_writes_before_one_answer_alone_is_counted() -> None:
-    _, report, _ = encode(LONG, SHORT, template=THINK_IN_ANSWERS)
+    _, report = encode(pair_of(LONG, SHORT), template=THINK_IN_ANSWERS)
     assert report.noted["answers before which the chat template writes different text"] == ["x:1"]
-    _, report, _ = encode(SHORT, ({"role": "assistant", "content": "e"},), template=THINK_IN_ANSWERS)
+    _, report = encode(pair_of(SHORT, ({"role": "assistant", "content": "e"},)), template=THINK_IN_ANSWERS)
     assert report.noted == {}
 
 
 def test_a_prefill_is_not_scored_where_the_template_begins_the_answers_otherwise() -> None:
     prompt = (turn("user", "Hi"), turn("assistant", "So "))
-    (encoded,), _, tokenizer = encode(LONG, SHORT, template=THINK_IN_ANSWERS, prompt=prompt)
-    assert scored(encoded, tokenizer) == "{So }a<|im_end|>{\n" + USER + "}<think>\n\n</think>\n\nc<|im_end|>"
+    (encoded,), _ = encode(pair_of(LONG, SHORT, prompt=prompt), template=THINK_IN_ANSWERS)
+    assert scored(encoded) == "{So }a<|im_end|>{\n" + USER + "}<think>\n\n</think>\n\nc<|im_end|>"
     assert encoded.rejected_scored is not None
     kept = encoded.rejected_ids[encoded.rejected_scored].tolist()
-    assert tokenizer.decode(kept) == "d<|im_end|>"
+    assert CHAT.decode(kept) == "d<|im_end|>"
 
 
 def test_a_blank_turn_within_an_answer_is_no_answer() -> None:
-    encoded, report, _ = encode((*LONG[:2], turn("assistant", "")), SHORT)
+    encoded, report = encode(pair_of((*LONG[:2], turn("assistant", "")), SHORT))
     assert (encoded, report.dropped) == ([], {"empty answer": ["x:1"]})
 
 
@@ -152,8 +144,8 @@ def test_a_token_that_spans_two_turns_is_nobodys() -> None:
 def test_turns_that_cannot_be_told_apart_are_an_error_with_the_row() -> None:
     short = "{% for m in messages if m.content | length > 5 %}{{ raise_exception('long') }}{% endfor %}" + CHATML
     with pytest.raises(DataError, match=r"x:1: which part of its answer's turn 1 is the assistant's cannot be told"):
-        encode(LONG, SHORT, template=short)
-    (encoded,), _, _ = encode(SHORT, ({"role": "assistant", "content": "e"},), template=short)
+        encode(pair_of(LONG, SHORT), template=short)
+    (encoded,), _ = encode(pair_of(SHORT, ({"role": "assistant", "content": "e"},)), template=short)
     assert encoded.chosen_scored is None
 
 
