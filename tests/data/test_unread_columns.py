@@ -10,6 +10,7 @@ import yaml
 from paths_to_pairs import load_pairs, prepare_pairs
 
 from pe_dpo.data.characters import Characters
+from pe_dpo.data.row_reader import RowReader
 from pe_dpo.data.shapes import Shape
 from pe_dpo.errors import DataError
 
@@ -472,7 +473,7 @@ def test_no_remedy_leads_to_itself(asked: dict[str, Any], more: str) -> None:
         errors: list[str] = []
         while True:
             try:
-                Shape([row], where="f", **settings).read(row, where="f:1")
+                RowReader(Shape([row], where="f", **settings)).read(row, where="f:1")
             except DataError as error:
                 assert str(error) not in errors
                 errors.append(str(error))

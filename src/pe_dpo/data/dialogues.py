@@ -161,6 +161,31 @@ def ends_with_tag(prompt: str) -> bool:
     return any(tag.end() == len(prompt) for tag in _ANSWER_TAG.finditer(prompt))
 
 
+def behind_prompt(prompt: Any, chosen: Any = None, rejected: Any = None) -> tuple[str, str] | None:
+    """Return what two texts say behind the prompt that both begin with, apart from white space around it.
+
+    Args:
+        prompt: A text, else nothing is behind it.
+        chosen: What may begin with it.
+        rejected: The other one.
+
+    Returns:
+        None where they do not begin with all of it, or go on inside a word or a sentence.
+    """
+    stem = prompt.strip() if isinstance(prompt, str) else ""
+    rests = []
+    for text in (chosen, rejected) if stem else ():
+        if not isinstance(text, str) or not text.lstrip().startswith(stem):
+            return None
+        is_exact = text.startswith(prompt)
+        rest = text[len(prompt) :] if is_exact else text.lstrip()[len(stem) :]
+        is_inside = (prompt if is_exact else stem)[-1].isalnum() and not rest[:1].isspace()
+        if not rest.strip() or is_inside:
+            return None
+        rests.append(rest if is_exact or not prompt[-1].isspace() else rest.lstrip())
+    return (rests[0], rests[1]) if rests else None
+
+
 def is_transcript(text: str) -> bool:
     """Return whether a text begins with a Human tag and has an Assistant tag."""
     return text.lstrip().startswith("Human:") and ASSISTANT_TAG in text

@@ -1,6 +1,6 @@
 """A preference pair as its row says it, and as the token ids that are scored.
 
-row  --shapes-->  Pair(prompt, chosen, rejected)  --encoding-->  EncodedPair(prompt_ids, chosen_ids, rejected_ids)
+row  --row_reader-->  Pair(prompt, chosen, rejected)  --encoding-->  EncodedPair(prompt_ids, chosen_ids, rejected_ids)
 """
 
 import hashlib

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pe_dpo.data.encoding import Encoder
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError
 from pe_dpo.data.report import NO_WINNER, OVERLONG, PROMPT_IN_TRAINING, WITHOUT_MARGIN, DataReport, list_names
+from pe_dpo.data.row_reader import RowReader
 from pe_dpo.data.shapes import Shape
 from pe_dpo.data.sources import Parts, Place, find_places, weigh
 from pe_dpo.data.split import divide
@@ -190,10 +191,11 @@ def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[
     shape = Shape([values for _, values in first], where=names, columns=settings.columns, ignore=settings.ignore)
     if shape.words not in report.shape:
         report.shape = f"{report.shape} | {shape.words}" if report.shape else shape.words
+    reader = RowReader(shape)
     pairs: list[Pair] = []
     for where, values in chain(first, rows):
         try:
-            pair = shape.read(values, where=where)
+            pair = reader.read(values, where=where)
         except RowError as error:
             report.refuse(where, error, settings.bad_rows)
             continue
@@ -201,8 +203,8 @@ def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[
             report.dropped[NO_WINNER].append(where)
         else:
             pairs.append(pair)
-    report.unread_columns += [name for name in shape.unread if name not in report.unread_columns]
-    for what, wheres in shape.noted.items():
+    report.unread_columns += [name for name in reader.unread if name not in report.unread_columns]
+    for what, wheres in reader.noted.items():
         report.noted[what] += wheres
     without_margin = [pair for pair in pairs if pair.margin is None]
     if len(without_margin) < len(pairs):  # they count as 0, which the user may not mean
