@@ -271,7 +271,8 @@ def test_experts_that_are_no_modules_are_named_since_they_do_not_merge(base):
     shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}  # fmt: skip
     config = Qwen3MoeConfig(vocab_size=64, **shape)
-    assert "gate_up_proj" in parameter_targets(attach_adapter(Qwen3MoeForCausalLM(config), rank=2, alpha=4))
+    experts = attach_adapter(Qwen3MoeForCausalLM(config), rank=2, alpha=4, targets=["gate_proj", "up_proj", "down_proj"])
+    assert "gate_up_proj" in parameter_targets(experts)
     named = attach_adapter(Qwen3MoeForCausalLM(config), rank=2, alpha=4, targets=["q_proj"])
     assert parameter_targets(named) == []
     assert parameter_targets(attach_adapter(base, rank=2, alpha=4)) == []
@@ -327,7 +328,8 @@ def test_a_lent_base_of_experts_comes_back_as_it_was():
     before, facts = logits(base), facts_of(base)
     for _ in range(2):
         with borrowed_base(base):
-            assert len(parameter_targets(attach_adapter(base, rank=2, alpha=4))) > 1
+            experts = attach_adapter(base, rank=2, alpha=4, targets=["q_proj", "w1", "w2", "w3", "gate"])
+            assert len(parameter_targets(experts)) > 1
         assert facts_of(base) == facts
         assert torch.equal(logits(base.train()), before)
 

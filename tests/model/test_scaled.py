@@ -195,7 +195,8 @@ def test_bare_parameters_are_scaled_too():
     torch.manual_seed(0)
     config = MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                            num_key_value_heads=2, num_local_experts=2)  # fmt: skip
-    model = attach_adapter(MixtralForCausalLM(config).requires_grad_(False), rank=2, alpha=4).eval()
+    base, targets = MixtralForCausalLM(config).requires_grad_(False), ["q_proj", "w1", "w2", "w3", "gate"]
+    model = attach_adapter(base, rank=2, alpha=4, targets=targets).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.5 if "experts" in name else 0.0)

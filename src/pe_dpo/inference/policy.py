@@ -223,6 +223,7 @@ def _to_train(base: Any, recipe: Recipe) -> Any:
             alpha=adapter.alpha,
             dropout=adapter.dropout,
             targets=adapter.targets,
+            exclude=adapter.exclude,
             init="gaussian" if adapter.init == "gaussian" else "default",
             rslora=adapter.rslora,
             seed=recipe.train.seed,

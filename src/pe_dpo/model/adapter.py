@@ -5,7 +5,7 @@ start with reference: adapter               π = W0 + ΔW           π0 = W0 + �
 over                                        π = W0 + ΔW_ref + ΔW  π0 = W0 + ΔW_ref      the frozen adapter acts under π
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import nn
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter_config import REFERENCE, TRAINED, check_adapter, trained_folder, without_advice
 from pe_dpo.model.adapter_files import AdapterFiles, check_is_plain, save_fused_adapter
-from pe_dpo.model.adapter_targets import BLOCKS, check_targets, in_blocks
+from pe_dpo.model.adapter_targets import find_targets
 
 POLICY = "default"
 """Name of the trained adapter; PEFT's own default, so that what is saved loads in plain PEFT."""
@@ -30,6 +30,7 @@ def attach_adapter(
     alpha: float,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
+    exclude: Sequence[str] = (),
     init: Literal["default", "gaussian"] = "default",
     rslora: bool = False,
     seed: int = 0,
@@ -41,44 +42,40 @@ def attach_adapter(
         rank: r.
         alpha: LoRA's alpha; the update is scaled by alpha / rank.
         dropout: on the adapter's input, per token.
-        targets: "all-linear" (all but the head), "attention" or "mlp" (the layers in blocks of that name), or names of modules.
+        targets: "all-linear", "attention", "mlp", or names and patterns of modules; see `adapter_targets`.
+        exclude: names and patterns of modules that get none.
         init: "default" or "gaussian", both with B = 0.
         rslora: whether the update is scaled by alpha / √rank instead (Kalajdzievski 2023, arXiv 2312.03732).
         seed: of A.
 
     Raises:
-        ModelError: another init, or one of the targets matches no module; says which, and what there is.
+        ModelError: another init; or as `find_targets`.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
 
     if init not in ("default", "gaussian"):
         raise ModelError(f"init is {init!r}: only default and gaussian start with B = 0 on an unchanged base")
-    head, layers = base.get_output_embeddings(), (nn.Linear, Conv1D)  # the latter is GPT-2's
-    there = [path for path, module in base.named_modules() if isinstance(module, layers) and module is not head]
-    if isinstance(targets, str) and targets in BLOCKS:
-        targets = in_blocks(targets, there)
+    found = find_targets(base, targets, exclude)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         use_rslora=rslora,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=found.names,
+        exclude_modules=found.exclude,
         init_lora_weights="gaussian" if init == "gaussian" else True,
         bias="none",
         task_type="CAUSAL_LM",
     )
-    named = [] if isinstance(targets, str) else targets
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             model = get_peft_model(base, config, adapter_name=POLICY)
         except ValueError as error:
-            check_targets(named, there, there)
             raise ModelError(f"adapter.targets: {str(error).splitlines()[0]}") from error
-    # PEFT takes names of experts' layers that are bare parameters today out of its list; what is left has to match.
-    left = [target for target in named if target in model.peft_config[POLICY].target_modules]
-    check_targets(left, model.base_model.targeted_module_names, there)
+    odd = sorted(set(found.layers) ^ set(model.base_model.targeted_module_names))
+    if odd:
+        raise ModelError(f"adapter.targets: PEFT did not do with {odd[0]} what it was asked to; name the layers otherwise")
     return _in_float32(model).train()
 
 

@@ -63,8 +63,12 @@ class AdapterSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear", "attention", "mlp"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear",
-        description="all-linear (every linear layer but the head), attention or mlp (those in blocks of that name), or a list "
-        "of names of modules.",
+        description="all-linear (every linear layer of the language model but head, routers and experts), attention or mlp "
+        "(those in blocks of that name), or a list of names of modules, or of regular expressions for whole paths.",
+    )
+    exclude: list[str] = Field(
+        default_factory=list,
+        description="Modules that get no adapter, nor anything in them: names, or regular expressions for whole paths.",
     )
     init: str = Field("default", description="default (B = 0) or gaussian (B = 0); others move the reference and are refused.")
     bias: str = Field("none", description="none; trainable biases would stay on in the reference and are refused.")
@@ -119,8 +123,11 @@ class AdapterSection(Section):
             raise ValueError("reference: over says it already: the base with that frozen adapter; leave reference out")
         if self.reference == "adapter" and not self.start:
             raise ValueError("reference: adapter as the reference needs start: the folder of that adapter")
-        defaults = {name: field.default for name, field in type(self).model_fields.items()} | {"alpha": 2.0 * self.rank}
-        fixed = [key for key in ("rank", "alpha", "rslora", "targets", "init") if getattr(self, key) != defaults[key]]
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
+        defaults["alpha"] = 2.0 * self.rank
+        fixed = [
+            key for key in ("rank", "alpha", "rslora", "targets", "exclude", "init") if getattr(self, key) != defaults[key]
+        ]
         if self.start and fixed:
             raise ValueError(f"{', '.join(fixed)}: set by the adapter that the run starts from; leave out")
         return self

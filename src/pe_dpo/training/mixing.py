@@ -105,8 +105,9 @@ def mixout_warnings(recipe: Recipe, base: BaseInfo, steps: int) -> list[str]:
         return found
     adapter = recipe.adapter
     model = attach_adapter(
-        empty_model(base.base, base.config), rank=adapter.rank, alpha=adapter.alpha, dropout=0.0, targets=adapter.targets
-    )
+        empty_model(base.base, base.config), rank=adapter.rank, alpha=adapter.alpha, dropout=0.0, targets=adapter.targets,
+        exclude=adapter.exclude,
+    )  # fmt: skip
     narrowest = min(layer.units for layer in attach_mixout(model, p, seed=0).layers.values() if layer.units)
     if form == "column" and (1 - p) * narrowest < FEWEST_UNITS:
         found.append(

@@ -24,6 +24,7 @@ from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import POLICY, attach_adapter, borrowed_base, lay_under, save_adapter
 from pe_dpo.model.adapter_config import check_adapter, without_advice
+from pe_dpo.model.adapter_targets import find_targets
 from pe_dpo.model.base import empty_model, load_tokenizer
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record, template_fingerprint
@@ -167,9 +168,12 @@ def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
         ModelError: a target matches nothing, or the adapter under the new one does not fit the base or cannot lie there.
     """
     base = prepared.base
-    if adapter.over or (not adapter.start and adapter.targets != "all-linear"):  # else each target matches, or is the adapter's
-        empty = attach_adapter(empty_model(base.base, base.config), rank=1, alpha=1, targets=adapter.targets)
+    if not adapter.start:
+        empty = empty_model(base.base, base.config)
+        for line in find_targets(empty, adapter.targets, adapter.exclude).describe():
+            logger.info(line)
         if adapter.over:
+            empty = attach_adapter(empty, rank=1, alpha=1, targets=adapter.targets, exclude=adapter.exclude)
             with without_advice():  # of torch, that an empty model keeps no values
                 lay_under(empty, adapter.over)
     folder = adapter.over or adapter.start
