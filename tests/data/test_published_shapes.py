@@ -179,7 +179,7 @@ def test_the_map_that_an_error_prints_loses_no_column(
     ({"instruction": "Hi", "completions": [{"response": "a"}, {"response": "b"}]}, "'completions' is a list of answers"),
     ({"prompt": "Hi", "response_0": "a", "response_1": "b", "response_2": "c"},
      "response_0, response_1, response_2 are 3 answers"),
-    ({"prompt": "Hi", "output": ["a", "b"], "label": 1}, "'output' is a list of answers"),
+    ({"prompt": "Hi", "output": ["a", "b", "c"], "label": 1}, "'output' is a list of answers"),
     ({"prompt": "Hi", "replies": ["a", "b"]}, "'replies' is a list of answers"),
     ({"info": {"post": "x"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "'summaries' is a list of answers"),
     ({"prompt": "Hi", "response": "x", "helpfulness": 3}, "there is one answer a row"),

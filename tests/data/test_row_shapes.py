@@ -189,3 +189,23 @@ def test_rows_say_their_line_and_their_file(write_lines: Callable[..., Path], tm
 
 def test_the_shape_is_said_in_words(write_lines: Callable[..., Path]) -> None:
     assert load_pairs(write_lines(TEXTS["text"]))[1].shape == "prompt (text), chosen and rejected (text)"
+
+
+def test_one_column_is_not_read_as_two_things(write_lines: Callable[..., Path]) -> None:
+    path = write_lines({"prompt": "Hi", "good": "yes", "bad": "no"})
+    with pytest.raises(DataError, match=r"data\.columns: chosen and rejected both name column 'good'; name another for one"):
+        load_pairs(path, columns={"chosen": "good", "rejected": "good"})
+
+
+@pytest.mark.parametrize("key", ["prompt", "winner"])
+def test_a_column_is_not_both_mapped_and_ignored(write_lines: Callable[..., Path], key: str) -> None:
+    path = write_lines({"prompt": "Hi", "chosen": "yes", "rejected": "no", "q": "chosen"})
+    with pytest.raises(
+        DataError, match=rf"data\.columns\.{key}: column 'q' is in data\.ignore too; take it out of one of them"
+    ):
+        load_pairs(path, columns={key: "q"}, ignore=["q"])
+
+
+def test_a_transcript_before_answers_of_messages_is_its_turns(write_lines: Callable[..., Path]) -> None:
+    pair = only_pair(write_lines({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": [YES], "rejected": [NO]}))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (YES,), (NO,))

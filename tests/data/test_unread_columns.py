@@ -487,3 +487,35 @@ def test_no_remedy_leads_to_itself(asked: dict[str, Any], more: str) -> None:
                 }
             else:
                 break
+
+
+@pytest.mark.parametrize("row", [
+    {**ROW, "system": [{"type": "text", "text": "Be short."}]},
+    {**ROW, "messages": [{"role": "user", "content": [{"type": "text", "text": ROW["prompt"]}]}, YES]},
+], ids=["system", "messages"])  # fmt: skip
+def test_typed_parts_are_found_by_their_text(read: Callable[..., Any], row: dict[str, Any]) -> None:
+    (pair,), _ = read(row)
+    assert pair.chosen in ("Two.", ({"role": "assistant", "content": "Two."},))
+
+
+def test_tools_within_the_input_and_beside_it_must_be_the_same(read: Callable[..., Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {
+        "input": {"messages": [USER], "tools": tools},
+        "tools": tools,
+        "preferred_output": [YES],
+        "non_preferred_output": [NO],
+    }
+    assert read(row)[0][0].tools == tools
+    with pytest.raises(DataError, match="has tools within 'input' and others in column 'tools'; write all of them into one"):
+        read({**row, "tools": [{"type": "function", "function": {"name": "g"}}]})
+
+
+def test_a_cell_of_many_levels_is_looked_through(read: Callable[..., Any]) -> None:
+    deep: Any = "x"
+    for _ in range(900):
+        deep = [deep]
+    shape = Shape([{**ROW, "meta": deep}], where="f")
+    reader = RowReader(shape)
+    assert reader.read({**ROW, "meta": deep}, where="f:1") is not None
+    assert reader.unread == ["meta"]

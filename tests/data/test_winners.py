@@ -312,3 +312,66 @@ def test_a_label_beside_answers_that_are_named_is_only_unread(write_lines: Calla
 def test_a_winner_in_a_column_that_is_not_there_is_an_error(read: Callable[..., list[tuple[str, str]]]) -> None:
     with pytest.raises(DataError, match=r"data\.columns\.winner: train\.jsonl has no column 'x'; found one, prompt, two, w"):
         read(("one", "two"), "w", 1, said="x = 1")
+
+
+@pytest.mark.parametrize(("row", "winner", "values"), [
+    ({"prompt": "Hi", "output": ["A", "B"]}, "w", (0, 1)),
+    ({"prompt": "Hi", "output": ["A", "B"]}, "w", (1, 2)),
+    ({"instruction": "Hi", "output": ["A", "B"]}, "w = left", ("left", "right")),
+    ({"messages": [USER, {"role": "assistant", "content": "A"}], "rejected_response": "B"}, "w", ("chosen", "rejected")),
+    ({"messages": [USER, {"role": "assistant", "content": "A"}], "rejected": "B"}, "w < 0", (-1, 1)),
+    ({"input": {"messages": [USER]}, "preferred_output": [{"role": "assistant", "content": "A"}],
+      "non_preferred_output": [{"role": "assistant", "content": "B"}]}, "w", ("preferred_output", "non_preferred_output")),
+], ids=["0 and 1", "1 and 2", "a comparison", "rejected_response", "rejected beside messages", "OpenAI"])  # fmt: skip
+def test_a_winner_counts_wherever_the_answers_stand(
+    write_lines: Callable[..., Path], row: dict[str, Any], winner: str, values: tuple[Any, Any]
+) -> None:
+    pairs, report = load_pairs(write_lines(*({**row, "w": value} for value in values)), columns={"winner": winner})
+    assert not re.search(r"first of them chosen|turn is chosen", report.shape)
+    texts = [[side if isinstance(side, str) else side[0]["content"] for side in (one.chosen, one.rejected)] for one in pairs]
+    assert texts == [["A", "B"], ["B", "A"]]
+
+
+def test_a_winner_of_two_answers_in_one_column_is_asked_for(write_lines: Callable[..., Path]) -> None:
+    path = write_lines({"instruction": "Hi", "output": ["A", "B"], "preference": "second"})
+    with pytest.raises(DataError) as error:
+        load_pairs(path)
+    assert str(error.value) == (
+        "train.jsonl: the columns are instruction, output, preference; 'preference' seems to say which of output[0] and "
+        "output[1] is the better one. Say it in the recipe:\ndata: {columns: {winner: preference}}\n"
+        "(or, if it says something else, data.ignore: [preference])"
+    )
+    assert load_pairs(path, columns=map_in(str(error.value)))[0][0].chosen == "B"
+    assert load_pairs(path, ignore=["preference"])[0][0].chosen == "A"
+
+
+@pytest.mark.parametrize(("names", "winner", "values"), [
+    (("response2", "response1"), "overall_preference", (-2, 1)),
+    (("answer_b", "answer_a"), "w", (1, 2)),
+    (("answer_b", "answer_a"), "w", ("first", "second")),
+    (("answer_2", "answer_1"), "w", ("a", "b")),
+    (("answer_b", "answer_a"), "best_idx", (0, 1)),
+])  # fmt: skip
+def test_which_answer_is_the_first_is_not_plain_where_they_are_mapped_in_reverse(
+    read: Callable[..., list[tuple[str, str]]], names: tuple[str, str], winner: str, values: tuple[Any, Any]
+) -> None:
+    with pytest.raises(DataError, match=f"does not say by itself whether {names[0]} or {names[1]} won; write winner: "):
+        read(names, winner, *values)
+
+
+@pytest.mark.parametrize(("said", "values"), [("w = 1", (True, False)), ("w = true", (1, 0)), ("w != 1", (False, True))])
+def test_true_is_1_in_a_comparison(read: Callable[..., list[tuple[str, str]]], said: str, values: tuple[Any, Any]) -> None:
+    assert read(("a", "b"), "w", *values, said=said) == [("A0", "B0"), ("B1", "A1")]
+
+
+def test_a_winner_without_a_name_is_an_error(write_lines: Callable[..., Path]) -> None:
+    with pytest.raises(
+        DataError, match=r"data\.columns\.winner: train\.jsonl has no column ''; found chosen, prompt, rejected"
+    ):
+        load_pairs(write_lines({"prompt": "Hi", "chosen": "A", "rejected": "B"}), columns={"winner": ""})
+
+
+def test_answers_of_two_kinds_may_both_win(write_lines: Callable[..., Path]) -> None:
+    rows = [{"prompt": "Hi", "a": "A", "b": ["B"], "w": winner} for winner in ("a", "b")]
+    pairs, _ = load_pairs(write_lines(*rows), columns={"chosen": "a", "rejected": "b", "winner": "w"})
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("A", "B"), ("B", "A")]

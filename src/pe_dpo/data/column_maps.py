@@ -82,9 +82,7 @@ def explain_columns(names: Sequence[str], rows: Sequence[Values], columns: Mappi
             )
         winner = winner or guess_winner({name: values[name] for name in values if name not in entries.values()})
         if winner:
-            found += f"; '{winner}' seems to say which of {chosen} and {rejected} is the better one. Say it in the recipe:\n"
-            ignore = f"\n(or, if it says something else, data.ignore: [{quote(winner)}])" if columns else ""
-            return found + _write_winner(entries, winner, rows) + ignore
+            return explain_winner(found, entries, winner, rows, (chosen, rejected), may_be_other=bool(columns))
         alike = [name for name in values if name[:-1] == chosen[:-1] and name[-1:].isalnum()]
         if len(alike) > 2 and len(chosen) > 1 and rejected in alike:
             answers = f"{list_names(alike)} are {len(alike)} answers, and no column map can say which two of them make a pair"
@@ -151,21 +149,33 @@ def _refuse_single_answers(values: Mapping[str, Sequence[Any]], winner: str | No
     return None
 
 
-def _write_winner(entries: Mapping[str, str], winner: str, rows: Sequence[Values]) -> str:
-    """Return the map to write for two answers of which another column names the better one, or both that it may be."""
-    if Winner.is_plain(winner, entries["chosen"], entries["rejected"], rows):
-        return _write_map({**entries, "winner": winner})
-    ways = Winner.comparisons(winner, [row[winner] for row in rows if carries(row.get(winner))])
-    if not ways:
-        return (
-            f"{_write_map({**entries, 'winner': '<column>'})}\nwith a column that has the name of the better one, "
-            f"{entries['chosen']} or {entries['rejected']}, or tie"
+def explain_winner(
+    found: str, entries: Mapping[str, str], winner: str, rows: Sequence[Values], answers: tuple[str, str], *, may_be_other: bool
+) -> str:
+    """Return the message for two answers of which another column names the better one, with the map or both that it may be.
+
+    Args:
+        found: What the columns are, for people.
+        entries: The column map without the winner.
+        winner: The column that names the better one.
+        rows: The first rows.
+        answers: What the two answers are called, the one taken as chosen first.
+        may_be_other: Whether the message says how the column is left unread.
+    """
+    one, other = answers
+    if Winner.is_plain(winner, one, other, rows):
+        written = _write_map({**entries, "winner": winner})
+    elif ways := Winner.comparisons(winner, [row[winner] for row in rows if carries(row.get(winner))]):
+        won, lost = (_write_map({**entries, "winner": way}) for way in ways)
+        written = f"{won}\nif {one} is the better one there, else\n{lost}"
+    else:
+        written = (
+            f"{_write_map({**entries, 'winner': '<column>'})}\nwith a column that has the name of the better one, {one} or "
+            f"{other}, or tie"
         )
-    won, lost = ways
-    return (
-        f"{_write_map({**entries, 'winner': won})}\nif {entries['chosen']} is the better one there, else\n"
-        f"{_write_map({**entries, 'winner': lost})}"
-    )
+    ignore = f"\n(or, if it says something else, data.ignore: [{quote(winner)}])" if may_be_other else ""
+    seems = f"{found}; '{winner}' seems to say which of {one} and {other} is the better one"
+    return f"{seems}. Say it in the recipe:\n{written}{ignore}"
 
 
 def _write_map(entries: Mapping[str, str]) -> str:

@@ -169,13 +169,19 @@ def _role(messages: Any, place: int) -> str | None:
 
 def carries(value: Any) -> bool:
     """Return whether a value is content: not null, NaN, blank, or empty at every depth."""
-    if isinstance(value, Mapping):
-        return any(map(carries, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(carries, value))
-    if isinstance(value, str):
-        return value.strip() not in ("", "null", "None", "nan", "NaN", "[]", "{}")
-    return value is not None and not (isinstance(value, float) and math.isnan(value))
+    rest = [value]
+    while rest:  # a stack, since cells may be deeper than Python recurses
+        value = rest.pop()
+        if isinstance(value, Mapping):
+            rest.extend(value.values())
+        elif isinstance(value, list | tuple):
+            rest.extend(value)
+        elif isinstance(value, str):
+            if value.strip() not in ("", "null", "None", "nan", "NaN", "[]", "{}"):
+                return True
+        elif value is not None and not (isinstance(value, float) and math.isnan(value)):
+            return True
+    return False
 
 
 def read_as(name: str) -> str | None:
@@ -360,13 +366,13 @@ def _is_found(value: Any, sides: Sequence[Text], *, is_dialogue: bool = False) -
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts at every depth that are not blank; those of a message without its role."""
+    """Yield the texts at every depth that are not blank; those of a message without its role, of a part without its type."""
     if isinstance(value, str):
         yield from [value] if value.strip() else []
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             is_role = key in ("role", "from", "speaker") and str(inner).strip().lower() in ROLES
-            yield from () if is_role else _texts(inner)
+            yield from () if is_role or key == "type" else _texts(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner)

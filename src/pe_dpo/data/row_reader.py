@@ -23,6 +23,7 @@ from pe_dpo.data.pairs import Cut, Pair, RowError, describe_value
 from pe_dpo.data.scores import compare_scores, read_margin
 from pe_dpo.data.shapes import Shape
 from pe_dpo.data.sides import (
+    Names,
     Sides,
     add_context,
     check_sides,
@@ -83,25 +84,23 @@ class RowReader:
         missing = [names[name] for name in self.shape.required if name not in row]
         if missing:
             raise RowError(f"has no column '{missing[0]}'; found {list_names(given)}")
-        if self.shape.winner:
-            first_won = self.shape.winner.first_won(given)
-            if first_won is None:
-                return None
-            for one, other in () if first_won else (("chosen", "rejected"), ("chosen_score", "rejected_score")):
-                if one in row and other in row:
-                    row[one], row[other] = row[other], row[one]
-                    names[one], names[other] = names[other], names[one]
+        first_won = self.shape.winner.first_won(given) if self.shape.winner else True
+        if first_won is None:
+            return None
         row |= {name: self.shape.parse(row[name], names[name]) for name in self.shape.required}
         for name, kind in self.shape.kinds.items():
             if kind_of(row[name], name) != kind:
                 others = ", or a file of its own for such rows" if kind_of(row[name], name) else ""
                 found = describe_value(row[name])
                 raise RowError(f"column '{names[name]}' is {found}; {kind}, as in the first rows, is expected{others}")
-        sides, cut = self._read_sides(row, names)
+        for one, other in () if first_won else (("chosen", "rejected"), ("chosen_score", "rejected_score")):
+            if one in row and other in row:
+                row[one], row[other] = row[other], row[one]
+                names[one], names[other] = names[other], names[one]
+        sides, cut, read_from = self._read_sides(row, names, first_won=first_won)
         sides = add_context(sides, row, names)
         sides = drop_keys(sides, self.shape.ignored) if self.shape.ignored else sides
-        first = names[self.shape.required[0]]
-        check_sides(*sides, names=(first, names.get("chosen", "chosen"), names.get("rejected", "rejected")))
+        check_sides(*sides, names=read_from)
         pair = Pair(
             *sides,
             margin=read_margin(row, names),
@@ -180,8 +179,14 @@ class RowReader:
                     f"data.ignore: [{quote(name)}]"
                 )
 
-    def _read_sides(self, row: Values, names: Mapping[str, str]) -> tuple[Sides, Cut]:
-        """Return prompt and answers of one kind, from the columns of the shape, and where the answers were cut off."""
+    def _read_sides(self, row: Values, names: Mapping[str, str], *, first_won: bool) -> tuple[Sides, Cut, Names]:
+        """Return prompt and answers of one kind, where the answers were cut off, and the columns of the three.
+
+        Args:
+            row: The columns under our names; where `chosen` is among them, its answer is the one that won.
+            names: From our names to those of the columns.
+            first_won: Whether of answers elsewhere the first is chosen.
+        """
         first = self.shape.required[0]
         columns = names[first], names.get("chosen", "chosen"), names.get("rejected", "rejected")
         prompt, chosen, rejected = row[first], row.get("chosen"), row.get("rejected")
@@ -190,7 +195,7 @@ class RowReader:
                 if not isinstance(prompt, Mapping) or "messages" not in prompt:
                     raise RowError(f"column 'input' is {describe_value(prompt)}; an object with messages is expected")
                 prompt, chosen, rejected = prompt["messages"], *(row[name] for name in answers)
-                columns = "input", answers[0], answers[1]
+                columns = columns[0], names[answers[0]], names[answers[1]]
             case ("messages", "rejected_response"):
                 *prompt, last = read_messages(prompt, columns[0])
                 if last["role"] != "assistant" or not prompt:
@@ -206,6 +211,8 @@ class RowReader:
                     raise RowError(f"column '{names['output']}' is {found}; two answers, the better one first, are expected")
                 chosen, rejected = row["output"]
                 columns = columns[0], f"{names['output']}[0]", f"{names['output']}[1]"
+        if not first_won and "chosen" not in self.shape.required:
+            chosen, rejected, columns = rejected, chosen, (columns[0], columns[2], columns[1])
         one, other = read_answer(chosen, columns[1]), read_answer(rejected, columns[2])
         if prompt is None and self.shape.required != ("chosen", "rejected") and not begins_with_prompt(one):
             asked = next((name for name in row if read_as(name) in ("prompt", "input") and carries(row[name])), None)
@@ -213,8 +220,8 @@ class RowReader:
             raise RowError(f"column '{columns[0]}' is null, where the prompt is expected; {remedy}")
         prompt = read_prompt(self.shape.required, prompt, one, row, names)
         if isinstance(one, str) and isinstance(other, str):
-            return self._read_texts(prompt, one, other, columns)
-        return read_sides(prompt, one, other, columns), None
+            return *self._read_texts(prompt, one, other, columns), columns
+        return read_sides(prompt, one, other, columns), None, columns
 
     def _read_texts(self, prompt: Any, chosen: str, rejected: str, columns: tuple[str, str, str]) -> tuple[Sides, Cut]:
         """Return the sides of a row whose answers are texts, without the prompt that they may repeat."""
@@ -232,9 +239,18 @@ class RowReader:
 
 
 def _read_tools(row: Values, names: Mapping[str, str]) -> list[Any] | None:
+    """Return the descriptions of functions in a row, or within its input.
+
+    Raises:
+        RowError: Both have some, and they are not the same.
+    """
     given = row.get("input")
-    inside = given.get("tools") if isinstance(given, Mapping) else None
-    return read_tools(row.get("tools"), names.get("tools", "tools")) or read_tools(inside, "input.tools")
+    tools = read_tools(row.get("tools"), names.get("tools", "tools"))
+    inside = read_tools(given.get("tools"), "input.tools") if isinstance(given, Mapping) else None
+    if tools and inside and tools != inside:
+        within, beside = names["input"], names["tools"]
+        raise RowError(f"has tools within '{within}' and others in column '{beside}'; write all of them into one")
+    return tools or inside
 
 
 def _read_template_args(cell: Any, column: str) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pe_dpo.data.column_maps import explain_columns, is_labelled
+from pe_dpo.data.column_maps import explain_columns, explain_winner, is_labelled
 from pe_dpo.data.columns import (
     carries,
     find_spellings,
@@ -99,9 +99,7 @@ class Shape:
         said_winner = self.columns.pop("winner", None)
         rows = [{name: cell for name, cell in row.items() if name not in self.ignored} for row in rows]
         names = list(dict.fromkeys(name for row in rows for name in row))
-        for key, column in self.columns.items():
-            if column not in names:
-                raise DataError(f"data.columns.{key}: {where} has no column '{column}'; found {list_names(names)}")
+        _check_map(self.columns, said_winner, names, self.ignored, where=where)
         self._as_text = {name for name in names if _holds_written([row[name] for row in rows if name in row])}
         parsed = [{name: self.parse(cell, name, is_tried=True) for name, cell in row.items()} for row in rows]
         examples = {name: next((row[name] for row in parsed if carries(row.get(name))), None) for name in names}
@@ -110,12 +108,15 @@ class Shape:
 
         renamed = [self.rename(row) for row in parsed]
         self.required = _find_shape(renamed)
-        answers = self.column("chosen"), self.column("rejected")
+        answers = self._name_answers()
         unused = {
             name: [example] for name, example in examples.items() if name not in self.columns.values() and carries(example)
         }
-        is_unlabelled = "output" in self.required or ("chosen" in self.required and not is_labelled(*answers))
-        if not self.required or (is_unlabelled and find_winner(unused) and not said_winner):
+        known_winner = None if said_winner is not None else find_winner(unused)
+        if known_winner and "output" in self.required:
+            found = f"{where}: the columns are {list_names(names)}"
+            raise DataError(explain_winner(found, mapped, known_winner, rows, answers, may_be_other=True))
+        if not self.required or (known_winner and "chosen" in self.required and not is_labelled(*answers)):
             raise DataError(explain_columns(names, rows, mapped, where=where))
         if all(isinstance(row.get("prompt"), str) and _LISTED.fullmatch(row["prompt"].strip()) for row in renamed):
             raise DataError(
@@ -136,7 +137,7 @@ class Shape:
         # Answers to "Hi" may begin with that word, and repeat nothing.
         are_words = len({*repeated}) < 3 and all(re.fullmatch(r"\w*", prompt) for prompt in repeated)
         self.repeats_prompt = 2 * len(repeated) > len(renamed) and not are_words
-        self.winner = Winner(said_winner, rows, *answers, where=where) if said_winner else None
+        self.winner = None if said_winner is None else Winner(said_winner, rows, *answers, where=where)
         self.refused = {name for name in rows[0] if all(what_matters(name, row.get(name)) for row in rows)}
         self.words = self._describe(spelled)
 
@@ -145,12 +146,25 @@ class Shape:
         words = _SHAPES[self.required].format(**{"prompt": "text", "chosen": "text"} | self.kinds)
         if self.required == ("chosen", "rejected") and self.kinds.get("chosen") != "messages":
             words = _TEXTS if self.split is split_texts else _TRANSCRIPTS
+        if self.winner:  # which says what the shape alone would say
+            words = words.replace(", the first of them chosen", "").replace("turn is chosen", "turn is one answer")
         words += "".join(f"; '{theirs}' read as {ours}" for ours, theirs in spelled.items())
         required = [self.column(name) for name in self.required]
         written = [column for column in required if column in self._as_text]
         words += "; the answers repeat the prompt, which is left out of them" if self.repeats_prompt else ""
         words += f"; messages written as text in {', '.join(written)}" if written else ""
         return words + (f"; {self.winner.words}" if self.winner else "")
+
+    def _name_answers(self) -> tuple[str, str]:
+        """Return what the answer that is chosen where there is no winner is called, and the other one."""
+        match self.required:
+            case ("input", one, other) | (_, one, other):
+                return self.column(one), self.column(other)
+            case (dialogue, "rejected_response"):
+                return self.column(dialogue), self.column("rejected_response")
+            case (_, "output"):
+                return f"{self.column('output')}[0]", f"{self.column('output')}[1]"
+        return self.column("chosen"), self.column("rejected")
 
     def column(self, ours: str) -> str:
         """Return the name of the column that is read under one of ours.
@@ -189,6 +203,20 @@ class Shape:
             if is_tried:
                 return cell
             raise
+
+
+def _check_map(
+    columns: Mapping[str, str], winner: str | None, names: Sequence[str], ignored: frozenset[str], *, where: str
+) -> None:
+    """Refuse a column map with a column that is not there, is ignored, or is read as two things."""
+    for ours, column in (*columns.items(), *([("winner", winner)] if winner in ignored else [])):
+        if column in ignored:
+            raise DataError(f"data.columns.{ours}: column '{column}' is in data.ignore too; take it out of one of them")
+        if column not in names:
+            raise DataError(f"data.columns.{ours}: {where} has no column '{column}'; found {list_names(names)}")
+        twice = next((name for name, other in columns.items() if other == column and name != ours), None)
+        if twice:
+            raise DataError(f"data.columns: {ours} and {twice} both name column '{column}'; name another for one of them")
 
 
 def _find_shape(rows: Sequence[Values]) -> tuple[str, ...]:

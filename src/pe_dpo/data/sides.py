@@ -95,7 +95,7 @@ def read_sides(prompt_cell: Any, chosen: Text, rejected: Text, names: Names) -> 
     if prompt is None:
         return split_dialogues(chosen, rejected, (names[1], names[2]))
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return ({"role": "user", "content": prompt},), chosen, rejected
+        return as_messages(prompt), chosen, rejected
     turns, chosen, rejected = split_dialogues(chosen, rejected, (names[1], names[2]))
     if all(prompt.strip() != turn["content"].strip() for turn in turns):
         difference = describe_difference(({"role": "user", "content": prompt},), turns[-1:], names[0], names[1])

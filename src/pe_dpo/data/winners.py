@@ -39,6 +39,9 @@ _STEMS = (
     r"version|winner"
 )
 """What may stand before the letter or number of an answer: model_a, Response 1."""
+_REVERSED = (("b", "a"), ("1", "0"), ("2", "1"), ("second", "first"))
+"""Ends of the names of two answers of which the one mapped as rejected is the first."""
+_TRUTHS = {"true": "1", "false": "0"}
 _HOW_MUCH = r"(?:(?:is )?(?:(?:slightly|somewhat|marginally|clearly|significantly|considerably|strongly|much|far) )?)"
 _RELATION = re.compile(
     rf"(?P<one>.+?)\s*(?:(?P<first>>+|\bover\b|\bbeats\b|\b{_HOW_MUCH}better than\b)|"
@@ -93,7 +96,7 @@ class Winner:
             self.words = f"the chosen answer is the one whose {self.models[0]} or {self.models[1]} {self.column} names"
             return
         self.table = _meanings(self.column, chosen, rejected, values)
-        if self.table is None and not (self.column.lower() in _SIGNED and _numbers(values)):
+        if self.table is None and not _is_signed(self.column, chosen, rejected, values):
             ways = self.comparisons(self.column, values)
             shown = ", ".join(sorted({_key(value)[:_LONGEST] for value in values})[:5]) or "nothing"
             remedy = "write a column with the name of the better one, or tie"
@@ -121,8 +124,8 @@ class Winner:
             rows: The columns of some rows.
         """
         values = [row[column] for row in rows if carries(row.get(column))]
-        is_signed = column.lower() in _SIGNED and _numbers(values) is not None
         is_named = _models(column, chosen, rejected, rows) is not None
+        is_signed = _is_signed(column, chosen, rejected, values)
         return is_signed or is_named or _meanings(column, chosen, rejected, values) is not None
 
     @staticmethod
@@ -169,9 +172,13 @@ class Winner:
             if outcome is None:
                 raise RowError(f"column '{self.column}' is {repr(value)[:40]}; one of {', '.join(self.table)} is expected")
             return None if outcome == "tie" else outcome == "first"
-        if _TIES.fullmatch(key):
-            return None
+        return None if _TIES.fullmatch(key) else self._first_is_compared(key, value)
+
+    def _first_is_compared(self, key: str, value: Any) -> bool | None:
+        """Return whether a winner is where the comparison says that the answer mapped as chosen won; None on its border."""
         sign, bound = self.comparison or ("<", "0")
+        if {key, bound} <= {*_TRUTHS, *_TRUTHS.values()}:
+            key, bound = _TRUTHS.get(key, key), _TRUTHS.get(bound, bound)
         numbers = _numbers([key, bound])
         if numbers is None and sign in ("<", ">", "<=", ">="):
             raise RowError(f"column '{self.column}' is {repr(value)[:40]}; a number is expected, to compare it with {bound}")
@@ -221,6 +228,12 @@ def _models(column: str, chosen: str, rejected: str, rows: Sequence[Mapping[str,
     return None
 
 
+def _is_signed(column: str, chosen: str, rejected: str, values: Sequence[Any]) -> bool:
+    """Return whether negative numbers of a column mean that the answer mapped as chosen won."""
+    is_first = _ends(chosen, rejected) not in _REVERSED
+    return is_first and column.lower() in _SIGNED and _numbers(values) is not None
+
+
 def _meanings(column: str, chosen: str, rejected: str, values: Sequence[Any]) -> dict[str, bool] | None:
     """Return what each value of a column means, whether the first answer won; None where that is not plain."""
     seen = {key for key in map(_key, values) if not _TIES.fullmatch(key)}
@@ -234,10 +247,10 @@ def _meanings(column: str, chosen: str, rejected: str, values: Sequence[Any]) ->
         tables.append({ends[0]: True, ends[1]: False})
     if not seen:
         return tables[-1] if values else None
-    if column.lower().endswith(("_id", "_idx", "_index")):
+    if column.lower().endswith(("_id", "_idx", "_index")) and ends not in _REVERSED:
         tables.append({"0": True, "1": False})
     has_two = any("2" in re.findall(r"\d+", key) for key in seen)
-    for table in (*tables, *_PLAIN):
+    for table in (*tables, *(_PLAIN[:1] if ends in _REVERSED else _PLAIN)):
         is_counted = table == {"1": True, "2": False} and not has_two and ends != ("1", "2")  # 1 may be the second after 0
         if not is_counted and all(_outcome(key, table, _stems(chosen, rejected)) for key in seen):
             return table
@@ -274,8 +287,8 @@ def _stems(chosen: str, rejected: str) -> str:
 
 
 def _ends(chosen: str, rejected: str) -> tuple[str, str]:
-    """Return what the names of two columns end with, as 0 and 1 of response_0 and response_1."""
-    one, other = (re.findall(r"[a-z]+|\d+|[^a-z\d]+", name.lower()) for name in (chosen, rejected))
+    """Return what the names of two answers end with, as 0 and 1 of response_0 and response_1 or output[0] and output[1]."""
+    one, other = (re.findall(r"[a-z]+|\d+|[^a-z\d]+", name.lower().rstrip("])")) for name in (chosen, rejected))
     return (one or [""])[-1], (other or [""])[-1]
 
 
