@@ -114,10 +114,10 @@ def _timed(folder: Path, recipe: Path, options: list[str]) -> dict[str, float]:
 
 def _parts(path: Path) -> dict[str, float]:
     """CPU seconds of what an audit does, one after the other in this process."""
-    import torch
 
     from pe_dpo.audit.audit import Audit
     from pe_dpo.data import prepare_pairs
+    from pe_dpo.inference.pairs import pair_terms
     from pe_dpo.inference.reference import stored_logprobs
     from pe_dpo.model.base import end_token_ids, inspect_base, load_tokenizer
     from pe_dpo.recipe import load_recipe
@@ -136,6 +136,6 @@ def _parts(path: Path) -> dict[str, float]:
     prepare = partial(prepare_pairs, recipe.data, tokenizer=tokenizer, context_length=facts.context_length)
     data = part("pairs read and tokenized", lambda: prepare(end_token_ids=end_token_ids(recipe.model.base)))
     reference = part("log-probs from the store", lambda: stored_logprobs(facts, data.train, device="cpu"))
-    keys, margins = [pair.prompt_key for pair in data.train], torch.zeros(len(data.train), dtype=torch.float64)
-    part("audit", lambda: Audit(reference, recipe.loss, margins, keys))
+    keys, terms = [pair.prompt_key for pair in data.train], pair_terms(data.train)
+    part("audit", lambda: Audit(reference, recipe.loss, terms, keys))
     return found

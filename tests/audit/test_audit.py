@@ -16,7 +16,7 @@ from pe_dpo.audit.quantization_error import quantization_error
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.reference import check_finite
 from pe_dpo.metrics.reference_accuracy import ReferenceAccuracy, independent_pairs
-from pe_dpo.objective import Loss, PairLogprobs
+from pe_dpo.objective import Loss, PairLogprobs, PairTerms
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.training.train import train
@@ -44,12 +44,12 @@ def random_pairs(pairs=400, seed=0):
 
 
 def audited(loss, reference, keys):
-    return Audit(reference, loss, torch.zeros(len(keys), dtype=torch.float64), keys)
+    return Audit(reference, loss, PairTerms(torch.zeros(len(keys), dtype=torch.float64)), keys)
 
 
 def foreseen(loss, gamma, reference):
     zeros = torch.zeros(len(reference.chosen), dtype=torch.float64)
-    return forecast(Loss(**loss.coefficients(gamma)), reference, zeros)
+    return forecast(Loss(**loss.coefficients(gamma)), reference, PairTerms(zeros))
 
 
 # ---------------------------------------------------------------- what the reference prefers
@@ -325,7 +325,7 @@ def test_noise_is_told_apart_from_tempering():
     reference, _ = random_pairs()
     tempered = reference._replace(chosen=1.1 * reference.chosen, rejected=1.1 * reference.rejected)
     zeros = torch.zeros(400, dtype=torch.float64)
-    found = quantization_error(tempered, reference, Loss(0.1, 0.1), zeros, quantize="nf4", against="float32")
+    found = quantization_error(tempered, reference, Loss(0.1, 0.1), PairTerms(zeros), quantize="nf4", against="float32")
     assert found.slope == pytest.approx(1.1, rel=1e-12)
     assert found.reliability == pytest.approx(1 - (0.1 / 1.1) ** 2, rel=1e-9)
     assert (found.flips, found.flips_per_token) == (0, 0)
@@ -339,7 +339,7 @@ def test_noise_by_hand(four):
     exact, _ = four
     noisy = exact._replace(chosen=exact.chosen + doubles([1, 7, 1, -3]))
     zeros = torch.zeros(4, dtype=torch.float64)
-    found = quantization_error(noisy, exact, Loss(0.1, 0.0), zeros, quantize="nf4", against="float32")
+    found = quantization_error(noisy, exact, Loss(0.1, 0.0), PairTerms(zeros), quantize="nf4", against="float32")
     assert found.shift_per_token == pytest.approx(6 / 33)
     assert found.slope == pytest.approx((20 - 6 + 0 - 2) / (16 + 36 + 0 + 4))
     assert found.rms == pytest.approx(((1 + 49 + 1 + 9) / 4) ** 0.5)
@@ -512,3 +512,40 @@ def test_a_tokenizer_of_another_model_is_named_before_the_base_is_read(make_reci
     monkeypatch.setattr("pe_dpo.inference.policy.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     with pytest.raises(ModelError, match=r"train\.jsonl:1: has token \d+, but the model knows 40 tokens"):
         audit(make_recipe(f"model.base={other}"))
+
+
+# ---------------------------------------------------------------- a β and a weight of each pair
+
+
+def test_pairs_of_two_betas_are_foretold_as_two_sets_with_as_many_losses():
+    """β 0.1 and 0.4 with κ = 1.1: the mean of two audits, shares of Σ β·w; the second set flips 16 times as fast."""
+    reference, keys = random_pairs()
+    one, other = (PairLogprobs(*(column[part] for column in reference)) for part in (slice(0, 200), slice(200, 400)))
+    terms = PairTerms(torch.zeros(400), doubles([0.1] * 200 + [0.4] * 200))
+    found = forecast(Loss(0.1, 0.11), reference, terms)
+    first, second = foreseen(LossSection(beta=0.1), 0.11, one), foreseen(LossSection(beta=0.4), 0.44, other)
+    assert found.loss == pytest.approx((first.loss + second.loss) / 2, rel=1e-12)
+    assert found.ideal_accuracy == pytest.approx(np.mean([first.ideal_accuracy, second.ideal_accuracy], axis=0), rel=1e-12)
+    pulls = [Loss(beta, 1.1 * beta)(of, of, torch.zeros(200)).weight for beta, of in ((0.1, one), (0.4, other))]
+    pull, right = torch.cat([pulls[0], 4 * pulls[1]]), reference.chosen > reference.rejected
+    assert found.weight_right == pytest.approx((pull[right].sum() / pull.sum()).item(), rel=1e-12)
+    alone = forecast(Loss(0.1, 0.11), other, PairTerms(torch.zeros(200), doubles([0.4] * 200)))
+    assert alone.flip_times == pytest.approx(np.divide(second.flip_times, 16), rel=1e-12)
+    assert alone.delta == pytest.approx(second.delta, rel=1e-12)
+    found = Audit(reference, LossSection(), terms, keys)
+    assert all("finds one number, and each pair has a γ in a fixed ratio" in str(why) for why in found.ways.values())
+
+
+def test_weights_count_in_step_0_and_in_flips_and_one_of_zero_stays_wrong(four):
+    """Δ0 = 4, −6, 0 and 2 with weights 1, 0, 1 and 2, γ = β: w = ½ each, so right has (1 + 2)/4; the wrong pair never flips."""
+    reference, keys = four
+    found = forecast(Loss(0.1, 0.1, margin=0.0), reference, PairTerms(torch.zeros(4), None, doubles([1, 0, 1, 2])))
+    assert found.weight_right == pytest.approx(0.75)
+    assert (found.weight_wrong, found.never_flips) == (0.0, 1.0)
+    assert found.loss == pytest.approx(np.log(2))
+    assert found.ideal_accuracy[1] == 0.75
+    twice = forecast(Loss(0.1, 0.1), reference, PairTerms(torch.zeros(4), None, doubles([2, 2, 2, 2])))
+    once = forecast(Loss(0.1, 0.1), reference, PairTerms(torch.zeros(4)))
+    assert twice.flip_times[0] == pytest.approx(once.flip_times[0] / 2)
+    balanced = Audit(*four[:1], LossSection(gamma="balance:0.5"), PairTerms(torch.zeros(4), None, doubles([1, 3, 1, 1])), keys)
+    assert balanced.recipe.weight_right == pytest.approx(0.5, abs=1e-9)

@@ -19,7 +19,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.inference.pairs import preferences
 from pe_dpo.metrics.estimates import without_length
 from pe_dpo.metrics.reference_accuracy import robust_spread
-from pe_dpo.objective import PairLogprobs
+from pe_dpo.objective import PairLogprobs, PairTerms
 from pe_dpo.recipe.loss_section import LossSection
 
 
@@ -352,7 +352,7 @@ def test_a_loss_is_calibrated_on_its_own_preferences_and_margins(asked, reduce):
     expected = calibrate_gamma(
         asked, by_hand, beta=0.4, margin=0.3 + 0.5 * column.numpy() - 0.02 * difference, prompt_keys=keys
     )
-    assert calibrate_loss(loss, reference, column, keys).gamma == pytest.approx(expected.gamma, rel=1e-12)
+    assert calibrate_loss(loss, reference, PairTerms(column), keys).gamma == pytest.approx(expected.gamma, rel=1e-12)
 
 
 def test_a_calibration_is_json():

@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 
 from pe_dpo.audit.dynamics import ideal_preference, time_to_pass
 from pe_dpo.audit.forecast import forecast
-from pe_dpo.objective import Loss, PairLogprobs, preference_loss
+from pe_dpo.objective import Loss, PairLogprobs, PairTerms, preference_loss
 
 LINKS = ("logistic", "hinge", "squared")
 
@@ -36,7 +36,7 @@ def hinge_accuracy(reference: np.ndarray, **options: Any) -> float:
     """The share that a hinge ends with ranking right, of pairs of which only Δ0 is known."""
     delta = torch.from_numpy(reference)
     logprobs = PairLogprobs(delta, 0 * delta, torch.ones(len(delta)), torch.ones(len(delta)))
-    return forecast(Loss(**options), logprobs, 0 * delta).hinge_accuracy
+    return forecast(Loss(**options), logprobs, PairTerms(0 * delta)).hinge_accuracy
 
 
 # ---------------------------------------------------------------- time to flip
@@ -118,7 +118,7 @@ def test_a_pair_with_a_rejected_weight_flips_when_small_steps_on_both_answers_fl
     """50 midpoint steps on log π+ and log π− apart, with autograd's gradient, to the time at which it shall be a tie."""
     loss = Loss(beta=0.5, gamma=0.5, margin=margin, link=link, rejected_weight=weight)
     reference = PairLogprobs(tensor(-7.0), tensor(-6.0), *torch.ones(2, 1))
-    found = forecast(loss, reference, torch.zeros(1))
+    found = forecast(loss, reference, PairTerms(torch.zeros(1)))
     time = found.flip_times[1] / (2 * 0.5**2)
     assert 0 < time < 40
     assert found.hinge_accuracy == (margin > 0)
@@ -138,7 +138,7 @@ def test_a_pair_with_a_rejected_weight_flips_when_small_steps_on_both_answers_fl
 def test_with_a_rejected_weight_no_pair_has_an_optimum_and_scores_spread_with_what_is_in_them():
     """log p(chosen) − ½·log p(rejected) is −4, −1 and −5, sd 2.0817; Δ0 is −1, 0 and −1."""
     reference = PairLogprobs(tensor(-7.0, -2.0, -9.0), tensor(-6.0, -2.0, -8.0), *torch.ones(2, 3))
-    found = forecast(Loss(beta=0.5, gamma=1.5, rejected_weight=0.5), reference, torch.zeros(3))
+    found = forecast(Loss(beta=0.5, gamma=1.5, rejected_weight=0.5), reference, PairTerms(torch.zeros(3)))
     assert found.delta == pytest.approx(2.0817 * 1.0, rel=1e-4)
     assert all(math.isnan(share) for share in found.ideal_accuracy)
 

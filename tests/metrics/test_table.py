@@ -146,6 +146,29 @@ def test_accuracy_of_the_score_can_differ_from_that_of_rewards_with_a_rejected_w
     assert (metrics["accuracy/implicit"], metrics["rewards/accuracies"]) == (1.0, 0.5)
 
 
+def test_the_margin_of_each_pair_is_in_its_own_beta(tmp_path):
+    """β = ½ and 2, κ = ½, m = 1: M = ½·Δ0 + 1/β is ½·4 + 2 = 4 and ½·4 + ½ = 2½; the columns are kept in the file."""
+    policy, reference = logprobs([-4, -4], [-6, -6]), logprobs([-2, -2], [-6, -6])
+    loss, own = Loss(beta=1.0, gamma=0.5, margin=1.0), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    table = replace(
+        tables.table_of(policy, reference, loss(policy, reference, torch.zeros(2), own), loss), pair_beta=own.numpy()
+    )
+    assert table.effective_margin().tolist() == [4.0, 2.5]
+    table.save(tmp_path / "pairs.parquet")
+    loaded = PairTable.load(tmp_path / "pairs.parquet", remedy="")
+    assert loaded.pair_beta.tolist() == [0.5, 2.0]
+    assert loaded.pair_weight is None
+
+
+def test_a_floor_counts_before_margins_in_each_pairs_own_beta():
+    """β = 2, κ = ½, floor 0, Δπ = 2, Δ0 = −4: z + m = 2·2 − 1·max(−4, 0) = 4; without the floor it would be 8."""
+    policy, reference = logprobs([-4], [-6]), logprobs([-6], [-2])
+    loss, own = Loss(beta=1.0, gamma=0.5, reference_floor=0.0), torch.tensor([2.0], dtype=torch.float64)
+    out = loss(policy, reference, torch.zeros(1), own)
+    table = replace(tables.table_of(policy, reference, out, loss), pair_beta=own.numpy())
+    assert table.implicit_preference.tolist() == out.score.tolist() == [4.0]
+
+
 def test_a_hinge_does_not_report_saturation(four):
     assert not [key for key in pair_metrics(tables.with_loss(four, replace(HALF, link="hinge"))) if "saturated" in key]
 

@@ -217,6 +217,63 @@ def test_a_hinge_that_is_told_to_stay_stays_with_a_rejected_weight_too(reduce):
     assert not out.score.any()
 
 
+# ---------------------------------------------------------------- a β and a weight of each pair
+
+
+def answers(*columns: Tensor) -> PairLogprobs:
+    return PairLogprobs(*columns, torch.ones(len(columns[0])), torch.ones(len(columns[0])))
+
+
+TRAINED, UNTRAINED = answers(nats(-1, -7, -3), nats(-5, -2, -9)), answers(nats(-3, -6, -4), nats(-5, -1, -8))
+NO_MARGIN = torch.zeros(3)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.5, 1.0])
+def test_betas_of_pairs_are_the_losses_of_as_many_runs(kappa):
+    mixed = Loss(beta=0.7, gamma=0.7 * kappa)(TRAINED, UNTRAINED, NO_MARGIN, nats(0.1, 2.0, 0.1))
+    for beta, rows in ((0.1, [0, 2]), (2.0, [1])):
+        alone = Loss(beta=beta, gamma=beta * kappa)(TRAINED, UNTRAINED, NO_MARGIN)
+        for name in ("loss", "score", "chosen_reward", "rejected_reward"):
+            torch.testing.assert_close(getattr(mixed, name)[rows], getattr(alone, name)[rows], rtol=1e-14, atol=0)
+        torch.testing.assert_close(mixed.weight[rows], beta / 0.7 * alone.weight[rows], rtol=1e-14, atol=0)
+
+
+def test_a_pair_without_a_beta_among_others_has_the_losss():
+    mixed = Loss(beta=0.7, gamma=0.7)(TRAINED, UNTRAINED, NO_MARGIN, nats(0.1, math.nan, 0.1))
+    assert mixed.loss[1] == Loss(beta=0.7, gamma=0.7)(TRAINED, UNTRAINED, NO_MARGIN).loss[1]
+
+
+def test_dpo_stays_dpo_pair_by_pair():
+    """γ = β at the reference: every score is exactly 0, so that a hinge with κ = 1 stays refused to start."""
+    out = Loss(beta=0.7, gamma=0.7, link="hinge")(UNTRAINED, UNTRAINED, NO_MARGIN, nats(0.1, 0.3, 1.1))
+    assert not out.score.any()
+    assert not out.weight.any()
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_a_weight_of_zero_leaves_a_pair_out_and_one_of_two_counts_it_twice(sft_weight):
+    loss = Loss(beta=0.5, gamma=0.25, sft_weight=sft_weight)
+
+    def gradients(rows, weight=None):
+        policy = [field[rows].clone().requires_grad_() for field in TRAINED[:2]]
+        reference = answers(*(field[rows] for field in UNTRAINED[:2]))
+        out = loss(answers(*policy), reference, torch.zeros(len(rows)), None, weight)
+        total = out.loss.sum()
+        return total, [gradient.tolist() for gradient in torch.autograd.grad(total, policy)]
+
+    total, both = gradients([0, 1, 2], nats(1, 0, 2))
+    twice, repeated = gradients([0, 2, 2])
+    assert total.item() == pytest.approx(twice.item(), rel=1e-14)
+    for found, plain in zip(both, repeated, strict=True):
+        assert found == pytest.approx([plain[0], 0.0, plain[1] + plain[2]], rel=1e-14)
+
+
+def test_terms_of_pairs_come_in_the_dtype_of_the_policy():
+    policy = answers(*(field.float() for field in TRAINED[:2]))
+    out = Loss(beta=0.5, gamma=0.5)(policy, UNTRAINED, NO_MARGIN, nats(0.1, 0.2, 0.3), nats(1, 2, 0))
+    assert {field.dtype for field in out} == {torch.float32}
+
+
 # ---------------------------------------------------------------- the hinge at its kink (TRAPS 8)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pe_dpo.objective import PreferenceLoss, apply_link, preference_loss
+from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss, apply_link, preference_loss
 
 QUANTITIES = ("loss", "grad_w", "grad_l", "z", "dloss_dz")
 RELATIVE_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
@@ -85,6 +85,31 @@ def test_loss_gradients_score_and_weight_equal_fifty_digit_arithmetic(link, redu
         expected = _by_decimal(pair, mode=smoothing[1], **options)
         for name in QUANTITIES:
             assert found[name][row] == pytest.approx(expected[name], rel=1e-11, abs=1e-13), (name, pair)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("kappa", [0.0, 1.0, 2.5])
+def test_a_beta_and_a_weight_of_each_pair_equal_fifty_digit_arithmetic_pair_by_pair(kappa, reduce):
+    """γ is κ times each pair's β; its loss, SFT term and all, is multiplied by its weight; its pull is in units of one β."""
+    options = {"margin": 0.5, "sft_weight": 0.25, "label_smoothing": 0.125, "rejected_weight": 0.75, "length_penalty": 0.03125}
+    betas, weights = (0.1, 0.5, 2.0, 0.25, 1.0, 0.125), (1.0, 0.0, 2.0, 0.5, 3.0, 0.25)
+    columns = [torch.tensor([float(pair[column]) for pair in PAIRS], dtype=torch.float64) for column in range(4)]
+    lengths = [torch.tensor([getattr(pair, name) for pair in PAIRS]) for name in ("len_w", "len_l")]
+    policy = [column.requires_grad_() for column in columns[:2]]
+    loss = Loss(beta=0.2, gamma=0.2 * kappa, reduce=reduce, margin_scale=1.0, **options)
+    margins, own, scales = (
+        torch.tensor(values, dtype=torch.float64) for values in ([float(pair.shift) for pair in PAIRS], betas, weights)
+    )
+    out = loss(PairLogprobs(*policy, *lengths), PairLogprobs(*columns[2:], *lengths), margins, own, scales)
+    found = _quantities(out, torch.autograd.grad(out.loss.sum(), policy))
+    for row, (pair, beta, weight) in enumerate(zip(PAIRS, betas, weights, strict=True)):
+        expected = _by_decimal(
+            pair, link="logistic", reduce=reduce, mode="conservative", beta=beta, gamma=kappa * beta, **options
+        )
+        assert found["z"][row] == pytest.approx(expected["z"], rel=1e-11, abs=1e-13)
+        for name in ("loss", "grad_w", "grad_l"):
+            assert found[name][row] == pytest.approx(weight * expected[name], rel=1e-11, abs=1e-13), (name, pair)
+        assert found["dloss_dz"][row] == pytest.approx(weight * beta / 0.2 * expected["dloss_dz"], rel=1e-11, abs=1e-13)
 
 
 def _by_decimal(

@@ -141,6 +141,18 @@ def test_a_rejected_weight_says_how_the_answers_are_pulled_and_nothing_of_rankin
     assert note.endswith("(the margin keeps its sign, and 0.9 is on the other answer)")
 
 
+@pytest.mark.parametrize(("loss", "columns", "start"), [
+    ({}, ("beta",), "−log σ(z),  z = β·Δπ − β·Δ0,  Δ"),
+    ({"gamma": "0.5x", "margin": 1.0}, ("beta",), "−log σ(z),  z = β·Δπ − 0.5·β·Δ0 − 1,  Δ"),
+    ({"preset": "simpo"}, ("beta",), "−log σ(z),  z = β·Δπ − 1,  Δ"),
+    ({"preset": "cpo"}, ("weight",), "weight·(−log σ(z) + 1·NLL(chosen)/|chosen|),  z = 0.1·Δπ,  Δ"),
+])  # fmt: skip
+def test_numbers_of_each_pair_stay_letters_in_the_formula(loss: dict[str, Any], columns: tuple[str, ...], start: str) -> None:
+    found = describe(LossSection(**loss), columns)
+    assert found.formula.startswith(start)
+    assert any(note.startswith(f"{'β' if columns == ('beta',) else 'weight'} is each pair's own") for note in found.notes)
+
+
 @pytest.mark.parametrize("loss", [{"link": "hinge", "margin": 1.0}, {"margin": 1.0}])
 def test_weight_one_half_is_claimed_for_plain_dpo_only(loss: dict[str, Any]) -> None:
     assert describe(LossSection(**loss)).notes == []

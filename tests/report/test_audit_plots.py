@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pe_dpo.audit.audit import Audit
-from pe_dpo.objective import PairLogprobs
+from pe_dpo.objective import PairLogprobs, PairTerms
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.report.audit_plots import audit_figures, save_audit_plots
 
@@ -17,7 +17,7 @@ def audited(pairs=300, loss=None, spread=4.0, same_length=False):
     reference = PairLogprobs(*values, *torch.from_numpy(lengths))
     zeros = torch.zeros(pairs, dtype=torch.float64)
     keys = [str(index) for index in range(pairs)]
-    return Audit(reference, loss or LossSection(gamma="0.9x"), zeros, keys)
+    return Audit(reference, loss or LossSection(gamma="0.9x"), PairTerms(zeros), keys)
 
 
 def test_bars_are_on_one_side_of_zero_and_count_the_pairs_that_are_shown():

@@ -10,7 +10,10 @@ from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
 
 def table_of(policy: PairLogprobs, reference: PairLogprobs | None, out: PreferenceLoss, loss: Loss | None = None) -> PairTable:
     """Return the table of pairs, each with a prompt of its own; without a loss it does not know β, γ and link."""
-    pairs = [SimpleNamespace(where=f"rows:{row}", prompt_key=f"prompt {row}") for row in range(len(policy.chosen))]
+    pairs = [
+        SimpleNamespace(where=f"rows:{row}", prompt_key=f"prompt {row}", margin=0.0, beta=None, weight=None)
+        for row in range(len(policy.chosen))
+    ]
     return pair_table(pairs, policy, reference, out, loss)
 
 

@@ -17,8 +17,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pe_dpo.audit.calibration import Calibration, calibrate_loss
 from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, Forecast, forecast
@@ -28,10 +26,10 @@ from pe_dpo.audit.warnings import SMALLEST_RELIABILITY, warnings
 from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
 from pe_dpo.inference.inputs import read_inputs
-from pe_dpo.inference.pairs import preferences
+from pe_dpo.inference.pairs import pair_terms, preferences
 from pe_dpo.inference.reference import reference_logprobs
 from pe_dpo.metrics.reference_accuracy import ReferenceAccuracy
-from pe_dpo.objective import Loss, PairLogprobs
+from pe_dpo.objective import Loss, PairLogprobs, PairTerms
 from pe_dpo.recipe import Recipe, with_absolute_paths
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.run import Run
@@ -64,7 +62,7 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
     data.report.tell(logger)
     pairs, dtype = data.train, str(facts.dtype).removeprefix("torch.")
     logprobs, was_run = reference_logprobs(recipe, facts, pairs)
-    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
+    terms = pair_terms(pairs)
     described = {
         "base": facts.base,
         "quantize": facts.quantize,
@@ -72,7 +70,7 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
         "is": recipe.adapter.describe_reference(),
         "was_run": was_run,
     }
-    found = Audit(logprobs, recipe.loss, margins, [pair.prompt_key for pair in pairs], described)
+    found = Audit(logprobs, recipe.loss, terms, [pair.prompt_key for pair in pairs], described)
     if not recipe.policy_starts_as_reference:
         found.warnings.append("the run starts from an adapter that is not its reference, so step 0 is not what is told here")
     if not with_quantization_error:
@@ -86,7 +84,12 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
         for how in (quantize, "none")
     )
     found.quantization_error = error = quantization_error(
-        quantized, exact, found.loss.with_gamma(found.loss.gamma), margins[some], quantize=quantize, against=dtype
+        quantized,
+        exact,
+        found.loss.with_gamma(found.loss.gamma),
+        pair_terms([pairs[index] for index in some]),
+        quantize=quantize,
+        against=dtype,
     )
     if error.reliability < SMALLEST_RELIABILITY:
         found.warnings.append(
@@ -112,7 +115,7 @@ class Audit:
     Args:
         logprobs: log-probs of the pairs under π0, finite.
         loss: of the recipe; its γ may be one that is to be calibrated.
-        margins: the data's margin column, (B,); zeros without one.
+        terms: what the data give the pairs.
         prompt_keys: (B,); pairs of one prompt are resampled together.
         described: what the reference is: which model, how it is loaded, and whether it had to be run.
 
@@ -124,13 +127,13 @@ class Audit:
         self,
         logprobs: PairLogprobs,
         loss: LossSection,
-        margins: Tensor,
+        terms: PairTerms,
         prompt_keys: Sequence[str],
         described: dict[str, Any] | None = None,
     ) -> None:
         self.pairs, self.prompts = len(prompt_keys), len(set(prompt_keys))
         self.reference = described or {}
-        self.logprobs, self.margins = logprobs, margins
+        self.logprobs, self.terms = logprobs, terms
         self.asked_gamma = loss.gamma
         """As the recipe has it."""
 
@@ -152,7 +155,7 @@ class Audit:
         """The three ways to find γ, that of the recipe with its own number: what each gives, or why it gives nothing."""
         for way in asked.values():
             try:
-                self.ways[way] = calibrate_loss(loss.model_copy(update={"gamma": way}), logprobs, margins, prompt_keys)
+                self.ways[way] = calibrate_loss(loss.model_copy(update={"gamma": way}), logprobs, terms, prompt_keys)
             except UsageError as error:
                 if way == loss.gamma:
                     raise
@@ -179,7 +182,7 @@ class Audit:
 
     def forecast(self, gamma: float) -> Forecast:
         """Return what the loss does with this γ in place of its own."""
-        return forecast(self.loss.with_gamma(gamma), self.logprobs, self.margins)
+        return forecast(self.loss.with_gamma(gamma), self.logprobs, self.terms)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pairs themselves as JSON values; numbers that are not finite are null."""

@@ -23,7 +23,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.inference.pairs import preferences
 from pe_dpo.links import LinkName, link_named, link_weight
 from pe_dpo.metrics.reference_accuracy import robust_spread
-from pe_dpo.objective import PairLogprobs
+from pe_dpo.objective import PairLogprobs, PairTerms
 from pe_dpo.recipe.loss_section import CALIBRATED, LossSection
 
 LARGEST_MISS = 0.01
@@ -55,18 +55,23 @@ class Calibration:
         return json_without_nan({**values, "evidence": fit and vars(fit)})
 
 
-def calibrate_loss(loss: LossSection, reference: PairLogprobs, margins: Tensor, prompt_keys: Sequence[str]) -> Calibration:
+def calibrate_loss(loss: LossSection, reference: PairLogprobs, terms: PairTerms, prompt_keys: Sequence[str]) -> Calibration:
     """Return the γ that a loss asks for, from the reference's log-probs of its training pairs.
 
     Args:
         loss: with `gamma` auto, balance:S or scale:G.
         reference: log-probs of the training pairs.
-        margins: the data's margin column, (B,); zeros without one.
+        terms: what the data give the pairs; a weight counts in shares of gradient weight alone.
         prompt_keys: (B,); pairs of one prompt are resampled together.
 
     Raises:
         UsageError: no γ does what is asked; the message says what is reachable.
     """
+    if terms.beta is not None:
+        raise UsageError(
+            f"loss.gamma: {loss.gamma}: finds one number, and each pair has a γ in a fixed ratio to its own β; write a "
+            "multiple of beta such as 1x"
+        )
     if loss.rejected_weight != 1:
         raise UsageError(
             f"loss.gamma: {loss.gamma}: rests on Δ0, which is not in the score with rejected_weight {loss.rejected_weight:g}; "
@@ -77,11 +82,12 @@ def calibrate_loss(loss: LossSection, reference: PairLogprobs, margins: Tensor, 
         str(loss.gamma),
         preferences(reference, loss.reduce),
         beta=loss.beta,
-        margin=loss.margin + loss.margin_scale * margins.double().numpy() - loss.length_penalty * lengths,
+        margin=loss.margin + loss.margin_scale * terms.margin.double().numpy() - loss.length_penalty * lengths,
         prompt_keys=prompt_keys,
         length_difference=lengths,
         link=loss.link,
         reference_floor=loss.reference_floor,
+        weights=None if terms.weight is None else terms.weight.numpy(),
     )
 
 
@@ -95,6 +101,7 @@ def calibrate_gamma(
     length_difference: np.ndarray | None = None,
     link: LinkName = "logistic",
     reference_floor: float | None = None,
+    weights: np.ndarray | None = None,
 ) -> Calibration:
     """Return γ found in one of the three ways.
 
@@ -107,6 +114,7 @@ def calibrate_gamma(
         length_difference: |chosen| − |rejected| in tokens, (B,) (for auto: what is left without length).
         link: of the loss (for balance). Label smoothing is left out.
         reference_floor: of the loss (for balance).
+        weights: what the loss of each pair is multiplied by, (B,) (for balance).
 
     Raises:
         UsageError: no γ does what is asked; the message says what is reachable.
@@ -128,7 +136,7 @@ def calibrate_gamma(
             """Share of gradient weight on pairs with Δ0 > 0 at step 0; NaN where there is no weight."""
             with np.errstate(invalid="ignore"):
                 score = (beta * values - margin) - np.where(floored == 0, 0.0, gamma * floored)
-            weight = link_weight(link, score)
+            weight = link_weight(link, score) * (1.0 if weights is None else weights)
             total = weight.sum()
             return float(weight[values > 0].sum() / total) if total else math.nan
 

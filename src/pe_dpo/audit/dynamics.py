@@ -23,7 +23,13 @@ from pe_dpo.objective import Loss
 
 
 def time_to_pass(
-    start: np.ndarray, goal: np.ndarray, *, beta: float, link: LinkName = "logistic", rejected_weight: float = 1.0
+    start: np.ndarray,
+    goal: np.ndarray,
+    *,
+    beta: float | np.ndarray,
+    link: LinkName = "logistic",
+    rejected_weight: float = 1.0,
+    weight: float | np.ndarray = 1.0,
 ) -> np.ndarray:
     """Return the time until each score has risen above a goal: 0 where it starts there, infinite where it never will.
 
@@ -32,9 +38,10 @@ def time_to_pass(
     Args:
         start: z at time 0, (B,) float64.
         goal: (B,).
-        beta: coefficient of the policy, > 0.
+        beta: coefficient of the policy, > 0, of all pairs or of each.
         link: of the loss.
         rejected_weight: λ > 0 of the loss.
+        weight: what the loss is multiplied by, >= 0, of all pairs or of each.
 
     Example:
         c = 50 nats wrong, β = γ = 0.1, margin 0: from z = 0 to z = γc = 5 in (e⁵ + 5 − 1)/(2β²) = 152.4/(2β²); with γ = 0 from
@@ -51,10 +58,12 @@ def time_to_pass(
                 units = np.where((start < 0) & (goal < 0), 0.5 * np.log(start / goal), math.inf)
             case _:
                 assert_never(link)
-        return np.where(rise <= 0, 0.0, units) / ((1 + rejected_weight**2) * beta**2)
+        return np.where(rise <= 0, 0.0, units / ((1 + rejected_weight**2) * beta**2 * weight))
 
 
-def flow_score_at_tie(score: np.ndarray, preference: np.ndarray, loss: Loss) -> np.ndarray:
+def flow_score_at_tie(
+    score: np.ndarray, preference: np.ndarray, *, beta: float | np.ndarray, rejected_weight: float
+) -> np.ndarray:
     """Return the score that each pair has when the flow from step 0 has brought it to a tie, Δπ = 0.
 
     With λ other than 1 a tie alone does not tell the score: it depends on how likely both answers are there.
@@ -62,13 +71,15 @@ def flow_score_at_tie(score: np.ndarray, preference: np.ndarray, loss: Loss) -> 
     Args:
         score: z at step 0, where the policy is the reference, (B,).
         preference: Δ0, (B,).
-        loss: that gives these scores.
+        beta: coefficient of the policy, > 0, of all pairs or of each.
+        rejected_weight: λ > 0 of the loss.
     """
-    weight = loss.rejected_weight
-    return score - loss.beta * (1 + weight**2) / (1 + weight) * preference
+    return score - beta * (1 + rejected_weight**2) / (1 + rejected_weight) * preference
 
 
-def ideal_preference(agreement: float, score_at_tie: np.ndarray, swapped_at_tie: np.ndarray, loss: Loss) -> np.ndarray:
+def ideal_preference(
+    agreement: float, score_at_tie: np.ndarray, swapped_at_tie: np.ndarray, loss: Loss, *, beta: np.ndarray | None = None
+) -> np.ndarray:
     """Return Δπ at each pair's own optimum, where the mean loss is least over annotators of whom a share labels it as it is.
 
     It is κ·Δ0 + d*/β where a floor, a length penalty or pair margins do not change it, with d* = z + m at the optimum.
@@ -78,6 +89,7 @@ def ideal_preference(agreement: float, score_at_tie: np.ndarray, swapped_at_tie:
         score_at_tie: z at Δπ = 0, (B,).
         swapped_at_tie: the same for the pair with its labels swapped, (B,).
         loss: that gives these scores.
+        beta: of each pair, (B,), in the place of the loss's.
 
     Returns:
         (B,); infinite where nothing holds it (unbiased smoothing that takes off more noise than there is).
@@ -108,4 +120,4 @@ def ideal_preference(agreement: float, score_at_tie: np.ndarray, swapped_at_tie:
             optimum = (2 * p - 1) * margin
         case _:
             assert_never(loss.link)
-    return ((swapped_at_tie - score_at_tie) / 2 + optimum) / loss.beta
+    return ((swapped_at_tie - score_at_tie) / 2 + optimum) / (loss.beta if beta is None else beta)

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pe_dpo.audit.dynamics import flow_score_at_tie, ideal_preference, time_to_pass
 from pe_dpo.inference.pairs import preferences
 from pe_dpo.metrics.estimates import share_right
 from pe_dpo.metrics.quadrants import effective_pairs, saturation
-from pe_dpo.objective import Loss, PairLogprobs
+from pe_dpo.objective import Loss, PairLogprobs, PairTerms
 
 FLIP_QUANTILES = (0.1, 0.5, 0.9)
 """Of the times after which pairs that are ranked wrong flip."""
@@ -57,37 +56,45 @@ class Forecast:
     both answers together raises both scores and no pair has an optimum."""
 
 
-def forecast(loss: Loss, reference: PairLogprobs, margin: Tensor) -> Forecast:
+def forecast(loss: Loss, reference: PairLogprobs, terms: PairTerms) -> Forecast:
     """Return what a loss does.
 
     Args:
         loss: with any γ.
         reference: log-probs of the pairs under π0.
-        margin: of each pair, as the data have it, (B,); zeros without one.
+        terms: what the data give the pairs; one of weight 0 stays as the reference has it.
     """
     tied = torch.zeros_like(reference.chosen)
     swapped = PairLogprobs(reference.rejected, reference.chosen, reference.rejected_lengths, reference.chosen_lengths)
-    start = loss(reference, reference, margin)
+    start = loss(reference, reference, *terms)
     score, pull = start.score.numpy(), start.weight.abs().numpy()
     score_at_tie, swapped_at_tie = (
-        loss(of._replace(chosen=tied, rejected=tied), of, margin).score.numpy() for of in (reference, swapped)
+        loss(of._replace(chosen=tied, rejected=tied), of, *terms).score.numpy() for of in (reference, swapped)
     )
     preference = preferences(reference, loss.reduce)
+    beta = np.broadcast_to(np.asarray(loss.beta_of_pairs(terms.beta)), preference.shape)
+    weight = np.ones_like(preference) if terms.weight is None else terms.weight.numpy()
     has_optimum = loss.rejected_weight == 1
     if not has_optimum:
-        score_at_tie = flow_score_at_tie(score, preference, loss)
+        score_at_tie = flow_score_at_tie(score, preference, beta=beta, rejected_weight=loss.rejected_weight)
     wrong = preference < 0
-    units = 2 * loss.beta**2
-    times = time_to_pass(
-        score[wrong], score_at_tie[wrong], beta=loss.beta, link=loss.link, rejected_weight=loss.rejected_weight
+    times = (
+        2
+        * loss.beta**2
+        * time_to_pass(
+            score[wrong],
+            score_at_tie[wrong],
+            beta=beta[wrong],
+            link=loss.link,
+            rejected_weight=loss.rejected_weight,
+            weight=weight[wrong],
+        )
     )
-    times = times * units
     # Order statistics: between a number and never there is nothing to interpolate.
     first, middle, last = np.quantile(times, FLIP_QUANTILES, method="inverted_cdf").tolist() if wrong.any() else (math.nan,) * 3
-    few, some, most = (
-        share_right(ideal_preference(p, score_at_tie, swapped_at_tie, loss)) if has_optimum else math.nan for p in AGREEMENTS
-    )
-    scored = preferences(reference, loss.reduce, rejected_weight=loss.rejected_weight)
+    ideal = [ideal_preference(p, score_at_tie, swapped_at_tie, loss, beta=beta) for p in AGREEMENTS]
+    few, some, most = (share_right(np.where(weight > 0, at, preference)) if has_optimum else math.nan for at in ideal)
+    scored = preferences(reference, loss.reduce, rejected_weight=loss.rejected_weight) * (beta / loss.beta)
     extremes = saturation(start.score, loss.link)
     total = float(pull.sum()) or math.nan
     return Forecast(
@@ -100,7 +107,7 @@ def forecast(loss: Loss, reference: PairLogprobs, margin: Tensor) -> Forecast:
         effective=(effective_pairs(pull) or math.nan) / len(pull),
         saturated=None if extremes is None else sum(extremes),
         active=float((score < 0).mean()),
-        hinge_accuracy=float(((score > score_at_tie) | (score_at_tie < 0)).mean()),
+        hinge_accuracy=float(((score > score_at_tie) | ((score_at_tie < 0) & (weight > 0))).mean()),
         flip_times=(first, middle, last),
         never_flips=float(np.isinf(times).mean()) if wrong.any() else math.nan,
         ideal_accuracy=(few, some, most),

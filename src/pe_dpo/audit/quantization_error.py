@@ -8,11 +8,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from pe_dpo.inference.pairs import preferences
 from pe_dpo.metrics.estimates import correlation
-from pe_dpo.objective import Loss, PairLogprobs
+from pe_dpo.objective import Loss, PairLogprobs, PairTerms
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class QuantizationError:
 
 
 def quantization_error(
-    quantized: PairLogprobs, exact: PairLogprobs, loss: Loss, margin: Tensor, *, quantize: str, against: str
+    quantized: PairLogprobs, exact: PairLogprobs, loss: Loss, terms: PairTerms, *, quantize: str, against: str
 ) -> QuantizationError:
     """Return how two references differ.
 
@@ -51,7 +50,7 @@ def quantization_error(
         quantized: log-probs of the pairs under the quantized base.
         exact: of the same pairs under the plain one.
         loss: of the recipe.
-        margin: of each pair, as the data have it, (B,).
+        terms: what the data give the pairs.
         quantize: how the one was loaded.
         against: dtype of the other.
     """
@@ -61,7 +60,7 @@ def quantization_error(
     error = ours - plain
     lengths = exact.chosen_lengths - exact.rejected_lengths
     moved = quantized.chosen + quantized.rejected - exact.chosen - exact.rejected
-    weight, weight_exact = (loss(one, one, margin).weight for one in both)
+    weight, weight_exact = (loss(one, one, *terms).weight for one in both)
     return QuantizationError(
         quantize=quantize,
         against=against,

@@ -46,7 +46,7 @@ def audit(
     from pe_dpo.audit.audit import audit as run
 
     if not json:
-        for line in describe(plan.loss).lines():
+        for line in describe(plan.loss, plan.data.pair_columns).lines():
             console.say(line)
         for line in warnings(plan):
             console.warn(line)

@@ -42,7 +42,7 @@ def check(
     steps = -(-len(data.train) // plan.train.pairs_per_step)
     if json:
         found = {
-            "loss": describe(plan.loss)._asdict(),
+            "loss": describe(plan.loss, plan.data.pair_columns)._asdict(),
             "warnings": log.warnings,
             "base": {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length},
             "reference": {"is": reference, "run_in_training": plan.loss.uses_reference},

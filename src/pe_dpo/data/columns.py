@@ -220,10 +220,13 @@ def refuse_row(values: Values, where: str = "", *, of_all: Collection[str] = ())
     """
     for name, value in values.items():
         reason = what_matters(name, value)
+        without = f"train without it: data.ignore: [{quote(name)}]"
+        if reason and name.strip().lower() in _WEIGHTS:
+            without = f"{without}, or multiply the losses of pairs by it: {_map('weight', name)}"
         if reason and name in of_all:
-            raise DataError(f"{where}: {reason}, and so it is in every row; train without it: data.ignore: [{quote(name)}]")
+            raise DataError(f"{where}: {reason}, and so it is in every row; {without}")
         if reason:
-            raise RowError(f"{reason}; take such rows out, or train without it: data.ignore: [{quote(name)}]")
+            raise RowError(f"{reason}; take such rows out, or {without}")
 
 
 def names_rejected(values: Values, rejected: str) -> bool:

@@ -8,6 +8,7 @@ Cutting an answer out by searching for its text, or tokenizing it alone, gives i
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -263,8 +264,21 @@ class Encoder:
         ]
         if any(mask is not None and not mask.any() for mask in masks):
             raise RowError("has an answer without a token of the assistant; write data.score: all")
-        key = prompt_key(pair.prompt)
-        return EncodedPair(chosen[:length], *answers, pair.margin or 0.0, pair.where, key, *masks)
+        named = self.settings.pair_columns  # of another place, if not of this pair's
+        beta = pair.beta if pair.beta is not None or "beta" not in named else math.nan
+        weight = pair.weight if pair.weight is not None or "weight" not in named else 1.0
+        return EncodedPair(
+            prompt_ids=chosen[:length],
+            chosen_ids=answers[0],
+            rejected_ids=answers[1],
+            margin=pair.margin or 0.0,
+            where=pair.where,
+            prompt_key=prompt_key(pair.prompt),
+            chosen_scored=masks[0],
+            rejected_scored=masks[1],
+            beta=beta,
+            weight=weight,
+        )
 
     def _scored(self, text: str, spans: Spans, row: np.ndarray, offset: int) -> np.ndarray:
         """Return which tokens of a whole row lie in some spans of its text, each up to its end token.

@@ -38,6 +38,8 @@ class Pair:
         where: The row for people: `train.jsonl:17` (a line) or `x.parquet row 3` (counted from 1).
         template_args: Arguments of the chat template for this row alone, from its column `chat_template_kwargs`.
         cut: Where the answers were cut off from whole texts; None where they were not, or at a line break or tag.
+        beta: The pair's own β, > 0, from the column that `data.columns` names so; None without such.
+        weight: What its loss is multiplied by, >= 0, from the column that `data.columns` names so; None without such.
     """
 
     prompt: Text
@@ -48,6 +50,8 @@ class Pair:
     where: str
     template_args: Mapping[str, Any] = field(default_factory=dict)
     cut: Cut = None
+    beta: float | None = None
+    weight: float | None = None
 
 
 class Answer(NamedTuple):
@@ -78,6 +82,8 @@ class EncodedPair:
         chosen_scored: bool (C,), which tokens of the chosen answer are the assistant's and count; None where all are, as in an
             answer of one turn.
         rejected_scored: bool (R,), as `chosen_scored`.
+        beta: The pair's own β, > 0; NaN where others have one and it has the loss's, None where no pair has its own.
+        weight: What its loss is multiplied by, >= 0; None where no pair has a weight.
     """
 
     prompt_ids: np.ndarray
@@ -88,6 +94,8 @@ class EncodedPair:
     prompt_key: str
     chosen_scored: np.ndarray | None = None
     rejected_scored: np.ndarray | None = None
+    beta: float | None = None
+    weight: float | None = None
 
     @property
     def answers(self) -> tuple[Answer, Answer]:
@@ -116,7 +124,7 @@ def prompt_key(prompt: Text) -> str:
 
 
 def data_hash(encoded: Sequence[EncodedPair]) -> str:
-    """Return the sha256, in 64 hex digits, over token ids, what of them is scored, and margins of all pairs in their order.
+    """Return the sha256, in 64 hex digits, over token ids, what of them is scored, and the numbers of all pairs in their order.
 
     The same data through another file format or row name hashes the same.
     """
@@ -128,6 +136,8 @@ def data_hash(encoded: Sequence[EncodedPair]) -> str:
         for scored in (pair.chosen_scored, pair.rejected_scored):
             digest.update(b"" if scored is None else b"scored" + np.packbits(scored).tobytes())
         digest.update(np.float64(pair.margin).tobytes())
+        for name, number in (("beta", pair.beta), ("weight", pair.weight)):
+            digest.update(b"" if number is None else name.encode() + np.float64(number).tobytes())
     return digest.hexdigest()
 
 

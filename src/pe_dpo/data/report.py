@@ -53,6 +53,7 @@ class DataReport:
         unit: What lengths are counted in.
         tokens: Quantiles of the lengths of the pairs to train on, in tokens: prompt, chosen, rejected, and pair
             (the prompt with its longer answer).
+        pair_numbers: Least, mean and largest β and weight of the pairs to train on, of those that have their own.
         chosen_longer: Share of the pairs to train on whose chosen answer has more tokens; equal lengths count one half.
     """
 
@@ -74,6 +75,7 @@ class DataReport:
         self.warnings: list[str] = []
         self.unit = "tokens"
         self.tokens: dict[str, dict[str, int]] = {}
+        self.pair_numbers: dict[str, dict[str, float]] = {}
         self.chosen_longer: float | None = None
 
     @property
@@ -130,6 +132,10 @@ class DataReport:
             name: {point: int(np.quantile(values, share, method="lower")) for point, share in points.items()}
             for name, values in lengths.items()
         }
+        for name in ("beta", "weight"):
+            numbers = [number for pair in train if (number := getattr(pair, name)) is not None and not math.isnan(number)]
+            if numbers:
+                self.pair_numbers[name] = {"min": min(numbers), "mean": float(np.mean(numbers)), "max": max(numbers)}
         self.chosen_longer = float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
     def examine_lengths(self, lengths: Sequence[int], *, max_length: int, context_length: int | None) -> None:
@@ -191,6 +197,10 @@ class DataReport:
             medians = ", ".join(f"{name} {self.tokens[name]['50%']}" for name in ("prompt", "chosen", "rejected"))
             longest = f"longest pair {self.tokens['pair']['max']:,}"
             lines.append(f"median {self.unit}: {medians}; {longest}; chosen longer in {self.chosen_longer:.0%} of pairs")
+        lines += [
+            f"{name} of each pair from its column: {found['min']:.4g} to {found['max']:.4g}, mean {found['mean']:.4g}"
+            for name, found in self.pair_numbers.items()
+        ]
         return lines
 
     def lines(self) -> list[str]:

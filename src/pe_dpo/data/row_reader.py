@@ -20,7 +20,7 @@ from pe_dpo.data.columns import (
 from pe_dpo.data.dialogues import behind_prompt, ends_with_tag, is_transcript, messages_from_transcript, split_transcripts
 from pe_dpo.data.messages import holds_messages, list_names, parse_written, read_messages, read_tools, without_nulls
 from pe_dpo.data.pairs import Cut, Pair, RowError, describe_value
-from pe_dpo.data.scores import compare_scores, read_margin
+from pe_dpo.data.scores import compare_scores, read_margin, read_pair_number
 from pe_dpo.data.shapes import Shape
 from pe_dpo.data.sides import (
     Names,
@@ -108,6 +108,8 @@ class RowReader:
             where=where,
             template_args=_read_template_args(row.get("chat_template_kwargs"), names.get("chat_template_kwargs", "")),
             cut=cut,
+            beta=read_pair_number(row, self.shape.columns, "beta"),
+            weight=read_pair_number(row, self.shape.columns, "weight"),
         )
         self._note_suspicious(row, sides, where)
         self._account_for_unread(given, row, sides, where)
@@ -142,6 +144,7 @@ class RowReader:
         """Keep the names of the columns that were not read; refuse those that matter."""
         required, column = self.shape.required, self.shape.column
         read = {*compare_scores(row)[1], *required, "margin", "history", "tools", "chat_template_kwargs"}
+        read |= {"beta", "weight"} & self.shape.columns.keys()
         columns = {*map(column, read), *([self.shape.winner.column] if self.shape.winner else [])}
         rest = {name: cell for name, cell in given.items() if name not in columns and name.strip() and carries(cell)}
         first = required[0]

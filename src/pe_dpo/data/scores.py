@@ -1,4 +1,4 @@
-"""Margins and scores of a row: how much better its chosen answer is, by the numbers that it brings.
+"""The numbers of a row: how much better its chosen answer is, and β and weight of the pair where `data.columns` names them.
 
 margin                                             read
 chosen_score, rejected_score                       the margin is their difference
@@ -7,7 +7,7 @@ chosen_rating, rewards_rejected, {"score": …}, …   compared with the order o
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pe_dpo.data.pairs import RowError
 
@@ -54,6 +54,29 @@ def read_margin(row: Mapping[str, Any], names: Mapping[str, str]) -> float | Non
             better, worse = read(chosen), read(rejected)
             return None if better is None or worse is None else better - worse
     return None
+
+
+def read_pair_number(row: Mapping[str, Any], names: Mapping[str, str], column: Literal["beta", "weight"]) -> float | None:
+    """Return β or the weight of a pair, which every row has where `data.columns` names its column; None where it does not.
+
+    Args:
+        row: The columns, under our names.
+        names: From our names to those of the columns that `data.columns` maps.
+        column: Which of the two.
+
+    Raises:
+        RowError: There is no number, or one that neither can be.
+    """
+    if column not in names:
+        return None
+    number, least = _as_number(row.get(column)), "> 0" if column == "beta" else ">= 0"
+    if number is None or number < 0 or (column == "beta" and number == 0):
+        found = repr(row[column])[:60] if column in row else "missing"
+        raise RowError(
+            f"column '{names[column]}' is {found}; a finite number {least} is expected in every row, since "
+            f"data.columns.{column} names it"
+        )
+    return number
 
 
 def compare_scores(row: Mapping[str, Any]) -> tuple[list[float], set[str]]:

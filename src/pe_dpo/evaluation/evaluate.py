@@ -23,7 +23,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.judge import judge, open_scorer, prompts_as_written, win_rate
 from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logits
 from pe_dpo.inference.drift import Drift, Questions, measure_drift
-from pe_dpo.inference.pairs import pair_table, with_texts
+from pe_dpo.inference.pairs import pair_table, pair_terms, with_texts
 from pe_dpo.inference.policy import Kind, Policy, SavedPolicy, default_device, load_policy
 from pe_dpo.inference.reference import Caching, check_finite, open_reference
 from pe_dpo.inference.sampling import answer_text
@@ -313,8 +313,8 @@ class _Measuring:
         if self.reference is None:
             loss = loss.with_gamma(0.0)
             logger.info("no reference given (`base`): rewards and loss are those of gamma = 0")
-        margins = torch.tensor([pair.margin for pair in self.pairs], dtype=torch.float64)
-        scored = pair_table(self.pairs, policy, self.reference, loss(policy, self.reference, margins), loss)
+        out = loss(policy, self.reference, *pair_terms(self.pairs))
+        scored = pair_table(self.pairs, policy, self.reference, out, loss)
         if self.saved.recipe is not None and initial is not None:
             known = initial.with_initial(scored)
             scored = known or (scored.since(None) if self.recipe.policy_starts_as_reference else scored)

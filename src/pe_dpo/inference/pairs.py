@@ -10,7 +10,7 @@ import torch
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.sampling import answer_text, prompt_text
 from pe_dpo.metrics.table import Floats, PairTable, delta
-from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
+from pe_dpo.objective import Loss, PairLogprobs, PairTerms, PreferenceLoss
 
 
 def pair_table(
@@ -41,7 +41,27 @@ def pair_table(
         prompt_key=[pair.prompt_key for pair in pairs],
         **dict(zip(columns, numbers, strict=True)),
     )
-    return table if loss is None else replace(table, **{name: getattr(loss, name) for name in PairTable.SETTINGS})
+    if loss is None:
+        return table
+    terms = pair_terms(pairs)
+    return replace(
+        table,
+        **{name: getattr(loss, name) for name in PairTable.SETTINGS},
+        pair_beta=None if terms.beta is None else np.asarray(loss.beta_of_pairs(terms.beta)),
+        pair_weight=None if terms.weight is None else np.asarray(terms.weight),
+    )
+
+
+def pair_terms(pairs: Sequence[EncodedPair], device: torch.device | str | None = None) -> PairTerms:
+    """Return what the data give each pair beside its answers, as `Loss` takes it."""
+
+    def column(name: str) -> torch.Tensor | None:
+        numbers = [getattr(pair, name) for pair in pairs]
+        return None if None in numbers else torch.tensor(numbers, dtype=torch.float64, device=device)
+
+    margin = column("margin")
+    assert margin is not None, "every pair has a margin"
+    return PairTerms(margin, column("beta"), column("weight"))
 
 
 def with_texts(table: PairTable, pairs: Sequence[EncodedPair], tokenizer: Any) -> PairTable:

@@ -149,12 +149,16 @@ class PairTable(Table):
     score: Floats
     """z."""
     weight: Floats
-    """−∂loss/∂(β·log π(chosen)), see `objective.PreferenceLoss`."""
+    """−∂loss/∂(β·log π(chosen)), see `objective.PreferenceLoss`, with the loss's β and with the pair's weight."""
     chosen_reward: Floats
     rejected_reward: Floats
     initial_chosen: Floats | None = None
     """Log-probs of the policy at step 0; None where they are not known."""
     initial_rejected: Floats | None = None
+    pair_beta: Floats | None = None
+    """β of each pair, where the data give one in the place of the loss's; γ is κ times it."""
+    pair_weight: Floats | None = None
+    """What the loss of each pair is multiplied by, where the data say so."""
     prompt: Texts | None = None
     chosen: Texts | None = None
     rejected: Texts | None = None
@@ -203,11 +207,12 @@ class PairTable(Table):
         if self.reference_floor is None and self.rejected_weight == 1:
             return self.reward_margin
         assert self.beta is not None and self.gamma is not None, "a loss with a floor or a λ is known"
+        beta = self.beta if self.pair_beta is None else self.pair_beta
         if self.gamma == 0:
-            return self.beta * self.scored()
+            return beta * self.scored()
         reference = self.scored("reference")
         floored = reference if self.reference_floor is None else np.maximum(reference, self.reference_floor)
-        return self.beta * self.scored() - self.gamma * floored
+        return beta * self.scored() - self.gamma / self.beta * beta * floored
 
     def effective_margin(self, model: Model = "policy") -> Floats:
         """Return M, which Δπ has to reach: z >= 0 ⇔ Δπ >= M = (γ·max(Δ0, floor) + m)/β.
@@ -216,7 +221,7 @@ class PairTable(Table):
         """
         assert self.beta is not None, "the loss is known"
         rest = self.scored(model) - self.delta(model, per_token=self.reduce == "mean")
-        return self.scored() - self.score / self.beta - rest
+        return self.scored() - self.score / (self.beta if self.pair_beta is None else self.pair_beta) - rest
 
     def displacement(self, side: Literal["chosen", "rejected"]) -> Floats:
         """Return log π − log π0 of one answer of each pair."""

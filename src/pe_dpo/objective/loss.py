@@ -41,6 +41,17 @@ class PreferenceLoss(NamedTuple):
     pulled down λ times as hard."""
 
 
+class PairTerms(NamedTuple):
+    """What the data give each pair beside its answers, as `Loss` takes it: (B,) each."""
+
+    margin: Tensor
+    """Zeros without one."""
+    beta: Tensor | None = None
+    """In the place of the loss's, > 0; NaN, or None for all: the loss's."""
+    weight: Tensor | None = None
+    """What the loss of each pair is multiplied by, >= 0; None: 1."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """The coefficients of a loss, as a function of log-probs: `Loss(**recipe.loss.coefficients())(policy, reference, margin)`.
@@ -71,24 +82,38 @@ class Loss:
         """Return the same loss with another weight of the reference; without a reference its floor has no meaning and goes."""
         return replace(self, gamma=gamma, reference_floor=self.reference_floor if gamma else None)
 
-    def __call__(self, policy: PairLogprobs, reference: PairLogprobs | None, margin: Tensor) -> PreferenceLoss:
-        """Return the loss of pairs from their log-probs.
+    def beta_of_pairs(self, beta: Tensor | None) -> Tensor | float:
+        """Return the coefficient of the policy: of all pairs where none has its own, else of each, (B,)."""
+        return self.beta if beta is None else torch.where(beta.isnan(), self.beta, beta)
+
+    def __call__(
+        self,
+        policy: PairLogprobs,
+        reference: PairLogprobs | None,
+        margin: Tensor,
+        beta: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> PreferenceLoss:
+        """Return the loss of pairs from their log-probs; `weight` is in units of this loss's β, so that pairs' pulls compare.
 
         Args:
             policy: log-probs under π, with gradients in training; they have the lengths, too.
             reference: the same under π0; may be None if and only if gamma is 0.
             margin: of each pair, as the data have it, (B,); zeros without one.
+            beta: of each pair in the place of this loss's, (B,), NaN for this loss's; γ stays κ times it.
+            weight: of each pair, (B,): its loss is multiplied by it, the SFT term too. The mean over pairs stays one.
 
         Raises:
             ValueError: see `preference_loss`.
         """
-        return preference_loss(
+        own = self.beta_of_pairs(None if beta is None else beta.to(policy.chosen.dtype))
+        out = preference_loss(
             policy.chosen,
             policy.rejected,
             None if reference is None else reference.chosen,
             None if reference is None else reference.rejected,
-            beta=self.beta,
-            gamma=self.gamma,
+            beta=own,
+            gamma=self.gamma if beta is None or not self.gamma else self.gamma / self.beta * own,
             margin=self.margin,
             link=self.link,
             reduce=self.reduce,
@@ -102,6 +127,10 @@ class Loss:
             rejected_weight=self.rejected_weight,
             pair_margin=self.margin_scale * margin if self.margin_scale else None,
         )
+        if beta is None and weight is None:
+            return out
+        share = 1.0 if weight is None else weight.to(out.loss.dtype)
+        return out._replace(loss=share * out.loss, weight=share * out.weight * own / self.beta)
 
 
 def preference_loss(
@@ -110,8 +139,8 @@ def preference_loss(
     reference_chosen: Tensor | None = None,
     reference_rejected: Tensor | None = None,
     *,
-    beta: float = 0.1,
-    gamma: float | None = None,
+    beta: float | Tensor = 0.1,
+    gamma: float | Tensor | None = None,
     margin: float = 0.0,
     link: LinkName | Callable[[Tensor], Tensor] = "logistic",
     reduce: Reduce = "sum",
@@ -132,8 +161,8 @@ def preference_loss(
         policy_rejected: the same for the rejected answers.
         reference_chosen: the same under π0, without gradient; may be None if and only if gamma is 0.
         reference_rejected: the same under π0.
-        beta: coefficient of the policy, > 0.
-        gamma: coefficient of the reference, >= 0; None means beta, which is DPO.
+        beta: coefficient of the policy, > 0; of all pairs or of each, (B,), in the dtype of `policy_chosen`.
+        gamma: coefficient of the reference, >= 0, as beta; None means beta, which is DPO.
         margin: constant subtracted from the score.
         link: "logistic" −log σ(z), "hinge" max(0, −z) with subgradient 0 at z = 0, "squared" z², or any callable
             (B,) → (B,) that decreases where a pair should still be learned.
@@ -170,8 +199,8 @@ def preference_loss(
     tensors = {
         "policy_chosen": policy_chosen,
         "policy_rejected": policy_rejected,
-        "reference_chosen": reference_chosen if gamma != 0 else None,
-        "reference_rejected": reference_rejected if gamma != 0 else None,
+        "reference_chosen": reference_chosen,
+        "reference_rejected": reference_rejected,
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
         "pair_margin": pair_margin,
@@ -247,8 +276,8 @@ def _slopes(function: Callable[..., Tensor], at: Sequence[Tensor]) -> tuple[Tens
 
 
 def _check_coefficients(
-    beta: float,
-    gamma: float,
+    beta: float | Tensor,
+    gamma: float | Tensor,
     reduce: str,
     reference_floor: float | None,
     label_smoothing: float,
@@ -256,13 +285,13 @@ def _check_coefficients(
     sft_weight: float,
     rejected_weight: float,
 ) -> None:
-    if not beta > 0:
+    if not bool((torch.as_tensor(beta) > 0).all()):
         raise ValueError(f"beta is {beta}: it must be > 0")
-    if not gamma >= 0:
+    if not bool((torch.as_tensor(gamma) >= 0).all()):
         raise ValueError(f"gamma is {gamma}: it must be >= 0")
     if reduce not in get_args(Reduce):
         raise ValueError(f"reduce is {reduce!r}: expected {' or '.join(get_args(Reduce))}")
-    if reference_floor is not None and gamma == 0:
+    if reference_floor is not None and not bool(torch.as_tensor(gamma).any()):
         raise ValueError("reference_floor has no effect with gamma=0: drop it, or set gamma > 0")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}: it must lie in [0, 0.5)")
@@ -276,9 +305,11 @@ def _check_coefficients(
         raise ValueError("reference_floor bounds Δ0, which is not in the score with rejected_weight other than 1: drop one")
 
 
-def _alike(tensors: dict[str, Tensor | None], *, gamma: float, needs_lengths: bool) -> list[Tensor]:
+def _alike(tensors: dict[str, Tensor | None], *, gamma: float | Tensor, needs_lengths: bool) -> list[Tensor]:
     """The tensors in the dtype of the first, zeros for those that are neither given nor needed."""
-    if gamma != 0 and (tensors["reference_chosen"] is None or tensors["reference_rejected"] is None):
+    if not bool(torch.as_tensor(gamma).any()):
+        tensors |= {"reference_chosen": None, "reference_rejected": None}
+    elif tensors["reference_chosen"] is None or tensors["reference_rejected"] is None:
         raise ValueError(f"gamma is {gamma}: reference_chosen and reference_rejected are needed (only gamma=0 does without)")
     if needs_lengths and (tensors["chosen_lengths"] is None or tensors["rejected_lengths"] is None):
         raise ValueError("chosen_lengths and rejected_lengths are needed by reduce='mean', sft_weight and length_penalty")

@@ -1,5 +1,6 @@
 """A loss in words: its effective formula, κ = γ/β, and the published name that it equals."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from pe_dpo.links import link_named
@@ -23,11 +24,12 @@ class LossDescription(NamedTuple):
         return [f"loss    {self.formula}", f"κ = γ/β {kappa}", f"equals  {self.equals}", *self.notes]
 
 
-def describe(loss: LossSection) -> LossDescription:
+def describe(loss: LossSection, pair_columns: Collection[str] = ()) -> LossDescription:
     """Return the effective formula, κ, and the published name of a loss.
 
     Args:
         loss: a checked loss section; `Recipe.loss`, or `LossSection(preset="simpo")`.
+        pair_columns: which of beta and weight each pair has of its own, see `DataSection.pair_columns`.
     """
     names = [
         f"{preset.title} ({preset.source})"
@@ -50,24 +52,31 @@ def describe(loss: LossSection) -> LossDescription:
         notes.append("κ = 1: every pair starts with weight ½ and loss log 2")
     if loss.rejected_weight != 1 and not loss.label_smoothing:
         notes.append(f"a rejected answer is pulled down {loss.rejected_weight:g} times as hard as its chosen one is pulled up")
+    if "beta" in pair_columns:
+        notes.append(f"β is each pair's own, from its column, in the place of loss.beta {loss.beta:g}; γ is κ times it")
+    if "weight" in pair_columns:
+        notes.append("weight is each pair's own, from its column; a step is the mean over its pairs whatever their weights")
     return LossDescription(
-        formula=formula(loss),
+        formula=formula(loss, pair_columns),
         kappa=loss.kappa,
         equals="; ".join(names) if names else "no published loss by itself: a mixture of the terms above",
         notes=notes,
     )
 
 
-def formula(loss: LossSection) -> str:
-    """Return the loss with its numbers filled in."""
+def formula(loss: LossSection, pair_columns: Collection[str] = ()) -> str:
+    """Return the loss with its numbers filled in; β and a weight of each pair's own stay letters."""
     policy, reference = preference_names(loss.rejected_weight)
     delta = f"Δ = {_DELTA[loss.reduce]}"
     if loss.rejected_weight != 1:
         delta = delta.replace("Δ", "Δλ").replace("− ", f"− {loss.rejected_weight:g}·")
-    score = [f"{loss.beta:g}·{policy}"]
+    beta, gamma = f"{loss.beta:g}", "γ" if loss.is_calibrated else f"{loss.gamma_value:g}"
+    if "beta" in pair_columns:
+        beta, gamma = "β", "β" if loss.kappa == 1 else f"{loss.kappa:g}·β"
+    score = [f"{beta}·{policy}"]
     if loss.uses_reference:
         floored = reference if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
-        score.append(f"− {'γ' if loss.is_calibrated else f'{loss.gamma_value:g}'}·{floored}")
+        score.append(f"− {gamma}·{floored}")
     if loss.margin:
         score.append(f"{'−' if loss.margin > 0 else '+'} {abs(loss.margin):g}")
     if loss.margin_scale:
@@ -85,7 +94,9 @@ def formula(loss: LossSection) -> str:
             parts = [f"({1 - epsilon:g}·[{link}] − {epsilon:g}·[{swapped}]) / {1 - 2 * epsilon:g}"]
     if loss.sft_weight:
         parts.append(f"+ {loss.sft_weight:g}·NLL(chosen)/|chosen|")
-    return f"{' '.join(parts)},  z = {' '.join(score)},  {delta}"
+    whole = " ".join(parts)
+    whole = f"weight·({whole})" if "weight" in pair_columns else whole
+    return f"{whole},  z = {' '.join(score)},  {delta}"
 
 
 def preference_names(rejected_weight: float) -> tuple[str, str]:

@@ -20,7 +20,7 @@ OTHER_NAMES = {
     "dpo_lambda_strategy": "loss.rejected_weight stays what it is along the run (fixed); drop the key",
     "ld_alpha": "LD-DPO is not here; loss.length_penalty or loss.reduce: mean act on length",
     "f_divergence_type": "f-DPO is not here; the reverse KL is what the loss has",
-    "use_weighting": "WPO's weights are not here",
+    "use_weighting": "WPO's weights, which move with the policy, are not here; fixed ones are data.columns: {weight: NAME}",
     "reference_free": "loss.gamma: 0",
     "sync_ref_model": "the reference stays what it was (TR-DPO's moving one is not here)",
     "ref_model": "the reference is the base with adapters off (adapter.reference)",

@@ -20,10 +20,10 @@ MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings, in small letters, of initialisations that change the base weights, so that the reference is not the base."""
 
 Column = Literal[
-    "prompt", "chosen", "rejected", "margin", "system", "chosen_score", "rejected_score",
+    "prompt", "chosen", "rejected", "margin", "beta", "weight", "system", "chosen_score", "rejected_score",
     "instruction", "input", "history", "messages", "tools", "chat_template_kwargs", "winner",
 ]  # fmt: skip
-"""Names of columns of preference data that `data.columns` may map to a file's own."""
+"""Names of columns of preference data that `data.columns` may map to a file's own; beta and weight are read by a map alone."""
 
 
 Optimizer = Literal[
@@ -206,7 +206,9 @@ class DataSection(Section):
         None, description="Most tokens of prompt plus the longer answer; default: 2048, or the model's context if shorter."
     )
     columns: dict[Column, str] | None = Field(
-        None, description="Our name: the file's column name, for files in a shape of their own."
+        None,
+        description="Our name: the file's column name, for files in a shape of their own. {beta: NAME} gives each pair its own "
+        "β in the place of loss.beta, with γ in the same ratio to it; {weight: NAME} multiplies its loss.",
     )
     ignore: list[str] = Field(
         default_factory=list,
@@ -232,6 +234,15 @@ class DataSection(Section):
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
     bad_rows: Literal["error", "drop"] = "error"
     limit: Count | None = Field(None, description="Read only this many rows, for a try.")
+
+    @property
+    def pair_columns(self) -> tuple[str, ...]:
+        """Which of beta and weight the data give the pairs, in some place at least."""
+        places = list_sources(self.train) + (
+            [] if self.eval is None or isinstance(self.eval, float) else list_sources(self.eval)
+        )
+        named = {*(self.columns or {})}.union(*(place.columns or {} for place in places))
+        return tuple(name for name in ("beta", "weight") if name in named)
 
     @field_validator("train", "eval")
     @classmethod
@@ -387,6 +398,15 @@ class Recipe(Section):
             raise ValueError(
                 f"reference.policy: skip needs loss.gamma 0, and it is {gamma}: the loss is made of the reference's log-probs; "
                 "set reference.policy: auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _calibrated_gamma_has_one_beta(self) -> "Recipe":
+        if self.loss.is_calibrated and "beta" in self.data.pair_columns:
+            raise ValueError(
+                f"loss.gamma: {self.loss.gamma} finds one number, and with data.columns.beta each pair has a γ in a fixed "
+                "ratio to its own β; write a multiple of beta such as 1x"
             )
         return self
 

@@ -358,7 +358,7 @@ def _preference_scatters(run: Run, pairs: PairTable) -> list[Plot]:
         floored = values if loss.reference_floor is None else np.maximum(values, loss.reference_floor)
         return kappa * np.asarray(floored, dtype=np.float64)
 
-    differ = bool(loss.margin_scale or loss.length_penalty or loss.rejected_weight != 1)
+    differ = bool(loss.margin_scale or loss.length_penalty or loss.rejected_weight != 1 or pairs.pair_beta is not None)
     note = " Margins differ between pairs; the line is that of the median margin." if differ else ""
     floored = "Δ0" if loss.reference_floor is None else f"max(Δ0, {loss.reference_floor:g})"
     xlim = padded(reference)

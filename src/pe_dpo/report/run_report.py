@@ -127,7 +127,7 @@ def _describe_sides(found: dict[str, float], pairs: int, *, per_token: bool) -> 
 def _trained_section(run: Run, info: RunInfo) -> PageSection:
     """What was trained on what, and how."""
     recipe, settings = run.recipe, run.recipe.train
-    loss, pairs, base = info.loss or describe(recipe.loss)._asdict(), info.pairs, info.base
+    loss, pairs, base = info.loss or describe(recipe.loss, recipe.data.pair_columns)._asdict(), info.pairs, info.base
     further = info.model_extra or {}
     versions = further.get("versions", {})
     adapter = f"LoRA, rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}, dropout {recipe.adapter.dropout:g}"

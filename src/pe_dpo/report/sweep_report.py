@@ -73,7 +73,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
 
 def _plan_section(sweep: SweepRecord) -> PageSection:
     recipe = sweep.recipe
-    loss = describe(recipe.loss)
+    loss = describe(recipe.loss, recipe.data.pair_columns)
     info = sweep.finished[0].info if sweep.finished else RunInfo()
     pairs, versions = info.pairs, (info.model_extra or {}).get("versions", {})
     turned: dict[str, list[str]] = {}

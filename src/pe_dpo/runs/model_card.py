@@ -64,7 +64,7 @@ def training_sections(
     if after:
         rows = [f"| {' | '.join(row)} |" for row in headline_rows(before, after)]
         table = [f"{int(after['pairs'])} pairs; 95 % Wilson intervals.", "", "| | before | after |", "|---|---|---|", *rows]
-    loss = ["## Loss", "", *(f"- {line}" for line in describe(recipe.loss).lines()), ""]
+    loss = ["## Loss", "", *(f"- {line}" for line in describe(recipe.loss, recipe.data.pair_columns).lines()), ""]
     return [
         *loss,
         *between,

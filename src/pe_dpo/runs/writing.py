@@ -157,7 +157,7 @@ class RunWriter:
                 "base_sha256": hashes["base"],
                 "run_in_training": recipe.loss.gamma_value != 0,
             },
-            loss=describe(recipe.loss)._asdict(),
+            loss=describe(recipe.loss, recipe.data.pair_columns)._asdict(),
             pairs=dict(pairs),
         )
 

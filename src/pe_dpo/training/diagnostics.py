@@ -25,7 +25,9 @@ def diagnose_scale(recipe: Recipe, first: PairTable, *, of: str) -> list[str]:
     """
     if not first.has_reference or len(first) < 2 or recipe.loss.gamma_value == 0:
         return []
-    spread, (_, what) = float(first.scored("reference").std(ddof=1)), preference_names(recipe.loss.rejected_weight)
+    in_score = first.scored("reference") * (1 if first.pair_beta is None else first.pair_beta / recipe.loss.beta)
+    spread, (_, what) = float(in_score.std(ddof=1)), preference_names(recipe.loss.rejected_weight)
+    what = what if first.pair_beta is None else f"βᵢ/β·{what}"
     delta = (recipe.loss.gamma_value - recipe.loss.beta) * spread
     if abs(delta) <= 1:
         return []

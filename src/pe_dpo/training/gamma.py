@@ -7,12 +7,12 @@ recipe: gamma: auto ── log-probs of the training pairs ── γ ──► r
 import logging
 from collections.abc import Sequence
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from pe_dpo.audit.calibration import Calibration, calibrate_loss
 from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.inference.pairs import pair_terms
 from pe_dpo.inference.reference import Reference, check_finite
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, warnings, with_gamma
@@ -43,8 +43,7 @@ def find_gamma(recipe: Recipe, reference: Reference, pairs: Sequence[EncodedPair
     PartialState().wait_for_everyone()
     logprobs = reference.logprobs(pairs)
     check_finite(logprobs, pairs)
-    margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
-    found = calibrate_loss(recipe.loss, logprobs, margins, [pair.prompt_key for pair in pairs])
+    found = calibrate_loss(recipe.loss, logprobs, pair_terms(pairs), [pair.prompt_key for pair in pairs])
     found = broadcast_object_list([found])[0]
     recipe = with_gamma(recipe, found.gamma)
     interval = "" if found.interval is None else " (95 %: {:.3g} to {:.3g})".format(*found.interval)

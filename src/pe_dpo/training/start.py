@@ -8,6 +8,7 @@ import torch
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, TrainingError
+from pe_dpo.inference.pairs import pair_terms
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import as_reference
@@ -73,12 +74,13 @@ def check_start(
             f"before training, policy and reference differ by {difference:.3g} nats on one batch, so the reference is not the "
             "model that training starts from. Load the base unchanged and give the adapter B = 0, or name adapter.reference"
         )
-    margins = torch.tensor([pair.margin for pair in batch], dtype=torch.float64, device=scorer.device)
-    out = loss(policy, reference, margins)
+    terms = pair_terms(batch, scorer.device)
+    out = loss(policy, reference, *terms)
     if not out.loss.isfinite().all():
         bad = [pair.where for pair, finite in zip(batch, out.loss.isfinite().tolist(), strict=True) if not finite]
         raise TrainingError(f"before training, the loss is not finite for {', '.join(bad[:5])}; look at these rows")
-    if not out.weight.any() and not out.score.any() and loss.sft_weight == 0:
+    counts = terms.weight is None or bool(terms.weight.any())
+    if counts and not out.weight.any() and not out.score.any() and loss.sft_weight == 0:
         raise TrainingError(
             f"before training, all {len(batch)} pairs have score 0 and pull with weight 0: with link {loss.link} "
             "nothing would ever be learned; set loss.margin > 0, or gamma different from beta"

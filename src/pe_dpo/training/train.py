@@ -130,7 +130,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     Raises:
         RecipeError: a tracker is not known or not installed, or an optimizer or a schedule cannot be made.
         ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
-        DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one.
+        DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one, or all have weight 0.
     """
     from transformers.integrations import get_available_reporting_integrations
 
@@ -140,7 +140,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
         found = ", ".join(sorted(available)) or "none"
         raise RecipeError(f"train.report_to: {unknown[0]} is not known or not installed; installed trackers: {found}")
     check_optimizer(recipe)
-    for line in describe(recipe.loss).lines():
+    for line in describe(recipe.loss, recipe.data.pair_columns).lines():
         logger.info(line)
     for line in warnings(recipe):
         logger.warning(line)
@@ -153,6 +153,8 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
             f"{describe_sources(recipe.data.train)}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a "
             "margin; name its column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
         )
+    if all(pair.weight == 0 for pair in prepared.data.train):
+        raise DataError(f"{describe_sources(recipe.data.train)}: all pairs have weight 0, so that nothing would be learned")
     prepared.data.report.tell(logger)
     for line in mixout_warnings(recipe, prepared.base, total_steps(recipe, prepared.data)):
         logger.warning(line)

@@ -27,7 +27,7 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import OutOfMemory, TrainingError, UsageError
 from pe_dpo.inference.drift import measure_drift
 from pe_dpo.inference.logprobs import concatenate
-from pe_dpo.inference.pairs import pair_table, with_texts
+from pe_dpo.inference.pairs import pair_table, pair_terms, with_texts
 from pe_dpo.inference.reference import Reference
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
@@ -189,8 +189,7 @@ class PairTrainer(Trainer):
         if self.loss.needs_reference:  # first, while no activations of the policy lie in memory
             reference = PairLogprobs(*(field.to(device) for field in self.reference.logprobs(pairs)))
         policy = self.scorer.logprobs(model, pairs)
-        margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64, device=device)
-        out = self.loss(policy, reference, margins)
+        out = self.loss(policy, reference, *pair_terms(pairs, device))
         table = pair_table(pairs, policy, reference, out, self.loss)
         if not np.isfinite(table.loss).all():
             bad = [where for where, loss in zip(table.where, table.loss, strict=True) if not np.isfinite(loss)]
@@ -260,8 +259,7 @@ class PairTrainer(Trainer):
     def score_monitored(self, policy: PairLogprobs | None = None) -> PairTable:
         """Return the monitored pairs as policy (if not given) and reference score them now."""
         policy = self.score_model() if policy is None else policy
-        margins = torch.tensor([pair.margin for pair in self.monitored], dtype=torch.float64)
-        out = self.loss(policy, self.monitored_reference, margins)
+        out = self.loss(policy, self.monitored_reference, *pair_terms(self.monitored))
         table = pair_table(self.monitored, policy, self.monitored_reference, out, self.loss)
         return table if self.first is None else table.since(self.first)
 
