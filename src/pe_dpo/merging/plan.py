@@ -6,6 +6,7 @@ unties them: the other keeps the base's values, and the merged model has two ten
 
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,6 @@ import torch
 from pe_dpo.errors import ModelError
 from pe_dpo.merging.source import Source
 from pe_dpo.model.adapter_files import Change
-from pe_dpo.model.base import empty_model
 from pe_dpo.model.fingerprint import config_fingerprint
 from pe_dpo.model.provenance import changed_files
 from pe_dpo.model.tensor_files import TensorInfo
@@ -69,24 +69,23 @@ class Plan:
             for name, change in adapter.changes.items()
         }
         head_change = _untie(changes, source, names) if names.is_tied else None
-        places = {names.in_files(name): name for name in changes}
-        for place, name in places.items():
-            if place not in files:
+        for name, change in changes.items():
+            if names.in_files(name) is None:
                 raise ModelError(
-                    f"{adapter.folder}: {changes[name].keys[0]} is for {name}, which {files.folder} does not have: it is not "
-                    "the adapter's base, or its files name their tensors otherwise than its modules; use `onto` adapter"
+                    f"{adapter.folder}: {change.keys[0]} is for {name}, which {files.folder} does not have as a tensor of its "
+                    "own: it is not the adapter's base, or that is of a kind that cannot be merged; use `onto` adapter"
                 )
         self.tensors: list[PlannedTensor] = []
-        for tensor in files:
-            if names.is_tied and tensor.name == names.head:
+        head_in_files = names.head and names.in_files(names.head)
+        for tensor in names.in_order():
+            if names.is_tied and tensor.name == head_in_files:
                 continue  # transformers ignores it
-            long = f"{names.prefix}.{tensor.name}"
-            is_short = tensor.name not in names.tensors and long in names.tensors
-            module_name = places.get(tensor.name, long if is_short else tensor.name)
+            module_name = source.layout.module_of.get(tensor.name, tensor.name)
             self._add(tensor, tensor.name, module_name, changes.get(module_name), names)
         self.config_changes: dict[str, Any] = {} if names.is_tied else {"tie_word_embeddings": False}
-        if head_change is not None and names.head is not None:
-            self._add(files.info(names.in_files(names.embedding)), names.head, names.embedding, head_change, names)
+        embedding_in_files = names.in_files(names.embedding)
+        if head_change is not None and names.head is not None and embedding_in_files is not None:
+            self._add(files.info(embedding_in_files), names.head, names.embedding, head_change, names)
             self.config_changes["tie_word_embeddings"] = False
         used = [key for planned in self.tensors if planned.change for key in planned.change.keys]
         # Each once; a whole tensor may serve embedding and head, or be there twice with equal values.
@@ -203,8 +202,8 @@ class _BaseNames:
     def __init__(self, source: Source) -> None:
         from transformers.pytorch_utils import Conv1D
 
-        facts, self._files = source.facts, source.files
-        model = empty_model(facts.base, facts.config)
+        facts, model = source.facts, source.modules
+        self._files, self._layout = source.files, source.layout
         self.transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
         """Weights that lie (in, out) in their files."""
         if self.transposed and facts.quantize != "none":
@@ -213,21 +212,45 @@ class _BaseNames:
                 "files; that cannot be merged, use `onto` adapter"
             )
         self.parameters = {name for name, _ in model.named_parameters()}
-        self.tensors = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-        self.prefix = model.base_model_prefix
         by_module = {id(module): name for name, module in model.named_modules()}
         head = model.get_output_embeddings()
         self.embedding = f"{by_module[id(model.get_input_embeddings())]}.weight"
         self.head = None if head is None else f"{by_module[id(head)]}.weight"
         self.is_tied = bool(facts.config.get_text_config().tie_word_embeddings)
-        if self.is_tied and self.head is not None and {self.head, self.embedding} <= {tensor.name for tensor in self._files}:
+        both = [self.in_files(name) for name in (self.embedding, self.head) if name is not None]
+        if self.is_tied and len(both) == 2 and both[0] is not None and both[1] is not None:
             # transformers does not tie two that differ, whatever it was told.
-            self.is_tied = torch.equal(self._files.read(self.embedding), self._files.read(self.head))
+            self.is_tied = torch.equal(self._files.read(both[0]), self._files.read(both[1]))
 
-    def in_files(self, name: str) -> str:
-        """Return the files' name of a tensor: its module's, or that with or without the prefix of the bare model."""
-        short = name.removeprefix(f"{self.prefix}.")
-        return next((known for known in (name, short, f"{self.prefix}.{name}") if known in self._files), name)
+    def in_files(self, name: str) -> str | None:
+        """Return the files' name of a tensor; None where they have no such one, or in parts."""
+        found = [] if self._layout.is_assembled(name) else self._layout.files_of(name)
+        return found[0] if len(found) == 1 else None
+
+    def in_order(self) -> Iterator[TensorInfo]:
+        """Yield all tensors of the files, those that make one of the modules together.
+
+        Raises:
+            ModelError: they could not be told from that again.
+        """
+        done: set[str] = set()
+        for name in self._files.file_of:
+            whole = self._layout.module_of.get(name, name)
+            if name in done or not self._layout.is_assembled(whole):
+                if name not in done:
+                    yield self._files.info(name)
+                continue
+            parts = {part: self._files.info(part) for part in self._layout.files_of(whole)}
+            empty = {part: torch.empty(info.shape, dtype=info.dtype, device="meta") for part, info in parts.items()}
+            try:
+                back = self._layout.take_apart(whole, self._layout.assemble(whole, empty.__getitem__))
+                is_same = all(back[part].shape == empty[part].shape for part in parts)
+            except ValueError as error:
+                raise ModelError(f"{self._files.folder}: {error}, so that it cannot be merged; use `onto` adapter") from error
+            if not is_same:
+                raise ModelError(f"{self._files.folder}: {whole} comes apart in other shapes; it cannot be merged")
+            yield from parts.values()
+            done |= parts.keys()
 
     def recorded_as(self, module_name: str) -> str:
         """Return the name of a tensor among fingerprints, which have tied tensors once, under the first of their names."""

@@ -33,6 +33,7 @@ from pe_dpo.inference.policy import SavedPolicy
 from pe_dpo.model.adapter_config import REFERENCE, expected_tensors, trained_folder
 from pe_dpo.model.adapter_files import AdapterFiles, save_fused_adapter, save_scaled_adapter
 from pe_dpo.model.base import BaseInfo, empty_model, end_token_ids, inspect_base
+from pe_dpo.model.layout import Layout
 from pe_dpo.model.provenance import adapter_fingerprints, base_folder, changed, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.weight_files import weight_files
 from pe_dpo.quantizations import Quantization
@@ -144,6 +145,10 @@ class Source:
         self.base_folder = base_folder(onto.base, onto.revision)
         self.files = weight_files(self.base_folder)
         """The base's weights that are merged onto."""
+        self.modules = empty_model(self.facts.base, self.facts.config)
+        """The base without weights."""
+        self.layout = Layout(self.modules, self.files.file_of)
+        """What these are in the modules."""
 
     def _check_quantize(self, quantize: str | None) -> None:
         """Check that one of training's record and the caller says how the base was loaded, and not each something else."""

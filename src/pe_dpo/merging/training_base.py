@@ -30,6 +30,8 @@ class TrainingBase:
     ) -> None:
         self.source, self.device = source, device
         self.quantized_layers, self.fingerprints = frozenset(quantized_layers), fingerprints
+        self._apart: tuple[str, dict[str, Tensor]] = "", {}
+        """The last tensor of the modules that several of the files make, and these, as training had it."""
 
     @classmethod
     def from_record(cls, source: Source, onto: Onto) -> "TrainingBase":
@@ -61,8 +63,16 @@ class TrainingBase:
         Raises:
             ModelError: this is not the tensor of training.
         """
+        whole, layout = planned.module_name, self.source.layout
+        if not layout.is_assembled(whole):
+            return self._as_trained(planned, self.source.files.read(planned.source), onto)
+        if self._apart[0] != whole:
+            made = layout.assemble(whole, self.source.files.read)
+            self._apart = whole, layout.take_apart(whole, self._as_trained(planned, made, onto))
+        return self._apart[1][planned.source]
+
+    def _as_trained(self, planned: PlannedTensor, stored: Tensor, onto: Onto) -> Tensor:
         files, quantize, dtype = self.source.files, self.source.facts.quantize, self.source.facts.dtype
-        stored = files.read(planned.source)
         codes: Any = None
         if isinstance(files, FourBitFiles) and files.has_codes(planned.source):
             codes = files.codes(planned.source, dtype)

@@ -23,8 +23,8 @@ from pe_dpo.model.adapter import POLICY, acting, add_finished_adapter
 from pe_dpo.model.adapter_config import REFERENCE
 from pe_dpo.model.base import BaseInfo, compute_in, inspect_base, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprints
-from pe_dpo.model.provenance import changed
-from pe_dpo.model.quantization import add_rounding_noise, check_weights_unpacked, four_bit_layers
+from pe_dpo.model.provenance import changed, quantized_names
+from pe_dpo.model.quantization import add_rounding_noise, check_weights_unpacked
 from pe_dpo.quantizations import is_four_bit
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Unmerged:
     def __init__(self, source: Source, facts: BaseInfo, *, dtype: torch.dtype) -> None:
         device = device_for(facts)
         model: Any = load_base(facts, device=device)
-        layers = [name for name, _ in four_bit_layers(model)]
+        layers = quantized_names(model)
         self.scale = source.scale
         self.base = TrainingBase(source, layers, parameter_fingerprints(model), device)
         """As it was just loaded."""

@@ -13,8 +13,14 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
-from pe_dpo.model.quantization import four_bit_layers, keep_weights_unpacked, quantization_config, stored_quantization
-from pe_dpo.quantizations import Quantization
+from pe_dpo.model.quantization import (
+    four_bit_experts,
+    four_bit_layers,
+    keep_weights_unpacked,
+    quantization_config,
+    stored_quantization,
+)
+from pe_dpo.quantizations import Quantization, is_four_bit
 
 Quantize = Quantization | Literal["auto"]
 
@@ -146,6 +152,11 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
     """
     from transformers import AutoModelForCausalLM
 
+    how = {} if info.is_prequantized else {"quantization_config": quantization_config(info.quantize, info.dtype)}
+    if is_four_bit(info.quantize) and not info.is_prequantized:
+        from pe_dpo.model.experts import with_experts
+
+        how["quantization_config"] = with_experts(how["quantization_config"])
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             info.base,
@@ -155,7 +166,7 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
             device_map={"": device},
             output_loading_info=True,
             trust_remote_code=False,
-            **({} if info.is_prequantized else {"quantization_config": quantization_config(info.quantize, info.dtype)}),
+            **how,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unusable(info.base, "cannot be loaded: ", error) from error
@@ -170,6 +181,10 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
     if info.is_prequantized:  # transformers leaves all as it lies in the files
         compute_in(model, info.dtype, keep_float32=True)
     keep_weights_unpacked(model)
+    if is_four_bit(info.quantize):
+        from pe_dpo.model.experts import compute_from_codes
+
+        compute_from_codes(model)
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name):
@@ -201,6 +216,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype, *, keep_float32: bool = Fal
     """
     for _, layer in four_bit_layers(model):
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+    for _, experts, name in four_bit_experts(model):
+        getattr(experts, name).quant_state.dtype = dtype
     for name, parameter in model.named_parameters():
         is_kept = keep_float32 and parameter.dtype == torch.float32
         if parameter.is_floating_point() and "lora_" not in name and not is_kept:

@@ -23,7 +23,7 @@ from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable
 from pe_dpo.model.base import BaseInfo
 from pe_dpo.model.fingerprint import config_fingerprint, file_fingerprints, parameter_fingerprints, plain_name
-from pe_dpo.model.quantization import four_bit_layers
+from pe_dpo.model.quantization import four_bit_experts, four_bit_layers
 from pe_dpo.recipe.schema import AdapterSection
 
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -74,13 +74,18 @@ def base_record(model: nn.Module, info: BaseInfo, tokenizer: Any) -> dict[str, A
         "dtype": str(info.dtype).removeprefix("torch."),
         "device": next(model.parameters()).device.type,
         "parameters": info.parameters,
-        "quantized_layers": [plain_name(name) for name, _ in four_bit_layers(model)],
+        "quantized_layers": quantized_names(model),
         "config": config_fingerprint(info.config),
         "files": file_fingerprints(folder, _weight_files(folder), believe_names=True),
         "tensors": parameter_fingerprints(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat_template": template_fingerprint(tokenizer),
     }
+
+
+def quantized_names(model: nn.Module) -> list[str]:
+    """Return which layers of a loaded base are 4-bit, and which parameters of experts, by their names without PEFT."""
+    return [plain_name(one[0]) for one in (*four_bit_layers(model), *four_bit_experts(model))]
 
 
 def changed_files(record: Mapping[str, Any], folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ Their names: `pe_dpo.quantizations`.
 
 from collections.abc import Iterator, Mapping
 from copy import copy
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,9 @@ def add_rounding_noise(model: nn.Module, dtype: torch.dtype, *, seed: int = 0) -
         plain.weight = nn.Parameter(values, requires_grad=False)
         plain.bias = layer.bias
         model.set_submodule(name, plain)
+    for _, experts, name in list(four_bit_experts(model)):
+        values = dequantized(getattr(experts, name)).to(dtype).float()
+        setattr(experts, name, nn.Parameter(values, requires_grad=False))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or "lora_" in name:
@@ -155,6 +158,42 @@ def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             yield name, module
+
+
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+"""What transformers calls the parameters of a layer's experts, (experts, out, in) or (experts, in, out)."""
+
+
+def is_expert_weight(model: Any, name: str) -> bool:
+    """Return whether a parameter holds the weights of all experts of a layer, in a class that computes through transformers'
+    interface of experts."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return leaf in EXPERT_WEIGHTS and hasattr(module, "has_gate") and getattr(module, leaf).dim() == 3
+
+
+def four_bit_experts(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Yield name, module and attribute of every parameter of experts that is 4-bit codes."""
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return
+    for path, module in model.named_modules():
+        for name in EXPERT_WEIGHTS:
+            if hasattr(module, "has_gate") and hasattr(getattr(module, name, None), "quant_state"):
+                yield f"{path}.{name}", module, name
+
+
+def four_bit_name(settings: Any) -> FourBit:
+    """Return the name of what bitsandbytes' settings for 4 bits make."""
+    name = f"{settings.bnb_4bit_quant_type}{'' if settings.bnb_4bit_use_double_quant else '-single'}"
+    return cast(FourBit, name)
+
+
+def values_in(parameter: Any, dtype: torch.dtype) -> Tensor:
+    """Return the values that 4-bit codes stand for, rounded to the dtype that is computed in."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    values: Tensor = dequantize_4bit(parameter.data, parameter.quant_state)
+    return values.to(dtype)
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
