@@ -229,7 +229,7 @@ def test_a_value_that_looks_like_an_option_is_not_counted(pe_dpo, recipe_file, t
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["nowhere"], ("nowhere: no such folder; name a run, an adapter or a model on disk",)),
-    (["RUN", "--quantize", "int3"], ("--quantize int3: write nf4, nf4-single, int8 or none",)),
+    (["RUN", "--quantize", "int3"], ("--quantize int3: write nf4, nf4-single, fp4, fp4-single, int8 or none",)),
     (["BASE"], ("is not a run folder, so there are no held-out pairs of its own; name them with --data",)),
     (["EMPTY", "--data", "PAIRS"], ("is neither a run (run.json), an adapter (adapter_config.json) nor a model",)),
 ])  # fmt: skip

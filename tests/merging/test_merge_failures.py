@@ -572,7 +572,7 @@ def test_an_int8_run_onto_its_codes_is_refused_with_the_reason(tiny_recipe: Call
         (("--onto", "dequantised"), "dequantized, original, adapter"),
         (("--dtype", "float16"), "auto, bf16, fp16, fp32"),
         (("--rounding", "up"), "auto, nearest, stochastic"),
-        (("--quantize", "4bit"), "nf4, nf4-single, int8, none"),
+        (("--quantize", "4bit"), "nf4, nf4-single, fp4, fp4-single, int8, none"),
         (("--pairs", "-1"), "--pairs"),
     ],
 )

@@ -108,7 +108,7 @@ MALFORMED = [
     ('output: "a\\0b"', "1: output", "holds a NUL character, which no path can have"),
     # not one of the words
     ("loss: {link: exponential}", "1: loss.link", "input should be 'logistic', 'hinge' or 'squared'"),
-    ("model: {base: b, quantize: nf5}", "1: model.quantize", "input should be 'auto', 'nf4', 'nf4-single', 'int8' or 'none'"),
+    ("model: {base: b, quantize: nf5}", "1: model.quantize", "'nf4', 'nf4-single', 'fp4', 'fp4-single', 'int8' or 'none'"),
     ("model: {base: b, dtype: float16}", "1: model.dtype", "input should be 'auto', 'float32' or 'bfloat16'"),
     ("data: {train: d, overlong: cut}", "1: data.overlong", "input should be 'drop', 'truncate_prompt' or 'error'"),
     ("train: {optimizer: adam}", "1: train.optimizer", "found 'adam'; input should be 'adamw_torch'"),

@@ -56,9 +56,12 @@ def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
 def parameter_fingerprints(model: nn.Module) -> dict[str, str]:
     """Return sha256 (hex) of each parameter and persistent buffer, codes and scales of a quantized one taken together."""
     whole: dict[str, dict[str, str]] = {}
-    for name, value in tensor_fingerprints(model).items():
-        head, weight, part = name.partition(".weight.")
-        whole.setdefault(f"{head}.weight" if weight else name, {})[part] = value
+    found = tensor_fingerprints(model)
+    for name, value in found.items():
+        steps = name.split(".")
+        owners = (".".join(steps[:count]) for count in range(len(steps) - 1, 0, -1))
+        owner = next((owner for owner in owners if owner in found), name)
+        whole.setdefault(owner, {})[name.removeprefix(owner).removeprefix(".")] = value
     return {name: _of_parts(parts) for name, parts in whole.items()}
 
 
