@@ -74,7 +74,7 @@ class TrainingBase:
     def _as_trained(self, planned: PlannedTensor, stored: Tensor, onto: Onto) -> Tensor:
         files, quantize, dtype = self.source.files, self.source.facts.quantize, self.source.facts.dtype
         codes: Any = None
-        if isinstance(files, FourBitFiles) and files.has_codes(planned.source):
+        if isinstance(files, FourBitFiles) and planned.source in files.parts:
             codes = files.codes(planned.source, dtype)
         elif is_four_bit(quantize) and planned.module_name.removesuffix(".weight") in self.quantized_layers:
             codes = quantized_parameter(stored.to(dtype), quantize, device=self.device)

@@ -153,10 +153,11 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
     from transformers import AutoModelForCausalLM
 
     how = {} if info.is_prequantized else {"quantization_config": quantization_config(info.quantize, info.dtype)}
-    if is_four_bit(info.quantize) and not info.is_prequantized:
-        from pe_dpo.model.experts import with_experts
+    makes_codes = is_four_bit(info.quantize) and not info.is_prequantized
+    if makes_codes:
+        from pe_dpo.model.experts import METHOD
 
-        how["quantization_config"] = with_experts(how["quantization_config"])
+        how["quantization_config"].quant_method = METHOD  # under which experts are quantized, too
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             info.base,
@@ -181,10 +182,8 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
     if info.is_prequantized:  # transformers leaves all as it lies in the files
         compute_in(model, info.dtype, keep_float32=True)
     keep_weights_unpacked(model)
-    if is_four_bit(info.quantize):
-        from pe_dpo.model.experts import compute_from_codes
-
-        compute_from_codes(model)
+    if makes_codes and any(True for _ in four_bit_experts(model)):
+        model.set_experts_implementation(METHOD)
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name):

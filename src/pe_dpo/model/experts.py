@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from pe_dpo.model.quantization import four_bit_experts, four_bit_name, is_expert_weight, quantized_parameter, values_in
+from pe_dpo.model.quantization import four_bit_name, is_expert_weight, quantized_parameter, values_in
 
 METHOD = "pe_dpo_with_experts"
 """Under which transformers finds the way of loading and of computing below."""
@@ -71,15 +71,3 @@ def _forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
 
 
 ALL_EXPERTS_FUNCTIONS.register(METHOD, _forward)
-
-
-def with_experts(settings: Any) -> Any:
-    """Return bitsandbytes' settings for 4 bits so that experts are quantized too."""
-    settings.quant_method = METHOD
-    return settings
-
-
-def compute_from_codes(model: Any) -> None:
-    """Let the layers of a loaded model whose experts are codes compute with their values."""
-    if any(True for _ in four_bit_experts(model)):
-        model.set_experts_implementation(METHOD)

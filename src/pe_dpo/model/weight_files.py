@@ -8,7 +8,7 @@ pytorch_model.bin                  BinFiles, without running anything that lies 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -63,21 +63,16 @@ class _CodedFiles(TensorFiles):
 
     Args:
         folder: with model.safetensors, or shards and their index.
-        parts: of each tensor that is made of codes, by the name that it has in the model.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
-        self.parts = self._find_parts()
-        """Names in the files of all that a tensor with codes is made of, by its own."""
-        taken = {part for parts in self.parts.values() for part in parts}
-        self._files = dict(self.file_of)
-        self.file_of = {name: file for name, file in self._files.items() if name not in taken}
-        self.file_of |= {name: self._files[parts[0]] for name, parts in self.parts.items()}
+    parts: Mapping[str, list[str]]
+    """Names in the files of all that a tensor with codes is made of, by its own."""
 
-    def has_codes(self, name: str) -> bool:
-        """Return whether a tensor is stored as codes."""
-        return name in self.parts
+    def _hold(self, parts: Mapping[str, list[str]]) -> None:
+        taken = {part for names in parts.values() for part in names}
+        self.parts, self._files = parts, dict(self.file_of)
+        self.file_of = {name: file for name, file in self._files.items() if name not in taken}
+        self.file_of |= {name: self._files[names[0]] for name, names in parts.items()}
 
     def stored(self, part: str) -> Tensor:
         """Return a tensor of the files as it lies there, on the CPU."""
@@ -88,42 +83,18 @@ class _CodedFiles(TensorFiles):
         except (OSError, ValueError) as error:
             raise ModelError(f"{self._files[part]}: {part} cannot be read: {error}") from error
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor, on the CPU, as it is stored; of codes the values that they stand for, float32."""
-        return self._values(name) if self.has_codes(name) else super().read(name)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return name, shape and dtype of a tensor; of codes, what the values that they stand for are best kept in.
-
-        Raises:
-            ModelError: what the codes stand for is not said in the file, or not in a way that is known.
-        """
-        return self._coded_info(name) if self.has_codes(name) else super().info(name)
-
-    def _find_parts(self) -> dict[str, list[str]]:
-        raise NotImplementedError
-
-    def _values(self, name: str) -> Tensor:
-        raise NotImplementedError
-
-    def _coded_info(self, name: str) -> TensorInfo:
-        raise NotImplementedError
-
-    def _shape(self, part: str) -> tuple[int, ...]:
-        with safe_open(self._files[part], framework="pt") as opened:
-            return tuple(opened.get_slice(part).get_shape())
-
 
 class FourBitFiles(_CodedFiles):
     """Codes of 4 bits as bitsandbytes saves them; see its `QuantState.as_dict`."""
 
-    def _find_parts(self) -> dict[str, list[str]]:
-        found = {name.partition(_STATE)[0]: [name] for name in self.file_of if _STATE in name}
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        parts = {name.partition(_STATE)[0]: [name] for name in self.file_of if _STATE in name}
         for name in self.file_of:
             owner = f"{name.partition('.weight')[0]}.weight"
-            if owner in found and name not in found[owner]:
-                found[owner].append(name)
-        return found
+            if owner in parts and name not in parts[owner]:
+                parts[owner].append(name)
+        self._hold(parts)
 
     def codes(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
         """Return the 4-bit parameter that loading makes of a tensor.
@@ -136,10 +107,18 @@ class FourBitFiles(_CodedFiles):
         scales = {part.removeprefix(f"{name}."): self.stored(part) for part in self.parts[name] if part != name}
         return stored_parameter(self.stored(name), scales, dtype, device=device)
 
-    def _values(self, name: str) -> Tensor:
-        return dequantized(self.codes(name, torch.float32))
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU, as it is stored; of codes the values that they stand for, float32."""
+        return dequantized(self.codes(name, torch.float32)) if name in self.parts else super().read(name)
 
-    def _coded_info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> TensorInfo:
+        """Return name, shape and dtype of a tensor; of codes, those of the weight that they were made of.
+
+        Raises:
+            ModelError: the file does not say these.
+        """
+        if name not in self.parts:
+            return super().info(name)
         state = self.parts[name][0]
         try:
             return TensorInfo(name, *coded_shape(self.stored(state)))
@@ -156,45 +135,57 @@ class Fp8Files(_CodedFiles):
     """
 
     def __init__(self, folder: str | Path, block: list[int] | None) -> None:
-        self.block = block
         super().__init__(folder)
-
-    def _find_parts(self) -> dict[str, list[str]]:
-        found = {}
+        self.block, parts = block, {}
         for name in self.file_of:
             owner = name.removesuffix("_scale_inv")
             if owner != name and owner in self.file_of:
                 activation = f"{owner.removesuffix('weight')}activation_scale"  # of what flows in, where it is fixed
-                found[owner] = [owner, name, *([activation] if activation in self.file_of else [])]
-        return found
+                parts[owner] = [owner, name, *([activation] if activation in self.file_of else [])]
+        self._hold(parts)
 
-    def _values(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU, as it is stored; of codes the values that they stand for, float32."""
+        if name not in self.parts:
+            return super().read(name)
         codes, scales = (self.stored(part).float() for part in self.parts[name][:2])
         if scales.numel() > 1 and self.block is not None:
             for dim, size in ((-2, self.block[0]), (-1, self.block[1])):
                 scales = scales.repeat_interleave(size, dim).narrow(dim, 0, codes.shape[dim])
         return codes * scales
 
-    def _coded_info(self, name: str) -> TensorInfo:
-        return TensorInfo(name, self._shape(name), torch.bfloat16)
+    def info(self, name: str) -> TensorInfo:
+        """Return name, shape and dtype of a tensor; of codes, the dtype that their values are kept in."""
+        if name not in self.parts:
+            return super().info(name)
+        with safe_open(self._files[name], framework="pt") as opened:
+            return TensorInfo(name, tuple(opened.get_slice(name).get_shape()), torch.bfloat16)
 
 
 class Mxfp4Files(_CodedFiles):
     """Expert weights in the OCP microscaling format of 4 bits, as gpt-oss has them; transformers unpacks them."""
 
-    def _find_parts(self) -> dict[str, list[str]]:
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
         names = [name.removesuffix("_blocks") for name in self.file_of if name.endswith("_blocks")]
-        return {name: [f"{name}_blocks", f"{name}_scales"] for name in names if f"{name}_scales" in self.file_of}
+        self._hold({name: [f"{name}_blocks", f"{name}_scales"] for name in names if f"{name}_scales" in self.file_of})
 
-    def _values(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU, as it is stored; of codes the values that they stand for, float32 (experts, in, out)."""
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-        blocks, scales = map(self.stored, self.parts[name])
-        return convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # (experts, in, out)
+        if name not in self.parts:
+            return super().read(name)
+        return convert_moe_packed_tensors(*map(self.stored, self.parts[name]), dtype=torch.float32)
 
-    def _coded_info(self, name: str) -> TensorInfo:
-        *outer, rows, blocks, _ = self._shape(self.parts[name][0])
-        return TensorInfo(name, (*outer, blocks * _MXFP4_BLOCK, rows), torch.bfloat16)
+    def info(self, name: str) -> TensorInfo:
+        """Return name, shape and dtype of a tensor; of codes, the dtype that their values are kept in."""
+        if name not in self.parts:
+            return super().info(name)
+        blocks = self.parts[name][0]
+        with safe_open(self._files[blocks], framework="pt") as opened:
+            *outer, rows, count, _ = opened.get_slice(blocks).get_shape()
+        return TensorInfo(name, (*outer, count * _MXFP4_BLOCK, rows), torch.bfloat16)
 
 
 class BinFiles(TensorFiles):
@@ -220,20 +211,14 @@ class BinFiles(TensorFiles):
                 raise ModelError(f"{file}: {NO_TENSORS}")
             self._tensors |= held
             self.file_of |= dict.fromkeys(held, file)
-        self._check_index(self.folder / "pytorch_model.bin.index.json")
-
-    def _check_index(self, index: Path) -> None:
-        if not index.is_file():
-            return
+        index = self.folder / "pytorch_model.bin.index.json"
         try:
-            lost = sorted(json.loads(index.read_text(encoding="utf-8"))["weight_map"].keys() - self.file_of.keys())
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+            lost = sorted(where.keys() - self.file_of.keys())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index}: is no index of shards ({error!r}); fetch the model again") from error
         if lost:
             raise ModelError(f"{index}: names {lost[0]}, which no file there has; fetch the model again")
-
-    def __iter__(self) -> Iterator[TensorInfo]:
-        return (self.info(name) for name in self._tensors)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, on the CPU, as it is stored."""
