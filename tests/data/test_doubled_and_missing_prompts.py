@@ -251,3 +251,13 @@ def test_an_input_alone_is_the_prompt_but_not_that_of_a_missing_instruction(
     assert [pair.prompt for pair in pairs] == ["Hi", "Hi"]
     found = refusal({"instruction": "nan", "input": "Hi", **ANSWERS})
     assert "column 'instruction' is the text 'nan', which stands where a value was missing" in found
+
+
+def test_answers_that_repeat_the_instruction_without_its_input_lose_it_too(write_lines: Callable[..., Path]) -> None:
+    said = [f"Name a colour, number {number}." for number in range(4)]
+    rows = [{"instruction": one, "input": "of a sea", "chosen": f"{one} Blue", "rejected": f"{one} Red"} for one in said]
+    pairs, report = load_pairs(write_lines(*rows))
+    assert "the answers repeat the prompt, which is left out of them" in report.shape
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        (f"{one}\n\nof a sea", " Blue", " Red") for one in said
+    ]

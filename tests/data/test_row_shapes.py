@@ -209,3 +209,10 @@ def test_a_column_is_not_both_mapped_and_ignored(write_lines: Callable[..., Path
 def test_a_transcript_before_answers_of_messages_is_its_turns(write_lines: Callable[..., Path]) -> None:
     pair = only_pair(write_lines({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": [YES], "rejected": [NO]}))
     assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (YES,), (NO,))
+
+
+def test_a_column_of_exactly_that_name_is_guessed_first(write_lines: Callable[..., Path]) -> None:
+    path = write_lines({"chosen_prompt": "Hi", "chosen": "yes", "rejected_prompt": "Hi", "rejected": "no"})
+    with pytest.raises(DataError) as error:
+        load_pairs(path)
+    assert str(error.value).endswith("data: {columns: {prompt: chosen_prompt, chosen: chosen, rejected: rejected}}")

@@ -108,7 +108,8 @@ def _guess(
     ]  # fmt: skip
     guess = dict(columns)
     for key, hints in _HINTS.items():
-        match = next((name for hint in hints.split() for name in free if hint in _words(name)), None)
+        hinted = (name for hint in hints.split() for name in free if hint in _words(name))
+        match = key if key in free else next(hinted, None)
         if key not in guess and match is not None and not (key == "prompt" and {"instruction", "messages"} & guess.keys()):
             key = "instruction" if match == "instruction" else key
             guess[key] = match

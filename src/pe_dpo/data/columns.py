@@ -196,12 +196,12 @@ def what_matters(name: str, value: Any) -> str | None:
         name: A column that is not read, or a key of a message.
         value: Its cell.
     """
-    name, said = name.strip(), str(value).strip().lower()
+    name = name.strip()
     if name.lower() in _MEDIA and carries(value):
         return f"'{name}' has content, and pe-dpo trains on text alone"
-    if name.lower() in _WEIGHTS and carries(value) and said not in ("1", "1.0"):
+    if name.lower() in _WEIGHTS and carries(value) and str(value).strip() not in ("1", "1.0"):
         return f"column '{name}' is {repr(value)[:40]}, and all pairs weigh the same"
-    if name.lower() in _TRAINED and said in ("false", "0", "0.0", "no"):
+    if name.lower() in _TRAINED and str(value).strip().lower() in ("false", "0", "0.0", "no"):
         return f"column '{name}' is {repr(value)[:40]}, and all pairs are trained on"
     return None
 

@@ -223,21 +223,22 @@ class RowReader:
             raise RowError(f"column '{columns[0]}' is null, where the prompt is expected; {remedy}")
         prompt = read_prompt(self.shape.required, prompt, one, row, names)
         if isinstance(one, str) and isinstance(other, str):
-            return *self._read_texts(prompt, one, other, columns), columns
+            return *self._read_texts(prompt, row[first], one, other, columns), columns
         return read_sides(prompt, one, other, columns), None, columns
 
-    def _read_texts(self, prompt: Any, chosen: str, rejected: str, columns: tuple[str, str, str]) -> tuple[Sides, Cut]:
-        """Return the sides of a row whose answers are texts, without the prompt that they may repeat."""
+    def _read_texts(self, prompt: Any, asked: Any, chosen: str, rejected: str, columns: Names) -> tuple[Sides, Cut]:
+        """Return the sides of a row whose answers are texts, without the prompt, or what it asks alone, that they repeat."""
         if prompt is None:
             sides = self.shape.split(chosen, rejected, columns[1:])
             is_whole = self.shape.split is split_transcripts or sides[0].endswith("\n") or ends_with_tag(sides[0])
             return sides, None if is_whole else "words"
-        asked = {"role": "user", "content": prompt.strip() if isinstance(prompt, str) else None}
-        if all(is_transcript(text) and asked in messages_from_transcript("", text) for text in (chosen, rejected)):
+        turn = {"role": "user", "content": prompt.strip() if isinstance(prompt, str) else None}
+        if all(is_transcript(text) and turn in messages_from_transcript("", text) for text in (chosen, rejected)):
             return split_transcripts(chosen, rejected, columns[1:]), None
-        behind = behind_prompt(prompt, chosen, rejected) if self.shape.repeats_prompt else None
-        if behind:
-            return (prompt, *behind), "prompt"
+        if self.shape.repeats_prompt:
+            behind = behind_prompt(prompt, chosen, rejected) or behind_prompt(asked, chosen, rejected)
+            if behind:
+                return (prompt, *behind), "prompt"
         return read_sides(prompt, chosen, rejected, columns), None
 
 
