@@ -195,7 +195,7 @@ def test_a_scaled_policy_keeps_the_whole_adapter_under_it(
 
 @pytest.mark.parametrize("form", ["column", "element"])
 def test_mixout_pulls_toward_the_base_with_the_adapter(form: Any, tiny_base: Path, sft: Path) -> None:
-    """At p = 1 the sampled model is the reference; between, the mean of many is the policy's update, which is linear here."""
+    """At p = 1 the sampled model is the reference, which has the frozen adapter once and not twice."""
     model = attach_adapter(load_base(inspect_base(str(tiny_base))), rank=4, alpha=6, targets=["q_proj", "up_proj"])
     model = lay_under(model, sft)
     for parameter in adapter_parameters(model):
@@ -318,6 +318,9 @@ def test_the_trained_half_alone_is_not_taken_for_the_policy(stirred: Any, tmp_pa
         SavedPolicy(half, base=str(tiny_base))
     with pytest.raises(ModelError, match="without that it is another model"):
         lay_under(attach_adapter(load_base(inspect_base(str(tiny_base))), rank=2, alpha=2), half)
+    shutil.copytree(half, tmp_path / "runs" / "trained")  # a run that is called so is another matter, whatever lies beside it
+    shutil.copytree(half, tmp_path / "runs" / "reference")
+    assert SavedPolicy(tmp_path / "runs" / "trained", base=str(tiny_base)).kind == "adapter"
     shutil.rmtree(tmp_path / "run" / "reference")
     with pytest.raises(ModelError, match="reference: is missing, the adapter over which"):
         load_adapter_for_evaluation(load_base(inspect_base(str(tiny_base))), tmp_path / "run")
@@ -430,6 +433,21 @@ def test_an_adapter_of_a_base_of_another_size_is_refused_before_the_base_is_read
     other = make_adapter(tmp_path / "small", tmp_path / "other")
     with pytest.raises(ModelError, match="other: does not load onto this base"):
         prepare_run(make_recipe(f"adapter.over={other}"))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # peft's own, of its own pattern
+def test_experts_that_are_no_modules_cannot_be_trained_over_an_adapter(tmp_path: Path) -> None:
+    """Their sum with what lies under them is no adapter that plain PEFT loads."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}  # fmt: skip
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, **shape))
+    base.save_pretrained(tmp_path / "base")
+    under = make_adapter(tmp_path / "base", tmp_path / "under", target_modules=["q_proj"])
+    model = attach_adapter(base, rank=2, alpha=4, targets=["gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(ModelError, match=r"adapter\.over: the new adapter would be on .*gate_up_proj.* too, experts"):
+        lay_under(model, under)
 
 
 def test_a_run_does_not_empty_the_folder_of_the_adapter_that_it_is_over(

@@ -69,7 +69,8 @@ def trained_folder(folder: str | Path) -> Path:
         ModelError: it was, and the frozen one is not there any more; or this is the trained one alone, which is another model.
     """
     trained, frozen, whole = Path(folder) / TRAINED, Path(folder) / REFERENCE, Path(folder).resolve().parent
-    if Path(folder).resolve().name == TRAINED and (whole / REFERENCE / "adapter_config.json").is_file():
+    beside = (whole / "adapter_config.json", whole / REFERENCE / "adapter_config.json")
+    if Path(folder).resolve().name == TRAINED and all(path.is_file() for path in beside):
         raise ModelError(
             f"{folder}: was trained over the adapter in {whole / REFERENCE}, and without that it is another model; name "
             f"{whole}, which has the sum of both"
