@@ -31,7 +31,7 @@ LEVELS = (
     {"audit"},
     {"training", "evaluation", "merging", "export", "chat"},
     {"experiments", "quickstart"},
-    {"report"},
+    {"report", "convert"},
     {"cli"},
 )
 """From the ground floor up; a room may import rooms of lower levels, and no other room of its own."""
@@ -44,6 +44,7 @@ ONLY_IN = {
     "rich": ("cli/",),
     "gguf": ("export/gguf_file.py",),
     "matplotlib": ("report/",),
+    "trl": ("convert/proof.py",),
 }
 NEVER_IN = {
     "torch": ("recipe/", "metrics/", "errors.py"),

@@ -7,8 +7,8 @@ import time
 import pytest
 
 COMMANDS = [
-    (), ("quickstart",), ("data",), ("check",), ("audit",), ("train",), ("eval",), ("recipes",), ("recipes", "list"),
-    ("recipes", "show"), ("recipes", "losses"), ("recipes", "copy"), ("recipes", "schema"), ("report",),
+    (), ("quickstart",), ("convert",), ("data",), ("check",), ("audit",), ("train",), ("eval",), ("recipes",),
+    ("recipes", "list"), ("recipes", "show"), ("recipes", "losses"), ("recipes", "copy"), ("recipes", "schema"), ("report",),
 ]  # fmt: skip
 
 

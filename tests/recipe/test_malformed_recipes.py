@@ -29,8 +29,8 @@ MALFORMED = [
     ("train: {gamma: 1}", "1: train.gamma", "unknown key here; did you mean loss.gamma?"),
     ("zzz: 1", "1: zzz", "unknown key; `pe-dpo recipes schema` lists what there is"),
     # keys of other tools
-    ("loss: {simpo_gamma: 0.5}", "1: loss.simpo_gamma", "that is the margin here: loss.margin"),
-    ("loss: {gamma_beta_ratio: 0.5}", "1: loss.gamma_beta_ratio", "that is margin / beta here: set loss.margin"),
+    ("loss: {simpo_gamma: 0.5}", "1: loss.simpo_gamma", "here it is loss.margin (that is the margin; gamma here is"),
+    ("loss: {gamma_beta_ratio: 0.5}", "1: loss.gamma_beta_ratio", "here it is loss.margin (times beta; that is the margin"),
     ("num_train_epochs: 3", "1: num_train_epochs", "here it is train.epochs"),
     ("loss: {loss_type: hinge}", "1: loss.loss_type", "here it is loss.preset"),
     ("train:\n  per_device_train_batch_size: 4", "2: train.per_device_train_batch_size", "here it is train.pairs_per_step"),
@@ -52,12 +52,12 @@ MALFORMED = [
     ("sequence_len: 5", "1: sequence_len", "(longer pairs are dropped here, not cut; see data.overlong)"),
     ("cutoff_len: 5", "1: cutoff_len", "here it is data.max_length (longer pairs are dropped here"),
     ("val_set_size: 0.1", "1: val_set_size", "here it is data.eval (a share"),
-    ("pref_loss: sigmoid", "1: pref_loss", "here it is loss.preset (sigmoid is dpo)"),
+    ("pref_loss: sigmoid", "1: pref_loss", "here it is loss.preset (sigmoid is dpo; "),
     ("pref_beta: 0.1", "1: pref_beta", "here it is loss.beta"),
     ("micro_batch_size: 2", "1: micro_batch_size", "here it is train.pairs_per_step"),
     ("chat_template: llama3", "1: chat_template", "here it is data.template"),
     # only one or two letters are a typo
-    ("loss: {temperature: 1}", "1: loss.temperature", "unknown key; `pe-dpo recipes schema` lists what there is"),
+    ("loss: {coldness: 1}", "1: loss.coldness", "unknown key; `pe-dpo recipes schema` lists what there is"),
     ("train: {learning_rte: 1}", "1: train.learning_rte", "did you mean train.learning_rate?"),
     # wrong types: nothing is converted in silence
     ("loss: {beta: '0.1'}", "1: loss.beta", "found '0.1'; input should be a valid number"),

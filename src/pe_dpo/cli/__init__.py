@@ -13,6 +13,7 @@ from pe_dpo.cli.chat import chat
 from pe_dpo.cli.check import check
 from pe_dpo.cli.compare import compare
 from pe_dpo.cli.console import command
+from pe_dpo.cli.convert import convert
 from pe_dpo.cli.data import data
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command(cls=OnceEach)(command(quickstart))
 app.add_typer(recipes, name="recipes")
+app.command(cls=OnceEach)(command(convert))
 app.command(cls=OnceEach)(command(data))
 app.command(cls=OnceEach)(command(check))
 app.command(cls=OnceEach)(command(audit))

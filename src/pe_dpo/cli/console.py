@@ -128,6 +128,23 @@ def show_grid(rows: Sequence[Sequence[str]]) -> None:
     Console().print(grid)
 
 
+def show_pairs(rows: Sequence[tuple[str, str]]) -> None:
+    """Print what and what is to be said of it, to stderr: side by side, both folded, where the screen is wide enough."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    screen = Console(stderr=True, soft_wrap=False)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    left = min(max(len(what) for what, _ in rows), max(screen.width * 2 // 5, 20))
+    grid.add_column(width=2)
+    grid.add_column(width=left, overflow="fold")
+    grid.add_column(overflow="fold")
+    for what, words in rows:
+        grid.add_row("", Text(what), Text(words))
+    screen.print(grid)
+
+
 def show_pair(pair: "DecodedPair", *, unit: str, lines: int) -> None:
     """Print a pair as the model reads it: what is scored in « and », long texts cut in the middle.
 

@@ -4,7 +4,7 @@ import difflib
 
 from pydantic import BaseModel
 
-from pe_dpo.recipe.elsewhere import OTHER_NAMES
+from pe_dpo.recipe.elsewhere import key_elsewhere
 from pe_dpo.recipe.schema import DataSource, Recipe
 
 SHORT_NAMES = {
@@ -42,11 +42,10 @@ def explain_unknown_key(path: tuple[str | int, ...]) -> str:
     key = str(path[-1])
     if path[:2] in (("data", "train"), ("data", "eval")):
         return f"unknown key; a place has {', '.join(DataSource.model_fields)}"
-    if key in OTHER_NAMES:
-        other = OTHER_NAMES[key]
-        is_key = other.replace(":", " ").split()[0] in known_keys()
-        return f"unknown key; here it is {other}" if is_key else f"unknown key; {other}"
     names = {dotted.rsplit(".", 1)[-1]: dotted for dotted in known_keys()}
+    other = key_elsewhere(key)
+    if other and key not in names:
+        return f"unknown key; {other.in_words()}"
     if key in names:
         return f"unknown key here; did you mean {names[key]}?"
     inside = [name for name in known_keys() if name.startswith(".".join(map(str, path[:-1])))]

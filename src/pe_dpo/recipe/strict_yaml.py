@@ -15,7 +15,7 @@ KeyPath = tuple[str | int, ...]
 """The keys, and places in lists, that lead to a value."""
 
 
-class _Loader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """Safe loader with the scalar types of YAML 1.2."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  (the name PyYAML reads)
@@ -25,10 +25,10 @@ _BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _INTEGER = re.compile(r"^[-+]?[0-9]+$")
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 class Dumper(yaml.SafeDumper):
@@ -36,8 +36,8 @@ class Dumper(yaml.SafeDumper):
 
 
 Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *PlainLoader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *PlainLoader.yaml_implicit_resolvers}
 }
 
 
@@ -53,7 +53,7 @@ def parse_document(text: str, where: str) -> tuple[dict[str, Any], dict[KeyPath,
     """
     quotes = ", and a path that begins with * in quotes"
     try:
-        for event in yaml.parse(text, Loader=_Loader):
+        for event in yaml.parse(text, Loader=PlainLoader):
             line = event.start_mark.line + 1 if event.start_mark else 1
             if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
                 raise RecipeError(
@@ -62,7 +62,7 @@ def parse_document(text: str, where: str) -> tuple[dict[str, Any], dict[KeyPath,
             tag = getattr(event, "tag", None)
             if tag is not None:
                 raise RecipeError(f"{where}:{line}: the YAML tag {tag} is not used in recipes; write a plain value")
-        node = yaml.compose(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=PlainLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1

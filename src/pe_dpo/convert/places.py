@@ -1,0 +1,128 @@
+"""Where the pairs come from, as the data section of a recipe says it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pe_dpo.convert.draft import Draft, Said
+from pe_dpo.errors import UsageError
+
+Place = dict[str, Any]
+"""A place with its path, and split, subset, weight and columns where they are said."""
+
+_SHAREGPT = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+_ALPACA = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+_OURS = {"prompt": "instruction", "query": "input"}
+"""Our names for LLaMA-Factory's columns, where they are others."""
+
+
+def place(path: Any, **more: Any) -> Place:
+    """Return a place with what is said of it; what has no value is left out."""
+    return {"path": str(path)} | {key: value for key, value in more.items() if value not in (None, "", {}, 1.0)}
+
+
+def write_places(draft: Draft, here: str, places: list[Place], *origins: Said | str) -> None:
+    """Write places: one by its path alone where no more is said of it."""
+    simple = [one["path"] if set(one) == {"path"} else one for one in places]
+    if simple:
+        draft.put(here, simple[0] if len(simple) == 1 else simple, *origins)
+
+
+def write_share(draft: Draft, said: Said) -> None:
+    """Write the held-out share; a number of rows is none, and is named."""
+    try:
+        size = float(said.value or 0)
+    except (TypeError, ValueError):
+        draft.drop(said, "no number; set data.eval")
+        return
+    if size < 1:
+        draft.put("data.eval", size, said, "0: nothing is held out" if not size else "split by prompt here, by rows there")
+    else:
+        draft.differs(
+            said, f"{size:g} rows there; data.eval is a share here (0.05 without a word): {size:g} / rows of the data"
+        )
+
+
+def write_length(draft: Draft, said: Said, words: str) -> None:
+    """Write the longest pair, and what happens to longer ones there and here."""
+    if draft.number(said, "data.max_length", int):
+        draft.differs(said, words)
+
+
+def read_mixture(value: Any) -> list[Place]:
+    """Return the places of a list of data sets, in TRL's or alignment-handbook's words."""
+    places = []
+    for one in value if isinstance(value, list) else []:
+        one = one if isinstance(one, dict) else {"path": one}
+        files = one.get("data_files")
+        path = files if isinstance(files, str) else one.get("path") or one.get("id")
+        weight = one.get("weight", one.get("fraction"))
+        places.append(
+            place(path, split=one.get("split"), subset=one.get("name") or one.get("config"), weight=weight and float(weight))
+        )
+    return places
+
+
+def dataset_info(draft: Draft, folder: Said) -> tuple[dict[str, Any], Path]:
+    """Return LLaMA-Factory's dataset_info.json, and its folder: `dataset_dir`, or beside the file."""
+    here = draft.source.path.parent
+    named = Path(str(folder.value))
+    for place_of_it in (here / named, named, here, here.parent / named):
+        path = place_of_it / "dataset_info.json"
+        if path.is_file():
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8"))), place_of_it
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{path}: cannot be read as JSON: {error}") from error
+    return {}, named
+
+
+def described_place(draft: Draft, name: str, info: dict[str, Any], folder: Path) -> Place:
+    """Return the place that dataset_info.json describes under a name, with a column map where its columns need one."""
+    if name not in info:
+        draft.differs(f"dataset: {name}", "no dataset_info.json that names it was found; write the file or the hub's name")
+        return place(name)
+    about = info[name]
+    columns, tags = dict(about.get("columns") or {}), dict(about.get("tags") or {})
+    if not about.get("ranking"):
+        draft.drop(f"dataset: {name}", "no pairs there: dataset_info.json has no ranking: true", breaks=True)
+    is_dialogue = about.get("formatting", "alpaca") in ("sharegpt", "openai")
+    usual = _SHAREGPT if is_dialogue else _ALPACA
+    path = about.get("hf_hub_url") or about.get("ms_hub_url") or about.get("om_hub_url") or about.get("script_url")
+    path = path or folder / str(about.get("file_name") or about.get("cloud_file_name") or name)
+    if not is_dialogue and columns.get("query"):
+        draft.differs(f"{name}.columns.query: {columns['query']}", "one line break stands before it there, a blank line here")
+    if {"images", "videos", "audios"} & columns.keys():
+        draft.drop(f"dataset: {name}", "pictures, sounds and films are not here", breaks=True)
+    roles = {key: value for key, value in tags.items() if key not in ("role_tag", "content_tag")}
+    known = {"user", "human", "gpt", "assistant", "system", "observation", "tool", "function_call", "model", "bot"}
+    strange = {key: value for key, value in roles.items() if str(value).lower() not in known}
+    if strange or tags.get("role_tag", "from") not in ("from", "role", "speaker"):
+        draft.drop(
+            f"{name}.tags: {strange or tags}", "roles are read as people write them; other words need a column of messages"
+        )
+    map_here = {
+        _OURS.get(key, key): value for key, value in (usual | columns).items()
+        if key in (*usual, "system", "history", "tools") and (key in columns) and value != usual.get(key, key)
+    }  # fmt: skip
+    if map_here:  # a map names both answers and what they answer
+        told = {
+            _OURS.get(key, key): columns.get(key, value) for key, value in usual.items() if key in columns or key != "query"
+        }
+        map_here = told | map_here
+    return place(path, subset=about.get("subset"), split=about.get("split"), columns=map_here)
+
+
+def swift_place(draft: Draft, text: str) -> Place:
+    """Return the place in ms-swift's words: hf::owner/name:subset#rows."""
+    found = re.fullmatch(r"(?:(?i:hf|ms)::)?([^:#]+)(?::([^#]+))?(?:#(\d+))?", text)
+    if found is None:
+        return place(text)
+    if found[3]:
+        draft.drop(f"dataset: {text}", f"{found[3]} rows drawn there; data.limit: {found[3]} takes the first ones")
+    subset = found[2] if found[2] not in (None, "default") else None
+    if subset and "/" in subset:
+        draft.drop(f"dataset: {text}", "several subsets are several places here")
+        subset = subset.split("/")[0]
+    return place(found[1], subset=subset)

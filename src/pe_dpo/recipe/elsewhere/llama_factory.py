@@ -1,0 +1,87 @@
+"""LLaMA-Factory's keys, read in its hparams and its own DPO trainer of August 2026."""
+
+from pe_dpo.recipe.elsewhere.key import MARGIN, ONE_CARD, TRAINER, Key, Tool, without
+from pe_dpo.recipe.elsewhere.trl import ATTENTION, HEAD, REFERENCE, REMOTE
+
+_ONLINE = "for other stages than dpo; drop the key"
+
+LLAMA_FACTORY = Tool(
+    "LLaMA-Factory",
+    "stage, finetuning_type, pref_loss, pref_beta, cutoff_len, lora_target or dataset with template",
+    frozenset({"stage", "finetuning_type", "pref_loss", "pref_beta", "pref_ftx", "cutoff_len", "lora_target", "dataset_dir"}),
+    {
+        **TRAINER,
+        # the loss
+        "stage": Key("", "preferences are the only stage here; drop the key"),
+        "pref_loss": Key("loss.preset", "sigmoid is dpo; ipo is β² times the loss there", "sigmoid"),
+        "pref_beta": Key("loss.beta", default=0.1),
+        "pref_ftx": Key("loss.sft_weight", "per pair there too", 0.0),
+        "simpo_gamma": Key("loss.margin", MARGIN, 0.5),
+        "dpo_label_smoothing": Key("loss.label_smoothing", "cdpo's, with sigmoid alone", 0.0),
+        "pref_bco_weight": Key("", "BCO's part of the loss is not here", 0.0, breaks=True),
+        "ld_alpha": Key("", "LD-DPO is not here; loss.length_penalty or loss.reduce: mean act on length", breaks=True),
+        **without(REFERENCE, "ref_model", "ref_model_adapters", "ref_model_quantization_bit", breaks=True),
+        **without(
+            _ONLINE, "kto_chosen_weight", "kto_rejected_weight", "reward_model", "reward_model_type", "reward_model_adapters",
+            "ppo_buffer_size", "ppo_epochs", "ppo_score_norm", "ppo_target", "ppo_whiten_rewards", "train_on_prompt",
+            "mask_history", "compute_accuracy",
+        ),
+        # the model
+        "model_name_or_path": Key("model.base"),
+        "model_revision": Key("model.revision", default="main"),
+        "quantization_bit": Key("model.quantize: nf4 or int8"),
+        "quantization_type": Key("model.quantize", "fp4: fp4 or fp4-single", "nf4"),
+        "double_quantization": Key("model.quantize: nf4", "without it nf4-single", default=True),
+        "quantization_method": Key("model.quantize", "bitsandbytes' ways alone", "bnb"),
+        "pure_bf16": Key("model.dtype: bfloat16", "adapters stay in float32"),
+        **without(ATTENTION, "flash_attn", "shift_attn"),
+        **without(REMOTE, "trust_remote_code"),
+        **without("the base is taken as it is", "rope_scaling", "resize_vocab", "add_tokens", "add_special_tokens",
+                  "mixture_of_depths", "train_from_scratch", "upcast_layernorm", "upcast_lmhead_output"),
+        "moe_aux_loss_coef": Key("", "the balance of experts is no term of the loss here", breaks=True),
+        **without("speed and memory, arranged by the program; drop the key", "use_unsloth", "use_unsloth_gc",
+                  "low_cpu_mem_usage",
+                  "disable_gradient_checkpointing", "use_reentrant_gc", "cache_dir", "use_fast_tokenizer", "use_kv_cache",
+                  "infer_backend", "infer_dtype", "print_param_status", "split_special_tokens", "flash_attention"),
+        # the adapter
+        "finetuning_type": Key("", "LoRA is the only way of training here; drop the key", "lora"),
+        "lora_rank": Key("adapter.rank", default=8),
+        "lora_alpha": Key("adapter.alpha", "2 · rank by default there too"),
+        "lora_dropout": Key("adapter.dropout", "LLaMA-Factory's DPO sets it to 0, whatever the file says", 0.0),
+        "lora_target": Key("adapter.targets", "all there is all-linear here", "all"),
+        "use_rslora": Key("adapter.rslora"),
+        "use_dora": Key("", "DoRA is not supported", breaks=True),
+        "pissa_init": Key("adapter.init", "PiSSA changes the base, and so the reference; it is refused", breaks=True),
+        **without(HEAD, "additional_target", breaks=True),
+        "adapter_name_or_path": Key("adapter.start", "with reference: base, which is what is run there with adapters off"),
+        "create_new_adapter": Key("adapter.over", "the folder of the adapter that stays frozen under the new one"),
+        **without("all parts of an adapter have one learning rate", "loraplus_lr_ratio", "loraplus_lr_embedding"),
+        **without("this way of training is not here", "use_llama_pro", "use_galore", "use_apollo", "use_badam", breaks=True),
+        **without("optimizers have transformers' names", "use_adam_mini", "use_muon"),
+        **without("for full fine-tuning", "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules",
+                  "freeze_vision_tower", "freeze_multi_modal_projector"),
+        # the data
+        "dataset": Key("data.train", "the place that dataset_info.json names"),
+        "eval_dataset": Key("data.eval", "the place that dataset_info.json names"),
+        "dataset_dir": Key("data.train", "its folder", default="data"),
+        "template": Key("data.template", "auto: the tokenizer's own; a name there is a template of LLaMA-Factory's"),
+        "cutoff_len": Key("data.max_length", "longer pairs are dropped here, not cut; see data.overlong", 2048),
+        "val_size": Key("data.eval", "a share; a number of rows is no share", 0.0),
+        "max_samples": Key("data.limit", "of all places together; of each there"),
+        "default_system": Key("data.template", "a template alone adds a system turn here"),
+        "enable_thinking": Key("data.template_args", "{enable_thinking: …}, where the template has it"),
+        "mix_strategy": Key("data.train", "places are put together, each with its weight", "concat"),
+        **without("weights say how often each place is read", "interleave_probs"),
+        **without("packing is arranged by the program, see train.packing", "packing", "neat_packing"),
+        **without("each pair is read once, at the start", "overwrite_cache", "streaming", "buffer_size", "tokenized_path",
+                  "data_shared_file_system", "preprocessing_batch_size", "ignore_pad_token_for_loss", "media_dir"),
+        **without("tools are written by the tokenizer's template", "tool_format"),
+        "disable_shuffling": Key("", "pairs are shuffled by train.seed"),
+        "eval_on_each_dataset": Key("", "all held-out pairs are measured together"),
+        # the run
+        "use_swanlab": Key("train.report_to: swanlab"),
+        **without("trackers take it from their variables of the environment", "swanlab_project", "swanlab_run_name",
+                  "swanlab_workspace", "swanlab_mode", "swanlab_api_key"),
+        **without(ONE_CARD, "use_mca", "use_hyper_parallel"),
+    },
+)  # fmt: skip

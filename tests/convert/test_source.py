@@ -1,0 +1,95 @@
+"""Whose settings a file has is found in its keys or in the program of its line, and what is not known is said."""
+
+from pathlib import Path
+
+import pytest
+
+from pe_dpo.convert.source import read_source
+from pe_dpo.errors import UsageError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(("name", "tool"), [
+    ("zephyr-7b-dpo-qlora.yaml", "trl"), ("unsloth-zephyr-dpo.yaml", "trl"), ("trl-dpo-lora.sh", "trl"),
+    ("llama-3-8b-instruct-simpo.yaml", "simpo"), ("axolotl-instruct-dpo-lora-8b.yml", "axolotl"),
+    ("llama3_lora_dpo.yaml", "llama-factory"), ("8B_lora_dpo_single_device.yaml", "torchtune"),
+    ("swift-dpo-lora.sh", "ms-swift"),
+])  # fmt: skip
+def test_a_published_file_is_known_by_its_keys(name: str, tool: str) -> None:
+    assert read_source(CONFIGS / name).name == tool
+
+
+@pytest.mark.parametrize(("line", "tool", "program"), [
+    ("trl dpo --beta 0.2", "trl", "trl dpo"),
+    ("accelerate launch --num_processes 4 examples/scripts/dpo.py --beta 0.2", "trl", "examples/scripts/dpo.py"),
+    ("ACCELERATE_LOG_LEVEL=info accelerate launch scripts/run_simpo.py --beta 2.5 --gamma_beta_ratio 0.5", "simpo", None),
+    ("NPROC_PER_NODE=2 swift rlhf --rlhf_type dpo", "ms-swift", "swift rlhf"),
+    ("llamafactory-cli train --stage dpo --pref_beta 0.1", "llama-factory", "llamafactory-cli train"),
+    ("tune run lora_dpo_single_device --config config.yaml batch_size=8", "torchtune", "tune run"),
+])  # fmt: skip
+def test_a_line_of_arguments_is_known_by_its_program(write, line: str, tool: str, program: str | None) -> None:
+    write("loss: {_component_: torchtune.rlhf.loss.DPOLoss}\nbatch_size: 4\n")
+    source = read_source(write(f"#!/bin/bash\n{line}\n", "train.sh"))
+    assert source.name == tool
+    assert program is None or source.program == program
+
+
+def test_arguments_are_read_as_what_they_are(write) -> None:
+    line = (
+        "python dpo.py --beta 5e-2 --use_peft --no_remove_unused_columns --loss_type sigmoid sft --lora-r=8 --seed 1 # tried\n"
+    )
+    source = read_source(write(line, "run.sh"))
+    assert source.values == {
+        "beta": 0.05, "use_peft": True, "remove_unused_columns": False, "loss_type": ["sigmoid", "sft"], "lora_r": 8, "seed": 1,
+    }  # fmt: skip
+
+
+def test_arguments_win_over_the_file_that_they_name(write) -> None:
+    write("model_name_or_path: base\nbeta: 0.1\nlearning_rate: 1e-6\n", "c.yaml")
+    source = read_source(write("trl dpo --config c.yaml \\\n  --beta 0.5\n", "run.sh"))
+    assert source.values == {"model_name_or_path": "base", "beta": 0.5, "learning_rate": 1e-6}
+
+
+def test_a_script_says_how_many_cards_it_starts(write) -> None:
+    script = "n=4\nNPROC_PER_NODE=$n swift rlhf --rlhf_type dpo --gradient_accumulation_steps $(expr 16 / $n)\n"
+    source = read_source(write(script, "run.sh"))
+    assert (source.cards, source.values["gradient_accumulation_steps"]) == (4, 4)
+    assert read_source(write("accelerate launch --num_processes=8 dpo.py --beta 1\n", "run.sh")).cards == 8
+
+
+def test_keys_of_no_known_tool_are_an_error_that_names_what_each_tool_has(write) -> None:
+    with pytest.raises(UsageError, match=r"config\.yaml: no tool is known whose settings these are") as caught:
+        read_source(write("alpha: 1\n"))
+    for words in ("gamma_beta_ratio", "rlhf_type", "_component_", "micro_batch_size", "finetuning_type", "dataset_mixer"):
+        assert words in str(caught.value)
+
+
+def test_keys_of_two_tools_are_an_error_that_names_both(write) -> None:
+    message = r"not clear: rl as Axolotl has them; pref_beta as LLaMA-Factory has them\. Each tool's file has"
+    with pytest.raises(UsageError, match=message):
+        read_source(write("rl: dpo\npref_beta: 0.1\n"))
+
+
+@pytest.mark.parametrize(("text", "name", "words"), [
+    ("[1, 2]", "a.yaml", "holds no settings: a mapping of keys"), ("a: [", "a.yaml", "cannot be read as YAML or JSON"),
+    ("trl dpo --config there.yaml", "a.sh", "its settings are in there.yaml, which is not there"),
+])  # fmt: skip
+def test_what_cannot_be_read_is_said_with_the_remedy(write, text: str, name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        read_source(write(text, name))
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"gone\.yaml: cannot be read .*; name a file of settings"):
+        read_source(tmp_path / "gone.yaml")
