@@ -410,3 +410,11 @@ def test_an_adapter_added_later_leaves_mixout_where_it_is(make_policy, tmp_path)
     add_finished_adapter(model, tmp_path / "other", name="other")
     model.set_adapter("default")
     assert_same_bits(outcome(model.train()), wanted)
+
+
+def test_a_model_that_adapters_were_injected_into_is_mixed_without_a_peft_model_around_it(tiny_base):
+    from peft import inject_adapter_in_model
+
+    model = load_base(inspect_base(str(tiny_base)))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
+    assert list(attach_mixout(model, P, seed=0).layers) == [f"model.layers.{i}.self_attn.q_proj.default" for i in (0, 1)]

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter import POLICY, is_trained_over
+from pe_dpo.model.adapter import POLICY
 from pe_dpo.model.adapter_config import REFERENCE
 from pe_dpo.model.lora import InBaseDtype, compute_in_base_dtype
 from pe_dpo.model.mixout.masks import Form, Layer, Mixout, check
@@ -48,9 +48,10 @@ def attach_mixout(model: Any, p: float, *, seed: int, form: Form = "column") -> 
         layers |= one.layers(form)
     _check_all(model, layers, has_updates=bool(updates))
     mixout = Mixout(p, seed, form, layers)
-    is_over = is_trained_over(model)  # then the frozen adapter acts by itself, and its part is no part of the mask
     for name, (module, adapter) in updates.items():
-        anchor = REFERENCE if adapter == POLICY and REFERENCE in module.lora_A and not is_over else None
+        # A frozen adapter that acts under the trained one does so by itself, and has no part in the mixture.
+        is_anchored = adapter == POLICY and REFERENCE in module.lora_A and REFERENCE not in module.active_adapters
+        anchor = REFERENCE if is_anchored else None
         module.lora_variant[adapter] = MixedUpdate(mixout, name, anchor)
     for one in whole:
         one.attach(mixout)
