@@ -150,6 +150,7 @@ def test_a_rejected_weight_says_how_the_answers_are_pulled_and_nothing_of_rankin
 def test_numbers_of_each_pair_stay_letters_in_the_formula(loss: dict[str, Any], columns: tuple[str, ...], start: str) -> None:
     found = describe(LossSection(**loss), columns)
     assert found.formula.startswith(start)
+    assert not any("log 2" in note for note in found.notes)  # each pair starts with its own weight
     assert any(note.startswith(f"{'β' if columns == ('beta',) else 'weight'} is each pair's own") for note in found.notes)
 
 

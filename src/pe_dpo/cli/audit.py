@@ -119,7 +119,8 @@ def _show_forecasts(found: "Audit") -> None:
     asked = found.asked_gamma if isinstance(found.asked_gamma, str) else f"{found.asked_gamma:g}"
     header = ["", f"recipe: {asked}", *(f"κ = {one.kappa:g}" for one in found.kappas)]
     how = "summed" if found.loss.reduce == "sum" else "per token"
-    console.show_table(f"What the loss makes of it: β {found.loss.beta:g}, Δ0 {how}, times in 1/(2β²)", header, rows)
+    own = "" if found.terms.beta is None else " and each pair's own"
+    console.show_table(f"What the loss makes of it: β {found.loss.beta:g}{own}, Δ0 {how}, times in 1/(2β²)", header, rows)
     console.say()
 
 

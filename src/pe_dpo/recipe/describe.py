@@ -49,7 +49,8 @@ def describe(loss: LossSection, pair_columns: Collection[str] = ()) -> LossDescr
     elif loss.kappa == 0:
         notes.append("κ = 0: the reference is never run")
     elif loss.kappa == 1 and loss.link == "logistic" and loss.margin == 0:
-        notes.append("κ = 1: every pair starts with weight ½ and loss log 2")
+        start = "score 0" if pair_columns else "weight ½ and loss log 2"
+        notes.append(f"κ = 1: every pair starts with {start}")
     if loss.rejected_weight != 1 and not loss.label_smoothing:
         notes.append(f"a rejected answer is pulled down {loss.rejected_weight:g} times as hard as its chosen one is pulled up")
     if "beta" in pair_columns:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from pe_dpo.report.run_plots import length_scatter
+from pe_dpo.report.pair_plots import length_scatter
 from pe_dpo.report.style import BLUE, INK, ORANGE, QUIET, SKY, VERMILLION, fmt, panel, save
 
 if TYPE_CHECKING:

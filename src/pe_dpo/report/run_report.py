@@ -15,16 +15,8 @@ from pe_dpo.metrics.quadrants import clustered_transitions
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
-from pe_dpo.report.run_plots import (
-    NO_PAIRS,
-    drift_section,
-    learning_section,
-    length_section,
-    movement_section,
-    preference_section,
-    regime_section,
-    sampling_command,
-)
+from pe_dpo.report.pair_plots import NO_PAIRS, length_section, preference_section
+from pe_dpo.report.run_curves import drift_section, learning_section, movement_section, regime_section, sampling_command
 from pe_dpo.report.style import fmt
 from pe_dpo.runs.run import Run, RunInfo
 

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
+from pe_dpo.metrics.quadrants import QUADRANTS
+
 WIDTH, HEIGHT = 4.8, 3.5
 """Inches of a usual figure: 10 point text in it is still 8 point on a phone."""
 
@@ -36,6 +38,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 """Markers beside the colours of SERIES, for prints in grey."""
 CROSS = "X"
 """The marker beside BROWN."""
+
+QUADRANT_LABELS = dict(zip(QUADRANTS, ("both right", "gained: only π right", "lost: only π0 right", "both wrong"), strict=True))
+QUADRANT_COLOURS = dict(zip(QUADRANTS, (BLUE, SKY, ORANGE, VERMILLION), strict=True))
+"""How pairs are named and drawn by who ranks them right."""
 
 DENSE = 1000
 """From this many points on, they are drawn as an image inside the SVG: 10,000 circles as paths take 2 MB."""
