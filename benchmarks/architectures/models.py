@@ -380,6 +380,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral3": Architecture(
         "Mistral Small 3.1, 3.2",
         lambda: hf.Mistral3Config(
+            tie_word_embeddings=False,
             text_config=HEADS_OF_16 | {"model_type": "mistral"}, vision_config=PIXTRAL | {"model_type": "pixtral"}
         ),
         "Mistral3ForConditionalGeneration",
@@ -387,6 +388,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ministral3-vl": Architecture(
         "Ministral-3 as published",
         lambda: hf.Mistral3Config(
+            tie_word_embeddings=False,
             text_config=HEADS_OF_16 | {"model_type": "ministral3"}, vision_config=PIXTRAL | {"model_type": "pixtral"}
         ),
         "Mistral3ForConditionalGeneration",

@@ -95,11 +95,14 @@ class Plan:
             raise ModelError(
                 f"{adapter.folder}: {odd[0]} would be used {used.count(odd[0])} times ({odd[1]}); use `onto` adapter"
             )
-        rows = {one.facts.shape[0] for one in self.tensors if one.module_name in (names.embedding, names.head)}
-        if len(rows) > 1:
-            raise ModelError(f"{adapter.folder}: embedding and head would have {' and '.join(map(str, sorted(rows)))} rows")
-        if rows and rows != {config.get_text_config().vocab_size}:
-            self.config_changes["vocab_size"] = rows.pop()
+        # A few bases have rows in one of the two that the other has not (Mllama's, for images); both grow by the same.
+        ends = [one for one in self.tensors if one.module_name in (names.embedding, names.head)]
+        growth = {one.facts.shape[0] - files.info(one.source).shape[0] for one in ends}
+        if len(growth) > 1:
+            rows = sorted({one.facts.shape[0] for one in ends})
+            raise ModelError(f"{adapter.folder}: embedding and head would have {' and '.join(map(str, rows))} rows")
+        if any(growth):
+            self.config_changes["vocab_size"] = config.get_text_config().vocab_size + growth.pop()
         self._check_base()
         self._check_nothing_lacks({names.recorded_as(name) for name in names.parameters})
 

@@ -101,7 +101,7 @@ def copy_support_files(source: Source, folder: Path, *, dtype: torch.dtype, conf
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.save_pretrained(folder)
-    for pattern in ("generation_config.json", *_LEGAL):
+    for pattern in ("generation_config.json", "*processor_config.json", *_LEGAL):
         for path in filter(Path.is_file, source.base_folder.glob(pattern)):
             shutil.copy(path, folder)
     save_tokenizer(source.tokenizer, folder)
