@@ -62,11 +62,15 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("whole", [[], ["norm"], ["embed", "norm", "head"]])
-def test_draws_and_p_are_inputs_of_one_compiled_graph(form, whole):
+@pytest.mark.parametrize("whole", [[], ["embed", "norm", "head"]])
+def test_draws_and_p_are_inputs_of_one_compiled_graph_that_counts_its_layers_as_reached(form, whole):
     model, mixout = make(form, whole)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)  # a break of the graph is an error
+    assert not any(layer.is_reached for layer in mixout.layers.values())
+    outcome(compiled, model)
+    assert all(layer.is_reached for layer in mixout.layers.values())
+    mixout.check_reached()
     found = []
     for draw in DRAWS:
         mixout.draw = draw
@@ -86,16 +90,6 @@ def test_draws_and_p_are_inputs_of_one_compiled_graph(form, whole):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_layers_that_were_only_ever_compiled_count_as_reached(form):
-    model, mixout = make(form, ["norm", "head"])
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert not any(layer.is_reached for layer in mixout.layers.values())
-    outcome(compiled, model)
-    assert all(layer.is_reached for layer in mixout.layers.values())
-    mixout.check_reached()
-
-
-@pytest.mark.parametrize("form", FORMS)
 def test_a_draw_set_before_a_compiled_backward_is_an_error(form):
     """Torch's own words: the graph's saved inputs were written over."""
     model, mixout = make(form, ["head"])
@@ -108,7 +102,7 @@ def test_a_draw_set_before_a_compiled_backward_is_an_error(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_evaluation_is_compiled_plain_and_training_stays_mixed_after_it(form):
     model, mixout = make(form, ["head"], targets=["first"])
-    compiled = torch.compile(model, backend="aot_eager")  # without gradients plain LoRA breaks the graph, at mark_dirty
+    compiled = torch.compile(model, backend="eager")  # without gradients plain LoRA breaks the graph, at mark_dirty
     mixed = outcome(compiled, model)
     plain, _ = make(form, ["head"], p=0.0, targets=["first"])
     with torch.no_grad():
@@ -120,12 +114,12 @@ def test_evaluation_is_compiled_plain_and_training_stays_mixed_after_it(form):
 
 
 def test_a_compiled_language_model_has_the_logits_of_the_eager_one(make_policy):
-    model = make_policy()
+    model = make_policy(targets=["q_proj", "v_proj", "down_proj"])
     decoder = model.get_base_model().model
     decoder.layers = decoder.layers[:1]
     mixout = attach_mixout(model, 0.5, seed=0, form="element")
     ids = torch.arange(3, 43).view(2, 20)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     found = []
     with torch.no_grad():
         for draw in (0, 5):
