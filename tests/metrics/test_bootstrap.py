@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pe_dpo.metrics import bootstrap
-from pe_dpo.metrics.bootstrap import Errors
+from pe_dpo.metrics.bootstrap import Effect, Errors
 
 
 def test_weights_are_counts_of_draws_with_replacement() -> None:
@@ -123,6 +124,14 @@ def test_the_interval_and_p_agree() -> None:
         assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
 
 
+def test_a_replicate_that_is_not_known_counts_for_nothing() -> None:
+    random = np.random.default_rng(10)
+    per_seed, replicates = random.normal(size=3), random.normal(size=(200, 3))
+    unknown = np.concatenate([replicates, np.full((5, 3), math.nan)])
+    found, expected = (bootstrap.effect(per_seed, some, clusters=60).errors for some in (unknown, replicates))
+    assert found == pytest.approx(expected, rel=1e-12) and expected.together > 0
+
+
 def test_a_difference_that_no_pair_has_is_not_known_to_be_zero() -> None:
     """100 pairs without a difference: one more that differs would have moved the mean by a hundredth."""
     found = bootstrap.effect(np.zeros(1), np.zeros((500, 1)), clusters=100, one_row=0.01)
@@ -157,14 +166,19 @@ PARTS = {
 }
 
 
+@cache
+def effects_of_nothing(seeds: int, parts: tuple[float, float, float]) -> list[Effect]:
+    """What is found in 1,000 experiments with 60 prompts in which nothing differs but by chance."""
+    per_seed, replicates = per_seed_and_replicates(np.random.default_rng(seeds), 1000, seeds, 60, parts)
+    return [bootstrap.effect(per_seed[one], replicates[:, one], clusters=60) for one in range(1000)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_intervals_miss_the_truth_in_at_most_five_percent(seeds: int, parts: tuple[float, float, float]) -> None:
     """Whatever is noisy: seeds, prompts, or what both do together; 95 % + 2.3 standard errors of 1,000 experiments."""
-    per_seed, replicates = per_seed_and_replicates(np.random.default_rng(seeds), 1000, seeds, 60, parts)
-    effects = [bootstrap.effect(per_seed[one], replicates[:, one], clusters=60) for one in range(1000)]
-    misses = np.mean([not found.low <= 0 <= found.high for found in effects])
+    misses = np.mean([not found.low <= 0 <= found.high for found in effects_of_nothing(seeds, parts)])
     assert misses <= 0.05 + 2.33 * math.sqrt(0.05 * 0.95 / 1000)
 
 
@@ -184,8 +198,7 @@ def test_resampling_seeds_and_reading_off_quantiles_would_err_four_times_as_ofte
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 def test_standard_errors_are_those_of_repeated_experiments(parts: tuple[float, float, float]) -> None:
     """Squared and averaged, within a tenth; a variance that is cut at 0 is too large where seeds bring in nothing."""
-    per_seed, replicates = per_seed_and_replicates(np.random.default_rng(8), 2000, 3, 60, parts)
-    squares = [bootstrap.effect(per_seed[one], replicates[:, one], clusters=60).errors.variance() for one in range(2000)]
+    squares = [found.errors.variance() for found in effects_of_nothing(3, parts)]
     of_seeds, of_prompts, of_both = parts
     truth = of_seeds**2 / 3 + of_prompts**2 / 60 + of_both**2 / 180
     assert 0.9 * truth < np.mean(squares) < (1.5 if of_seeds < 0.1 and of_both else 1.15) * truth

@@ -148,7 +148,7 @@ def effect(per_seed: Floats, replicates: Floats, *, clusters: int, one_row: floa
     larger = clusters / (clusters - 1)  # a bootstrap's variances are too small by the inverse
     # Where all prompts have the same difference, one more might have none.
     least = max(one_row, abs(estimate) / clusters)
-    prompts = max(float(np.nanvar(replicates.mean(1))) * larger, least**2)
+    prompts = max(float(_variance(replicates.mean(1))) * larger, least**2)
     together, seeds = 0.0, math.nan
     alone = prompts
     if seeds_count > 1:
@@ -280,5 +280,11 @@ def optimism_of_best(observed: Floats, replicates: Floats) -> float:
 
 def _together(replicates: Floats) -> float:
     """What seeds and prompts do together, as part of the variance of a mean over seeds."""
-    by_seed = float(np.nanvar(replicates, axis=0).mean())
-    return max(0.0, by_seed - float(np.nanvar(replicates.mean(1)))) / (replicates.shape[1] - 1)
+    by_seed = float(_variance(replicates).mean())
+    return max(0.0, by_seed - float(_variance(replicates.mean(1)))) / (replicates.shape[1] - 1)
+
+
+def _variance(replicates: Floats) -> Floats:
+    """Over those that are known; where all are, `nanvar` would take three times as long."""
+    variance: Floats = replicates.var(0)
+    return np.nanvar(replicates, axis=0) if np.isnan(variance).any() else variance
