@@ -44,10 +44,10 @@ from pe_dpo.training.train import train
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "beta", "gamma"), [(1, 0.5, 0.25), (2, 2.0, 3.0)])
 def test_the_optimum_is_reached_in_other_worlds_and_at_other_coefficients(seed, beta, gamma):
-    """Within 1e-3 nats by 64 evaluations, 1e-6 by 140; measured 5e-5 and 9e-8, then 2e-13 and 5e-14."""
+    """Within 1e-3 nats by 64 evaluations, 1e-6 by 90; measured 5e-5 and 9e-8, then 7e-11 and 7e-12."""
     world = make_world(seed)
     target = optimum(world, beta=beta, gamma=gamma)
-    trace = minimize(world, beta=beta, gamma=gamma, evaluations=140)
+    trace = minimize(world, beta=beta, gamma=gamma, evaluations=90)
     assert kl(target, lowest(trace[:64])) < 1e-3
     assert kl(target, lowest(trace)) < 1e-6
 
@@ -150,12 +150,12 @@ def trained(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest
 
 
 def labelled_pairs() -> Iterator[EncodedPair]:
-    """Yield 411 pairs: each answer against six others of its prompt, both orders in proportion to their chance.
+    """Yield 275 pairs: each answer against four others of its prompt, both orders in proportion to their chance.
 
     Bradley–Terry holds exactly, so any set of pairs that connects all answers has the same minimum as the set of all.
     """
     for prompt, levels in zip(PROMPTS, LEVELS.tolist(), strict=True):
-        for one, step in itertools.product(range(len(ANSWERS)), (1, 2, 5)):
+        for one, step in itertools.product(range(len(ANSWERS)), (1, 5)):
             two = (one + step) % len(ANSWERS)
             better, worse = (one, two) if levels[one] >= levels[two] else (two, one)
             wins = 2 ** (levels[better] - levels[worse])
