@@ -5,7 +5,9 @@ import pickle
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pe_dpo.errors import RunFolderError, UsageError
+from pe_dpo.experiments import on_ray
 from pe_dpo.experiments import point as point_module
 from pe_dpo.experiments.plan import Point, make_plan, save_plan
 from pe_dpo.experiments.point import PointState
@@ -198,10 +201,69 @@ def test_snapshots_and_samples_change_nothing_of_the_run(source, tmp_path):
 def test_ray_gives_the_same_runs(source, tmp_path):
     pytest.importorskip("ray")
     plan = make_plan(source, [["gamma=0,1x"]], folder=tmp_path / "sweep")
-    states = sweep(plan, engine="ray", workers=2)
+    states = sweep(plan, engine="ray", workers=1)
     assert [state.status for state in states] == ["finished", "finished"], [state.why for state in states]
     alone = plan.recipes[1].model_copy(update={"output": str(tmp_path / "alone")})
     assert_same_adapter(plan.recipes[1].output, train(alone).folder)
+
+
+class StandInForRay(ModuleType):
+    """What `run_on_ray` asks of Ray, in this process: a call runs when its result is asked for."""
+
+    class exceptions:
+        class RayActorError(Exception):
+            pass
+
+    def init(self, **_):
+        pass
+
+    def shutdown(self):
+        pass
+
+    def cluster_resources(self):
+        return {"GPU": 1.0}
+
+    def remote(self, **needs):
+        def actor(like):
+            worker = on_ray._Worker(like)
+            return SimpleNamespace(run=SimpleNamespace(remote=lambda *words: partial(worker.run, *words)))
+
+        assert needs == {"num_cpus": 1, "num_gpus": 1}
+        return lambda _: SimpleNamespace(remote=actor)
+
+    def wait(self, running, num_returns):
+        return running[:num_returns], running[num_returns:]
+
+    def get(self, call):
+        return call()
+
+
+def test_a_worker_of_ray_that_is_free_gets_the_next_point_and_one_that_died_is_replaced(source, tmp_path, monkeypatch):
+    """Two at once; the second point's worker dies. Two workers and the one in its place load a base each, for four points."""
+    ray, shared = StandInForRay("ray"), []
+
+    def run(point, recipe, base):
+        if point is plan.points[1]:
+            raise ray.exceptions.RayActorError("killed\nby the system")
+        return PointState(point, "finished", why=f"on base {base}")
+
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(on_ray, "share", lambda recipe, like: shared.append(like) or len(shared))
+    monkeypatch.setattr(on_ray, "run_point", run)
+    plan = make_plan(source, [["beta=0.1,0.2,0.3,0.4"]], folder=tmp_path / "sweep")
+    todo = list(zip(plan.points, plan.recipes, strict=True))
+    states = on_ray.run_on_ray(todo, workers=2)
+    assert [(plan.points.index(state.point), state.status, state.why) for state in states] == [
+        (0, "running", ""),
+        (1, "running", ""),
+        (0, "finished", "on base 1"),
+        (2, "running", ""),
+        (1, "failed", "its worker died: killed"),
+        (3, "running", ""),
+        (2, "finished", "on base 1"),
+        (3, "finished", "on base 3"),
+    ]
+    assert shared == [None] * 3
 
 
 def test_without_ray_its_engine_is_refused_in_words(source, tmp_path, monkeypatch):
