@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from paths_to_pairs import load_pairs, prepare_pairs
+from recorded import recording
 
 from pe_dpo.errors import DataError, RecipeError
 from pe_dpo.recipe import load_recipe
@@ -43,12 +44,12 @@ def test_trl_cuts_the_ends_of_answers_until_both_are_the_same_and_have_no_end(
 
 
 def test_trl_leaves_out_rows_whose_prompt_fills_the_budget_without_a_message(
-    make_base: Callable[..., Any], peer_trainer: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    make_base: Callable[..., Any], peer_trainer: Callable[..., Any]
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="trl"):
+    with recording(logger=logging.getLogger("trl")) as said:
         peer = peer_trainer(make_base(), TOO_LONG, max_length=21)
     assert [kept["prompt"] for kept in peer.train_dataset] == ["a" * 10, "q"]
-    assert not [record for record in caplog.records if record.name.startswith("trl")]
+    assert said == []
 
 
 def test_pairs_that_are_too_long_are_left_out_with_their_count_and_rows(
@@ -108,15 +109,14 @@ NOTHING_TO_LEARN = {
 def test_trl_trains_on_pairs_that_teach_nothing_without_a_message(
     make_base: Callable[..., Any],
     peer_trainer: Callable[..., Any],
-    caplog: pytest.LogCaptureFixture,
     rows: list[dict[str, str]],
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="trl"):
+    with recording(logger=logging.getLogger("trl")) as said:
         peer = peer_trainer(make_base(), rows, noise=False, per_device_train_batch_size=2, max_steps=1)
         peer.train()
     assert peer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert peer.state.log_history[0]["grad_norm"] < 1e-6
-    assert not [record for record in caplog.records if record.name.startswith("trl")]
+    assert said == []
 
 
 def test_identical_and_empty_pairs_never_train_and_are_named(write_lines: Callable[..., Path], tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the package logs, as lines."""
+"""What the package, or another, logs, as lines."""
 
 import logging
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ from pe_dpo.log import PACKAGE, LineFormatter
 
 
 @contextmanager
-def recording(level: int = logging.INFO) -> Iterator[list[str]]:
-    """Within the block, a list of all that the package logs, as the lines that a person would see."""
+def recording(level: int = logging.INFO, logger: logging.Logger = PACKAGE) -> Iterator[list[str]]:
+    """Within the block, a list of all that the package (or another logger) logs, as the lines that a person would see."""
     lines: list[str] = []
 
     class Recorder(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(self.format(record))
 
-    handler, before = Recorder(level), PACKAGE.level
+    handler, before = Recorder(level), logger.level
     handler.setFormatter(LineFormatter())
-    PACKAGE.addHandler(handler)
-    PACKAGE.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield lines
     finally:
-        PACKAGE.removeHandler(handler)
-        PACKAGE.setLevel(before)
+        logger.removeHandler(handler)
+        logger.setLevel(before)
