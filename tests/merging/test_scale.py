@@ -138,8 +138,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------- what is served
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.5])
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize(("quantize", "scale"), [("none", 1.5), ("nf4", 0.3)])
 def test_merged_tensors_are_the_base_and_a_share_of_the_update(
     quantize: str, scale: float, runs: dict[str, Path], tiny_base: Path, tmp_path: Path
 ) -> None:

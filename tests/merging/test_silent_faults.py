@@ -51,11 +51,11 @@ def test_a_run_that_was_trained_in_bfloat16_is_not_doubted_for_its_arithmetic(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [-1.0, 0.0, 0.5, 3.0])
+@pytest.mark.parametrize("factor", [-1.0, 0.0])
 def test_a_wrong_scale_is_refused_by_the_pairs(
     factor: float, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check of each tensor takes the same scale, and cannot see it."""
+    """The check of each tensor takes the same scale, and cannot see it; `test_merge_failures` has half and twice the scale."""
     right = AdapterFiles._scaling
     monkeypatch.setattr(AdapterFiles, "_scaling", lambda self, module: factor * right(self, module))
     with pytest.raises(MergeRefused, match=r"of the preference shift kept|changes anything"):

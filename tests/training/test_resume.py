@@ -70,9 +70,9 @@ def kill_at(step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("step", [3, 4])
 def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_straight_one(make_recipe, straight, step):
-    """3 is the border of the two epochs; dropout makes every step depend on the random state."""
+    """3 is the border of the two epochs, 4 within one; dropout makes every step depend on the random state."""
     recipe = make_recipe(*SETTINGS)
     with pytest.raises(Killed):
         train(recipe, callbacks=[kill_at(step)])
