@@ -205,6 +205,16 @@ def test_a_trainer_that_only_the_files_name_tells_is_said(converted) -> None:
     assert "no key says which trainer reads the file; its names say orpo" in breaking(found)[0]
 
 
+def test_a_name_with_dpo_in_it_is_dpos_whatever_else_it_says(converted) -> None:
+    assert not converted("trl", "hub_model_id: zephyr-7b-sft-dpo").is_another_objective
+
+
+def test_the_beta_of_kto_is_one_and_that_of_orpo_is_none(converted) -> None:
+    """ORPO's is the weight of its odds ratio."""
+    assert converted("trl", "desirable_weight: 1.0\nbeta: 0.3").recipe.loss.beta == 0.3
+    assert converted("trl", "hub_model_id: orpo\nbeta: 0.3").recipe.loss.beta == 0.1
+
+
 # The adapter
 
 
@@ -478,6 +488,28 @@ def test_data_of_torchtunes_builders_are_their_hub_names_and_columns(converted) 
 @pytest.mark.parametrize("tool", ["trl", "axolotl", "llama-factory", "ms-swift", "torchtune"])
 def test_unknown_keys_are_listed(converted, tool: str) -> None:
     assert converted(tool, "never_heard_of: 3").unknown == ["never_heard_of: 3"]
+
+
+@pytest.mark.parametrize(("tool", "text", "words"), [
+    ("axolotl", "datasets: [{path: d, shards: 4}]", "datasets.shards: 4"),
+    ("trl", "dataset_name:\ndatasets: [{path: d, streaming: true}]", "datasets.streaming: true"),
+])  # fmt: skip
+def test_unknown_keys_of_a_data_set_are_listed(converted, tool: str, text: str, words: str) -> None:
+    assert converted(tool, text).unknown == [words]
+
+
+def test_intervals_are_steps_and_a_share_of_the_run_is_none(converted) -> None:
+    found = converted("trl", "eval_strategy: steps\neval_steps: 50\nsave_steps: 0.25\nlogging_steps: 10")
+    train = found.recipe.train
+    assert (train.eval_every, train.save_every, train.log_every) == (50, None, 10)
+    assert words_on(found, "save_steps") == "train.save_every is a number of steps; a tenth of the run by itself"
+
+
+def test_a_recipe_is_no_other_tools_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {base: b}\ndata: {train: d}\n")
+    with pytest.raises(UsageError, match="is a recipe already; pe-dpo check"):
+        convert(path)
 
 
 def test_a_file_without_base_or_data_is_an_error(tmp_path: Path) -> None:

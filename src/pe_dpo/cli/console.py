@@ -107,11 +107,11 @@ def warn(line: str) -> None:
     typer.echo(f"warning: {line}")
 
 
-def show_lines(lines: Sequence[str]) -> None:
-    """Print lines, those that are wider than the terminal folded between words."""
+def show_lines(lines: Sequence[str], *, is_error: bool = False) -> None:
+    """Print lines, to stderr if asked, those that are wider than the terminal folded between words."""
     from rich.console import Console
 
-    screen = Console(markup=False, highlight=False, emoji=False)
+    screen = Console(stderr=is_error, markup=False, highlight=False, emoji=False)
     for line in lines:
         screen.print(line)
 

@@ -50,7 +50,7 @@ def convert(
         console.start(is_silent=True)
         from pe_dpo.convert.proof import prove as prove_conversion
 
-        typer.echo("\n".join(prove_conversion(found).lines()), err=True)
+        console.show_lines(prove_conversion(found).lines(), is_error=True)
     if output is not None:
         typer.echo(f"written to {output}; next: pe-dpo check {shlex.quote(str(output))}", err=True)
     if found.is_another_objective:

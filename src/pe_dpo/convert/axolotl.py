@@ -4,12 +4,15 @@ from typing import Any
 
 from pe_dpo.convert import places, settings
 from pe_dpo.convert.draft import Draft, Said
-from pe_dpo.convert.losses import TheirLoss, write_loss
+from pe_dpo.convert.losses import TheirLoss, write_loss, write_nearest
 from pe_dpo.recipe.presets import NOT_HERE
 
 _OVERLONG = {"drop": "drop", "raise": "error"}
 _FIELDS = {"field_prompt": "prompt", "field_system": "system", "field_messages": "messages",
            "field_chosen": "chosen", "field_rejected": "rejected"}  # fmt: skip
+_KNOWN = {*_FIELDS, "path", "type", "split", "name", "data_files", "revision", "ds_type", "roles", "message_property_mappings",
+          "trust_remote_code", "chat_template"}  # fmt: skip
+"""Keys of a data set that are read, or that say how messages are spelt, which is found here."""
 _READ_ANYWAY = {"conversation", "conversations", "messages", "prompt", "question", "system"}
 """Columns of a prompt that are read without a map."""
 
@@ -52,8 +55,6 @@ def convert(draft: Draft) -> TheirLoss | None:
         schedule = Said("lr_scheduler", "cosine_with_min_lr", True)
         arguments = Said(lowest.key, {"min_lr_rate": float(lowest.value)}, True)
     settings.write_schedule(draft, schedule, arguments, (draft.said("warmup_steps"), draft.said("warmup_ratio")))
-    settings.write_interval(draft, "train.eval_every", draft.said("eval_steps"))
-    settings.write_interval(draft, "train.save_every", draft.said("save_steps"))
     project = draft.said("wandb_project")
     if project.value:
         draft.put("train.report_to", ["wandb"], project)
@@ -96,6 +97,7 @@ def _place(draft: Draft, about: Any) -> places.Place:
     """Return one of Axolotl's data sets, with a column map where its fields need one."""
     about = about if isinstance(about, dict) else {"path": about}
     kind = about.get("type")
+    places.note_unknown(draft, "datasets", about, _KNOWN)
     fields = {**about, **kind} if isinstance(kind, dict) else about
     named = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs)}
     if isinstance(kind, str) and kind.partition(".")[0] in ("chatml", "llama3", "zephyr"):
@@ -124,11 +126,8 @@ def _write_loss(draft: Draft) -> TheirLoss | None:
     name = str(method.value)
     smoothing = draft.said("dpo_label_smoothing")
     if name not in ("dpo", "ipo", "simpo"):
-        words = NOT_HERE.get(name, "no preference loss: set rl: dpo, ipo or simpo there")
-        if name == "gdpo":
-            words = f"GRPO's cousin with several rewards, {NOT_HERE['grpo']}; the preset gdpo here is generalized DPO"
-        draft.drop(method, words, breaks=True)
-        draft.put("loss.beta", float(beta.value), beta)
+        words = f"GRPO's cousin with several rewards, {NOT_HERE['grpo']}; the preset gdpo here is generalized DPO"
+        write_nearest(draft, name, method, beta, words if name == "gdpo" else "")
         return None
     kinds, weights = draft.said("dpo_loss_type"), draft.said("dpo_loss_weights")
     if name == "simpo":

@@ -21,6 +21,7 @@ _BOOKKEEPING = {
     "output",
 }
 """Keys that change no weight: a default of the other tool is not taken over."""
+_COUNTS = ("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints")
 
 
 class Said(NamedTuple):
@@ -121,6 +122,12 @@ class Draft:
                 self.unknown.append(str(said))
             elif value in (None, False, "", "none", "no", "None") or value == key.default:
                 continue
+            elif key.here in _COUNTS and isinstance(value, int | float) and value >= 1:
+                self.put(key.here, int(value), said)
+            elif key.here in _COUNTS:
+                self.drop(said, f"{key.here} is a number of steps; a tenth of the run by itself")
+            elif key.here == "train.gradient_checkpointing" and not isinstance(value, bool):
+                self.drop(said, "activations are computed again where memory asks for it, and lie nowhere else")
             elif key.here and ":" not in key.here and isinstance(value, bool | int | float | str) and not key.differs:
                 self.put(key.here, value, said)
             else:

@@ -2,7 +2,7 @@
 
 from pe_dpo.convert import places, settings
 from pe_dpo.convert.draft import Draft
-from pe_dpo.convert.losses import TheirLoss, listed, write_loss
+from pe_dpo.convert.losses import TheirLoss, listed, write_loss, write_nearest
 from pe_dpo.recipe.presets import NOT_HERE
 
 CUT = "prompt and answers are cut to it there, the answers' ends too; here a longer pair is dropped (data.overlong)"
@@ -32,8 +32,6 @@ def convert(draft: Draft) -> TheirLoss | None:
     warmup = (draft.said("warmup_steps"), draft.said("warmup_ratio"))
     settings.write_schedule(draft, draft.said("lr_scheduler_type"), draft.said("lr_scheduler_kwargs"), warmup)
     settings.write_reports(draft, draft.said("report_to"))
-    settings.write_interval(draft, "train.eval_every", draft.said("eval_steps"))
-    settings.write_interval(draft, "train.save_every", draft.said("save_steps"))
     draft.read.update(("bf16", "run_name", "save_strategy", "eval_strategy", "evaluation_strategy"))
     for key in ("weight_decay", "max_grad_norm"):
         draft.number(draft.said(key), f"train.{key}")
@@ -97,8 +95,7 @@ def _write_data(draft: Draft) -> None:
 def _write_loss(draft: Draft) -> TheirLoss | None:
     stage, name, beta = draft.said("stage"), draft.said("pref_loss"), draft.said("pref_beta")
     if stage.value not in (None, "dpo"):
-        draft.drop(stage, NOT_HERE.get(str(stage.value), "another stage than preferences"), breaks=True)
-        draft.put("loss.beta", float(beta.value), beta)
+        write_nearest(draft, str(stage.value), stage, beta)
         return None
     smoothing, gamma, likelihood = draft.said("dpo_label_smoothing"), draft.said("simpo_gamma"), draft.said("pref_ftx")
     loss = TheirLoss(

@@ -94,6 +94,14 @@ def write_loss(draft: Draft, loss: TheirLoss) -> None:
     _write_likelihood(draft, loss, preset, weights)
 
 
+def write_nearest(draft: Draft, name: str, there: Said | str, beta: Said, words: str = "") -> None:
+    """Write DPO in the place of a method that is not here, and note what it is; KTO's β is β, that of others is not."""
+    draft.drop(there, words or NOT_HERE.get(name, "another method than preference losses"), breaks=True)
+    draft.put("loss.preset", "dpo", f"{name} is not here")
+    if name == "kto":
+        draft.put("loss.beta", float(beta.value), beta)
+
+
 def _write_smoothing(draft: Draft, loss: TheirLoss, preset: str, smoothing: float) -> None:
     said = loss.smoothing
     if preset == "robust" or (preset == "cdpo" and said):

@@ -50,11 +50,18 @@ def write_length(draft: Draft, said: Said, words: str) -> None:
         draft.differs(said, words)
 
 
-def read_mixture(value: Any) -> list[Place]:
+def note_unknown(draft: Draft, prefix: str, about: dict[str, Any], known: set[str]) -> None:
+    """Note keys of a data set that are not known."""
+    draft.unknown += [str(Said(f"{prefix}.{key}", value, True)) for key, value in about.items() if key not in known and value]
+
+
+def read_mixture(draft: Draft, value: Any) -> list[Place]:
     """Return the places of a list of data sets, in TRL's or alignment-handbook's words."""
     places = []
+    known = {"path", "id", "name", "config", "split", "data_files", "columns", "weight", "fraction"}
     for one in value if isinstance(value, list) else []:
         one = one if isinstance(one, dict) else {"path": one}
+        note_unknown(draft, "datasets", one, known)
         files = one.get("data_files")
         path = files if isinstance(files, str) else one.get("path") or one.get("id")
         weight = one.get("weight", one.get("fraction"))
@@ -81,9 +88,12 @@ def dataset_info(draft: Draft, folder: Said) -> tuple[dict[str, Any], Path]:
 def described_place(draft: Draft, name: str, info: dict[str, Any], folder: Path) -> Place:
     """Return the place that dataset_info.json describes under a name, with a column map where its columns need one."""
     if name not in info:
-        draft.differs(f"dataset: {name}", "no dataset_info.json that names it was found; write the file or the hub's name")
+        if str(folder) != "ONLINE":
+            draft.differs(f"dataset: {name}", "no dataset_info.json that names it was found; write the file or the hub's name")
         return place(name)
     about = info[name]
+    known = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "file_name", "cloud_file_name", "ranking", "formatting"}
+    note_unknown(draft, name, about, known | {"columns", "tags", "subset", "split"})
     columns, tags = dict(about.get("columns") or {}), dict(about.get("tags") or {})
     if not about.get("ranking"):
         draft.drop(f"dataset: {name}", "no pairs there: dataset_info.json has no ranking: true", breaks=True)

@@ -63,8 +63,12 @@ class Proof:
         return found
 
 
-def prove(conversion: Conversion) -> Proof:
+def prove(conversion: Conversion, *, count: int = PAIRS) -> Proof:
     """Return how far a converted loss is from TRL's, on pairs of the converted data, if they are here, or embedded ones.
+
+    Args:
+        conversion: What `convert` returned.
+        count: How many pairs.
 
     Raises:
         UsageError: TRL is not installed.
@@ -89,7 +93,7 @@ def prove(conversion: Conversion) -> Proof:
 
     recipe, origin = _tiny(conversion.recipe)
     info, tokenizer, data, _ = read_inputs(recipe)
-    pairs = data.train[:PAIRS]
+    pairs = data.train[:count]
     mine = _with_noise(attach_adapter(load_base(info), rank=4, alpha=8.0))
     with tempfile.TemporaryDirectory() as folder:
         trainer = _their_trainer(theirs, load_base(info), mine.peft_config["default"], tokenizer, folder)

@@ -169,13 +169,3 @@ def write_reports(draft: Draft, reports: Said) -> None:
     names = [name for name in names if name not in ("none", "all")]
     if names and reports.is_written:
         draft.put("train.report_to", names, reports)
-
-
-def write_interval(draft: Draft, here: str, steps: Said) -> None:
-    """Write steps between evaluations or checkpoints; a share of the run has no place."""
-    if not steps.is_written or steps.value is None:
-        return
-    if isinstance(steps.value, int | float) and steps.value >= 1:
-        draft.put(here, int(steps.value), steps)
-    else:
-        draft.drop(steps, f"{here} is a number of steps; a tenth of the run by itself")

@@ -107,6 +107,8 @@ def _recognise(keys: set[str], path: Path) -> str:
     told = {name: sorted(tool.telling & keys) for name, tool in TOOLS.items() if tool.telling & keys}
     if "simpo" in told:
         told.pop("trl", None)
+    if {"model.base", "data.train"} <= keys:
+        raise UsageError(f"{path}: is a recipe already; pe-dpo check {path}")
     if not told and "model_name_or_path" in keys:
         return "trl"
     if len(told) == 1:

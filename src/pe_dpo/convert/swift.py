@@ -4,8 +4,7 @@ import math
 
 from pe_dpo.convert import places, settings
 from pe_dpo.convert.draft import Draft, Said
-from pe_dpo.convert.losses import TheirLoss, listed, write_loss
-from pe_dpo.recipe.presets import NOT_HERE
+from pe_dpo.convert.losses import TheirLoss, listed, write_loss, write_nearest
 
 
 def convert(draft: Draft) -> TheirLoss | None:
@@ -51,8 +50,6 @@ def convert(draft: Draft) -> TheirLoss | None:
     warmup = (draft.said("warmup_steps"), draft.said("warmup_ratio"))
     settings.write_schedule(draft, draft.said("lr_scheduler_type"), draft.said("lr_scheduler_kwargs"), warmup)
     settings.write_reports(draft, draft.said("report_to"))
-    settings.write_interval(draft, "train.eval_every", draft.said("eval_steps"))
-    settings.write_interval(draft, "train.save_every", draft.said("save_steps"))
     draft.read.update(("bf16", "run_name", "save_strategy", "eval_strategy", "logging_dir"))
     for key in ("weight_decay", "max_grad_norm"):
         draft.number(draft.said(key), f"train.{key}")
@@ -95,8 +92,7 @@ def _write_loss(draft: Draft) -> TheirLoss | None:
     if beta.value is None:
         beta = Said("beta", 2.0 if method.value == "simpo" else 0.1, False)
     if method.value not in ("dpo", "cpo", "simpo"):
-        draft.drop(method, NOT_HERE.get(str(method.value), "another method"), breaks=True)
-        draft.put("loss.beta", float(beta.value), beta)
+        write_nearest(draft, str(method.value), method, beta)
         return None
     if names.value is None:
         names = Said("rlhf_type", "simpo" if method.value == "simpo" else "sigmoid", method.is_written)

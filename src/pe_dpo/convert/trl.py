@@ -2,9 +2,8 @@
 
 from pe_dpo.convert import places, settings
 from pe_dpo.convert.draft import Draft, Said
-from pe_dpo.convert.losses import TheirLoss, listed, write_loss
+from pe_dpo.convert.losses import TheirLoss, listed, write_loss, write_nearest
 from pe_dpo.recipe.elsewhere.trl import CUT
-from pe_dpo.recipe.presets import NOT_HERE
 
 _OTHER_TRAINERS = ("orpo", "kto", "grpo", "ppo", "bco", "sft")
 
@@ -49,8 +48,6 @@ def convert(draft: Draft) -> TheirLoss | None:
         (draft.said("warmup_steps"), draft.said("warmup_ratio")),
     )
     settings.write_reports(draft, draft.said("report_to"))
-    settings.write_interval(draft, "train.eval_every", draft.said("eval_steps"))
-    settings.write_interval(draft, "train.save_every", draft.said("save_steps"))
     draft.read.update(("bf16", "save_strategy", "logging_strategy", "run_name"))
     for key in ("weight_decay", "max_grad_norm"):
         draft.number(draft.said(key), f"train.{key}")
@@ -71,7 +68,7 @@ def _trainer(draft: Draft) -> tuple[str, str]:
         return "kto", "desirable_weight"
     if {"cpo_alpha", "simpo_gamma"} & values.keys() or values.get("loss_type") in ("simpo", "alphapo"):
         return "cpo", "cpo_alpha, simpo_gamma or loss_type: simpo, which the CPO trainer has"
-    name = next((one for one in (*_OTHER_TRAINERS, "cpo") if one in source.words), "dpo")
+    name = "dpo" if "dpo" in source.words else next((one for one in (*_OTHER_TRAINERS, "cpo") if one in source.words), "dpo")
     return name, f"no key says which trainer reads the file; its names say {name}" if name != "dpo" else "the DPO trainer"
 
 
@@ -86,11 +83,11 @@ def _write_data(draft: Draft) -> None:
         held_out = _write_mixer(draft, mixer)
         test = draft.said("dataset_splits")
     elif isinstance(mixture.value, dict):
-        places.write_places(draft, "data.train", places.read_mixture(mixture.value.get("datasets")), mixture)
+        places.write_places(draft, "data.train", places.read_mixture(draft, mixture.value.get("datasets")), mixture)
         if "test_split_size" in mixture.value:
             size = Said("dataset_mixture.test_split_size", mixture.value["test_split_size"], True)
     elif isinstance(several.value, list):
-        places.write_places(draft, "data.train", places.read_mixture(several.value), several)
+        places.write_places(draft, "data.train", places.read_mixture(draft, several.value), several)
     elif name.value:
         part = str(split.value) if split.value != "train" else None
         places.write_places(draft, "data.train", [places.place(name.value, subset=subset.value, split=part)], name)
@@ -158,8 +155,7 @@ def _write_loss(draft: Draft, trainer: str, why: str) -> TheirLoss | None:
             gamma = draft.said("simpo_gamma")
             loss.gamma, loss.margin_from = float(gamma.value), (gamma,)
     elif trainer != "dpo":
-        draft.drop(f"{trainer.upper()} ({why})", NOT_HERE.get(trainer, "another method"), breaks=True)
-        draft.put("loss.beta", float(beta.value), beta)
+        write_nearest(draft, trainer, f"{trainer.upper()} ({why})", beta)
         return None
     else:
         loss.likelihood = draft.said("rpo_alpha")
