@@ -4,7 +4,6 @@ What is expected comes from plain PEFT with the adapters' own files, and from su
 """
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,16 +84,14 @@ def logits(model: Any) -> Tensor:
 
 
 def answer_logprobs(model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
-    """Log-probs of chosen and rejected answers, (B, 2), one answer at a time."""
+    """Log-probs of chosen and rejected answers, (B, 2), one answer at a time; with gradients where something is trainable."""
     found = []
     for pair in pairs:
         for answer in (pair.chosen_ids, pair.rejected_ids):
-            ids = torch.tensor([[*pair.prompt_ids, *answer]])
-            with torch.no_grad():
-                all_of_them = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
-            first = len(pair.prompt_ids)
-            found.append(sum(float(all_of_them[at - 1, ids[0, at]]) for at in range(first, ids.shape[1])))
-    return torch.tensor(found, dtype=torch.float64).view(-1, 2)
+            ids, first = torch.tensor([[*pair.prompt_ids, *answer]]), len(pair.prompt_ids)
+            all_of_them = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+            found.append(all_of_them[first - 1 : -1].gather(-1, ids[0, first:, None]).sum())
+    return torch.stack(found).view(-1, 2)
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +143,7 @@ def test_before_training_both_are_the_base_with_the_adapter(
     assert (logits(wanted) - reference).abs().max() < 1e-5
     assert (logits(peft(tiny_base, quantize=quantize)) - reference).abs().max() > 0.1
     pairs = prepare_run(recipe).data.held_out
-    with as_reference(model) as frozen:
+    with as_reference(model) as frozen, torch.no_grad():
         torch.testing.assert_close(answer_logprobs(frozen, pairs), answer_logprobs(wanted, pairs), rtol=1e-6, atol=1e-4)
 
 
@@ -165,7 +162,8 @@ def _dropouts(model: Any) -> dict[str, list[Any]]:
     return {name: [one.lora_dropout[name] for one in layers if name in one.lora_dropout] for name in ("default", "reference")}
 
 
-def test_the_loss_is_that_of_dpo_with_the_adapter_as_the_reference(
+@pytest.mark.slow
+def test_loss_and_gradient_are_those_of_dpo_with_the_adapter_as_the_reference(
     sft: Path, tiny_base: Path, tmp_path: Path, make_trainer: Callable
 ) -> None:
     trainer = make_trainer(f"adapter.over={sft}", fresh=True)
@@ -174,12 +172,23 @@ def test_the_loss_is_that_of_dpo_with_the_adapter_as_the_reference(
     save_policy(trainer.model, tmp_path / "saved")
     pairs = trainer.train_dataset[:6]
     _, out = trainer.forward_pairs(trainer.model.eval(), pairs)
-    reference = answer_logprobs(peft(tiny_base, sft), pairs)
-    policy = answer_logprobs(peft(tiny_base, sft, tmp_path / "saved" / "trained"), pairs)
-    shift = (policy - reference) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-    wanted = torch.tensor([math.log1p(math.exp(-0.1 * float(one))) for one in shift], dtype=torch.float64)
-    torch.testing.assert_close(out.loss.detach().double(), wanted, rtol=1e-5, atol=1e-5)
+    out.loss.sum().backward()
+
+    with torch.no_grad():
+        reference = answer_logprobs(peft(tiny_base, sft), pairs)
+    model = peft(tiny_base, sft, tmp_path / "saved" / "trained")
+    theirs = {name: one.requires_grad_() for name, one in model.named_parameters() if ".a1." in name}
+    shift = (answer_logprobs(model, pairs) - reference) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+    wanted = torch.log1p(torch.exp(-0.1 * shift))
+    wanted.sum().backward()
+    torch.testing.assert_close(out.loss.double(), wanted, rtol=1e-5, atol=1e-5)
     assert shift.abs().min() > 1e-2, "a shift that is nothing shows nothing"
+    ours = {name: one.grad for name, one in trainer.model.named_parameters() if one.requires_grad}
+    assert len(ours) == len(theirs) == 28
+    for name, gradient in ours.items():
+        expected = theirs[name.replace(".default.", ".a1.")].grad
+        assert gradient is not None and expected is not None
+        assert (gradient - expected).norm() < 1e-4 * expected.norm(), name
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
@@ -229,7 +238,8 @@ def test_stored_log_probs_of_the_bare_base_are_not_taken_for_those_of_the_refere
     bare = audit(make_recipe(store))
     recipe = make_recipe(store, f"adapter.over={sft}")
     found = audit(recipe)
-    wanted = answer_logprobs(peft(tiny_base, sft), prepare_run(recipe).data.train)
+    with torch.no_grad():
+        wanted = answer_logprobs(peft(tiny_base, sft), prepare_run(recipe).data.train)
     torch.testing.assert_close(torch.from_numpy(found.preference), wanted[:, 0] - wanted[:, 1], rtol=1e-6, atol=1e-4)
     assert abs(found.preference - bare.preference).max() > 0.1
     assert found.reference["is"] == f"the base with the adapter {sft}"
