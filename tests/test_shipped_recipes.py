@@ -17,7 +17,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from pe_dpo.data import EncodedPair, prepare_pairs
 from pe_dpo.data.template import set_template
@@ -92,6 +99,11 @@ PHI4 = """\
 {% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
 
 
+LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+FUSED = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+DELTA = [f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")] + LINEAR[4:]
+
+
 class Family(NamedTuple):
     """What tells a family of models from the others."""
 
@@ -108,6 +120,12 @@ class Family(NamedTuple):
     """Of the model's configuration."""
     opening: str
     """The prompt of the question Q, up to the answer."""
+    linear: tuple[list[str], list[str]] = (LINEAR, LINEAR)
+    """The adapted modules of both layers."""
+    layers: str = "model.layers"
+    """Where they stand."""
+    vision: dict[str, object] | None = None
+    """The configuration of its tower, where the language model is a part of the base."""
 
 
 LLAMA3_ROPE = {
@@ -133,6 +151,14 @@ FAMILIES = {
         "qwen3", QWEN3, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         ("<|im_start|>",), "<|im_end|>", ("<|im_end|>", "<|endoftext|>"), {"head_dim": 32},
         "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    "Qwen/Qwen3.5": Family(
+        "qwen3_5", QWEN3, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        ("<|im_start|>",), "<|im_end|>", ("<|im_end|>", "<|endoftext|>"),
+        {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+         "linear_num_key_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", (DELTA, LINEAR),
+        vision={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
     ),
     "HuggingFaceTB/SmolLM3": Family(
         "smollm3", SMOLLM3, {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
@@ -171,17 +197,23 @@ FAMILIES = {
         {"head_dim": 16, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
         "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n",
     ),
+    "google/gemma-3-4b": Family(
+        "gemma3", GEMMA, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+        ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", ("<eos>", "<end_of_turn>"),
+        {"head_dim": 16, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
+        "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n", layers="model.language_model.layers",
+        vision={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+                "patch_size": 14},
+    ),
     "microsoft/Phi-4-mini": Family(
         "phi3", PHI4, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
         ("<|user|>", "<|assistant|>", "<|end|>"), "<|end|><|endoftext|>", ("<|end|>", "<|endoftext|>"),
         {"tie_word_embeddings": True, "original_max_position_embeddings": 1024, "rope_parameters": LONG_ROPE},
-        "<|user|>Q<|end|><|assistant|>",
+        "<|user|>Q<|end|><|assistant|>", (FUSED, FUSED),
     ),
 }  # fmt: skip
 """By the beginning of the base's name; of several the longest counts."""
 
-LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-FUSED = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
 PAIRS = 12
 
 
@@ -214,13 +246,17 @@ def build_base(family: Family, folder: Path) -> Path:
     tokenizer = build_tokenizer(family)
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in family.ends]
-    config = AutoConfig.for_model(
-        family.model_type, vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=tokenizer.bos_token_id, eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id, **family.options,
-    )  # fmt: skip
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    language = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, **tokens, **family.options,
+    }  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    if family.vision is None:
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **language)).save_pretrained(folder)
+    else:
+        config = AutoConfig.for_model(family.model_type, text_config=language, vision_config=family.vision)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     GenerationConfig(eos_token_id=ends, bos_token_id=tokenizer.bos_token_id).save_pretrained(folder)
     return folder
 
@@ -275,10 +311,6 @@ def run(
     ])  # fmt: skip
     train(recipe)
     return Run(request.param, recipe, folder, json.loads((folder / "run.json").read_text()))
-
-
-def linear_of(run: Run) -> list[str]:
-    return FUSED if family_of(run).model_type == "phi3" else LINEAR
 
 
 def encode(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[EncodedPair]:
@@ -341,9 +373,10 @@ def test_a_recipe_is_read_without_scrolling_sideways(name: str) -> None:
 
 @pytest.mark.slow
 def test_lora_sits_on_the_linear_kinds_of_every_layer_and_nowhere_else(run: Run) -> None:
+    family = family_of(run)
     expected = {
-        f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
-        for layer in range(2) for module in linear_of(run) for side in "AB"
+        f"base_model.model.{family.layers}.{layer}.{module}.lora_{side}.weight"
+        for layer, modules in enumerate(family.linear) for module in modules for side in "AB"
     }  # fmt: skip
     assert set(load_file(run.folder / "adapter_model.safetensors")) == expected
 
@@ -369,7 +402,8 @@ def test_the_base_is_quantized_when_the_recipe_says_so(run: Run) -> None:
     """auto leaves these tiny bases as they are."""
     quantize = load_recipe(run.name).model.quantize
     assert run.record["base"]["quantize"] == ("nf4" if quantize == "nf4" else "none")
-    assert len(run.record["base"]["quantized_layers"]) == (2 * len(linear_of(run)) if quantize == "nf4" else 0)
+    linear = sum(map(len, family_of(run).linear))
+    assert len(run.record["base"]["quantized_layers"]) == (linear if quantize == "nf4" else 0)
 
 
 def test_the_reference_is_run_unless_gamma_is_zero(run: Run) -> None:
@@ -396,9 +430,10 @@ def test_prompts_open_as_the_family_does(run: Run) -> None:
 
 @pytest.mark.peer
 @pytest.mark.parametrize(("name", "published"), [
-    ("gemma-2-9b-simpo", "gemma"), ("gemma-3-1b-dpo", "gemma3"), ("llama-3.1-8b-simpo", "llama3_1"),
-    ("llama-3.2-3b-hinge", "llama3_2"), ("qwen2.5-7b-dpo", "qwen2_5"), ("qwen3-4b-dpo", "qwen3_instruct_2507"),
-    ("qwen3-8b-gdpo", "qwen3"),
+    ("gemma-2-9b-simpo", "gemma"), ("gemma-3-1b-dpo", "gemma3"), ("gemma-3-4b-dpo", "gemma3"),
+    ("llama-3.1-8b-simpo", "llama3_1"), ("llama-3.2-3b-hinge", "llama3_2"), ("qwen2.5-7b-dpo", "qwen2_5"),
+    ("qwen3-4b-dpo", "qwen3_instruct_2507"), ("qwen3-8b-gdpo", "qwen3"), ("qwen3.5-4b-dpo", "qwen3_5_think"),
+    ("qwen3.5-4b-dpo", "qwen3_5_nothink"),
 ])  # fmt: skip
 def test_the_published_templates_end_prompts_and_answers_as_those_here(name: str, published: str, conversations: Path) -> None:
     trl = pytest.importorskip("trl")
