@@ -28,8 +28,7 @@ from torch import Tensor
 from benchmarks.architectures.models import ARCHITECTURES, VOCABULARY
 from pe_dpo.cli import main
 from pe_dpo.disk import write_json
-from pe_dpo.model.base import load_tokenizer
-from pe_dpo.model.quantization import keep_weights_unpacked
+from pe_dpo.model.base import auto_class, inspect_base, load_base, load_tokenizer
 from pe_dpo.quickstart.demo import BASE, PAIRS
 
 QUANTIZATIONS = ("none", "nf4")
@@ -119,9 +118,9 @@ def _adapted(run: Path, base: Path) -> dict[str, Any]:
     record = json.loads((run / "base.json").read_text(encoding="utf-8"))
     config = hf.AutoConfig.from_pretrained(base)
     with torch.device("meta"):
-        model = hf.AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    four_bit = sum(sizes[f"{layer}.weight"] for layer in record["quantized_layers"])
+    four_bit = sum(sizes.get(f"{layer}.weight") or sizes[layer] for layer in record["quantized_layers"])
     kinds = sorted({name.rpartition(".")[2] for name, has_moved in moved.items() if not has_moved})
     return {
         "adapted": len(moved),
@@ -130,26 +129,19 @@ def _adapted(run: Path, base: Path) -> dict[str, Any]:
         "unmoved_layers": kinds,
         "adapted_layers": sorted({name.rpartition(".")[2] for name in moved}),
         "four_bit_share": round(four_bit / sum(sizes.values()), 4),
-        "largest_16_bit": max(
-            ((n, s) for n, s in sizes.items() if n.removesuffix(".weight") not in record["quantized_layers"]),
-            key=lambda x: x[1],
-        )[0],
     }
 
 
 def _compare(base: Path, run: Path, merged: Path, quantize: str, model_class: str | None) -> dict[str, Any]:
     """How far the merged model in plain transformers is from base and adapter in plain PEFT, nats."""
     ids = torch.randint(10, VOCABULARY - 10, (3, 40), generator=torch.Generator().manual_seed(0))
-    settings = {}
-    if quantize == "nf4":
-        settings["quantization_config"] = hf.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-        )
-    plain = hf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **settings).eval()
-    keep_weights_unpacked(plain)
+    kind = auto_class(hf.AutoConfig.from_pretrained(base))
+    # 4-bit experts are the product's own; they are tested against dense values elsewhere.
+    nf4 = load_base(inspect_base(str(base), quantize="nf4")) if quantize == "nf4" else None
+    plain = (nf4 or kind.from_pretrained(base, dtype=torch.float32)).eval()
     reference = _logprobs(plain, ids)
     trained = _logprobs(PeftModel.from_pretrained(plain, str(run)).eval(), ids)
-    served = hf.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    served = kind.from_pretrained(merged, dtype=torch.float32).eval()
     found = {
         "kl_merged": largest_kl(trained, _logprobs(served, ids)),
         "kl_reference": largest_kl(trained, reference),

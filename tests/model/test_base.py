@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.architectures.models import ARCHITECTURES
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import as_reference, attach_adapter
 from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
@@ -203,3 +204,48 @@ def test_what_is_no_base_is_refused_before_any_weights_are_read(tmp_path, files,
             (folder / name).write_text(content)
     with pytest.raises(ModelError, match=message):
         inspect_base(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("phimoe", {"input_jitter_noise": 0.1}),  # whose router draws experts besides, in train mode
+        ("mixtral", {"router_jitter_noise": 0.1}),
+        ("minimax", {"router_jitter_noise": 0.1}),
+    ],
+)
+def test_the_noise_of_routers_is_off_in_train_mode(name, settings, tmp_path):
+    """With it π and π0 would differ before the first step."""
+    import json
+
+    ARCHITECTURES[name].save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | settings
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_base(inspect_base(str(tmp_path)))
+    first = logits(model.train())
+    assert torch.equal(first, logits(model.train()))
+    torch.testing.assert_close(first, logits(model.eval()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "coded"),
+    [("mamba", {"x_proj", "dt_proj", "out_proj"}, 2), ("falcon-h1", {"out_proj"}, 16), ("gemma3n", {"prediction_coefs"}, 31)],
+)
+def test_layers_whose_bare_weight_is_read_are_not_quantized(name, left, coded, tmp_path):
+    """A kernel that takes codes for a matrix fails, as Mamba's own forward does; Gemma-3n clips its weight while it trains."""
+    ARCHITECTURES[name].save(tmp_path)
+    model = load_base(inspect_base(str(tmp_path), quantize="nf4"))
+    layers = [path for path, _ in four_bit_layers(model)]
+    assert len(layers) == coded
+    assert not {path.rpartition(".")[2] for path in layers} & left
+    assert logits(attach_adapter(model, rank=2, alpha=4).train()).isfinite().all()
+
+
+def test_a_package_that_a_base_needs_is_named(tmp_path):
+    from importlib.util import find_spec
+
+    if find_spec("timm"):
+        pytest.skip("Gemma-3n's tower can be built here")
+    ARCHITECTURES["gemma3n-e2b"].save(tmp_path)
+    with pytest.raises(ModelError, match="needs a package that is not installed: TimmWrapperModel requires the timm library"):
+        inspect_base(str(tmp_path))

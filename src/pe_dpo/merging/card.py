@@ -9,6 +9,7 @@ import yaml
 
 from pe_dpo.merging.behaviour import name_expected
 from pe_dpo.merging.source import Source, describe_scale
+from pe_dpo.model.base import auto_class
 from pe_dpo.quantizations import four_bit_kind, is_four_bit
 from pe_dpo.recipe import describe_sources
 from pe_dpo.runs.model_card import front_matter, training_sections
@@ -83,14 +84,15 @@ def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str
         )
     if source.facts.is_prequantized:
         quantization = "None"  # its own files say how
+    kind = auto_class(source.facts.config).__name__
     body = [
         *("```", *commands, "```", ""),
         "```python",
         "import torch",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
+        f"from transformers import {kind}, BitsAndBytesConfig",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({base['id']!r}{revision}, dtype=torch.{base['dtype']},",
+        f"base = {kind}.from_pretrained({base['id']!r}{revision}, dtype=torch.{base['dtype']},",
         f"    quantization_config={quantization})",
         "model = PeftModel.from_pretrained(base, '.')",
         "```",

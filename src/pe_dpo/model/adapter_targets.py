@@ -9,7 +9,7 @@ layers that attend to images), and layers whose bare weight is read past the ada
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -80,7 +80,7 @@ def find_targets(model: Any, targets: str | Sequence[str], exclude: Sequence[str
     wanted = _in_blocks(targets, linear) if isinstance(targets, str) else []
     wanted += dict.fromkeys(path for name in named if name not in of_experts for path in found[name])
 
-    outside = _unreached(model, wanted)
+    outside, bypassed = _unreached(model, wanted), set(bypassed_layers(model))
     excluded = {name: [path for path in wanted if _is_within(name, path)] for name in exclude}
     idle = [name for name, paths in excluded.items() if not paths]
     if idle:
@@ -93,7 +93,7 @@ def find_targets(model: Any, targets: str | Sequence[str], exclude: Sequence[str
         reasons = {
             EXCLUDED: any(path in paths for paths in excluded.values()),
             UNREACHED: path in outside,
-            BYPASSED: _is_bypassed(modules, path),
+            BYPASSED: path in bypassed,
             ROUTERS: not named and (bool(_ROUTERS & set(path.split("."))) or "Router" in type(modules[path]).__name__),
             SHARED_NAMES: leaf in of_experts,
         }
@@ -109,6 +109,22 @@ def find_targets(model: Any, targets: str | Sequence[str], exclude: Sequence[str
         return Targets(named, None, layers, left_out)
     names, pattern = _for_peft(layers, modules)
     return Targets([*names, *rest], pattern, layers, left_out)
+
+
+def bypassed_layers(model: nn.Module) -> list[str]:
+    """Return the paths of linear layers whose weight is read, not called: past an adapter, and past the codes of 4 bits.
+
+    Of state spaces (`A_log` and `D`) by fused kernels, https://github.com/huggingface/peft/issues/2556, and in Mamba's plain
+    forward; of Gemma-3n's AltUp by itself, since it clips them while training.
+    """
+    found = []
+    for path, module in model.named_modules():
+        is_state_space = hasattr(module, "A_log") and hasattr(module, "D")
+        leaves = _STATE_SPACE if is_state_space else _ALTUP
+        found += [
+            f"{path}.{name}" for name, child in module.named_children() if name in leaves and isinstance(child, nn.Linear)
+        ]
+    return found
 
 
 def _in_blocks(kind: str, linear: Sequence[str]) -> list[str]:
@@ -145,17 +161,6 @@ def _unreached(model: Any, paths: Iterable[str]) -> set[str]:
         or any(word in part for word in _OTHER_SENSES for part in path.split("."))
         or any(layer in f".{path}." for layer in crossing)
     }
-
-
-def _is_bypassed(modules: Mapping[str, Any], path: str) -> bool:
-    """Whether a layer's weight is read, not called.
-
-    Of state spaces (`A_log` and `D`) by fused kernels, https://github.com/huggingface/peft/issues/2556; of Gemma-3n's AltUp by
-    itself, since it clips them while training.
-    """
-    block, _, leaf = path.rpartition(".")
-    is_state_space = hasattr(modules[block], "A_log") and hasattr(modules[block], "D")
-    return leaf in _ALTUP or (leaf in _STATE_SPACE and is_state_space)
 
 
 def _taken_for_experts(model: Any, names: Iterable[str]) -> set[str]:

@@ -33,6 +33,8 @@ NO_TENSORS = (
     "its .bin files hold more than tensors, or are damaged, and were not read (nothing in them was run); take the base as "
     "safetensors"
 )
+_NOISES = ("jitter_noise", "input_jitter_noise")
+"""Of routers in train mode, by the names of their attributes."""
 LARGE_BASE = 1_000_000_000
 """Parameters from which `quantize: auto` means nf4: below, 16-bit weights take under 2 GB anyway."""
 
@@ -64,7 +66,7 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
     Raises:
         ModelError: nothing there, not a causal language model, or quantized by another library.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
         raise ModelError(
@@ -77,7 +79,7 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
     except (OSError, ValueError) as error:
         nowhere = "" if Path(base).exists() else "there is no such folder here, and as a name on the hub: "
         raise _unusable(base, f"no model found there: {nowhere}", error) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if auto_class(config) is None:
         raise ModelError(f"{base}: {config.model_type} is not a causal language model of this transformers version")
     settings = getattr(config, "quantization_config", None)
     if settings:
@@ -126,32 +128,42 @@ def _as_it_comes(base: str, settings: Mapping[str, Any], quantize: Quantize) -> 
     return stored
 
 
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that makes a language model of a configuration; None where there is none.
+
+    Some multimodal models (Qwen2.5-VL, Mistral Small 3.1) are there as a whole only; of text they are language models too.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping and not config.is_encoder_decoder), None)
+
+
 def empty_model(base: str, config: Any) -> Any:
     """Return the model that a configuration describes, without weights.
 
     Raises:
-        ModelError: it describes none.
+        ModelError: it describes none, or one that needs a package that is not installed.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto_class(config).from_config(config, trust_remote_code=False)
+    except ImportError as error:
+        why = _first_line(error).partition(". ")[0]
+        raise ModelError(f"{base}: needs a package that is not installed: {why}") from error
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
         raise ModelError(f"{base}: its config.json describes no model that can be built: {_first_line(error)}") from error
 
 
 def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Module:
-    """Return the base with frozen weights, in train mode, without dropout of its own.
+    """Return the base with frozen weights, in train mode, without dropout or other noise of its own.
 
-    Dropout of the base would make policy and reference differ at step 0. What the recipe asks of the adapter's dropout is
-    another matter and is done.
+    It would make policy and reference differ at step 0. What the recipe asks of the adapter's dropout is another matter and is
+    done.
 
     Raises:
         ModelError: the weights cannot be read, or do not fit the configuration.
     """
-    from transformers import AutoModelForCausalLM
-
     how = {} if info.is_prequantized else {"quantization_config": quantization_config(info.quantize, info.dtype)}
     makes_codes = is_four_bit(info.quantize) and not info.is_prequantized
     if makes_codes:
@@ -159,7 +171,7 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
 
         how["quantization_config"].quant_method = METHOD  # under which experts are quantized, too
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(info.config).from_pretrained(
             info.base,
             revision=info.revision,
             local_files_only=_is_local(info.base),
@@ -184,11 +196,19 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
     keep_weights_unpacked(model)
     if makes_codes and any(True for _ in four_bit_experts(model)):
         model.set_experts_implementation(METHOD)
+    _silence(model)
+    return model.requires_grad_(False).train()
+
+
+def _silence(model: nn.Module) -> None:
+    """Switch off the base's own dropout, and the noise of its routers."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name):
+            if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name or name in _NOISES):
                 setattr(module, name, 0.0)
-    return model.requires_grad_(False).train()
+        if hasattr(module, "router_jitter_noise"):  # Phi-3.5-MoE's router draws experts while it is in train mode
+            router: Any = module.eval()
+            router.train = lambda mode=True, router=router: router
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from pe_dpo.model.adapter_targets import bypassed_layers
 from pe_dpo.model.quantization import four_bit_name, is_expert_weight, quantized_parameter, values_in
 
 METHOD = "pe_dpo_with_experts"
@@ -36,7 +37,11 @@ class _Quantize(Bnb4bitQuantize):
 
 @register_quantizer(METHOD)
 class _WithExperts(Bnb4BitHfQuantizer):
-    """bitsandbytes' 4-bit loading, experts included."""
+    """bitsandbytes' 4-bit loading, experts included, but not the layers whose bare weight is read as a matrix."""
+
+    @staticmethod
+    def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return [*Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs), *bypassed_layers(model)]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return is_expert_weight(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
