@@ -64,6 +64,7 @@ def test_names_say_what_was_scaled() -> None:
     """In lists, too, no comma may stand inside of a name."""
     assert setting_name({"scale": 0.5}) == "the base recipe (scaled to 0.5)"
     assert setting_name({"loss.gamma": "0x", "mixout.p": 0.3, "scale": 0.75}) == "γ = 0 with mixout 0.3 (scaled to 0.75)"
+    assert setting_name({"loss.rejected_weight": 0.95}) == "λ = 0.95"
 
 
 def test_every_point_has_its_scaled_arms_after_those_that_were_trained(found: Comparison) -> None:

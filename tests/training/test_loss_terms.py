@@ -152,6 +152,16 @@ def test_what_a_run_leaves_says_so_and_evaluation_report_and_audit_take_it(own: 
     assert found.recipe.weight_right == pytest.approx(first["regimes/policy_right_reference_right/weight_share"], rel=1e-6)
 
 
+def test_other_pairs_are_evaluated_with_the_losss_beta_and_weight_one(own: Any, tiny_pairs: Path, logged: list[str]) -> None:
+    """They need not bring numbers that are about training; where they do, these count."""
+    found = evaluate(own.folder, data=str(tiny_pairs / "test.jsonl"))
+    table = found.scored
+    score = 0.1 * (table.delta() - 0.5 * table.delta("reference"))
+    np.testing.assert_allclose(table.loss, np.logaddexp(0, -score), rtol=1e-9)
+    assert any("has no column 'b', so all its pairs have the loss's β" in line for line in logged)
+    assert any("has no column 'w', so all its pairs have weight 1" in line for line in logged)
+
+
 def test_it_resumes_to_the_bit_and_not_with_other_weights(own: Any, make_recipe: Any, tiny_pairs: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tiny_pairs, tmp_path / "pairs", own_terms)
     recipe = make_recipe(f"data.train={pairs}", *OWN)

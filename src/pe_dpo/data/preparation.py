@@ -81,7 +81,7 @@ def prepare_pairs(
     report.unused_files = [name for place in places for name in place.unused]
     report.unused_files += [] if held_out_places is places else [name for place in places for name in place.held_out]
 
-    of_place = read_places(places, settings, report)
+    of_place = read_places(places, settings, report, is_other=only is not None)
     encoder = Encoder(
         tokenizer, settings, max_length=max_length, report=report, end_token_ids=end_token_ids, accepts_losses=is_old
     )
@@ -141,7 +141,12 @@ def _as_recorded(settings: DataSection, recorded: Mapping[str, Any], *, is_old: 
 
 
 def read_places(
-    places: Sequence[Place], settings: DataSection, report: DataReport, *, side: Literal["train", "held_out"] = "train"
+    places: Sequence[Place],
+    settings: DataSection,
+    report: DataReport,
+    *,
+    side: Literal["train", "held_out"] = "train",
+    is_other: bool = False,
 ) -> list[list[Pair]]:
     """Return the pairs of each of several places before tokenization, see `read_pairs`; `limit` counts over all of them.
 
@@ -150,6 +155,7 @@ def read_places(
         settings: As for `read_pairs`.
         report: As for `read_pairs`.
         side: Of the places, which is read.
+        is_other: As for `read_pairs`.
     """
     found: list[list[Pair]] = []
     before = report.rows_read
@@ -159,7 +165,7 @@ def read_places(
         own = settings.model_copy(update={"columns": columns, "limit": left})
         parts = place.train if side == "train" else place.held_out
         try:
-            found.append(read_pairs(parts, own, report) if parts and left != 0 else [])
+            found.append(read_pairs(parts, own, report, is_other=is_other) if parts and left != 0 else [])
         except DataError as error:
             if len(places) == 1 or "{columns: " not in str(error):
                 raise
@@ -171,13 +177,14 @@ def read_places(
     return found
 
 
-def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[Pair]:
+def read_pairs(parts: Parts, settings: DataSection, report: DataReport, *, is_other: bool = False) -> list[Pair]:
     """Return the pairs of some files before tokenization, one for every well-formed row, in order.
 
     Args:
         parts: The files or splits, see `find_places`; all must have one shape.
         settings: Its `columns`, `bad_rows` and `limit` (over all parts) count here.
         report: Files, shape and malformed rows are added to it.
+        is_other: Whether these are no pairs of the run: then they may lack the columns of β and weight that its map names.
 
     Raises:
         DataError: A file cannot be read, its rows are of no known shape, or a row is malformed.
@@ -188,7 +195,15 @@ def read_pairs(parts: Parts, settings: DataSection, report: DataReport) -> list[
     if not first:
         found = next(iter(report.dropped.values()), ["the file is empty or has a header alone"])[0]
         raise DataError(f"{names}: no row can be used of {report.rows_read} read: {found}; pairs are expected, one a row")
-    shape = Shape([values for _, values in first], where=names, columns=settings.columns, ignore=settings.ignore)
+    columns = settings.columns or {}
+    lacking = [
+        name for name in ("beta", "weight") if name in columns and not any(columns[name] in values for _, values in first)
+    ]
+    for name in lacking if is_other else ():
+        own = "the loss's β" if name == "beta" else "weight 1"
+        report.remarks.append(f"{names} has no column '{columns[name]}', so all its pairs have {own}")
+        columns = {ours: theirs for ours, theirs in columns.items() if ours != name}
+    shape = Shape([values for _, values in first], where=names, columns=columns, ignore=settings.ignore)
     if shape.words not in report.shape:
         report.shape = f"{report.shape} | {shape.words}" if report.shape else shape.words
     reader = RowReader(shape)

@@ -111,8 +111,8 @@ def prompts_as_written(data: DataSection, only: str | None = None) -> dict[str, 
     places = find_places(only or data.train)
     if not only and data.eval is not None and not isinstance(data.eval, float):
         places += find_places(data.eval)
-    sides: list[list[Pair]] = read_places(places, forgiving, DataReport())
-    sides += read_places(places, forgiving, DataReport(), side="held_out")
+    sides: list[list[Pair]] = read_places(places, forgiving, DataReport(), is_other=True)
+    sides += read_places(places, forgiving, DataReport(), side="held_out", is_other=True)
     return {prompt_key(pair.prompt): pair.prompt for pairs in sides for pair in pairs}
 
 

@@ -16,6 +16,7 @@ FEW_PROMPTS = 20
 _WORDS = {
     "loss.beta": "β",
     "loss.gamma": "γ",
+    "loss.rejected_weight": "λ",
     "mixout.p": "mixout",
     "adapter.dropout": "dropout",
     "train.learning_rate": "learning rate",
