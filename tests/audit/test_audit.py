@@ -544,6 +544,8 @@ def test_weights_count_in_step_0_and_in_flips_and_one_of_zero_stays_wrong(four):
     assert (found.weight_wrong, found.never_flips) == (0.0, 1.0)
     assert found.loss == pytest.approx(np.log(2))
     assert found.ideal_accuracy[1] == 0.75
+    hinge = Loss(0.1, 0.1, margin=1.0, link="hinge")  # −γ·Δ0 − m is below 0 for all, and the wrong pair of weight 0 stays
+    assert forecast(hinge, reference, PairTerms(torch.zeros(4), None, doubles([1, 0, 1, 2]))).hinge_accuracy == 0.75
     twice = forecast(Loss(0.1, 0.1), reference, PairTerms(torch.zeros(4), None, doubles([2, 2, 2, 2])))
     once = forecast(Loss(0.1, 0.1), reference, PairTerms(torch.zeros(4)))
     assert twice.flip_times[0] == pytest.approx(once.flip_times[0] / 2)
