@@ -23,6 +23,21 @@ def four_bit_kind(quantize: FourBit) -> tuple[str, bool]:
     return quantize.removesuffix("-single"), not quantize.endswith("-single")
 
 
+def bytes_per_weight(quantize: Quantization) -> float:
+    """Return what a weight takes as a code, with its share of the scales (bitsandbytes' blocks of 64, and of 256 scales)."""
+    match quantize:
+        case "nf4" | "fp4":
+            return 0.5 + 1 / 64 + 4 / (64 * 256)
+        case "nf4-single" | "fp4-single":
+            return 0.5 + 4 / 64
+        case "int8":
+            return 1.0
+        case "none":
+            return 0.0
+        case _:
+            assert_never(quantize)
+
+
 def is_four_bit(quantize: Quantization) -> TypeGuard[FourBit]:
     """Return whether the weights are codes of 4 bits, whose values can be read back and merged into."""
     match quantize:

@@ -24,7 +24,7 @@ def test_check_tells_loss_base_reference_shape_and_steps(pe_dpo, recipe_file):
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0].startswith("loss    −log σ(z),  z = 0.1·Δπ − 0.1·Δ0,")
-    assert "base: 0.1 M parameters, quantize none, context 256" in lines
+    assert "base: 0.1 M parameters, in 32 bits: 0.00 GB; context 256" in lines
     assert "reference: the base, adapters off" in lines
     assert "understood as prompt (text), chosen and rejected (text)" in lines
     assert "24 pairs to train on, 9 held out (test.jsonl)" in lines

@@ -34,6 +34,7 @@ def check(
 
     log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible
     from pe_dpo.data.decoded import decode_pair, middle_pair
+    from pe_dpo.model.road import files_here, loaded_size
     from pe_dpo.training.train import prepare_run
 
     base, tokenizer, data, _ = prepare_run(plan)
@@ -41,10 +42,11 @@ def check(
     reference = plan.adapter.describe_reference()
     steps = -(-len(data.train) // plan.train.pairs_per_step)
     if json:
+        size = loaded_size(base, files_here(base))
         found = {
             "loss": describe(plan.loss, plan.data.pair_columns)._asdict(),
             "warnings": log.warnings,
-            "base": {"parameters": base.parameters, "quantize": base.quantize, "context": base.context_length},
+            "base": {"quantize": base.quantize, "context": base.context_length, **size._asdict()},
             "reference": {"is": reference, "run_in_training": plan.loss.uses_reference},
             "data": data.report.to_dict(),
             "example": example._asdict(),
@@ -54,7 +56,6 @@ def check(
         return
     lines = [
         *log.lines,
-        f"base: {base.parameters / 1e6:,.1f} M parameters, quantize {base.quantize}, context {base.context_length}",
         f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
         f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",
     ]

@@ -121,7 +121,8 @@ class SavedPolicy:
             if not named:
                 raise UsageError(f"{folder}: does not say which base it belongs to; name it with `base`")
             revision = None if base else config.revision
-            self.section = ModelSection.model_validate({"base": named, "quantize": quantize or "auto", "revision": revision})
+            how = {"quantize": quantize or "auto", "quantize_experts": False}  # which no other tool does
+            self.section = ModelSection.model_validate({"base": named, "revision": revision, **how})
         elif (self.folder / "config.json").is_file():
             self.kind, self.adapter = "model", None
             self.section = ModelSection.model_validate({"base": str(folder), "quantize": quantize or "none"})
@@ -135,7 +136,8 @@ class SavedPolicy:
 
     def inspect(self) -> BaseInfo:
         """Return what is known of the base, or of a whole model, without its weights."""
-        return inspect_base(**self.section.model_dump())
+        info, layers = inspect_base(**self.section.model_dump()), self.run.base.get("quantized_layers")
+        return info.as_recorded(layers) if layers and self.is_as_trained else info
 
     def tokenizer(self) -> Any:
         """Return the tokenizer beside the adapter where there is one (a plain PEFT folder may have none), else the base's.
@@ -192,7 +194,8 @@ def load_policy(
     if not isinstance(source, Recipe | SavedPolicy):
         source = SavedPolicy(source)
     section = source.model if isinstance(source, Recipe) else source.section
-    info = inspect_base(**section.model_dump()) if info is None else info
+    if info is None:
+        info = inspect_base(**section.model_dump()) if isinstance(source, Recipe) else source.inspect()
     if base is None:
         base = load_base(info, device=default_device() if device is None else device)
     if isinstance(source, SavedPolicy):

@@ -49,6 +49,11 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
                 f"{source.base_folder / changed[0]}: is not the file of training (sha256); name the base of training, or leave "
                 "`base` out; `allow_base_mismatch` goes on all the same"
             )
+    if record is not None and facts.quantize_experts:
+        raise ModelError(
+            f"{source.folder}: was trained on experts in 4 bits, which no server and no other library loads so, and on another "
+            "base it is another model; merge it (`onto` dequantized), or train with model.quantize_experts: false"
+        )
     base: dict[str, Any] = {} if record is None else record.model_dump(exclude_unset=True)
     base |= {"id": facts.base, "revision": facts.revision, "quantize": facts.quantize}
     base["dtype"] = str(facts.dtype).removeprefix("torch.")

@@ -65,7 +65,7 @@ class Plan:
         self.dtype = DTYPES[dtype] if dtype != "auto" else self.base_dtype if is_servable else torch.bfloat16
         names = _BaseNames(source)
         changes = {
-            name: change._replace(is_transposed=change.is_transposed or name in names.transposed)
+            name: change._replace(is_transposed=change.is_transposed or name in source.transposed)
             for name, change in adapter.changes.items()
         }
         head_change = _untie(changes, source, names) if names.is_tied else None
@@ -203,17 +203,8 @@ class _BaseNames:
     """How the modules of a base are called, and how its files call them."""
 
     def __init__(self, source: Source) -> None:
-        from transformers.pytorch_utils import Conv1D
-
         facts, model = source.facts, source.modules
         self._files, self._layout = source.files, source.layout
-        self.transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-        """Weights that lie (in, out) in their files."""
-        if self.transposed and facts.quantize != "none":
-            raise ModelError(
-                f"{facts.base}: has transposed layers (Conv1D), which are quantized in another order than they lie in the "
-                "files; that cannot be merged, use `onto` adapter"
-            )
         self.parameters = {name for name, _ in model.named_parameters()}
         by_module = {id(module): name for name, module in model.named_modules()}
         head = model.get_output_embeddings()

@@ -85,6 +85,8 @@ class Source:
     def __init__(
         self, target: Path, *, data: str | None, pairs: int, base: str | None, quantize: str | None, allow_base_mismatch: bool
     ) -> None:
+        from transformers.pytorch_utils import Conv1D
+
         self.folder, self.allow_base_mismatch = target, allow_base_mismatch
         self.is_base_named = base is not None
         found = SavedPolicy(target, base=base, quantize=quantize)
@@ -119,6 +121,8 @@ class Source:
         if self.original is not None and self.record is not None:
             how |= {"base": self.record.id, "revision": self.record.revision}
         self.facts = inspect_base(**how)
+        if self.record is not None:
+            self.facts = self.facts.as_recorded(self.record.quantized_layers)
         _check_tensors({found.adapter, self.trained}, self.facts)
         self.recipe = found.recipe
         self.run = found.run
@@ -147,6 +151,8 @@ class Source:
         """The base's weights that are merged onto."""
         self.modules = empty_model(self.facts.base, self.facts.config)
         """The base without weights."""
+        self.transposed = {f"{name}.weight" for name, module in self.modules.named_modules() if isinstance(module, Conv1D)}
+        """Weights that lie (in, out) in their files; quantized, they lie (out, in) in the modules."""
         self.layout = Layout(self.modules, self.files.file_of)
         """What these are in the modules."""
 

@@ -74,10 +74,11 @@ class TrainingBase:
     def _as_trained(self, planned: PlannedTensor, stored: Tensor, onto: Onto) -> Tensor:
         files, quantize, dtype = self.source.files, self.source.facts.quantize, self.source.facts.dtype
         codes: Any = None
+        is_transposed = planned.module_name in self.source.transposed
         if isinstance(files, FourBitFiles) and planned.source in files.parts:
             codes = files.codes(planned.source, dtype)
         elif is_four_bit(quantize) and planned.module_name.removesuffix(".weight") in self.quantized_layers:
-            codes = quantized_parameter(stored.to(dtype), quantize, device=self.device)
+            codes = quantized_parameter((stored.T if is_transposed else stored).to(dtype), quantize, device=self.device)
         expected = self.fingerprints.get(planned.recorded_as)
         usual = dtype if stored.is_floating_point() else stored.dtype
         if expected is None:
@@ -96,5 +97,5 @@ class TrainingBase:
         if onto == "original":
             return stored
         if codes is not None:
-            return dequantized(codes)
+            return dequantized(codes).T if is_transposed else dequantized(codes)
         return stored.to(loaded_in) if loaded_in.itemsize < stored.dtype.itemsize else stored

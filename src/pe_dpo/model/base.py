@@ -1,7 +1,7 @@
 """The base model: found, loaded once, quantized if asked."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -51,15 +51,29 @@ class BaseInfo(NamedTuple):
     dtype: torch.dtype
     is_prequantized: bool = False
     """Whether its files hold the codes already, as bitsandbytes makes them."""
+    quantize_experts: bool = True
+    """Whether 4-bit codes are made of the experts of a mixture, too."""
+
+    def as_recorded(self, quantized_layers: Sequence[str]) -> "BaseInfo":
+        """Return it with experts as they were in a run, from the names of what was quantized there."""
+        return self._replace(quantize_experts=any(".experts." in name for name in quantized_layers))
 
 
-def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize = "auto", dtype: str = "auto") -> BaseInfo:
+def inspect_base(
+    base: str,
+    *,
+    revision: str | None = None,
+    quantize: Quantize = "auto",
+    quantize_experts: bool = True,
+    dtype: str = "auto",
+) -> BaseInfo:
     """Return what the configuration of a base says, without loading its weights.
 
     Args:
         base: path or hub id.
         revision: branch, tag or commit of a hub id.
         quantize: "auto" means nf4 from LARGE_BASE parameters on.
+        quantize_experts: whether 4 bits reach the experts of a mixture.
         dtype: "auto" means bfloat16 on a GPU that has it, else float32; not float16, in which with float32 adapters and no
             loss scaling small gradients vanish.
 
@@ -96,6 +110,7 @@ def inspect_base(base: str, *, revision: str | None = None, quantize: Quantize =
         quantize=quantize if quantize != "auto" else "nf4" if parameters >= LARGE_BASE else "none",
         dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
         is_prequantized=bool(settings),
+        quantize_experts=quantize_experts,
     )
 
 
@@ -165,11 +180,11 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
         ModelError: the weights cannot be read, or do not fit the configuration.
     """
     how = {} if info.is_prequantized else {"quantization_config": quantization_config(info.quantize, info.dtype)}
-    makes_codes = is_four_bit(info.quantize) and not info.is_prequantized
-    if makes_codes:
+    reaches_experts = is_four_bit(info.quantize) and info.quantize_experts and not info.is_prequantized
+    if reaches_experts:
         from pe_dpo.model.experts import METHOD
 
-        how["quantization_config"].quant_method = METHOD  # under which experts are quantized, too
+        how["quantization_config"].quant_method = METHOD
     try:
         model, loading = auto_class(info.config).from_pretrained(
             info.base,
@@ -194,7 +209,7 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
     if info.is_prequantized:  # transformers leaves all as it lies in the files
         compute_in(model, info.dtype, keep_float32=True)
     keep_weights_unpacked(model)
-    if makes_codes and any(True for _ in four_bit_experts(model)):
+    if reaches_experts and any(True for _ in four_bit_experts(model)):
         model.set_experts_implementation(METHOD)
     _silence(model)
     return model.requires_grad_(False).train()

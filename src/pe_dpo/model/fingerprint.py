@@ -23,7 +23,7 @@ from torch import nn
 from pe_dpo.model.adapter_config import REFERENCE
 from pe_dpo.model.base import BaseInfo
 
-ARITHMETIC = 1
+ARITHMETIC = 2
 """Of this package: part of every key, to be raised with any change that moves a log-prob or loads a base otherwise."""
 
 _PART_BYTES = 64 * 1024 * 1024
@@ -152,7 +152,7 @@ def base_identity(info: BaseInfo, device: str) -> str | None:
     elif not commit:
         return None
     versions = [version(library) for library in ("torch", "transformers", "bitsandbytes")]
-    loaded = json.dumps([ARITHMETIC, source, info.quantize, str(info.dtype), versions])
+    loaded = json.dumps([ARITHMETIC, source, info.quantize, info.quantize_experts, str(info.dtype), versions])
     return f"{hashlib.sha256(loaded.encode()).hexdigest()} {device}"
 
 

@@ -49,6 +49,9 @@ class ModelSection(Section):
         "auto",
         description="nf4 is double quantized, nf4-single is not. auto: nf4 from a billion parameters on, else none.",
     )
+    quantize_experts: bool = Field(
+        True, description="4-bit codes of the experts of a mixture too; false leaves them in 16 bits, as other tools do."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Compute dtype. auto: bfloat16 on a GPU that has it, else float32. Adapters stay in float32."
     )

@@ -29,6 +29,7 @@ from pe_dpo.model.base import empty_model, load_tokenizer
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record, template_fingerprint
 from pe_dpo.model.quantization import check_weights_unpacked
+from pe_dpo.model.road import check_can_be_merged, files_here, loaded_size
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, describe, describe_sources, warnings, with_absolute_paths, with_gamma
@@ -170,10 +171,22 @@ def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
         ModelError: a target matches nothing, or the adapter under the new one does not fit the base or cannot lie there.
     """
     base = prepared.base
+    files = files_here(base)
+    size = loaded_size(base, files)
+    logger.info(size.describe(base))
+    if size.experts:
+        logger.info("experts are in 4 bits, too, which no server loads so: what is trained is served merged (`pe-dpo merge`)")
+    if size.left > 0.1 * size.parameters:
+        logger.warning(
+            f"model.quantize: {base.quantize} does not reach {size.left / size.parameters:.0%} of the weights of this base "
+            f"(embeddings and head not counted); all together take {size.bytes / 1e9:,.1f} GB"
+        )
     if not adapter.start:
         empty = empty_model(base.base, base.config)
-        for line in find_targets(empty, adapter.targets, adapter.exclude).describe():
+        found = find_targets(empty, adapter.targets, adapter.exclude)
+        for line in found.describe():
             logger.info(line)
+        check_can_be_merged(base, empty, found, files)
         if adapter.over:
             empty = attach_adapter(empty, rank=1, alpha=1, targets=adapter.targets, exclude=adapter.exclude)
             with without_advice():  # of torch, that an empty model keeps no values

@@ -1,0 +1,131 @@
+"""What becomes of a base and an adapter on the whole way to a merged model, from configuration and headers of files alone.
+
+How much of the weights is really 4-bit, and whether each layer that an adapter is trained on has a tensor in the files that its
+update can be merged into. No weight is read.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from pe_dpo.errors import ModelError
+from pe_dpo.model.adapter_targets import Targets
+from pe_dpo.model.base import BaseInfo, empty_model
+from pe_dpo.model.layout import Layout
+from pe_dpo.model.provenance import base_folder
+from pe_dpo.model.quantization import EXPERT_WEIGHTS, quantization_config
+from pe_dpo.model.tensor_files import TensorFiles
+from pe_dpo.model.weight_files import FourBitFiles, weight_files
+from pe_dpo.quantizations import bytes_per_weight, is_four_bit
+
+
+class LoadedSize(NamedTuple):
+    """What the weights of a base take once they are loaded."""
+
+    parameters: int
+    coded: int
+    """Of these, how many are codes of 4 or 8 bits."""
+    left: int
+    """How many are in matrices that quantization does not reach, embeddings and head not counted."""
+    experts: int
+    """How many are codes of experts, which other libraries do not make."""
+    bytes: int
+    """Of all weights with the scales of codes; buffers of the loading not counted."""
+
+    def describe(self, info: BaseInfo) -> str:
+        """Return it as a line for a person."""
+        kind = "16 bits" if info.dtype.itemsize == 2 else "32 bits"
+        share = f"{self.coded / self.parameters:.0%} of them {info.quantize}, the others in" if self.coded else "in"
+        said = f"base: {self.parameters / 1e6:,.1f} M parameters, {share} {kind}: {self.bytes / 1e9:,.2f} GB"
+        return f"{said}; context {info.context_length}" if info.context_length else said
+
+
+def loaded_size(info: BaseInfo, files: TensorFiles | None = None) -> LoadedSize:
+    """Return what a base takes once it is loaded, by what transformers and bitsandbytes would do with each parameter.
+
+    Args:
+        info: of the base.
+        files: its weights, where they are here; of a base that comes as codes these say which are.
+    """
+    model = empty_model(info.base, info.config)
+    head = model.get_output_embeddings()
+    ends = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding) or part is head}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    aside = {name for name, parameter in model.named_parameters() if id(parameter) in ends or parameter.dim() < 2}
+    coded: set[str] = set()
+    if isinstance(files, FourBitFiles):
+        layout = Layout(model, files.file_of)
+        coded = {layout.module_of[name] for name in files.parts if name in layout.module_of}
+    elif info.quantize != "none":
+        coded = set(_made_codes(model, info))
+    count, total = sum(sizes[name] for name in coded), sum(sizes.values())
+    return LoadedSize(
+        parameters=total,
+        coded=count,
+        left=total - count - sum(sizes[name] for name in aside - coded) if coded else 0,
+        experts=sum(sizes[name] for name in coded if name.endswith(EXPERT_WEIGHTS)),
+        bytes=round(count * bytes_per_weight(info.quantize) + (total - count) * info.dtype.itemsize),
+    )
+
+
+def _made_codes(model: Any, info: BaseInfo) -> list[str]:
+    """Names of the parameters of a model without weights that loading makes codes of; the model is changed."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    from pe_dpo.model.experts import METHOD
+
+    settings = quantization_config(info.quantize, info.dtype)
+    if is_four_bit(info.quantize) and info.quantize_experts:
+        settings.quant_method = METHOD
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(model, device_map={"": "cpu"})
+    return [name for name, _ in model.named_parameters() if quantizer.param_needs_quantization(model, name)]
+
+
+def files_here(info: BaseInfo) -> TensorFiles | None:
+    """Return the weights of a base where they lie on this machine; None for those on a hub that nobody fetched.
+
+    Raises:
+        ModelError: they are here, and cannot be read.
+    """
+    try:
+        folder = base_folder(info.base, info.revision, is_loaded=True)
+    except ModelError:
+        return None
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    return weight_files(folder) if has_weights else None
+
+
+def check_can_be_merged(info: BaseInfo, model: Any, targets: Targets, files: TensorFiles | None) -> None:
+    """Check before training that the update of each adapted layer will have its place in a merged model.
+
+    Args:
+        info: of the base.
+        model: it, without weights and without adapters.
+        targets: the layers that get an adapter.
+        files: its weights; None where they are not here, and only what needs none of them is checked.
+
+    Raises:
+        ModelError: one has none; says what to leave out.
+    """
+    bare = [name for name in targets.names if not any(f".{path}".endswith(f".{name}") for path in targets.layers)]
+    if bare:
+        raise ModelError(
+            f"adapter.targets: {', '.join(bare)}: of {info.base} these are experts or routers, on which PEFT trains updates of "
+            "bare parameters that cannot be merged; leave them out (all-linear does)"
+        )
+    if files is None:
+        return
+    layout = Layout(model, files.file_of)
+    for path in targets.layers:
+        stored, leaf = layout.files_of(f"{path}.weight"), path.rpartition(".")[2]
+        if not stored:
+            raise ModelError(
+                f"{files.folder}: does not have {path}.weight, or not under a name that this transformers knows, so that it "
+                "could not be merged; fetch the base again, or take another transformers"
+            )
+        if len(stored) > 1 or layout.is_assembled(f"{path}.weight"):
+            raise ModelError(
+                f"{files.folder}: {path} is made of several tensors there ({stored[0]}, …): an update could be trained, not "
+                f"merged; leave it out with adapter.exclude: [{leaf}]"
+            )
