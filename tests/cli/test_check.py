@@ -38,7 +38,8 @@ def test_check_prints_the_same_as_json(pe_dpo, recipe_file):
     assert (done.code, done.err) == (0, "")
     assert facts["loss"]["kappa"] == 1.0
     assert facts["warnings"] == []
-    assert facts["base"] == {"parameters": 115008, "quantize": "none", "context": 256}
+    size = {"parameters": 115008, "coded": 0, "left": 0, "experts": 0, "bytes": 4 * 115008}
+    assert facts["base"] == {"quantize": "none", "context": 256} | size
     assert facts["reference"] == {"is": "the base, adapters off", "run_in_training": True}
     assert (facts["data"]["rows_read"], facts["data"]["kept"], facts["data"]["held_out"]) == (33, 24, 9)
 
