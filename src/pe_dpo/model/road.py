@@ -70,14 +70,13 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None) -> LoadedSize:
 
 def _made_codes(model: Any, info: BaseInfo) -> list[str]:
     """Names of the parameters of a model without weights that loading makes codes of; the model is changed."""
-    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     from pe_dpo.model.experts import METHOD
 
-    settings = quantization_config(info.quantize, info.dtype)
-    if is_four_bit(info.quantize) and info.quantize_experts:
-        settings.quant_method = METHOD
-    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    four_bit = METHOD if info.quantize_experts else "bitsandbytes_4bit"
+    kind = AUTO_QUANTIZER_MAPPING[four_bit if is_four_bit(info.quantize) else "bitsandbytes_8bit"]
+    quantizer = kind(quantization_config(info.quantize, info.dtype), pre_quantized=False)
     quantizer.preprocess_model(model, device_map={"": "cpu"})
     return [name for name, _ in model.named_parameters() if quantizer.param_needs_quantization(model, name)]
 
