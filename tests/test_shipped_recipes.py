@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pe_dpo.cli import main
 from pe_dpo.data import EncodedPair, prepare_pairs
 from pe_dpo.data.template import set_template
 from pe_dpo.merging.merge import merge
@@ -445,6 +446,16 @@ def test_the_published_templates_end_prompts_and_answers_as_those_here(name: str
     pair = prepare_pairs(data, tokenizer=tokenizer, end_token_ids=tokenizer.convert_tokens_to_ids(list(family.ends))).train[0]
     assert tokenizer.decode(pair.prompt_ids).endswith(f"What is 0 and 0?<{family.opening.partition('Q<')[2]}")
     assert tokenizer.decode(pair.chosen_ids) == f"It is 0.{family.end_of_turn}"
+
+
+@pytest.mark.parametrize("run", ONE_OF_EACH_TYPE, indirect=True)
+def test_check_finds_nothing_in_the_way(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pe-dpo", "check", str(run.folder / "recipe.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    assert (ended.value.code, lines[-1]) == (0, "ready to train")
+    assert [line for line in lines if line.startswith("warning: ")] == []
 
 
 # ---------------------------------------------------------------- merged
