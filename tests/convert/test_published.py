@@ -74,7 +74,7 @@ def test_a_converted_recipe_trains(published: Conversion, embedded, tmp_path: Pa
     from pe_dpo.training.train import train
 
     sections, shared = embedded
-    sizes = {"max_steps": 2, "pairs_per_step": 8, "report_to": [], "eval_every": None, "save_every": None}
+    sizes = {"max_steps": 2, "pairs_per_step": 8, "report_to": [], "eval_every": 2, "save_every": 2}
     if published.recipe.train.optimizer not in ("adamw_torch", "adamw_torch_fused"):
         sizes["optimizer"] = "adamw_torch"  # bitsandbytes' own need a GPU
     changes = sections | {"train": published.recipe.train.model_copy(update=sizes), "output": str(tmp_path / "run")}

@@ -71,7 +71,7 @@ def test_a_script_says_how_many_cards_it_starts(write) -> None:
 def test_keys_of_no_known_tool_are_an_error_that_names_what_each_tool_has(write) -> None:
     with pytest.raises(UsageError, match=r"config\.yaml: no tool is known whose settings these are") as caught:
         read_source(write("alpha: 1\n"))
-    for words in ("gamma_beta_ratio", "rlhf_type", "_component_", "micro_batch_size", "finetuning_type", "dataset_mixer"):
+    for words in ("gamma_beta_ratio", "rlhf_type", "_component_", "sequence_len", "finetuning_type", "dataset_mixer"):
         assert words in str(caught.value)
 
 

@@ -379,6 +379,10 @@ def test_a_length_cuts_there_where_it_does(converted, tool: str, text: str, is_c
     assert any("cut" in one.words and "dropped" in one.words for one in found.differences) == is_cut
 
 
+def test_rows_of_text_stay_as_they_are_in_trl_and_are_a_turn_here(converted) -> None:
+    assert "data.template: plain leaves them" in words_on(converted("trl"), "rows of text")
+
+
 @pytest.mark.parametrize(("strategy", "overlong"), [("drop", "drop"), ("raise", "error")])
 def test_axolotl_drops_long_pairs_as_here_or_stops(converted, strategy: str, overlong: str) -> None:
     assert converted("axolotl", f"excess_length_strategy: {strategy}").recipe.data.overlong == overlong
@@ -503,6 +507,12 @@ def test_intervals_are_steps_and_a_share_of_the_run_is_none(converted) -> None:
     train = found.recipe.train
     assert (train.eval_every, train.save_every, train.log_every) == (50, None, 10)
     assert words_on(found, "save_steps") == "train.save_every is a number of steps; a tenth of the run by itself"
+
+
+def test_evaluations_per_epoch_are_no_steps_between_them(converted) -> None:
+    found = converted("axolotl", "evals_per_epoch: 4\nsaves_per_epoch: 1")
+    assert (found.recipe.train.eval_every, found.recipe.train.save_every) == (None, None)
+    assert words_on(found, "evals_per_epoch") == "train.eval_every: steps between evaluations"
 
 
 def test_a_recipe_is_no_other_tools_file(tmp_path: Path) -> None:

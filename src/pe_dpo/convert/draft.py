@@ -122,9 +122,9 @@ class Draft:
                 self.unknown.append(str(said))
             elif value in (None, False, "", "none", "no", "None") or value == key.default:
                 continue
-            elif key.here in _COUNTS and isinstance(value, int | float) and value >= 1:
+            elif key.here in _COUNTS and not key.differs and isinstance(value, int | float) and value >= 1:
                 self.put(key.here, int(value), said)
-            elif key.here in _COUNTS:
+            elif key.here in _COUNTS and not key.differs:
                 self.drop(said, f"{key.here} is a number of steps; a tenth of the run by itself")
             elif key.here == "train.gradient_checkpointing" and not isinstance(value, bool):
                 self.drop(said, "activations are computed again where memory asks for it, and lie nowhere else")

@@ -121,6 +121,9 @@ def _write_mixer(draft: Draft, mixer: Said) -> list[places.Place]:
 def _write_lengths(draft: Draft) -> None:
     if draft.source.name == "simpo":
         draft.differs("chosen, rejected", "an answer begins with the assistant's header there; here the prompt ends with it")
+    else:
+        words = "as they are there, in the tokenizer's chat template here where it has one: data.template: plain leaves them"
+        draft.differs("rows of text, not of messages", words)
     places.write_length(draft, draft.said("max_length"), CUT)
     for key in ("max_prompt_length", "max_completion_length"):
         said = draft.said(key)

@@ -7,8 +7,8 @@ _TOKENIZER = "a tokenizer and its special tokens are taken as they are"
 
 AXOLOTL = Tool(
     "Axolotl",
-    "base_model with rl, adapter, sequence_len or micro_batch_size",
-    frozenset({"base_model", "micro_batch_size", "sequence_len", "rl", "lora_target_linear", "val_set_size", "rl_beta"}),
+    "base_model with rl, adapter or sequence_len",
+    frozenset({"base_model", "sequence_len", "rl", "lora_target_linear", "val_set_size", "rl_beta"}),
     {
         **TRAINER,
         # the loss
@@ -44,7 +44,7 @@ AXOLOTL = Tool(
         **without("the class of a model is that of its configuration", "model_type", "base_model_config",
                   "is_llama_derived_model"),
         **without(
-            _TOKENIZER, "special_tokens", "tokens", "tokenizer_type", "tokenizer_config", "tokenizer_use_fast",
+            _TOKENIZER, "special_tokens", "eot_tokens", "tokens", "tokenizer_type", "tokenizer_config", "tokenizer_use_fast",
             "tokenizer_legacy", "added_tokens_overrides", "resize_token_embeddings_to_32x", "shrink_embeddings",
         ),
         # the adapter
@@ -119,11 +119,13 @@ AXOLOTL = Tool(
         "use_mlflow": Key("train.report_to: mlflow"),
         "use_trackio": Key("train.report_to: trackio"),
         **without("trackers take it from their variables of the environment", "wandb_entity", "wandb_watch", "wandb_name",
-                  "wandb_run_id", "wandb_log_model", "wandb_mode", "mlflow_experiment_name"),
+                  "wandb_run_id", "wandb_log_model", "wandb_mode", "mlflow_experiment_name", "use_swanlab", "swanlab_project",
+                  "swanlab_experiment_name", "swanlab_description", "swanlab_mode", "swanlab_workspace"),
         **without("the program's own affair; drop the key", "strict", "save_first_step", "gc_steps", "gc_collect_steps",
                   "profiler_steps", "include_tokens_per_second", "include_tkps", "device", "device_map", "max_memory",
                   "gpu_memory_limit", "low_cpu_mem_usage", "debug", "hf_use_auth_token", "auto_resume_from_checkpoints",
-                  "lora_on_cpu", "fp8", "float16", "bfloat16", "ddp", "world_size"),
+                  "lora_on_cpu", "fsdp_version", "use_kernels", "use_scattermoe", "use_sonicmoe",
+                  "experimental_skip_move_to_device", "fp8", "float16", "bfloat16", "ddp", "world_size"),
     },
     nests=("trl", "peft"),
 )  # fmt: skip

@@ -60,6 +60,8 @@ LLAMA_FACTORY = Tool(
         **without("optimizers have transformers' names", "use_adam_mini", "use_muon"),
         **without("for full fine-tuning", "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules",
                   "freeze_vision_tower", "freeze_multi_modal_projector"),
+        **without("pictures, sounds and films are not here", "image_max_pixels", "image_min_pixels", "video_max_pixels",
+                  "video_min_pixels", "video_fps", "video_maxlen", "audio_sampling_rate"),
         # the data
         "dataset": Key("data.train", "the place that dataset_info.json names"),
         "eval_dataset": Key("data.eval", "the place that dataset_info.json names"),

@@ -69,6 +69,8 @@ TORCHTUNE = Tool(
         **without(ONE_CARD, "fsdp_cpu_offload", "fsdp_reshard_after_forward", "custom_sharded_layers", "tensor_parallel_dim"),
         "save_adapter_weights_only": Key("", "the adapter alone is saved; pe-dpo merge makes a whole model"),
         "ref_checkpointer._component_": Key("", "the reference is the base with adapters off", breaks=True),
+        **without("the reference is the base with adapters off", "ref_checkpointer.checkpoint_dir",
+                  "ref_checkpointer.checkpoint_files", "ref_checkpointer.output_dir", "ref_checkpointer.model_type"),
         "base_model_checkpoint": Key("", "the reference is the base with adapters off", breaks=True),
     },
     nests=("*",),
