@@ -1,11 +1,13 @@
 """Before the first step: policy = reference where it must be, and a loss that pulls."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import tables
 import torch
+from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import DataError, ModelError, TrainingError
 from pe_dpo.model.adapter import adapter_parameters
@@ -76,6 +78,35 @@ def test_margins_that_the_loss_asks_for_and_the_data_lack_are_missed_before_the_
 def test_a_loss_that_is_not_finite_at_the_start_names_the_rows(make_trainer):
     with pytest.raises(TrainingError, match=r"not finite for train\.jsonl:\d, train\.jsonl:\d.*look at these rows"):
         start(make_trainer(fresh=True), margin=math.nan)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "nf4-single"])
+def test_a_tensor_of_the_base_that_is_not_finite_is_named(make_trainer, tiny_base, tmp_path, quantize):
+    name, base = "model.layers.1.mlp.up_proj.weight", tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors[name].view(-1)[100] = math.nan
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"^{name} of the base has values that are not finite, .*fetch the base again"):
+        start(make_trainer(f"model.base={base}", f"model.quantize={quantize}", "reference.policy=step", fresh=True))
+
+
+@pytest.mark.parametrize("fails_in", ["eval", "train"])
+def test_a_forward_that_fails_is_a_line(make_trainer, fails_in, monkeypatch):
+    """A router that returns two tensors, say, to which LoRA cannot add; some bases fail in train mode alone."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self, x):
+        if self.training == (fails_in == "train"):
+            raise AttributeError("'tuple' object has no attribute 'dtype'")
+        return plain(self, x)
+
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(
+        ModelError, match=r"^the forward of LlamaForCausalLM fails on pairs of the data \(AttributeError: 'tuple'"
+    ):
+        start(make_trainer(fresh=True))
 
 
 def watched(chosen_shift):

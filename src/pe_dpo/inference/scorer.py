@@ -5,7 +5,8 @@ is not looked up but tried: a few pairs, the longest among them, must give the l
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -152,7 +153,7 @@ def choose_scorer(
         token_budget: most tokens of one forward.
 
     Raises:
-        ModelError: packed rows were insisted on and are not right for this model.
+        ModelError: packed rows were insisted on and are not right for this model, or its forward fails.
         OutOfMemory: one of the longest pairs does not fit.
     """
     scorer = Scorer("padded", next(model.parameters()).device, token_budget=token_budget)
@@ -283,9 +284,33 @@ def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair]) -> str | Non
 
 
 def _numbers(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
-    """Return (B, 4) float64: log-prob of chosen and rejected, tokens of chosen and rejected."""
-    with torch.no_grad():
+    """Return (B, 4) float64: log-prob of chosen and rejected, tokens of chosen and rejected.
+
+    Raises:
+        ModelError: the padded path fails, after which there is no other.
+    """
+    with torch.no_grad(), failing_forwards_named(model) if scorer.path == "padded" else nullcontext():
         return torch.stack([field.double() for field in scorer.logprobs(model, pairs)], dim=1)
+
+
+@contextmanager
+def failing_forwards_named(model: Any) -> Iterator[None]:
+    """Within the block what a model's own code raises is a ModelError; memory that runs out stays what it is.
+
+    Raises:
+        ModelError: the forward fails.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except REFUSALS as error:
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the forward of {type(causal_lm).__name__} fails on pairs of the data ({type(error).__name__}: {why}); it cannot "
+            "be trained as it was loaded: try another model.quantize, or name other adapter.targets"
+        ) from error
 
 
 def _gradient(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tensor | None:

@@ -258,6 +258,18 @@ def compute_in(model: nn.Module, dtype: torch.dtype, *, keep_float32: bool = Fal
             parameter.data = parameter.data.to(dtype)
 
 
+def first_not_finite(model: nn.Module) -> str | None:
+    """Return the name of the first parameter with a value, or a scale of its codes, that is not finite; None without."""
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        # Of double quantization the scales are codes again; a single NaN is in their mean.
+        scales = [] if state is None else [state.absmax, state.offset, getattr(state.state2, "absmax", None)]
+        values = [one for one in (parameter.data, *scales) if one is not None and one.is_floating_point()]
+        if not all(bool(one.isfinite().all()) for one in values):
+            return name
+    return None
+
+
 def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward instead of keeping them: a forward more, for a fraction of the memory.
 

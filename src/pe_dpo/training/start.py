@@ -9,9 +9,11 @@ import torch
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, TrainingError
 from pe_dpo.inference.pairs import pair_terms
-from pe_dpo.inference.scorer import Scorer
+from pe_dpo.inference.scorer import Scorer, failing_forwards_named
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import as_reference
+from pe_dpo.model.base import first_not_finite
+from pe_dpo.model.fingerprint import plain_name
 from pe_dpo.objective import Loss
 
 TOLERANCE = 1e-6
@@ -54,13 +56,18 @@ def check_start(
         is_fresh: Whether B = 0. Then dropout stays on, which must make no difference; else it is off.
 
     Raises:
-        ModelError: π and π0 differ although they must not: the reference is not what it should be.
+        ModelError: π and π0 differ although they must not: the reference is not what it should be; or the base's forward fails,
+            or one of its tensors is not finite.
         TrainingError: no pair pulls at all (say, a hinge whose margin column is 0 everywhere), or a loss is not finite.
     """
     batch = [pairs[index] for index in scorer.split(pairs)[0]]
     model.train(is_fresh)
-    with torch.no_grad():
+    with torch.no_grad(), failing_forwards_named(model):
         policy = scorer.logprobs(model, batch)
+    tensor = None if bool(torch.cat([policy.chosen, policy.rejected]).isfinite().all()) else first_not_finite(model)
+    if tensor is not None:
+        name = plain_name(tensor)
+        raise ModelError(f"{name} of the base has values that are not finite, so that no log-prob is; fetch the base again")
     reference, difference = None, None
     if loss.needs_reference:
         with as_reference(model) as frozen:
