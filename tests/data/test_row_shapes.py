@@ -216,3 +216,16 @@ def test_a_column_of_exactly_that_name_is_guessed_first(write_lines: Callable[..
     with pytest.raises(DataError) as error:
         load_pairs(path)
     assert str(error.value).endswith("data: {columns: {prompt: chosen_prompt, chosen: chosen, rejected: rejected}}")
+
+
+@pytest.mark.parametrize(("row", "columns"), [
+    ({"messages": [USER, YES], "bad": "no"}, {"rejected": "bad"}),
+    ({"talk": [USER, YES], "rejected": "no"}, {"messages": "talk"}),
+    ({"talk": [USER, YES], "rejected_messages": [USER, NO]}, {"messages": "talk"}),
+], ids=["rejected", "messages", "both dialogues"])  # fmt: skip
+def test_one_mapped_column_and_one_by_its_own_name_make_a_shape(
+    write_lines: Callable[..., Path], row: dict[str, Any], columns: dict[str, str]
+) -> None:
+    pairs, report = load_pairs(write_lines(row), columns=columns)
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [((USER,), (YES,), (NO,))]
+    assert report.unread_columns == []

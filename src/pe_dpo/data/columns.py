@@ -97,19 +97,20 @@ def find_spellings(examples: Mapping[str, Any], mapped: Mapping[str, str]) -> di
     names = [name for name in examples if name not in mapped.values()]
     plain = {name.strip().lower(): name for name in reversed(names)}
     found = {name: plain[name] for name in _OURS if name in plain and name not in examples and name not in mapped}
-    present = {*plain, *mapped}
+    read_from = {**plain, **mapped}
+    present = read_from.keys()
     if not {"chosen", "rejected"} & mapped.keys() and not present >= {"chosen", "rejected"}:
         is_openai = isinstance(examples.get(plain.get("input", "")), Mapping)
         pairs = [pair for pair in _ANSWERS if present >= {*pair} and not (is_openai and pair[0] == "preferred_output")]
         if len(pairs) > 1:
             pairs = [pair for pair in pairs if pair[0] not in ("messages", "conversations", "response")]
         if len(pairs) == 1:
-            found |= {"chosen": plain[pairs[0][0]], "rejected": plain[pairs[0][1]]}
+            found |= {"chosen": read_from[pairs[0][0]], "rejected": read_from[pairs[0][1]]}
     if "rejected" in present and not {"chosen", "rejected_response"} & present:
-        dialogues = (name for name in ("messages", "conversations") if name in plain)
-        dialogue = next((name for name in dialogues if _role(examples[plain[name]], -1) == "assistant"), None)
-        found |= {"rejected_response": plain["rejected"]} if dialogue else {}
-        found |= {"messages": plain[dialogue]} if dialogue == "conversations" else {}
+        dialogues = (name for name in ("messages", "conversations") if name in present)
+        dialogue = next((name for name in dialogues if _role(examples[read_from[name]], -1) == "assistant"), None)
+        found |= {"rejected_response": read_from["rejected"]} if dialogue else {}
+        found |= {"messages": read_from[dialogue]} if dialogue == "conversations" else {}
     systems = [name for name in _SYSTEMS if name in plain]
     if "system" not in present and len(systems) == 1:
         found["system"] = plain[systems[0]]

@@ -215,7 +215,7 @@ def _check_map(
         if column not in names:
             raise DataError(f"data.columns.{ours}: {where} has no column '{column}'; found {list_names(names)}")
         twice = next((name for name, other in columns.items() if other == column and name != ours), None)
-        if twice:
+        if twice in ("chosen", "rejected") and ours in ("prompt", "instruction", "chosen", "rejected"):
             raise DataError(f"data.columns: {ours} and {twice} both name column '{column}'; name another for one of them")
 
 
