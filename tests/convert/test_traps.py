@@ -135,6 +135,7 @@ def test_sigmoid_norm_is_dpo_per_token_with_the_beta_there(converted) -> None:
 @pytest.mark.parametrize(("tool", "text", "smoothing", "mode"), [
     ("trl", "label_smoothing: 0.2", 0.0, "conservative"),  # TRL's DPO does not read it with sigmoid
     ("trl", "loss_type: robust\nlabel_smoothing: 0.2", 0.2, "unbiased"),
+    ("trl", "label_smoothing: 0.2\nmax_prompt_length: 512", 0.2, "conservative"),  # a key of TRL before 0.29, which did
     ("trl", "loss_type: robust", 0.0, "unbiased"),  # the preset alone would take 0.1
     ("llama-factory", "dpo_label_smoothing: 0.2", 0.2, "conservative"),
     ("ms-swift", "label_smoothing: 0.2", 0.2, "conservative"),
@@ -257,6 +258,7 @@ def test_targets_are_those_of_the_tool(converted, tool: str, text: str, targets)
     ("trl", "load_in_4bit: true\nuse_bnb_nested_quant: true", "nf4"), ("axolotl", "adapter: qlora\nload_in_4bit: true", "nf4"),
     ("llama-factory", "quantization_bit: 4", "nf4"),
     ("llama-factory", "quantization_bit: 4\ndouble_quantization: false", "nf4-single"),
+    ("trl", "load_in_4bit: true\nmodel_name_or_path: unsloth/zephyr-sft-bnb-4bit", "auto"),
     ("trl", "load_in_4bit: true\nbnb_4bit_quant_type: fp4", "fp4-single"),
     ("llama-factory", "quantization_bit: 4\nquantization_type: fp4", "fp4"),
     ("ms-swift", "quant_bits: 4", "nf4"), ("torchtune", "", "none"),
@@ -264,6 +266,14 @@ def test_targets_are_those_of_the_tool(converted, tool: str, text: str, targets)
 ])  # fmt: skip
 def test_the_base_is_held_as_there_and_never_quantized_unasked(converted, tool: str, text: str, quantize: str) -> None:
     assert converted(tool, text).recipe.model.quantize == quantize
+
+
+@pytest.mark.parametrize(
+    ("base", "is_whole"), [("Qwen/Qwen3-30B-A3B", False), ("mistralai/Mixtral-8x7B-v0.1", False), ("b", True)]
+)
+def test_experts_stay_in_16_bits_as_there(converted, base: str, is_whole: bool) -> None:
+    recipe = converted("trl", f"load_in_4bit: true\nmodel_name_or_path: {base}").recipe
+    assert recipe.model.quantize_experts == is_whole
 
 
 def test_an_adapter_that_llama_factory_goes_on_with_has_the_raw_base_as_its_reference(converted) -> None:

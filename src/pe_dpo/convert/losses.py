@@ -109,7 +109,7 @@ def _write_smoothing(draft: Draft, loss: TheirLoss, preset: str, smoothing: floa
     elif not smoothing or said is None:
         return
     elif loss.preference not in loss.is_smoothed:
-        draft.drop(said, f"{loss.preference} is not smoothed there, and so not here")
+        draft.drop(said, f"{loss.preference} is not smoothed there (by TRL since 0.29), and so not here; cdpo smooths it")
     elif preset == "cpo":
         draft.put("loss.label_smoothing", smoothing, said)
     else:

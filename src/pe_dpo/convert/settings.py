@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,6 +53,12 @@ def write_quantization(draft: Draft, bits: int | None, said: Said, *, is_double:
     if bits not in (None, 4, 8):
         draft.drop(said, "4 and 8 bits are here; the base is not quantized")
     words = {codes: "scales quantized too", f"{codes}-single": "scales not quantized", "none": "not quantized there"}
+    base = str(draft.lines["model.base"][0]) if "model.base" in draft.lines else ""
+    if "bnb-4bit" in base:
+        draft.put("model.quantize", "auto", said, "the base comes in codes, and is trained on these")
+        return
+    if bits == 4 and re.search(r"moe|mixtral|\dx\d+b|-a\d+b", base, re.IGNORECASE):
+        draft.put("model.quantize_experts", False, said, "experts stay in 16 bits there")
     origins: list[Said | str] = [
         said,
         *([kind] if kind and codes == "fp4" else []),

@@ -5,6 +5,8 @@ from pe_dpo.convert.draft import Draft, Said
 from pe_dpo.convert.losses import TheirLoss, listed, write_loss, write_nearest
 from pe_dpo.recipe.elsewhere.trl import CUT
 
+_BEFORE_029 = {"rpo_alpha", "max_prompt_length", "max_completion_length", "reference_free", "ref_adapter_name"}
+"""Keys that TRL's DPO has had up to 0.28, when it smoothed labels with sigmoid, too."""
 _OTHER_TRAINERS = ("orpo", "kto", "grpo", "ppo", "bco", "sft")
 
 
@@ -162,6 +164,8 @@ def _write_loss(draft: Draft, trainer: str, why: str) -> TheirLoss | None:
         return None
     else:
         loss.likelihood = draft.said("rpo_alpha")
+        if _BEFORE_029 & draft.source.values.keys():
+            loss.is_smoothed = ("sigmoid",)
         draft.read.update(("cpo_alpha", "simpo_gamma"))
     write_loss(draft, loss)
     if draft.said("reference_free").value:

@@ -17,7 +17,9 @@ _SHARED: dict[str, Key] = {
     # the loss
     "loss_type": Key("loss.preset", "sigmoid is dpo, sigmoid_norm is dpo-norm; ipo is β² times the loss there", "sigmoid"),
     "beta": Key("loss.beta", default=0.1),
-    "label_smoothing": Key("loss.label_smoothing", "TRL's DPO reads it for robust alone, its CPO for sigmoid and simpo", 0.0),
+    "label_smoothing": Key(
+        "loss.label_smoothing", "since 0.29 TRL's DPO reads it for robust alone; its CPO for sigmoid and simpo", 0.0
+    ),
     "reference_free": Key("loss.gamma: 0"),
     # the model
     "model_name_or_path": Key("model.base"),
