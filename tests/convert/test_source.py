@@ -45,6 +45,13 @@ def test_a_line_of_arguments_is_known_by_its_program(write, line: str, tool: str
     assert program is None or source.program == program
 
 
+@pytest.mark.parametrize(
+    "before", ["pip install trl peft", "tune download a/b --output-dir c", "cp dpo.py /tmp", "axolotl preprocess c.yaml"]
+)
+def test_lines_that_train_nothing_are_passed_over(write, before: str) -> None:
+    assert read_source(write(f"{before}\nswift rlhf --beta 0.2\n", "run.sh")).values == {"beta": 0.2}
+
+
 def test_arguments_are_read_as_what_they_are(write) -> None:
     line = (
         "python dpo.py --beta 5e-2 --use_peft --no_remove_unused_columns --loss_type sigmoid sft --lora-r=8 --seed 1 # tried\n"

@@ -21,16 +21,17 @@ from pe_dpo.recipe.elsewhere import TOOLS, Tool
 from pe_dpo.recipe.strict_yaml import PlainLoader
 
 _PROGRAM = {
-    r"run_simpo\.py": "simpo",
-    r"(\S*/)?swift( rlhf)?|rlhf\.py|\S*swift/cli/rlhf\.py": "ms-swift",
-    r"(\S*/)?(llamafactory-cli|lmf)( train)?|\S*src/train\.py|train_bash\.py": "llama-factory",
-    r"(\S*/)?axolotl( train)?": "axolotl",
-    r"(\S*/)?tune( run)?": "torchtune",
-    r"(\S*/)?trl( \w+)?|\S*(dpo|cpo|orpo|kto|simpo)\w*\.py": "trl",
+    r"\S*run_simpo\.py": "simpo",
+    r"(\S*/)?swift rlhf|\S*rlhf\.py": "ms-swift",
+    r"(\S*/)?(llamafactory-cli|lmf) train|\S*src/train\.py|\S*train_bash\.py": "llama-factory",
+    r"(\S*/)?axolotl train|axolotl\.cli\.train": "axolotl",
+    r"(\S*/)?tune run": "torchtune",
+    r"(\S*/)?trl (dpo|cpo|orpo|kto|sft|grpo|reward)|\S*(dpo|cpo|orpo|kto|simpo)\w*\.py": "trl",
 }
 """Programs, as a line of arguments names them, and whose they are."""
 _CARDS = ("num_processes", "nproc_per_node", "nproc-per-node", "NPROC_PER_NODE", "num_gpus")
 """How launchers and their variables say how many processes they start."""
+_TOOLS = "\n".join(f"  {tool.title:24} {tool.has}" for tool in TOOLS.values())
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def read_source(path: Path) -> TheirSettings:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); name a file of settings") from error
     found = _read_line(text, path) if path.suffix.lower() not in (".yaml", ".yml", ".json") else None
+    if found is None and path.suffix.lower() in (".sh", ".bash", ".md", ".py"):
+        raise UsageError(f"{path}: no line in it trains with a tool that is known. Each tool's file has:\n{_TOOLS}")
     if found is None:
         program, cards, values = None, 1, read_mapping(path, text)
     else:
@@ -113,11 +116,10 @@ def _recognise(keys: set[str], path: Path) -> str:
         return "trl"
     if len(told) == 1:
         return next(iter(told))
-    tools = "\n".join(f"  {tool.title:24} {tool.has}" for tool in TOOLS.values())
     if told:
         found = "; ".join(f"{', '.join(keys)} as {TOOLS[name].title} has them" for name, keys in told.items())
-        raise UsageError(f"{path}: whose settings these are is not clear: {found}. Each tool's file has:\n{tools}")
-    raise UsageError(f"{path}: no tool is known whose settings these are. Each tool's file has:\n{tools}")
+        raise UsageError(f"{path}: whose settings these are is not clear: {found}. Each tool's file has:\n{_TOOLS}")
+    raise UsageError(f"{path}: no tool is known whose settings these are. Each tool's file has:\n{_TOOLS}")
 
 
 def _flatten(values: Mapping[str, Any], nests: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -142,6 +144,8 @@ def _read_line(text: str, path: Path) -> tuple[str, int, dict[str, Any]] | None:
         while words and (assigned := re.fullmatch(r"(?:export )?(\w+)=(.*)", words[0])):
             variables[assigned[1]] = assigned[2]
             words.pop(0)
+        if words and words[0] in ("cp", "mv", "cat", "git", "echo"):
+            continue
         at = next((at for at in range(len(words)) if _names_program(words, at)), None)
         if at is None:
             continue
