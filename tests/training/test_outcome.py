@@ -99,8 +99,7 @@ def spoil(value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("held_out", [[], ["data.eval=0"]])
+@pytest.mark.parametrize(("value", "held_out"), [(math.nan, []), (math.inf, ["data.eval=0"])])
 def test_a_run_whose_adapter_is_not_finite_at_its_end_has_failed(make_recipe, tmp_path, value, held_out):
     recipe = make_recipe("train.max_steps=2", *held_out)
     with pytest.raises(TrainingError, match="not finite"):
