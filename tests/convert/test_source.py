@@ -45,6 +45,12 @@ def test_a_line_of_arguments_is_known_by_its_program(write, line: str, tool: str
     assert program is None or source.program == program
 
 
+def test_a_script_that_trains_with_no_known_tool_is_an_error_that_names_them(write) -> None:
+    with pytest.raises(UsageError, match=r"run\.sh: no line in it trains with a tool that is known") as caught:
+        read_source(write("megatron rlhf --beta 0.2\n", "run.sh"))
+    assert "a line with swift rlhf" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "before", ["pip install trl peft", "tune download a/b --output-dir c", "cp dpo.py /tmp", "axolotl preprocess c.yaml"]
 )
