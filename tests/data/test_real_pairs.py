@@ -81,10 +81,10 @@ def test_folders_are_divided_by_their_files(name: str, rows: int, train: int, he
 
 
 @pytest.mark.parametrize(("name", "kind", "fact", "count"), [
-    ("hh-harmless/all.jsonl", "dropped", "empty answer", 4),
-    ("hh-harmless/all.jsonl", "noted", "an answer of several turns, the assistant's scored", 5),
+    ("hh-harmless", "dropped", "empty answer", 4),
+    ("hh-harmless", "noted", "an answer of several turns, the assistant's scored", 5),
     # one text is the beginning of the other in 5 pairs; in the 4 others of them the shorter is empty
-    ("hh-harmless/all.jsonl", "noted", "one answer is the beginning of the other", 1),
+    ("hh-harmless", "noted", "one answer is the beginning of the other", 1),
     ("rasbt-politeness", "dropped", "identical answers", 6),
     ("wmt-mqm-ted-ende", "noted", "contradicts an earlier pair (a over b, b over a)", 8),
     ("lf-dpo-en", "noted", "exact duplicate", 5),
