@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.architectures.models import ARCHITECTURES
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import as_reference, attach_adapter
-from pe_dpo.model.base import end_token_ids, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.base import end_token_ids, inspect_base, lacks_bfloat16, load_base, load_tokenizer, noise_of
 from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.model.quantization import check_weights_unpacked, four_bit_layers
 
@@ -249,3 +249,61 @@ def test_a_package_that_a_base_needs_is_named(tmp_path):
     ARCHITECTURES["gemma3n-e2b"].save(tmp_path)
     with pytest.raises(ModelError, match="needs a package that is not installed: TimmWrapperModel requires the timm library"):
         inspect_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_weights_that_a_base_rescales_for_float16_stay_what_they_are(quantize, tmp_path):
+    """RWKV divides them in place in eval mode, where 4-bit ones cannot be, and never the updates of an adapter."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    config = RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=64, rescale_every=1)
+    RwkvForCausalLM(config).save_pretrained(tmp_path)
+    model = attach_adapter(load_base(inspect_base(str(tmp_path), quantize=quantize)), rank=2, alpha=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    before, trained = base_fingerprint(model), logits(model.train())
+    torch.testing.assert_close(logits(model.eval()), trained, rtol=1e-5, atol=1e-5)
+    assert base_fingerprint(model) == before
+
+
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(tiny_base, monkeypatch):
+    """As torch says of a T4: supported with emulation, which is slower than float32, and not without."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_it, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, it=has_it: it or including_emulation
+        )
+        assert inspect_base(str(tiny_base), quantize="nf4").dtype == dtype
+    assert inspect_base(str(tiny_base), dtype="float32").dtype == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert lacks_bfloat16()
+    assert inspect_base(str(tiny_base), dtype="bfloat16").dtype == torch.bfloat16, "as asked for"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "noise"),
+    [
+        ("phimoe", {"router_jitter_noise": 0.01, "input_jitter_noise": 0.0}, {"router_jitter_noise": 0.01}),
+        ("mixtral", {"router_jitter_noise": 0.1}, {"router_jitter_noise": 0.1}),
+        ("llama", {}, {}),
+    ],
+)
+def test_the_noise_of_a_configuration_is_named(name, settings, noise):
+    config = ARCHITECTURES[name].config()
+    config.update(settings)
+    assert noise_of(config) == noise
+
+
+def test_the_noise_of_dbrx_is_named_and_off():
+    from transformers import DbrxConfig, DbrxForCausalLM
+
+    from pe_dpo.model.base import _silence
+
+    sizes = {"vocab_size": 64, "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}
+    ffn = {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1, "moe_jitter_eps": 0.2, "hidden_size": 32}
+    config = DbrxConfig(**sizes, ffn_config=ffn, attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0})
+    assert noise_of(config) == {"moe_jitter_eps": 0.2}
+    model = DbrxForCausalLM(config).train()
+    _silence(model)
+    assert torch.equal(logits(model), logits(model))

@@ -13,7 +13,7 @@ from pe_dpo.errors import DataError, ModelError, TrainingError
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.training.start import check_diagonal, check_start
-from pe_dpo.training.train import train
+from pe_dpo.training.train import prepare_run, train
 
 
 def start(trainer, *, policy_is_reference=True, **changes):
@@ -130,3 +130,21 @@ def test_a_near_tie_that_rounding_turns_is_no_other_reference():
     """Δ0 = 1e-4 and Δπ = −1e-4, of answers of −60 nats."""
     pairs = watched(torch.full((40,), -20.0001, dtype=torch.float64))
     check_diagonal(replace(pairs, reference_chosen=pairs.reference_rejected + 1e-4))
+
+
+def test_what_a_gpu_and_a_configuration_change_is_said_before_training(make_recipe, tmp_path, tiny_base, monkeypatch, logged):
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.architectures.models import ARCHITECTURES
+
+    config = ARCHITECTURES["mixtral"].config()
+    config.update({"router_jitter_noise": 0.02, "vocab_size": 320})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    for path in (*tiny_base.glob("token*"), *tiny_base.glob("*.jinja")):
+        shutil.copy(path, tmp_path / "base")
+    monkeypatch.setattr("pe_dpo.training.train.lacks_bfloat16", lambda: True)
+    prepare_run(make_recipe(f"model.base={tmp_path / 'base'}"))
+    assert "computed in float32: this GPU has no bfloat16 (emulated it is slower), and float16 loses small gradients" in logged
+    assert any(
+        line.endswith("that its configuration switches on in training is off: router_jitter_noise 0.02") for line in logged
+    )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ NO_TENSORS = (
     "its .bin files hold more than tensors, or are damaged, and were not read (nothing in them was run); take the base as "
     "safetensors"
 )
-_NOISES = ("jitter_noise", "input_jitter_noise")
+_NOISES = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 """Of routers in train mode, by the names of their attributes."""
 LARGE_BASE = 1_000_000_000
 """Parameters from which `quantize: auto` means nf4: below, 16-bit weights take under 2 GB anyway."""
@@ -74,8 +74,8 @@ def inspect_base(
         revision: branch, tag or commit of a hub id.
         quantize: "auto" means nf4 from LARGE_BASE parameters on.
         quantize_experts: whether 4 bits reach the experts of a mixture.
-        dtype: "auto" means bfloat16 on a GPU that has it, else float32; not float16, in which with float32 adapters and no
-            loss scaling small gradients vanish.
+        dtype: "auto" means bfloat16 on a GPU that has it, else float32: bfloat16 that is emulated, as on a T4, is slower than
+            that, and in float16, with float32 adapters and no loss scaling, small gradients vanish.
 
     Raises:
         ModelError: nothing there, not a causal language model, or quantized by another library.
@@ -100,7 +100,7 @@ def inspect_base(
         quantize = _as_it_comes(base, settings, quantize)
     parameters = sum(p.numel() for p in empty_model(base, config).parameters())
     if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if torch.cuda.is_available() and not lacks_bfloat16() else "float32"
     return BaseInfo(
         base=base,
         revision=revision,
@@ -112,6 +112,17 @@ def inspect_base(
         is_prequantized=bool(settings),
         quantize_experts=quantize_experts,
     )
+
+
+def lacks_bfloat16() -> bool:
+    """Return whether there is a GPU that only emulates bfloat16, as those before Ampere do; torch by default says it has it."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def noise_of(config: Any) -> dict[str, float]:
+    """Return which noise a configuration switches on besides dropout, by name; `load_base` switches it off."""
+    parts = [part.to_dict() if hasattr(part, "to_dict") else part for part in (config, getattr(config, "ffn_config", {}))]
+    return {name: value for part in parts for name, value in part.items() if "jitter" in name and value}
 
 
 def _way_out(base: str, settings: Mapping[str, Any]) -> str:
@@ -216,11 +227,13 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
 
 
 def _silence(model: nn.Module) -> None:
-    """Switch off the base's own dropout, and the noise of its routers."""
+    """Switch off the base's own dropout, the noise of its routers, and what changes its weights."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and (isinstance(module, nn.Dropout) or "drop" in name or name in _NOISES):
                 setattr(module, name, 0.0)
+        if hasattr(module, "layers_are_rescaled"):  # RWKV divides its weights, in place, for float16 in eval mode
+            cast(Any, module).config.rescale_every = 0
         if hasattr(module, "router_jitter_noise"):  # Phi-3.5-MoE's router draws experts while it is in train mode
             router: Any = module.eval()
             router.train = lambda mode=True, router=router: router

@@ -25,7 +25,7 @@ from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import POLICY, attach_adapter, borrowed_base, lay_under, save_adapter
 from pe_dpo.model.adapter_config import check_adapter, without_advice
 from pe_dpo.model.adapter_targets import find_targets
-from pe_dpo.model.base import empty_model, load_tokenizer
+from pe_dpo.model.base import empty_model, lacks_bfloat16, load_tokenizer, noise_of
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record, template_fingerprint
 from pe_dpo.model.quantization import check_weights_unpacked
@@ -174,6 +174,11 @@ def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
     files = files_here(base)
     size = loaded_size(base, files)
     logger.info(size.describe(base))
+    if base.dtype == torch.float32 and lacks_bfloat16():
+        logger.info("computed in float32: this GPU has no bfloat16 (emulated it is slower), and float16 loses small gradients")
+    noise = ", ".join(f"{name} {value:g}" for name, value in noise_of(base.config).items())
+    if noise:
+        logger.info(f"the noise of the base's own that its configuration switches on in training is off: {noise}")
     if size.experts:
         logger.info("experts are in 4 bits, too, which no server loads so: what is trained is served merged (`pe-dpo merge`)")
     if size.left > 0.1 * size.parameters:
