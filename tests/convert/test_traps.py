@@ -430,6 +430,14 @@ def test_a_mixture_has_its_weights(converted) -> None:
     assert (data.train[1], data.eval) == ("c/d", 0.02)
 
 
+def test_fractions_of_a_mixture_are_weights_of_places_of_one_size(converted) -> None:
+    """TRL takes as much as it can without reading a row twice: all of the first, a third of the second."""
+    found = converted("trl", "dataset_name:\ndatasets: [{path: a/b, fraction: 0.75}, {path: c/d, fraction: 0.25}]")
+    assert "  train:\n    - a/b\n    - {path: c/d, weight: 0.333" in found.text
+    assert found.recipe.data.train[1].weight == pytest.approx(1 / 3)
+    assert "shares of the mixture" in words_on(found, "datasets.fraction")
+
+
 @pytest.mark.parametrize(("about", "place"), [
     ({"file_name": "x.json", "formatting": "sharegpt"}, "x.json"),
     ({"hf_hub_url": "o/n", "subset": "en", "formatting": "sharegpt"}, {"path": "o/n", "subset": "en"}),

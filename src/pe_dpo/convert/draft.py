@@ -156,6 +156,8 @@ class Draft:
             section = head
             indent = "  " if head else ""
             body = f"{indent}{key}: {in_yaml(value)}"
+            if isinstance(value, list) and any(isinstance(one, dict) for one in value):  # places, one a line
+                body = "\n".join([f"{indent}{key}:", *(f"{indent}  - {in_yaml(one)}" for one in value)])
             if len(body) + len(origin) + 4 <= WIDTH:
                 lines.append(f"{body}  # {origin}")
             else:

@@ -55,16 +55,20 @@ def note_unknown(draft: Draft, prefix: str, about: dict[str, Any], known: set[st
     draft.unknown += [str(Said(f"{prefix}.{key}", value, True)) for key, value in about.items() if key not in known and value]
 
 
-def read_mixture(draft: Draft, value: Any) -> list[Place]:
+def read_mixture(draft: Draft, value: list[Any]) -> list[Place]:
     """Return the places of a list of data sets, in TRL's or alignment-handbook's words."""
     places = []
+    most = max((float(one.get("fraction") or 0) for one in value if isinstance(one, dict)), default=0)
+    if most:
+        words = "shares of the mixture there; weights of places of one size here: rows taken / rows of each"
+        draft.differs("datasets.fraction", words)
     known = {"path", "id", "name", "config", "split", "data_files", "columns", "weight", "fraction"}
-    for one in value if isinstance(value, list) else []:
+    for one in value:
         one = one if isinstance(one, dict) else {"path": one}
         note_unknown(draft, "datasets", one, known)
         files = one.get("data_files")
         path = files if isinstance(files, str) else one.get("path") or one.get("id")
-        weight = one.get("weight", one.get("fraction"))
+        weight = one["fraction"] / most if one.get("fraction") else one.get("weight")
         places.append(
             place(path, split=one.get("split"), subset=one.get("name") or one.get("config"), weight=weight and float(weight))
         )

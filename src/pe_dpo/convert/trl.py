@@ -85,7 +85,7 @@ def _write_data(draft: Draft) -> None:
         held_out = _write_mixer(draft, mixer)
         test = draft.said("dataset_splits")
     elif isinstance(mixture.value, dict):
-        places.write_places(draft, "data.train", places.read_mixture(draft, mixture.value.get("datasets")), mixture)
+        places.write_places(draft, "data.train", places.read_mixture(draft, mixture.value.get("datasets") or []), mixture)
         if "test_split_size" in mixture.value:
             size = Said("dataset_mixture.test_split_size", mixture.value["test_split_size"], True)
     elif isinstance(several.value, list):
