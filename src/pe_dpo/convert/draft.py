@@ -158,7 +158,7 @@ class Draft:
             body = f"{indent}{key}: {in_yaml(value)}"
             if isinstance(value, list) and any(isinstance(one, dict) for one in value):  # places, one a line
                 body = "\n".join([f"{indent}{key}:", *(f"{indent}  - {in_yaml(one)}" for one in value)])
-            if len(body) + len(origin) + 4 <= WIDTH:
+            if "\n" not in body and len(body) + len(origin) + 4 <= WIDTH:
                 lines.append(f"{body}  # {origin}")
             else:
                 lines += textwrap.wrap(origin, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
