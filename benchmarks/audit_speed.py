@@ -87,7 +87,7 @@ def fill_store(path: Path) -> None:
     from pe_dpo.inference.reference_store import StoredLogprob, answer_key
     from pe_dpo.inference.scorer import choose_scorer
     from pe_dpo.recipe import load_recipe
-    from pe_dpo.training.train import prepare_run
+    from pe_dpo.training.preparation import prepare_run
 
     recipe, draw = load_recipe(path), random.Random(1)
     data = prepare_run(recipe).data

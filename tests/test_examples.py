@@ -25,7 +25,8 @@ def test_the_plain_loop_fits_on_a_page():
 def test_the_plain_loop_has_the_losses_of_the_trainer(plain_loop, make_recipe, gamma):
     from pe_dpo.inference.policy import load_policy
     from pe_dpo.runs.run import Run
-    from pe_dpo.training.train import prepare_run, train
+    from pe_dpo.training.preparation import prepare_run
+    from pe_dpo.training.train import train
 
     recipe = make_recipe(f"loss.gamma={gamma}")
     trained = [line["loss"] for line in Run(train(recipe).folder).metrics if "loss" in line]

@@ -441,7 +441,8 @@ def test_the_audited_log_probs_are_those_that_training_uses(make_recipe, tmp_pat
     recipe = make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.gamma=0.5x", "data.limit=9")
     found = audit(recipe)
     from pe_dpo.inference.reference import reference_logprobs
-    from pe_dpo.training.train import build_trainer, prepare_run
+    from pe_dpo.training.preparation import prepare_run
+    from pe_dpo.training.train import build_trainer
 
     trainer = build_trainer(recipe, prepare_run(recipe))
     ours = trainer.reference.logprobs(trainer.train_dataset)
@@ -466,7 +467,7 @@ def test_an_adapter_as_the_reference_is_run_as_such(make_recipe, tmp_path):
 
 
 def test_log_probs_that_are_no_numbers_are_named(make_recipe):
-    from pe_dpo.training.train import prepare_run
+    from pe_dpo.training.preparation import prepare_run
 
     pairs = prepare_run(make_recipe()).data.train
     chosen = torch.zeros(len(pairs), dtype=torch.float64)

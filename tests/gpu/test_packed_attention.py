@@ -6,7 +6,8 @@ import torch
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.training.memory import free_bytes, peak_bytes
-from pe_dpo.training.train import build_trainer, prepare_run
+from pe_dpo.training.preparation import prepare_run
+from pe_dpo.training.train import build_trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -22,7 +22,8 @@ from pe_dpo.model.adapter import as_reference
 from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
-from pe_dpo.training.train import prepare_run, train
+from pe_dpo.training.preparation import prepare_run
+from pe_dpo.training.train import train
 
 
 @pytest.fixture
@@ -389,7 +390,7 @@ from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.recipe import load_recipe
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.progress import progress, showing
-from pe_dpo.training.train import prepare_run
+from pe_dpo.training.preparation import prepare_run
 module.SECONDS_BETWEEN_WRITES = 0.0
 recipe = load_recipe(sys.argv[1])
 data = prepare_run(recipe).data

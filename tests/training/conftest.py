@@ -16,7 +16,8 @@ def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
     def make(*overrides: str, fresh: bool = False) -> Any:
         import torch
 
-        from pe_dpo.training.train import build_trainer, prepare_run
+        from pe_dpo.training.preparation import prepare_run
+        from pe_dpo.training.train import build_trainer
 
         recipe = make_recipe(*overrides)
         trainer = build_trainer(recipe, prepare_run(recipe))

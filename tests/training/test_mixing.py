@@ -12,8 +12,9 @@ from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.lora import InBaseDtype
 from pe_dpo.model.mixout import Mixout, attach
 from pe_dpo.training.mixing import Mixing
+from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.start import check_start
-from pe_dpo.training.train import prepare_run, train
+from pe_dpo.training.train import train
 
 ON = "mixout.p=0.5"
 

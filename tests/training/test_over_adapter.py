@@ -37,7 +37,8 @@ from pe_dpo.model.fingerprint import reference_fingerprint
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.report.run_report import report_run
 from pe_dpo.runs.run import Run
-from pe_dpo.training.train import prepare_run, train
+from pe_dpo.training.preparation import prepare_run
+from pe_dpo.training.train import train
 
 IDS = torch.arange(3, 63).view(3, 20)
 SETTINGS = ("adapter.targets=[q_proj, up_proj]", "adapter.rslora=true", "train.learning_rate=1.0e-2")

@@ -43,7 +43,7 @@ def test_optimizers_of_transformers_train(make_recipe, optimizer):
 
 def test_an_optimizer_that_needs_a_package_which_is_not_there_is_said_before_training(make_recipe):
     from pe_dpo.errors import RecipeError
-    from pe_dpo.training.train import prepare_run
+    from pe_dpo.training.preparation import prepare_run
 
     with pytest.raises(RecipeError, match=r"train\.optimizer: grokadamw: .*install"):
         prepare_run(make_recipe("train.optimizer=grokadamw"))

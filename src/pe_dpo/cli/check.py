@@ -35,7 +35,7 @@ def check(
     log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible
     from pe_dpo.data.decoded import decode_pair, middle_pair
     from pe_dpo.model.road import files_here, loaded_size
-    from pe_dpo.training.train import prepare_run
+    from pe_dpo.training.preparation import prepare_run
 
     base, tokenizer, data, _ = prepare_run(plan)
     example = decode_pair(middle_pair(data.train), tokenizer)

@@ -21,7 +21,8 @@ from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RECIPE_FILE
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_same_inputs
-from pe_dpo.training.train import prepare_run, train
+from pe_dpo.training.preparation import prepare_run
+from pe_dpo.training.train import train
 
 logger = logging.getLogger(__name__)
 

@@ -168,6 +168,8 @@ def _taken_for_experts(model: Any, names: Iterable[str]) -> set[str]:
 
     It does so for families whose experts were layers once, also where a dense layer, or a shared expert's, has the name too.
     """
+    if not any(parameter.dim() == 3 for parameter in model.parameters()):
+        return set()
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

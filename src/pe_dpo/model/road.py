@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter_targets import Targets
+from pe_dpo.model.adapter_targets import Targets, bypassed_layers
 from pe_dpo.model.base import BaseInfo, empty_model
 from pe_dpo.model.layout import Layout
 from pe_dpo.model.provenance import base_folder
-from pe_dpo.model.quantization import EXPERT_WEIGHTS, quantization_config
+from pe_dpo.model.quantization import EXPERT_WEIGHTS, is_expert_weight
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.model.weight_files import FourBitFiles, weight_files
 from pe_dpo.quantizations import bytes_per_weight, is_four_bit
@@ -57,7 +57,7 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None) -> LoadedSize:
         layout = Layout(model, files.file_of)
         coded = {layout.module_of[name] for name in files.parts if name in layout.module_of}
     elif info.quantize != "none":
-        coded = set(_made_codes(model, info))
+        coded = _made_codes(model, info)
     count, total = sum(sizes[name] for name in coded), sum(sizes.values())
     return LoadedSize(
         parameters=total,
@@ -68,17 +68,23 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None) -> LoadedSize:
     )
 
 
-def _made_codes(model: Any, info: BaseInfo) -> list[str]:
-    """Names of the parameters of a model without weights that loading makes codes of; the model is changed."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+def _made_codes(model: Any, info: BaseInfo) -> set[str]:
+    """Names of the parameters that loading makes codes of: by transformers' rules, without importing bitsandbytes."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from pe_dpo.model.experts import METHOD
-
-    four_bit = METHOD if info.quantize_experts else "bitsandbytes_4bit"
-    kind = AUTO_QUANTIZER_MAPPING[four_bit if is_four_bit(info.quantize) else "bitsandbytes_8bit"]
-    quantizer = kind(quantization_config(info.quantize, info.dtype), pre_quantized=False)
-    quantizer.preprocess_model(model, device_map={"": "cpu"})
-    return [name for name, _ in model.named_parameters() if quantizer.param_needs_quantization(model, name)]
+    reaches_experts = is_four_bit(info.quantize) and info.quantize_experts
+    left_out = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    left_out += bypassed_layers(model) if reaches_experts else []
+    coded = {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, left_out)
+    }
+    if reaches_experts:
+        coded |= {name for name, _ in model.named_parameters() if is_expert_weight(model, name)}
+    return coded
 
 
 def files_here(info: BaseInfo) -> TensorFiles | None:
@@ -115,8 +121,11 @@ def check_can_be_merged(info: BaseInfo, model: Any, targets: Targets, files: Ten
         )
     if files is None:
         return
+    renamed = [path for path in targets.layers if f"{path}.weight" not in files]
+    if not renamed:  # asking transformers for its rules takes a second
+        return
     layout = Layout(model, files.file_of)
-    for path in targets.layers:
+    for path in renamed:
         stored, leaf = layout.files_of(f"{path}.weight"), path.rpartition(".")[2]
         if not stored:
             raise ModelError(

@@ -10,6 +10,9 @@ from pe_dpo.data import PreparedData
 from pe_dpo.errors import RecipeError
 from pe_dpo.recipe import Recipe
 
+_IN_TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+_WITHOUT_ARGUMENTS = ("linear", "cosine", "constant", "constant_with_warmup")
+
 
 def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
     """Return Trainer's arguments; what the recipe does not say is Trainer's default."""
@@ -58,9 +61,12 @@ def check_optimizer(recipe: Recipe) -> None:
     Raises:
         RecipeError: a package is missing, or the schedule needs or does not know an argument.
     """
+    settings = recipe.train
+    if settings.optimizer in _IN_TORCH and settings.schedule in _WITHOUT_ARGUMENTS and not settings.schedule_args:
+        return  # they can; importing Trainer to see that takes longer than all that `pe-dpo check` does
+
     from transformers import Trainer, TrainingArguments, get_scheduler
 
-    settings = recipe.train
     args = TrainingArguments(output_dir=recipe.output, optim=settings.optimizer, use_cpu=not torch.cuda.is_available())
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)

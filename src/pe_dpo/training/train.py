@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
@@ -14,36 +14,32 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from pe_dpo.data import data_hash
-from pe_dpo.errors import DataError, RecipeError, TrainingError
-from pe_dpo.inference.inputs import Inputs, read_inputs
+from pe_dpo.errors import TrainingError
+from pe_dpo.inference.inputs import Inputs
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import POLICY, attach_adapter, borrowed_base, lay_under, save_adapter
-from pe_dpo.model.adapter_config import check_adapter, without_advice
-from pe_dpo.model.adapter_targets import find_targets
-from pe_dpo.model.base import empty_model, lacks_bfloat16, load_tokenizer, noise_of
+from pe_dpo.model.adapter import POLICY, borrowed_base, save_adapter
 from pe_dpo.model.mixout import attach_mixout
-from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record, template_fingerprint
+from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
-from pe_dpo.model.road import check_can_be_merged, files_here, loaded_size
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
-from pe_dpo.recipe import Recipe, describe, describe_sources, warnings, with_absolute_paths, with_gamma
-from pe_dpo.recipe.schema import AdapterSection
+from pe_dpo.recipe import Recipe, with_absolute_paths, with_gamma
 from pe_dpo.runs.files import scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
-from pe_dpo.training.arguments import check_optimizer, total_steps, training_arguments
+from pe_dpo.training.arguments import total_steps, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, Snapshots, StopOnSignal
 from pe_dpo.training.diagnostics import diagnose_scale
 from pe_dpo.training.gamma import find_gamma, forget_if_any, score_own_part, with_recorded_gamma
 from pe_dpo.training.memory import plan_memory
-from pe_dpo.training.mixing import Mixing, mixout_warnings
+from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.monitor import Monitor
+from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.start import StartCheck, check_diagonal, check_start
 from pe_dpo.training.trainer import PairTrainer
 
@@ -118,91 +114,6 @@ def train(
         except TrainingError as error:
             writer.update(status="failed", why=str(error))
             raise
-
-
-def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mapping[str, Any] | None = None) -> Inputs:
-    """Return what the base is, the tokenizer and the pairs, or those that are `shared`; no weights are read.
-
-    Args:
-        recipe: The recipe of the run.
-        shared: What several runs have in common, prepared already.
-        recorded: The data report of a run that goes on, whose held-out rows are held out again.
-
-    Raises:
-        RecipeError: a tracker is not known or not installed, or an optimizer or a schedule cannot be made.
-        ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
-        DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one, or all have weight 0.
-    """
-    from transformers.integrations import get_available_reporting_integrations
-
-    available = get_available_reporting_integrations()
-    unknown = [name for name in recipe.train.report_to if name not in available]
-    if unknown:
-        found = ", ".join(sorted(available)) or "none"
-        raise RecipeError(f"train.report_to: {unknown[0]} is not known or not installed; installed trackers: {found}")
-    check_optimizer(recipe)
-    for line in describe(recipe.loss, recipe.data.pair_columns).lines():
-        logger.info(line)
-    for line in warnings(recipe):
-        logger.warning(line)
-    for folder in filter(None, (recipe.adapter.start, recipe.adapter.over)):
-        check_adapter(folder)
-    prepared = shared or read_inputs(recipe, recorded=recorded)
-    _check_adapters(recipe.adapter, prepared)
-    if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
-        raise DataError(
-            f"{describe_sources(recipe.data.train)}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a "
-            "margin; name its column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
-        )
-    if all(pair.weight == 0 for pair in prepared.data.train):
-        raise DataError(f"{describe_sources(recipe.data.train)}: all pairs have weight 0, so that nothing would be learned")
-    prepared.data.report.tell(logger)
-    for line in mixout_warnings(recipe, prepared.base, total_steps(recipe, prepared.data)):
-        logger.warning(line)
-    if recipe.generation.scales and not prepared.data.held_out:
-        logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
-    return prepared
-
-
-def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
-    """Check what of the adapters depends on base and tokenizer, on a base without weights.
-
-    Raises:
-        ModelError: a target matches nothing, or the adapter under the new one does not fit the base or cannot lie there.
-    """
-    base = prepared.base
-    files = files_here(base)
-    size = loaded_size(base, files)
-    logger.info(size.describe(base))
-    if base.dtype == torch.float32 and lacks_bfloat16():
-        logger.info("computed in float32: this GPU has no bfloat16 (emulated it is slower), and float16 loses small gradients")
-    noise = ", ".join(f"{name} {value:g}" for name, value in noise_of(base.config).items())
-    if noise:
-        logger.info(f"the noise of the base's own that its configuration switches on in training is off: {noise}")
-    if size.experts:
-        logger.info("experts are in 4 bits, too, which no server loads so: what is trained is served merged (`pe-dpo merge`)")
-    if size.left > 0.1 * size.parameters:
-        logger.warning(
-            f"model.quantize: {base.quantize} does not reach {size.left / size.parameters:.0%} of the weights of this base "
-            f"(embeddings and head not counted); all together take {size.bytes / 1e9:,.1f} GB"
-        )
-    if not adapter.start:
-        empty = empty_model(base.base, base.config)
-        found = find_targets(empty, adapter.targets, adapter.exclude)
-        for line in found.describe():
-            logger.info(line)
-        check_can_be_merged(base, empty, found, files)
-        if adapter.over:
-            empty = attach_adapter(empty, rank=1, alpha=1, targets=adapter.targets, exclude=adapter.exclude)
-            with without_advice():  # of torch, that an empty model keeps no values
-                lay_under(empty, adapter.over)
-    folder = adapter.over or adapter.start
-    theirs = load_tokenizer(folder) if folder and (Path(folder) / "tokenizer_config.json").is_file() else None
-    if theirs and theirs.chat_template and template_fingerprint(theirs) != template_fingerprint(prepared.tokenizer):
-        logger.warning(
-            f"{folder}: has a chat template beside it, and the pairs are rendered with another one; if the adapter was trained "
-            "with its own, name that one's file in data.template"
-        )
 
 
 def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool, callbacks: Sequence[Any]) -> TrainResult:

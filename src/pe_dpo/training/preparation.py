@@ -1,0 +1,119 @@
+"""What must hold before a base is loaded: recipe, adapters, base and data are fit for each other, and for what comes after.
+
+No weights are read, and neither PEFT nor bitsandbytes is imported where nothing asks for them: `pe-dpo check` ends here.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pe_dpo.errors import DataError, RecipeError
+from pe_dpo.inference.inputs import Inputs, read_inputs
+from pe_dpo.model.adapter_config import check_adapter, without_advice
+from pe_dpo.model.adapter_targets import find_targets
+from pe_dpo.model.base import empty_model, lacks_bfloat16, load_tokenizer, noise_of
+from pe_dpo.model.provenance import template_fingerprint
+from pe_dpo.model.road import check_can_be_merged, files_here, loaded_size
+from pe_dpo.recipe import Recipe, describe, describe_sources, warnings
+from pe_dpo.recipe.schema import AdapterSection
+from pe_dpo.training.arguments import check_optimizer, total_steps
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mapping[str, Any] | None = None) -> Inputs:
+    """Return what the base is, the tokenizer and the pairs, or those that are `shared`; no weights are read.
+
+    Args:
+        recipe: The recipe of the run.
+        shared: What several runs have in common, prepared already.
+        recorded: The data report of a run that goes on, whose held-out rows are held out again.
+
+    Raises:
+        RecipeError: a tracker is not known or not installed, or an optimizer or a schedule cannot be made.
+        ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
+        DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one, or all have weight 0.
+    """
+    if recipe.train.report_to:
+        _check_trackers(recipe.train.report_to)
+    check_optimizer(recipe)
+    for line in describe(recipe.loss, recipe.data.pair_columns).lines():
+        logger.info(line)
+    for line in warnings(recipe):
+        logger.warning(line)
+    for folder in filter(None, (recipe.adapter.start, recipe.adapter.over)):
+        check_adapter(folder)
+    prepared = shared or read_inputs(recipe, recorded=recorded)
+    _check_adapters(recipe.adapter, prepared)
+    if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
+        raise DataError(
+            f"{describe_sources(recipe.data.train)}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a "
+            "margin; name its column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
+        )
+    if all(pair.weight == 0 for pair in prepared.data.train):
+        raise DataError(f"{describe_sources(recipe.data.train)}: all pairs have weight 0, so that nothing would be learned")
+    prepared.data.report.tell(logger)
+    if recipe.mixout.p:
+        from pe_dpo.training.mixing import mixout_warnings
+
+        for line in mixout_warnings(recipe, prepared.base, total_steps(recipe, prepared.data)):
+            logger.warning(line)
+    if recipe.generation.scales and not prepared.data.held_out:
+        logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
+    return prepared
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        found = ", ".join(sorted(available)) or "none"
+        raise RecipeError(f"train.report_to: {unknown[0]} is not known or not installed; installed trackers: {found}")
+
+
+def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
+    """Check what of the adapters depends on base and tokenizer, on a base without weights.
+
+    Raises:
+        ModelError: a target matches nothing, or the adapter under the new one does not fit the base or cannot lie there.
+    """
+    base = prepared.base
+    files = files_here(base)
+    size = loaded_size(base, files)
+    logger.info(size.describe(base))
+    if base.dtype == torch.float32 and lacks_bfloat16():
+        logger.info("computed in float32: this GPU has no bfloat16 (emulated it is slower), and float16 loses small gradients")
+    noise = ", ".join(f"{name} {value:g}" for name, value in noise_of(base.config).items())
+    if noise:
+        logger.info(f"the noise of the base's own that its configuration switches on in training is off: {noise}")
+    if size.experts:
+        logger.info("experts are in 4 bits, too, which no server loads so: what is trained is served merged (`pe-dpo merge`)")
+    if size.left > 0.1 * size.parameters:
+        logger.warning(
+            f"model.quantize: {base.quantize} does not reach {size.left / size.parameters:.0%} of the weights of this base "
+            f"(embeddings and head not counted); all together take {size.bytes / 1e9:,.1f} GB"
+        )
+    if not adapter.start:
+        empty = empty_model(base.base, base.config)
+        found = find_targets(empty, adapter.targets, adapter.exclude)
+        for line in found.describe():
+            logger.info(line)
+        check_can_be_merged(base, empty, found, files)
+        if adapter.over:
+            from pe_dpo.model.adapter import attach_adapter, lay_under
+
+            empty = attach_adapter(empty, rank=1, alpha=1, targets=adapter.targets, exclude=adapter.exclude)
+            with without_advice():  # of torch, that an empty model keeps no values
+                lay_under(empty, adapter.over)
+    folder = adapter.over or adapter.start
+    theirs = load_tokenizer(folder) if folder and (Path(folder) / "tokenizer_config.json").is_file() else None
+    if theirs and theirs.chat_template and template_fingerprint(theirs) != template_fingerprint(prepared.tokenizer):
+        logger.warning(
+            f"{folder}: has a chat template beside it, and the pairs are rendered with another one; if the adapter was trained "
+            "with its own, name that one's file in data.template"
+        )
