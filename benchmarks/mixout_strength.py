@@ -21,7 +21,8 @@ from pe_dpo.model.mixout import Form
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import MixoutSection
 from pe_dpo.training.mixing import Mixing
-from pe_dpo.training.train import build_trainer, prepare_run
+from pe_dpo.training.preparation import prepare_run
+from pe_dpo.training.train import build_trainer
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 FORMS: tuple[Form, ...] = ("column", "element")

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from pe_dpo.errors import DataError, ModelError, TrainingError
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.objective import Loss, PairLogprobs
+from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.start import check_diagonal, check_start
-from pe_dpo.training.train import prepare_run, train
+from pe_dpo.training.train import train
 
 
 def start(trainer, *, policy_is_reference=True, **changes):
@@ -142,7 +143,7 @@ def test_what_a_gpu_and_a_configuration_change_is_said_before_training(make_reci
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     for path in (*tiny_base.glob("token*"), *tiny_base.glob("*.jinja")):
         shutil.copy(path, tmp_path / "base")
-    monkeypatch.setattr("pe_dpo.training.train.lacks_bfloat16", lambda: True)
+    monkeypatch.setattr("pe_dpo.training.preparation.lacks_bfloat16", lambda: True)
     prepare_run(make_recipe(f"model.base={tmp_path / 'base'}"))
     assert "computed in float32: this GPU has no bfloat16 (emulated it is slower), and float16 loses small gradients" in logged
     assert any(
