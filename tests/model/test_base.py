@@ -12,7 +12,7 @@ from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import as_reference, attach_adapter
 from pe_dpo.model.base import end_token_ids, inspect_base, lacks_bfloat16, load_base, load_tokenizer, noise_of
 from pe_dpo.model.fingerprint import base_fingerprint
-from pe_dpo.model.quantization import check_weights_unpacked, four_bit_layers
+from pe_dpo.model.quantization import check_weights_unpacked, four_bit_experts, four_bit_layers
 
 TOKENS = torch.arange(1, 41).reshape(2, 20)
 
@@ -239,6 +239,18 @@ def test_layers_whose_bare_weight_is_read_are_not_quantized(name, left, coded, t
     assert len(layers) == coded
     assert not {path.rpartition(".")[2] for path in layers} & left
     assert logits(attach_adapter(model, rank=2, alpha=4).train()).isfinite().all()
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["of today", "from before"])
+@pytest.mark.parametrize("name", ["bamba", "granite4", "qwen3.5", "qwen3-moe"])
+def test_a_base_is_loaded_again_on_the_codes_of_a_run(name, is_old, tmp_path):
+    """Before, codes were made of out_proj, and none of experts; Qwen3.5 calls a layer so that has them today, too."""
+    ARCHITECTURES[name].save(tmp_path)
+    facts = inspect_base(str(tmp_path), quantize="nf4")
+    model = load_base(facts._replace(quantize_experts=False, quantize_bypassed=True) if is_old else facts)
+    names = [path for path, _ in four_bit_layers(model)] + [path for path, *_ in four_bit_experts(model)]
+    assert any("out_proj" in path for path in names) == (name == "qwen3.5" or (is_old and name != "qwen3-moe"))
+    assert base_fingerprint(load_base(facts.as_recorded(names))) == base_fingerprint(model)
 
 
 def test_a_package_that_a_base_needs_is_named(tmp_path):

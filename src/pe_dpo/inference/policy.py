@@ -137,7 +137,9 @@ class SavedPolicy:
     def inspect(self) -> BaseInfo:
         """Return what is known of the base, or of a whole model, without its weights."""
         info, layers = inspect_base(**self.section.model_dump()), self.run.base.get("quantized_layers")
-        return info.as_recorded(layers) if layers and self.is_as_trained else info
+        if layers and self.is_as_trained:
+            return info.as_recorded(layers)
+        return info._replace(quantize_bypassed=True) if self.kind == "adapter" else info
 
     def tokenizer(self) -> Any:
         """Return the tokenizer beside the adapter where there is one (a plain PEFT folder may have none), else the base's.

@@ -123,6 +123,8 @@ class Source:
         self.facts = inspect_base(**how)
         if self.record is not None:
             self.facts = self.facts.as_recorded(self.record.quantized_layers)
+        else:
+            self.facts = self.facts._replace(quantize_bypassed=True)
         _check_tensors({found.adapter, self.trained}, self.facts)
         self.recipe = found.recipe
         self.run = found.run

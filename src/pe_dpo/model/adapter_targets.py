@@ -29,6 +29,8 @@ _OTHER_SENSES = ("vision", "visual", "image", "audio", "speech")
 _ROUTERS = {"router", "gate", "shared_expert_gate", "experts"}
 _STATE_SPACE = {"x_proj", "dt_proj", "out_proj"}
 _ALTUP = {"prediction_coefs", "correction_coefs"}
+BYPASSED_NAMES = _STATE_SPACE | _ALTUP
+"""Names that layers of `bypassed_layers` have; others have them, too."""
 
 
 class Targets(NamedTuple):

@@ -13,6 +13,7 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
+from pe_dpo.model.adapter_targets import BYPASSED_NAMES
 from pe_dpo.model.quantization import (
     four_bit_experts,
     four_bit_layers,
@@ -53,10 +54,15 @@ class BaseInfo(NamedTuple):
     """Whether its files hold the codes already, as bitsandbytes makes them."""
     quantize_experts: bool = True
     """Whether 4-bit codes are made of the experts of a mixture, too."""
+    quantize_bypassed: bool = False
+    """Whether 4-bit codes are made of layers whose bare weight is read, too, as other tools do and runs of before did."""
 
     def as_recorded(self, quantized_layers: Sequence[str]) -> "BaseInfo":
-        """Return it with experts as they were in a run, from the names of what was quantized there."""
-        return self._replace(quantize_experts=any(".experts." in name for name in quantized_layers))
+        """Return it with 4-bit codes as they were made in a run, from the names of what was quantized there."""
+        return self._replace(
+            quantize_experts=any(".experts." in name for name in quantized_layers),
+            quantize_bypassed=any(name.rpartition(".")[2] in BYPASSED_NAMES for name in quantized_layers),
+        )
 
 
 def inspect_base(
@@ -191,11 +197,12 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
         ModelError: the weights cannot be read, or do not fit the configuration.
     """
     how = {} if info.is_prequantized else {"quantization_config": quantization_config(info.quantize, info.dtype)}
-    reaches_experts = is_four_bit(info.quantize) and info.quantize_experts and not info.is_prequantized
-    if reaches_experts:
-        from pe_dpo.model.experts import METHOD
+    makes_codes = is_four_bit(info.quantize) and not info.is_prequantized
+    if makes_codes:
+        from pe_dpo.model.experts import METHOD, loading_method
 
-        how["quantization_config"].quant_method = METHOD
+        method = loading_method(with_experts=info.quantize_experts, with_bypassed=info.quantize_bypassed)
+        how["quantization_config"].quant_method = method
     try:
         model, loading = auto_class(info.config).from_pretrained(
             info.base,
@@ -220,7 +227,7 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
     if info.is_prequantized:  # transformers leaves all as it lies in the files
         compute_in(model, info.dtype, keep_float32=True)
     keep_weights_unpacked(model)
-    if reaches_experts and any(True for _ in four_bit_experts(model)):
+    if makes_codes and any(True for _ in four_bit_experts(model)):
         model.set_experts_implementation(METHOD)
     _silence(model)
     return model.requires_grad_(False).train()

@@ -20,6 +20,18 @@ from pe_dpo.model.quantization import four_bit_name, is_expert_weight, quantized
 
 METHOD = "pe_dpo_with_experts"
 """Under which transformers finds the way of loading and of computing below."""
+PLAIN = "pe_dpo_without_experts"
+"""Under which it finds the way of loading alone."""
+
+
+def loading_method(*, with_experts: bool, with_bypassed: bool) -> str:
+    """Return under which name transformers finds the way that makes 4-bit codes of a base.
+
+    Args:
+        with_experts: of the experts of a mixture, too.
+        with_bypassed: of layers whose bare weight is read, too, as transformers does by itself.
+    """
+    return METHOD if with_experts else "bitsandbytes_4bit" if with_bypassed else PLAIN
 
 
 class _Quantize(Bnb4bitQuantize):
@@ -35,13 +47,18 @@ class _Quantize(Bnb4bitQuantize):
         return {**found, **(super().convert(others, full_layer_name, model, **kwargs) if others else {})}
 
 
-@register_quantizer(METHOD)
-class _WithExperts(Bnb4BitHfQuantizer):
-    """bitsandbytes' 4-bit loading, experts included, but not the layers whose bare weight is read as a matrix."""
+@register_quantizer(PLAIN)
+class _Plain(Bnb4BitHfQuantizer):
+    """bitsandbytes' 4-bit loading, without the layers whose bare weight is read as a matrix."""
 
     @staticmethod
     def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
         return [*Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs), *bypassed_layers(model)]
+
+
+@register_quantizer(METHOD)
+class _WithExperts(_Plain):
+    """The same, experts included."""
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return is_expert_weight(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)

@@ -152,7 +152,8 @@ def base_identity(info: BaseInfo, device: str) -> str | None:
     elif not commit:
         return None
     versions = [version(library) for library in ("torch", "transformers", "bitsandbytes")]
-    loaded = json.dumps([ARITHMETIC, source, info.quantize, info.quantize_experts, str(info.dtype), versions])
+    codes = [info.quantize, info.quantize_experts, info.quantize_bypassed]
+    loaded = json.dumps([ARITHMETIC, source, *codes, str(info.dtype), versions])
     return f"{hashlib.sha256(loaded.encode()).hexdigest()} {device}"
 
 

@@ -76,7 +76,7 @@ def _made_codes(model: Any, info: BaseInfo) -> set[str]:
 
     reaches_experts = is_four_bit(info.quantize) and info.quantize_experts
     left_out = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    left_out += bypassed_layers(model) if reaches_experts else []
+    left_out += bypassed_layers(model) if is_four_bit(info.quantize) and not info.quantize_bypassed else []
     coded = {
         f"{path}.weight"
         for path, module in model.named_modules()
