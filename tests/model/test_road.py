@@ -59,6 +59,16 @@ def test_experts_left_in_16_bits_are_told(tmp_path: Path) -> None:
     assert (attention.experts, attention.left) == (0, experts + 2 * 4 * 128)
 
 
+def test_a_base_of_which_no_codes_are_made_is_told(tmp_path: Path) -> None:
+    """bitsandbytes takes torch's own linear layers, and Falcon's are of a class of its own."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    size = loaded_size(inspect_base(str(tmp_path), quantize="nf4"))
+    assert (size.coded, size.left) == (0, 2 * (64 * (64 + 2 * 16) + 64 * 64 + 2 * 4 * 64 * 64)), "multi-query attention and MLP"
+
+
 def test_a_base_that_comes_as_codes_is_as_large_as_its_files_say(tiny_base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

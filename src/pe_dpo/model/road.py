@@ -62,7 +62,7 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None) -> LoadedSize:
     return LoadedSize(
         parameters=total,
         coded=count,
-        left=total - count - sum(sizes[name] for name in aside - coded) if coded else 0,
+        left=total - count - sum(sizes[name] for name in aside - coded) if info.quantize != "none" else 0,
         experts=sum(sizes[name] for name in coded if name.endswith(EXPERT_WEIGHTS)),
         bytes=round(count * bytes_per_weight(info.quantize) + (total - count) * info.dtype.itemsize),
     )
