@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pe_dpo.errors import ModelError
+from pe_dpo.audit.audit import audit
+from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.merging.merge import merge
 from pe_dpo.model.base import inspect_base, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprint, parameter_fingerprints
@@ -129,3 +130,9 @@ def test_settings_of_older_versions_are_understood(settings: dict[str, Any], dyn
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     assert inspect_base(str(base)).quantize == ("fp4-single" if "load_in_4bit" in settings else "int8")
+
+
+def test_what_quantizing_did_to_it_is_not_claimed_to_be_nothing(dynamic: Path, tiny_recipe: Callable, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", f"model.base={dynamic}", "model.quantize=auto")
+    with pytest.raises(UsageError, match="comes as nf4 codes, and nothing here has the weights"):
+        audit(recipe, with_quantization_error=True)
