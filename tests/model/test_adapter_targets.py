@@ -11,6 +11,7 @@ from benchmarks.architectures.models import ARCHITECTURES
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import attach_adapter
 from pe_dpo.model.adapter_targets import BYPASSED, EXCLUDED, ROUTERS, SHARED_NAMES, UNREACHED, find_targets
+from pe_dpo.model.base import inspect_base, load_base
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -57,12 +58,12 @@ def test_all_linear_means_the_same_in_every_family(name, trained, left_out):
 @pytest.mark.parametrize(
     "name",
     ["gemma3-4b", "gemma4-e2b", "gemma3n", "phi4-multimodal", "mllama", "llama4", "phimoe", "qwen3-next", "deepseek-v2",
-     "mamba", "mamba2", "falcon-h1", "nemotron-h", "jamba", "bamba", "zamba2", "granite4"],
+     "mamba", "mamba2", "falcon-h1", "nemotron-h", "jamba", "bamba", "zamba2", "granite4", "qwen3-vl", "mistral3", "llava"],
 )  # fmt: skip
 def test_every_adapter_gets_a_gradient_from_text(name, tmp_path):
     """Adapters that no text moves cost memory, and say that a layer is trained which is not."""
     ARCHITECTURES[name].save(tmp_path)
-    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).requires_grad_(False).train()
+    base = load_base(inspect_base(str(tmp_path)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = attach_adapter(base, rank=2, alpha=4)
