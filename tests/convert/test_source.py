@@ -104,5 +104,56 @@ def test_what_cannot_be_read_is_said_with_the_remedy(write, text: str, name: str
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"gone\.yaml: cannot be read .*; name a file of settings"):
+    with pytest.raises(UsageError, match=r"gone\.yaml: cannot be read: No such file or directory; name a file of settings"):
         read_source(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize(("before", "line", "cards"), [
+    ("", "accelerate launch --num_processes 4 dpo.py", 4),
+    ("", "torchrun --nnodes 2 --nproc_per_node 8 dpo.py", 16),
+    ("", "accelerate launch --config_file ds.yaml dpo.py", 3),
+    ("", "accelerate launch --config_file elsewhere.yaml dpo.py", None),
+    ("", "CUDA_VISIBLE_DEVICES=0,1,2,3 llamafactory-cli train", 4),
+    ("export CUDA_VISIBLE_DEVICES=0,1", "trl dpo", 2),
+    ("", "CUDA_VISIBLE_DEVICES=0,1 swift rlhf", None),  # one model over two cards
+    ("", "NPROC_PER_NODE=2 swift rlhf", 2),
+])  # fmt: skip
+def test_a_script_says_on_how_many_cards_it_is_run(write, before: str, line: str, cards: int | None) -> None:
+    write("compute_environment: LOCAL_MACHINE\nnum_processes: 3\n", "ds.yaml")
+    assert read_source(write(f"{before}\n{line} --beta 0.2\n", "run.sh")).cards == cards
+
+
+def test_what_the_shell_does_with_the_output_is_no_argument(write) -> None:
+    source = read_source(write("trl dpo --beta 0.2 --output_dir out --bf16 True 2>&1 | tee train.log\n", "run.sh"))
+    assert source.values == {"beta": 0.2, "output_dir": "out", "bf16": True}
+
+
+def test_variables_are_completed_as_a_shell_does(write) -> None:
+    text = (
+        'MODEL=a/b\nexport BETA=0.3\ntrl dpo --beta $BETA --lora_r ${RANK:-8} --output_dir "runs/${MODEL##*/}-dpo" --seed $1\n'
+    )
+    source = read_source(write(text, "run.sh"))
+    assert source.values == {"beta": 0.3, "lora_r": 8, "output_dir": "runs/b-dpo", "seed": "$1"}
+
+
+def test_yes_and_off_are_booleans_as_in_the_tools(write) -> None:
+    source = read_source(write("model_name_or_path: a\nuse_peft: no\nload_in_4bit: off\nbf16: yes\nlearning_rate: 1e-6\n"))
+    assert source.values == {
+        "model_name_or_path": "a", "use_peft": False, "load_in_4bit": False, "bf16": True, "learning_rate": 1e-6,
+    }  # fmt: skip
+
+
+def test_a_merged_mapping_is_a_part(write) -> None:
+    text = (
+        "base_model: b\nx-common: &common {type: chat_template.default, split: train}\ndatasets:\n  - {path: d, <<: *common}\n"
+    )
+    assert read_source(write(f"{text}rl: dpo\n")).values["datasets"] == [
+        {"path": "d", "type": "chat_template.default", "split": "train"}
+    ]
+
+
+def test_a_value_that_stands_for_a_part_of_others_is_no_setting(write) -> None:
+    text = "model: {_component_: torchtune.models.llama3.lora_llama3_8b}\nroot: /m\nfolder: ${root}/llama\n"
+    source = read_source(write(f"{text}checkpointer: {{checkpoint_dir: '${{folder}}/8B'}}\n"))
+    assert source.values["checkpointer.checkpoint_dir"] == "/m/llama/8B"
+    assert not {"root", "folder"} & source.values.keys()

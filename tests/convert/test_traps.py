@@ -543,7 +543,9 @@ def test_a_recipe_is_no_other_tools_file(tmp_path: Path) -> None:
 def test_a_file_without_base_or_data_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("use_peft: true\n")
-    with pytest.raises(UsageError, match=r"c\.yaml: names no model\.base and no data\.train"):
+    with pytest.raises(
+        UsageError, match=r"c\.yaml: names no model\.base \(model_name_or_path\) and no data\.train \(dataset_name\); write"
+    ):
         convert(path)
 
 
@@ -552,3 +554,14 @@ def test_each_line_says_where_it_came_from(converted) -> None:
     assert "  beta: 0.3  # beta\n" in text
     assert "  learning_rate: 1.0e-06  # learning_rate, by default there\n" in text
     assert "  schedule: cosine  # lr_scheduler_type\n" in text
+
+
+def test_that_one_card_is_assumed_is_said_where_nothing_says_how_many(converted) -> None:
+    assumed = [row for row in converted("trl").differences if "one card is assumed" in row.words]
+    assert [row.there for row in assumed] == ["per_device_train_batch_size: 8 by default there"]
+    assert not [row for row in converted("trl", cards=2).differences if "one card is assumed" in row.words]
+
+
+def test_a_variable_that_the_file_does_not_set_is_said(converted) -> None:
+    rows = converted("trl", "output_dir: $RUNS/dpo").differences
+    assert [row.there for row in rows if "has a variable" in row.words] == ["output_dir: $RUNS/dpo"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from pe_dpo.convert import places, settings
 from pe_dpo.convert.draft import Draft, Said
-from pe_dpo.convert.losses import TheirLoss, write_loss, write_nearest
+from pe_dpo.convert.losses import TheirLoss, read_weights, write_loss, write_nearest
 from pe_dpo.recipe.presets import NOT_HERE
 
 _OVERLONG = {"drop": "drop", "raise": "error"}
@@ -53,7 +53,7 @@ def convert(draft: Draft) -> TheirLoss | None:
     arguments = draft.said("lr_scheduler_kwargs")
     if lowest.value and schedule.value == "cosine":
         schedule = Said("lr_scheduler", "cosine_with_min_lr", True)
-        arguments = Said(lowest.key, {"min_lr_rate": float(lowest.value)}, True)
+        arguments = Said(lowest.key, {"min_lr_rate": draft.real(lowest)}, True)
     settings.write_schedule(draft, schedule, arguments, (draft.said("warmup_steps"), draft.said("warmup_ratio")))
     project = draft.said("wandb_project")
     if project.value:
@@ -132,7 +132,7 @@ def _write_loss(draft: Draft) -> TheirLoss | None:
     kinds, weights = draft.said("dpo_loss_type"), draft.said("dpo_loss_weights")
     if name == "simpo":
         gamma = draft.said("simpo_gamma")
-        loss = TheirLoss(["simpo"], beta, method, has_reference=False, gamma=float(gamma.value), margin_from=(gamma,))
+        loss = TheirLoss(["simpo"], beta, method, has_reference=False, gamma=draft.real(gamma), margin_from=(gamma,))
         loss.likelihood = draft.said("cpo_alpha")
     elif name == "ipo":
         loss = TheirLoss(["ipo"], beta, method)
@@ -140,7 +140,7 @@ def _write_loss(draft: Draft) -> TheirLoss | None:
         loss = TheirLoss(
             list(kinds.value) if isinstance(kinds.value, list) else [str(kinds.value)], beta, kinds, smoothing=smoothing
         )
-        loss.weights = [float(weight) for weight in weights.value] if weights.value else None
+        loss.weights = read_weights(draft, weights)
     draft.read.update(("simpo_gamma", "cpo_alpha"))
     write_loss(draft, loss)
     return loss

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pe_dpo.convert.source import TheirSettings
+from pe_dpo.errors import UsageError
 from pe_dpo.recipe import Recipe, known_keys
 from pe_dpo.recipe.elsewhere import Key
 from pe_dpo.recipe.strict_yaml import Dumper
@@ -61,6 +62,8 @@ class Draft:
 
     source: TheirSettings
     cards: int
+    are_cards_known: bool = True
+    """Whether the file says on how many cards it is run, or the caller does."""
     lines: dict[str, tuple[Any, str, bool]] = field(default_factory=dict)
     """Dotted key: value, origin, and whether the file itself says it."""
     differences: list[Difference] = field(default_factory=list)
@@ -101,6 +104,25 @@ class Draft:
             return None
         self.put(here, value, said)
         return value
+
+    def real(self, said: Said, value: Any = None) -> float:
+        """Return a number that the loss cannot do without.
+
+        Args:
+            said: The key, with its value.
+            value: One of several under the key; by default the key's own.
+
+        Raises:
+            UsageError: It is none.
+        """
+        value = said.value if value is None else value
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            return float(value)
+        except (TypeError, ValueError) as error:
+            found = f"{said.key}: found {in_yaml(said.value)[:60]}"
+            raise UsageError(f"{self.source.path}: {found}; a number is expected; write the one that is meant") from error
 
     def differs(self, there: Said | str, words: str, *, breaks: bool = False) -> None:
         """Note that a setting means something else here."""

@@ -14,7 +14,7 @@ def convert(draft: Draft) -> TheirLoss | None:
     bits = draft.said("quantization_bit")
     settings.write_quantization(
         draft,
-        int(bits.value) if bits.value else None,
+        int(draft.real(bits)) if bits.value else None,
         bits,
         is_double=bool(draft.said("double_quantization").value),
         kind=draft.said("quantization_type"),
@@ -102,10 +102,10 @@ def _write_loss(draft: Draft) -> TheirLoss | None:
         [str(name.value)], beta, name, smoothing=smoothing, is_smoothed=("sigmoid",), likelihood=likelihood, per_token=False
     )
     if name.value == "simpo":
-        loss.has_reference, loss.gamma, loss.margin_from = False, float(gamma.value), (gamma,)
+        loss.has_reference, loss.gamma, loss.margin_from = False, draft.real(gamma), (gamma,)
     write_loss(draft, loss)
     mixed = draft.said("pref_bco_weight")
-    if mixed.value and float(mixed.value) > 1e-6:
+    if mixed.value and draft.real(mixed) > 1e-6:
         draft.drop(mixed, NOT_HERE["bco_pair"], breaks=True)
         loss.has_counterpart = False
     return loss

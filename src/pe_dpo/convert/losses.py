@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pe_dpo.convert.draft import Draft, Said
+from pe_dpo.errors import UsageError
 from pe_dpo.recipe.elsewhere.key import PER_TOKEN
 from pe_dpo.recipe.presets import NOT_HERE, PRESETS
 
@@ -54,7 +55,9 @@ class TheirLoss:
 
 def write_loss(draft: Draft, loss: TheirLoss) -> None:
     """Write the loss section, and note where ours is another loss."""
-    beta, name = float(loss.beta.value), loss.preference
+    beta, name = draft.real(loss.beta), loss.preference
+    if beta <= 0:
+        raise UsageError(f"{draft.source.path}: {loss.beta.key}: found {beta:g}; it is above 0, as in every loss there is here")
     known = _WITH_REFERENCE if loss.has_reference else _WITHOUT
     others = [other for other in loss.names if other not in ("sft", name)]
     if name not in known or others:
@@ -67,7 +70,7 @@ def write_loss(draft: Draft, loss: TheirLoss) -> None:
     at = loss.names.index(name) if name in loss.names else 0
     scale = weights[at] if at < len(weights) and weights[at] else 1.0
     loss.factor = (beta**2 if name == "ipo" else 1.0) / scale
-    smoothing = float(loss.smoothing.value or 0) if loss.smoothing else 0.0
+    smoothing = draft.real(loss.smoothing) if loss.smoothing and loss.smoothing.value else 0.0
     if smoothing and loss.smoothing and preset == "dpo" and "sigmoid" in loss.is_smoothed:
         preset = "cdpo"
     draft.put("loss.preset", preset, loss.says)
@@ -99,7 +102,7 @@ def write_nearest(draft: Draft, name: str, there: Said | str, beta: Said, words:
     draft.drop(there, words or NOT_HERE.get(name, "another method than preference losses"), breaks=True)
     draft.put("loss.preset", "dpo", f"{name} is not here")
     if name == "kto":
-        draft.put("loss.beta", float(beta.value), beta)
+        draft.put("loss.beta", draft.real(beta), beta)
 
 
 def _write_smoothing(draft: Draft, loss: TheirLoss, preset: str, smoothing: float) -> None:
@@ -127,7 +130,7 @@ def _write_likelihood(draft: Draft, loss: TheirLoss, preset: str, weights: list[
         weight += weights[loss.names.index("sft")]
         origins.append(loss.says)
     if loss.likelihood and loss.likelihood.value:
-        weight += float(loss.likelihood.value)
+        weight += draft.real(loss.likelihood)
         origins.append(loss.likelihood)
     if not weight and not PRESETS[preset].values.get("sft_weight"):
         return
@@ -139,6 +142,11 @@ def _write_likelihood(draft: Draft, loss: TheirLoss, preset: str, weights: list[
         draft.differs("; ".join(map(str, origins)), f"{PER_TOKEN}: long answers weigh no more than short ones here")
     elif weight:
         draft.lines["loss.sft_weight"] = (here, f"{draft.lines['loss.sft_weight'][1]}; per pair there too", True)
+
+
+def read_weights(draft: Draft, said: Said) -> list[float] | None:
+    """Return the weights of a list of losses; None without any."""
+    return [draft.real(said, weight) for weight in listed(said.value)] if said.value else None
 
 
 def listed(value: Any) -> list[Any]:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.convert.draft import Draft, Said
+from pe_dpo.convert.draft import Draft, Said, in_yaml
 from pe_dpo.errors import UsageError
 
 Place = dict[str, Any]
@@ -19,11 +19,17 @@ _OURS = {"prompt": "instruction", "query": "input"}
 
 def place(path: Any, **more: Any) -> Place:
     """Return a place with what is said of it; what has no value is left out."""
-    return {"path": str(path)} | {key: value for key, value in more.items() if value not in (None, "", {}, 1.0)}
+    return {"path": str(path) if isinstance(path, Path) else path} | {
+        key: value for key, value in more.items() if value not in (None, "", {}, 1.0)
+    }
 
 
 def write_places(draft: Draft, here: str, places: list[Place], *origins: Said | str) -> None:
     """Write places: one by its path alone where no more is said of it."""
+    for one in places:
+        if not isinstance(one["path"], str) or not one["path"].strip():
+            said = next((origin for origin in origins if isinstance(origin, Said)), here)
+            raise UsageError(f"{draft.source.path}: {said}: {in_yaml(one['path'])} is no path and no name of a data set")
     simple = [one["path"] if set(one) == {"path"} else one for one in places]
     if simple:
         draft.put(here, simple[0] if len(simple) == 1 else simple, *origins)

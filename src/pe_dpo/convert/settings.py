@@ -125,6 +125,9 @@ def write_batch(draft: Draft, batch: Said, accumulation: Said) -> None:
     default = "" if batch.is_written and accumulation.is_written else ", in part by default there"
     words = f"{batch.key} × {accumulation.key} × cards: {product}{default}"
     draft.put("train.pairs_per_step", math.prod(sizes) * draft.cards, words)
+    if not draft.are_cards_known:
+        words = "one card is assumed, since nothing says how many; on N cards a step has N times the pairs: give their number"
+        draft.differs(batch, words)
 
 
 def write_steps(draft: Draft, epochs: Said, steps: Said, rate: Said) -> None:

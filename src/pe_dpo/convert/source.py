@@ -9,6 +9,7 @@ import itertools
 import operator
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,47 @@ _PROGRAM = {
     r"(\S*/)?(llamafactory-cli|lmf) train|\S*src/train\.py|\S*train_bash\.py": "llama-factory",
     r"(\S*/)?axolotl train|axolotl\.cli\.train": "axolotl",
     r"(\S*/)?tune run": "torchtune",
-    r"(\S*/)?trl (dpo|cpo|orpo|kto|sft|grpo|reward)|\S*(dpo|cpo|orpo|kto|simpo)\w*\.py": "trl",
+    r"(\S*/)?trl (dpo|cpo|orpo|kto|sft|grpo|reward)|\S*(dpo|cpo|orpo|kto|simpo)\w*\.py|trl\.scripts\.\w+": "trl",
 }
 """Programs, as a line of arguments names them, and whose they are."""
+_NOT_READ = {
+    r"\S*open_instruct/\S+\.py|\S*dpo_tune\w*\.py": "open-instruct",
+    r"\S*openrlhf\.cli\.\S+": "OpenRLHF",
+    r"\S*verl\.trainer\S*": "verl",
+}
+"""Programs that train on preferences with settings of their own, which are not read."""
+_OF_OPEN_INSTRUCT = {"dpo_beta", "dpo_loss_type", "dataset_mixer_list", "mixer_list", "with_tracking"}
 _CARDS = ("num_processes", "nproc_per_node", "nproc-per-node", "NPROC_PER_NODE", "num_gpus")
 """How launchers and their variables say how many processes they start."""
-_TOOLS = "\n".join(f"  {tool.title:24} {tool.has}" for tool in TOOLS.values())
+_ON_ALL_CARDS = ("trl", "simpo", "axolotl", "llama-factory")
+"""Tools that start a process on each visible card where nothing else is said."""
+_LARGEST_BYTES = 2_000_000
+_TOOLS = "\n".join(
+    textwrap.fill(f"{tool.title:24} {tool.has}", 80, initial_indent="  ", subsequent_indent=" " * 27) for tool in TOOLS.values()
+)
+
+
+class _Loader(PlainLoader):
+    """YAML as these tools read it: `yes` and `off` are booleans, `<<` takes over a mapping; and 1e-6 is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (the name PyYAML reads)
+        first: list(rules) for first, rules in PlainLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and key.value in seen:
+                words = f"{key.value} is written twice, on lines {seen[key.value]} and {line}; keep the one that is meant"
+                raise yaml.YAMLError(words)
+            seen[str(key.value)] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+_BOOLEAN = re.compile(r"^(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("yYnNoO"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])
 
 
 @dataclass(frozen=True)
@@ -46,8 +82,8 @@ class TheirSettings:
     """As written; what is nested in a tool's way has dotted keys. Keys that are written without a value are left out."""
     program: str | None = None
     """The script or command of a line of arguments."""
-    cards: int = 1
-    """How many processes the file itself starts."""
+    cards: int | None = None
+    """How many processes the file itself starts; None where it does not say."""
 
     @property
     def words(self) -> set[str]:
@@ -67,26 +103,41 @@ def read_source(path: Path) -> TheirSettings:
         UsageError: It cannot be read, has no settings, or whose they are cannot be told.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); name a file of settings") from error
-    found = _read_line(text, path) if path.suffix.lower() not in (".yaml", ".yml", ".json") else None
-    if found is None and path.suffix.lower() in (".sh", ".bash", ".md", ".py"):
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise UsageError(
+                f"{path}: has {path.stat().st_size / 1e6:.0f} MB, and settings have some kB; name a file of settings"
+            )
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is no text in UTF-8 (byte {error.start}); name a file of settings") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; name a file of settings") from error
+    found = _read_line(text, path) if path.suffix.lower() not in (".yaml", ".yml", ".json", ".ipynb") else None
+    if found is None and path.suffix.lower() in (".py", ".ipynb"):
+        raise UsageError(
+            f"{path}: Python is not read; write what it gives to its trainer and adapter into a YAML file, by the names of "
+            "TRL's script: model_name_or_path, dataset_name, use_peft: true, lora_r, lora_alpha, beta, learning_rate, …"
+        )
+    if found is None and path.suffix.lower() in (".sh", ".bash", ".md"):
         raise UsageError(f"{path}: no line in it trains with a tool that is known. Each tool's file has:\n{_TOOLS}")
     if found is None:
-        program, cards, values = None, 1, read_mapping(path, text)
+        program, cards, values = None, None, read_mapping(path, text)
     else:
         program, cards, values = found
     name = next((tool for pattern, tool in _PROGRAM.items() if program and re.fullmatch(pattern, program)), None)
     if name == "trl" and "gamma_beta_ratio" in values:
         name = "simpo"
-    flat = dict(_flatten(values, ("*",)))
+    try:
+        flat = dict(_flatten(values, ("*",)))
+    except RecursionError as error:
+        raise UsageError(f"{path}: a part of it holds itself (an alias, *), or is nested too deeply; write it out") from error
     name = name or _recognise(set(flat), path)
     flat = dict(_flatten(values, TOOLS[name].nests))
-    for key, value in flat.items():  # ${key} stands for that key's value, as in torchtune's files
-        if isinstance(value, str):
-            flat[key] = re.sub(r"\$\{([\w.]+)\}", lambda found: str(flat.get(found[1], found[0])), value)
-    flat = {key: value for key, value in flat.items() if value is not None}
+    standing_for = _interpolate(flat)
+    flat = {
+        key: value for key, value in flat.items()
+        if value is not None and (key in TOOLS[name].keys or key not in standing_for)
+    }  # fmt: skip
     return TheirSettings(path, TOOLS[name], name, flat, program, cards)
 
 
@@ -97,9 +148,11 @@ def read_mapping(path: Path, text: str | None = None) -> dict[str, Any]:
         UsageError: It cannot be read, or holds something else.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=PlainLoader)
+        values = yaml.load(path.read_text(encoding="utf-8") if text is None else text, Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read as YAML or JSON: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path}: cannot be read as YAML or JSON: it is nested too deeply") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: holds no settings: a mapping of keys, or a line of arguments, is expected")
     return {str(key): value for key, value in values.items()}
@@ -111,7 +164,9 @@ def _recognise(keys: set[str], path: Path) -> str:
     if "simpo" in told:
         told.pop("trl", None)
     if {"model.base", "data.train"} <= keys:
-        raise UsageError(f"{path}: is a recipe already; pe-dpo check {path}")
+        raise UsageError(f"{path}: is a recipe already; pe-dpo check {shlex.quote(str(path))}")
+    if keys & _OF_OPEN_INSTRUCT and not keys & TOOLS["axolotl"].telling:
+        raise UsageError(_not_read(path, ", ".join(sorted(keys & _OF_OPEN_INSTRUCT)), "open-instruct"))
     if not told and "model_name_or_path" in keys:
         return "trl"
     if len(told) == 1:
@@ -131,7 +186,29 @@ def _flatten(values: Mapping[str, Any], nests: tuple[str, ...], prefix: str = ""
             yield f"{prefix}{key}", value
 
 
-def _read_line(text: str, path: Path) -> tuple[str, int, dict[str, Any]] | None:
+def _not_read(path: Path, found: str, title: str) -> str:
+    return f"{path}: {found} is {title}'s, whose settings are not read; write a recipe by hand. Each tool's file has:\n{_TOOLS}"
+
+
+def _interpolate(flat: dict[str, Any]) -> set[str]:
+    """Put values in the place of ${key}, as in torchtune's files, and return the keys that stand for a part of others."""
+    standing_for: set[str] = set()
+
+    def value_of(found: re.Match[str]) -> str:
+        standing_for.add(found[1])
+        return str(flat.get(found[1], found[0]))
+
+    for _ in range(10):  # a value may name another one that names a third
+        before = dict(flat)
+        for key, value in flat.items():
+            if isinstance(value, str):
+                flat[key] = re.sub(r"\$\{([\w.]+)\}", value_of, value)
+        if flat == before:
+            break
+    return standing_for
+
+
+def _read_line(text: str, path: Path) -> tuple[str, int | None, dict[str, Any]] | None:
     """Return program, processes and settings of the first line of arguments that a known tool reads; None without one."""
     text = re.sub(r"^\s*#.*$", "", re.sub(r"^\s*#.*\\\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
     variables: dict[str, str] = {}
@@ -141,21 +218,43 @@ def _read_line(text: str, path: Path) -> tuple[str, int, dict[str, Any]] | None:
             words = shlex.split(line, comments=True)
         except ValueError:
             continue
-        while words and (assigned := re.fullmatch(r"(?:export )?(\w+)=(.*)", words[0])):
+        if words[:1] == ["export"]:
+            words.pop(0)
+        while words and (assigned := re.fullmatch(r"(\w+)=(.*?);?", words[0])):
             variables[assigned[1]] = assigned[2]
             words.pop(0)
         if words and words[0] in ("cp", "mv", "cat", "git", "echo"):
             continue
+        for word in words:
+            title = next((title for pattern, title in _NOT_READ.items() if re.fullmatch(pattern, word)), None)
+            if title:
+                raise UsageError(_not_read(path, word, title))
         at = next((at for at in range(len(words)) if _names_program(words, at)), None)
         if at is None:
             continue
         before = {word.lstrip("-"): after for word, after in itertools.pairwise(words)} | variables
         before |= dict(word.lstrip("-").split("=", 1) for word in words[:at] if word.startswith("--") and "=" in word)
-        cards = next((before[name] for name in _CARDS if str(before.get(name, "")).isdigit()), "1")
         program = _names_program(words, at)
         rest = words[at + len(program.split()) :]
-        return program, int(cards), _arguments(rest, path)
+        rest = list(itertools.takewhile(lambda word: not re.match(r"\d?>|<|&|\||;$", word), rest))  # 2>&1 | tee log
+        return program, _cards(before, program, path), _arguments(rest, path)
     return None
+
+
+def _cards(before: Mapping[str, str], program: str, path: Path) -> int | None:
+    """Return how many processes a line starts: as it says, as accelerate's file beside it says, or one on each card it sees."""
+    for name in _CARDS:
+        if before.get(name, "").isdigit():
+            nodes = next((before[key] for key in ("nnodes", "NNODES") if before.get(key, "").isdigit()), "1")
+            return int(before[name]) * (int(nodes) if "nproc" in name.lower() else 1)
+    launcher = before.get("config_file")
+    for place in (path.parent, Path()):
+        if launcher and (place / launcher).is_file():
+            count = read_mapping(place / launcher).get("num_processes")
+            return count if isinstance(count, int) else None
+    tool = next(name for pattern, name in _PROGRAM.items() if re.fullmatch(pattern, program))
+    visible = [card for card in before.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]
+    return len(visible) if visible and not launcher and tool in _ON_ALL_CARDS else None
 
 
 def _names_program(words: list[str], at: int) -> str:
@@ -170,14 +269,27 @@ def _names_program(words: list[str], at: int) -> str:
 
 def _expand(line: str, variables: Mapping[str, str]) -> str:
     """Return a line with the script's own variables and sums in the place of what stands for them."""
-    line = re.sub(r"\$\{?(\w+)\}?", lambda found: variables.get(found[1], found[0]), line)
 
+    def last_part(found: re.Match[str]) -> str:
+        return variables[found[1]].rpartition("/")[2] if found[1] in variables else found[0]
+
+    line = re.sub(r"\$\{(\w+)##\*/\}", last_part, line)
+    line = re.sub(r"\$\{(\w+):?-([^${}]*)\}", lambda found: variables.get(found[1]) or found[2], line)
+    line = re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda found: variables.get(found[1] or found[2], found[0]), line)
     results = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
     return re.sub(
         r"\$\((?:expr|\()\s*(\d+)\s*\\?([-+*/])\s*([1-9]\d*)\s*\)\)?",
         lambda found: str(results[found[2]](int(found[1]), int(found[3]))),
         line,
     )
+
+
+def _read_argument(text: str) -> Any:
+    """Return an argument as YAML reads it, or as the text that it is."""
+    try:
+        return yaml.load(text, Loader=_Loader) if text else ""
+    except (yaml.YAMLError, RecursionError):
+        return text
 
 
 def _arguments(words: list[str], path: Path) -> dict[str, Any]:
@@ -205,7 +317,7 @@ def _arguments(words: list[str], path: Path) -> dict[str, Any]:
                 raise UsageError(f"{path}: its settings are in {name}, which is not there; name that file, or put it beside")
             values |= read_mapping(there[0])
     for key, texts in given.items():
-        read = [yaml.load(text, Loader=PlainLoader) if text else "" for text in texts]
+        read = [_read_argument(text) for text in texts]
         if not read and key.startswith(("no_", "no-")):
             values[key[3:].replace("-", "_")] = False
         else:

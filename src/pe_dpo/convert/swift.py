@@ -4,7 +4,7 @@ import math
 
 from pe_dpo.convert import places, settings
 from pe_dpo.convert.draft import Draft, Said
-from pe_dpo.convert.losses import TheirLoss, listed, write_loss, write_nearest
+from pe_dpo.convert.losses import TheirLoss, listed, read_weights, write_loss, write_nearest
 
 
 def convert(draft: Draft) -> TheirLoss | None:
@@ -100,7 +100,7 @@ def _write_loss(draft: Draft) -> TheirLoss | None:
     if names.key == "rlhf_type":
         loss.says = method
     weights = draft.said("loss_weights")
-    loss.weights = [float(weight) for weight in listed(weights.value)] if weights.value else None
+    loss.weights = read_weights(draft, weights)
     gamma, alpha, likelihood = draft.said("simpo_gamma"), draft.said("cpo_alpha"), draft.said("rpo_alpha")
     if method.value == "dpo":
         loss.likelihood, loss.is_smoothed = likelihood, ("sigmoid",)
@@ -109,7 +109,7 @@ def _write_loss(draft: Draft) -> TheirLoss | None:
     else:
         loss.has_reference, loss.likelihood, loss.is_smoothed = False, alpha, ("sigmoid", "simpo")
         if loss.names == ["simpo"]:
-            loss.gamma, loss.margin_from = float(gamma.value), (gamma,)
+            loss.gamma, loss.margin_from = draft.real(gamma), (gamma,)
     write_loss(draft, loss)
     if draft.said("reference_free").value:
         draft.put("loss.gamma", 0.0, draft.said("reference_free"))

@@ -49,7 +49,7 @@ def convert(draft: Draft) -> TheirLoss | None:
     epochs, steps = draft.said("epochs"), draft.said("max_steps_per_epoch")
     settings.write_steps(draft, epochs, Said("max_steps", None, False), rate)
     if steps.value:
-        draft.put("train.max_steps", int(steps.value) * int(epochs.value or 1), steps, epochs)
+        draft.put("train.max_steps", int(draft.real(steps) * (draft.real(epochs) if epochs.value else 1)), steps, epochs)
         draft.differs(steps, "an end of each epoch there, of the run here; where the data have fewer steps, leave it out")
     optimizer, fused = draft.said("optimizer._component_"), draft.said("optimizer.fused")
     settings.write_optimizer(draft, optimizer)
@@ -61,7 +61,11 @@ def convert(draft: Draft) -> TheirLoss | None:
     named = "constant" if schedule.value is None else named
     settings.write_schedule(draft, Said(schedule.key, named, schedule.is_written), None, (warmup,))
     clip = draft.said("clip_grad_norm")
-    draft.put("train.max_grad_norm", float(clip.value or 0), clip if clip.value else "clip_grad_norm: nothing is clipped there")
+    draft.put(
+        "train.max_grad_norm",
+        draft.real(clip) if clip.value else 0.0,
+        clip if clip.value else "clip_grad_norm: nothing is clipped there",
+    )
     seed = draft.said("seed")
     if seed.value is not None:
         draft.number(seed, "train.seed", int)
@@ -117,7 +121,7 @@ def _write_loss(draft: Draft) -> TheirLoss | None:
         loss = TheirLoss(["sigmoid"], beta, which, smoothing=smoothing, is_smoothed=("sigmoid",))
     elif name == "SimPOLoss":
         margin = Said("loss.gamma", gamma.value if gamma.is_written else 0.5, gamma.is_written)
-        loss = TheirLoss(["simpo"], beta, which, has_reference=False, gamma=float(margin.value), margin_from=(margin,))
+        loss = TheirLoss(["simpo"], beta, which, has_reference=False, gamma=draft.real(margin), margin_from=(margin,))
     else:
         draft.drop(which, "no loss of that name is known", breaks=True)
         return None

@@ -2,7 +2,8 @@
 
 from pe_dpo.convert import places, settings
 from pe_dpo.convert.draft import Draft, Said
-from pe_dpo.convert.losses import TheirLoss, listed, write_loss, write_nearest
+from pe_dpo.convert.losses import TheirLoss, listed, read_weights, write_loss, write_nearest
+from pe_dpo.errors import UsageError
 from pe_dpo.recipe.elsewhere.trl import CUT
 
 _BEFORE_029 = {"rpo_alpha", "max_prompt_length", "max_completion_length", "reference_free", "ref_adapter_name"}
@@ -108,14 +109,17 @@ def _write_mixer(draft: Draft, mixer: Said) -> list[places.Place]:
     splits, configs = draft.said("dataset_splits"), draft.said("dataset_configs")
     words = [str(word) for word in listed(splits.value)] if splits.value else ["train", "test"]
     subsets = listed(configs.value) if configs.value else [None] * len(mixer.value)
+    if len(subsets) != len(mixer.value):
+        found = f"{configs} has {len(subsets)} entries for {len(mixer.value)} data sets; one of each is expected"
+        raise UsageError(f"{draft.source.path}: {found}")
     train = [
-        places.place(path, split=word if word != "train" else None, subset=part, weight=float(weight))
+        places.place(path, split=word if word != "train" else None, subset=part, weight=draft.real(mixer, weight))
         for (path, weight), part in zip(mixer.value.items(), subsets, strict=True)
         for word in words
         if "train" in word
     ]
     places.write_places(draft, "data.train", train, mixer, *([splits] if splits.is_written else []))
-    if any(float(weight) != 1 for weight in mixer.value.values()):
+    if any(draft.real(mixer, weight) != 1 for weight in mixer.value.values()):
         draft.differs(mixer, "a fraction takes the first rows there, and those of a share of the prompts here")
     return [places.place(path, split=word) for path in mixer.value for word in words if "test" in word]
 
@@ -145,20 +149,19 @@ def _write_loss(draft: Draft, trainer: str, why: str) -> TheirLoss | None:
     names, weights = draft.said("loss_type"), draft.said("loss_weights")
     beta, smoothing = draft.said("beta"), draft.said("label_smoothing")
     loss = TheirLoss([str(name) for name in listed(names.value)], beta, names, smoothing=smoothing)
-    if weights.value:
-        loss.weights = [float(weight) for weight in listed(weights.value)]
+    loss.weights = read_weights(draft, weights)
     if trainer == "simpo":
         ratio = draft.said("gamma_beta_ratio")
         loss.names = ["simpo_hinge" if loss.names == ["hinge"] else "simpo"]
-        loss.has_reference, loss.gamma = False, float(ratio.value) * float(beta.value)
-        loss.margin_from = (ratio, f"{float(ratio.value):g} · β")
+        loss.has_reference, loss.gamma = False, draft.real(ratio) * draft.real(beta)
+        loss.margin_from = (ratio, f"{draft.real(ratio):g} · β")
         loss.likelihood, loss.is_smoothed = draft.said("sft_weight"), ("simpo",)
     elif trainer == "cpo":
         loss.has_reference, loss.is_smoothed = False, ("sigmoid", "simpo")
         loss.likelihood = draft.said("cpo_alpha")
         if loss.names == ["simpo"]:
             gamma = draft.said("simpo_gamma")
-            loss.gamma, loss.margin_from = float(gamma.value), (gamma,)
+            loss.gamma, loss.margin_from = draft.real(gamma), (gamma,)
     elif trainer != "dpo":
         write_nearest(draft, trainer, f"{trainer.upper()} ({why})", beta)
         return None
