@@ -22,7 +22,6 @@ from torch import Tensor
 
 from benchmarks.merge_cost import cost, markdown_cost
 from benchmarks.results import Settings, load, machine, save, temporary_folder
-from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.merging.behaviour import Behaviour, measure
 from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, tensor_failures
 from pe_dpo.merging.plan import Plan
@@ -211,7 +210,7 @@ def peft_way() -> Way:
         model = PeftModel.from_pretrained(model, str(source.adapter.folder)).merge_and_unload().eval()
         after = {f"{name}.weight": dequantized(layer.weight) for name, layer in four_bit_layers(model)}
         found = [_kept(name, before[name], delta, after[name]) for name, delta in updates_of(source.adapter.folder).items()]
-        return found, measure(model, source.pairs, choose_scorer(model, source.pairs, token_budget=2048))
+        return found, measure(model, source.pairs)
 
     return Way("PEFT merge_and_unload: → nf4 again", False, make)
 
@@ -270,7 +269,7 @@ def measure_ways(source: Source, ways: Iterable[Way]) -> dict[str, Any]:
         made = way.make(source, expected, folder)
         tensors, merged = made if isinstance(made, tuple) else (made, None)
         if merged is None:
-            merged = measure_served(source, torch.float32, merged=folder)
+            merged = measure_served(source, merged=folder)
         shutil.rmtree(folder)
         free()
         own = plain if way.is_onto_original else expected

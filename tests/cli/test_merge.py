@@ -1,6 +1,7 @@
 """`pe-dpo merge` on the tiny world: what it prints, what lies there afterwards, and that it serves in plain transformers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ def test_merge_says_what_it_verified(merged):
     folder, done = merged
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0] == "verified on 8 of 9 held-out pairs"
-    assert "of the update is in the files (per tensor" in lines[1] and "14 tensors" in lines[1]
+    assert lines[0] == "to be measured on 8 of 9 held-out pairs"
+    assert re.fullmatch(r"takes \S+ MB in RAM as trained, \S+ MB in RAM to verify what was merged, \S+ MB on disk", lines[1])
+    assert "of the update is in the files (per tensor" in lines[2] and "14 tensors" in lines[2]
     assert "KL(trained ‖ it), nats a position" in done.out and "per tensor" in done.out
     assert f"serves what was trained: {folder}" in lines
 

@@ -114,7 +114,7 @@ def _measured(source: Source) -> Trained:
 def look(model: Any, source: Source) -> Behaviour:
     """Log-probs of all 96 pairs, distributions of six."""
     scorer = choose_scorer(model, source.pairs, packing=True, token_budget=2048)
-    few = measure(model, source.pairs[::16], scorer)
+    few = measure(model, source.pairs[::16])
     return Behaviour(scorer.score_pairs(model, source.pairs), few.distributions)
 
 

@@ -65,7 +65,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
         held_out = None
         if source.pairs and source.weights != (0.0, 1.0):
             trained = Unmerged(source, facts, dtype=facts.dtype)
-            held_out = trained.agreement(measure_served(source, trained.computed_in))
+            held_out = trained.agreement(measure_served(source))
             failures = trained.failures(held_out)
             if failures:
                 what = "one adapter does not do what the two did" if source.weights[0] else "adapter does not do what it should"

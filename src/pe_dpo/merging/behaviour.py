@@ -6,13 +6,15 @@
     noise floor    KL of the trained model with weights rounded to the served dtype: what no merge can be blamed for
 
 An absolute KL cannot tell: a small adapter that was lost altogether is nearer to the trained model than bfloat16 arithmetic is.
-So all three models are computed in float32, whatever they were trained or will be served in, where memory does for it; in 16
-bits only large adapters stand out from the arithmetic.
+So all three models are computed in float32, whatever they were trained or will be served in: in 16 bits only large adapters
+stand out from the arithmetic.
 """
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +22,13 @@ import torch
 from torch import Tensor
 
 from pe_dpo.data import EncodedPair
+from pe_dpo.errors import OutOfMemory
 from pe_dpo.inference.divergence import kl
-from pe_dpo.inference.scorer import Scorer
+from pe_dpo.inference.layerwise import layer_by_layer
 from pe_dpo.metrics.estimates import share_right
-from pe_dpo.objective import PairLogprobs
+from pe_dpo.model.base import evaluating
+from pe_dpo.model.layers_on_disk import decoder_layers
+from pe_dpo.objective import PairLogprobs, token_logprobs
 
 KL_BAND = 0.1
 """Largest relative KL, where the noise of rounding is not more."""
@@ -36,10 +41,11 @@ NOISE_FACTOR = 1.5
 """Times the floor that a KL may be: both are one draw. A lost adapter of |ΔW|/|W| 3e-4 had 3.1 times it, good ones 0.7 to 1."""
 SMALLEST = 1e-10
 """Nats of KL that float32 arithmetic in another order makes of equal weights; measured: 1e-13."""
-BYTES = 512 * 1024 * 1024
+DISTRIBUTION_BYTES = 512 * 1024 * 1024
 """Most memory for the distributions of one model; positions are thinned out evenly to fit."""
-TOKENS = 2048
-"""Most tokens of one forward."""
+TOKENS_TOGETHER = 2**16
+"""Most tokens whose states are kept between layers that are loaded one at a time: 1 GB of an 8B model."""
+_HEAD = "head"
 
 
 class Behaviour:
@@ -103,39 +109,73 @@ class Agreement(NamedTuple):
         return {**self._asdict(), "relative_kl": self.relative_kl}
 
 
-def measure(model: Any, pairs: Sequence[EncodedPair], scorer: Scorer) -> Behaviour:
-    """Return what a model does on pairs, in the state it is in.
+def measure(
+    model: Any, pairs: Sequence[EncodedPair], loaded: Callable[[str], AbstractContextManager[Any]] | None = None
+) -> Behaviour:
+    """Return what a model does on pairs, in the state it is in: one forward an answer, without padding.
 
     Args:
-        model: a causal LM.
+        model: a causal LM, under PEFT or not.
         pairs: a few.
-        scorer: the way to log-probs.
+        loaded: where decoder layers do not have their weights all the time, in which block the one of a name has; see
+            `model.layers_on_disk`.
+
+    Raises:
+        OutOfMemory: the longest answer does not fit.
     """
-    logprobs = scorer.score_pairs(model, pairs)
-    answers = [(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    vocabulary = model.config.get_text_config().vocab_size
-    most = max(1, BYTES // (4 * vocabulary * len(answers)))
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keeps_logits = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
-    distributions: list[Tensor] = []
-    was_training = model.training
-    model.eval()
+    answers = [(pair, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    most = max(1, DISTRIBUTION_BYTES // (4 * model.config.get_text_config().vocab_size * len(answers)))
+    work = [partial(_answer, model, causal_lm, pair.prompt_ids, ids, most) for pair, ids in answers]
     try:
-        with torch.no_grad():
-            for prompt, answer in answers:
-                ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None].to(scorer.device)
-                predicts = np.arange(len(prompt) - 1, ids.shape[1] - 1)
-                evenly = np.linspace(0, len(predicts) - 1, min(most, len(predicts))).round().astype(int)
-                positions = torch.from_numpy(predicts[np.unique(evenly)]).to(scorer.device)
-                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-                if keeps_logits:
-                    logits = model(**inputs, logits_to_keep=positions).logits[0]
-                else:
-                    logits = model(**inputs).logits[0, positions]
-                distributions.append(logits.float().log_softmax(-1).cpu())
-    finally:
-        model.train(was_training)
-    return Behaviour(logprobs, distributions)
+        with evaluating(model):
+            if loaded is None:
+                found = [piece() for piece in work]
+            else:
+                head = causal_lm.get_output_embeddings()
+                layers = {**decoder_layers(causal_lm), **({} if head is None else {_HEAD: head})}
+                found = []
+                for start, end in _groups([len(pair.prompt_ids) + len(ids) for pair, ids in answers]):
+                    within = lambda name: nullcontext() if name == _HEAD else loaded(name)  # noqa: E731
+                    found += layer_by_layer(work[start:end], layers, within)
+    except torch.OutOfMemoryError as error:
+        pair, ids = max(answers, key=lambda answer: len(answer[0].prompt_ids) + len(answer[1]))
+        raise OutOfMemory(
+            f"out of memory while a model was measured on {len(pairs)} pairs; the longest answer is one of {pair.where}, with "
+            f"{len(pair.prompt_ids) + len(ids)} tokens; name shorter ones with `data`; `pairs` 0 verifies the tensors alone"
+        ) from error
+    logprobs = torch.tensor([logprob for logprob, _ in found], dtype=torch.float64)
+    lengths = torch.tensor([len(ids) for _, ids in answers])
+    both = PairLogprobs(logprobs[::2], logprobs[1::2], lengths[::2], lengths[1::2])
+    return Behaviour(both, [distribution for _, distribution in found])
+
+
+def _answer(model: Any, causal_lm: Any, prompt: np.ndarray, answer: np.ndarray, most: int) -> tuple[float, Tensor]:
+    """The log-prob of an answer, and the distributions at `most` of its tokens."""
+    device = causal_lm.get_input_embeddings().weight.device
+    ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64)).to(device)
+    predicts = torch.arange(len(prompt) - 1, len(ids) - 1, device=device)
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None]), "use_cache": False}
+    with torch.no_grad():
+        if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters:
+            logits = model(**inputs, logits_to_keep=predicts).logits[0]
+        else:
+            logits = model(**inputs).logits[0, predicts]
+        per_token = token_logprobs(logits, ids[predicts + 1]).double()
+        evenly = np.linspace(0, len(predicts) - 1, min(most, len(predicts))).round().astype(int)
+        kept = torch.from_numpy(np.unique(evenly)).to(device)
+        return float(per_token.sum()), logits[kept].float().log_softmax(-1).cpu()
+
+
+def _groups(tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield which forwards go through the layers together, from and to, by the tokens of each."""
+    start = total = 0
+    for end, count in enumerate(tokens):
+        if end > start and total + count > TOKENS_TOGETHER:
+            yield start, end
+            start, total = end, 0
+        total += count
+    yield start, len(tokens)
 
 
 def agreement(this: Behaviour, trained: Behaviour, reference: Behaviour) -> Agreement:
@@ -177,23 +217,19 @@ def name_expected(scale: float) -> tuple[str, str]:
     return ("trained", "training") if scale == 1 else ("scaled", "the scaled update")
 
 
-def verification_failures(
-    merged: Agreement, floor: Agreement | None, *, in_float32: bool = True, scale: float = 1.0
-) -> list[str]:
+def verification_failures(merged: Agreement, floor: Agreement | None, *, scale: float = 1.0) -> list[str]:
     """Return in words what is out of the band, of what rounding alone cannot explain; empty if the merge is right.
 
     Args:
         merged: of the merged model.
         floor: of the trained model with the noise of rounding, or of 16-bit arithmetic; None where there is none to speak of.
-        in_float32: whether the models were computed in it; in 16 bits each side has noise of its own, which no floor covers
-            exactly, and a KL only fails at twice it.
         scale: of what is served; for the words.
     """
     failures = []
     name, cause = name_expected(scale)
     if not all(math.isfinite(value) for value in (merged.kl, merged.kl_reference, merged.shift_error)):
         return [f"the merged model, or the {name} one, gives values that are not finite"]
-    noise = NOISE_FACTOR * (1 if in_float32 else 2) * floor.kl if floor and math.isfinite(floor.kl) else 0.0
+    noise = NOISE_FACTOR * floor.kl if floor and math.isfinite(floor.kl) else 0.0
     if merged.kl > max(KL_BAND * merged.kl_reference, noise) and merged.kl > SMALLEST:
         share = "more than all" if merged.relative_kl is None else f"{merged.relative_kl:.2f}"
         failures.append(

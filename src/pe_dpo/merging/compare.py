@@ -5,8 +5,6 @@ Each candidate is written beside OUT, loaded from disk, measured, and removed ag
 
 from pathlib import Path
 
-import torch
-
 from pe_dpo.errors import UsageError
 from pe_dpo.merging.behaviour import Agreement
 from pe_dpo.merging.merged_tensor import mean_kept
@@ -46,13 +44,12 @@ def compare_merges(
         ("adapter", trained.agreement(trained.trained), None),
     ]
     if trained.floor is not None:
-        how = "rounded" if trained.computed_in == torch.float32 else "in float32"
-        candidates.append((f"adapter, {how}", trained.floor, None))
+        candidates.append(("adapter, rounded", trained.floor, None))
     place = Path(work) if work else source.folder.absolute().parent
     for plan in plans:
         plan.check_space(place / "compare")
         with scratch(place / f".{source.folder.absolute().name}.compare") as folder:
             tensors, _ = write(plan, folder, trained.base)
-            served = measure_served(source, trained.computed_in, merged=folder)
+            served = measure_served(source, merged=folder)
         candidates.append((f"onto {plan.onto}", trained.agreement(served), mean_kept(tensors)))
     return candidates

@@ -14,6 +14,7 @@ from pathlib import Path
 from pe_dpo.disk import write_json
 from pe_dpo.errors import MergeRefused, UsageError
 from pe_dpo.merging.card import merged_card
+from pe_dpo.merging.memory import say_memory
 from pe_dpo.merging.plan import Dtype, Onto, Plan, Rounding
 from pe_dpo.merging.source import describe_scale, open_source
 from pe_dpo.merging.unmerged import Unmerged
@@ -75,6 +76,7 @@ def merge(
     ) as source:  # fmt: skip
         plan = Plan(source, onto=onto, dtype=dtype, rounding=rounding, seed=seed)
         plan.check_space(output)
+        say_memory(plan)
         with staged(output) as folder:
             as_trained = Unmerged(source, source.facts, dtype=plan.dtype) if source.pairs else None
             expected = as_trained

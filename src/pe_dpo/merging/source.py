@@ -195,7 +195,7 @@ class Source:
             logger.warning("the data are not those of the run any more; what is held out now may have been trained on")
         if not pairs:
             raise UsageError("the run held no pairs out to verify the merge on; name some with `data`, or `pairs` 0")
-        logger.info(f"verified on {min(count, len(pairs))} of {len(pairs)} held-out pairs")
+        logger.info(f"to be measured on {min(count, len(pairs))} of {len(pairs)} held-out pairs")
         return [pairs[index * len(pairs) // count] for index in range(count)] if len(pairs) > count else list(pairs)
 
 

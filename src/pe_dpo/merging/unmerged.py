@@ -7,24 +7,25 @@ floor        the trained one with the noise of rounding to the dtype that is ser
 
 import gc
 import logging
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pe_dpo.errors import ModelError, OutOfMemory
-from pe_dpo.inference.scorer import Scorer, choose_scorer
-from pe_dpo.log import quiet
-from pe_dpo.merging.behaviour import TOKENS, Agreement, Behaviour, agreement, measure, verification_failures
+from pe_dpo.errors import ModelError
+from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, measure, verification_failures
+from pe_dpo.merging.memory import place_model
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.training_base import TrainingBase
 from pe_dpo.model.adapter import POLICY, acting, add_finished_adapter
 from pe_dpo.model.adapter_config import REFERENCE
 from pe_dpo.model.base import BaseInfo, compute_in, inspect_base, load_base
 from pe_dpo.model.fingerprint import parameter_fingerprints
+from pe_dpo.model.layers_on_disk import LayersOnDisk, decoder_layers
 from pe_dpo.model.provenance import changed, quantized_names
-from pe_dpo.model.quantization import add_rounding_noise, check_weights_unpacked
+from pe_dpo.model.quantization import add_rounding_noise, check_weights_unpacked, codes_rounded
 from pe_dpo.quantizations import is_four_bit
 
 logger = logging.getLogger(__name__)
@@ -43,11 +44,11 @@ class Unmerged:
     """
 
     def __init__(self, source: Source, facts: BaseInfo, *, dtype: torch.dtype) -> None:
-        device = device_for(facts)
-        model: Any = load_base(facts, device=device)
-        layers = quantized_names(model)
+        model, on_disk = _load(facts, source)
+        device = model.get_input_embeddings().weight.device
+        fingerprints = parameter_fingerprints(model) if on_disk is None else on_disk.fingerprints
         self.scale = source.scale
-        self.base = TrainingBase(source, layers, parameter_fingerprints(model), device)
+        self.base = TrainingBase(source, quantized_names(model), fingerprints, device)
         """As it was just loaded."""
         self._check_base(facts)
         # An adapter may have been trained on more tokens than the base has.
@@ -57,37 +58,22 @@ class Unmerged:
         shape = source.adapter.shape(change) if change else None
         if shape is not None and shape[0] != embedding.weight.shape[0]:
             model.resize_token_embeddings(shape[0], mean_resizing=False)
-        # float32 where a whole model of it fits where the merged one will be measured; else as in training.
-        fits = not torch.cuda.is_available() or device_for(facts._replace(quantize="none"), torch.float32).type == "cuda"
-        self.computed_in = torch.float32 if fits else facts.dtype
-        """What all that is compared is computed in."""
-        if self.computed_in != facts.dtype:
-            compute_in(model, self.computed_in)
+        compute_in(model, torch.float32)
         model.eval()
+        loaded = None if on_disk is None else on_disk.loaded
         if source.reference:
             model = add_finished_adapter(model, source.reference, REFERENCE)
-        scorer = _choose_scorer(model, source)
-        self.reference = measure(model, source.pairs, scorer)
+        self.reference = measure(model, source.pairs, loaded)
         model = add_finished_adapter(model, source.trained)
         # Each adapter acts as much as it does in what is served, by PEFT's own scalings.
         shares = {name: weight for name, weight in zip((REFERENCE, POLICY), source.weights, strict=True) if weight}
-        noisy = None
+        self.floor: Agreement | None = None
+        """How near the trained one with the noise of rounding comes to itself; None where nothing is rounded."""
         with nullcontext() if shares == {POLICY: 1.0} else acting(model, shares):
-            self.trained = measure(model, source.pairs, scorer)
+            self.trained = measure(model, source.pairs, loaded)
             check_weights_unpacked(model)
-            with suppress(torch.OutOfMemoryError, OutOfMemory):
-                if self.computed_in != torch.float32:  # already rounded, and its arithmetic too: that in float32 instead
-                    compute_in(model, torch.float32)
-                    scorer = _choose_scorer(model, source)  # attention kernels of 16 bits do not take it
-                    noisy = measure(model, source.pairs, scorer)
-                elif dtype != torch.float32:
-                    add_rounding_noise(model, dtype)
-                    noisy = measure(model, source.pairs, scorer)
-        if noisy is None and not self.computed_in == dtype == torch.float32:
-            logger.warning("no memory to measure the noise of the dtype; the merge is judged without it")
-        self.floor = None if noisy is None else self.agreement(noisy)
-        """How near the trained one with the noise of rounding comes to itself; None where nothing is rounded, or memory did not
-        do for it."""
+            if dtype != torch.float32:
+                self.floor = self.agreement(_measure_rounded(model, source, dtype, on_disk))
         del model, embedding
         free()
 
@@ -97,8 +83,7 @@ class Unmerged:
 
     def failures(self, found: Agreement) -> list[str]:
         """Return in words why a model that comes so near is not what was trained, or was to be served; empty if it is."""
-        in_float32 = self.computed_in == torch.float32
-        return verification_failures(found, self.floor, in_float32=in_float32, scale=self.scale)
+        return verification_failures(found, self.floor, scale=self.scale)
 
     def _check_base(self, facts: BaseInfo) -> None:
         source, record = self.base.source, self.base.source.record
@@ -121,48 +106,54 @@ class Unmerged:
             logger.warning(f"{len(others)} tensors of the base are not those of training ({others[0]}, …)")
 
 
-def _choose_scorer(model: Any, source: Source) -> Scorer:
-    """The way to log-probs of the pairs; which it is concerns the measurement, not the merge, and is not said."""
-    with quiet():
-        return choose_scorer(model, source.pairs, token_budget=TOKENS)
+def _load(facts: BaseInfo, source: Source) -> tuple[Any, LayersOnDisk | None]:
+    """The model where there is room for it, and its layers where these stay on disk."""
+    place = place_model(facts, source.pairs)
+    if not place.is_layerwise:
+        return load_base(facts, device=place.device), None
+    on_disk = LayersOnDisk(facts, device=place.device, compute_dtype=torch.float32)
+    return on_disk.model, on_disk
 
 
-def measure_served(source: Source, computed_in: torch.dtype, *, merged: Path | None = None) -> Behaviour:
+def _measure_rounded(model: Any, source: Source, dtype: torch.dtype, on_disk: LayersOnDisk | None) -> Behaviour:
+    """What a model does with the noise of rounding its weights to a dtype; of codes one layer at a time is a plain one."""
+    layers = decoder_layers(model.get_base_model())
+    inside = {id(part) for layer in layers.values() for part in (*layer.modules(), *layer.parameters())}
+
+    @contextmanager
+    def rounded(name: str) -> Iterator[None]:
+        if on_disk is None:
+            with codes_rounded(model, layers[name].modules(), dtype):
+                yield
+        else:
+            with on_disk.loaded(name):
+                add_rounding_noise(((f"{name}.{leaf}", weight) for leaf, weight in layers[name].named_parameters()), dtype)
+                yield
+
+    always = ((name, one) for name, one in model.named_parameters() if on_disk is None or id(one) not in inside)
+    add_rounding_noise(always, dtype)
+    with codes_rounded(model, (part for part in model.modules() if id(part) not in inside), dtype):
+        is_layerwise = on_disk is not None or is_four_bit(source.facts.quantize)
+        return measure(model, source.pairs, rounded if is_layerwise else None)
+
+
+def measure_served(source: Source, *, merged: Path | None = None) -> Behaviour:
     """Return what is served does on the pairs of a source.
 
     Args:
         source: with the pairs.
-        computed_in: as the unmerged models were.
         merged: a whole model on disk; by default the base as in training with the source's one adapter.
     """
+    facts = source.facts if merged is None else inspect_base(str(merged), quantize="none", dtype="float32")
+    model, on_disk = _load(facts, source)
     if merged is None:
-        facts, device = source.facts, device_for(source.facts)
-    else:
-        facts = inspect_base(str(merged), quantize="none", dtype=str(computed_in).removeprefix("torch."))
-        device = device_for(facts, computed_in)
-    model: Any = load_base(facts, device=device)
-    if merged is None:
-        compute_in(model, computed_in)
+        compute_in(model, torch.float32)
         model = add_finished_adapter(model, source.adapter.folder)
     model.eval()
-    found = measure(model, source.pairs, _choose_scorer(model, source))
-    del model
+    found = measure(model, source.pairs, None if on_disk is None else on_disk.loaded)
+    del model, on_disk
     free()
     return found
-
-
-def device_for(facts: BaseInfo, dtype: torch.dtype | None = None) -> torch.device:
-    """Return the GPU if there is one whose free memory holds a model, else the CPU.
-
-    Args:
-        facts: of the model.
-        dtype: of its weights; None for how its base is loaded.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    size = facts.parameters * (dtype.itemsize if dtype else 0.6 if is_four_bit(facts.quantize) else facts.dtype.itemsize)
-    free, _ = torch.cuda.mem_get_info()
-    return torch.device("cuda" if 1.2 * size < free else "cpu")
 
 
 def free() -> None:

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pe_dpo.disk import json_without_nan
 from pe_dpo.merging.behaviour import Agreement, is_inconclusive
 from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, mean_noise, tensor_failures
@@ -47,12 +45,10 @@ class Verdict:
         """Merged onto the original: how far that is from what was trained on the quantized base."""
         self.floor = expected.floor if expected is not None else None
         """The trained model with the noise of the dtype."""
-        self.computed_in = expected.computed_in if expected is not None else torch.float32
-        """What was measured on pairs."""
         self.is_inconclusive = False
         """The update is within the noise of rounding, so that the pairs could not have told that it was lost."""
         if expected is not None and as_trained is not None:
-            merged = measure_served(plan.source, expected.computed_in, merged=folder)
+            merged = measure_served(plan.source, merged=folder)
             self.held_out = expected.agreement(merged)
             self.faults += expected.failures(self.held_out)
             self.is_inconclusive = is_inconclusive(self.held_out, self.floor)
@@ -102,10 +98,10 @@ class Verdict:
             "held_out_pairs": len(source.pairs),
             "held_out": self.held_out.to_dict() if self.held_out else None,
             "noise_floor": self.floor.to_dict() if self.floor else None,
-            "noise_floor_is": f"rounded to {dtype}" if self.computed_in == torch.float32 else "in float32",
+            "noise_floor_is": f"rounded to {dtype}",
             "mean_noise": mean_noise(self.tensors),
             "against_the_quantized_base": self.change.to_dict() if self.change else None,
-            "computed_in": str(self.computed_in).removeprefix("torch."),
+            "computed_in": "float32",
             "tensors": [tensor._asdict() for tensor in self.tensors],
             "files": dict(files),
             "versions": versions(),

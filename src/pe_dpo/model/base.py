@@ -187,11 +187,23 @@ def empty_model(base: str, config: Any) -> Any:
         raise ModelError(f"{base}: its config.json describes no model that can be built: {_first_line(error)}") from error
 
 
-def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Module:
+def load_base(
+    info: BaseInfo,
+    *,
+    device: torch.device | str = "cpu",
+    places: Mapping[str, str] | None = None,
+    offload_folder: str | None = None,
+) -> nn.Module:
     """Return the base with frozen weights, in train mode, without dropout or other noise of its own.
 
     It would make policy and reference differ at step 0. What the recipe asks of the adapter's dropout is another matter and is
     done.
+
+    Args:
+        info: of the base.
+        device: for all of it.
+        places: where each module goes instead; "disk" leaves it in the files.
+        offload_folder: for weights on disk that the files have in another form.
 
     Raises:
         ModelError: the weights cannot be read, or do not fit the configuration.
@@ -209,7 +221,8 @@ def load_base(info: BaseInfo, *, device: torch.device | str = "cpu") -> nn.Modul
             revision=info.revision,
             local_files_only=_is_local(info.base),
             dtype=info.dtype,
-            device_map={"": device},
+            device_map={"": device} if places is None else dict(places),
+            offload_folder=offload_folder,
             output_loading_info=True,
             trust_remote_code=False,
             **how,

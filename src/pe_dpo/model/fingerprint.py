@@ -182,6 +182,8 @@ def _named_tensors(model: nn.Module, *, adapter: str | None = None) -> dict[str,
         scales = (getattr(holder, "SCB", None) for holder in holders)
         own += [("SCB", scale) for scale in scales if isinstance(scale, torch.Tensor)]
         for leaf, tensor in own:
+            if tensor.is_meta:
+                continue  # in the files
             name = plain_name(f"{path}.{leaf}" if path else leaf)
             found[id(tensor)] = min((name, tensor), found.get(id(tensor), (name, tensor)), key=lambda pair: pair[0])
     parts = {name: name.split(".") for name, _ in found.values()}

@@ -3,7 +3,9 @@
 Their names: `pe_dpo.quantizations`.
 """
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, assert_never, cast
 
@@ -122,31 +124,59 @@ def dequantized(parameter: Any) -> Tensor:
     return values
 
 
-def add_rounding_noise(model: nn.Module, dtype: torch.dtype, *, seed: int = 0) -> None:
-    """Let a loaded model have the noise that rounding its weights to a dtype brings, in float32 arithmetic; not to be undone.
+def add_rounding_noise(parameters: Iterable[tuple[str, nn.Parameter]], dtype: torch.dtype, *, seed: int = 0) -> None:
+    """Let weights have the noise that rounding them to a dtype brings, in float32 arithmetic; in place, not to be undone.
 
-    4-bit layers become plain ones of what their codes stand for, rounded, with 8 times the memory. A weight that a dtype holds
-    exactly has no rounding of its own; under an adapter, whose sum will be rounded, it gets noise of the same size: uniform,
-    one step wide.
+    A weight that a dtype holds exactly has no rounding of its own; under an adapter, whose sum will be rounded, it gets noise
+    of the same size: uniform, one step wide. Codes and adapters stay as they are.
+
+    Args:
+        parameters: and their names in a model, under PEFT or not; with seed, a name determines the noise.
+        dtype: to round to.
+        seed: of the noise.
     """
-    for name, layer in list(four_bit_layers(model)):
-        values = dequantized(layer.weight).to(dtype).float()
-        plain = nn.Linear(values.shape[1], values.shape[0], bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(values, requires_grad=False)
-        plain.bias = layer.bias
-        model.set_submodule(name, plain)
-    for _, experts, name in list(four_bit_experts(model)):
-        values = dequantized(getattr(experts, name)).to(dtype).float()
-        setattr(experts, name, nn.Parameter(values, requires_grad=False))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if not parameter.is_floating_point() or "lora_" in name:
             continue
         rounded = parameter.data.to(dtype).to(parameter.dtype)
         if torch.equal(rounded, parameter.data) and ".base_layer." in name:
+            key = hashlib.sha256(f"{seed} {name.removeprefix('base_model.model.')}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
             drawn = torch.rand(parameter.shape, generator=generator).to(parameter) - 0.5
             rounded = parameter.data + drawn * parameter.data.abs() * torch.finfo(dtype).eps
         parameter.data = rounded
+
+
+@contextmanager
+def codes_rounded(model: nn.Module, parts: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Within the block some 4-bit layers are plain ones of what their codes stand for, with the noise of rounding to a dtype.
+
+    They have 8 times the memory then.
+
+    Args:
+        model: that was loaded in 4 bits.
+        parts: modules of it that hold codes.
+        dtype: to round to.
+    """
+    within = {id(part) for part in parts}
+    layers = [(name, layer) for name, layer in four_bit_layers(model) if id(layer) in within]
+    experts = [(module, leaf, getattr(module, leaf)) for _, module, leaf in four_bit_experts(model) if id(module) in within]
+    try:
+        for name, layer in layers:
+            values = dequantized(layer.weight).to(dtype).float()
+            plain = nn.Linear(values.shape[1], values.shape[0], bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(values, requires_grad=False)
+            plain.bias = layer.bias
+            add_rounding_noise([(f"{name}.weight", plain.weight)], dtype)
+            model.set_submodule(name, plain)
+        for module, leaf, codes in experts:
+            setattr(module, leaf, nn.Parameter(dequantized(codes).to(dtype).float(), requires_grad=False))
+        yield
+    finally:
+        for name, layer in layers:
+            model.set_submodule(name, layer)
+        for module, leaf, codes in experts:
+            setattr(module, leaf, codes)
 
 
 def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
