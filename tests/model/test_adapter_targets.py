@@ -74,6 +74,17 @@ def test_every_adapter_gets_a_gradient_from_text(name, tmp_path):
     assert [name for name, parameter in updates.items() if parameter.grad is None or not parameter.grad.any()] == []
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "hunyuan-moe", "qwen3-moe"])
+def test_codes_change_nothing_about_targets(name, tmp_path):
+    """4-bit experts lie as columns of codes, and PEFT takes the names of layers beside them all the same."""
+    ARCHITECTURES[name].save(tmp_path)
+    model = load_base(inspect_base(str(tmp_path), quantize="nf4"))
+    assert find_targets(model, "all-linear") == find_targets(empty(name), "all-linear")
+    assert set(attach_adapter(model, rank=2, alpha=4).base_model.targeted_module_names) == set(
+        find_targets(empty(name), "all-linear").layers
+    )
+
+
 def test_a_name_is_one_of_the_language_model_only():
     """The tower of Gemma-3 has a q_proj, too."""
     model = empty("gemma3-4b")

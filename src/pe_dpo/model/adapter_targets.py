@@ -101,7 +101,7 @@ def find_targets(model: Any, targets: str | Sequence[str], exclude: Sequence[str
         }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
         (layers if reason is None else left_out.setdefault(reason, [])).append(path)
-    experts = {name.rpartition(".")[0] for name, part in model.named_parameters() if part.ndim == 3 and "expert" in name}
+    experts = {name.rpartition(".")[0] for name, part in model.named_parameters() if _rank_of(part) == 3 and "expert" in name}
     if experts and not named:  # bare parameters, no linear layers
         left_out.setdefault(ROUTERS, []).extend(sorted(experts))
     rest = [name for name in named if name in of_experts]
@@ -170,7 +170,7 @@ def _taken_for_experts(model: Any, names: Iterable[str]) -> set[str]:
 
     It does so for families whose experts were layers once, also where a dense layer, or a shared expert's, has the name too.
     """
-    if not any(parameter.dim() == 3 for parameter in model.parameters()):
+    if not any(_rank_of(parameter) == 3 for parameter in model.parameters()):
         return set()
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -186,6 +186,12 @@ def _taken_for_experts(model: Any, names: Iterable[str]) -> set[str]:
         if name not in config.target_modules:
             found.add(name)
     return found
+
+
+def _rank_of(parameter: Any) -> int:
+    """Dimensions of a parameter; of one that lies as 4-bit codes, those of its values."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.dim() if state is None else len(state.shape)
 
 
 def _for_peft(layers: Sequence[str], modules: Iterable[str]) -> tuple[list[str], str | None]:
