@@ -148,10 +148,10 @@ def test_a_layer_dropped_from_the_adapter_is_refused_by_name(run: Path, out: Pat
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize(("part", "left"), [("A", "B"), ("B", "A")])
-def test_half_an_update_is_refused_by_name(run: Path, out: Path, pairs: int, part: str, left: str) -> None:
+@pytest.mark.parametrize("part", "AB")
+def test_half_an_update_is_refused_by_name(run: Path, out: Path, pairs: int, part: str) -> None:
     rewrite(run / "adapter_model.safetensors", lambda it: it.pop(f"{KEY}.lora_{part}.weight"))
-    with refused(out, ModelError, f"{LAYER}.weight is incomplete, there is only {KEY}.lora_{left}.weight", "another copy"):
+    with refused(out, ModelError, f"{run}: 1 tensors of the adapter are missing", f"{KEY}.lora_{part}.weight", "another copy"):
         merge(run, out, pairs=pairs)
 
 

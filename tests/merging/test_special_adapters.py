@@ -1,6 +1,7 @@
 """Adapters of every kind that PEFT makes: merged, loaded in plain transformers, and held against PEFT's own forward."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`:UserWarning",
     "ignore:Could not find a config file:UserWarning",
     "ignore:Model has `tie_word_embeddings=True`:UserWarning",
+    "ignore:`lora_bias=True` was passed but the targeted layer:UserWarning",
     "ignore:.*LoRA tensor.* have invalid shape:UserWarning",  # peft 0.21 takes a LoRA bias for a torn matrix
 )
 
@@ -115,6 +117,12 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "a resized vocabulary": ("plain", {"resize": 352}),
     "a resized tied vocabulary": ("tied", {"resize": 352}),
     "a resized vocabulary, its head trained": ("plain", {"resize": 352, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "trained tokens": ("plain", {"trainable_token_indices": [7, 5]}),
+    "trained tokens of a tied pair": ("tied", {"trainable_token_indices": [5, 7]}),
+    "other tokens of embedding and head": ("plain", {"trainable_token_indices": {"embed_tokens": [5, 7], "lm_head": [3]}}),
+    "other tokens of a tied pair": ("tied", {"trainable_token_indices": {"embed_tokens": [5, 7], "lm_head": [3]}}),
+    "trained tokens of a tied head": ("tied", {"trainable_token_indices": {"lm_head": [5]}}),
+    "added and trained tokens": ("tied", {"resize": 352, "trainable_token_indices": [5, 340]}),
     "transposed layers": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
 }
 
@@ -177,7 +185,6 @@ def test_the_configuration_says_what_the_weights_are(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "changed its base"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ({"target_parameters": ["mlp.gate_proj.weight"], "target_modules": []}, "target_parameters"),
@@ -191,6 +198,74 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(
     with pytest.raises(PeDpoError, match=words):
         merge(tmp_path / "adapter", tmp_path / "out", base=str(bases["plain"]), quantize="none", pairs=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+UNMERGED: dict[str, dict[str, Any]] = {
+    "trained parameters": {"target_parameters": ["mlp.gate_proj.weight"], "target_modules": []},
+    "replicated layers": {"layer_replication": [[0, 2], [1, 2]]},
+    "an activated adapter": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+    "a LoRA bias where the base has none": {"lora_bias": True},
+    "DoRA": {"use_dora": True},
+    "added tokens": {"resize": 352},
+    "plain LoRA": {},
+}
+
+
+@pytest.mark.parametrize("name", UNMERGED)
+def test_what_peft_loads_is_packaged_for_it(name: str, bases: dict[str, Path], tmp_path: Path, warned: list[str]) -> None:
+    """Also what cannot be merged, whose refusal says so; and servers are only named where they load it."""
+    wanted = make_adapter(bases["plain"], tmp_path / "adapter", **UNMERGED[name])
+    with open_source(tmp_path / "adapter", base=str(bases["plain"]), quantize="none", pairs=0) as source:
+        commands, _ = package_adapter(source, tmp_path / "out")
+    lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    found: dict[str, Any] = {}
+    exec(lines.replace("'.'", repr(str(tmp_path / "out"))), found)
+    with torch.no_grad():
+        assert torch.equal(found["model"].eval()(IDS).logits, wanted)
+    is_plain = name == "plain LoRA"
+    assert bool(commands) == is_plain
+    assert any("servers load plain LoRA alone" in line for line in warned) != is_plain
+
+
+def test_an_adapter_that_took_something_out_of_its_base_is_not_packaged(bases: dict[str, Path], tmp_path: Path) -> None:
+    make_adapter(bases["plain"], tmp_path / "adapter", init_lora_weights="pissa")
+    with (
+        open_source(tmp_path / "adapter", base=str(bases["plain"]), quantize="none", pairs=0) as source,
+        pytest.raises(ModelError, match=r"initialised by pissa, which changed its base; save it .*makes plain LoRA of it"),
+    ):
+        package_adapter(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        (
+            "unsloth/llama-3-8b-bnb-4bit",
+            r"; its adapter_config\.json names unsloth/.*bnb-4bit, whose codes may stand for other",
+        ),
+        ("somewhere/else", r"; its adapter_config\.json names somewhere/else$"),
+        (None, "quantize none$"),
+    ],
+)
+def test_nothing_shows_the_base_of_an_adapter_that_was_not_trained_here(
+    named: str | None, words: str, bases: dict[str, Path], tiny_pairs: Path, tmp_path: Path, warned: list[str]
+) -> None:
+    """Said before any verdict, and in it: the merge is right, and on which base the adapter was trained is another matter."""
+    make_adapter(bases["plain"], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": named}))
+    with open_source(tmp_path / "adapter", base=str(bases["plain"]), quantize="none", pairs=0):
+        (line,) = warned
+    assert re.search(
+        rf"^warning: no base\.json .*: nothing can show that {re.escape(str(bases['plain']))} is the base .*{words}", line
+    )
+    done = merge(
+        tmp_path / "adapter", tmp_path / "out", base=str(bases["plain"]), quantize="none", pairs=2,
+        data=str(tiny_pairs / "test.jsonl"),
+    )  # fmt: skip
+    assert done.describe() == "serves the adapter on this base; nothing shows that it is the one of training"
+    assert done.report["mean_kept"] == pytest.approx(1, abs=0.01)
+    assert len(warned) == 2
 
 
 @pytest.fixture

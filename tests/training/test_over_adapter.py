@@ -418,9 +418,9 @@ def test_a_recipe_that_says_it_twice_is_refused(make_recipe: Callable, settings:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "is a DoRA adapter; .*; merge it into its base .*, and take what that writes as model.base"),
-        ({"modules_to_save": ["lm_head"]}, r"trains whole modules \(lm_head\); .*; merge it into its base"),
-        ({"bias": "lora_only"}, "has bias=lora_only, which stays on .*; merge it into its base"),
+        ({"use_dora": True}, "is a DoRA adapter; .*; write it into its base first .*, and take BASE as model.base"),
+        ({"modules_to_save": ["lm_head"]}, r"trains whole modules \(lm_head\); .*; write it into its base first"),
+        ({"bias": "lora_only"}, "has bias=lora_only, which stays on .*; write it into its base first"),
         ({"target_modules": ["nowhere"]}, "does not load onto this base"),
     ],
 )

@@ -3,8 +3,10 @@
 As it was trained it is copied, bit for bit. Two adapters in one, or a scaled one, are held against those of training.
 """
 
+import logging
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from pe_dpo.merging.card import adapter_card
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.unmerged import Unmerged, measure_served
 from pe_dpo.merging.write import save_tokenizer
+from pe_dpo.model.adapter_files import check_is_plain
 from pe_dpo.model.provenance import changed_files
 from pe_dpo.quantizations import is_four_bit
 from pe_dpo.runs.staging import staged
+
+logger = logging.getLogger(__name__)
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -37,10 +42,11 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
 
     Raises:
         UsageError: `output` is taken.
-        ModelError: the base is not the one of training; or the disk is full.
+        ModelError: the base is not the one of training, or the adapter changed it; or the disk is full.
         MergeRefused: the fused or scaled adapter does not do what it should; nothing was written.
     """
     output, facts, record = Path(output), source.facts, source.record
+    source.adapter.check_base_was_kept()
     if record is not None and source.is_base_named and not source.allow_base_mismatch:
         # A base that is named anew must have the files of training; else the adapter would be sent out with a stranger.
         changed = changed_files(record.model_dump(), source.base_folder)
@@ -72,12 +78,22 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
                 raise MergeRefused("\n  ".join([f"{output}: was not written: the {what}:", *failures]))
         save_tokenizer(source.tokenizer, folder)
         write_json(folder / "base.json", base)
-        changes = source.adapter.changes.values()
-        rank = max((source.adapter.tensors.info(change.a).shape[0] for change in changes if change.a is not None), default=1)
-        bound = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
-        serve = ["vllm", "serve", base["id"], *(["--revision", base["revision"]] if base["revision"] else []),
-                 *(["--quantization", "bitsandbytes"] if is_four_bit(facts.quantize) else []),
-                 "--enable-lora", "--max-lora-rank", str(bound), "--lora-modules", f"tuned={output}"]  # fmt: skip
-        commands = [shlex.join(serve)]
+        commands = _serving_commands(source, base, output)
         (folder / "README.md").write_text(adapter_card(source, base, commands), encoding="utf-8")
     return commands, held_out
+
+
+def _serving_commands(source: Source, base: Mapping[str, Any], output: Path) -> list[str]:
+    """The commands that serve a packaged adapter; none for one that servers do not load, which is said."""
+    try:
+        check_is_plain(source.adapter)
+    except ModelError as error:
+        why = str(error).partition(";")[0].partition(": ")[2]
+        logger.warning(f"servers load plain LoRA alone ({why}); load it with PEFT, as its README.md says")
+        return []
+    rank = max([source.adapter.config.r, *source.adapter.config.rank_pattern.values()])
+    bound = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+    serve = ["vllm", "serve", base["id"], *(["--revision", base["revision"]] if base["revision"] else []),
+             *(["--quantization", "bitsandbytes"] if is_four_bit(source.facts.quantize) else []),
+             "--enable-lora", "--max-lora-rank", str(bound), "--lora-modules", f"tuned={output}"]  # fmt: skip
+    return [shlex.join(serve)]

@@ -84,9 +84,9 @@ def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str
         )
     if source.facts.is_prequantized:
         quantization = "None"  # its own files say how
-    kind = auto_class(source.facts.config).__name__
+    kind, rows = auto_class(source.facts.config).__name__, source.resized_to
     body = [
-        *("```", *commands, "```", ""),
+        *(["```", *commands, "```", ""] if commands else []),
         "```python",
         "import torch",
         "from peft import PeftModel",
@@ -94,6 +94,7 @@ def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str
         "",
         f"base = {kind}.from_pretrained({base['id']!r}{revision}, dtype=torch.{base['dtype']},",
         f"    quantization_config={quantization})",
+        *([f"base.resize_token_embeddings({rows}, mean_resizing=False)"] if rows else []),
         "model = PeftModel.from_pretrained(base, '.')",
         "```",
     ]

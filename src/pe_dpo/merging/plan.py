@@ -89,8 +89,10 @@ class Plan:
             self.config_changes["tie_word_embeddings"] = False
         used = [key for planned in self.tensors if planned.change for key in planned.change.keys]
         # Each once; a whole tensor may serve embedding and head, or be there twice with equal values.
-        each = [(key, name, change) for name, change in adapter.changes.items() for key in change.keys]
-        odd = next(((key, name) for key, name, change in each if used.count(key) != 1 and key != change.replacement), None)
+        each = [
+            (key, name) for name, one in adapter.changes.items() for key in one.keys if key not in (one.replacement, one.rows)
+        ]
+        odd = next(((key, name) for key, name in each if used.count(key) != 1), None)
         if odd is not None:
             raise ModelError(
                 f"{adapter.folder}: {odd[0]} would be used {used.count(odd[0])} times ({odd[1]}); use `onto` adapter"
@@ -268,6 +270,8 @@ def _untie(changes: dict[str, Change], source: Source, names: _BaseNames) -> Cha
             )
         changes[names.embedding] = embedding if embedding.replacement else head
         return None
+    if embedding.rows and not head.rows:  # PEFT ties the rows that it trains
+        head = head._replace(rows=embedding.rows, indices=embedding.indices)
     both = None
     for change, name in ((head, names.head), (embedding, names.embedding)):
         module, saved = name.removesuffix(".weight"), adapter.config.modules_to_save or ()
@@ -281,5 +285,5 @@ def _untie(changes: dict[str, Change], source: Source, names: _BaseNames) -> Cha
         return None
     if embedding.a or head.a or not (embedding.replacement and head.replacement):
         return head
-    is_same = torch.equal(adapter.tensors.read(embedding.replacement), adapter.tensors.read(head.replacement))
+    is_same = torch.equal(*(adapter.updated(one, torch.empty(0)) for one in (embedding, head)))
     return None if is_same else head

@@ -42,6 +42,9 @@ from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
+_WHOLE = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight", ".token_adapter.trainable_tokens_delta")
+"""Ends of what PEFT saves of an embedding, or a head that is tied to one, besides what it was asked to train."""
+
 
 class BaseRecord(BaseModel):
     """What base.json says that the base was in training; written by `model.provenance.base_record`."""
@@ -105,7 +108,6 @@ class Source:
                     f"{path}: cannot be used ({why or error}), and without it the base cannot be checked; take another copy of "
                     "the run"
                 ) from error
-        self._check_quantize(quantize)
         self.trained = trained_folder(found.adapter)
         """The adapter that was trained."""
         self.adapter = AdapterFiles(found.adapter)
@@ -121,10 +123,12 @@ class Source:
         if self.original is not None and self.record is not None:
             how |= {"base": self.record.id, "revision": self.record.revision}
         self.facts = inspect_base(**how)
+        self._check_quantize(quantize)
         if self.record is not None:
             self.facts = self.facts.as_recorded(self.record.quantized_layers)
         else:
             self.facts = self.facts._replace(quantize_bypassed=True)
+            self._tell_what_nothing_shows()
         _check_tensors({found.adapter, self.trained}, self.facts)
         self.recipe = found.recipe
         self.run = found.run
@@ -158,15 +162,38 @@ class Source:
         self.layout = Layout(self.modules, self.files.file_of)
         """What these are in the modules."""
 
+    @property
+    def resized_to(self) -> int | None:
+        """How many rows the adapter's own embedding has, where it was trained on more tokens than the base has; else None."""
+        embedding = self.modules.get_input_embeddings()
+        path = next(path for path, module in self.modules.named_modules() if module is embedding)
+        for info in self.adapter.tensors:
+            is_whole = info.name.startswith(f"base_model.model.{path}.") and info.name.endswith(".weight")
+            if is_whole and "lora_" not in info.name and info.shape[0] != embedding.weight.shape[0]:
+                return info.shape[0]
+        return None
+
     def _check_quantize(self, quantize: str | None) -> None:
         """Check that one of training's record and the caller says how the base was loaded, and not each something else."""
-        if self.record is None and quantize is None:
+        if self.record is None and quantize is None and not self.facts.is_prequantized:
             raise UsageError(
                 f"{self.folder}: nothing there says how its base was loaded in training, and that decides what is served; "
                 "say it with `quantize` nf4, nf4-single (without double quantization), int8 or none"
             )
         if self.record is not None and quantize not in (None, self.record.quantize):
             raise UsageError(f"{self.folder}: was trained on {self.record.quantize}, as base.json says; leave `quantize` out")
+
+    def _tell_what_nothing_shows(self) -> None:
+        """Warn that an adapter without a record says little of the base that it was trained on."""
+        dtype, named = str(self.facts.dtype).removeprefix("torch."), self.adapter.config.base_model_name_or_path
+        line = (
+            f"no base.json beside the adapter: nothing can show that {self.facts.base} is the base it was trained on, or that "
+            f"it was loaded there in {dtype}, quantize {self.facts.quantize}"
+        )
+        if named and named.rstrip("/") != self.facts.base.rstrip("/"):
+            codes = ", whose codes may stand for other weights" if "bnb-4bit" in named else ""
+            line += f"; its adapter_config.json names {named}{codes}"
+        logger.warning(line)
 
     def _original(self, base: str | None) -> BaseInfo | None:
         """The base that is named, where training had codes that came in files and these are not they."""
@@ -269,10 +296,10 @@ def _check_tensors(folders: Iterable[Path], facts: BaseInfo) -> None:
     for adapter in map(AdapterFiles, folders):
         model = empty_model(facts.base, facts.config)
         embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-        resized = {f"{name}.weight" for name, module in model.named_modules() if module in embeddings}
+        resized = [name for name, module in model.named_modules() if module in embeddings]
         expected = expected_tensors(model, adapter.config)
-        whole = {change.replacement for name, change in adapter.changes.items() if name in resized}
-        over = sorted({key for change in adapter.changes.values() for key in change.keys} - expected - whole)
+        whole = {f"base_model.model.{name}{ending}" for name in resized for ending in _WHOLE}
+        over = sorted(adapter.keys - expected - whole)
         if over:
             raise ModelError(
                 f"{adapter.folder}: its configuration asks for no {over[0]} (and {len(over) - 1} more); PEFT would drop them; "

@@ -51,13 +51,8 @@ class Unmerged:
         self.base = TrainingBase(source, quantized_names(model), fingerprints, device)
         """As it was just loaded."""
         self._check_base(facts)
-        # An adapter may have been trained on more tokens than the base has.
-        embedding = model.get_input_embeddings()
-        name = next((name for name, module in model.named_modules() if module is embedding), "")
-        change = source.adapter.changes.get(f"{name}.weight")
-        shape = source.adapter.shape(change) if change else None
-        if shape is not None and shape[0] != embedding.weight.shape[0]:
-            model.resize_token_embeddings(shape[0], mean_resizing=False)
+        if source.resized_to is not None:
+            model.resize_token_embeddings(source.resized_to, mean_resizing=False)
         compute_in(model, torch.float32)
         model.eval()
         loaded = None if on_disk is None else on_disk.loaded
@@ -74,7 +69,7 @@ class Unmerged:
             check_weights_unpacked(model)
             if dtype != torch.float32:
                 self.floor = self.agreement(_measure_rounded(model, source, dtype, on_disk))
-        del model, embedding
+        del model
         free()
 
     def agreement(self, served: Behaviour) -> Agreement:
@@ -87,14 +82,8 @@ class Unmerged:
 
     def _check_base(self, facts: BaseInfo) -> None:
         source, record = self.base.source, self.base.source.record
-        if record is None:
-            logger.warning(
-                "no base.json beside the adapter: nothing can show that this is the base it was trained on, or that it was "
-                f"loaded in {str(facts.dtype).removeprefix('torch.')} there"
-            )
-            return
-        if facts.quantize != record.quantize:
-            return  # on purpose: the adapter measured on the original
+        if record is None or facts.quantize != record.quantize:
+            return  # which was said; or on purpose, the adapter measured on the original
         others = changed(record.tensors, self.base.fingerprints)
         if others and not source.allow_base_mismatch:
             raise ModelError(

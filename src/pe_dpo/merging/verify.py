@@ -71,7 +71,11 @@ class Verdict:
             return f"has the update in its files{scaled}; not verified on pairs"
         if self.is_inconclusive:
             return f"has the update in its files{scaled}; it is within the noise of rounding, and the pairs cannot tell it"
-        return f"serves the update{scaled}: on purpose not what was trained" if is_scaled else "serves what was trained"
+        if is_scaled:
+            return f"serves the update{scaled}: on purpose not what was trained"
+        if self.plan.source.record is None:
+            return "serves the adapter on this base; nothing shows that it is the one of training"
+        return "serves what was trained"
 
     def _report(self, files: Mapping[str, str]) -> dict[str, Any]:
         plan, source = self.plan, self.plan.source

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter_config import REFERENCE, TRAINED, check_adapter, trained_folder, without_advice
-from pe_dpo.model.adapter_files import AdapterFiles, check_is_plain, save_fused_adapter
+from pe_dpo.model.adapter_config import REFERENCE, TRAINED, check_adapter, merge_first, trained_folder, without_advice
+from pe_dpo.model.adapter_files import AdapterFiles, check_can_be_trained_on, check_is_plain, save_fused_adapter
 from pe_dpo.model.adapter_targets import find_targets
 
 POLICY = "default"
@@ -92,9 +92,9 @@ def start_from_adapter(
 
     Raises:
         ModelError: no LoRA adapter there, one with trained biases or full modules (which stay on when adapters are off), one
-            that changed its base when it was made, or one that does not fit the base.
+            that changed its base when it was made, one that could not be merged, or one that does not fit the base.
     """
-    check_adapter(folder)
+    check_can_be_trained_on(folder)
     model = _with_adapter(base, folder, POLICY, is_trainable=True)
     if reference == "adapter":
         _with_adapter(model, folder, REFERENCE)
@@ -116,14 +116,12 @@ def lay_under(model: Any, folder: str | Path) -> Any:
     Raises:
         ModelError: as `start_from_adapter`; or one of the two is not plain LoRA, so that their sum is no LoRA adapter.
     """
-    check_adapter(folder)
+    adapter = check_can_be_trained_on(folder)
     try:
-        check_is_plain(AdapterFiles(folder))
+        check_is_plain(adapter)
     except ModelError as error:
-        what = str(error).partition(";")[0]
         raise ModelError(
-            f"{what}; only plain LoRA can lie under a new adapter: merge it into its base (`pe-dpo merge`, or PEFT's "
-            "merge_and_unload), and take that as model.base"
+            f"{str(error).partition(';')[0]}; only that can lie under a new adapter: {merge_first(folder)}"
         ) from error
     bare = sorted(model.peft_config[POLICY].target_parameters or ())
     if bare:
@@ -341,9 +339,10 @@ def _with_adapter(model: Any, folder: str | Path, name: str, *, is_trainable: bo
     from peft import PeftModel
 
     try:
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=is_trainable)
-        model.load_adapter(str(folder), adapter_name=name, is_trainable=is_trainable)
+        with without_advice():
+            if not isinstance(model, PeftModel):
+                return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=is_trainable)
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=is_trainable)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder}: does not load onto this base: {str(error).splitlines()[0]}") from error
     return model

@@ -1,5 +1,6 @@
 """What the configuration of a saved adapter says: of which kind it is, and which tensors it has."""
 
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ def read_adapter_config(folder: str | Path) -> Any:
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: no adapter_config.json there; an adapter is a folder as PEFT or pe-dpo saves it")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        with without_advice():
+            config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{folder}: its adapter_config.json cannot be read: {error}") from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -46,7 +48,7 @@ def check_adapter(folder: str | Path) -> Any:
     """
     config = read_adapter_config(folder)
     trained_folder(folder)
-    otherwise = "merge it into its base (`pe-dpo merge`), and take what that writes as model.base"
+    otherwise = merge_first(folder)
     if config.bias != "none":
         raise ModelError(
             f"{folder}: has bias={config.bias}, which stays on when adapters are off and moves the reference; {otherwise}"
@@ -58,8 +60,17 @@ def check_adapter(folder: str | Path) -> Any:
         raise ModelError(f"{folder}: is a DoRA adapter; only plain LoRA is supported; {otherwise}")
     init = str(config.init_lora_weights).lower()
     if init.startswith(MOVING_INITS):
-        raise ModelError(f"{folder}: was initialised by {init}, which changed its base; the base on disk is not its reference")
+        raise ModelError(
+            f"{folder}: was initialised by {init}, which changed its base; the base on disk is not its reference. Save it "
+            "where it was trained with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+        )
     return config
+
+
+def merge_first(folder: str | Path) -> str:
+    """Return what to do with an adapter that is more than an update which can be switched off, in words."""
+    command = shlex.join(["pe-dpo", "merge", str(folder), "-o", "BASE"])
+    return f"write it into its base first (`{command}`), and take BASE as model.base"
 
 
 def trained_folder(folder: str | Path) -> Path:
@@ -117,7 +128,7 @@ def expected_tensors(base: nn.Module, config: Any) -> set[str]:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """PEFT warns of tied embeddings and of tensors that are missing: both are dealt with, and refused, elsewhere."""
+    """PEFT warns of tied embeddings, unknown fields and missing tensors: all are dealt with, or refused, elsewhere."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

@@ -4,6 +4,7 @@
     DoRA          W ← m · (W + s·B·A) / ‖W + s·B·A‖     norms of rows, so that ΔW depends on W
     embedding     W ← W + s·(B·A)ᵀ
     bias          b ← b + s·b_B
+    tokens        W[i] ← saved rows                     trainable_token_indices
     whole module  W ← saved W                          modules_to_save, trained biases, resized embeddings
 
 Hu et al. 2021 (LoRA), Kalajdzievski 2023 (rsLoRA), Liu et al. 2024 (DoRA); tests hold the formulas against PEFT's layers.
@@ -13,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter_config import read_adapter_config, write_adapter_config
+from pe_dpo.model.adapter_config import check_adapter, merge_first, read_adapter_config, write_adapter_config
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.recipe.schema import MOVING_INITS
 
@@ -31,8 +33,12 @@ _UNDERSTOOD = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout"),
     *("init_lora_weights", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying", "loftq_config"),
+    *("trainable_token_indices", "eva_config"),
 }
-"""Fields of PEFT's LoraConfig that change nothing here, or are followed; any other that is set is refused."""
+"""Fields of PEFT's LoraConfig that change nothing here, or are followed; any other that is set is refused. EVA begins with an A
+of its own, and the ranks that it gives stand in rank_pattern."""
+_OF_OTHERS = {"unsloth_fixed", "lora_dtype", "lorap_lr_ratio", "merge_weights"}
+"""Fields that other tools and old versions write (Unsloth, ms-swift), of which a finished adapter's update does not depend."""
 
 
 class Change(NamedTuple):
@@ -44,6 +50,10 @@ class Change(NamedTuple):
     magnitude: str | None = None
     addition: str | None = None
     """Of a bias, times the scaling."""
+    rows: str | None = None
+    """New rows of an embedding or the head."""
+    indices: tuple[int, ...] = ()
+    """Which rows these are."""
     scaling: float = 1.0
     is_transposed: bool = False
     """Whether the weight lies (in, out): embeddings, and layers of the Conv1D kind."""
@@ -51,7 +61,8 @@ class Change(NamedTuple):
     @property
     def keys(self) -> list[str]:
         """Names of the adapter's tensors that this change uses."""
-        return [key for key in (self.replacement, self.a, self.b, self.magnitude, self.addition) if key is not None]
+        keys = self.replacement, self.a, self.b, self.magnitude, self.addition, self.rows
+        return [key for key in keys if key is not None]
 
 
 class AdapterFiles:
@@ -61,15 +72,24 @@ class AdapterFiles:
         folder: as PEFT saves it.
 
     Raises:
-        ModelError: no LoRA adapter with safetensors there; it asks for what is not supported; or a tensor has no partner.
+        ModelError: no LoRA adapter with safetensors there.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_adapter_config(folder)
+        self.tensors = TensorFiles(folder, "adapter_model")
+
+    @cached_property
+    def changes(self) -> dict[str, Change]:
+        """What it does, by name of the base's tensor, as its modules are called.
+
+        Raises:
+            ModelError: it asks for what is not supported, or a tensor has no partner.
+        """
         plain = type(self.config)()
         written = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
-        unknown = sorted(key for key, value in written.items() if not hasattr(plain, key) and value)
+        unknown = sorted(key for key, value in written.items() if not hasattr(plain, key) and value and key not in _OF_OTHERS)
         if unknown:
             raise ModelError(
                 f"{self.folder / 'adapter_config.json'}: has {', '.join(unknown)}, which the installed peft does not know; "
@@ -79,21 +99,33 @@ class AdapterFiles:
             if name in _UNDERSTOOD or not hasattr(plain, name) or value == getattr(plain, name) or not value:
                 continue
             raise ModelError(
-                f"{self.folder}: was trained with {name} = {value!r}, which this version cannot merge; use `onto` adapter"
+                f"{self.folder}: was trained with {name} = {value!r}, which this version cannot merge; `onto` adapter packages "
+                "it for PEFT"
             )
-        init = str(self.config.init_lora_weights).lower()
-        if init.startswith(MOVING_INITS):
-            raise ModelError(
-                f"{self.folder}: was initialised by {init}, which changed its base; convert it with PEFT's "
-                "path_initial_model_for_weight_conversion, then merge"
-            )
+        self.check_base_was_kept()
         if self.config.use_dora and self.config.fan_in_fan_out:
             raise ModelError(
                 f"{self.folder}: is DoRA on transposed layers (Conv1D), which cannot be merged here; use `onto` adapter"
             )
-        self.tensors = TensorFiles(folder, "adapter_model")
-        self.changes = self._changes()
-        """By name of the base's tensor, as its modules are called."""
+        return self._changes()
+
+    def check_base_was_kept(self) -> None:
+        """Check that the adapter's base is the one on disk.
+
+        Raises:
+            ModelError: it was initialised in a way that took something out of its base.
+        """
+        init = str(self.config.init_lora_weights).lower()
+        if init.startswith(MOVING_INITS):
+            raise ModelError(
+                f"{self.folder}: was initialised by {init}, which changed its base; save it where it was trained with PEFT's "
+                "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+            )
+
+    @property
+    def whole(self) -> list[str]:
+        """Names of the base's tensors of which it has values, rather than an update; in the order of the alphabet."""
+        return sorted(name for name, change in self.changes.items() if change.replacement or change.rows)
 
     def updated(self, change: Change, weight: Tensor) -> Tensor:
         """Return a tensor of the base with its change, float32, on the device of `weight`.
@@ -107,6 +139,9 @@ class AdapterFiles:
         """
         if change.replacement is not None:
             weight = self._read(change.replacement, weight.device)
+        if change.rows is not None:
+            indices = torch.tensor(change.indices, device=weight.device)
+            weight = weight.index_copy(0, indices, self._read(change.rows, weight.device))
         if change.addition is not None:
             weight = weight + change.scaling * self._read(change.addition, weight.device)
         update = self.low_rank_update(change, weight.device)
@@ -138,12 +173,16 @@ class AdapterFiles:
     def _read(self, name: str, device: torch.device) -> Tensor:
         return self.tensors.read(name).to(device, torch.float32)
 
+    @property
+    def keys(self) -> set[str]:
+        """Names of its tensors, each once: PEFT saves whole modules twice where the vocabulary was resized."""
+        doubled = (".modules_to_save.", ".original_module.")
+        plain = {facts.name: facts.name.replace(doubled[0], ".").replace(doubled[1], ".") for facts in self.tensors}
+        return {key for key, name in plain.items() if name == key or name not in plain}
+
     def _changes(self) -> dict[str, Change]:
         changes: dict[str, Change] = {}
-        for key in (facts.name for facts in self.tensors):
-            plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-            if plain != key and plain in self.tensors:
-                continue  # PEFT saves whole modules under their plain names as well where the vocabulary was resized
+        for key in sorted(self.keys):
             name, part = _target(key)
             if name is None:
                 raise ModelError(f"{self.folder}: {key} is no tensor of a LoRA adapter that can be merged; use `onto` adapter")
@@ -151,6 +190,8 @@ class AdapterFiles:
             if getattr(old, part) is not None:
                 raise ModelError(f"{self.folder}: two tensors are the {part} of {name}; take another copy of the adapter")
             fields: dict[str, Any] = {part: key}
+            if part == "rows":
+                fields["indices"] = self._trained_rows(name)
             if part in ("a", "addition"):
                 fields |= {"scaling": self._scaling(name.rsplit(".", 1)[0]), "is_transposed": "lora_embedding" in key}
             changes[name] = old._replace(**fields)
@@ -165,6 +206,13 @@ class AdapterFiles:
         if not changes:
             raise ModelError(f"{self.folder}: the adapter is empty: no tensors in its file")
         return changes
+
+    def _trained_rows(self, name: str) -> tuple[int, ...]:
+        """The indices of the tokens whose rows of a tensor are trained; of a list they are those of the embedding."""
+        asked = self.config.trainable_token_indices
+        by_module = asked.items() if isinstance(asked, dict) else ()
+        module = f".{name.removesuffix('.weight')}"
+        return tuple(next((rows for end, rows in by_module if module.endswith(f".{end}")), asked))
 
     def _scaling(self, module: str) -> float:
         rank = _by_pattern(self.config.rank_pattern, module, self.config.r)
@@ -190,7 +238,7 @@ def save_scaled_adapter(adapter: AdapterFiles, scale: float, folder: Path) -> No
     for name, change in adapter.changes.items():
         if change.magnitude is not None:
             raise ModelError(f"{adapter.folder}: {name} has DoRA, which sets W's norms and adds no ΔW that could be scaled")
-        if change.replacement is not None:
+        if change.replacement is not None or change.rows is not None:
             raise ModelError(
                 f"{adapter.folder}: {name} is saved whole (modules_to_save, trained biases, embeddings); only LoRA updates can "
                 "be scaled"
@@ -241,7 +289,7 @@ def save_fused_adapter(adapters: tuple[AdapterFiles, AdapterFiles], weights: tup
 
 
 def check_is_plain(adapter: AdapterFiles) -> None:
-    """Check that an adapter is plain LoRA, so that its sum with another one is a LoRA adapter, too.
+    """Check that an adapter is plain LoRA, which servers load, and whose sum with another one is a LoRA adapter, too.
 
     Raises:
         ModelError: it has DoRA, LoRA biases, or whole tensors (modules_to_save, trained biases, embeddings).
@@ -251,9 +299,35 @@ def check_is_plain(adapter: AdapterFiles) -> None:
         raise ModelError(f"{adapter.folder}: {odd[0]} is not plain LoRA; only that can be fused")
 
 
+def check_can_be_trained_on(folder: str | Path) -> AdapterFiles:
+    """Return a finished adapter from which training can start, or that it can be over: what comes of it can be merged.
+
+    Args:
+        folder: as PEFT saves it.
+
+    Raises:
+        ModelError: it is none, or what would be trained on it could not be merged; says what to do first.
+    """
+    check_adapter(folder)
+    adapter = AdapterFiles(folder)
+    try:
+        whole = adapter.whole
+    except ModelError as error:
+        raise ModelError(
+            f"{str(error).partition(';')[0]}: it could be trained on, and not merged after that. Merge it into its base first "
+            "with PEFT (merge_and_unload), where that can, and take what it saves as model.base; else take another adapter"
+        ) from error
+    if whole:
+        raise ModelError(
+            f"{folder}: has values of {', '.join(whole)} besides LoRA (added or trained tokens, or LoRA on embedding or head), "
+            f"which would not be off in the reference; {merge_first(folder)}"
+        )
+    return adapter
+
+
 def _target(key: str) -> tuple[str | None, str]:
     """Name of the base's tensor that a tensor of the adapter is for, and what it is of its change."""
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(_PREFIX).replace(".token_adapter.", ".")
     for ending, suffix, part in (
         (".lora_A.weight", ".weight", "a"),
         (".lora_B.weight", ".weight", "b"),
@@ -261,12 +335,13 @@ def _target(key: str) -> tuple[str | None, str]:
         (".lora_embedding_A", ".weight", "a"),
         (".lora_embedding_B", ".weight", "b"),
         (".lora_magnitude_vector", ".weight", "magnitude"),
+        (".trainable_tokens_delta", ".weight", "rows"),
         (".base_layer.weight", ".weight", "replacement"),
         (".base_layer.bias", ".bias", "replacement"),
     ):
         if name.endswith(ending):
             return name.removesuffix(ending) + suffix, part
-    if name == key or "lora_" in name or "token_adapter" in name or not name.endswith((".weight", ".bias")):
+    if not key.startswith(_PREFIX) or "lora_" in name or not name.endswith((".weight", ".bias")):
         return None, ""
     return name, "replacement"
 

@@ -4,6 +4,7 @@ How much of the weights is really 4-bit, and whether each layer that an adapter 
 update can be merged into. No weight is read.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -119,21 +120,41 @@ def check_can_be_merged(info: BaseInfo, model: Any, targets: Targets, files: Ten
             f"adapter.targets: {', '.join(bare)}: of {info.base} these are experts or routers, on which PEFT trains updates of "
             "bare parameters that cannot be merged; leave them out (all-linear does)"
         )
+    check_has_place(model, [f"{path}.weight" for path in targets.layers], files)
+
+
+def check_has_place(model: Any, names: Iterable[str], files: TensorFiles | None) -> None:
+    """Check that each of these tensors of a model is one of its files, so that its update can be merged.
+
+    Args:
+        model: without weights and without adapters.
+        names: of tensors that an adapter changes.
+        files: as above.
+
+    Raises:
+        ModelError: one is not.
+    """
     if files is None:
         return
-    renamed = [path for path in targets.layers if f"{path}.weight" not in files]
+    renamed = [name for name in names if name not in files]
     if not renamed:  # asking transformers for its rules takes a second
         return
     layout = Layout(model, files.file_of)
-    for path in renamed:
-        stored, leaf = layout.files_of(f"{path}.weight"), path.rpartition(".")[2]
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in renamed:
+        stored, leaf = layout.files_of(name), name.rpartition(".")[0].rpartition(".")[2]
+        if name not in there:
+            raise ModelError(
+                f"{files.folder}: the model has no {name}, which the adapter would move: that could be trained, not merged; "
+                "name the adapter's own base, or another adapter (without lora_bias)"
+            )
         if not stored:
             raise ModelError(
-                f"{files.folder}: does not have {path}.weight, or not under a name that this transformers knows, so that it "
+                f"{files.folder}: does not have {name}, or not under a name that this transformers knows, so that it "
                 "could not be merged; fetch the base again, or take another transformers"
             )
-        if len(stored) > 1 or layout.is_assembled(f"{path}.weight"):
+        if len(stored) > 1 or layout.is_assembled(name):
             raise ModelError(
-                f"{files.folder}: {path} is made of several tensors there ({stored[0]}, …): an update could be trained, not "
+                f"{files.folder}: {name} is made of several tensors there ({stored[0]}, …): an update could be trained, not "
                 f"merged; leave it out with adapter.exclude: [{leaf}]"
             )

@@ -12,11 +12,12 @@ import torch
 
 from pe_dpo.errors import DataError, RecipeError
 from pe_dpo.inference.inputs import Inputs, read_inputs
-from pe_dpo.model.adapter_config import check_adapter, without_advice
+from pe_dpo.model.adapter_config import without_advice
+from pe_dpo.model.adapter_files import AdapterFiles, check_can_be_trained_on
 from pe_dpo.model.adapter_targets import find_targets
 from pe_dpo.model.base import empty_model, lacks_bfloat16, load_tokenizer, noise_of
 from pe_dpo.model.provenance import template_fingerprint
-from pe_dpo.model.road import check_can_be_merged, files_here, loaded_size
+from pe_dpo.model.road import check_can_be_merged, check_has_place, files_here, loaded_size
 from pe_dpo.recipe import Recipe, describe, describe_sources, warnings
 from pe_dpo.recipe.schema import AdapterSection
 from pe_dpo.training.arguments import check_optimizer, total_steps
@@ -34,7 +35,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
 
     Raises:
         RecipeError: a tracker is not known or not installed, or an optimizer or a schedule cannot be made.
-        ModelError: see `inspect_base`, `check_adapter` and `load_tokenizer`; or an adapter target matches nothing.
+        ModelError: see `inspect_base`, `check_can_be_trained_on` and `load_tokenizer`; or an adapter target matches nothing.
         DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one, or all have weight 0.
     """
     if recipe.train.report_to:
@@ -45,7 +46,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     for line in warnings(recipe):
         logger.warning(line)
     for folder in filter(None, (recipe.adapter.start, recipe.adapter.over)):
-        check_adapter(folder)
+        check_can_be_trained_on(folder)
     prepared = shared or read_inputs(recipe, recorded=recorded)
     _check_adapters(recipe.adapter, prepared)
     if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
@@ -80,7 +81,8 @@ def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
     """Check what of the adapters depends on base and tokenizer, on a base without weights.
 
     Raises:
-        ModelError: a target matches nothing, or the adapter under the new one does not fit the base or cannot lie there.
+        ModelError: a target matches nothing; or the adapter to start from or to lie under the new one does not fit the base, or
+            cannot be merged into it.
     """
     base = prepared.base
     files = files_here(base)
@@ -98,8 +100,15 @@ def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
             f"model.quantize: {base.quantize} does not reach {size.left / size.parameters:.0%} of the weights of this base "
             f"(embeddings and head not counted); all together take {size.bytes / 1e9:,.1f} GB"
         )
-    if not adapter.start:
-        empty = empty_model(base.base, base.config)
+    empty, folder = empty_model(base.base, base.config), adapter.over or adapter.start
+    if folder:
+        check_has_place(empty, AdapterFiles(folder).changes, files)
+    if adapter.start:
+        from pe_dpo.model.adapter import start_from_adapter
+
+        with without_advice():  # of torch, that an empty model keeps no values
+            start_from_adapter(empty, adapter.start, reference="base")
+    else:
         found = find_targets(empty, adapter.targets, adapter.exclude)
         for line in found.describe():
             logger.info(line)
@@ -108,9 +117,8 @@ def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
             from pe_dpo.model.adapter import attach_adapter, lay_under
 
             empty = attach_adapter(empty, rank=1, alpha=1, targets=adapter.targets, exclude=adapter.exclude)
-            with without_advice():  # of torch, that an empty model keeps no values
+            with without_advice():
                 lay_under(empty, adapter.over)
-    folder = adapter.over or adapter.start
     theirs = load_tokenizer(folder) if folder and (Path(folder) / "tokenizer_config.json").is_file() else None
     if theirs and theirs.chat_template and template_fingerprint(theirs) != template_fingerprint(prepared.tokenizer):
         logger.warning(
