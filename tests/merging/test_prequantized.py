@@ -94,6 +94,21 @@ def test_a_run_on_it_is_merged_onto_what_its_codes_stand_for(dynamic_run: Path, 
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+def test_codes_say_how_the_base_of_a_foreign_adapter_is_loaded(
+    dynamic_run: Path, dynamic: Path, tiny_base: Path, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    """As in Unsloth's adapters, which name a `…-bnb-4bit` base; on another base that is to be said."""
+    adapter, data = tmp_path / "adapter", str(tiny_pairs / "test.jsonl")
+    adapter.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(dynamic_run / name, adapter)
+    done = merge(adapter, tmp_path / "out", base=str(dynamic), data=data, pairs=2)
+    assert done.plan.source.facts.quantize == "nf4"
+    assert done.describe() == "serves the adapter on this base; nothing shows that it is the one of training"
+    with pytest.raises(UsageError, match="nothing there says how its base was loaded in training"):
+        merge(adapter, tmp_path / "other", base=str(tiny_base), data=data, pairs=2)
+
+
 def test_without_pairs_its_tensors_are_still_those_of_training(dynamic_run: Path, dynamic: Path, tmp_path: Path) -> None:
     assert "in its files" in merge(dynamic_run, tmp_path / "out", pairs=0).describe()
     other = shutil.copytree(dynamic, tmp_path / "other")

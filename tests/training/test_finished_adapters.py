@@ -144,6 +144,30 @@ def test_an_adapter_that_could_be_trained_on_and_not_merged_is_refused_before(
         prepare_run(make_recipe(f"adapter.start={tmp_path / 'adapter'}", "adapter.reference=adapter", *BY_DEFAULT))
 
 
+@pytest.mark.slow
+def test_a_lora_bias_is_trained_on_where_the_base_has_the_bias(tiny_base: Path, make_recipe: Callable, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, adapter = shutil.copytree(tiny_base, tmp_path / "base"), tmp_path / "adapter"
+    config = AutoConfig.from_pretrained(tiny_base)
+    config.attention_bias = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    wanted = make_adapter(base, adapter, lora_bias=True)
+    prepare_run(make_recipe(f"model.base={base}", f"adapter.start={adapter}", "adapter.reference=adapter", *BY_DEFAULT))
+    model = start_from_adapter(load_base(inspect_base(str(base))), adapter, reference="adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, wanted, rtol=0, atol=1e-5)
+    save_adapter(model, tmp_path / "trained")
+    merge(tmp_path / "trained", tmp_path / "out", base=str(base), quantize="none", dtype="fp32", pairs=0)
+    with torch.no_grad():
+        served = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(IDS).logits
+    torch.testing.assert_close(served, wanted, rtol=0, atol=1e-5)
+    with pytest.raises(
+        ModelError, match=r"q_proj\.bias is not plain LoRA; only that can lie under a new adapter: write it into"
+    ):
+        prepare_run(make_recipe(f"model.base={base}", f"adapter.over={adapter}"))
+
+
 def test_an_adapter_to_start_from_that_does_not_fit_is_refused_before_the_base_is_read(
     tiny_base: Path, make_recipe: Callable, tmp_path: Path
 ) -> None:
