@@ -115,3 +115,26 @@ def _forget_benchmarks():
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
         del sys.modules[name]
+
+
+def test_the_page_on_bases_has_the_table_of_architectures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.architectures.table import architectures_table
+
+    table = architectures_table(ROOT / "benchmarks" / "results" / "architectures.json")
+    assert f"<!-- architectures -->\n{table}\n<!-- end -->" in (ROOT / "docs" / "bases.md").read_text(encoding="utf-8")
+
+
+def test_what_check_calls_ready_is_merged_and_equal_to_plain_peft(monkeypatch):
+    """Of at least 60 kinds of bases, in float32 and on nf4; every adapter of them moved."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.architectures.models import ARCHITECTURES
+    from benchmarks.architectures.table import is_equal
+    from benchmarks.results import load
+
+    rows = load(ROOT / "benchmarks" / "results" / "architectures.json")["rows"]
+    assert rows.keys() == ARCHITECTURES.keys()
+    assert len(rows) >= 60
+    ready = {(name, way): one for name, row in rows.items() for way, one in row["found"].items() if not one["check"]["code"]}
+    assert [key for key, one in ready.items() if not is_equal(one)] == []
+    assert len(ready) >= 2 * len(rows) - 4
