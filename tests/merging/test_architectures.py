@@ -46,7 +46,6 @@ def logprobs(model: Any) -> torch.Tensor:
         ("llama4", "nf4"),
         ("mllama", "none"),
         ("qwen2.5-vl", "nf4"),
-        ("mistral3", "none"),
     ],
 )
 def test_a_multimodal_base_is_merged_under_the_names_of_its_files(name, quantize, tmp_path):
