@@ -92,20 +92,28 @@ def test_a_tensor_of_the_base_that_is_not_finite_is_named(make_trainer, tiny_bas
         start(make_trainer(f"model.base={base}", f"model.quantize={quantize}", "reference.policy=step", fresh=True))
 
 
-@pytest.mark.parametrize("fails_in", ["eval", "train"])
+@pytest.mark.parametrize("fails_in", ["eval", "train", "backward"])
 def test_a_forward_that_fails_is_a_line(make_trainer, fails_in, monkeypatch):
     """A router that returns two tensors, say, to which LoRA cannot add; some bases fail in train mode alone."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def forward(self, x):
-        if self.training == (fails_in == "train"):
-            raise AttributeError("'tuple' object has no attribute 'dtype'")
-        return plain(self, x)
+        found = plain(self, x)
+        if fails_in == "backward":
+            if found.requires_grad:
+                found.register_hook(fail)
+        elif self.training == (fails_in == "train"):
+            fail()
+        return found
+
+    def fail(*_):
+        raise AttributeError("'tuple' object has no attribute 'dtype'")
 
     plain = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     with pytest.raises(
-        ModelError, match=r"^the forward of LlamaForCausalLM fails on pairs of the data \(AttributeError: 'tuple'"
+        ModelError,
+        match=r"base: the forward of LlamaForCausalLM \(transformers 5.*\) fails on pairs of the data \(Attrib.* 'tuple'",
     ):
         start(make_trainer(fresh=True))
 
@@ -131,6 +139,14 @@ def test_a_near_tie_that_rounding_turns_is_no_other_reference():
     """Δ0 = 1e-4 and Δπ = −1e-4, of answers of −60 nats."""
     pairs = watched(torch.full((40,), -20.0001, dtype=torch.float64))
     check_diagonal(replace(pairs, reference_chosen=pairs.reference_rejected + 1e-4))
+
+
+def test_a_base_that_cannot_recompute_activations_is_told(make_trainer, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match=r"^train\.gradient_checkpointing: LlamaForCausalLM of transformers cannot recompute"):
+        make_trainer("train.gradient_checkpointing=true", fresh=True)
 
 
 def test_what_a_gpu_and_a_configuration_change_is_said_before_training(make_recipe, tmp_path, tiny_base, monkeypatch, logged):

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -308,8 +309,9 @@ def failing_forwards_named(model: Any) -> Iterator[None]:
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         why = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"the forward of {type(causal_lm).__name__} fails on pairs of the data ({type(error).__name__}: {why}); it cannot "
-            "be trained as it was loaded: try another model.quantize, or name other adapter.targets"
+            f"{causal_lm.name_or_path}: the forward of {type(causal_lm).__name__} (transformers {version('transformers')}) "
+            f"fails on pairs of the data ({type(error).__name__}: {why}); it cannot be used as it was loaded: try another "
+            "model.quantize, name other adapter.targets, or install another transformers"
         ) from error
 
 
@@ -318,7 +320,7 @@ def _gradient(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tenso
     parameters = adapter_parameters(model)
     if not parameters:
         return None
-    with torch.enable_grad():
+    with torch.enable_grad(), failing_forwards_named(model) if scorer.path == "padded" else nullcontext():
         scored = scorer.logprobs(model, pairs)
         gradients = torch.autograd.grad((scored.chosen - scored.rejected).sum(), parameters, allow_unused=True)
     filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))

@@ -307,8 +307,16 @@ def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward instead of keeping them: a forward more, for a fraction of the memory.
 
     Non-reentrant, so that the inputs need no gradient.
+
+    Raises:
+        ModelError: its class in transformers cannot do that.
     """
     settings = {"use_reentrant": False}
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise ModelError(
+            f"train.gradient_checkpointing: {type(model).__name__} of transformers cannot recompute activations; set it to "
+            "false, and a smaller data.max_length or train.tokens_per_microbatch where memory does not do"
+        )
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
