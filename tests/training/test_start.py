@@ -88,8 +88,18 @@ def test_a_tensor_of_the_base_that_is_not_finite_is_named(make_trainer, tiny_bas
     tensors = load_file(base / "model.safetensors")
     tensors[name].view(-1)[100] = math.nan
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"^{name} of the base has values that are not finite, .*fetch the base again"):
+    with pytest.raises(ModelError, match=f"^{name} of the base has values that are not finite .*; fetch it again"):
         start(make_trainer(f"model.base={base}", f"model.quantize={quantize}", "reference.policy=step", fresh=True))
+
+
+def test_a_row_that_is_not_finite_and_no_pair_reaches_is_named(make_trainer, tiny_base, tmp_path):
+    """A merge writes all rows, and would refuse it after training."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][255] = math.inf
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"^model\.embed_tokens\.weight of the base has values that are not finite"):
+        start(make_trainer(f"model.base={tmp_path / 'base'}", "reference.policy=step", fresh=True))
 
 
 @pytest.mark.parametrize("fails_in", ["eval", "train", "backward"])

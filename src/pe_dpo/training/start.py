@@ -62,12 +62,12 @@ def check_start(
     """
     batch = [pairs[index] for index in scorer.split(pairs)[0]]
     model.train(is_fresh)
+    tensor = first_not_finite(model)  # also one that these pairs do not reach: a merge could not write it
+    if tensor is not None:
+        whose = "adapter" if "lora_" in tensor else "base"
+        raise ModelError(f"{plain_name(tensor)} of the {whose} has values that are not finite (NaN, infinite); fetch it again")
     with torch.no_grad(), failing_forwards_named(model):
         policy = scorer.logprobs(model, batch)
-    tensor = None if bool(torch.cat([policy.chosen, policy.rejected]).isfinite().all()) else first_not_finite(model)
-    if tensor is not None:
-        name = plain_name(tensor)
-        raise ModelError(f"{name} of the base has values that are not finite, so that no log-prob is; fetch the base again")
     reference, difference = None, None
     if loss.needs_reference:
         with as_reference(model) as frozen:
