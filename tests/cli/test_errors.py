@@ -97,7 +97,7 @@ def test_a_base_with_torn_weights_is_refused(pe_dpo, recipe_file, tmp_path, tiny
     weights = (torn / "model.safetensors").read_bytes()
     (torn / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--set", f"model.base={torn}")
-    assert_refused(done, 1, f"{torn}: cannot be loaded")
+    assert_refused(done, 1, f"{torn}/model.safetensors: cannot be read")
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_WORLDS if name != "base without weights"])
