@@ -389,7 +389,10 @@ def test_killed_and_resumed_it_is_the_straight_run_and_another_adapter_is_refuse
         train(recipe, resume=True)
 
     shutil.copy(sft / "adapter_model.safetensors", under)
-    folder = train(recipe, resume=True).folder
+    moved = under.rename(tmp_path / "moved")  # the same weights in another folder are the same adapter
+    with pytest.raises(ModelError, match=r"under: no adapter_config\.json there"):
+        train(recipe, resume=True)
+    folder = train(make_recipe(f"adapter.over={moved}", *SETTINGS, "train.save_every=2"), resume=True).folder
     for part in ("", "trained", "reference"):
         ours, straight = (load_file(one / part / "adapter_model.safetensors") for one in (folder, runs / "none"))
         assert ours.keys() == straight.keys() and all(torch.equal(ours[name], straight[name]) for name in ours), part

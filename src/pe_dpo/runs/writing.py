@@ -268,8 +268,11 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
     if missing:
         raise RunFolderError(f"{folder}: there is no run to resume; leave `resume` out")
-    old = Run(folder).recipe
-    difference = recipe_difference(old, recipe, ignore=free_to_change(old))
+    run = Run(folder)
+    old = run.recipe
+    # The hash of its weights says whether an adapter is the same, wherever it lies now.
+    moved = {f"adapter.{key}" for key in ("start", "over") if key in run.info.hashes.inputs and getattr(recipe.adapter, key)}
+    difference = recipe_difference(old, recipe, ignore=free_to_change(old) | moved)
     if difference:
         raise RunFolderError(
             f"{folder}: was trained with other settings, so going on would be neither run:\n  "
