@@ -75,6 +75,7 @@ def test_no_grid_is_the_recipe_itself(source):
     ("axis", "words"),
     [
         ("gama=0,1", "gama is neither a hyperparameter"),
+        ("rejected_weight=0.9,1", "nor a dotted key of a recipe; did you mean loss.rejected_weight?"),
         ("gamma", "write it as key=value,value"),
         ("gamma=", "write it as key=value,value"),
         ("model.base=a,b", "one base and one set of pairs"),

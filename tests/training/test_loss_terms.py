@@ -160,6 +160,7 @@ def test_other_pairs_are_evaluated_with_the_losss_beta_and_weight_one(own: Any, 
     np.testing.assert_allclose(table.loss, np.logaddexp(0, -score), rtol=1e-9)
     assert any("has no column 'b', so all its pairs have the loss's β" in line for line in logged)
     assert any("has no column 'w', so all its pairs have weight 1" in line for line in logged)
+    assert not any("weight of each pair from its column: 1 to 1" in line for line in logged)
 
 
 def test_it_resumes_to_the_bit_and_not_with_other_weights(own: Any, make_recipe: Any, tiny_pairs: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class DataReport:
         }
         for name in ("beta", "weight"):
             numbers = [number for pair in train if (number := getattr(pair, name)) is not None and not math.isnan(number)]
-            if numbers:
+            if numbers and (name == "beta" or {*numbers} != {1.0}):  # weight 1 is what pairs have anyway
                 self.pair_numbers[name] = {"min": min(numbers), "mean": float(np.mean(numbers)), "max": max(numbers)}
         self.chosen_longer = float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 

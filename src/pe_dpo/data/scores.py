@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pe_dpo.data.pairs import RowError
+from pe_dpo.recipe.section import LARGEST
 
 OBJECT_SCORES = ("score", "rating", "overall_score", "reward")
 """Where answers that are objects or messages have a score."""
@@ -70,7 +71,8 @@ def read_pair_number(row: Mapping[str, Any], names: Mapping[str, str], column: L
     if column not in names:
         return None
     number, least = _as_number(row.get(column)), "> 0" if column == "beta" else ">= 0"
-    if number is None or number < 0 or (column == "beta" and number == 0):
+    least += f" and up to {LARGEST:g}" if number and number > LARGEST else ""
+    if number is None or not 0 <= number <= LARGEST or (column == "beta" and number == 0):
         found = repr(row[column])[:60] if column in row else "missing"
         raise RowError(
             f"column '{names[column]}' is {found}; a finite number {least} is expected in every row, since "

@@ -194,8 +194,11 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
         if not equals or not values.strip():
             raise UsageError(f"`grids` {entry}: write it as key=value,value, for example gamma=0,0.5x,1x")
         if key not in known_keys():
+            whole = next((one for one in known_keys() if one.endswith(f".{key}")), None)
+            meant = f"; did you mean {whole}?" if whole else ""
+            names = ", ".join(SHORT_NAMES)
             raise UsageError(
-                f"`grids` {entry}: {name} is neither a hyperparameter ({', '.join(SHORT_NAMES)}) nor a dotted key of a recipe"
+                f"`grids` {entry}: {name} is neither a hyperparameter ({names}) nor a dotted key of a recipe{meant}"
             )
         if key in _OF_THE_RUN:
             raise UsageError(f"`grids` {entry}: {name} is set by the sweep itself; seeds are named with `seeds`")

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pe_dpo.errors import RecipeError
 from pe_dpo.links import LinkName, link_named
 from pe_dpo.recipe.presets import ALIASES, NOT_HERE, PRESETS
-from pe_dpo.recipe.section import Finite, NonNegative, Positive, Section
+from pe_dpo.recipe.section import LARGEST, Finite, NonNegative, Positive, Section
 
 MULTIPLE = re.compile(r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)x$")
 """gamma as a multiple of beta: "0.5x"."""
@@ -98,8 +98,8 @@ class LossSection(Section):
     def _floor_needs_the_reference(self) -> "LossSection":
         if self.is_calibrated:
             return self
-        if not math.isfinite(self.gamma_value):
-            raise ValueError(f"gamma: {self.gamma} times beta {self.beta:g} is not finite; write a smaller one")
+        if not self.gamma_value <= LARGEST:
+            raise ValueError(f"gamma: {self.gamma} at beta {self.beta:g} is above {LARGEST:g}; write a smaller one")
         if self.reference_floor is not None and self.gamma_value == 0:
             raise ValueError("reference_floor: has no effect with gamma = 0; drop it, or set gamma > 0")
         return self
