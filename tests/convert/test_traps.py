@@ -565,3 +565,12 @@ def test_that_one_card_is_assumed_is_said_where_nothing_says_how_many(converted)
 def test_a_variable_that_the_file_does_not_set_is_said(converted) -> None:
     rows = converted("trl", "output_dir: $RUNS/dpo").differences
     assert [row.there for row in rows if "has a variable" in row.words] == ["output_dir: $RUNS/dpo"]
+
+
+def test_a_file_has_no_splits(converted) -> None:
+    """Axolotl wants split: train beside every file; here a file is one split."""
+    text = "datasets:\n  - {path: json, data_files: [./a.jsonl], split: train, type: chatml.intel}\n  - {path: d, split: train}"
+    places = converted("axolotl", text).recipe.data.train
+    assert [(one, None) if isinstance(one, str) else (one.path, one.split) for one in places] == [
+        ("./a.jsonl", None), ("d", "train"),
+    ]  # fmt: skip

@@ -11,6 +11,7 @@ from pe_dpo.errors import UsageError
 Place = dict[str, Any]
 """A place with its path, and split, subset, weight and columns where they are said."""
 
+_FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".arrow")
 _SHAREGPT = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
 _ALPACA = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
 _OURS = {"prompt": "instruction", "query": "input"}
@@ -18,7 +19,9 @@ _OURS = {"prompt": "instruction", "query": "input"}
 
 
 def place(path: Any, **more: Any) -> Place:
-    """Return a place with what is said of it; what has no value is left out."""
+    """Return a place with what is said of it; what has no value is left out, and so is the one split that a file has."""
+    if more.get("split") == "train" and str(path).lower().endswith(_FILES):
+        del more["split"]
     return {"path": str(path) if isinstance(path, Path) else path} | {
         key: value for key, value in more.items() if value not in (None, "", {}, 1.0)
     }
