@@ -24,7 +24,7 @@ def export(
     ] = True,
     plain: Annotated[
         bool,
-        typer.Option("--plain", help="Write a base of fp8, MXFP4 or 4-bit codes, or .bin files, as 16-bit safetensors."),
+        typer.Option("--plain", help="Write a base of fp8, MXFP4 or 4-bit codes, or .bin files, as plain safetensors."),
     ] = False,
     push: Annotated[str | None, typer.Option(help="Push the export, or without --gguf MODEL itself, to ORG/NAME.")] = None,
 ) -> None:
