@@ -574,3 +574,16 @@ def test_a_file_has_no_splits(converted) -> None:
     assert [(one, None) if isinstance(one, str) else (one.path, one.split) for one in places] == [
         ("./a.jsonl", None), ("d", "train"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tool", "text"),
+    [
+        ("axolotl", "datasets:\n  - {path: json, data_files: [./a.jsonl, ./b.jsonl], type: chatml.intel}"),
+        ("trl", "datasets:\n  - {path: json, data_files: [./a.jsonl, ./b.jsonl]}"),
+        ("trl", "datasets:\n  - {path: json, data_files: {train: [./a.jsonl, ./b.jsonl], test: ./c.jsonl}, split: train}"),
+    ],
+)
+def test_each_of_several_files_is_a_place(converted, tool: str, text: str) -> None:
+    places = converted(tool, text).recipe.data.train
+    assert [one if isinstance(one, str) else one.path for one in places] == ["./a.jsonl", "./b.jsonl"]

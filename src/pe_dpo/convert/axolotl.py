@@ -74,7 +74,7 @@ def _write_data(draft: Draft) -> None:
             places.write_places(
                 draft,
                 here,
-                [_place(draft, one) for one in said.value],
+                [place for one in said.value for place in _places(draft, one)],
                 Said(key, [one.get("path") if isinstance(one, dict) else one for one in said.value], True),
             )
     share = draft.said("val_set_size")
@@ -93,8 +93,8 @@ def _write_data(draft: Draft) -> None:
         draft.differs(template, "a template of Axolotl's own there; the tokenizer's here, or a file under data.template")
 
 
-def _place(draft: Draft, about: Any) -> places.Place:
-    """Return one of Axolotl's data sets, with a column map where its fields need one."""
+def _places(draft: Draft, about: Any) -> list[places.Place]:
+    """Return the files of one of Axolotl's data sets, with a column map where its fields need one."""
     about = about if isinstance(about, dict) else {"path": about}
     kind = about.get("type")
     places.note_unknown(draft, "datasets", about, _KNOWN)
@@ -108,15 +108,16 @@ def _place(draft: Draft, about: Any) -> places.Place:
         )
     is_usual = named.get("chosen", "chosen") == "chosen" and named.get("rejected", "rejected") == "rejected"
     is_usual = is_usual and {*named.values()} <= {"chosen", "rejected", *_READ_ANYWAY}
-    files = about.get("data_files")
-    path = files if isinstance(files, str) else files[0] if isinstance(files, list) and files else about.get("path")
-    return places.place(
-        path,
-        split=about.get("split"),
-        subset=about.get("name"),
-        revision=about.get("revision"),
-        columns={} if is_usual else {"chosen": "chosen", "rejected": "rejected", **named},
-    )
+    return [
+        places.place(
+            path,
+            split=about.get("split"),
+            subset=about.get("name"),
+            revision=about.get("revision"),
+            columns={} if is_usual else {"chosen": "chosen", "rejected": "rejected", **named},
+        )
+        for path in places.paths_of(about, "path")
+    ]
 
 
 def _write_loss(draft: Draft) -> TheirLoss | None:

@@ -64,6 +64,16 @@ def note_unknown(draft: Draft, prefix: str, about: dict[str, Any], known: set[st
     draft.unknown += [str(Said(f"{prefix}.{key}", value, True)) for key, value in about.items() if key not in known and value]
 
 
+def paths_of(about: dict[str, Any], *names: str) -> list[Any]:
+    """Return where the rows of a data set lie: each of its `data_files`, or what the first of some keys says."""
+    files = about.get("data_files")
+    if isinstance(files, dict):
+        files = files.get(about.get("split") or "train")
+    if files:
+        return files if isinstance(files, list) else [files]
+    return [next((about[name] for name in names if about.get(name)), None)]
+
+
 def read_mixture(draft: Draft, value: list[Any]) -> list[Place]:
     """Return the places of a list of data sets, in TRL's or alignment-handbook's words."""
     places = []
@@ -75,12 +85,9 @@ def read_mixture(draft: Draft, value: list[Any]) -> list[Place]:
     for one in value:
         one = one if isinstance(one, dict) else {"path": one}
         note_unknown(draft, "datasets", one, known)
-        files = one.get("data_files")
-        path = files if isinstance(files, str) else one.get("path") or one.get("id")
         weight = one["fraction"] / most if one.get("fraction") else one.get("weight")
-        places.append(
-            place(path, split=one.get("split"), subset=one.get("name") or one.get("config"), weight=weight and float(weight))
-        )
+        subset, weight = one.get("name") or one.get("config"), weight and float(weight)
+        places += [place(path, split=one.get("split"), subset=subset, weight=weight) for path in paths_of(one, "path", "id")]
     return places
 
 
