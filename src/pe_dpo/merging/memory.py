@@ -41,10 +41,14 @@ class Placement(NamedTuple):
     """What it would take with all of its weights in memory."""
     fits: bool
 
-    def describe(self) -> str:
-        """Return it in words."""
-        how = ", layer by layer" if self.is_layerwise else ""
-        return f"{_size(self.bytes)} {'in RAM' if self.device.type == 'cpu' else 'on the GPU'}{how}"
+    def describe(self, purpose: str) -> str:
+        """Return it in words.
+
+        Args:
+            purpose: such as "to verify".
+        """
+        how = " (layer by layer)" if self.is_layerwise else ""
+        return f"{_size(self.bytes)} {'in RAM' if self.device.type == 'cpu' else 'on the GPU'} {purpose}{how}"
 
 
 def place_model(facts: BaseInfo, pairs: Sequence[EncodedPair]) -> Placement:
@@ -117,7 +121,7 @@ def say_memory(plan: Plan) -> None:
         places["on the original weights"] = place_model(plain, source.pairs)
     merged = source.facts._replace(quantize="none", dtype=torch.float32)
     places["to verify what was merged"] = place_model(merged, source.pairs)
-    logger.info("takes " + ", ".join([*(f"{place.describe()} {what}" for what, place in places.items()), disk]))
+    logger.info("takes " + ", ".join([*(place.describe(what) for what, place in places.items()), disk]))
     for what, place in places.items():
         free, where = _size(free_bytes(place.device)), "RAM" if place.device.type == "cpu" else "memory of the GPU"
         if place.is_layerwise:
