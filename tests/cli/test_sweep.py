@@ -19,8 +19,12 @@ def test_json_is_all_that_is_printed(pe_dpo, recipe_file, tmp_path):
         assert [state["status"] for state in states] == ["finished"] * 2
 
 
+FAILS = ("--set", "train.weight_decay=1e9", "--set", "train.learning_rate=10")
+"""Adapters a ten thousand million times as large at each step."""
+
+
 def test_json_says_why_a_run_failed(pe_dpo, recipe_file, tmp_path):
-    command = ("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, "--json", "--set", "loss.beta=1.0e+300")
+    command = ("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, "--json", *FAILS)
     done = pe_dpo(*command)
     (state,) = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (done.code, state["status"]) == (1, "failed")
@@ -28,7 +32,7 @@ def test_json_says_why_a_run_failed(pe_dpo, recipe_file, tmp_path):
 
 
 def test_where_all_runs_failed_no_comparison_is_advised(pe_dpo, recipe_file, tmp_path):
-    done = pe_dpo("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, "--set", "loss.beta=1.0e+300")
+    done = pe_dpo("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, *FAILS)
     assert done.code == 1
     assert "failed: runs/base/seed-0: " in done.out
     assert "pe-dpo compare" not in done.out

@@ -96,7 +96,7 @@ def test_what_is_finished_is_not_run_again(source, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path):
-    plan = make_plan(source, [["beta=0.1,1e300,0.2"]], folder=tmp_path / "sweep")
+    plan = make_plan(source, [["train.weight_decay=0,1e9,0.1"]], folder=tmp_path / "sweep")
     states = sweep(plan)
     assert [state.status for state in states] == ["finished", "failed", "finished"]
     assert "not finite" in states[1].why
