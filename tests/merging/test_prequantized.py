@@ -151,3 +151,12 @@ def test_what_quantizing_did_to_it_is_not_claimed_to_be_nothing(dynamic: Path, t
     recipe = tiny_recipe(tmp_path / "run", f"model.base={dynamic}", "model.quantize=auto")
     with pytest.raises(UsageError, match="comes as nf4 codes, and nothing here has the weights"):
         audit(recipe, with_quantization_error=True)
+
+
+def test_a_file_of_codes_that_is_cut_off_later_is_a_line(dynamic: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(dynamic, tmp_path / "base")
+    files = FourBitFiles(base)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ModelError, match=r"model\.safetensors: .* cannot be read"):
+        [files.read(name) for name in files.parts]

@@ -90,12 +90,15 @@ class TensorFiles:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, on the CPU, as it is stored."""
+        return self._read(self.file_of[name], name)
+
+    def _read(self, file: Path, name: str) -> Tensor:
         try:
-            with safe_open(self.file_of[name], framework="pt") as opened:
+            with safe_open(file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(name)
                 return tensor
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{self.file_of[name]}: {name} cannot be read: {error}") from error
+            raise ModelError(f"{file}: {name} cannot be read: {error}") from error
 
     def info(self, name: str) -> TensorInfo:
         """Return name, shape and dtype of a tensor without reading it."""

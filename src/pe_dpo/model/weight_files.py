@@ -75,13 +75,12 @@ class _CodedFiles(TensorFiles):
         self.file_of |= {name: self._files[names[0]] for name, names in parts.items()}
 
     def stored(self, part: str) -> Tensor:
-        """Return a tensor of the files as it lies there, on the CPU."""
-        try:
-            with safe_open(self._files[part], framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(part)
-                return tensor
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{self._files[part]}: {part} cannot be read: {error}") from error
+        """Return a tensor of the files as it lies there, on the CPU.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        return self._read(self._files[part], part)
 
 
 class FourBitFiles(_CodedFiles):
