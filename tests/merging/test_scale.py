@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import random_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -109,19 +110,9 @@ def plain_logits(folder: Path) -> Tensor:
     return logits
 
 
-def make_adapter(base: Path, folder: Path, *, seed: int = 0, **config: Any) -> Path:
-    """Save a PEFT adapter with random weights."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]} | config
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
+def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """Save a random adapter, and return its folder."""
+    random_adapter(base, folder, **settings)
     return folder
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import random_adapter
 
 from pe_dpo.errors import ModelError, PeDpoError
 from pe_dpo.merging.adapter_package import package_adapter
@@ -57,23 +58,10 @@ def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
-def make_adapter(base: Path, folder: Path, *, resize: int | None = None, seed: int = 0, **config: Any) -> torch.Tensor:
-    """Save a PEFT adapter with random weights, and return the logits of the model that it makes of the base."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    if resize:
-        model.resize_token_embeddings(resize, mean_resizing=False)
-    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]} | config
-    peft_model = get_peft_model(model, LoraConfig(**settings))
+def make_adapter(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
+    """Save a random adapter, and return the logits of the model that it makes of the base."""
     with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        peft_model.save_pretrained(folder)
-        logits: torch.Tensor = peft_model.eval()(IDS).logits
+        logits: torch.Tensor = random_adapter(base, folder, **settings)(IDS).logits
     return logits
 
 

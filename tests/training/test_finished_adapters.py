@@ -1,6 +1,5 @@
 """Adapters as other tools leave them: started from and laid under as they are, or refused before training with the way out."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_adapters import random_adapter
 
 from pe_dpo.errors import ModelError
 from pe_dpo.merging.merge import merge
@@ -27,26 +27,10 @@ BY_DEFAULT = ("adapter.rank=16", "adapter.alpha=32")
 IDS = torch.arange(3, 43).view(2, 20)
 
 
-def make_adapter(
-    base: Path, folder: Path, *, resize: int | None = None, written: dict[str, Any] | None = None, **config: Any
-) -> torch.Tensor:
-    """Save a PEFT adapter with random weights, and more in its configuration; return the logits that it makes of the base."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    base_model = AutoModelForCausalLM.from_pretrained(base)
-    if resize:
-        base_model.resize_token_embeddings(resize, mean_resizing=False)
-    model = get_peft_model(base_model, LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"]} | config))
+def make_adapter(base: Path, folder: Path, **settings: Any) -> torch.Tensor:
+    """Save a random adapter, and return the logits of the model that it makes of the base."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.save_pretrained(folder)
-        logits: torch.Tensor = model.eval()(IDS).logits
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | (written or {})))
+        logits: torch.Tensor = random_adapter(base, folder, **{"target_modules": ["q_proj"]} | settings)(IDS).logits
     return logits
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed import KillAt, Killed
 from safetensors.torch import load_file
 
 from pe_dpo.audit.audit import audit
@@ -16,21 +17,6 @@ from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training.train import train
 
 WAYS = ["auto", "balance:0.8", "scale:1"]
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def kill_at(step):
-    from transformers import TrainerCallback
-
-    class Kill(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == step:
-                raise Killed
-
-    return Kill()
 
 
 def written(folder):
@@ -98,7 +84,7 @@ def test_a_killed_run_goes_on_with_the_gamma_that_it_found(make_recipe, store, m
     straight = train(make_recipe(*settings, output="straight")).folder
     recipe = make_recipe(*settings, output="killed")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(2)])
+        train(recipe, callbacks=[KillAt(2)])
     gamma = read_object(Path(recipe.output) / RUN_FILE)["gamma_calibration"]["gamma"]
     from pe_dpo.training import gamma as module
 
@@ -115,7 +101,7 @@ def test_a_killed_run_goes_on_with_the_gamma_that_it_found(make_recipe, store, m
 def test_a_run_resumed_from_its_own_recipe_file_goes_on(make_recipe, store):
     recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(1)])
+        train(recipe, callbacks=[KillAt(1)])
     assert train(written(Path(recipe.output)), resume=True).steps == 6
 
 
@@ -123,7 +109,7 @@ def test_a_run_resumed_from_its_own_recipe_file_goes_on(make_recipe, store):
 def test_a_kill_between_the_record_and_the_recipe_is_repaired(make_recipe, store):
     recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(2)])
+        train(recipe, callbacks=[KillAt(2)])
     folder = Path(recipe.output)
     (folder / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     assert written(folder).loss.is_calibrated
@@ -145,7 +131,7 @@ def test_a_kill_before_anything_was_found_begins_anew(make_recipe, store):
 def test_a_run_that_found_its_gamma_otherwise_is_another_run(make_recipe, store):
     recipe = make_recipe(store, "loss.gamma=scale:1", "train.save_every=1")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(1)])
+        train(recipe, callbacks=[KillAt(1)])
     for other in ("auto", "scale:2", "1x"):
         with pytest.raises(RunFolderError, match=r"loss\.gamma: "):
             train(make_recipe(store, f"loss.gamma={other}", "train.save_every=1"), resume=True)

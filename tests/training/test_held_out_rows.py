@@ -4,9 +4,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from killed import KillAt, Killed
 
 from pe_dpo.audit.audit import audit
 from pe_dpo.data import data_hash
@@ -19,21 +19,6 @@ from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
 
 PROMPTS = 12
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def kill_at(step: int) -> Any:
-    from transformers import TrainerCallback
-
-    class Kill(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step:
-                raise Killed
-
-    return Kill()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +47,7 @@ def runs(colliding: Callable[[str], Recipe]) -> Callable[[bool], Recipe]:
                 prepare = inputs.prepare_pairs
                 patch.setattr(inputs, "prepare_pairs", lambda *args, **options: prepare(*args, **{**options, "recorded": {}}))
             with pytest.raises(Killed):
-                train(recipe, callbacks=[kill_at(1)])
+                train(recipe, callbacks=[KillAt(1)])
         return recipe
 
     return make

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from killed import KillAt, Killed
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from pe_dpo.data.pairs import row_length
 from pe_dpo.inference.scorer import Scorer
@@ -31,21 +31,6 @@ def loss_and_gradient(trainer, pairs):
 
 def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-class KillAt(TrainerCallback):
-    """Ends the run after a step's checkpoint."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 def micro_batches(trainer, pairs, at_once):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from killed import KillAt, Killed
+from random_adapters import random_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,19 +46,9 @@ IDS = torch.arange(3, 63).view(3, 20)
 SETTINGS = ("adapter.targets=[q_proj, up_proj]", "adapter.rslora=true", "train.learning_rate=1.0e-2")
 
 
-def make_adapter(base: Path, folder: Path, *, seed: int = 0, **config: Any) -> Path:
-    """Save an adapter with random weights, as plain PEFT does."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | config
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
+def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """Save a random adapter, and return its folder."""
+    random_adapter(base, folder, **settings)
     return folder
 
 
@@ -357,21 +349,6 @@ def test_chat_card_and_report_name_the_reference(
 # --------------------------------------------------------------------------------------------------------- killed, resumed
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def kill_at(step: int) -> Any:
-    from transformers import TrainerCallback
-
-    class Kill(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step:
-                raise Killed
-
-    return Kill()
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_it_is_the_straight_run_and_another_adapter_is_refused(
     runs: Path, sft: Path, make_recipe: Callable, tmp_path: Path
@@ -379,7 +356,7 @@ def test_killed_and_resumed_it_is_the_straight_run_and_another_adapter_is_refuse
     under = Path(shutil.copytree(sft, tmp_path / "under"))
     recipe = make_recipe(f"adapter.over={under}", *SETTINGS, "train.save_every=2")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(4)])
+        train(recipe, callbacks=[KillAt(4)])
 
     weights = load_file(under / "adapter_model.safetensors")
     save_file(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm_process
+from killed import KillAt, Killed
 from safetensors.torch import load_file, save_file
 
 from pe_dpo.errors import RunFolderError
@@ -53,29 +54,13 @@ def finished(straight, tmp_path):
     return Path(shutil.copytree(straight, tmp_path / "run"))
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def kill_at(step):
-    """A callback that ends the run in the middle of everything, after a step's checkpoint."""
-    from transformers import TrainerCallback
-
-    class Kill(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == step:
-                raise Killed
-
-    return Kill()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_straight_one(make_recipe, straight, step):
     """3 is the border of the two epochs, 4 within one; dropout makes every step depend on the random state."""
     recipe = make_recipe(*SETTINGS)
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(step)])
+        train(recipe, callbacks=[KillAt(step)])
     result = train(recipe, resume=True)
     assert result.steps == 6
     assert_same_run(result.folder, straight)
@@ -87,7 +72,7 @@ def test_a_run_cut_off_after_its_last_step_is_not_trained_further(make_recipe, t
     recipe = make_recipe(*SETTINGS, "train.max_steps=2")
     straight = train(recipe.model_copy(update={"output": str(tmp_path / "straight")})).folder
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(2)])
+        train(recipe, callbacks=[KillAt(2)])
     result = train(recipe, resume=True)
     assert result.steps == 2
     assert_same_run(result.folder, straight)
@@ -97,7 +82,7 @@ def test_a_run_cut_off_after_its_last_step_is_not_trained_further(make_recipe, t
 def test_the_metrics_of_lost_steps_are_written_once(make_recipe, straight, tmp_path):
     recipe = make_recipe(*SETTINGS, "train.save_every=2")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(2)])
+        train(recipe, callbacks=[KillAt(2)])
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, "loss": 9.0}) + '\n{"step": 4, "lo')
     result = train(recipe, resume=True)
@@ -159,7 +144,7 @@ def test_resuming_with_other_data_is_refused(make_recipe, tiny_pairs, tmp_path):
     shutil.copytree(tiny_pairs, copy)
     recipe = make_recipe(*SETTINGS, f"data.train={copy}")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(1)])
+        train(recipe, callbacks=[KillAt(1)])
     lines = (copy / "train.jsonl").read_text().splitlines()
     (copy / "train.jsonl").write_text("\n".join(reversed(lines)))
     with pytest.raises(RunFolderError, match=r"other inputs.*\n  data:"):
@@ -172,7 +157,7 @@ def test_resuming_on_another_base_is_refused(make_recipe, tiny_base, tmp_path):
     shutil.copytree(tiny_base, copy)
     recipe = make_recipe(*SETTINGS, f"model.base={copy}")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(1)])
+        train(recipe, callbacks=[KillAt(1)])
     weights = load_file(copy / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
@@ -201,7 +186,7 @@ def test_resuming_from_another_start_adapter_is_refused(make_recipe, start, refe
     """The frozen copy that is the reference is read from there, too."""
     recipe = make_recipe(*from_start(start, reference))
     with pytest.raises(Killed):
-        train(recipe, callbacks=[kill_at(1)])
+        train(recipe, callbacks=[KillAt(1)])
     weights = {name: tensor * 1.01 for name, tensor in adapter(start).items()}
     save_file(weights, start / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunFolderError, match=r"other inputs.*\n  start:"):
@@ -264,7 +249,7 @@ def test_a_run_from_before_runs_had_an_id_is_resumed_and_its_new_checkpoints_too
     recipe = make_recipe(*SETTINGS)
     for step in (2, 4):
         with pytest.raises(Killed):
-            train(recipe, resume=step > 2, callbacks=[kill_at(step)])
+            train(recipe, resume=step > 2, callbacks=[KillAt(step)])
         if step == 2:
             without_id(Path(recipe.output))
     assert_same_run(train(recipe, resume=True).folder, straight)
@@ -293,7 +278,7 @@ def test_a_checkpoint_without_an_id_is_none_of_a_run_that_has_one(make_recipe, f
 def test_how_a_step_is_split_may_change_on_resume_unless_what_is_drawn_depends_on_it(make_recipe, settings, is_free):
     settings = [*settings, "train.max_steps=2", "train.save_every=1"]
     with pytest.raises(Killed):
-        train(make_recipe(*settings), callbacks=[kill_at(1)])
+        train(make_recipe(*settings), callbacks=[KillAt(1)])
     if is_free:
         assert train(make_recipe(*settings, "train.tokens_per_microbatch=150"), resume=True).steps == 2
     else:
@@ -318,7 +303,7 @@ def test_a_run_whose_memory_ran_out_is_resumed_although_what_it_draws_depends_on
     with monkeypatch.context() as patched:
         patched.setattr(Scorer, "logprobs", out_of_memory)
         with pytest.raises(Killed):
-            train(recipe, callbacks=[kill_at(1)])
+            train(recipe, callbacks=[KillAt(1)])
     assert train(recipe, resume=True).steps == 2
 
 

@@ -3,24 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from killed import KillAt, Killed
 
 from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.report.run_report import report_run
 from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-class KillAtFirstSave(TrainerCallback):
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise Killed
 
 
 def test_a_run_on_weighted_places_is_resumed_and_evaluated_on_the_same_pairs(make_recipe: Callable, tmp_path: Path) -> None:
@@ -30,7 +20,7 @@ def test_a_run_on_weighted_places_is_resumed_and_evaluated_on_the_same_pairs(mak
     places = f"[{{path: {tmp_path}/one.jsonl, weight: 0.5}}, {{path: '{tmp_path}/oth*.jsonl', weight: 2}}]"
     recipe = make_recipe(f"data.train={places}", "data.eval=0.2", "train.save_every=1", "train.max_steps=2")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[KillAtFirstSave()])
+        train(recipe, callbacks=[KillAt(1)])
     begun = Run(recipe.output).info
     train(recipe, resume=True)
     run = Run(recipe.output)
