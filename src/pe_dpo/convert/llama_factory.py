@@ -27,15 +27,8 @@ def convert(draft: Draft) -> TheirLoss | None:
         draft.read.update(key for key in draft.source.values if key.startswith("lora_"))
     _write_data(draft)
     settings.write_batch(draft, draft.said("per_device_train_batch_size"), draft.said("gradient_accumulation_steps"))
-    settings.write_steps(draft, draft.said("num_train_epochs"), draft.said("max_steps"), rate)
-    settings.write_optimizer(draft, draft.said("optim"))
-    warmup = (draft.said("warmup_steps"), draft.said("warmup_ratio"))
-    settings.write_schedule(draft, draft.said("lr_scheduler_type"), draft.said("lr_scheduler_kwargs"), warmup)
-    settings.write_reports(draft, draft.said("report_to"))
+    settings.write_trainer(draft, rate)
     draft.read.update(("bf16", "run_name", "save_strategy", "eval_strategy", "evaluation_strategy"))
-    for key in ("weight_decay", "max_grad_norm"):
-        draft.number(draft.said(key), f"train.{key}")
-    draft.number(draft.said("seed"), "train.seed", int)
     return _write_loss(draft)
 
 

@@ -130,6 +130,23 @@ def write_batch(draft: Draft, batch: Said, accumulation: Said) -> None:
         draft.differs(batch, words)
 
 
+def write_trainer(draft: Draft, rate: Said) -> None:
+    """Write steps, optimizer, schedule, trackers and seed of a tool whose keys are those of transformers' TrainingArguments.
+
+    Args:
+        draft: of the recipe.
+        rate: the learning rate.
+    """
+    write_steps(draft, draft.said("num_train_epochs"), draft.said("max_steps"), rate)
+    write_optimizer(draft, draft.said("optim"))
+    warmup = (draft.said("warmup_steps"), draft.said("warmup_ratio"))
+    write_schedule(draft, draft.said("lr_scheduler_type"), draft.said("lr_scheduler_kwargs"), warmup)
+    write_reports(draft, draft.said("report_to"))
+    for key in ("weight_decay", "max_grad_norm"):
+        draft.number(draft.said(key), f"train.{key}")
+    draft.number(draft.said("seed"), "train.seed", int)
+
+
 def write_steps(draft: Draft, epochs: Said, steps: Said, rate: Said) -> None:
     """Write epochs, steps and learning rate."""
     draft.number(epochs, "train.epochs")

@@ -45,15 +45,8 @@ def convert(draft: Draft) -> TheirLoss | None:
         derived = max(1, math.ceil(16 / int(batch.value) / draft.cards))
         accumulation = Said(accumulation.key, derived, False)
     settings.write_batch(draft, batch, accumulation)
-    settings.write_steps(draft, draft.said("num_train_epochs"), draft.said("max_steps"), rate)
-    settings.write_optimizer(draft, draft.said("optim"))
-    warmup = (draft.said("warmup_steps"), draft.said("warmup_ratio"))
-    settings.write_schedule(draft, draft.said("lr_scheduler_type"), draft.said("lr_scheduler_kwargs"), warmup)
-    settings.write_reports(draft, draft.said("report_to"))
+    settings.write_trainer(draft, rate)
     draft.read.update(("bf16", "run_name", "save_strategy", "eval_strategy", "logging_dir"))
-    for key in ("weight_decay", "max_grad_norm"):
-        draft.number(draft.said(key), f"train.{key}")
-    draft.number(draft.said("seed"), "train.seed", int)
     draft.differs("adam_beta2: 0.95 by default there", "0.999 here, transformers' default")
     return _write_loss(draft)
 

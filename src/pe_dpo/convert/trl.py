@@ -42,19 +42,8 @@ def convert(draft: Draft) -> TheirLoss | None:
         settings.write_full_fine_tuning(draft, lora, rate)
     _write_data(draft)
     settings.write_batch(draft, draft.said("per_device_train_batch_size"), draft.said("gradient_accumulation_steps"))
-    settings.write_steps(draft, draft.said("num_train_epochs"), draft.said("max_steps"), rate)
-    settings.write_optimizer(draft, draft.said("optim"))
-    settings.write_schedule(
-        draft,
-        draft.said("lr_scheduler_type"),
-        draft.said("lr_scheduler_kwargs"),
-        (draft.said("warmup_steps"), draft.said("warmup_ratio")),
-    )
-    settings.write_reports(draft, draft.said("report_to"))
+    settings.write_trainer(draft, rate)
     draft.read.update(("bf16", "save_strategy", "logging_strategy", "run_name"))
-    for key in ("weight_decay", "max_grad_norm"):
-        draft.number(draft.said(key), f"train.{key}")
-    draft.number(draft.said("seed"), "train.seed", int)
     return _write_loss(draft, trainer, why)
 
 
