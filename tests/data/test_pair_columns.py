@@ -14,7 +14,7 @@ from pe_dpo.data import prepare_pairs as prepare_section
 from pe_dpo.data.pairs import data_hash
 from pe_dpo.errors import DataError, RecipeError
 from pe_dpo.recipe import recipe_from_yaml
-from pe_dpo.recipe.schema import DataSection
+from pe_dpo.recipe.data_section import DataSection
 
 ROW = {"prompt": "How old is he?", "chosen": "Two.", "rejected": "No idea."}
 

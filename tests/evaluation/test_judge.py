@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.evaluation.judge import judge, length_controlled, open_scorer, prompts_as_written, win_rate
 from pe_dpo.metrics.table import AnswerTable
-from pe_dpo.recipe.schema import DataSection
+from pe_dpo.recipe.data_section import DataSection
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 WORDS = ("[UNK]", "user", "assistant", "good", "bad", "question")

@@ -23,7 +23,7 @@ from pe_dpo.data.report import ANSWERS_TOO_LONG, EMPTY, IDENTICAL, NAMED_ROWS, O
 from pe_dpo.data.template import Template, control_tokens, describe_template, foreign_template, unknown_arguments
 from pe_dpo.errors import DataError
 from pe_dpo.progress import advance, progress
-from pe_dpo.recipe.schema import DataSection
+from pe_dpo.recipe.data_section import DataSection
 
 _PAIRS_PER_CALL = 256
 

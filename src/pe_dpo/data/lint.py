@@ -30,7 +30,7 @@ from pe_dpo.data.report import (
 )
 from pe_dpo.metrics.estimates import share_right, wilson_interval
 from pe_dpo.metrics.reference_accuracy import independent_pairs
-from pe_dpo.recipe.schema import DataSection
+from pe_dpo.recipe.data_section import DataSection
 
 LENGTH_TELLS = 2 / 3
 """From this share of pairs on, length alone predicts the label well enough to be learned instead of what was meant."""

@@ -18,7 +18,7 @@ from pe_dpo.data.shapes import Shape
 from pe_dpo.data.sources import Parts, Place, find_places, weigh
 from pe_dpo.data.split import divide
 from pe_dpo.errors import DataError
-from pe_dpo.recipe.schema import DataSection, Sources, describe_sources
+from pe_dpo.recipe.data_section import DataSection, Sources, describe_sources
 
 DEFAULT_MAX_LENGTH = 2048
 """Tokens of prompt and answer where recipe and context allow more; as the DPO recipes of Zephyr and Tülu 3."""

@@ -32,7 +32,7 @@ from pe_dpo.data.sides import (
 )
 from pe_dpo.data.winners import Winner
 from pe_dpo.errors import DataError
-from pe_dpo.recipe.schema import Column
+from pe_dpo.recipe.data_section import Column
 
 Values = Mapping[str, Any]
 

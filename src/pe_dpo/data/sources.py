@@ -25,7 +25,7 @@ from pe_dpo.data.text_files import Row
 from pe_dpo.disk import matching_paths
 from pe_dpo.errors import DataError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
-from pe_dpo.recipe.schema import DataSource, Sources, list_sources
+from pe_dpo.recipe.data_section import DataSource, Sources, list_sources
 
 Parts = dict[str, Iterator[Row]]
 """The rows of files or splits by their names; a file is opened only when its rows are read, and they can be read once."""

@@ -12,7 +12,7 @@ from pe_dpo.data.arrival import REASONING_KEYS, lost_parts
 from pe_dpo.data.dialogues import shared_length
 from pe_dpo.data.pairs import Message, RowError, Turns
 from pe_dpo.errors import DataError
-from pe_dpo.recipe.schema import DataSection
+from pe_dpo.recipe.data_section import DataSection
 
 PROBES = ("zqxjkv", "wvkjxq")  # answers that no template contains; two, because an answer may begin or end like one of them
 """Answers that no template contains; two, because an answer may begin or end like one of them."""

@@ -27,7 +27,7 @@ from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.metrics.estimates import clustered_mean, right, wilson_interval
 from pe_dpo.metrics.table import AnswerTable
 from pe_dpo.model.base import NEEDS_CODE, needs_code
-from pe_dpo.recipe.schema import DataSection
+from pe_dpo.recipe.data_section import DataSection
 
 AnswerScorer = Callable[[list[Text], list[str]], Sequence[float]]
 """Prompts (text, or messages with `role` and `content`) and as many answers → their scores."""

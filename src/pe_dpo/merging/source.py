@@ -37,7 +37,7 @@ from pe_dpo.model.layout import Layout
 from pe_dpo.model.provenance import adapter_fingerprints, base_folder, changed, template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.weight_files import weight_files
 from pe_dpo.quantizations import Quantization
-from pe_dpo.recipe.schema import DataSection
+from pe_dpo.recipe.data_section import DataSection
 from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)

@@ -1,5 +1,6 @@
 """What a person may ask for: schema, strict YAML, published losses as data. No torch here."""
 
+from pe_dpo.recipe.data_section import DataSection, DataSource, describe_sources, list_sources
 from pe_dpo.recipe.describe import LossDescription, describe
 from pe_dpo.recipe.load import (
     changed_settings,
@@ -12,7 +13,7 @@ from pe_dpo.recipe.load import (
 )
 from pe_dpo.recipe.names import SHORT_NAMES, known_keys
 from pe_dpo.recipe.presets import PRESETS
-from pe_dpo.recipe.schema import DataSection, DataSource, Recipe, describe_sources, list_sources, warnings
+from pe_dpo.recipe.schema import Recipe, warnings
 from pe_dpo.recipe.shipped import copy_recipe, find_recipe, recipe_header, recipe_names
 
 __all__ = [

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from pe_dpo.disk import matching_paths
 from pe_dpo.errors import RecipeError
+from pe_dpo.recipe.data_section import DataSource
 from pe_dpo.recipe.names import explain_unknown_key, known_keys
-from pe_dpo.recipe.schema import DataSource, Recipe
+from pe_dpo.recipe.schema import Recipe
 from pe_dpo.recipe.shipped import find_recipe
 from pe_dpo.recipe.strict_yaml import Dumper, KeyPath, parse_document, parse_scalar
 

@@ -4,8 +4,9 @@ import difflib
 
 from pydantic import BaseModel
 
+from pe_dpo.recipe.data_section import DataSource
 from pe_dpo.recipe.elsewhere import key_elsewhere
-from pe_dpo.recipe.schema import DataSource, Recipe
+from pe_dpo.recipe.schema import Recipe
 
 SHORT_NAMES = {
     "beta": "loss.beta",
