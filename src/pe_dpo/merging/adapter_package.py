@@ -17,6 +17,7 @@ from pe_dpo.merging.card import adapter_card
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.unmerged import Unmerged, measure_served
 from pe_dpo.merging.write import save_tokenizer
+from pe_dpo.model.adapter_config import check_base_was_kept
 from pe_dpo.model.adapter_files import check_is_plain
 from pe_dpo.model.provenance import changed_files
 from pe_dpo.quantizations import is_four_bit
@@ -46,7 +47,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
         MergeRefused: the fused or scaled adapter does not do what it should; nothing was written.
     """
     output, facts, record = Path(output), source.facts, source.record
-    source.adapter.check_base_was_kept()
+    check_base_was_kept(source.adapter.folder, source.adapter.config)
     if record is not None and source.is_base_named and not source.allow_base_mismatch:
         # A base that is named anew must have the files of training; else the adapter would be sent out with a stranger.
         changed = changed_files(record.model_dump(), source.base_folder)

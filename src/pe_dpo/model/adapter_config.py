@@ -58,13 +58,22 @@ def check_adapter(folder: str | Path) -> Any:
         raise ModelError(f"{folder}: trains whole modules ({names}); only LoRA is supported; {otherwise}")
     if config.use_dora:
         raise ModelError(f"{folder}: is a DoRA adapter; only plain LoRA is supported; {otherwise}")
+    check_base_was_kept(folder, config)
+    return config
+
+
+def check_base_was_kept(folder: str | Path, config: Any) -> None:
+    """Check that an adapter's base is the one on disk.
+
+    Raises:
+        ModelError: it was initialised in a way that took something out of its base.
+    """
     init = str(config.init_lora_weights).lower()
     if init.startswith(MOVING_INITS):
         raise ModelError(
-            f"{folder}: was initialised by {init}, which changed its base; the base on disk is not its reference. Save it "
-            "where it was trained with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+            f"{folder}: was initialised by {init}, which changed its base; save it where it was trained with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
         )
-    return config
 
 
 def merge_first(folder: str | Path) -> str:

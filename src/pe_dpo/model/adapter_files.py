@@ -23,9 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pe_dpo.errors import ModelError
-from pe_dpo.model.adapter_config import check_adapter, merge_first, read_adapter_config, write_adapter_config
+from pe_dpo.model.adapter_config import (
+    check_adapter,
+    check_base_was_kept,
+    merge_first,
+    read_adapter_config,
+    write_adapter_config,
+)
 from pe_dpo.model.tensor_files import TensorFiles
-from pe_dpo.recipe.schema import MOVING_INITS
 
 _PREFIX = "base_model.model."
 _UNDERSTOOD = {
@@ -102,25 +107,12 @@ class AdapterFiles:
                 f"{self.folder}: was trained with {name} = {value!r}, which this version cannot merge; `onto` adapter packages "
                 "it for PEFT"
             )
-        self.check_base_was_kept()
+        check_base_was_kept(self.folder, self.config)
         if self.config.use_dora and self.config.fan_in_fan_out:
             raise ModelError(
                 f"{self.folder}: is DoRA on transposed layers (Conv1D), which cannot be merged here; use `onto` adapter"
             )
         return self._changes()
-
-    def check_base_was_kept(self) -> None:
-        """Check that the adapter's base is the one on disk.
-
-        Raises:
-            ModelError: it was initialised in a way that took something out of its base.
-        """
-        init = str(self.config.init_lora_weights).lower()
-        if init.startswith(MOVING_INITS):
-            raise ModelError(
-                f"{self.folder}: was initialised by {init}, which changed its base; save it where it was trained with PEFT's "
-                "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
-            )
 
     @property
     def whole(self) -> list[str]:
