@@ -27,7 +27,7 @@ ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 8192,
 }
 TEXTS = 400
 NEW_TOKENS = 16
@@ -83,7 +83,7 @@ def full_request(base: Path, *, texts: int = TEXTS) -> dict[str, Any]:
         for chat in chats
     ]
     ids = [prompt.input_ids[:200] for prompt in prompts]
-    ids.append([*range(3, 60), *range(59, 3, -1)])  # over the length from which positions are scaled
+    ids.append([(7 * place * place + place) % 500 for place in range(300)])
     return {
         "ids": ids,
         "texts": varied_texts(texts),
@@ -108,7 +108,7 @@ def save_base(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=16384,
         rope_parameters=ROPE,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
