@@ -11,11 +11,12 @@ The base is a Llama with grouped queries, a rotary base of 500,000 and scaled po
 these is far off. Its heads are 32 wide, which vLLM's attention on a CPU asks for; q8_0 asks for rows of a multiple of 32.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines.texts import CHATS
+from benchmarks.engines.texts import CHATS, FIXED, varied_texts
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -31,6 +32,8 @@ ROPE = {
 }
 TEXTS = 400
 NEW_TOKENS = 16
+LONGEST = 300
+"""Tokens of the longest sequence."""
 
 Get = Callable[[str], Path]
 """Gives the path of an artefact, and makes it if it is not there."""
@@ -74,8 +77,6 @@ def full_request(base: Path, *, texts: int = TEXTS) -> dict[str, Any]:
     """Return a request with every part, in the ids of the base's tokenizer."""
     from transformers import AutoTokenizer
 
-    from benchmarks.engines.texts import varied_texts
-
     tokenizer = AutoTokenizer.from_pretrained(base)
     chats = [list(chat) for chat in CHATS]
     prompts = [
@@ -83,7 +84,7 @@ def full_request(base: Path, *, texts: int = TEXTS) -> dict[str, Any]:
         for chat in chats
     ]
     ids = [prompt.input_ids[:200] for prompt in prompts]
-    ids.append([(7 * place * place + place) % 500 for place in range(300)])
+    ids.append(tokenizer(" ".join(FIXED), add_special_tokens=False).input_ids[:LONGEST])
     return {
         "ids": ids,
         "texts": varied_texts(texts),
@@ -95,9 +96,14 @@ def full_request(base: Path, *, texts: int = TEXTS) -> dict[str, Any]:
 
 
 def save_base(folder: Path) -> None:
-    """Save a random Llama of two layers in bfloat16, with a tokenizer that splits as Llama 3 does, and a ChatML template."""
+    """Save a random Llama of two layers in bfloat16, with a tokenizer that splits as Llama 3 does, and a ChatML template.
+
+    The files are laid out as those of the published Llama 3.1, which transformers 4 wrote and 5 writes otherwise.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pe_dpo.disk import write_json
 
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
@@ -122,6 +128,27 @@ def save_base(folder: Path) -> None:
         if "norm" in name:  # norms begin at one, which would hide a mix-up
             torch.nn.init.normal_(parameter, 1.0, 0.3)
     model.to(torch.bfloat16).save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    scaling = written.pop("rope_parameters")
+    written |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    written |= {"torch_dtype": written.pop("dtype"), "transformers_version": "4.43.0.dev0"}
+    write_json(folder / "config.json", written)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    write_json(folder / "generation_config.json", {**ends, "do_sample": False, "transformers_version": "4.43.0.dev0"})
+    tokens = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    kept = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    settings = {
+        "added_tokens_decoder": {str(number): {"content": token, **kept} for token, number in tokens.items()},
+        "bos_token": tokenizer.bos_token,
+        "chat_template": CHATML,
+        "eos_token": tokenizer.eos_token,
+        "model_max_length": 131072,
+        "pad_token": tokenizer.pad_token,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", {name: settings[name] for name in ("bos_token", "eos_token", "pad_token")})
+    (folder / "chat_template.jinja").unlink()
 
 
 def _tokenizer() -> Any:
@@ -130,7 +157,6 @@ def _tokenizer() -> Any:
     from tokenizers import pre_tokenizers as pre
     from transformers import PreTrainedTokenizerFast
 
-    from benchmarks.engines.texts import FIXED
     from pe_dpo.export.gguf_tokenizer import LLAMA_3
 
     bpe = Tokenizer(models.BPE(ignore_merges=True))
@@ -152,8 +178,6 @@ def _tokenizer() -> Any:
 
 
 def _train(base: Path, folder: Path, quantize: str) -> None:
-    import json
-
     from pe_dpo import train
     from pe_dpo.quickstart.demo import PAIRS
     from pe_dpo.recipe import recipe_from_yaml
