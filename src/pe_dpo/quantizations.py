@@ -14,6 +14,11 @@ from typing import Literal, TypeGuard, assert_never, get_args
 FourBit = Literal["nf4", "nf4-single", "fp4", "fp4-single"]
 Quantization = Literal[FourBit, "int8", "none"]
 
+STATE_SPACE_NAMES = {"x_proj", "dt_proj", "out_proj"}
+ALTUP_NAMES = {"prediction_coefs", "correction_coefs"}
+BYPASSED_NAMES = STATE_SPACE_NAMES | ALTUP_NAMES
+"""Names that layers have whose bare weight is read, of which no codes are made; others have them, too."""
+
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 QUANTIZATIONS_IN_WORDS = f"{', '.join(QUANTIZATIONS[:-1])} or {QUANTIZATIONS[-1]}"
 

@@ -134,6 +134,25 @@ def test_onto_adapter_writes_no_model_and_says_how_to_serve_it(pe_dpo, quantized
     assert json.loads((tmp_path / "out" / "base.json").read_text())["quantize"] == "nf4"
 
 
+@pytest.mark.parametrize("onto", ["dequantized", "adapter"])
+def test_no_path_of_this_machine_stands_in_what_is_written(pe_dpo, quantized, tiny_base, tiny_pairs, tmp_path, onto):
+    """In no file, of no input and no output; what must be named instead is said."""
+    out = tmp_path / "out"
+    unverified = [] if onto == "adapter" else ["--pairs", 0]
+    assert pe_dpo("merge", quantized, "-o", out, "--onto", onto, *unverified).code == 0
+    places = [str(place.parent).encode() for place in (quantized, tiny_base, tiny_pairs, out)]
+    assert [path.name for path in out.iterdir() if any(place in path.read_bytes() for place in places)] == []
+    card = (out / "README.md").read_text()
+    assert f"The base was a folder, `{tiny_base.name}`." in card and "base_model:" not in card
+    if onto == "adapter":
+        assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+        record = json.loads((out / "base.json").read_text())
+        assert (record["id"], record["is_local"]) == (tiny_base.name, True)
+        done = pe_dpo("merge", out, "-o", tmp_path / "again", "--pairs", 0)
+        assert done.code == 2 and "does not say which base it belongs to; name it with --base" in done.err
+        assert pe_dpo("merge", out, "-o", tmp_path / "again", "--pairs", 0, "--base", tiny_base).code == 0
+
+
 def test_a_licence_of_the_base_travels_along(pe_dpo, quantized, tiny_base, tmp_path):
     import shutil
 

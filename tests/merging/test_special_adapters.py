@@ -207,7 +207,10 @@ def test_what_peft_loads_is_packaged_for_it(name: str, bases: dict[str, Path], t
         commands, _ = package_adapter(source, tmp_path / "out")
     lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
-    exec(lines.replace("'.'", repr(str(tmp_path / "out"))), found)
+    places = {".": tmp_path / "out", bases["plain"].name: bases["plain"]}
+    for named, place in places.items():
+        lines = lines.replace(repr(named), repr(str(place)))
+    exec(lines, found)
     with torch.no_grad():
         assert torch.equal(found["model"].eval()(IDS).logits, wanted)
     is_plain = name == "plain LoRA"
@@ -322,6 +325,9 @@ def test_an_adapter_travels_with_the_recipe_of_its_base(bases: dict[str, Path], 
     assert "--max-lora-rank 16" in commands[0] and "--quantization bitsandbytes" in commands[0]
     lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
-    exec(lines.replace("'.'", repr(str(tmp_path / "out"))), found)
+    places = {".": tmp_path / "out", bases["plain"].name: bases["plain"]}
+    for named, place in places.items():
+        lines = lines.replace(repr(named), repr(str(place)))
+    exec(lines, found)
     layer = found["model"].base_model.model.model.layers[0].self_attn.q_proj.base_layer
     assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == ("nf4", False)

@@ -339,9 +339,12 @@ def test_chat_card_and_report_name_the_reference(
     assert logged[-1] == f"base: {tiny_base} with the adapter that training was over; tuned: {runs / 'none'}"
     record = json.loads((runs / "none" / "run.json").read_text())
     assert record["reference_card"]["is"] == f"the base with the adapter {sft}"
-    assert (
-        f"It is the sum of two: `{sft}`, which stayed frozen and is the reference" in (runs / "none" / "README.md").read_text()
-    )
+    card = (runs / "none" / "README.md").read_text()
+    assert f"It is the sum of two: `{sft.name}`, which stayed frozen and is the reference" in card
+    lines = card.partition("```python\n")[2].partition("```")[0].replace("'.'", repr(str(runs / "none")))
+    loaded: dict[str, Any] = {}
+    exec(lines.replace(repr(tiny_base.name), repr(str(tiny_base))), loaded)
+    assert (logits(loaded["model"]) - logits(load_policy(runs / "none").model)).abs().max() < 1e-5
     rows = json.dumps([str(one) for one in report_run(runs / "none").sections], ensure_ascii=False)
     assert f"over the frozen adapter {sft}, which π0 has" in rows
 

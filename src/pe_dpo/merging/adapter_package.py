@@ -1,8 +1,10 @@
 """`merge --onto adapter`: nothing merged; the adapter as servers load it, with the recipe of the base that it belongs to.
 
-As it was trained it is copied, bit for bit. Two adapters in one, or a scaled one, are held against those of training.
+As it was trained its weights are copied, bit for bit. Two adapters in one, or a scaled one, are held against those of training.
+Where the base is a folder here, no file names it: others do not have it.
 """
 
+import json
 import logging
 import shlex
 import shutil
@@ -12,6 +14,7 @@ from typing import Any
 
 from pe_dpo.disk import write_json
 from pe_dpo.errors import MergeRefused, ModelError
+from pe_dpo.hub import is_local, public_name
 from pe_dpo.merging.behaviour import Agreement
 from pe_dpo.merging.card import adapter_card
 from pe_dpo.merging.source import Source
@@ -19,6 +22,7 @@ from pe_dpo.merging.unmerged import Unmerged, measure_served
 from pe_dpo.merging.write import save_tokenizer
 from pe_dpo.model.adapter_config import check_base_was_kept
 from pe_dpo.model.adapter_files import check_is_plain
+from pe_dpo.model.base import auto_class
 from pe_dpo.model.provenance import changed_files
 from pe_dpo.quantizations import is_four_bit
 from pe_dpo.runs.staging import staged
@@ -64,11 +68,20 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
     base: dict[str, Any] = {} if record is None else record.model_dump(exclude_unset=True)
     base |= {"id": facts.base, "revision": facts.revision, "quantize": facts.quantize}
     base["dtype"] = str(facts.dtype).removeprefix("torch.")
-    if source.scale != 1:
-        base["scale"] = source.scale
+    base["model_class"] = auto_class(facts.config).__name__
+    base |= {"prequantized": True} if facts.is_prequantized else {}
+    base |= {"rows": source.resized_to} if source.resized_to else {}
+    base |= {"scale": source.scale} if source.scale != 1 else {}
+    named = facts.base
+    if record is not None and source.is_base_named and not is_local(record.id) and not source.allow_base_mismatch:
+        named, base["revision"] = record.id, record.revision  # its files are those of training, and others find them there
+    public = {**base, "id": public_name(named), **({"is_local": True} if is_local(named) else {})}
     with staged(output) as folder:
         for name in FILES:
             shutil.copyfile(source.adapter.folder / name, folder / name)
+        config = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
+        if is_local(config["base_model_name_or_path"] or ""):
+            write_json(folder / FILES[1], config | {"base_model_name_or_path": None if is_local(named) else named})
         held_out = None
         if source.pairs and source.weights != (0.0, 1.0):
             trained = Unmerged(source, facts, dtype=facts.dtype)
@@ -78,9 +91,10 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
                 what = "one adapter does not do what the two did" if source.weights[0] else "adapter does not do what it should"
                 raise MergeRefused("\n  ".join([f"{output}: was not written: the {what}:", *failures]))
         save_tokenizer(source.tokenizer, folder)
-        write_json(folder / "base.json", base)
+        write_json(folder / "base.json", public)
         commands = _serving_commands(source, base, output)
-        (folder / "README.md").write_text(adapter_card(source, base, commands), encoding="utf-8")
+        shown = _serving_commands(source, public, Path("FOLDER")) if commands else []
+        (folder / "README.md").write_text(adapter_card(source, public, shown), encoding="utf-8")
     return commands, held_out
 
 

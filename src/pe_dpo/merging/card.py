@@ -7,12 +7,11 @@ from typing import Any
 
 import yaml
 
+from pe_dpo.hub import is_local
 from pe_dpo.merging.behaviour import name_expected
 from pe_dpo.merging.source import Source, describe_scale
-from pe_dpo.model.base import auto_class
-from pe_dpo.quantizations import four_bit_kind, is_four_bit
-from pe_dpo.recipe import describe_sources
-from pe_dpo.runs.model_card import front_matter, training_sections
+from pe_dpo.recipe import describe_sources, with_public_names
+from pe_dpo.runs.model_card import front_matter, loading_section, training_sections
 
 
 def merged_card(source: Source, report: Mapping[str, Any]) -> str:
@@ -22,9 +21,13 @@ def merged_card(source: Source, report: Mapping[str, Any]) -> str:
         source: what was merged.
         report: of the merge.
     """
-    licence, base, recipe = _base_licence(source.base_folder), report["base"], source.recipe
+    licence, base = _base_licence(source.base_folder), report["base"]
+    recipe = None if source.recipe is None else with_public_names(source.recipe)
     adapters = "A LoRA adapter and the one under it" if source.is_over else "A LoRA adapter"
-    intro = [f"Base: `{source.facts.base}`, licence: {licence or 'see the base'}. {adapters}, merged in {report['dtype']}."]
+    intro = [f"Base: `{base['id']}`, licence: {licence or 'see the base'}. {adapters}, merged in {report['dtype']}."]
+    if is_local(source.facts.base):
+        missing = "Write its name on the hub in its place, and as `base_model` of this card."
+        intro += ["", f"The base was a folder, `{base['id']}`. {missing}"]
     training = ["The adapter was not trained by pe-dpo; nothing is known here of its data and loss.", ""]
     if recipe is not None:
         data = source.run.hashes.data or "unknown"
@@ -59,7 +62,8 @@ def merged_card(source: Source, report: Mapping[str, Any]) -> str:
             proof.append(f"- {noisy}: KL {floor['kl']:.2e}, shift {floor['shift']:+.4f}")
         proof += [f"- **{fault}**" for fault in report["faults"]]
     body = [*training, "## The merge", "", *proof, "", "## Serve", "", "```", *model_commands("FOLDER"), "```"]
-    return _card(source, "A model tuned on preference pairs", intro, body, library="transformers", relation="finetune")
+    title = "A model tuned on preference pairs"
+    return _card(source, source.facts.base, title, intro, body, library="transformers", relation="finetune")
 
 
 def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str]) -> str:
@@ -70,35 +74,8 @@ def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str
         base: as in base.json.
         commands: that serve it.
     """
-    intro = [
-        f"Belongs to `{source.facts.base}`, loaded as in training: {base['quantize']}, {base['dtype']}. On another",
-        "quantization, or the original weights, it is another model.",
-    ]
-    revision = f", revision={base['revision']!r}" if base["revision"] else ""
-    quantization = "BitsAndBytesConfig(load_in_8bit=True)" if base["quantize"] == "int8" else "None"
-    if is_four_bit(source.facts.quantize):
-        kind, is_double = four_bit_kind(source.facts.quantize)
-        quantization = (
-            f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={kind!r}, bnb_4bit_use_double_quant="
-            f"{is_double}, bnb_4bit_compute_dtype=torch.{base['dtype']})"
-        )
-    if source.facts.is_prequantized:
-        quantization = "None"  # its own files say how
-    kind, rows = auto_class(source.facts.config).__name__, source.resized_to
-    body = [
-        *(["```", *commands, "```", ""] if commands else []),
-        "```python",
-        "import torch",
-        "from peft import PeftModel",
-        f"from transformers import {kind}, BitsAndBytesConfig",
-        "",
-        f"base = {kind}.from_pretrained({base['id']!r}{revision}, dtype=torch.{base['dtype']},",
-        f"    quantization_config={quantization})",
-        *([f"base.resize_token_embeddings({rows}, mean_resizing=False)"] if rows else []),
-        "model = PeftModel.from_pretrained(base, '.')",
-        "```",
-    ]
-    return _card(source, "A LoRA adapter tuned on preference pairs", intro, body, library="peft", relation="adapter")
+    title, intro = "A LoRA adapter tuned on preference pairs", loading_section(base, commands)
+    return _card(source, None if base.get("is_local") else base["id"], title, intro, [], library="peft", relation="adapter")
 
 
 def model_commands(folder: str) -> list[str]:
@@ -106,10 +83,12 @@ def model_commands(folder: str) -> list[str]:
     return [f"vllm serve {shlex.quote(folder)}", f"transformers serve {shlex.quote(folder)}"]
 
 
-def _card(source: Source, title: str, intro: Sequence[str], body: Sequence[str], *, library: str, relation: str) -> str:
+def _card(
+    source: Source, base: str | None, title: str, intro: Sequence[str], body: Sequence[str], *, library: str, relation: str
+) -> str:
     """A card as markdown, with the metadata that hubs read."""
     licence = _base_licence(source.base_folder)
-    front = [*front_matter(source.facts.base, library=library, relation=relation, licence=licence), f"# {title}", ""]
+    front = [*front_matter(base, library=library, relation=relation, licence=licence), f"# {title}", ""]
     how, scale = describe_scale(source.scale), source.scale
     scaling = [
         f"After training it was {how}: W_ref + {scale}·(W − W_ref), where W was trained and W_ref is its",

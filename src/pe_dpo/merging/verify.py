@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.disk import json_without_nan
+from pe_dpo.hub import public_name
 from pe_dpo.merging.behaviour import Agreement, is_inconclusive
 from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, mean_noise, tensor_failures
 from pe_dpo.merging.plan import Plan
@@ -90,7 +91,7 @@ class Verdict:
             "rounding": plan.rounding,
             "seed": plan.seed,
             "base": {
-                "id": source.facts.base,
+                "id": public_name(source.facts.base),
                 "revision": source.record.revision if source.record else source.facts.revision,
                 "quantize_in_training": source.facts.quantize,
                 "was_checked": source.record is not None,

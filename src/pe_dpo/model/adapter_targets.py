@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pe_dpo.errors import ModelError
+from pe_dpo.quantizations import ALTUP_NAMES, STATE_SPACE_NAMES
 
 BLOCKS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "moe", "expert")}
 """What the names of blocks have in them, by the word of a recipe."""
@@ -27,10 +28,6 @@ EXCLUDED = "adapter.exclude"
 
 _OTHER_SENSES = ("vision", "visual", "image", "audio", "speech")
 _ROUTERS = {"router", "gate", "shared_expert_gate", "experts"}
-_STATE_SPACE = {"x_proj", "dt_proj", "out_proj"}
-_ALTUP = {"prediction_coefs", "correction_coefs"}
-BYPASSED_NAMES = _STATE_SPACE | _ALTUP
-"""Names that layers of `bypassed_layers` have; others have them, too."""
 
 
 class Targets(NamedTuple):
@@ -122,7 +119,7 @@ def bypassed_layers(model: nn.Module) -> list[str]:
     found = []
     for path, module in model.named_modules():
         is_state_space = hasattr(module, "A_log") and hasattr(module, "D")
-        leaves = _STATE_SPACE if is_state_space else _ALTUP
+        leaves = STATE_SPACE_NAMES if is_state_space else ALTUP_NAMES
         found += [
             f"{path}.{name}" for name, child in module.named_children() if name in leaves and isinstance(child, nn.Linear)
         ]

@@ -13,7 +13,6 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
-from pe_dpo.model.adapter_targets import BYPASSED_NAMES
 from pe_dpo.model.quantization import (
     four_bit_experts,
     four_bit_layers,
@@ -21,7 +20,7 @@ from pe_dpo.model.quantization import (
     quantization_config,
     stored_quantization,
 )
-from pe_dpo.quantizations import Quantization, is_four_bit
+from pe_dpo.quantizations import BYPASSED_NAMES, Quantization, is_four_bit
 
 Quantize = Quantization | Literal["auto"]
 

@@ -3,6 +3,7 @@
 Written beside the adapter as base.json:
 
     id, revision, quantize, dtype, device, parameters      how it was loaded
+    model_class                                           of transformers, that loads it
     prequantized                                          whether its files hold the codes, or the weights they were made of
     quantized_layers                                      which modules were; only these are quantized again
     config                                                sha256 of what the configuration says of the arithmetic
@@ -21,7 +22,7 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable
-from pe_dpo.model.base import BaseInfo
+from pe_dpo.model.base import BaseInfo, auto_class
 from pe_dpo.model.fingerprint import config_fingerprint, file_fingerprints, parameter_fingerprints, plain_name
 from pe_dpo.model.quantization import four_bit_experts, four_bit_layers
 from pe_dpo.recipe.schema import AdapterSection
@@ -69,6 +70,7 @@ def base_record(model: nn.Module, info: BaseInfo, tokenizer: Any) -> dict[str, A
     return {
         "id": info.base,
         "revision": getattr(model.config, "_commit_hash", None) or info.revision,
+        "model_class": auto_class(info.config).__name__,
         "quantize": info.quantize,
         "prequantized": info.is_prequantized,
         "dtype": str(info.dtype).removeprefix("torch."),

@@ -10,6 +10,7 @@ from pe_dpo.recipe.load import (
     recipe_to_yaml,
     with_absolute_paths,
     with_gamma,
+    with_public_names,
 )
 from pe_dpo.recipe.names import SHORT_NAMES, known_keys
 from pe_dpo.recipe.presets import PRESETS
@@ -39,4 +40,5 @@ __all__ = [
     "warnings",
     "with_absolute_paths",
     "with_gamma",
+    "with_public_names",
 ]

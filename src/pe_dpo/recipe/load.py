@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pe_dpo.disk import matching_paths
 from pe_dpo.errors import RecipeError
+from pe_dpo.hub import public_name
 from pe_dpo.recipe.data_section import DataSource
 from pe_dpo.recipe.names import explain_unknown_key, known_keys
 from pe_dpo.recipe.schema import Recipe
@@ -112,6 +113,32 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     if data.template not in ("auto", "chat", "plain"):
         data = data.model_copy(update={"template": absolute(data.template)})
     return recipe.model_copy(update={"model": model, "adapter": adapter, "data": data})
+
+
+def with_public_names(recipe: Recipe) -> Recipe:
+    """Return the recipe as others may read it: of every path of this machine its last part alone, and no place of the store."""
+
+    def data_names(places: Any) -> Any:
+        if isinstance(places, list):
+            return [data_names(place) for place in places]
+        if isinstance(places, DataSource):
+            return places.model_copy(update={"path": public_name(places.path)})
+        return public_name(places) if isinstance(places, str) else places
+
+    model = recipe.model.model_copy(update={"base": public_name(recipe.model.base)})
+    adapters = {key: place and public_name(place) for key in ("start", "over") for place in [getattr(recipe.adapter, key)]}
+    data = {key: data_names(getattr(recipe.data, key)) for key in ("train", "eval")}
+    if recipe.data.template not in ("auto", "chat", "plain"):
+        data["template"] = public_name(recipe.data.template)
+    return recipe.model_copy(
+        update={
+            "model": model,
+            "adapter": recipe.adapter.model_copy(update=adapters),
+            "data": recipe.data.model_copy(update=data),
+            "reference": recipe.reference.model_copy(update={"store": None}),
+            "output": Path(recipe.output).name,
+        }
+    )
 
 
 def with_gamma(recipe: Recipe, gamma: float) -> Recipe:

@@ -182,7 +182,8 @@ class RunWriter:
             adapter: The hashes of the adapter's files.
         """
         if self.writes:
-            write_atomically(self.folder / "README.md", model_card(recipe, before, after))
+            base = read_object(self.folder / BASE_FILE)
+            write_atomically(self.folder / "README.md", model_card(recipe, base, before, after))
             hashes = {**Run(self.folder).info.hashes.inputs, "adapter": dict(adapter)}
             outcome = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
             self.update(status="finished", step=step, **outcome, hashes=hashes)
