@@ -11,7 +11,7 @@ TOKENIZERS = deepseek_v3 gemma gemma3 llama2 llama3_1 llama3_2 mistral_nemo qwen
 
 # Engines that serve what we write, each in a folder of its own (benchmarks/engines/README.md); vLLM's takes 3 GB.
 ENGINES = $(or $(PE_DPO_ENGINES),.engines)
-ENGINE_NAMES = ctranslate2 mistralrs transformers_serve
+ENGINE_NAMES = ctranslate2 go_template mistralrs transformers_serve
 
 .PHONY: quickstart test check tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
 
@@ -41,6 +41,13 @@ engine-vllm $(ENGINE_NAMES:%=engine-%): engine-%: $(ENGINES)/%/installed
 $(ENGINES)/%/installed: benchmarks/engines/%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+# Go's text/template, which is what renders chats in Ollama; any Go from 1.18 on (Debian: golang-go).
+$(ENGINES)/go_template/installed: benchmarks/engines/go_template/main.go
+	@command -v go >/dev/null || { echo "go is missing; on Debian: apt-get install golang-go"; exit 1; }
+	mkdir -p $(@D)
+	GO111MODULE=off go build -o $(@D)/go_template $<
 	touch $@
 
 lint: $(VENV)/installed-test

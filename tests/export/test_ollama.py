@@ -1,157 +1,199 @@
-"""Modelfiles: what Ollama would send must be what the chat template says, text by text."""
+"""Modelfiles: what Ollama would send must be what the chat template says, or the difference is told."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import STYLES, styled
 
 import pe_dpo
-from pe_dpo.errors import UsageError
-from pe_dpo.export.ollama import ChatForm, modelfile, run_go_template
+from pe_dpo.data.pairs import RowError
+from pe_dpo.data.template import Template
+from pe_dpo.export.chat_blocks import Block, ChatBlocks
+from pe_dpo.export.ollama import checked_blocks, differences, modelfile
+from pe_dpo.recipe.data_section import DataSection
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-QWEN = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML
-)
-LLAMA_3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
-    "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for m in rest %}"
-    "{% set text = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] if loop.first and system else m['content'] %}"
-    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + text + ' [/INST]' }}"
-    "{% else %}{{ ' ' + text + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-ZEPHYR = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-DATED = LLAMA_3.replace("{{ bos_token }}", "{{ bos_token }}{{ messages | length }}")
-LAST_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.last and messages[0]['role'] == 'system' %}"
-    "{{ messages[0]['content'] + '\n\n' }}{% endif %}{{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %}"
-    "{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-TURNS = [
-    {"role": "user", "content": "Hi {there}"},
-    {"role": "assistant", "content": "Hello!\n\n- one"},
-    {"role": "user", "content": '"Why?"'},
-    {"role": "assistant", "content": "Because."},
-    {"role": "user", "content": "So?"},
-]
-SYSTEM = {"role": "system", "content": "Be brief."}
+JOINED = "messages of one role in a row (Ollama joins them by an empty line)"
+TRIMMED = "spaces or line breaks around a message (Ollama cannot trim them)"
+DROPPED = "an answer first (Ollama drops the oldest turns of a long chat)"
 
 
-@pytest.fixture
-def make_tokenizer(tiny_base: Path) -> Any:
-    """The tiny tokenizer with another chat template and a BOS token."""
-
-    def make(template: str) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(tiny_base, chat_template=template, bos_token="<s>", eos_token="</s>")
-
-    return make
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
-@pytest.mark.parametrize("strips_bos", [True, False])
-@pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA_3, LLAMA_2, MISTRAL, ZEPHYR])
-def test_the_go_template_renders_as_the_chat_template(make_tokenizer: Any, template: str, strips_bos: bool) -> None:
-    tokenizer = make_tokenizer(template)
-    written = ChatForm(tokenizer, strips_bos=strips_bos).go_template()
-    for system in [[], [SYSTEM]] if template != MISTRAL else [[]]:
-        for turns in (TURNS[:1], TURNS[:3], TURNS):
-            wanted = tokenizer.apply_chat_template([*system, *turns], tokenize=False, add_generation_prompt=True)
-            wanted = wanted.removeprefix("<s>") if strips_bos else wanted
-            assert run_go_template(written, [*system, *turns]) == wanted
+ASK, SAY, TELL, ON = turn("user", "Hi {there}"), turn("assistant", "Ho!"), turn("system", "Be kind."), turn("user", "So?")
 
 
-def test_the_written_chatml_reads_as_one_writes_it(make_tokenizer: Any) -> None:
-    """By hand: system, then the first user message, later ones, answers, and the opening of the next answer."""
-    assert ChatForm(make_tokenizer(CHATML), strips_bos=True).go_template() == (
-        "{{ range $i, $m := .Messages }}"
-        '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n<|im_start|>user\n{{ end }}'
-        '{{ if eq .Role "user" }}{{ if eq $i 0 }}<|im_start|>user\n{{ else if and (eq $i 1) $.System }}'
-        "{{ else }}<|im_end|>\n<|im_start|>user\n{{ end }}{{ .Content }}{{ end }}"
-        '{{ if eq .Role "assistant" }}<|im_end|>\n<|im_start|>assistant\n{{ .Content }}{{ end }}'
-        "{{ end }}<|im_end|>\n<|im_start|>assistant\n"
+def template_of(style: str) -> Template:
+    return Template(styled(style), DataSection(train="-", template="chat"))
+
+
+def blocks_of(style: str, *, adds_bos: bool = False) -> ChatBlocks:
+    return checked_blocks(template_of(style), "<s>", adds_bos=adds_bos)
+
+
+def told(style: str, *, adds_bos: bool = False, cuts_thoughts: bool = False) -> list[str]:
+    added = "<s>" if adds_bos else ""
+    return differences(blocks_of(style, adds_bos=adds_bos), template_of(style), added, cuts_thoughts=cuts_thoughts)
+
+
+def test_chatml_is_closed_message_by_message() -> None:
+    """By hand: each message with its own end, and the opening of the answer behind all."""
+    assert blocks_of("chatml").go_template() == (
+        '{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
+        '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
+        '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n'
+        "{{ end }}{{ end }}<|im_start|>assistant\n"
     )
 
 
-@pytest.mark.parametrize(
-    ("condition", "index", "role", "has_system", "runs"),
-    [
-        ("eq $i 0", 0, "user", False, True),
-        ("eq $i 0", 1, "user", False, False),
-        ("and (eq $i 1) $.System", 1, "user", True, True),
-        ("and (eq $i 1) $.System", 1, "user", False, False),
-        ('eq .Role "user"', 0, "assistant", False, False),
-    ],
-)
-def test_the_interpreter_follows_conditions_as_go_does(
-    condition: str, index: int, role: str, has_system: bool, runs: bool
-) -> None:
-    before = [SYSTEM] if has_system else [{"role": "user", "content": "-"}]
-    messages = [*before[:index], {"role": role, "content": "x"}]
-    template = "a{{ range $i, $m := .Messages }}{{ if " + condition + " }}<{{ .Content }}>{{ else }}!{{ end }}{{ end }}z"
-    assert run_go_template(template, messages)[1:-1].endswith("<x>") is runs
+def test_bos_is_at_the_very_start_whatever_message_is_first() -> None:
+    """The blocks of Llama 3 by hand; the template begins every chat with BOS, and no message in the middle."""
+    blocks, head = blocks_of("llama3"), "<|start_header_id|>{}<|end_header_id|>\n\n".format
+    for role, block in (("system", blocks.system), ("user", blocks.user), ("assistant", blocks.assistant)):
+        assert block == Block("<s>" + head(role), head(role), "<|eot_id|>")
+    assert blocks.render([ASK, SAY, TELL, ON]) == (
+        f"<s>{head('user')}Hi {{there}}<|eot_id|>{head('assistant')}Ho!<|eot_id|>"
+        f"{head('system')}Be kind.<|eot_id|>{head('user')}So?<|eot_id|>{head('assistant')}"
+    )
+    assert blocks.render([SAY, ON]).startswith(f"<s>{head('assistant')}Ho!<|eot_id|>{head('user')}So?")
+    assert "{{ if $first }}<s>{{ end }}<|start_header_id|>assistant" in blocks.go_template()
 
 
-def test_a_prompt_that_the_template_inserts_becomes_the_system_line(make_tokenizer: Any) -> None:
-    assert ChatForm(make_tokenizer(QWEN), strips_bos=True).default_system == "You are a helpful assistant."
-    assert ChatForm(make_tokenizer(CHATML), strips_bos=True).default_system is None
+def test_bos_is_left_to_llama_cpp_where_the_tokenizer_adds_it() -> None:
+    assert "<s>" not in blocks_of("llama3", adds_bos=True).go_template()
+    # Llama 2 begins each user message with it
+    assert blocks_of("llama2", adds_bos=True).user == Block("[INST] ", "<s>[INST] ", " [/INST]")
 
 
-@pytest.mark.parametrize("template", [DATED, LAST_SYSTEM, "{{ messages[-1]['content'] }}", ZEPHYR.replace("'<|'", "'{{'")])
-def test_templates_of_another_form_are_refused(make_tokenizer: Any, template: str) -> None:
-    with pytest.raises(UsageError, match="cannot be written as an Ollama template"):
-        ChatForm(make_tokenizer(template), strips_bos=True)
+@pytest.mark.parametrize("style", ["chatml", "qwen", "qwen3", "llama3", "zephyr"])
+@pytest.mark.parametrize("chat", [
+    [turn("system", ""), ASK], [SAY, ON], [TELL, SAY, ON], [ASK, SAY, TELL, ON], [ASK, SAY],
+], ids=["empty system", "answer first", "system, then answer", "system in the middle", "answer last"])  # fmt: skip
+def test_chats_as_servers_meet_them_are_rendered_as_by_the_chat_template(style: str, chat: Any) -> None:
+    assert blocks_of(style).render(chat) == template_of(style).render(tuple(chat), opens=True)
+
+
+def test_a_system_message_inside_the_user_message_stays_there_when_the_first_turn_was_dropped() -> None:
+    """By hand; the blocks of Llama 2 are closed also where the template itself has no right text."""
+    blocks = blocks_of("llama2")
+    system = "<<SYS>>\nBe kind.\n<</SYS>>\n\n"
+    assert blocks.render([TELL, ASK]) == f"<s>[INST] {system}Hi {{there}} [/INST]"
+    assert blocks.render([TELL, SAY, ON]) == f" Ho! </s><s>[INST] {system}So? [/INST]"
+    assert blocks.render([turn("system", ""), ASK]) == "<s>[INST] Hi {there} [/INST]"
+    assert (
+        blocks_of("mistral3").render([TELL, ASK, SAY, ON])
+        == "<s>[INST] Hi {there} [/INST]Ho!</s>[INST] Be kind.\n\nSo? [/INST]"
+    )
+
+
+def test_neighbours_of_one_role_are_joined_as_ollama_joins_them() -> None:
+    assert blocks_of("dialogue").render([TELL, TELL, ASK, ON]) == (
+        "Be kind.\n\nBe kind.\n\nHuman: Hi {there}\n\nSo?\n\nAssistant:"
+    )
+
+
+def test_a_default_system_prompt_begins_chats_without_one() -> None:
+    blocks, default = blocks_of("qwen"), "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    assert blocks.render([SAY, ON]).startswith(default + "<|im_start|>assistant\nHo!")
+    assert default not in blocks.render([TELL, SAY, ON])
+
+
+def test_what_a_go_template_or_a_modelfile_would_read_otherwise_is_written_as_strings() -> None:
+    go = blocks_of("hostile").go_template()
+    start = go[: go.index("{{ .Content }}")]
+    assert start.removeprefix('{{ range .Messages }}{{ if eq .Role "system" }}') == (
+        '{{ "{{" }} {{ "\\"\\"\\"" }} }}{{ "\\U00003000" }}\U0001f600 {system{\n- '
+    )
+
+
+@pytest.mark.parametrize(("style", "lines"), [
+    ("chatml", [f"Ollama's prompt is not the chat template's for: {JOINED}"]),
+    ("llama3", [f"Ollama's prompt is not the chat template's for: {TRIMMED}, {JOINED}"]),
+    ("mistral", ["refused by the chat template and answered by Ollama: an empty system message, "
+                 f"a system message in the middle, {DROPPED}, {JOINED}, a system message (Ollama leaves it out)"]),
+    ("gemma3", [f"Ollama's prompt is not the chat template's for: {TRIMMED}",
+                f"refused by the chat template and answered by Ollama: a system message in the middle, {DROPPED}, {JOINED}"]),
+    ("dialogue", [f"Ollama's prompt is not the chat template's for: an answer last, {JOINED}"]),
+])  # fmt: skip
+def test_what_cannot_be_matched_is_told(style: str, lines: list[str]) -> None:
+    assert told(style) == lines
+
+
+def test_thoughts_that_ollama_does_not_cut_are_told() -> None:
+    cut = "thoughts in an earlier answer (Ollama cannot cut them out)"
+    assert told("qwen3") == [f"Ollama's prompt is not the chat template's for: {JOINED}, {cut}"]
+    assert told("qwen3", cuts_thoughts=True) == [f"Ollama's prompt is not the chat template's for: {JOINED}"]
+    # and where Ollama cuts what the chat template keeps
+    assert cut in told("chatml", cuts_thoughts=True)[0]
+
+
+def test_the_date_of_the_export_is_told() -> None:
+    assert "another day (TEMPLATE has the date of the export)" in told("llama3-dated")[0]
+
+
+def test_a_bos_that_only_llama_cpp_writes_is_told() -> None:
+    """Llama 2 writes BOS before user messages only, so that a chat that begins with an answer has none there."""
+    assert DROPPED in told("llama2", adds_bos=True)[0]
+
+
+@pytest.mark.parametrize("template", [
+    STYLES["llama3"].replace("{{ bos_token }}", "{{ bos_token }}{{ messages | length }}"),
+    "{{ messages[-1]['content'] }}",
+])  # fmt: skip
+def test_templates_without_blocks_are_refused(template: str) -> None:
+    tokenizer = styled("chatml")
+    tokenizer.chat_template = template
+    with pytest.raises(RowError, match=r"messages would be|are not found once each"):
+        checked_blocks(Template(tokenizer, DataSection(train="-", template="chat")), "<s>", adds_bos=False)
 
 
 def test_the_modelfile_of_the_quickstart_writes_the_bos_that_no_tokenizer_adds() -> None:
-    lines = modelfile(BASE, "x.gguf").splitlines()
+    text, told = modelfile(BASE, "x.gguf")
+    lines = text.splitlines()
     assert lines[0] == "FROM ./x.gguf"
-    assert lines[1].startswith('TEMPLATE """') and "{{ if eq $i 0 }}<bos><|user|>{{" in lines[1]
-    assert lines[2:] == ['PARAMETER stop "<|end|>"']
+    assert lines[1] == f"# Ollama's prompt is not the chat template's for: {JOINED}" and lines[1][2:] in told[0]
+    assert lines[2].startswith('TEMPLATE """') and "{{ if $first }}<bos>{{ end }}<|user|>{{" in lines[2]
+    assert lines[3:] == ['PARAMETER stop "<|end|>"']
 
 
-def test_bos_is_left_to_llama_cpp_where_the_tokenizer_adds_it(make_tokenizer: Any) -> None:
-    tokenizer = make_tokenizer(LLAMA_3)
-    assert "<s>" not in ChatForm(tokenizer, strips_bos=True).go_template()
-    assert ChatForm(tokenizer, strips_bos=False).go_template().count("<s>") == 2  # with and without a system message
+@pytest.fixture
+def model(tiny_base: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny base, whose template a test replaces."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "model"))
 
 
-def test_a_model_without_chat_template_gets_the_prompt_as_it_is(tiny_base: Path, tmp_path: Path) -> None:
-    model = tmp_path / "plain"
-    shutil.copytree(tiny_base, model)
+def test_a_model_without_chat_template_gets_the_prompt_as_it_is(model: Path) -> None:
     (model / "chat_template.jinja").unlink()
-    assert modelfile(model, "x.gguf") == 'FROM ./x.gguf\nTEMPLATE {{ .Prompt }}\nPARAMETER stop "<|im_end|>"\n'
+    assert modelfile(model, "x.gguf") == ('FROM ./x.gguf\nTEMPLATE {{ .Prompt }}\nPARAMETER stop "<|im_end|>"\n', [])
 
 
-def test_a_template_without_system_messages_says_so(tiny_base: Path, tmp_path: Path) -> None:
-    model = tmp_path / "mistral"
-    shutil.copytree(tiny_base, model)
-    (model / "chat_template.jinja").write_text(MISTRAL, encoding="utf-8")
-    text = modelfile(model, "x.gguf")
-    assert "# The chat template takes no system message" in text
-    messages = [SYSTEM, *TURNS[:1]]
-    assert run_go_template(text.split('TEMPLATE """')[1].split('"""')[0], messages) == "[INST] Hi {there} [/INST]"
+def test_a_template_without_blocks_is_left_to_an_ollama_that_runs_it(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(STYLES["chatml"] + "{{ messages | length }}", encoding="utf-8")
+    text, told = modelfile(model, "x.gguf")
+    assert text == (
+        "FROM ./x.gguf\n"
+        "# Needs Ollama 0.30, which runs the chat template of the GGUF file; older ones send bare prompts.\n"
+        '# Where `ollama create` says "autodetected template", start the server with OLLAMA_GO_TEMPLATE=0.\n'
+        'REQUIRES 0.30.0\nPARAMETER stop "<|im_end|>"\n'
+    )
+    assert len(told) == 1 and told[0].startswith("no TEMPLATE in the Modelfile: the chat template cannot be written")
+    assert "take Ollama 0.30 or newer" in told[0]
+
+
+def test_thoughts_are_known_to_be_cut_for_a_qwen3(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(STYLES["qwen3"], encoding="utf-8")
+    assert "thoughts" in modelfile(model, "x.gguf")[1][0]
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}), encoding="utf-8")
+    assert "thoughts" not in modelfile(model, "x.gguf")[1][0]
 
 
 @pytest.mark.real
 def test_the_text_of_the_next_turn_stops_a_model_whose_turns_have_no_end_token(shared: Path) -> None:
-    text = modelfile(shared / "models" / "hh-dialogue-4m", "x.gguf")
+    text, _ = modelfile(shared / "models" / "hh-dialogue-4m", "x.gguf")
     assert text.endswith('PARAMETER stop "<|endoftext|>"\nPARAMETER stop """\n\nHuman:"""\n')

@@ -83,4 +83,4 @@ def test_the_template_and_its_arguments_go_into_run_merged_model_gguf_and_modelf
         assert text.endswith("Be kind. <|im_start|>user\nHi<|im_end|>\n")
     size = json.loads((merged / "config.json").read_text())["vocab_size"]
     assert "Be kind. " in (Vocabulary(merged, size).chat_template or "")
-    assert "Be kind. <|im_start|>user" in modelfile(merged, "x.gguf")
+    assert "Be kind. {{ end }}<|im_start|>user" in modelfile(merged, "x.gguf")[0]

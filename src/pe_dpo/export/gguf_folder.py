@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from pe_dpo.errors import ModelError, UsageError
+from pe_dpo.errors import ModelError
 from pe_dpo.export.gguf_file import GgufFacts, Kind, load_gguf, write_gguf
 from pe_dpo.export.golden import (
     NEAR_TIE,
@@ -52,10 +52,9 @@ def export_gguf(
     with staged(output) as folder:
         facts = write_gguf(model, folder / f"{output.absolute().name}.gguf", kind=kind)
         remarks = list(facts.remarks)
-        try:
-            (folder / "Modelfile").write_text(modelfile(model, facts.path.name), encoding="utf-8")
-        except UsageError as error:  # a Modelfile without TEMPLATE would be worse than none: Ollama would guess one
-            remarks.append(f"no Modelfile: {error}")
+        text, told = modelfile(model, facts.path.name)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        remarks += told
         verdict = _check(model, facts, prompts, is_checked=is_checked)
         # Transformers, reading the tokenizer back, does not know all that llama.cpp does.
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=facts.path.name, trust_remote_code=False)
