@@ -135,6 +135,19 @@ def test_a_push_takes_the_export_or_else_the_model(tmp_path: Path, monkeypatch: 
     assert (pushed[0][0] / "README.md").read_bytes() == (BASE / "README.md").read_bytes()
 
 
+def test_a_run_is_pushed_and_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapter is; a GGUF file is made of a whole model."""
+    pushed: list[Path] = []
+    hub = types.SimpleNamespace(push_folder=lambda folder, *_, **__: pushed.append(folder) or "there", check_access=str)
+    monkeypatch.setitem(sys.modules, "pe_dpo.export.push", hub)
+    for name in ("run.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    assert "there" in run(tmp_path, "--push", "me/mine") and pushed == [tmp_path]
+    with pytest.raises(UsageError, match="is a run, not a whole model; merge it first"):
+        run(tmp_path, "-o", tmp_path / "out", "--gguf", "bf16", "--push", "me/mine")
+    assert pushed == [tmp_path]
+
+
 def test_a_push_without_a_model_card_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(BASE, model, ignore=shutil.ignore_patterns("README.md"))

@@ -7,6 +7,7 @@ Git LFS's batch with a plain PUT. The hub's own protocol for large files (Xet) i
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -19,6 +20,9 @@ from safetensors.torch import save_file
 
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.export.push import check_access, push_folder
+from pe_dpo.merging.merge import merge
+from pe_dpo.runs.run import Run
+from pe_dpo.training.train import train
 
 NAME = "org/my-model"
 # huggingface_hub 2.4 hands its HTTP client a file in a way that the client has deprecated.
@@ -164,11 +168,11 @@ def model(tmp_path):
         "config.json": "{}",
         "tokenizer.json": '{"é": 1}',
         "reference/adapter_config.json": "{}",
-        "recipe.yaml": "loss: {}\n",
     }
     stays = [".lock", ".staging/x", "checkpoint-32/optimizer.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "a.partial",
              "runs/events.out.tfevents.1", "eval_pairs.parquet", "metrics.jsonl", "reference/.hidden",
-             "training_args.bin"]  # fmt: skip
+             "training_args.bin", "recipe.yaml", "generations.parquet", "snapshots/step-000004/generations.parquet",
+             "scaled/a-0.5/evaluation.json"]  # fmt: skip
     for name, text in {**belongs, **dict.fromkeys(stays, "stays here")}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
@@ -176,7 +180,7 @@ def model(tmp_path):
     return folder
 
 
-BELONGS = ["README.md", "config.json", "model.safetensors", "recipe.yaml", "reference/adapter_config.json", "tokenizer.json"]
+BELONGS = ["README.md", "config.json", "model.safetensors", "reference/adapter_config.json", "tokenizer.json"]
 
 
 def test_a_folder_arrives_byte_for_byte_in_a_private_repository(hub, model, logged):
@@ -186,8 +190,8 @@ def test_a_folder_arrives_byte_for_byte_in_a_private_repository(hub, model, logg
     there = hub.repositories[NAME]
     assert there["private"]
     assert there["files"] == {name: (model / name).read_bytes() for name in BELONGS}
-    assert logged[0].startswith(f"{model}: 6 files, 0.0 MB, to {NAME}")
-    assert logged[1].startswith("stays here: .lock, .staging, a.partial, checkpoint-32, eval_pairs.parquet, metrics.jsonl")
+    assert logged[0].startswith(f"{model}: 5 files, 0.0 MB, to {NAME}")
+    assert logged[1].startswith("stays here: .lock, .staging, a.partial, checkpoint-32, eval_pairs.parquet, generations.parq")
 
 
 @pytest.mark.filterwarnings(LFS_UPLOAD)
@@ -238,7 +242,7 @@ def test_the_token_is_sent_and_nobody_else_s(hub, model):
 
 def test_a_file_that_did_not_arrive_is_told(hub, model):
     hub.ignored = {"config.json"}
-    with pytest.raises(ModelError, match=r"1 of 6 files did not arrive whole \(config\.json\): a \.gitignore"):
+    with pytest.raises(ModelError, match=r"1 of 5 files did not arrive whole \(config\.json\): a \.gitignore"):
         push_folder(model, NAME, endpoint=hub.url)
 
 
@@ -317,12 +321,111 @@ def test_a_folder_that_is_not_there_is_named(hub, tmp_path):
         push_folder(tmp_path / "nowhere", NAME, endpoint=hub.url)
 
 
-def test_an_adapter_whose_base_is_a_path_is_pushed_with_a_warning(hub, tmp_path, logged):
+def test_an_adapter_whose_base_is_a_path_is_pushed_without_it_and_with_a_warning(hub, tmp_path, logged):
     (tmp_path / "README.md").write_text("# An adapter")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/me/base"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/me/base", "r": 4}))
     save_file({"w": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     push_folder(tmp_path, NAME, endpoint=hub.url)
     assert any("names the base by a path on this machine (/home/me/base)" in line for line in logged)
+    there = hub.repositories[NAME]["files"]
+    assert json.loads(there["adapter_config.json"]) == {"base_model_name_or_path": None, "r": 4}
+    assert set(there) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+SECRET = "Number 27, what is the secret of the marmots?"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_recipe, tiny_pairs, tmp_path_factory):
+    """A run of two steps with all that one leaves; one of its held-out pairs is planted."""
+    place = tmp_path_factory.mktemp("home")
+    pairs = shutil.copytree(tiny_pairs, place / "pairs")
+    with (pairs / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": SECRET, "chosen": "It is warm.", "rejected": "Who cares."}) + "\n")
+    recipe = tiny_recipe(place / "run", "model.quantize=nf4", "train.max_steps=1", "data.max_length=128", f"data.train={pairs}")
+    folder = train(recipe).folder
+    for name in ("generations.parquet", "snapshots/step-000001/generations.parquet", "scaled/a-0.5/eval_pairs.parquet",
+                 "report.html", "of a later version.json"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(SECRET)
+    return folder
+
+
+RUN_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "base.json", "chat_template.jinja",
+             "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+
+
+def test_of_a_run_only_the_adapter_tokenizer_card_and_base_are_sent(hub, run, tiny_base, logged):
+    """No pair, no sampled answer, no path: not in a file, and not in the name of one."""
+    at_home = {path.relative_to(run).parts[0] for path in run.rglob("*")} - set(RUN_FILES)
+    assert at_home >= {"eval_pairs.parquet", "generations.parquet", "snapshots", "scaled", "recipe.yaml", "run.json",
+                       "checkpoint-1", "metrics.jsonl", "data_report.json"}  # fmt: skip
+    assert any(SECRET in prompt for prompt in Run(run).pairs().prompt)
+    push_folder(run, NAME, endpoint=hub.url)
+    there = hub.repositories[NAME]["files"]
+    assert sorted(there) == RUN_FILES
+    for name, content in there.items():
+        assert SECRET.encode() not in content, name
+        assert not [place for place in (run.parent, tiny_base.parent) if str(place).encode() in content], name
+    assert there["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
+    assert json.loads(there["adapter_config.json"])["base_model_name_or_path"] is None
+    base = json.loads((run / "base.json").read_text())
+    assert json.loads(there["base.json"]) == {**base, "id": tiny_base.name, "is_local": True}
+    card = there["README.md"].decode()
+    for line in ("model = PeftModel.from_pretrained(base, ", "tokenizer = AutoTokenizer.from_pretrained("):
+        assert f"{line}'{NAME}')" in card
+    assert any(line.startswith("stays here: ") and "generations.parquet, metrics.jsonl" in line for line in logged)
+
+
+def test_what_was_pushed_of_a_run_is_merged_where_its_base_lies(hub, run, tiny_base, tmp_path):
+    push_folder(run, NAME, endpoint=hub.url)
+    (tmp_path / "there").mkdir()
+    for name, content in hub.repositories[NAME]["files"].items():
+        (tmp_path / "there" / name).write_bytes(content)
+    merged = [
+        merge(folder, tmp_path / f"of-{folder.name}", base=str(tiny_base), pairs=0) for folder in (tmp_path / "there", run)
+    ]
+    weights = [(verdict.folder / "model.safetensors").read_bytes() for verdict in merged]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("card", ["# Mine\n\nBase: `{home}/base`.\n", "# Of another version\n", None])
+def test_a_run_s_card_that_is_not_fit_to_be_sent_is_written_anew(hub, run, tmp_path, card, logged):
+    copy = shutil.copytree(run, tmp_path / "run")
+    if card is None:
+        (copy / "README.md").unlink()
+    else:
+        (copy / "README.md").write_text(card.format(home=tmp_path))
+    push_folder(copy, NAME, endpoint=hub.url)
+    sent = hub.repositories[NAME]["files"]["README.md"].decode()
+    assert "PeftModel.from_pretrained(base, " in sent and str(tmp_path) not in sent
+    assert any(line.startswith("README.md is written anew") for line in logged)
+
+
+def test_a_card_that_a_person_has_changed_is_sent_as_it_is(hub, run, tmp_path):
+    copy, words = shutil.copytree(run, tmp_path / "run"), "\nSee /usr/bin/env and https://huggingface.co/tmp/me.\n"
+    with (copy / "README.md").open("a") as file:
+        file.write(words)
+    push_folder(copy, NAME, endpoint=hub.url)
+    assert hub.repositories[NAME]["files"]["README.md"].decode().endswith(words)
+
+
+@pytest.mark.parametrize("file", ["README.md", "config.json"])
+def test_a_path_of_this_machine_is_refused_with_its_line(hub, model, tmp_path, file):
+    (model / file).write_text(f'{{"a":\n"base {tmp_path}/base"}}')
+    first = "/".join(tmp_path.parts[1:3])
+    with pytest.raises(UsageError, match=rf"^{file}:2: names a path of this machine \(/{first}/…\); write what others know"):
+        push_folder(model, NAME, endpoint=hub.url)
+    assert hub.tokens == set()
+
+
+def test_an_adapter_on_experts_in_four_bits_is_not_pushed(hub, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    base = json.loads((copy / "base.json").read_text())
+    (copy / "base.json").write_text(json.dumps(base | {"quantized_layers": ["model.layers.0.mlp.experts.up_proj"]}))
+    with pytest.raises(ModelError, match=r"run: experts were trained on in 4 bits, as no server .* loads them; merge"):
+        push_folder(copy, NAME, endpoint=hub.url)
+    assert hub.tokens == set()
 
 
 def test_a_gguf_export_is_pushed(hub, tmp_path):

@@ -15,7 +15,9 @@ KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0")
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A whole model on disk, as `pe-dpo merge` writes it; a base for --plain.")],
+    model: Annotated[
+        Path, typer.Argument(help="A whole model on disk, as `pe-dpo merge` writes it; a base for --plain; a run to --push.")
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A new or empty folder for the export.")] = None,
     gguf: Annotated[str | None, typer.Option(help="Write a GGUF file: f16, bf16, q8_0, q4_0 or f32.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts or pairs; default: five short questions.")] = None,
@@ -26,7 +28,9 @@ def export(
         bool,
         typer.Option("--plain", help="Write a base of fp8, MXFP4 or 4-bit codes, or .bin files, as plain safetensors."),
     ] = False,
-    push: Annotated[str | None, typer.Option(help="Push the export, or without --gguf MODEL itself, to ORG/NAME.")] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Push the export, or without --gguf MODEL itself, to ORG/NAME; of a run its adapter.")
+    ] = None,
 ) -> None:
     """Write a model as GGUF with an Ollama Modelfile and golden prompts, checked by reading it back; or push it."""
     if plain:
@@ -72,7 +76,7 @@ def _check_request(model: Path, output: Path | None, gguf: str | None, prompts: 
     if not model.is_dir():
         raise UsageError(f"{model}: no such folder; name a model on disk")
     for name, what in (("run.json", "a run"), ("adapter_config.json", "an adapter")):
-        if (model / name).is_file():
+        if (model / name).is_file() and (push is None or gguf is not None):
             raise UsageError(
                 f"{model}: is {what}, not a whole model; merge it first: pe-dpo merge {shlex.quote(str(model))} -o MODEL"
             )
@@ -84,7 +88,7 @@ def _check_request(model: Path, output: Path | None, gguf: str | None, prompts: 
         raise UsageError("--gguf and -o FOLDER go together: the one says what to write, the other where")
     if prompts is not None and not prompts.is_file():
         raise UsageError(f"--prompts {prompts}: no such file")
-    if push is not None and not (model / "README.md").is_file():
+    if push is not None and not (model / "README.md").is_file() and not (model / "run.json").is_file():
         raise UsageError(f"{model / 'README.md'}: is missing; a push needs a model card, and an export takes the model's")
 
 

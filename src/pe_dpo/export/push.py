@@ -3,17 +3,19 @@
 check name, folder, card, token  →  create or find the repository  →  is it as private as asked?  →  upload  →  all there?
 """
 
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pe_dpo.errors import ModelError, PeDpoError, UsageError
+from pe_dpo.export.public_adapter import check_no_local_paths, is_adapter, write_public_adapter
 from pe_dpo.hub import is_hub_name
 from pe_dpo.model.tensor_files import TensorFiles
+from pe_dpo.runs.files import RUN_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +23,18 @@ HIDDEN = (".*", "*/.*")
 NOT_FINISHED = ("checkpoint-*", "*/checkpoint-*", "*.partial", "*.lock", "*.tmp")
 FOR_TRAINING = ("*optimizer*.pt", "*optimizer*.bin", "*scheduler.pt", "*rng_state*", "*scaler.pt", "*training_args.bin",
                 "*trainer_state.json", "runs/*", "*tfevents*", "*__pycache__*")  # fmt: skip
-ABOUT_THE_DATA = ("eval_pairs.parquet", "data_report.json", "metrics.jsonl")
+ABOUT_THE_DATA = (
+    "*.parquet",
+    "data_report.json",
+    "metrics.jsonl",
+    "evaluation.json",
+    "run.json",
+    "recipe.yaml",
+    "snapshots/*",
+    "scaled/*",
+)
 LEFT_OUT = (*HIDDEN, *NOT_FINISHED, *FOR_TRAINING, *ABOUT_THE_DATA)
-"""Patterns of what stays here; `*` also stands for slashes."""
+"""Patterns of what stays here of a model or an export; `*` also stands for slashes. Of an adapter: see `public_adapter`."""
 
 
 def check_access(name: str) -> str:
@@ -53,34 +64,48 @@ def check_access(name: str) -> str:
 
 
 def push_folder(folder: Path, name: str, *, private: bool = True, endpoint: str | None = None) -> str:
-    """Upload a merged model, an adapter or an export to the hub, and return its address.
+    """Upload a merged model, a run's adapter, any other adapter or an export to the hub, and return its address.
 
     Args:
-        folder: finished, with a README.md; what `LEFT_OUT` names stays here.
+        folder: finished, with a README.md. Of a model and an export what `LEFT_OUT` names stays here; of a run or an adapter
+            all that is not adapter, tokenizer, card and base.json.
         name: ORG/NAME; made if it is not there.
         private: whether only its owners may see it. A repository that is there keeps what it is.
         endpoint: of another hub.
 
     Raises:
-        UsageError: bad name, no token, nothing to push, no card, no right to write there, or the repository is public and a
-            private one was asked for.
+        UsageError: bad name, no token, nothing to push, no card, a path of this machine in it, no right to write there, or the
+            repository is public and a private one was asked for.
         ModelError: files of the model are missing, the hub failed, or not everything arrived.
     """
     from huggingface_hub import HfApi
 
     token = check_access(name)
     _check_folder(folder)
-    sizes, left_out = dict[str, int](), set[str]()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        inside = path.relative_to(folder)
-        if any(fnmatch(inside.as_posix(), pattern) for pattern in LEFT_OUT):
-            left_out.add(inside.parts[0])
+    with ExitStack() as stack:
+        if is_adapter(folder):
+            sent = Path(stack.enter_context(TemporaryDirectory()))
+            left_out = write_public_adapter(folder, sent, name=name)
         else:
-            sizes[inside.as_posix()] = path.stat().st_size
-    logger.info(f"{folder}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, to {name}")
-    if left_out:
-        logger.info(f"stays here: {', '.join(sorted(left_out))}")
-    api = HfApi(endpoint=endpoint, token=token)
+            sent = folder
+            files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+            left_out = sorted({file.parts[0] for file in files if _stays(file)})
+        files = sorted(path.relative_to(sent) for path in sent.rglob("*") if path.is_file())
+        sizes = {file.as_posix(): (sent / file).stat().st_size for file in files if not _stays(file)}
+        check_no_local_paths(sent, list(sizes))
+        logger.info(f"{folder}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, to {name}: {', '.join(sizes)}")
+        if left_out:
+            logger.info(f"stays here: {', '.join(left_out)}")
+        return _upload(sent, name, sizes, private=private, api=HfApi(endpoint=endpoint, token=token))
+
+
+def _stays(file: Path) -> bool:
+    """Whether a file of a folder is not sent."""
+    return any(fnmatch(file.as_posix(), pattern) for pattern in LEFT_OUT)
+
+
+def _upload(folder: Path, name: str, sizes: Mapping[str, int], *, private: bool, api: Any) -> str:
+    """Send a folder, and check that all of it arrived; return its address."""
     with _hub_errors(name):
         api.whoami()
         api.create_repo(name, private=private, exist_ok=True)
@@ -106,27 +131,17 @@ def push_folder(folder: Path, name: str, *, private: bool = True, endpoint: str 
 
 
 def _check_folder(folder: Path) -> None:
-    """Check that a folder holds something whole to push, with a card; warn of a base that others cannot find."""
+    """Check that a folder holds something whole to push, with a card, which a run can be given anew."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; name a merged model, an adapter or an export")
-    config = folder / "adapter_config.json"
     is_model = (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
-    is_adapter = config.is_file() and (folder / "adapter_model.safetensors").is_file()
-    if not (is_model or is_adapter or any(folder.glob("*.gguf"))):
+    if not (is_model or is_adapter(folder) or any(folder.glob("*.gguf"))):
         raise UsageError(f"{folder}: holds neither a model, an adapter (safetensors) nor a GGUF file; nothing to push")
     if is_model:
         TensorFiles(folder)  # all shards are there
     card = folder / "README.md"
-    if not card.is_file() or not card.read_text(encoding="utf-8").strip():
+    if not (folder / RUN_FILE).is_file() and (not card.is_file() or not card.read_text(encoding="utf-8").strip()):
         raise UsageError(f"{card}: is missing or empty; others must read what this is and how it was made: write a model card")
-    if config.is_file():
-        try:
-            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (ValueError, AttributeError) as error:
-            raise ModelError(f"{config}: cannot be read: {error}") from error
-        if base and (Path(base).exists() or not is_hub_name(base)):
-            what = f"{config.name} names the base by a path on this machine ({base}), which nobody else has"
-            logger.warning(f"{what}; write its hub id")
 
 
 @contextmanager
