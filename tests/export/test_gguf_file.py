@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_models import byte_level, save_random_model, save_tokenizer, sentence_piece, with_words
 
 import pe_dpo
 from pe_dpo.errors import ModelError, UsageError
@@ -34,75 +35,21 @@ TEXTS = [
 ]
 UNSPACED = [text for text in TEXTS if not text.startswith(" ")]
 """transformers 5.23 reads every tokenizer of model "llama" as Metaspace, which puts no space before a space; llama.cpp does."""
-CORPUS = ["the quick brown fox don't jump over 1234 lazy dogs\n\n", "hello world, it's me again and again", "日本 héllo 🚀"] * 4
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 @pytest.fixture(scope="module")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A random model of a family with a byte-level tokenizer, grouped queries and heads that are not hidden size / heads."""
+    """A random model of a family with a byte-level tokenizer."""
 
-    def make(family: str, *, shard: str = "1GB", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
+    def make(family: str, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp(family) / "model"
         bos = {} if family.startswith("qwen") else {"bos_token": "<s>"}
         save_tokenizer(folder, byte_level(QWEN_2 if family.startswith("qwen") else None), **bos)
-        settings = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
-        settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-        settings |= {"initializer_range": 0.2}
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**settings, "tie_word_embeddings": False, **changes})
-        model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms begin at one and biases at zero, which would hide a mix-up
-                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
-        model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+        save_random_model(folder, family, **changes)
         return folder
 
     return make
-
-
-def byte_level(pattern: str | None, *, ignores_merges: bool = False, digits: bool = False) -> Any:
-    """A trained byte-level BPE with a pre-tokenizer of one pattern, or GPT-2's."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
-    from tokenizers import pre_tokenizers as pre
-
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignores_merges))
-    first = [pre.Split(Regex(pattern), "isolated")] if pattern else [pre.Digits(True)] if digits else []
-    steps = [*first, pre.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
-    tokenizer.pre_tokenizer = pre.Sequence(steps) if first else steps[0]
-    tokenizer.decoder = decoders.ByteLevel()
-    if pattern == QWEN_2:
-        tokenizer.normalizer = normalizers.NFC()
-    trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def save_tokenizer(folder: Path, tokenizer: Any, **tokens: str) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", **tokens)
-    fast.save_pretrained(folder)
-
-
-def sentence_piece(folder: Path, *, prepend: bool = True) -> None:
-    """A byte-fallback BPE as converted from SentencePiece: every way to build a token is a merge, ordered by the token."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    words = ["▁t", "he", "▁the", "ll", "llo", "hello", "▁hello", "▁▁", "ow", "▁w", "or", "ld", "▁wor", "▁world", "in", "an"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
-    tokens += sorted(set("▁" + "".join(words) + ".,"))
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [
-        (word[:cut], word[cut:]) for word in words for cut in range(1, len(word)) if {word[:cut], word[cut:]} <= vocab.keys()
-    ]
-    bpe = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    steps = ([normalizers.Prepend("▁")] if prepend else []) + [normalizers.Replace(" ", "▁")]
-    bpe.normalizer = normalizers.Sequence(steps) if prepend else steps[0]
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    save_tokenizer(folder, bpe, bos_token="<s>", unk_token="<unk>")
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -137,10 +84,10 @@ def test_a_16_bit_model_reads_back_with_equal_logits(
     assert torch.equal(logits_of(load_gguf(facts.path, model)), logits_of(original(model)))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_biases_of_attention_and_mlp_are_kept(make_model: Callable, tmp_path: Path, family: str) -> None:
-    biases = {} if family == "qwen2" else {"attention_bias": True}
-    model = make_model(family, **biases, **({"mlp_bias": True} if family == "llama" else {}))
+    biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
+    model = make_model(family, **biases)
     facts = write_gguf(model, tmp_path / "model.gguf", kind="f32")
     assert torch.equal(logits_of(load_gguf(facts.path, model)), logits_of(original(model)))
 
@@ -357,7 +304,7 @@ def test_rows_that_are_no_blocks_fall_back_to_half_precision(make_model: Callabl
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(facts.path).tensors}
     assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_up.weight"] == "Q4_0"
     assert types["token_embd.weight"] == "Q8_0" and types["blk.0.attn_q.bias"] == types["blk.0.attn_norm.weight"] == "F32"
-    assert facts.remarks == ("2 tensors are f16, their rows do not divide into blocks of 32: blk.0.ffn_down.weight, …",)
+    assert facts.remarks[-1] == "2 tensors are f16, their rows do not divide into blocks of 32: blk.0.ffn_down.weight, …"
 
 
 def test_progress_counts_the_tensors(tmp_path: Path) -> None:
@@ -386,6 +333,35 @@ def test_other_models_are_refused_with_the_command_that_converts_them(
         write_gguf(model, tmp_path / "model.gguf", kind="f16")
     assert f"python convert_hf_to_gguf.py {model} --outfile other-f16.gguf --outtype f16" in str(refusal.value)
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen2", {"head_dim": 32}, "its 4 heads of 32 are not its hidden size, 64, and llama.cpp does not load a qwen2"),
+        ("qwen3", {"attention_bias": True}, "its attention has biases, and llama.cpp does not load a qwen3"),
+    ],
+)
+def test_shapes_that_llama_cpp_does_not_load_are_refused_before_writing(
+    make_model: Callable, tmp_path: Path, family: str, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words) as refusal:
+        write_gguf(make_model(family, **changes), tmp_path / "model.gguf", kind="f16")
+    assert "convert_hf_to_gguf" not in str(refusal.value) and "vLLM" in str(refusal.value)
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_what_llama_cpp_reads_as_other_tokens_is_named(tmp_path: Path) -> None:
+    """Of the words that llama.cpp makes special, one that the tokenizer has as an ordinary token and never gives."""
+    tokenizer = byte_level(QWEN_2)
+    save_tokenizer(tmp_path, tokenizer, eos="<|end|>")
+    with_words(tmp_path, ["</s>", "[EOT]", "</div>"])
+    remarks = Vocabulary(tmp_path, 400).remarks
+    assert len(remarks) == 2
+    assert remarks[0].startswith("its tokenizer normalizes text (NFC) and llama.cpp does not")
+    assert remarks[1].startswith("llama.cpp takes </s>, [EOT] in a text for one special token")
+    save_tokenizer(tmp_path, byte_level(None))
+    assert Vocabulary(tmp_path, 400).remarks == []
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
     header | metadata: architecture, RoPE, tokenizer, chat template | table of tensors | tensors, each read, cast, written
 
-Only families whose conversion was checked tensor by tensor are written: Llama, Mistral, Qwen2 and Qwen3. Memory is
-that of a few copies of the largest tensor.
+Only what llama.cpp was seen to load and to compute is written (`tests/engines/test_llama_cpp.py`): Llama, Mistral, Qwen2 and
+Qwen3. Memory is that of a few copies of the largest tensor.
 
 Source: the layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names, and what is permuted, follow llama.cpp's
 converter (conversion/llama.py and conversion/qwen.py, August 2026).
@@ -142,6 +142,7 @@ def _read_config(model: Path) -> Any:
         raise UsageError(f"{model}: its weights are quantized; export the merged model in 16 bits instead")
     if config.hidden_act != "silu":
         raise refuse(model, f"its activation is {config.hidden_act}, not silu")
+    _check_is_loaded(model, config)
     if config.model_type.startswith("qwen") and getattr(config, "use_sliding_window", False):
         raise refuse(model, "some of its layers attend to a sliding window")
     if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
@@ -157,6 +158,25 @@ def _read_config(model: Path) -> Any:
     if kind == "yarn" and extras:
         raise refuse(model, f"its RoPE is yarn with {', '.join(sorted(extras))}")
     return config
+
+
+def _check_is_loaded(model: Path, config: Any) -> None:
+    """Check that llama.cpp loads the shape of a model.
+
+    Its qwen2 has heads of hidden size / heads, and its qwen3 no bias behind the attention.
+    """
+    unreadable = None
+    if config.model_type == "qwen2" and _head_size(config) * config.num_attention_heads != config.hidden_size:
+        unreadable = (
+            f"its {config.num_attention_heads} heads of {_head_size(config)} are not its hidden size, {config.hidden_size}"
+        )
+    if config.model_type == "qwen3" and config.attention_bias:
+        unreadable = "its attention has biases"
+    if unreadable is not None:
+        raise UsageError(
+            f"{model}: {unreadable}, and llama.cpp does not load a {config.model_type} of this kind, whoever converts it; "
+            "serve the model itself, with vLLM or `transformers serve`"
+        )
 
 
 def _head_size(config: Any) -> int:

@@ -45,6 +45,32 @@ _APPROXIMATE = {
     "middle may be split differently there",
 }
 
+TAKEN_FOR_CONTROL = {
+    *(
+        "</s>",
+        "<eos>",
+        "[EOS]",
+        "[EOT]",
+        "<EOT>",
+        "_<EOT>",
+        "[PAD]",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|end|>",
+    ),
+    *("<|ifm|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>"),
+    *("<turn|>", "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<PRE>", "▁<PRE>", "<SUF>", "<MID>", "<PAD>"),
+    *("<REPO>", "<reponame>", "<|repo_name|>", "<|file_sep|>", "<|plamo:file_separator|>"),
+    *("<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜fim▁hole｜>"),
+    *(f"<fim-{part}>" for part in ("prefix", "suffix", "middle", "pad", "repo")),
+    *(f"<fim_{part}>" for part in ("prefix", "suffix", "middle", "pad")),
+    *(f"<|fim_{part}|>" for part in ("prefix", "suffix", "middle", "pad", "repo")),
+    *(f"<|{kind}{part}|>" for kind in ("", "code_", "plamo:fim_") for part in ("prefix", "suffix", "middle")),
+}
+"""Spellings that make a token a special one in llama.cpp whatever its type in the file; of some 2,700 strings that look like
+it, these were seen to be loaded so (b11549)."""
+
 _MORE_SPACES = (
     "llama.cpp puts a space before every text and behind special tokens, this tokenizer not before a space or not behind "
     "special tokens; compare the prompt ids of golden_prompts.jsonl with the server's /tokenize"
@@ -90,6 +116,7 @@ class Vocabulary:
         words = "these added tokens take the space around them or need whole words, which llama.cpp does not know: "
         self.remarks = [words + ", ".join(odd)] if odd else []
         """What differs from the model, or will in llama.cpp."""
+        self.remarks += self._unlike_texts()
         pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in bpe["merges"]]  # old files: texts
         self.model: Literal["gpt2", "llama"] = "llama" if bpe.get("byte_fallback") else "gpt2"
         if self.model == "gpt2":
@@ -132,6 +159,29 @@ class Vocabulary:
             kinds = {index: BYTE for index, token in by_id.items() if re.fullmatch("<0x.{2}>", token, re.DOTALL)} | kinds
             kinds |= {} if self._tokenizer.unk_token_id is None else {self._tokenizer.unk_token_id: UNKNOWN}
         return tokens, [kinds.get(index, NORMAL) if index in by_id else UNUSED for index in range(size)]
+
+    def _unlike_texts(self) -> list[str]:
+        """What llama.cpp reads as other tokens: what only this tokenizer normalizes, and words that are special there alone."""
+        tokenizer, remarks = self._tokenizer, []
+
+        def ids(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        if ids("e\u0301") == ids("\u00e9"):
+            kind = (self._parts["normalizer"] or {}).get("type")
+            remarks.append(
+                f"its tokenizer normalizes text ({kind}) and llama.cpp does not: letters written as two characters, such as "
+                "e and a combining accent, are other tokens there; normalize what you send"
+            )
+        words = TAKEN_FOR_CONTROL & {token for token, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
+        special = [word for word in sorted(words) if any(tokenizer.convert_tokens_to_ids(word) not in ids(text)
+                   for text in (word, f"a{word}a", f"({word})"))]  # fmt: skip
+        if special:
+            remarks.append(
+                f"llama.cpp takes {', '.join(special)} in a text for one special token, which may end an answer; for this "
+                "tokenizer it is several tokens of text"
+            )
+        return remarks
 
     def _pre_tokenizer(self) -> str:
         """llama.cpp's name of the pre-tokenizer."""
