@@ -129,7 +129,8 @@ def test_a_scaled_adapter_is_compared_and_packaged_with_proof(pe_dpo, quantized,
 def test_onto_adapter_writes_no_model_and_says_how_to_serve_it(pe_dpo, quantized, tmp_path):
     done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--onto", "adapter")
     assert (done.code, done.err) == (0, "")
-    assert "--quantization bitsandbytes --enable-lora --max-lora-rank 16 --lora-modules tuned=" in done.out
+    assert "`pip install vllm-bnb-plugin`" in done.out.replace("\n# ", " ")
+    assert "--dtype bfloat16 --quantization bitsandbytes --enable-lora --max-lora-rank 16 --lora-modules tuned=" in done.out
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert json.loads((tmp_path / "out" / "base.json").read_text())["quantize"] == "nf4"
 

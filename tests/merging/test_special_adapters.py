@@ -204,7 +204,7 @@ def test_what_peft_loads_is_packaged_for_it(name: str, bases: dict[str, Path], t
     """Also what cannot be merged, whose refusal says so; and servers are only named where they load it."""
     wanted = make_adapter(bases["plain"], tmp_path / "adapter", **UNMERGED[name])
     with open_source(tmp_path / "adapter", base=str(bases["plain"]), quantize="none", pairs=0) as source:
-        commands, _ = package_adapter(source, tmp_path / "out")
+        (serving,), _ = package_adapter(source, tmp_path / "out")
     lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
     places = {".": tmp_path / "out", bases["plain"].name: bases["plain"]}
@@ -214,8 +214,8 @@ def test_what_peft_loads_is_packaged_for_it(name: str, bases: dict[str, Path], t
     with torch.no_grad():
         assert torch.equal(found["model"].eval()(IDS).logits, wanted)
     is_plain = name == "plain LoRA"
-    assert bool(commands) == is_plain
-    assert any("servers load plain LoRA alone" in line for line in warned) != is_plain
+    assert (serving.command is not None) == is_plain
+    assert any("vLLM cannot serve this adapter" in line for line in warned) != is_plain
 
 
 def test_an_adapter_that_took_something_out_of_its_base_is_not_packaged(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -319,10 +319,10 @@ def test_only_plain_lora_can_be_made_one_with_another(bases: dict[str, Path], tm
 def test_an_adapter_travels_with_the_recipe_of_its_base(bases: dict[str, Path], tmp_path: Path) -> None:
     make_adapter(bases["plain"], tmp_path / "adapter", r=12)
     with open_source(tmp_path / "adapter", base=str(bases["plain"]), quantize="nf4-single", pairs=0) as source:
-        commands, _ = package_adapter(source, tmp_path / "out")
+        (serving,), _ = package_adapter(source, tmp_path / "out")
     saved = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     assert saved == (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert "--max-lora-rank 16" in commands[0] and "--quantization bitsandbytes" in commands[0]
+    assert serving.command is None and "nf4 with double quantization, and training had nf4-single" in serving.remark
     lines = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
     places = {".": tmp_path / "out", bases["plain"].name: bases["plain"]}

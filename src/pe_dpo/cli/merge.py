@@ -139,19 +139,21 @@ def _show_held_out(report: dict[str, Any]) -> None:
 
 def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.merging.adapter_package import package_adapter
+    from pe_dpo.merging.servers import shell_lines
     from pe_dpo.merging.source import open_source
     from pe_dpo.runs.staging import check_free
 
     check_free(output)
     with open_source(target, **settings) as source:
-        commands, held_out = package_adapter(source, output)
+        servings, held_out = package_adapter(source, output)
     if show:
         console.say(f"adapter, tokenizer and the recipe of its base: {output}")
         if held_out is not None and held_out.shift_kept is not None:
             pairs = len(source.pairs)
             console.say(f"on {pairs} held-out pairs it keeps {held_out.shift_kept:.4f} of the preference shift of training")
-        for line in commands:
+        for line in shell_lines(servings):
             console.say(line)
+    commands = [serving.command for serving in servings if serving.command is not None]
     measured = held_out.to_dict() if held_out else None
     return {"folder": str(output), "scale": source.scale, "held_out": measured, "commands": commands}
 

@@ -6,9 +6,7 @@ Where the base is a folder here, no file names it: others do not have it.
 
 import json
 import logging
-import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,21 @@ from pe_dpo.errors import MergeRefused, ModelError
 from pe_dpo.hub import is_local, public_name
 from pe_dpo.merging.behaviour import Agreement
 from pe_dpo.merging.card import adapter_card
+from pe_dpo.merging.servers import Serving, serving_commands, shell_lines
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.unmerged import Unmerged, measure_served
 from pe_dpo.merging.write import save_tokenizer
 from pe_dpo.model.adapter_config import check_base_was_kept
-from pe_dpo.model.adapter_files import check_is_plain
 from pe_dpo.model.base import auto_class
 from pe_dpo.model.provenance import changed_files
-from pe_dpo.quantizations import is_four_bit
 from pe_dpo.runs.staging import staged
 
 logger = logging.getLogger(__name__)
 
 FILES = ("adapter_model.safetensors", "adapter_config.json")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank."""
 
 
-def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agreement | None]:
+def package_adapter(source: Source, output: str | Path) -> tuple[list[Serving], Agreement | None]:
     """Write an adapter, its tokenizer and the recipe of its base.
 
     Args:
@@ -42,8 +37,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
         output: a folder that must not exist, or be empty.
 
     Returns:
-        The commands that serve it; and how near a fused or scaled one comes to those of training, None where nothing was
-        measured.
+        How servers load it; and how near a fused or scaled one comes to those of training, None where nothing was measured.
 
     Raises:
         UsageError: `output` is taken.
@@ -65,6 +59,10 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
             f"{source.folder}: was trained on experts in 4 bits, which no server and no other library loads so, and on another "
             "base it is another model; merge it (`onto` dequantized), or train with model.quantize_experts: false"
         )
+    servings = serving_commands(source.adapter, facts, source.modules, output)
+    refusals = [serving.remark for serving in servings if serving.command is None]
+    if refusals:
+        logger.warning(f"{'; '.join(refusals)}. Packaged for PEFT: its README.md has the lines that load it")
     base: dict[str, Any] = {} if record is None else record.model_dump(exclude_unset=True)
     base |= {"id": facts.base, "revision": facts.revision, "quantize": facts.quantize}
     base["dtype"] = str(facts.dtype).removeprefix("torch.")
@@ -92,23 +90,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[str], Agre
                 raise MergeRefused("\n  ".join([f"{output}: was not written: the {what}:", *failures]))
         save_tokenizer(source.tokenizer, folder)
         write_json(folder / "base.json", public)
-        commands = _serving_commands(source, base, output)
-        shown = _serving_commands(source, public, Path("FOLDER")) if commands else []
+        known = facts._replace(base=public["id"], revision=public["revision"])
+        shown = shell_lines(serving_commands(source.adapter, known, source.modules, "FOLDER"))
         (folder / "README.md").write_text(adapter_card(source, public, shown), encoding="utf-8")
-    return commands, held_out
-
-
-def _serving_commands(source: Source, base: Mapping[str, Any], output: Path) -> list[str]:
-    """The commands that serve a packaged adapter; none for one that servers do not load, which is said."""
-    try:
-        check_is_plain(source.adapter)
-    except ModelError as error:
-        why = str(error).partition(";")[0].partition(": ")[2]
-        logger.warning(f"servers load plain LoRA alone ({why}); load it with PEFT, as its README.md says")
-        return []
-    rank = max([source.adapter.config.r, *source.adapter.config.rank_pattern.values()])
-    bound = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
-    serve = ["vllm", "serve", base["id"], *(["--revision", base["revision"]] if base["revision"] else []),
-             *(["--quantization", "bitsandbytes"] if is_four_bit(source.facts.quantize) else []),
-             "--enable-lora", "--max-lora-rank", str(bound), "--lora-modules", f"tuned={output}"]  # fmt: skip
-    return [shlex.join(serve)]
+    return servings, held_out
