@@ -1064,7 +1064,7 @@ def resident_bytes() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the memory of this process from /proc")
 def test_a_model_of_tens_of_gigabytes_is_planned_whole_and_streams(tiny_base: Path, tmp_path: Path) -> None:
-    """24 GB of zeros in seven shards that take no room on disk. All of it is planned; its last 0.8 GB stream through.
+    """24 GB of zeros in seven shards that take no room on disk. All of it is planned; its last 0.6 GB stream through.
 
     The rest is left out for its time alone: reading zeros and looking whether they are finite takes seconds per GB on one core.
     """
@@ -1080,12 +1080,12 @@ def test_a_model_of_tens_of_gigabytes_is_planned_whole_and_streams(tiny_base: Pa
     assert changed.facts.name == f"{layer}.weight"
     streamed, writer = [changed], Discard()
     for tensor in reversed(plan.tensors):
-        if sum(one.facts.bytes for one in streamed) < 0.8e9:
+        if sum(one.facts.bytes for one in streamed) < 0.6e9:
             streamed.append(tensor)
     plan.tensors = streamed
     before = resident_bytes()
     [report] = write_tensors(plan, writer, TrainingBase(source, (), {}, torch.device("cpu")))
     largest = 2 * 4 * 4096**2
-    assert writer.bytes > 0.8e9
+    assert writer.bytes > 0.6e9
     assert writer.most_resident - before < 4 * largest
     assert report.name == changed.facts.name and report.kept == pytest.approx(1, abs=0.01)

@@ -21,7 +21,7 @@ from torch import Tensor
 from world import write_pairs
 
 from pe_dpo.errors import MergeRefused
-from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.inference.scorer import Scorer
 from pe_dpo.merging.behaviour import Agreement, Behaviour, agreement, measure, verification_failures
 from pe_dpo.merging.merge import merge
 from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, stochastically_rounded, tensor_failures
@@ -29,6 +29,7 @@ from pe_dpo.merging.plan import Dtype, Plan
 from pe_dpo.merging.source import Source, open_source
 from pe_dpo.merging.write import write
 from pe_dpo.model.adapter import add_finished_adapter
+from pe_dpo.model.attention import switch_on
 from pe_dpo.model.base import compute_in, inspect_base, load_base
 from pe_dpo.model.quantization import dequantized, four_bit_layers
 from pe_dpo.quickstart.demo import BASE
@@ -66,7 +67,7 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module")
 def trained(made_once: Callable[..., Path]) -> Callable[[str, str, str], Trained]:
     """Trains on first use: kind of base, quantization, size."""
-    pairs = made_once("table-pairs", lambda folder: write_pairs(folder, train=400, test=96))
+    pairs = made_once("table-pairs", lambda folder: write_pairs(folder, train=150, test=96))
 
     @cache
     def make(kind: str, quantize: str, size: str) -> Trained:
@@ -113,8 +114,9 @@ def _measured(source: Source) -> Trained:
 
 def look(model: Any, source: Source) -> Behaviour:
     """Log-probs of all 96 pairs, distributions of six."""
-    scorer = choose_scorer(model, source.pairs, packing=True, token_budget=2048)
     few = measure(model, source.pairs[::16])
+    switch_on(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    scorer = Scorer("segments", model.device, token_budget=2048)  # right for a Llama: no need to see it for every model
     return Behaviour(scorer.score_pairs(model, source.pairs), few.distributions)
 
 

@@ -41,14 +41,15 @@ class LoadedSize(NamedTuple):
         return f"{said}; context {info.context_length}" if info.context_length else said
 
 
-def loaded_size(info: BaseInfo, files: TensorFiles | None = None) -> LoadedSize:
+def loaded_size(info: BaseInfo, files: TensorFiles | None = None, empty: Any = None) -> LoadedSize:
     """Return what a base takes once it is loaded, by what transformers and bitsandbytes would do with each parameter.
 
     Args:
         info: of the base.
         files: its weights, where they are here; of a base that comes as codes these say which are.
+        empty: the base without weights, where it was made already.
     """
-    model = empty_model(info.base, info.config)
+    model = empty_model(info.base, info.config) if empty is None else empty
     head = model.get_output_embeddings()
     ends = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding) or part is head}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

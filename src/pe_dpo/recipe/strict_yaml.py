@@ -31,6 +31,33 @@ PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+012
 PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+_QUOTES = ", and a path that begins with * in quotes"
+
+
+class _NotPlainError(yaml.MarkedYAMLError):
+    """Something of YAML that recipes do not use."""
+
+
+class _RecipeLoader(PlainLoader):
+    """Takes no anchors, aliases and tags."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if event.anchor is not None:
+            raise _NotPlainError(
+                None,
+                None,
+                f"anchors and aliases (&, *) are not used in recipes; write the value out{_QUOTES}",
+                event.start_mark,
+            )
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise _NotPlainError(
+                None, None, f"the YAML tag {tag} is not used in recipes; write a plain value", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
 class Dumper(yaml.SafeDumper):
     """Safe dumper that quotes a string when YAML 1.1 or our rules would read it as something else."""
 
@@ -51,22 +78,14 @@ def parse_document(text: str, where: str) -> tuple[dict[str, Any], dict[KeyPath,
     Raises:
         RecipeError: It is not YAML, not a mapping, or has a repeated key, a tag, an anchor or an alias.
     """
-    quotes = ", and a path that begins with * in quotes"
     try:
-        for event in yaml.parse(text, Loader=PlainLoader):
-            line = event.start_mark.line + 1 if event.start_mark else 1
-            if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-                raise RecipeError(
-                    f"{where}:{line}: anchors and aliases (&, *) are not used in recipes; write the value out{quotes}"
-                )
-            tag = getattr(event, "tag", None)
-            if tag is not None:
-                raise RecipeError(f"{where}:{line}: the YAML tag {tag} is not used in recipes; write a plain value")
-        node = yaml.compose(text, Loader=PlainLoader)
+        node = yaml.compose(text, Loader=_RecipeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        hint = quotes if "alias" in str(error.context) else ""
+        if isinstance(error, _NotPlainError):
+            raise RecipeError(f"{where}:{line}: {error.problem}") from None
+        hint = _QUOTES if "alias" in str(error.context) else ""
         raise RecipeError(f"{where}:{line}: not readable as YAML: {error.problem or error.context}{hint}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not readable as YAML: {error}") from error

@@ -86,7 +86,8 @@ def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
     """
     base = prepared.base
     files = files_here(base)
-    size = loaded_size(base, files)
+    empty, folder = empty_model(base.base, base.config), adapter.over or adapter.start
+    size = loaded_size(base, files, empty)
     logger.info(size.describe(base))
     if base.dtype == torch.float32 and lacks_bfloat16():
         logger.info("computed in float32: this GPU has no bfloat16 (emulated it is slower), and float16 loses small gradients")
@@ -100,7 +101,6 @@ def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:
             f"model.quantize: {base.quantize} does not reach {size.left / size.parameters:.0%} of the weights of this base "
             f"(embeddings and head not counted); all together take {size.bytes / 1e9:,.1f} GB"
         )
-    empty, folder = empty_model(base.base, base.config), adapter.over or adapter.start
     if folder:
         check_has_place(empty, AdapterFiles(folder).changes, files)
     if adapter.start:
