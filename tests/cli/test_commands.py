@@ -11,8 +11,8 @@ import pytest
 import pe_dpo as package
 from pe_dpo.cli.console import show_result
 from pe_dpo.export.gguf_tokenizer import refuse
-from pe_dpo.merging.card import model_commands
 from pe_dpo.runs.files import remedy
+from pe_dpo.runs.serving import model_commands
 
 NAME = """it's "my" $HOME; run"""
 PROGRAM = "|".join(

@@ -9,6 +9,7 @@ import pytest
 COMMANDS = [
     (), ("quickstart",), ("convert",), ("data",), ("check",), ("audit",), ("train",), ("eval",), ("recipes",),
     ("recipes", "list"), ("recipes", "show"), ("recipes", "losses"), ("recipes", "copy"), ("recipes", "schema"), ("report",),
+    ("serve",),
 ]  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from pe_dpo.model.adapter import add_finished_adapter
 from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
 from pe_dpo.model.provenance import base_record
 from pe_dpo.recipe import load_recipe, recipe_from_yaml
-from pe_dpo.runs.model_card import loading_lines, loading_section, model_card
+from pe_dpo.runs.loading import loading_lines
+from pe_dpo.runs.model_card import loading_section, model_card
 from pe_dpo.training.train import train
 
 RECORD = {"id": "org/base", "quantize": "none", "dtype": "float32"}

@@ -22,6 +22,7 @@ from pe_dpo.cli.options import OnceEach, in_flags
 from pe_dpo.cli.quickstart import quickstart
 from pe_dpo.cli.recipes import recipes
 from pe_dpo.cli.report import report
+from pe_dpo.cli.serve import serve
 from pe_dpo.cli.sweep import sweep
 from pe_dpo.cli.train import train
 from pe_dpo.errors import PeDpoError
@@ -47,6 +48,7 @@ app.command(cls=OnceEach)(command(compare))
 app.command(cls=OnceEach)(command(report))
 app.command(cls=OnceEach)(command(merge))
 app.command(cls=OnceEach)(command(export))
+app.command(cls=OnceEach)(command(serve))
 app.command(cls=OnceEach)(command(chat))
 
 

@@ -87,8 +87,8 @@ def _check_request(
 
 
 def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) -> dict[str, Any]:
-    from pe_dpo.merging.card import model_commands
     from pe_dpo.merging.merge import merge as run
+    from pe_dpo.runs.serving import model_commands
 
     report = run(target, output, **settings).report
     if not show:
@@ -109,6 +109,7 @@ def _merge(target: Path, output: Path, settings: dict[str, Any], *, show: bool) 
         shlex.join(["pe-dpo", "export", str(output), "-o", f"{output}-gguf", "--gguf", "q8_0"]),
     ):
         console.say(f"next: {command}")
+    console.say(f"all ways, and why: {shlex.join(['pe-dpo', 'serve', str(output)])}")
     return report
 
 

@@ -40,4 +40,11 @@ def train(
     result = run(plan, resume=resume, overwrite=overwrite, callbacks=[console.progress_callback()])
     console.show_result(result)
     if os.environ.get("RANK", "0") == "0":
-        console.say(f"the adapter lies in {result.folder}; next: pe-dpo merge {shlex.quote(str(result.folder))} -o MODEL")
+        from pe_dpo.runs.files import BASE_FILE, read_object
+
+        quoted, quantize = shlex.quote(str(result.folder)), read_object(result.folder / BASE_FILE).get("quantize", "none")
+        console.say(f"the adapter lies in {result.folder}; next: pe-dpo merge {quoted} -o MODEL")
+        if quantize != "none":
+            console.say(f"it belongs to the base in {quantize}: from the folder alone, pipeline and")
+            console.say("AutoPeftModelForCausalLM load another model without an error")
+        console.say(f"how it is loaded and served: pe-dpo serve {quoted}")

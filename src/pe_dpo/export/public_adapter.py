@@ -15,7 +15,8 @@ from pe_dpo.disk import write_json
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.hub import is_local, public_name
 from pe_dpo.runs.files import BASE_FILE, read_object
-from pe_dpo.runs.model_card import loading_lines, model_card
+from pe_dpo.runs.loading import loading_lines
+from pe_dpo.runs.model_card import model_card
 from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)

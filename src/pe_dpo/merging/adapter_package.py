@@ -89,8 +89,8 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[Serving], 
                 what = "one adapter does not do what the two did" if source.weights[0] else "adapter does not do what it should"
                 raise MergeRefused("\n  ".join([f"{output}: was not written: the {what}:", *failures]))
         save_tokenizer(source.tokenizer, folder)
-        write_json(folder / "base.json", public)
         known = facts._replace(base=public["id"], revision=public["revision"])
-        shown = shell_lines(serving_commands(source.adapter, known, source.modules, "FOLDER"))
-        (folder / "README.md").write_text(adapter_card(source, public, shown), encoding="utf-8")
+        elsewhere = serving_commands(source.adapter, known, source.modules, "FOLDER")
+        write_json(folder / "base.json", public | {"serving": [serving._asdict() for serving in elsewhere]})
+        (folder / "README.md").write_text(adapter_card(source, public, shell_lines(elsewhere)), encoding="utf-8")
     return servings, held_out

@@ -1,6 +1,5 @@
 """The model card of what a merge writes, a merged model or an adapter: where it comes from, the proof, and how to serve it."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pe_dpo.merging.behaviour import name_expected
 from pe_dpo.merging.source import Source, describe_scale
 from pe_dpo.recipe import describe_sources, with_public_names
 from pe_dpo.runs.model_card import front_matter, loading_section, training_sections
+from pe_dpo.runs.serving import model_commands
 
 
 def merged_card(source: Source, report: Mapping[str, Any]) -> str:
@@ -76,11 +76,6 @@ def adapter_card(source: Source, base: Mapping[str, Any], commands: Sequence[str
     """
     title, intro = "A LoRA adapter tuned on preference pairs", loading_section(base, commands)
     return _card(source, None if base.get("is_local") else base["id"], title, intro, [], library="peft", relation="adapter")
-
-
-def model_commands(folder: str) -> list[str]:
-    """Return the commands that serve a whole model, as people paste them."""
-    return [f"vllm serve {shlex.quote(folder)}", f"transformers serve {shlex.quote(folder)}"]
 
 
 def _card(
