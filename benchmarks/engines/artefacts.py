@@ -1,11 +1,11 @@
 """Everything that a run may become, of one tiny model: the artefacts that engines are given.
 
-    base ── run-nf4 ─┬─ merged            onto the values of the 4-bit codes, which were trained on
-                     ├─ merged-float32    the same before rounding: what adapters on the base must answer
-                     ├─ merged-original   onto the base's own weights
-                     ├─ adapter           --onto adapter
-                     └─ gguf-f32, gguf-f16, gguf-q8_0   of merged
-         └─ run-none ── merged-none, adapter-none       without quantization
+    base ─┬─ run-nf4 ─┬─ merged            onto the values of the 4-bit codes, which were trained on
+          │           ├─ merged-float32    the same before rounding: what adapters on the base must answer
+          │           ├─ merged-original   onto the base's own weights
+          │           ├─ adapter           --onto adapter
+          │           └─ gguf-f32, gguf-f16, gguf-q8_0   of merged
+          └─ run-none ─── merged-none, merged-none-float32, adapter-none       without quantization
 
 The base is a Llama with grouped queries, a rotary base of 500,000 and scaled positions, so that an engine that misses one of
 these is far off. Its heads are 32 wide, which vLLM's attention on a CPU asks for; q8_0 asks for rows of a multiple of 32.
@@ -61,9 +61,10 @@ def fill(name: str, folder: Path, get: Get) -> None:
         case ["merged", *kind]:
             from pe_dpo.merging.merge import merge
 
-            run = get("run-none" if kind == ["none"] else "run-nf4")
-            onto: Any = "original" if kind == ["original"] else "dequantized"
-            merge(run, folder, onto=onto, dtype="fp32" if kind == ["float32"] else "auto", pairs=4)
+            words = "".join(kind).split("-")
+            run = get("run-none" if "none" in words else "run-nf4")
+            onto: Any = "original" if "original" in words else "dequantized"
+            merge(run, folder, onto=onto, dtype="fp32" if "float32" in words else "auto", pairs=4)
         case ["gguf", number]:
             from pe_dpo.export.gguf_folder import export_gguf
 
@@ -71,6 +72,18 @@ def fill(name: str, folder: Path, get: Get) -> None:
             export_gguf(get("merged"), folder, kind=kind_of_numbers, prompts=None, is_checked=False, has_card=False)
         case _:
             raise ValueError(f"{name}: is no artefact")
+
+
+def whole_model(name: str) -> str:
+    """Return the artefact that transformers loads in float32 to say what an artefact must answer."""
+    return {
+        "run-nf4": "merged-float32",
+        "adapter": "merged-float32",
+        "run-none": "merged-none-float32",
+        "adapter-none": "merged-none-float32",
+        "gguf-f32": "merged",
+        "gguf-f16": "merged",
+    }.get(name, name)
 
 
 def full_request(base: Path, *, texts: int = TEXTS) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def full_request(base: Path, *, texts: int = TEXTS) -> dict[str, Any]:
         "chats": chats,
         "greedy": [prompt.input_ids[:100] for prompt in prompts],
         "new_tokens": NEW_TOKENS,
-        "options": {},
+        "options": {"vocabulary": len(tokenizer)},
     }
 
 
