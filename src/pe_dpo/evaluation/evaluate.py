@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pe_dpo.data import EncodedPair, data_hash, prepare_pairs
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.judge import judge, open_scorer, prompts_as_written, win_rate
@@ -27,7 +25,7 @@ from pe_dpo.inference.pairs import pair_table, pair_terms, with_texts
 from pe_dpo.inference.policy import Kind, Policy, SavedPolicy, default_device, load_policy
 from pe_dpo.inference.reference import Caching, check_finite, open_reference
 from pe_dpo.inference.sampling import answer_text
-from pe_dpo.inference.scorer import TOKENS, TOLERANCE, Scorer, choose_scorer
+from pe_dpo.inference.scorer import TOKENS, Scorer, choose_scorer
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter_config import check_adapter
@@ -42,6 +40,9 @@ from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import save_evaluation
 
 logger = logging.getLogger(__name__)
+
+NOTABLE_ERROR = 5e-2
+"""Nats per √token by which a sampler may see its answers otherwise than one forward does, before it is said."""
 
 
 @dataclass
@@ -271,7 +272,8 @@ class _Measuring:
         asked, pairs, budget = self.asked, self.asked.pairs, self.token_budget
         policy = load_policy(self.saved, info=info, tokenizer=self.tokenizer)
         with progress("scoring, policy"):
-            scored = self._scorer(policy).score_pairs(policy.model, self.pairs)
+            scorer = self._scorer(policy)
+            scored = scorer.score_pairs(policy.model, self.pairs)
         self.measured[1.0] = scored, None
         if other is None:
             return
@@ -293,7 +295,7 @@ class _Measuring:
             with progress("comparing with the reference"):
                 compared = divergences(policy, asked.prompts, ids, stored=answers_folder, token_budget=budget)
             self.data_prefix_kl = data_prefix_kl(policy, pairs, stored=data_folder, token_budget=budget)
-        self.measured[1.0] = scored, Drift(asked, said, compared, self.tokenizer)
+        self.measured[1.0] = scored, Drift(asked, said, compared, self.tokenizer, noise=scorer.noise)
         if self.is_judged:
             self._answer_as_reference(policy, budget)
 
@@ -323,7 +325,7 @@ class _Measuring:
             generation = drift.summary()
             if scale == 1 and self.data_prefix_kl is not None:
                 generation["data_prefix_kl"] = self.data_prefix_kl
-            if drift.sampler_error > TOLERANCE[torch.bfloat16]:
+            if drift.sampler_is_off and drift.sampler_error > NOTABLE_ERROR:
                 logger.warning(
                     f"what this model predicts with its cache is {drift.sampler_error:.2g} nats per √token off what it "
                     "predicts at once; the sampled answers are not quite its own"

@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.divergence import divergences
 from pe_dpo.inference.policy import Policy
+from pe_dpo.inference.rounding import Rounding
 from pe_dpo.inference.sampling import Sample, answer_text, prompt_text, sample
-from pe_dpo.inference.scorer import TOLERANCE, Scorer, numeric_dtype
+from pe_dpo.inference.scorer import Scorer
 from pe_dpo.metrics.catalogue import answer_metrics
 from pe_dpo.metrics.table import AnswerTable
 from pe_dpo.recipe.schema import GenerationSection
@@ -85,9 +87,10 @@ class Drift:
         said: the answers.
         compared: see `divergences`.
         tokenizer: with which both are written as text.
+        noise: see `Scorer`.
     """
 
-    def __init__(self, asked: Questions, said: Sequence[Sample], compared: np.ndarray, tokenizer: Any) -> None:
+    def __init__(self, asked: Questions, said: Sequence[Sample], compared: np.ndarray, tokenizer: Any, *, noise: float) -> None:
         self.asked = asked
         self.ids = [answer.ids for answer in said]
         self.table = AnswerTable(
@@ -107,6 +110,8 @@ class Drift:
         self.sampler_error = float(errors.max(initial=0.0))
         """Largest |log π(answer) as the sampler saw it − log π(answer) of one forward|, nats by √tokens: rounding, unless a
         model is not itself in padded batches or with a cache."""
+        self.sampler_is_off = len(errors) > 0 and Rounding(noise).refutation([torch.from_numpy(errors)]) is not None
+        """Whether most of these differences, or many, are more than rounding."""
 
     def summary(self) -> dict[str, Any]:
         """Return means over answers with standard errors clustered by prompt, as in `generation` of evaluation.json.
@@ -151,10 +156,10 @@ def measure_drift(
         said = asked.answers(policy, token_budget=sampler_budget)
         ids = [answer.ids for answer in said]
         compared = divergences(policy, asked.prompts, ids, token_budget=scorer.token_budget)
-        return Drift(asked, said, compared, policy.tokenizer)
+        return Drift(asked, said, compared, policy.tokenizer, noise=scorer.noise)
 
     drift = scorer.within_memory(pairs, lambda: measure(scorer.token_budget))
-    if drift.sampler_error > TOLERANCE[numeric_dtype(policy.model)]:
+    if drift.sampler_is_off:
         # Each alone: the model is not itself where rows are padded on the left.
         drift = scorer.within_memory(pairs, lambda: measure(0))
     return drift

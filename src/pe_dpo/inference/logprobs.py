@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pe_dpo.data.batches import PackedRow
 from pe_dpo.errors import ModelError
 from pe_dpo.model.attention import Kind, Packing
 from pe_dpo.objective import LogitTransform, PairLogprobs, completion_logprobs, head_logprobs
-from pe_dpo.objective.head import SMALLEST
+from pe_dpo.objective.head import SMALLEST, wide_logits
 
 
 def pair_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> PairLogprobs:
@@ -19,24 +20,37 @@ def pair_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor, complet
     Args:
         model: a causal LM; see `objective.completion_logprobs` for the tensors, here (2B, T).
     """
-    rows = completion_logprobs(model, input_ids, attention_mask, completion_mask)
+    with wide_logits(model.get_output_embeddings()):
+        rows = completion_logprobs(model, input_ids, attention_mask, completion_mask)
     chosen, rejected = rows.logprob.chunk(2)
     chosen_lengths, rejected_lengths = rows.length.chunk(2)
     return PairLogprobs(chosen, rejected, chosen_lengths, rejected_lengths)
 
 
-def packed_pair_logprobs(model: Any, row: Any, *, kind: Kind) -> PairLogprobs:
+def packed_pair_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> PairLogprobs:
     """Return the log-probs of the pairs in a packed row.
-
-    Only the hidden states that predict an answer's token reach the head, and no matrix of all logits is made.
 
     Args:
         model: a causal LM whose attention is switched to `model.attention.NAME`, under PEFT or not.
-        row: a `data.batches.PackedRow` on the model's device.
+        row: on the model's device.
         kind: how attention is computed.
 
     Raises:
         ModelError: some layer of the model does not attend through transformers' interface, so that pairs would mix.
+    """
+    per_token = packed_token_logprobs(model, row, kind=kind)
+    # In float64 like the padded path, and one after the other in the order of the tokens.
+    sums = torch.zeros(len(row.lengths), dtype=torch.float64, device=per_token.device)
+    sums = sums.index_add(0, row.owners, per_token)
+    lengths = row.lengths
+    return PairLogprobs(sums[row.chosen], sums[row.rejected], lengths[row.chosen], lengths[row.rejected])
+
+
+def packed_token_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> Tensor:
+    """Return the log-prob of each scored token of a packed row's answers, (M,) float64 in the order of `row.members`.
+
+    Only the hidden states that predict an answer's token reach the head, and no matrix of all logits is made. Arguments and
+    errors are those of `packed_pair_logprobs`.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     tokens = row.input_ids.shape[1]
@@ -54,11 +68,7 @@ def packed_pair_logprobs(model: Any, row: Any, *, kind: Kind) -> PairLogprobs:
         raise ModelError(f"{packing.calls} of its {layers} layers attend through transformers' attention interface")
     head, transform = causal_lm.get_output_embeddings(), logit_transform(causal_lm)
     per_token = head_logprobs(hidden[0].index_select(0, row.predicting), row.targets, head, transform)
-    # In float64 like the padded path, and one after the other in the order of the tokens.
-    sums = torch.zeros(len(row.lengths), dtype=torch.float64, device=hidden.device)
-    sums = sums.index_add(0, row.owners, per_token.double().index_select(0, row.members))
-    lengths = row.lengths
-    return PairLogprobs(sums[row.chosen], sums[row.rejected], lengths[row.chosen], lengths[row.rejected])
+    return per_token.double().index_select(0, row.members)
 
 
 def logit_transform(causal_lm: Any) -> LogitTransform:

@@ -18,11 +18,14 @@ from torch import Tensor
 from pe_dpo.data.batches import pack, pad, shared_tokens, split_by_tokens, split_into_rows
 from pe_dpo.data.pairs import EncodedPair, common_start, row_length
 from pe_dpo.errors import ModelError, OutOfMemory
-from pe_dpo.inference.logprobs import concatenate, packed_pair_logprobs, pair_logprobs
+from pe_dpo.inference.logprobs import concatenate, packed_pair_logprobs, packed_token_logprobs, pair_logprobs
+from pe_dpo.inference.rounding import LEAST_NOISE, MOST_NOISE, OUTLYING, SPARED, TYPICAL, Rounding, least_noise
 from pe_dpo.model.adapter import adapter_parameters
-from pe_dpo.model.attention import Kind, switch_on
+from pe_dpo.model.attention import Kind, ordinary_in_float32, switch_on
 from pe_dpo.model.base import evaluating
 from pe_dpo.objective import PairLogprobs
+from pe_dpo.objective.head import wide_logits
+from pe_dpo.objective.logprobs import completion_token_logprobs
 from pe_dpo.progress import advance
 
 logger = logging.getLogger(__name__)
@@ -30,12 +33,8 @@ logger = logging.getLogger(__name__)
 TOKENS = 4096
 """Most tokens of one forward, unless somebody says: without gradients little has to be kept of them."""
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference between packed and padded log-probs, nats per √token: rounding errors add up like a random walk. Measured
-on tiny and small models: 1e-6 in float32, 1e-2 in bfloat16; a pair that sees another, or loses its prompt, is off by 0.1."""
-
 GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest relative difference of the adapters' gradients."""
+"""Relative difference of the adapters' gradients that is not looked into; a larger one may be three times the noise."""
 
 REFUSALS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 """What a model that cannot be packed answers when it is tried; memory that runs out is another matter."""
@@ -55,6 +54,7 @@ class Scorer:
         token_budget: most tokens of one forward; halved when memory runs out.
         is_batch_dependent: whether a pair's log-probs change with what else is in the batch: then the reference must be scored
             beside the policy.
+        noise: nats by which rounding may move the log-prob of a token from one batch or machine to another.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class Scorer:
         *,
         token_budget: int = TOKENS,
         is_batch_dependent: bool = False,
+        noise: float = LEAST_NOISE,
     ) -> None:
-        self.path, self.device = path, device
+        self.path, self.device, self.noise = path, device, noise
         self.token_budget, self.is_batch_dependent = token_budget, is_batch_dependent
 
     def split(self, pairs: Sequence[EncodedPair]) -> list[list[int]]:
@@ -84,6 +85,20 @@ class Scorer:
         if self.path == "padded":
             return pair_logprobs(model, *pad(pairs, self.device))
         return packed_pair_logprobs(model, pack(pairs, self.device), kind=self.path)
+
+    def token_logprobs(self, model: Any, pairs: Sequence[EncodedPair]) -> list[Tensor]:
+        """Return the log-probs of the scored tokens of each answer, (A,) float64 on the CPU: chosen, rejected, pair by pair."""
+        if self.path == "padded":
+            with wide_logits(model.get_output_embeddings()):
+                per_token, scored = completion_token_logprobs(model, *pad(pairs, self.device))
+            sizes, flat = scored.sum(dim=1), per_token[scored]
+            chosen, rejected = (list(range(first, first + len(pairs))) for first in (0, len(pairs)))
+        else:
+            row = pack(pairs, self.device)
+            sizes, flat = row.lengths, packed_token_logprobs(model, row, kind=self.path)
+            chosen, rejected = row.chosen.tolist(), row.rejected.tolist()
+        answers = flat.detach().cpu().split(sizes.tolist())
+        return [answers[answer] for both in zip(chosen, rejected, strict=True) for answer in both]
 
     def score_pairs(self, model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
         """Return the log-probs of all pairs in their order, on the CPU, without gradients.
@@ -163,18 +178,21 @@ def choose_scorer(
     probe = [order[index] for index in sorted({0, len(order) // 4, len(order) // 2, len(order) - 1})]
     try:
         with evaluating(model):
+            with failing_forwards_named(model):
+                least = least_noise(model, probe[0], numeric_dtype(model))
             if packing is not False:
-                reason = _pack(scorer, model, probe)
+                reason = _pack(scorer, model, probe, least)
                 if reason and packing is True:
                     raise ModelError(
                         f"train.packing: packed rows are not right for this model ({reason}); set train.packing: auto"
                     )
                 if reason:
                     logger.info(f"padded rows: packed rows are not right for this model ({reason})")
+            scorer.noise = max(scorer.noise, least)
             # Rotary scaling by the longest row, 8-bit outliers: then the shortest pair scores otherwise beside the longest.
-            alone, beside = (_numbers(scorer, model, some)[0] for some in (probe[:1], [probe[0], probe[-1]]))
-            is_off = (alone - beside)[:2].abs() > TOLERANCE[numeric_dtype(model)] * alone[2:].sqrt()
-            if getattr(model, "is_loaded_in_8bit", False) or is_off.any():
+            alone, beside = (_token_logprobs(scorer, model, some) for some in (probe[:1], [probe[0], probe[-1]]))
+            is_moved = Rounding(scorer.noise).refutation(_differences(alone, beside[:2]))
+            if getattr(model, "is_loaded_in_8bit", False) or is_moved:
                 logger.warning(
                     "this model's log-probs depend on what else is in the batch; the reference is computed in every step"
                 )
@@ -210,51 +228,91 @@ def _kinds(device: torch.device, dtype: torch.dtype) -> list[Kind]:
     return ["varlen", "segments", "dense"] if dtype in (torch.bfloat16, torch.float16) else ["segments", "dense"]
 
 
-def _pack(scorer: Scorer, model: Any, probe: Sequence[EncodedPair]) -> str:
+def _pack(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], least: float) -> str:
     """Let a padded scorer, and the model, take the fastest packed path that is right; return why there is none, or ""."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    padded = torch.cat([_numbers(scorer, model, [pair]) for pair in probe])
+    padded = [answer for pair in probe for answer in _token_logprobs(scorer, model, [pair])]
     gradient = _gradient(scorer, model, probe[:2])
     try:
         before = switch_on(causal_lm)
     except REFUSALS as error:
         return _reason(error)
     reasons: list[str] = []
+    try:
+        rounding = _rounding(scorer, model, probe, padded, least)
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as error:
+        causal_lm.set_attn_implementation(before)
+        return _reason(error)
     for kind in _kinds(scorer.device, causal_lm.dtype):
         packed = Scorer(kind, scorer.device)
-        refused = _refutation(packed, model, probe, padded, gradient) or _leak(packed, model, probe)
+        try:
+            refused = _refutation(packed, scorer, model, probe, padded, gradient, rounding)
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
+            refused = _reason(error)
         if refused is None:
             logger.info(f"packed rows: prompts and common starts of answers once ({'; '.join([kind, *reasons])})")
-            scorer.path = kind
+            scorer.path, scorer.noise = kind, rounding.noise
             return ""
         reasons.append(f"{kind}: {refused}")
     causal_lm.set_attn_implementation(before)
     return "; ".join(reasons)
 
 
+def _rounding(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], padded: Sequence[Tensor], least: float) -> Rounding:
+    """Return the noise of a model whose attention is exchanged: its padded path against itself.
+
+    Once each pair is alone, with the model's own attention, and once beside another of the same lengths, with attention in
+    float32. In float32 on a CPU these are the same to a few bits, and what rounding may do at least is enough.
+
+    Raises:
+        ModelError: its attention is not the one that it is exchanged for.
+    """
+    numeric = numeric_dtype(model)
+    if scorer.device.type == "cpu" and numeric not in (torch.bfloat16, torch.float16):
+        return Rounding(least)
+    with ordinary_in_float32():
+        beside = [
+            answer
+            for pair in probe
+            for answer in _token_logprobs(scorer, model, [pair, replace(pair, prompt_ids=pair.prompt_ids[::-1].copy())])[:2]
+        ]
+    found = torch.cat(_differences(padded, beside)).abs()
+    typical = float(found.median())
+    if not typical <= MOST_NOISE * least:
+        raise ModelError(f"its attention is not what it is exchanged for: log-probs differ by {typical:.2g} nats per token")
+    noise = max(typical, least / 8 if numeric in (torch.bfloat16, torch.float16) else least)
+    return Rounding(noise, float((found > OUTLYING * noise).double().mean()))
+
+
 def _refutation(
-    packed: Scorer, model: Any, probe: Sequence[EncodedPair], padded: Tensor, padded_gradient: Tensor | None
+    packed: Scorer,
+    scorer: Scorer,
+    model: Any,
+    probe: Sequence[EncodedPair],
+    padded: Sequence[Tensor],
+    padded_gradient: Tensor | None,
+    rounding: Rounding,
 ) -> str | None:
     """Return why this path is not right for the model, or None."""
-    try:
-        found = _numbers(packed, model, probe)
-        gradient = _gradient(packed, model, probe[:2])
-    except torch.OutOfMemoryError:
-        raise
-    except REFUSALS as error:
-        return _reason(error)
-    dtype = numeric_dtype(model)
-    worst = float(((found - padded)[:, :2].abs() / found[:, 2:].sqrt()).max())
-    if not worst <= TOLERANCE[dtype]:
-        return f"log-probs differ from the padded ones by {worst:.2g} nats per √token"
+    differ = rounding.refutation(_differences(_token_logprobs(packed, model, probe), padded))
+    if differ:
+        return f"log-probs differ from the padded ones {differ}"
+    gradient = _gradient(packed, model, probe[:2])
     if gradient is not None and padded_gradient is not None:
-        off = float((gradient - padded_gradient).norm() / padded_gradient.norm().clamp_min(1e-30))
-        if not off <= GRADIENT_TOLERANCE[dtype]:
-            return f"gradients differ from the padded ones by {off:.2g}"
-    return None
+        off, allowed = _relative(gradient, padded_gradient), GRADIENT_TOLERANCE[numeric_dtype(model)]
+        if not off <= allowed:
+            with ordinary_in_float32():
+                noise = _gradient(scorer, model, probe[:2])
+            if noise is None or not off <= TYPICAL * _relative(noise, padded_gradient):
+                return f"gradients differ from the padded ones by {off:.2g}"
+    return _leak(packed, model, probe, rounding)
 
 
-def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair]) -> str | None:
+def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair], rounding: Rounding) -> str | None:
     """Return which stranger moves a pair's log-probs, or None: other tokens of the same number must not move them at all.
 
     Parallel hybrids attend like everybody else and carry a state along besides; in bfloat16 what it carries can be less than
@@ -265,33 +323,43 @@ def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair]) -> str | Non
     # The first token of its own stays, or starts would meet.
     own = common_start([stranger.chosen_ids, stranger.rejected_ids]) + 1
     half = replace(stranger, chosen_ids=np.concatenate([stranger.chosen_ids[:own], stranger.chosen_ids[own:][::-1]]))
-    before = _numbers(packed, model, [stranger, *others])
-    # Nats per √token by which equal sums may differ: rounding on a CPU, grouping of experts on a GPU, 8-bit outliers.
-    noise = 1e-5 if packed.device.type == "cpu" else 0.1 * TOLERANCE[numeric_dtype(model)]
-    if getattr(model, "is_loaded_in_8bit", False):
-        noise = TOLERANCE[torch.bfloat16]
-    allowed = noise * before[:, 2:].amax(dim=1, keepdim=True).sqrt()
-    # Who changes, whose log-probs (rows, then chosen and rejected) must stay, and what it means if they do not.
-    for changed, rows, sides, meaning in (
-        (turned, slice(1, None), slice(0, 2), "another pair in the row moves a log-prob"),
-        (half, slice(0, 1), slice(1, 2), "the chosen answer moves the rejected one's log-prob"),
+    before = _token_logprobs(packed, model, [stranger, *others])
+    # Who changes, which answers' log-probs must stay, and what it means if they do not.
+    for changed, answers, meaning in (
+        (turned, slice(2, None), "another pair in the row moves a log-prob"),
+        (half, slice(1, 2), "the chosen answer moves the rejected one's log-prob"),
     ):
-        if shared_tokens([changed, *others]) != shared_tokens([stranger, *others]):
-            continue  # another shape of the row
-        off = (_numbers(packed, model, [changed, *others]) - before)[rows, sides].abs()
-        if (off > allowed[rows]).any():
+        if shared_tokens([changed, *others]) != shared_tokens([stranger, *others]) or not before[answers]:
+            continue  # another shape of the row, or nobody else in it
+        after = _token_logprobs(packed, model, [changed, *others])
+        off = torch.cat(_differences(after[answers], before[answers])).abs()
+        if getattr(model, "is_loaded_in_8bit", False):  # outliers are found in all tokens together
+            is_moved = rounding.refutation([off]) is not None
+        elif packed.device.type == "cpu":
+            is_moved = bool((off > LEAST_NOISE).any())
+        else:  # where experts are grouped otherwise, their sums may be
+            is_moved = int((off > rounding.noise / 4).sum()) > SPARED[0] + SPARED[1] * len(off)
+        if is_moved:
             return f"{meaning} by {float(off.max()):.2g} nats"
     return None
 
 
-def _numbers(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
-    """Return (B, 4) float64: log-prob of chosen and rejected, tokens of chosen and rejected.
+def _token_logprobs(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> list[Tensor]:
+    """Return `scorer.token_logprobs` without gradients.
 
     Raises:
         ModelError: the padded path fails, after which there is no other.
     """
     with torch.no_grad(), failing_forwards_named(model) if scorer.path == "padded" else nullcontext():
-        return torch.stack([field.double() for field in scorer.logprobs(model, pairs)], dim=1)
+        return scorer.token_logprobs(model, pairs)
+
+
+def _differences(some: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    return [one - other for one, other in zip(some, others, strict=True)]
+
+
+def _relative(gradient: Tensor, expected: Tensor) -> float:
+    return float((gradient - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 @contextmanager

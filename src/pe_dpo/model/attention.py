@@ -12,6 +12,8 @@ document, and the second suffix loses its prompt.
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -110,6 +112,19 @@ class Packing:
         return self._indices
 
 
+_IS_WIDE: ContextVar[bool] = ContextVar("_IS_WIDE", default=False)
+
+
+@contextmanager
+def ordinary_in_float32() -> Iterator[None]:
+    """Within the block attention without a packed row is computed in float32, whatever the model's dtype."""
+    before = _IS_WIDE.set(True)
+    try:
+        yield
+    finally:
+        _IS_WIDE.reset(before)
+
+
 def packed_attention(
     module: Any,
     query: Tensor,
@@ -144,12 +159,17 @@ def packed_attention(
     """
     if others.pop("s_aux", None) is not None:
         raise ModelError("attention sinks")
+    dtype = value.dtype
     if packing is None:
-        return _ordinary(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **others)
+        if _IS_WIDE.get() and dtype in (torch.bfloat16, torch.float16):
+            query, key, value = query.float(), key.float(), value.float()
+            if attention_mask is not None and attention_mask.is_floating_point():
+                attention_mask = attention_mask.float()
+        output, _ = _ordinary(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **others)
+        return output.to(dtype), None
     if others.get("dropout"):
         raise ModelError("attention dropout")
     packing.calls += 1
-    dtype = value.dtype
     # In float32 torch 2.13's attention on a CPU is twice as fast as in bfloat16, backward included, and closer to the truth.
     inner = torch.float32 if value.device.type == "cpu" and dtype == torch.bfloat16 else dtype
     query, key, value = query.to(inner), key.to(inner), value.to(inner)

@@ -23,7 +23,7 @@ from torch import nn
 from pe_dpo.model.adapter_config import REFERENCE
 from pe_dpo.model.base import BaseInfo
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Of this package: part of every key, to be raised with any change that moves a log-prob or loads a base otherwise."""
 
 _PART_BYTES = 64 * 1024 * 1024

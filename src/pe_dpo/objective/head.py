@@ -9,6 +9,8 @@ Gimelshein 2018). That is two products with W where recomputing logits in the ba
 instead of N×V, and the backward is one scaling of rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +66,8 @@ def head_logprobs(hidden: Tensor, targets: Tensor, head: nn.Module, transform: L
         return _FrozenHead.apply(hidden, targets, head.weight, head.bias, transform)
 
     def tile(states: Tensor, ids: Tensor) -> Tensor:
-        return token_logprobs(transform.apply(_wide(head(states))), ids)
+        with wide_logits(head):
+            return token_logprobs(transform.apply(_wide(head(states))), ids)
 
     size = _chunks(hidden)[0]
     pieces = zip(hidden.split(size), targets.split(size), strict=True)
@@ -79,6 +82,44 @@ def is_frozen_linear(head: nn.Module) -> bool:
         and not head._forward_hooks
         and not head._forward_pre_hooks
     )
+
+
+@contextmanager
+def wide_logits(head: nn.Module | None) -> Iterator[None]:
+    """Within the block a linear head of a 16-bit model, under an adapter or not, returns its logits in float32.
+
+    Args:
+        head: any module, or None; other kinds of heads, and trained ones, are left as they are.
+    """
+    head = getattr(head, "base_layer", head)
+    if head is None or not is_frozen_linear(head) or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    layer, before = head, vars(head).get("forward")
+    vars(layer)["forward"] = lambda hidden: _WideLinear.apply(hidden, layer.weight, layer.bias)
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(layer)["forward"]
+        else:
+            vars(layer)["forward"] = before
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = hidden.dtype
+        logits = wide_product(hidden.reshape(-1, hidden.shape[-1]), weight)
+        if bias is not None:
+            logits += bias
+        return logits.view(*hidden.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0].to(ctx.dtype) @ weight, None, None
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -114,7 +155,7 @@ def _tile(
     pull = torch.zeros_like(hidden, dtype=target.dtype) if wants_gradient else hidden
     for start in range(0, weight.shape[0], _chunks(hidden)[1]):
         block = weight[start : start + _chunks(hidden)[1]]
-        logits = _wide(hidden @ block.T)
+        logits = wide_product(hidden, block)
         if bias is not None:
             logits += _wide(bias[start : start + block.shape[0]])
         logits = transform.apply(logits)
@@ -140,6 +181,13 @@ def _tile(
     at_target, factor = transform.slope(target), transform.scale if transform.softcap is None else 1.0
     own = _wide(weight[targets]) * (at_target if isinstance(at_target, float) else at_target.unsqueeze(1))
     return logprob, (own - pull * (factor / total).unsqueeze(1)).to(hidden.dtype)
+
+
+def wide_product(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows · columnsᵀ of (n, H) and (m, H) in float32, summed and never rounded to 16 bits; float64 stays float64."""
+    if rows.device.type == "cuda" and rows.dtype == columns.dtype and rows.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(rows, columns.T, out_dtype=torch.float32)
+    return _wide(rows) @ _wide(columns).T
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -52,6 +52,25 @@ def completion_logprobs(
     Raises:
         ValueError: shapes differ, padding is not on the right, or `completion_mask` marks position 0 or padding.
     """
+    per_token, _ = completion_token_logprobs(model, input_ids, attention_mask, completion_mask)
+    return AnswerLogprobs(logprob=per_token.sum(dim=1), length=completion_mask.sum(dim=1))
+
+
+answer_logprobs = completion_logprobs
+"""The same function by an earlier name."""
+
+
+def completion_token_logprobs(
+    model: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each of the answers' tokens: the terms of `completion_logprobs`, with its arguments.
+
+    Returns:
+        (B, K) float64, 0 where a row has no token of its answer, and (B, K) bool, where it has one.
+
+    Raises:
+        ValueError: as `completion_logprobs`.
+    """
     shapes = {tuple(tensor.shape) for tensor in (input_ids, attention_mask, completion_mask)}
     if len(shapes) != 1 or input_ids.dim() != 2:
         raise ValueError(f"input_ids, attention_mask and completion_mask must share one shape (B, T); found {shapes}")
@@ -67,11 +86,7 @@ def completion_logprobs(
     logits = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False).logits
     per_token = torch.zeros(scored.shape, dtype=torch.float64, device=input_ids.device)
     per_token[scored] = token_logprobs(logits[scored], targets[scored]).double()
-    return AnswerLogprobs(logprob=per_token.sum(dim=1), length=completion_mask.sum(dim=1))
-
-
-answer_logprobs = completion_logprobs
-"""The same function by an earlier name."""
+    return per_token, scored
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
