@@ -54,6 +54,15 @@ def test_a_tenth_of_a_nat_on_each_token_of_one_answer_is_a_fault():
     assert Rounding(0.03).refutation(some) is None  # where rounding does as much
 
 
+def test_an_answer_may_be_as_noisy_as_one_was():
+    """Nine times as noisy as the others: in a mixture a token of its prompt went to another expert."""
+    noisy = [*ROUNDED[:7], 9 * ROUNDED[7]]
+    rounding = Rounding.of(noisy, 1e-5)
+    assert rounding.of_an_answer == 9 * float(ROUNDED[7].abs().median())
+    assert rounding.refutation(noisy) is None
+    assert Rounding(rounding.noise).refutation(noisy)
+
+
 def test_few_tokens_are_judged_by_their_median_and_outliers():
     """Four answers of one token: yes-or-no data."""
     assert Rounding(0.01).refutation([torch.tensor([0.01])] * 4) is None

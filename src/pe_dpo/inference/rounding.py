@@ -38,8 +38,17 @@ class Rounding(NamedTuple):
 
     noise: float
     """Nats by which rounding moves the log-prob of a token, the median."""
+    of_an_answer: float = 0.0
+    """The median within the answer that it moves most: a token of its prompt may have gone to another expert."""
     outliers: float = 0.0
-    """Share of tokens that it moves by more than OUTLYING times that."""
+    """Share of tokens that it moves by more than OUTLYING times the noise."""
+
+    @classmethod
+    def of(cls, differences: Sequence[Tensor], least: float) -> "Rounding":
+        """Return the noise that two right ways show in the log-probs of each answer's tokens; at least some."""
+        every = torch.cat(list(differences)).abs()
+        noise = max(float(every.median()), least)
+        return cls(noise, max(_medians(differences), default=0.0), float((every > OUTLYING * noise).double().mean()))
 
     def refutation(self, differences: Sequence[Tensor]) -> str | None:
         """Return how far two ways are apart if that is more than rounding, or None.
@@ -48,15 +57,20 @@ class Rounding(NamedTuple):
             differences: of the log-probs of each answer's tokens, (A,) nats.
         """
         every = torch.cat(list(differences)).abs()
-        answers = [difference.abs().median() for difference in differences if len(difference) >= 16]
         far = every[~(every <= TYPICAL * self.noise)]  # NaN is
+        most = max(OF_AN_ANSWER * self.noise, 2 * self.of_an_answer)
         if (
             every.median() <= TYPICAL * self.noise
-            and all(answer <= OF_AN_ANSWER * self.noise for answer in answers)
+            and all(median <= most for median in _medians(differences))
             and (~(far <= OUTLYING * self.noise)).sum() <= SPARED[0] + (SPARED[1] + 2 * self.outliers) * len(every)
         ):
             return None
         return f"by {far.median():.2g} nats at {len(far)} of {len(every)} tokens, where rounding makes {self.noise:.2g}"
+
+
+def _medians(differences: Sequence[Tensor]) -> list[float]:
+    """The medians of answers of 16 tokens or more."""
+    return [float(difference.abs().median()) for difference in differences if len(difference) >= 16]
 
 
 def least_noise(model: Any, pair: EncodedPair, dtype: torch.dtype) -> float:

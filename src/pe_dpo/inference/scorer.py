@@ -19,7 +19,7 @@ from pe_dpo.data.batches import pack, pad, shared_tokens, split_by_tokens, split
 from pe_dpo.data.pairs import EncodedPair, common_start, row_length
 from pe_dpo.errors import ModelError, OutOfMemory
 from pe_dpo.inference.logprobs import concatenate, packed_pair_logprobs, packed_token_logprobs, pair_logprobs
-from pe_dpo.inference.rounding import LEAST_NOISE, MOST_NOISE, OUTLYING, SPARED, TYPICAL, Rounding, least_noise
+from pe_dpo.inference.rounding import LEAST_NOISE, MOST_NOISE, SPARED, TYPICAL, Rounding, least_noise
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.attention import Kind, ordinary_in_float32, switch_on
 from pe_dpo.model.base import evaluating
@@ -280,12 +280,13 @@ def _rounding(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], padded: 
             for pair in probe
             for answer in _token_logprobs(scorer, model, [pair, replace(pair, prompt_ids=pair.prompt_ids[::-1].copy())])[:2]
         ]
-    found = torch.cat(_differences(padded, beside)).abs()
-    typical = float(found.median())
-    if not typical <= MOST_NOISE * least:
-        raise ModelError(f"its attention is not what it is exchanged for: log-probs differ by {typical:.2g} nats per token")
-    noise = max(typical, least / 8 if numeric in (torch.bfloat16, torch.float16) else least)
-    return Rounding(noise, float((found > OUTLYING * noise).double().mean()))
+    in_half = numeric in (torch.bfloat16, torch.float16)
+    rounding = Rounding.of(_differences(padded, beside), least / 8 if in_half else least)
+    if not rounding.noise <= MOST_NOISE * least:
+        raise ModelError(
+            f"its attention is not what it is exchanged for: log-probs differ by {rounding.noise:.2g} nats per token"
+        )
+    return rounding
 
 
 def _refutation(
