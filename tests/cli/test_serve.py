@@ -116,7 +116,7 @@ def test_a_package_whose_base_was_a_folder_says_that_it_must_be_named(pe_dpo, pa
     found = parts(pe_dpo("serve", package).out)
     assert ["pe-dpo", "merge", str(package), "-o", "TUNED", "--base", "BASE"] in found["vLLM"]["commands"]
     assert found["vLLM"]["commands"][-1][:3] == ["vllm", "serve", "BASE"]
-    assert f"BASE is where {tiny_base.name} of training lies now." in found["transformers"]["why"]
+    assert f"BASE is where the base of training, {tiny_base.name}, lies now." in found["transformers"]["why"]
     assert "    'BASE'," in found["transformers"]["lines"]
 
 

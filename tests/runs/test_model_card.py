@@ -167,7 +167,7 @@ def test_a_run_s_card_begins_with_the_lines(run: Path, tiny_base: Path) -> None:
     assert body[0] == "# A LoRA adapter trained on preference pairs"
     assert body[2].startswith(f"Belongs to `{tiny_base.name}`, loaded as in training (nf4, float32).")
     assert body[3].startswith("**`pipeline` and `AutoPeftModelForCausalLM`, given this folder and nothing else, load the unq")
-    assert "```python" in body[:10] and not any(line.startswith("## ") for line in body[: body.index("```")])
+    assert "```python" in body[:12] and not any(line.startswith("## ") for line in body[: body.index("```")])
 
 
 def test_no_path_of_this_machine_stands_in_a_run_s_card(run: Path, tiny_base: Path, tiny_pairs: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from pe_dpo import compare, evaluate
+from pe_dpo.export.public_adapter import write_public_adapter
 from pe_dpo.merging.merge import merge
 from pe_dpo.quickstart.demo import BASE, PAIRS
 from pe_dpo.runs.run import Run
+from pe_dpo.runs.serving import steps_to_serve
 from pe_dpo.training.train import train
 
 OLD = Path(__file__).parent / "old"
@@ -86,3 +88,19 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_one_that_was_not(old_run: Ca
     assert now.keys() == then.keys()
     for name, tensor in then.items():
         assert (now[name] - tensor).abs().max() <= 1e-5
+
+
+def test_an_old_run_is_served_and_sent_with_a_card_of_today(old_run: Callable[[str], Run], tmp_path: Path) -> None:
+    """Its own card names paths and no way to load it; its base.json says less, and enough."""
+    run, sent = old_run("finished"), tmp_path / "sent"
+    loaded = next(step for step in steps_to_serve(run.folder) if "import torch" in step.lines)
+    assert "        bnb_4bit_quant_type='nf4'," in loaded.lines and "    'BASE'," in loaded.lines
+    assert loaded.why.startswith("BASE is where the base of training, base, lies now. Not merged: the adapter")
+    assert steps_to_serve(run.folder)[0].lines[0].split()[-2:] == ["--base", "BASE"]
+    sent.mkdir()
+    write_public_adapter(run.folder, sent, name="me/mine")
+    card = (sent / "README.md").read_text(encoding="utf-8")
+    assert "PeftModel.from_pretrained(base, 'me/mine')" in card and "Trained by pe-dpo on `pairs`." in card
+    assert not [path.name for path in sent.iterdir() if b"/srv/quickstart" in path.read_bytes()]
+    (run.folder / "base.json").unlink()  # the first runs had none
+    assert "    'BASE'," in next(step.lines for step in steps_to_serve(run.folder) if "import torch" in step.lines)

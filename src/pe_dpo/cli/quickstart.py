@@ -42,3 +42,4 @@ def quickstart(
     console.say(f"\nthe run lies in {result.folder} ({time.perf_counter() - started:.0f} s)")
     again = "pe-dpo quickstart --gamma 0 --margin 1"
     console.say(f"next: pe-dpo merge {shlex.quote(str(result.folder))} -o MODEL, or another loss: {again}")
+    console.say(f"how it is loaded and served: pe-dpo serve {shlex.quote(str(result.folder))}")

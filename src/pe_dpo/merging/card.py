@@ -91,7 +91,7 @@ def _card(
         "of a = 1.",
         "",
     ]
-    return "\n".join([*front, *intro, "", *(scaling if source.scale != 1 else []), *body, ""])
+    return "\n".join([*front, *intro, "", *(scaling if source.scale != 1 else []), *body]).rstrip() + "\n"
 
 
 def _base_licence(folder: Path) -> str | None:

@@ -44,14 +44,14 @@ def loading_section(base: Mapping[str, Any], commands: Sequence[str] = ()) -> li
         base: as base.json says; see `loading_lines`.
         commands: that serve the adapter.
     """
-    how = f"{base['quantize']}, {base['dtype']}"
+    how, is_path = f"{base['quantize']}, {base['dtype']}", base.get("is_local", is_local(base["id"]))
     words = [f"Belongs to `{public_name(base['id'])}`, loaded as in training ({how}). On other weights it is another model."]
     if base["quantize"] != "none" and not base.get("prequantized"):
         words += [
             "**`pipeline` and `AutoPeftModelForCausalLM`, given this folder and nothing else, load the unquantized base and",
-            "answer as that other model, without an error.** These lines load what was trained:",
+            "answer as that other model, without an error.**",
         ]
-    if base.get("is_local", is_local(base["id"])):
+    if is_path:
         words += [
             "",
             f"The base was a folder, `{public_name(base['id'])}`. Before others use this, write the name under which they find",
@@ -61,7 +61,7 @@ def loading_section(base: Mapping[str, Any], commands: Sequence[str] = ()) -> li
         python = ["```python", *loading_lines(base), "```", ""]
     except ModelError as error:
         return [*words, "", f"{str(error)[0].upper()}{str(error)[1:]}.", ""]
-    return [*words, "", *python, *(["```", *commands, "```", ""] if commands else [])]
+    return [*words, "", "These lines load what was trained:", "", *python, *(["```", *commands, "```", ""] if commands else [])]
 
 
 def front_matter(base: str | None, *, library: str, relation: str | None = None, licence: str | None = None) -> list[str]:

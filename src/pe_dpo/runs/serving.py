@@ -95,11 +95,11 @@ def _of_adapter(holder: Path, there: Mapping[str, Path]) -> Iterator[Step]:
     """How an adapter is served: merged, and on its base as in training."""
     base = _base_of(holder)
     place = "BASE" if base.get("is_local") or (is_local(base["id"]) and not Path(base["id"]).is_dir()) else base["id"]
+    note = f"BASE is where the base of training, {Path(base['id']).name}, lies now. " if place == "BASE" else ""
     if "model" not in there:
-        yield _merge(base, holder, is_elsewhere=place == "BASE")
+        yield _merge(base, holder, note)
     yield from _of_model({kind: folder for kind, folder in there.items() if kind in ("model", "gguf")} or {"run": holder})
     yield from _unmerged_in_vllm(holder, there, place)
-    note = f"BASE is where {Path(base['id']).name} of training lies now. " if place == "BASE" else ""
     try:
         lines = loading_lines(base, place=place, folder=str(holder))
     except ModelError as error:
@@ -115,7 +115,7 @@ def _of_adapter(holder: Path, there: Mapping[str, Path]) -> Iterator[Step]:
         )
 
 
-def _merge(base: Mapping[str, Any], holder: Path, *, is_elsewhere: bool) -> Step:
+def _merge(base: Mapping[str, Any], holder: Path, note: str) -> Step:
     """The step that makes a whole model of an adapter."""
     why = "Base and update in one, rounded once, and verified to be what was trained."
     if is_four_bit(base["quantize"]):
@@ -123,14 +123,15 @@ def _merge(base: Mapping[str, Any], holder: Path, *, is_elsewhere: bool) -> Step
     if base["quantize"] == "int8":
         why = "Nothing can be merged into int8 codes. On the base's own weights it is near what was trained: merge says how."
     command = ["pe-dpo", "merge", str(holder), "-o", "TUNED", *(["--onto", "original"] if base["quantize"] == "int8" else []),
-               *(["--base", "BASE"] if is_elsewhere else [])]  # fmt: skip
-    return Step("vLLM", why, [shlex.join(command)])
+               *(["--base", "BASE"] if note else [])]  # fmt: skip
+    return Step("vLLM", f"{note}{why}", [shlex.join(command)])
 
 
 def _unmerged_in_vllm(holder: Path, there: Mapping[str, Path], place: str) -> Iterator[Step]:
     """How vLLM serves the adapter on its base, which packaging finds out."""
     if "adapter" not in there:
-        package = shlex.join(["pe-dpo", "merge", str(holder), "-o", "ADAPTER", "--onto", "adapter"])
+        package = shlex.join(["pe-dpo", "merge", str(holder), "-o", "ADAPTER", "--onto", "adapter",
+                              *(["--base", "BASE"] if place == "BASE" else [])])  # fmt: skip
         serve = shlex.join(["pe-dpo", "serve", str(holder), "ADAPTER"])
         why = "Or not merged, for several adapters on one base: packaging finds out whether vLLM loads it as it was trained."
         yield Step("vLLM", why, [package, serve])
@@ -172,8 +173,8 @@ def _kind(folder: Path) -> str:
 
 
 def _base_of(folder: Path) -> dict[str, Any]:
-    """What base.json says, which every run and every packaged adapter has."""
-    base = read_object(folder / BASE_FILE)
+    """What base.json says, which every packaged adapter has, and every run but the first ones."""
+    base = read_object(folder / BASE_FILE) or read_object(folder / RUN_FILE).get("base", {})
     missing = [key for key in ("id", "quantize", "dtype") if key not in base]
     if missing:
         raise UsageError(f"{folder / BASE_FILE}: says nothing of {missing[0]}; take another copy of {folder}")

@@ -182,7 +182,7 @@ class RunWriter:
             adapter: The hashes of the adapter's files.
         """
         if self.writes:
-            base = read_object(self.folder / BASE_FILE)
+            base = read_object(self.folder / BASE_FILE) or Run(self.folder).info.base
             write_atomically(self.folder / "README.md", model_card(recipe, base, before, after))
             hashes = {**Run(self.folder).info.hashes.inputs, "adapter": dict(adapter)}
             outcome = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
