@@ -75,6 +75,7 @@ def test_a_run_is_merged_first_and_its_adapter_loaded_as_in_training(pe_dpo, run
     assert found["llama.cpp"]["commands"] == [
         ["pe-dpo", "export", "TUNED", "-o", "GGUF", "--gguf", "q8_0"],
         ["llama-server", "-m", "GGUF/GGUF.gguf"],
+        ["pe-dpo", "export", str(run), "--gguf-lora", "-o", "LORA.gguf"],
     ]
     assert found["transformers"]["commands"] == [["transformers", "serve", "TUNED"]]
     loaded = {}
@@ -82,7 +83,7 @@ def test_a_run_is_merged_first_and_its_adapter_loaded_as_in_training(pe_dpo, run
     with torch.no_grad():
         assert (loaded["model"](IDS).logits - load_policy(run).model(IDS).logits).abs().max() < 1e-5
     assert "They load the base without its nf4 codes." in found[NOT]["why"]
-    assert "A LoRA file for llama.cpp over a GGUF file of the base" in found[NOT]["why"]
+    assert "A LoRA file for llama.cpp over a GGUF file of the 16-bit base" in found[NOT]["why"]
     assert f"  pipeline('text-generation', {str(run)!r})" in found[NOT]["why"]
     prose = [line for line in done.out.splitlines() if line.startswith("#   ") and str(run) not in line]
     assert prose and max(map(len, prose)) <= 80
@@ -97,7 +98,7 @@ def test_what_was_made_of_a_run_takes_its_place_in_the_commands(pe_dpo, run, mer
     assert found["vLLM"]["commands"] == [["vllm", "serve", str(merged)]]
     assert adapters[:5] == ["vllm", "serve", json.loads((run / "base.json").read_text())["id"], "--tokenizer", str(package)]
     assert adapters[-2:] == ["--lora-modules", f"tuned={package}"] and "bitsandbytes" in adapters
-    assert found["llama.cpp"]["commands"] == [["llama-server", "-m", str(gguf / "tuned.gguf")]]
+    assert found["llama.cpp"]["commands"][0] == ["llama-server", "-m", str(gguf / "tuned.gguf")]
     assert found["transformers"]["commands"] == [["transformers", "serve", str(merged)]]
 
 

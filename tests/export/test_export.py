@@ -72,7 +72,7 @@ def test_a_chat_template_that_is_none_of_blocks_is_left_to_ollama(tmp_path: Path
 def test_a_copy_that_answers_otherwise_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pe_dpo.export import gguf_file
 
-    monkeypatch.setattr(gguf_file, "_permuted", lambda tensor, name, config: tensor)
+    monkeypatch.setattr(gguf_file, "permuted", lambda tensor, name, config: tensor)
     with pytest.raises(ModelError, match="the GGUF file is not the model"):
         run(BASE, "-o", tmp_path / "out", "--gguf", "bf16")
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +132,9 @@ def test_a_push_takes_the_export_or_else_the_model(tmp_path: Path, monkeypatch: 
     output = run(BASE, *more, "--push", "me/mine")
     assert pushed == [(tmp_path / "out" if with_gguf else BASE, "me/mine", True)]
     assert "pushed to the hub" in output
-    assert (pushed[0][0] / "README.md").read_bytes() == (BASE / "README.md").read_bytes()
+    card, own = ((folder / "README.md").read_text(encoding="utf-8") for folder in (pushed[0][0], BASE))
+    assert card.startswith(own.rstrip())
+    assert ("## The GGUF file\n\n`out.gguf`, bf16: read back: mean KL 0 nats" in card) == with_gguf
 
 
 def test_a_run_is_pushed_and_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,17 +16,25 @@ KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0")
 
 def export(
     model: Annotated[
-        Path, typer.Argument(help="A whole model on disk, as `pe-dpo merge` writes it; a base for --plain; a run to --push.")
+        Path,
+        typer.Argument(help="A whole model on disk, as `pe-dpo merge` writes it; a run or adapter for --gguf-lora and --push."),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A new or empty folder for the export.")] = None,
     gguf: Annotated[str | None, typer.Option(help="Write a GGUF file: f16, bf16, q8_0, q4_0 or f32.")] = None,
+    gguf_lora: Annotated[
+        bool, typer.Option("--gguf-lora", help="Write a run's adapter as the GGUF file -o FILE, for llama.cpp's --lora.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Of a run or adapter: where its base lies now, if not where it was.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts or pairs; default: five short questions.")] = None,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Read the file back and compare; needs 4 bytes of memory a parameter.")
     ] = True,
     plain: Annotated[
         bool,
-        typer.Option("--plain", help="Write a base of fp8, MXFP4 or 4-bit codes, or .bin files, as plain safetensors."),
+        typer.Option(
+            "--plain",
+            help="Write a base of fp8, MXFP4 or 4-bit codes, or .bin files, as plain safetensors; of a run, the base it had.",
+        ),
     ] = False,
     push: Annotated[
         str | None, typer.Option(help="Push the export, or without --gguf MODEL itself, to ORG/NAME; of a run its adapter.")
@@ -34,8 +42,15 @@ def export(
 ) -> None:
     """Write a model as GGUF with an Ollama Modelfile and golden prompts, checked by reading it back; or push it."""
     if plain:
-        _export_plain(str(model), output, others=[gguf, prompts, push])
+        _export_plain(model, output, base, others=[gguf, prompts, push, gguf_lora or None])
         return
+    if gguf_lora:
+        _export_adapter(model, output, base, others=[gguf, prompts, push])
+        return
+    if base is not None:
+        from pe_dpo.errors import UsageError
+
+        raise UsageError("--base goes with --gguf-lora, or with --plain of a run")
     _check_request(model, output, gguf, prompts, push)
 
     console.start()
@@ -57,17 +72,77 @@ def export(
         console.say(push_folder(folder, push, private=True))
 
 
-def _export_plain(base: str, output: Path | None, *, others: list[object]) -> None:
+def _export_plain(model: Path, output: Path | None, base: str | None, *, others: list[object]) -> None:
+    from pe_dpo.errors import UsageError
+
+    is_tuned = _is_tuned(model)
+    if output is None or any(other is not None for other in others) or (base is not None and not is_tuned):
+        raise UsageError("--plain goes with -o FOLDER, of a run with --base, and with nothing else")
+    console.start()
+    if is_tuned:
+        from pe_dpo.merging.base_folder import write_training_base
+        from pe_dpo.merging.source import open_source
+
+        with open_source(model, pairs=0, base=base) as source:
+            dtype = str(write_training_base(source, output)).removeprefix("torch.")
+        console.say(f"{output}: the base of {model} with the values that training computed with, in {dtype}")
+        return
+    from pe_dpo.export.plain_folder import export_plain
+
+    codes = export_plain(str(model), output)
+    console.say(f"{output}: {f'{codes} tensors of codes' if codes else 'its tensors'} written plainly, all others as they were")
+    console.say(f"next: name it in a recipe: {{model: {{base: {output}}}}}")
+
+
+def _export_adapter(run: Path, output: Path | None, base: str | None, *, others: list[object]) -> None:
     from pe_dpo.errors import UsageError
 
     if output is None or any(other is not None for other in others):
-        raise UsageError("--plain goes with -o FOLDER, and with nothing else")
+        raise UsageError("--gguf-lora goes with -o FILE and --base, and with nothing else")
+    if not _is_tuned(run):
+        raise UsageError(f"{run}: is no run and no adapter; name one of these")
+    if output.suffix != ".gguf" or output.exists() or not output.absolute().parent.is_dir():
+        raise UsageError(f"-o {output}: name a new file that ends in .gguf, in a folder that is there")
+    if not (run / "base.json").is_file():
+        package = shlex.join(["pe-dpo", "merge", str(run), "--onto", "adapter", "--quantize", "none", "-o", "PACKAGE"])
+        raise UsageError(
+            f"{run}: nothing there says how its base was loaded in training; say it with {package}, and export that"
+        )
     console.start()
-    from pe_dpo.export.plain_folder import export_plain
+    from pe_dpo.export.gguf_adapter import write_gguf_adapter
+    from pe_dpo.merging.base_folder import is_base_itself
+    from pe_dpo.merging.source import open_source
 
-    codes = export_plain(base, output)
-    console.say(f"{output}: {f'{codes} tensors of codes' if codes else 'its tensors'} written plainly, all others as they were")
-    console.say(f"next: name it in a recipe: {{model: {{base: {output}}}}}")
+    with open_source(run, pairs=0, base=base) as source:
+        facts, dtype = source.facts, str(source.facts.dtype).removeprefix("torch.")
+        if facts.quantize == "int8":
+            raise UsageError(
+                f"{run}: was trained on int8, which also rounds what flows through a layer; no GGUF file computes that; merge "
+                "it with --onto original, and export the merged model"
+            )
+        is_coded = facts.quantize != "none" or facts.is_prequantized
+        values = f"the values of its {facts.quantize} codes" if is_coded else f"its weights in {dtype}"
+        folder = source.base_folder if is_base_itself(source) else output.with_name(f"{output.stem}-base")
+        commands = {} if folder == source.base_folder else {
+            "its base:": ["pe-dpo", "export", str(run), "--plain", "-o", str(folder), *(["--base", base] if base else [])]
+        }  # fmt: skip
+        ranks = write_gguf_adapter(
+            source.adapter, source.base_folder, output, description=f"LoRA on {Path(facts.base).name}, on {values}"
+        )
+    console.say(f"{output}: LoRA as GGUF, {len(ranks)} matrices, rank {max(ranks)}, {output.stat().st_size / 1e6:.1f} MB")
+    console.say(f"it belongs to {facts.base} as training had it: {values}")
+    if is_coded:
+        console.warn("on a GGUF file of the 16-bit base it is another model")
+    kind = "f16" if is_coded else {"bfloat16": "bf16", "float16": "f16"}.get(dtype, "f32")
+    gguf = output.with_name(f"{output.stem}-base-gguf")
+    commands["its GGUF:"] = ["pe-dpo", "export", str(folder), "--gguf", kind, "-o", str(gguf)]
+    commands["llama.cpp:"] = ["llama-server", "-m", str(gguf / f"{gguf.name}.gguf"), "--lora", str(output)]
+    for what, command in commands.items():
+        console.say(f"{what:13} {shlex.join(command)}")
+
+
+def _is_tuned(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("run.json", "adapter_config.json"))
 
 
 def _check_request(model: Path, output: Path | None, gguf: str | None, prompts: Path | None, push: str | None) -> None:

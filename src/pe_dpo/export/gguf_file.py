@@ -10,6 +10,8 @@ converter (conversion/llama.py and conversion/qwen.py, August 2026).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -60,23 +62,15 @@ def write_gguf(model: Path, output: Path, *, kind: Kind) -> GgufFacts:
         UsageError: the gguf package is missing, or the model is one that this does not convert; the message has the command.
         ModelError: tensors are missing, or not finite in the wanted type.
     """
-    gguf = import_gguf()
-    config = _read_config(model)
+    config = read_config(model)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"{model}: its weights are quantized; export the merged model in 16 bits instead")
     vocabulary = Vocabulary(model, config.vocab_size)
     files = TensorFiles(model)
     planned = _plan(model, config, files, kind)
-    partial = output.with_name(f".{output.name}.partial")
-    writer = gguf.GGUFWriter(partial, ARCHITECTURES[config.model_type])
-    try:
+    with gguf_writer(output, config) as writer:
         _add_metadata(writer, model, config, vocabulary, kind)
         _write_tensors(writer, files, planned, config)
-        writer.close()
-        sync(partial)
-        partial.replace(output)
-        sync(output.parent)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
     remarks = list(vocabulary.remarks)
     odd = [name for name, (_, kind_of) in planned.items() if kind in ("q8_0", "q4_0") and kind_of == "f16"]
     if odd:
@@ -92,6 +86,27 @@ def write_gguf(model: Path, output: Path, *, kind: Kind) -> GgufFacts:
     return GgufFacts(output, output.stat().st_size, len(planned), kind, is_lossless, tuple(remarks))
 
 
+@contextmanager
+def gguf_writer(output: Path, config: Any) -> Iterator[Any]:
+    """Yield a writer of a GGUF file, which appears under its name at the end of the block, unless the block raises.
+
+    Args:
+        output: the file.
+        config: of the model, whose architecture it names.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    writer = import_gguf().GGUFWriter(partial, ARCHITECTURES[config.model_type])
+    try:
+        yield writer
+        writer.close()
+        sync(partial)
+        partial.replace(output)
+        sync(output.parent)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+
+
 def load_gguf(file: Path, model: Path) -> Any:
     """Return the causal LM of a GGUF file, in float32 and eval mode, for comparison with the model it was written from.
 
@@ -104,9 +119,9 @@ def load_gguf(file: Path, model: Path) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    original = _read_config(model)
+    original = read_config(model)
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    config.head_dim = _head_size(original)
+    config.head_dim = head_size(original)
     config.rope_parameters = original.rope_parameters
     config.attention_bias = getattr(original, "attention_bias", False)
     config.mlp_bias = getattr(original, "mlp_bias", False)
@@ -129,7 +144,13 @@ def import_gguf() -> Any:
     return gguf
 
 
-def _read_config(model: Path) -> Any:
+def read_config(model: Path) -> Any:
+    """Return the configuration of a model.
+
+    Raises:
+        ModelError: there is none.
+        UsageError: it is not of a kind that is written here, or that llama.cpp loads.
+    """
     from transformers import AutoConfig
 
     try:
@@ -138,8 +159,6 @@ def _read_config(model: Path) -> Any:
         raise ModelError(f"{model}: no model found there: {error}") from error
     if config.model_type not in ARCHITECTURES:
         raise refuse(model, f"model_type {config.model_type} is none of those exported here ({', '.join(ARCHITECTURES)})")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UsageError(f"{model}: its weights are quantized; export the merged model in 16 bits instead")
     if config.hidden_act != "silu":
         raise refuse(model, f"its activation is {config.hidden_act}, not silu")
     _check_is_loaded(model, config)
@@ -166,9 +185,9 @@ def _check_is_loaded(model: Path, config: Any) -> None:
     Its qwen2 has heads of hidden size / heads, and its qwen3 no bias behind the attention.
     """
     unreadable = None
-    if config.model_type == "qwen2" and _head_size(config) * config.num_attention_heads != config.hidden_size:
+    if config.model_type == "qwen2" and head_size(config) * config.num_attention_heads != config.hidden_size:
         unreadable = (
-            f"its {config.num_attention_heads} heads of {_head_size(config)} are not its hidden size, {config.hidden_size}"
+            f"its {config.num_attention_heads} heads of {head_size(config)} are not its hidden size, {config.hidden_size}"
         )
     if config.model_type == "qwen3" and config.attention_bias:
         unreadable = "its attention has biases"
@@ -179,7 +198,7 @@ def _check_is_loaded(model: Path, config: Any) -> None:
         )
 
 
-def _head_size(config: Any) -> int:
+def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -193,9 +212,7 @@ def _plan(model: Path, config: Any, files: TensorFiles, kind: Kind) -> dict[str,
     Returns:
         Name in the file -> tensor of the model (None for the factors of a RoPE of type llama3), and type in the file.
     """
-    gguf = import_gguf()
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    names = tensor_names(config)
     planned: dict[str, tuple[TensorInfo | None, str]] = {}
     for tensor in files:
         if tensor.name.endswith("rotary_emb.inv_freq"):
@@ -227,6 +244,13 @@ def _plan(model: Path, config: Any, files: TensorFiles, kind: Kind) -> dict[str,
     return planned
 
 
+def tensor_names(config: Any) -> Any:
+    """Return gguf's map from the names of a model's tensors to those in its file."""
+    gguf = import_gguf()
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
+    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+
+
 def _add_metadata(writer: Any, model: Path, config: Any, vocabulary: Vocabulary, kind: Kind) -> None:
     gguf = import_gguf()
     writer.add_type("model")
@@ -241,10 +265,10 @@ def _add_metadata(writer: Any, model: Path, config: Any, vocabulary: Vocabulary,
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_size(config))
-    writer.add_value_length(_head_size(config))
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(_head_size(config))
+    writer.add_rope_dimension_count(head_size(config))
     rope = config.rope_parameters
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     scaling = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}.get(rope.get("rope_type"))
@@ -275,14 +299,14 @@ def _write_tensors(writer: Any, files: TensorFiles, planned: dict[str, tuple[Ten
     for name, (source, kind) in planned.items():
         number = gguf.GGMLQuantizationType[kind.upper()]
         block, size = gguf.GGML_QUANT_SIZES[number]
-        shape = (_head_size(config) // 2,) if source is None else source.shape
+        shape = (head_size(config) // 2,) if source is None else source.shape
         writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     with progress("writing"):
         for done, (name, (source, kind)) in enumerate(planned.items(), 1):
-            tensor = llama3_factors(config) if source is None else _permuted(files.read(source.name), source.name, config)
+            tensor = llama3_factors(config) if source is None else permuted(files.read(source.name), source.name, config)
             values = tensor.to(_PLAIN.get(kind, torch.float32)).contiguous()
             if not bool(torch.isfinite(values).all()):
                 raise ModelError(f"{name}: has values that are not finite as {kind}; try bf16, or look at the model")
@@ -293,8 +317,16 @@ def _write_tensors(writer: Any, files: TensorFiles, planned: dict[str, tuple[Ten
             advance(done, len(planned))
 
 
-def _permuted(tensor: Tensor, name: str, config: Any) -> Tensor:
-    """Rows of queries and keys in ggml's order for Llama: RoPE turns neighbours there, the two halves of a head here."""
+def permuted(tensor: Tensor, name: str, config: Any) -> Tensor:
+    """Return a tensor with rows of queries and keys in ggml's order for Llama.
+
+    RoPE turns neighbours there, the two halves of a head here.
+
+    Args:
+        tensor: with the rows that the weight of this name has, or a bias.
+        name: of the model's tensor.
+        config: of the model.
+    """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None or ARCHITECTURES[config.model_type] != "llama":
         return tensor
@@ -319,7 +351,7 @@ def llama3_factors(config: Any) -> Tensor:
 
     Source: https://github.com/meta-llama/llama-models, `apply_scaling`.
     """
-    rope, size = config.rope_parameters, _head_size(config)
+    rope, size = config.rope_parameters, head_size(config)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     turns = rope["original_max_position_embeddings"] / waves

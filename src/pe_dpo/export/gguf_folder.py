@@ -1,6 +1,5 @@
 """A folder with a GGUF file, an Ollama Modelfile and golden prompts, named only once the file read back is the model."""
 
-import shutil
 from pathlib import Path
 
 from pe_dpo.errors import ModelError
@@ -38,7 +37,7 @@ def export_gguf(
         kind: of numbers in the file.
         prompts: a file of prompts or pairs for the golden prompts; None for five short questions.
         is_checked: whether the file is read back and compared, in 4 bytes of memory a parameter.
-        has_card: whether the model's README.md goes along.
+        has_card: whether the model's README.md goes along, with what is to be known of the file.
 
     Returns:
         What was written, the verdict of the check as a sentence, and what else is to be known.
@@ -65,7 +64,9 @@ def export_gguf(
                 f"transformers reads other token ids for {other} golden prompts; compare with the server's /tokenize"
             )
         if has_card:
-            shutil.copyfile(model / "README.md", folder / "README.md")
+            said = "\n".join([f"`{facts.path.name}`, {facts.kind}: {verdict}.", "", *(f"- {remark}" for remark in remarks)])
+            card = (model / "README.md").read_text(encoding="utf-8").rstrip()
+            (folder / "README.md").write_text(f"{card}\n\n## The GGUF file\n\n{said.rstrip()}\n", encoding="utf-8")
     return facts, verdict, remarks
 
 

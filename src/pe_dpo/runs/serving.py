@@ -100,6 +100,11 @@ def _of_adapter(holder: Path, there: Mapping[str, Path]) -> Iterator[Step]:
         yield _merge(base, holder, note)
     yield from _of_model({kind: folder for kind, folder in there.items() if kind in ("model", "gguf")} or {"run": holder})
     yield from _unmerged_in_vllm(holder, there, place)
+    if base["quantize"] != "int8":
+        why = "Or not merged: the adapter as a file, and the commands of the base file that it belongs to, which export prints."
+        export = ["pe-dpo", "export", str(holder), "--gguf-lora", "-o", "LORA.gguf",
+                  *(["--base", "BASE"] if place == "BASE" else [])]  # fmt: skip
+        yield Step("llama.cpp", why, [shlex.join(export)])
     try:
         lines = loading_lines(base, place=place, folder=str(holder))
     except ModelError as error:
@@ -111,7 +116,7 @@ def _of_adapter(holder: Path, there: Mapping[str, Path]) -> Iterator[Step]:
         loaders = ("pipeline('text-generation', {!r})", "AutoPeftModelForCausalLM.from_pretrained({!r})")
         yield Step(NOT, why, [f"#     {loader.format(str(holder))}" for loader in loaders])
         yield Step(
-            NOT, "A LoRA file for llama.cpp over a GGUF file of the base, whose weights are others than in training.", []
+            NOT, "A LoRA file for llama.cpp over a GGUF file of the 16-bit base, whose weights are others than in training.", []
         )
 
 
