@@ -1,4 +1,4 @@
-"""The commands: `python -m benchmarks step | run | sweep | merge | worlds | audit | mixout | architectures | plot | table`."""
+"""The commands: `python -m benchmarks COMMAND`, one of those that `--help` lists."""
 
 import argparse
 import json
@@ -21,13 +21,10 @@ def main() -> None:
     """Run one command."""
     torch.set_num_threads(1)
     options = _parser().parse_args()
-    if options.command == "plot":
-        print(_plot(options.file))
-        return
-    if options.command == "table":
+    if options.command in ("plot", "table"):
         from benchmarks.table import table
 
-        print(table())
+        print(table() if options.command == "table" else _plot(options.file))
         return
     if options.command == "merge":
         from benchmarks.merge import run_merge
@@ -61,10 +58,17 @@ def main() -> None:
         settings = Settings("architectures", out=options.out)
         print(architectures_table(run_architectures(settings, names=options.names, again=options.again)))
         return
-    settings = Settings(options.command, options.shape, options.dtype, options.model)
     if options.command == "memory-one":
+        settings = Settings(options.command, options.shape, options.dtype, options.model)
         print(json.dumps({"mib": memory.measure_one(options.variant, settings)}))
         return
+    if options.command == "estimate":
+        from benchmarks.estimate import measure_case, run_estimate
+
+        settings = Settings("estimate", out=options.out)
+        print(json.dumps(measure_case(options.case)) if options.case else run_estimate(settings))
+        return
+    settings = Settings(options.command, options.shape, options.dtype, options.model)
     keep_heap()
     settings = replace(
         settings,
@@ -135,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     kinds.add_argument("names", nargs="*", help="of the table; default: those that this version has not measured yet")
     kinds.add_argument("--again", action="store_true", help="measure those, too, that this version has measured")
     kinds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    counted = commands.add_parser("estimate", help="memory as it is counted, against the peaks of real runs on the CPU")
+    counted.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    counted.add_argument("--case", default="", help="one of them, in this process")
     commands.add_parser("table", help="print the README's table from the results")
     drawn = commands.add_parser("plot", help="draw the results of `step`, `merge`, `worlds` or `mixout` again")
     drawn.add_argument("file", type=Path)

@@ -28,7 +28,7 @@ LEVELS = (
     {"recipe", "metrics", "objective"},
     {"runs", "data", "model"},
     {"inference"},
-    {"audit"},
+    {"audit", "estimate"},
     {"training", "evaluation", "merging", "export", "chat"},
     {"experiments", "quickstart"},
     {"report", "convert"},

@@ -15,6 +15,7 @@ from pe_dpo.cli.compare import compare
 from pe_dpo.cli.console import command
 from pe_dpo.cli.convert import convert
 from pe_dpo.cli.data import data
+from pe_dpo.cli.estimate import estimate
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
 from pe_dpo.cli.merge import merge
@@ -39,6 +40,7 @@ app.command(cls=OnceEach)(command(quickstart))
 app.add_typer(recipes, name="recipes")
 app.command(cls=OnceEach)(command(convert))
 app.command(cls=OnceEach)(command(data))
+app.command(cls=OnceEach)(command(estimate))
 app.command(cls=OnceEach)(command(check))
 app.command(cls=OnceEach)(command(audit))
 app.command(cls=OnceEach)(command(train))

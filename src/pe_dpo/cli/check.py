@@ -34,6 +34,9 @@ def check(
 
     log = console.start(is_silent=True)  # nothing is printed of a recipe that turns out to be impossible
     from pe_dpo.data.decoded import decode_pair, middle_pair
+    from pe_dpo.estimate import estimate_run, find_card, local_card
+    from pe_dpo.estimate.cards import DEFAULT
+    from pe_dpo.estimate.lengths import of_pairs
     from pe_dpo.model.road import files_here, loaded_size
     from pe_dpo.training.preparation import prepare_run
 
@@ -41,6 +44,8 @@ def check(
     example = decode_pair(middle_pair(data.train), tokenizer)
     reference = plan.adapter.describe_reference()
     steps = -(-len(data.train) // plan.train.pairs_per_step)
+    card = local_card() or find_card(DEFAULT)
+    takes = estimate_run(plan, card, lengths=of_pairs(data.train, len(data.held_out), plan))
     if json:
         size = loaded_size(base, files_here(base))
         found = {
@@ -51,6 +56,7 @@ def check(
             "data": data.report.to_dict(),
             "example": example._asdict(),
             "steps_per_epoch": steps,
+            "estimate": takes.to_dict(),
         }
         typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -61,4 +67,4 @@ def check(
     ]
     typer.echo("\n".join(lines))
     console.show_pair(example, unit=data.report.unit, lines=1)
-    typer.echo("ready to train")
+    typer.echo(f"ready to train: {takes.describe()}")

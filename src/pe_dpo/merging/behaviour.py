@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pe_dpo.data import EncodedPair
 from pe_dpo.errors import OutOfMemory
+from pe_dpo.estimate.merging import TOKENS_TOGETHER
 from pe_dpo.inference.divergence import kl
 from pe_dpo.inference.layerwise import layer_by_layer
 from pe_dpo.metrics.estimates import share_right
@@ -43,8 +44,6 @@ SMALLEST = 1e-10
 """Nats of KL that float32 arithmetic in another order makes of equal weights; measured: 1e-13."""
 DISTRIBUTION_BYTES = 512 * 1024 * 1024
 """Most memory for the distributions of one model; positions are thinned out evenly to fit."""
-TOKENS_TOGETHER = 2**16
-"""Most tokens whose states are kept between layers that are loaded one at a time: 1 GB of an 8B model."""
 _HEAD = "head"
 
 

@@ -1,8 +1,6 @@
 """Where the models of a merge are measured and what that takes, counted from configuration and headers of files.
 
-    quantized      codes as they were trained on, all else in float32; one decoder layer in float32, for the noise of rounding
-    not quantized  all in float32; or embeddings, head, norms and the largest decoder layer, the others on disk meanwhile
-    beside it      the logits of the longest answer, the states of all answers between two layers, distributions
+What it takes is counted in `estimate.merging`; on a CPU kept distributions come to it.
 
 The first of these that fits: whole on the GPU, layer by layer on the GPU, whole on the CPU, layer by layer on the CPU.
 """
@@ -16,7 +14,8 @@ import psutil
 import torch
 
 from pe_dpo.data import EncodedPair
-from pe_dpo.merging.behaviour import DISTRIBUTION_BYTES, TOKENS_TOGETHER
+from pe_dpo.estimate.merging import measuring_ways
+from pe_dpo.merging.behaviour import DISTRIBUTION_BYTES
 from pe_dpo.merging.plan import Plan
 from pe_dpo.model.base import BaseInfo, empty_model
 from pe_dpo.model.layers_on_disk import decoder_layers
@@ -59,22 +58,22 @@ def place_model(facts: BaseInfo, pairs: Sequence[EncodedPair]) -> Placement:
         pairs: a few.
     """
     model = empty_model(facts.base, facts.config)
-    total = sum(parameter.numel() for parameter in model.parameters())
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model).values()]
-    largest = max(sizes, default=0)
     text = facts.config.get_text_config()
+    answers = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     tokens = [len(pair.prompt_ids) + len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    longest = max((len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)), default=0)
-    logits = 3 * 4 * longest * text.vocab_size
-    states = 2 * 4 * min(sum(tokens), max([TOKENS_TOGETHER, *tokens])) * text.hidden_size
+    counts = measuring_ways(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=sizes,
+        vocabulary=text.vocab_size,
+        hidden=text.hidden_size,
+        longest=max(map(len, answers), default=0),
+        tokens=sum(tokens),
+        longest_row=max(tokens, default=0),
+        codes=None if facts.quantize == "none" else loaded_size(facts._replace(dtype=torch.float32), files_here(facts)).bytes,
+    )
+    ways = list(zip(counts, (False, True), strict=False))
     kept = 4 * min(DISTRIBUTION_BYTES, 4 * text.vocab_size * sum(tokens))
-    if facts.quantize == "none":
-        ways = [(4 * total + logits, False)]
-        if sizes:
-            ways.append((4 * (total - sum(sizes) + largest) + logits + states, True))
-    else:
-        codes = loaded_size(facts._replace(dtype=torch.float32), files_here(facts)).bytes
-        ways = [(codes + 4 * largest + logits + states, False)]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.insert(0, torch.device("cuda"))

@@ -71,16 +71,16 @@ def find_targets(model: Any, targets: str | Sequence[str], exclude: Sequence[str
     weighted = [path for path, part in modules.items() if hasattr(part, "weight")]  # what PEFT may know besides: embeddings
     named = [] if isinstance(targets, str) else list(targets)
     of_experts = _taken_for_experts(model, {*named, *(path.rpartition(".")[2] for path in linear)})
-    found = {name: _matching(name, linear if _is_pattern(name) else weighted) for name in named}
+    found = {name: matching(name, linear if _is_pattern(name) else weighted) for name in named}
     unknown = [name for name, paths in found.items() if not paths and name not in of_experts]
     if unknown:
         there = _leaves(linear)
         raise ModelError(f"adapter.targets: no linear layer of the base is called {', '.join(unknown)}; there are {there}")
-    wanted = _in_blocks(targets, linear) if isinstance(targets, str) else []
+    wanted = in_blocks(targets, linear) if isinstance(targets, str) else []
     wanted += dict.fromkeys(path for name in named if name not in of_experts for path in found[name])
 
     outside, bypassed = _unreached(model, wanted), set(bypassed_layers(model))
-    excluded = {name: [path for path in wanted if _is_within(name, path)] for name in exclude}
+    excluded = {name: [path for path in wanted if is_within(name, path)] for name in exclude}
     idle = [name for name, paths in excluded.items() if not paths]
     if idle:
         there = _leaves(wanted)
@@ -126,7 +126,7 @@ def bypassed_layers(model: nn.Module) -> list[str]:
     return found
 
 
-def _in_blocks(kind: str, linear: Sequence[str]) -> list[str]:
+def in_blocks(kind: str, linear: Sequence[str]) -> list[str]:
     """Paths of the linear layers in blocks of one kind, or of all.
 
     Raises:
@@ -218,14 +218,14 @@ def _is_pattern(name: str) -> bool:
     return re.search(r"[^\w.\-]", name) is not None
 
 
-def _matching(name: str, paths: Iterable[str]) -> list[str]:
+def matching(name: str, paths: Iterable[str]) -> list[str]:
     """The paths that end with a name, or that a pattern matches as a whole."""
     if _is_pattern(name):
         return [path for path in paths if _compiled("targets", name).fullmatch(path)]
     return [path for path in paths if f".{path}".endswith(f".{name}")]
 
 
-def _is_within(name: str, path: str) -> bool:
+def is_within(name: str, path: str) -> bool:
     """Whether a path has a name in it, or a pattern matches it as a whole."""
     if _is_pattern(name):
         return _compiled("exclude", name).fullmatch(path) is not None

@@ -76,7 +76,7 @@ class Packing:
         name = (queries, keys, window, like.dtype)
         if name not in self._masks:
             offset = keys - queries
-            shape = (_even_queries(queries), _even_keys(keys))
+            shape = (even_queries(queries), even_keys(keys))
             hidden = torch.ones(shape, dtype=torch.bool, device=like.device).triu(offset + 1)
             if window is not None:
                 hidden |= torch.ones_like(hidden).tril(offset - window)
@@ -200,20 +200,20 @@ def _packed(
     outputs = []
     for stretch, sources in zip(query.split(packing.queries, dim=2), packing.sources, strict=True):
         queries, seen = stretch.shape[2], sum(packing.keys[source] for source in sources)
-        q = _gather([stretch], _even_queries(queries))
-        k, v = (_gather([parts[source] for source in sources], _even_keys(seen)) for parts in (keys, values))
+        q = _gather([stretch], even_queries(queries))
+        k, v = (_gather([parts[source] for source in sources], even_keys(seen)) for parts in (keys, values))
         is_causal = queries == seen and softcap is None and (window is None or window >= seen)
         mask = None if is_causal else packing.mask(queries, seen, window, query)
         outputs.append(_attend(q, k, v, mask, scaling, softcap).transpose(1, 2)[:, :queries])
     return torch.cat(outputs, dim=1)
 
 
-def _even_queries(queries: int) -> int:
+def even_queries(queries: int) -> int:
     """Return the queries to compute with: blocks of one to three rows are summed in another order than larger ones."""
     return queries + -queries % 4
 
 
-def _even_keys(keys: int) -> int:
+def even_keys(keys: int) -> int:
     """Return the keys to compute with, so that a token's result does not depend on how many keys are hidden behind it.
 
     torch 2.13 on the CPU takes keys in blocks of 512, and a product over 192 to 384 of them is split in halves that depend on

@@ -85,6 +85,36 @@ def inspect_base(
     Raises:
         ModelError: nothing there, not a causal language model, or quantized by another library.
     """
+    config = read_config(base, revision=revision)
+    settings = getattr(config, "quantization_config", None)
+    if settings:
+        quantize = as_it_comes(base, settings, quantize)
+    parameters = sum(p.numel() for p in empty_model(base, config).parameters())
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() and not lacks_bfloat16() else "float32"
+    return BaseInfo(
+        base=base,
+        revision=revision,
+        config=config,
+        parameters=parameters,
+        context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
+        quantize=quantize if quantize != "auto" else "nf4" if parameters >= LARGE_BASE else "none",
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
+        is_prequantized=bool(settings),
+        quantize_experts=quantize_experts,
+    )
+
+
+def read_config(base: str, *, revision: str | None = None) -> Any:
+    """Return transformers' configuration of a base.
+
+    Args:
+        base: path or hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ModelError: nothing there, or not a causal language model.
+    """
     from transformers import AutoConfig
 
     if Path(base).is_dir() and (Path(base) / "adapter_config.json").is_file():
@@ -100,23 +130,7 @@ def inspect_base(
         raise _unusable(base, f"no model found there: {nowhere}", error) from error
     if auto_class(config) is None:
         raise ModelError(f"{base}: {config.model_type} is not a causal language model of this transformers version")
-    settings = getattr(config, "quantization_config", None)
-    if settings:
-        quantize = _as_it_comes(base, settings, quantize)
-    parameters = sum(p.numel() for p in empty_model(base, config).parameters())
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() and not lacks_bfloat16() else "float32"
-    return BaseInfo(
-        base=base,
-        revision=revision,
-        config=config,
-        parameters=parameters,
-        context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
-        quantize=quantize if quantize != "auto" else "nf4" if parameters >= LARGE_BASE else "none",
-        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
-        is_prequantized=bool(settings),
-        quantize_experts=quantize_experts,
-    )
+    return config
 
 
 def lacks_bfloat16() -> bool:
@@ -140,7 +154,7 @@ def _way_out(base: str, settings: Mapping[str, Any]) -> str:
     return "Name the model that they were made of, or one quantized by bitsandbytes (…-bnb-4bit), which is trained on as it is"
 
 
-def _as_it_comes(base: str, settings: Mapping[str, Any], quantize: Quantize) -> Quantization:
+def as_it_comes(base: str, settings: Mapping[str, Any], quantize: Quantize) -> Quantization:
     """Return how a base was quantized that lies so on disk.
 
     Raises:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from pe_dpo.data import PreparedData
+from pe_dpo.data.order import OptimizerBatches
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import OutOfMemory, TrainingError, UsageError
 from pe_dpo.inference.drift import measure_drift
@@ -39,7 +40,6 @@ from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import save_evaluation
 from pe_dpo.training.monitor import train_probe
-from pe_dpo.training.order import OptimizerBatches
 
 GENERATION_SEED = 0
 """The seed of the sampled answers: the same in every run, so that runs are compared on common random numbers."""

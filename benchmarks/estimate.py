@@ -1,0 +1,127 @@
+"""The memory that `pe-dpo estimate` counts, against the peak of real runs on the CPU: a fresh process each.
+
+    python -m benchmarks estimate            every shape below; results/estimate.json
+
+Measured is the high-water mark of the resident set (VmHWM) above what was resident before the run began, imports done; blocks
+that are freed go back to the system at once, as in `memory`. Counted is what the estimate says of the same pairs: weights,
+adapters, optimizer, and the fullest row of the run or the check before it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.memory import RETURN_BLOCKS, peak_mib
+from benchmarks.pairs import END, PAD, VOCABULARY, _hh_rows, scratch, tokenizer
+from benchmarks.results import Settings, save
+
+
+class Case(NamedTuple):
+    """A random base and how it is trained."""
+
+    kind: str
+    hidden: int
+    layers: int
+    heads: int
+    key_heads: int
+    inner: int
+    head_size: int = 64
+    vocabulary: int = VOCABULARY
+    tied: bool = False
+    settings: tuple[str, ...] = ()
+    """Of the recipe."""
+
+    def config(self) -> Any:
+        """Return transformers' configuration of the base."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(
+            self.kind, hidden_size=self.hidden, num_hidden_layers=self.layers, num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads, intermediate_size=self.inner, head_dim=self.head_size,
+            vocab_size=self.vocabulary, tie_word_embeddings=self.tied, max_position_embeddings=2048, bos_token_id=None,
+            eos_token_id=END, pad_token_id=PAD,
+        )  # fmt: skip
+
+
+RECOMPUTED, NF4, BF16 = "train.gradient_checkpointing=true", "model.quantize=nf4", "model.dtype=bfloat16"
+CASES: dict[str, Case] = {
+    "llama 69 M": Case("llama", 768, 8, 12, 12, 2048),
+    "llama 69 M, recomputed": Case("llama", 768, 8, 12, 12, 2048, settings=(RECOMPUTED,)),
+    "llama 69 M, nf4": Case("llama", 768, 8, 12, 12, 2048, settings=(NF4,)),
+    "llama 69 M, bfloat16": Case("llama", 768, 8, 12, 12, 2048, settings=(BF16,)),
+    "qwen2 54 M, rank 64, rows of 2048": Case(
+        "qwen2", 768, 8, 12, 2, 1920, settings=("adapter.rank=64", "train.tokens_per_microbatch=2048")
+    ),
+    "qwen3 82 M, nf4 and bfloat16": Case("qwen3", 768, 8, 8, 4, 2304, 128, 32768, True, settings=(NF4, BF16)),
+    "mistral 97 M, rank 256, sgd, rows of 512": Case(
+        "mistral", 1024, 8, 16, 4, 2816, settings=("adapter.rank=256", "train.optimizer=sgd", "train.tokens_per_microbatch=512")
+    ),
+    "gemma3 68 M": Case("gemma3_text", 640, 8, 4, 1, 2048, 256, 32768, True),
+    "gemma2 35 M, recomputed": Case("gemma2", 512, 8, 4, 2, 1536, 128, 16384, True, settings=(RECOMPUTED,)),
+    "llama 300 M, nf4, recomputed": Case("llama", 1280, 16, 20, 5, 3456, settings=(NF4, RECOMPUTED)),
+    "llama 69 M, attention with dropout": Case(
+        "llama", 768, 8, 12, 12, 2048, settings=("adapter.targets=attention", "adapter.dropout=0.1")
+    ),
+}  # fmt: skip
+TOLERANCE = 0.10
+
+
+def prepare(name: str, folder: Path) -> list[str]:
+    """Write the base and the pairs of a case; return the settings of its recipe."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    case = CASES[name]
+    base = folder / "base"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(case.config()).to(torch.bfloat16).save_pretrained(base)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="</s>", pad_token="<pad>").save_pretrained(base)
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in _hh_rows()[:64])
+    return [
+        f"model.base={base}", f"data.train={folder / 'pairs.jsonl'}", "data.eval=0.1", "data.max_length=1024",
+        "train.max_steps=2", "train.pairs_per_step=12", "reference.policy=step", f"output={folder / 'run'}", *case.settings,
+    ]  # fmt: skip
+
+
+def measure_case(name: str) -> dict[str, float]:
+    """Return counted and measured peak of a case in this process, MiB."""
+    from pe_dpo.estimate.estimate import estimate_run
+    from pe_dpo.quickstart.demo import quickstart_recipe
+    from pe_dpo.recipe import load_recipe
+    from pe_dpo.training.train import train
+
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
+    try:
+        recipe = load_recipe("qwen3-0.6b-dpo", ["data.template_args={}", "data.template=plain", *prepare(name, folder)])
+        counted = estimate_run(recipe, None)
+        warm = quickstart_recipe(["train.max_steps=1", "data.limit=100", f"output={folder / 'warm'}"])
+        train(warm)  # what a first run imports and sets up is no part of what this one takes
+        peak = peak_mib(lambda: train(recipe))
+    finally:
+        shutil.rmtree(folder)
+    parts = {part: size / 2**20 for part, size in counted.parts.items()}
+    return {"counted_mib": counted.peak / 2**20, "measured_mib": peak, "tokens": counted.row.tokens, "parts_mib": parts}
+
+
+def run_estimate(settings: Settings) -> Path:
+    """Measure every case that the results do not have yet, each in a process of its own; return the file."""
+    path = settings.out / f"{settings.name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.is_file() else {}
+    found = {name: case for name, case in found.items() if name in CASES}
+    for name in CASES:
+        if name not in found:
+            command = [sys.executable, "-m", "benchmarks", "estimate", "--case", name]
+            done = subprocess.run(command, env=os.environ | RETURN_BLOCKS, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(f"{name}: the process failed:\n{done.stderr[-2000:]}")
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+            path = save(settings, {"cases": found})
+        counted, measured = found[name]["counted_mib"], found[name]["measured_mib"]
+        print(f"  {name:<45} counted {counted:6.0f}   measured {measured:6.0f} MiB   {counted / measured - 1:+.1%}", flush=True)
+    return path

@@ -1,0 +1,125 @@
+"""`pe-dpo estimate`: memory, hours and disk of a run, before anything of it is fetched or loaded."""
+
+import json as json_module
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pe_dpo.cli import console, options
+
+if TYPE_CHECKING:
+    from pe_dpo.estimate import Estimate
+
+
+def estimate(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help='A card ("RTX 4090", H200) or a size (24GB), or cpu; default: the one here, else 24GB.'),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option("--tokens", help="Mean tokens of prompt, chosen and rejected, as 170,320,320; default: the data's own."),
+    ] = None,
+    pairs: Annotated[int | None, typer.Option("--pairs", min=1, help="With --tokens: how many pairs there are.")] = None,
+    set_: options.Settings = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON, in bytes and seconds.")] = False,
+) -> None:
+    """Say what a run takes: memory by part, the rows that fit, hours, disk, the merge; exit 1 where it does not fit."""
+    from pe_dpo.errors import UsageError
+    from pe_dpo.recipe import load_recipe
+
+    plan = load_recipe(recipe, options.overrides(set_))
+    console.start(is_silent=True)
+    from pe_dpo.estimate import estimate_run, find_card, local_card
+    from pe_dpo.estimate.cards import DEFAULT
+    from pe_dpo.estimate.lengths import made_up_lengths
+
+    if pairs is not None and tokens is None:
+        raise UsageError("--pairs: says how many pairs there are whose mean lengths --tokens gives; give both")
+    lengths = None
+    if tokens is not None:
+        try:
+            means = [float(word) for word in tokens.split(",")]
+        except ValueError as error:
+            raise UsageError(f"--tokens {tokens}: write three numbers with commas between them, as 170,320,320") from error
+        lengths = made_up_lengths(plan, means, pairs=pairs or 10_000)
+    card = None if gpu is not None and gpu.lower() == "cpu" else find_card(gpu) if gpu else local_card() or find_card(DEFAULT)
+    found = estimate_run(plan, card, lengths=lengths)
+    if json:
+        typer.echo(json_module.dumps(found.to_dict(), indent=1))
+    else:
+        typer.echo("\n".join(_screen(plan.model.base, found)))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _screen(base: str, found: "Estimate") -> list[str]:
+    """The estimate on one screen of 80 columns."""
+    from pe_dpo.estimate import CARDS, knobs
+    from pe_dpo.estimate.estimate import duration
+
+    setup, card, shape = found.setup, found.card, found.setup.shape
+    dtype = "bfloat16" if setup.width == 2 else "float32"
+    lines = [
+        f"{base}: {shape.parameters / 1e9:,.2f} B parameters, {setup.quantize}, {dtype}, rank {setup.rank:g}",
+        f"on {card.name}: {card.bytes / 1e9:.1f} GB, {card.usable / 1e9:.1f} without CUDA's own" if card else "on the CPU",
+        "",
+    ]
+    how = "activations recomputed" if setup.recomputes else "activations kept"
+    names = {
+        "codes": f"{shape.coded(setup.quantize, with_experts=setup.with_experts) / 1e9:,.2f} B weights as codes, with scales",
+        "weights": "what is not codes, in " + ("16 bits" if setup.width == 2 else "32 bits"),
+        "adapters": f"{setup.trained / 1e6:,.1f} M parameters trained, in 32 bits",
+        "gradients": "of these",
+        "optimizer": setup.optimizer,
+    }
+    fixed = {name: found.parts[name] for name in names}
+    activations = sum(size for name, size in found.parts.items() if name not in names)
+    lines += [f"  {name:<12} {size / 1e9:>6.2f} GB   {names[name]}" for name, size in fixed.items() if size]
+    lines.append(f"  {'rows':<12} {activations / 1e9:>6.2f} GB   of up to {found.budget:,} tokens; {how}")
+    lines.append(f"  {'at the worst':<12} {found.peak / 1e9:>6.2f} GB   {_verdict(found)}")
+    if not found.fits:
+        lines.append("what saves memory, each by itself:")
+        lines += [f"  {knob.saved / 1e9:>5.2f} GB   {knob.setting} ({knob.costs})" for knob in knobs(found)[:6]]
+    prompt, chosen, rejected = found.lengths.means()
+    lines += [
+        "",
+        f"{found.lengths.pairs:,} pairs of {prompt:.0f} + {chosen:.0f} + {rejected:.0f} tokens ({found.lengths.source})",
+    ]
+    if card is not None:
+        per_step = found.reference.seconds if found.uses_reference else 0.0
+        lines.append(
+            f"{found.steps:,} steps of {found.step.seconds:.2f} s, {per_step:.2f} s more for the reference; "
+            f"{duration(found.seconds)} in all"
+        )
+        others = [name for name in ("RTX 3090", "RTX 4090", "A100 80GB", "H100", "H200") if name != card.name]
+        times = [(name, found.on(next(one for one in CARDS if one.name == name))) for name in others]
+        lines.append("elsewhere: " + ", ".join(f"{name} {duration(other.seconds)}" for name, other in times if other.fits))
+        share = f"{card.reached:.0%} of {card.tflops:g} TFLOP/s, 90% of {card.bandwidth:g} GB/s"
+        lines.append(f"counted with {share}")
+    disk = ", ".join(f"{name} {_size(size)}" for name, size in found.disk.items())
+    lines.append(f"disk: {disk}")
+    merging = ", ".join(f"{name} {_size(size)}" for name, size in found.merging.items())
+    lines += _folded(f"merge, in RAM or on the card: {merging}")
+    return lines + [f"note: {note}" for note in found.notes]
+
+
+def _verdict(found: "Estimate") -> str:
+    if found.card is None:
+        return "beside Python and its libraries"
+    if not found.fits:
+        return f"does not fit: {found.needed / 1e9:.1f} GB are needed"
+    if found.check >= sum(found.parts.values()):
+        return "fits; the check before training is the worst"
+    return f"fits; with the longest pair alone {found.least / 1e9:.1f} GB"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _folded(line: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(line, 80, subsequent_indent="  ")
