@@ -12,7 +12,7 @@ import pe_dpo
 from pe_dpo.errors import DataError
 from pe_dpo.export.golden import (
     QUESTIONS,
-    Comparison,
+    GoldenMatch,
     GoldenPrompt,
     answer_log_probs,
     check_golden,
@@ -96,7 +96,7 @@ def test_a_lead_is_over_the_best_other_token() -> None:
     assert leads_of(log_probs, [0, 1]) == pytest.approx([math.log(3.5), math.log(0.6)], abs=1e-5)
 
 
-def test_a_near_tie_is_twice_what_bfloat16_moves_a_lead(golden: list[GoldenPrompt]) -> None:
+def test_a_near_tie_is_twice_what_bfloat16_moves_a_lead_or_a_log_prob(golden: list[GoldenPrompt]) -> None:
     """The base is bfloat16 on disk: loaded as such it is the model that parameters cast to bfloat16 make."""
     from transformers import AutoModelForCausalLM
 
@@ -105,10 +105,12 @@ def test_a_near_tie_is_twice_what_bfloat16_moves_a_lead(golden: list[GoldenPromp
     for one in golden:
         ids = torch.tensor([one.prompt_ids + one.token_ids])
         with torch.no_grad():
-            ranked = rounded(ids).logits[0, len(one.prompt_ids) - 1 : -1].float().sort(descending=True)
+            logits = rounded(ids).logits[0, len(one.prompt_ids) - 1 : -1].float()
+        ranked = logits.log_softmax(-1).sort(descending=True)
         assert ranked.indices[:, 0].tolist() == one.token_ids  # so that leads are over the second best
-        lead = (ranked.values[:, 0] - ranked.values[:, 1]).tolist()
-        moves += [abs(before - after) for before, after in zip(one.leads, lead, strict=True)]
+        first, second = ranked.values[:, :2].T.tolist()
+        moves += [abs(a - (b - c)) for a, b, c in zip(one.leads, first, second, strict=True)]
+        moves += [abs(a - b) for a, b in zip(one.log_probs, first, strict=True)]
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     measured = with_measured_near_tie(model, golden)
     assert {one.near_tie for one in measured} == {round(2 * max(moves), 3)}
@@ -118,7 +120,7 @@ def test_a_near_tie_is_twice_what_bfloat16_moves_a_lead(golden: list[GoldenPromp
 def test_the_same_model_passes(world: Any, golden: list[GoldenPrompt], tmp_path: Path) -> None:
     save_golden(golden, tmp_path / "golden.jsonl")
     found = check_golden(*world, tmp_path / "golden.jsonl", near_tie=0.0)
-    assert found == [Comparison("equal", "", len(one.token_ids)) for one in golden]
+    assert found == [GoldenMatch("equal", "", len(one.token_ids)) for one in golden]
 
 
 def changed(golden: list[GoldenPrompt], **changes: Any) -> list[GoldenPrompt]:
@@ -169,6 +171,9 @@ SAID = GoldenPrompt(
     ({"token_ids": [10, 99, 12]}, "other", 1),
     ({"token_ids": [10, 11, 12, 99]}, "other", 3),
     ({"token_ids": [10, 99], "text": "The sea rises."}, "other", 1),  # ids say more than texts
+    ({"token_ids": [10, 11, 12, 13, 5], "log_probs": [-0.15] * 5}, "equal", 5),
+    ({"token_ids": [10, 11, 12, 13, 5], "log_probs": [-0.15, -0.21, 0.0, 0.0, 0.0]}, "other", 1),  # 0.11 nats off, over 0.1
+    ({"token_ids": [10, 11, 99], "log_probs": [-0.15, -0.15, -9.0]}, "near tie", 2),  # another token's log-prob says nothing
     ({"prompt_ids": [1, 2], "text": "The sea rises."}, "equal", 5),
     ({"prompt_ids": [0, 1, 2], "text": "The sea rises."}, "other", 0),
 ])  # fmt: skip

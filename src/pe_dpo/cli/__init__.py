@@ -18,6 +18,7 @@ from pe_dpo.cli.data import data
 from pe_dpo.cli.estimate import estimate
 from pe_dpo.cli.evaluate import evaluate
 from pe_dpo.cli.export import export
+from pe_dpo.cli.golden import golden
 from pe_dpo.cli.merge import merge
 from pe_dpo.cli.options import OnceEach, in_flags
 from pe_dpo.cli.quickstart import quickstart
@@ -51,6 +52,7 @@ app.command(cls=OnceEach)(command(report))
 app.command(cls=OnceEach)(command(merge))
 app.command(cls=OnceEach)(command(export))
 app.command(cls=OnceEach)(command(serve))
+app.command(cls=OnceEach)(command(golden))
 app.command(cls=OnceEach)(command(chat))
 
 

@@ -177,9 +177,4 @@ def _tell(output: Path, facts: "GgufFacts", verdict: str, remarks: list[str]) ->
     if (output / "Modelfile").is_file():
         console.say(f"Ollama:       cd {quoted} && ollama create {quoted_name} -f Modelfile && ollama run {quoted_name}")
     console.say(f"llama.cpp:    llama-server -m {shlex.quote(str(output / facts.path.name))}")
-    console.say(
-        "check there:  for each line of golden_prompts.jsonl, /tokenize of `rendered` must give `prompt_ids` (with add_special"
-    )
-    console.say(
-        "              where there is no chat template), and /completion of these, at temperature 0, `text` up to a small lead"
-    )
+    console.say(f"check there:  pe-dpo golden {quoted} http://127.0.0.1:8080")

@@ -49,15 +49,15 @@ class GoldenPrompt(NamedTuple):
     ended: bool
     """Whether the last token ended the answer; else it was cut."""
     log_probs: list[float]
-    """Log-prob of each token of the answer."""
+    """Log-prob of each token of the answer; of a file in 8 or 4 bits, what it is in these bits."""
     leads: list[float]
-    """By how much each token is more likely than the best other, in nats; where the answers are served in fewer bits than those
-    of the model, in these bits, and below zero where another one is the best there."""
+    """By how much each token is more likely than the best other, in nats; of a file in 8 or 4 bits, what it is in these bits,
+    and below zero where they choose otherwise."""
     near_tie: float = NEAR_TIE
-    """Nats of lead below which a server may choose otherwise."""
+    """By how many nats a server may move a lead or a log-prob; where a lead is smaller, it may choose otherwise."""
 
 
-class Comparison(NamedTuple):
+class GoldenMatch(NamedTuple):
     """What a server answers to a golden prompt, beside the golden answer."""
 
     verdict: Literal["equal", "near tie", "other"]
@@ -96,7 +96,7 @@ def golden_prompts(policy: Policy, prompts: Sequence[str] = QUESTIONS, *, tokens
                 text=begun[-1],
                 text_ends=[len(text.rstrip("\ufffd")) for text in begun],  # without a character of which bytes are missing
                 ended=said.ended,
-                log_probs=[round(value, 6) for value in log_probs.gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist()],
+                log_probs=_chosen(log_probs, answer),
                 leads=leads_of(log_probs, answer),
             )
         )
@@ -115,8 +115,21 @@ def leads_of(log_probs: Tensor, answer: Sequence[int]) -> list[float]:
     return [round(value, 6) for value in (log_probs.gather(-1, ids)[:, 0] - best_others).tolist()]
 
 
+def as_served_by(model: Any, golden: Sequence[GoldenPrompt]) -> list[GoldenPrompt]:
+    """Return golden prompts with the log-probs and leads that a model in fewer bits gives to the same answers.
+
+    Args:
+        model: of the numbers that are served, in eval mode.
+        golden: answers of the model that it was made from.
+    """
+    return [
+        one._replace(log_probs=_chosen(log_probs, one.token_ids), leads=leads_of(log_probs, one.token_ids))
+        for one, log_probs in zip(golden, answer_log_probs(model, golden), strict=True)
+    ]
+
+
 def with_measured_near_tie(model: Any, golden: Sequence[GoldenPrompt]) -> list[GoldenPrompt]:
-    """Return golden prompts with twice the most that bfloat16 moves one of their leads as what is a near tie.
+    """Return golden prompts with twice the most that bfloat16 moves one of their leads or log-probs as what is a near tie.
 
     Args:
         model: in float32, which answered them; its parameters are bfloat16 from here on.
@@ -126,8 +139,8 @@ def with_measured_near_tie(model: Any, golden: Sequence[GoldenPrompt]) -> list[G
         parameter.data = parameter.data.to(torch.bfloat16)
     moves = [
         abs(before - after)
-        for one, log_probs in zip(golden, answer_log_probs(model, golden), strict=True)
-        for before, after in zip(one.leads, leads_of(log_probs, one.token_ids), strict=True)
+        for one, rounded in zip(golden, as_served_by(model, golden), strict=True)
+        for before, after in zip([*one.leads, *one.log_probs], [*rounded.leads, *rounded.log_probs], strict=True)
     ]
     return [one._replace(near_tie=round(2 * max(moves), 3)) for one in golden]
 
@@ -137,45 +150,52 @@ def compare_answer(
     *,
     prompt_ids: Sequence[int] | None = None,
     token_ids: Sequence[int] | None = None,
+    log_probs: Sequence[float] = (),
     text: str | None = None,
-) -> Comparison:
+) -> GoldenMatch:
     """Return whether an answer is the golden one, leaves it at a near tie, or is another.
 
-    Ids are compared where they are given, texts where they are not, without the space that some tokenizers put before a text
-    and some servers take off. What comes behind the golden answer is not compared, nor whether an end token is shown.
+    Ids are compared where they are given, texts where they are not, without spaces before them: some tokenizers put one before
+    a text, and some servers take it off. What comes behind the golden answer is not compared, nor whether an end token is
+    shown. Log-probs find what greedy answers do not: a small adapter, or other positions, seldom change a token.
 
     Args:
         golden: the prompt and its answer.
         prompt_ids: what a server made of the rendered prompt.
         token_ids: of its greedy answer.
+        log_probs: of these tokens.
         text: of its greedy answer.
     """
     if prompt_ids is not None and list(prompt_ids) != golden.prompt_ids:
         at = shared_length(prompt_ids, golden.prompt_ids)
-        return Comparison("other", f"the prompt has other token ids from the {at + 1}. on: {list(prompt_ids[at : at + 8])}", 0)
+        return GoldenMatch("other", f"the prompt has other token ids from the {at + 1}. on: {list(prompt_ids[at : at + 8])}", 0)
     if token_ids is not None:
         shared = shared_length(token_ids, golden.token_ids)
+        for at, (mine, theirs) in enumerate(zip(log_probs[:shared], golden.log_probs, strict=False)):
+            if abs(mine - theirs) > golden.near_tie:
+                why = f"token {at + 1} of {len(golden.token_ids)} has the log-prob {mine:.3f}, not {theirs:.3f}"
+                return GoldenMatch("other", why, at)
         if shared == len(golden.token_ids) or (golden.ended and shared == len(token_ids) == len(golden.token_ids) - 1):
-            return Comparison("equal", "", len(golden.token_ids))
+            return GoldenMatch("equal", "", len(golden.token_ids))
         places = [shared]
         found, expected = (str(ids[shared]) if shared < len(ids) else "the end" for ids in (token_ids, golden.token_ids))
     elif text is not None:
         texts = [one.rstrip("\ufffd") for one in (text, golden.text)]
-        found, expected = (one.removeprefix(" ") for one in texts)
+        found, expected = (one.lstrip(" ") for one in texts)
         shared = shared_length(found, expected)
         if found == expected or (shared == len(expected) and not golden.ended):
-            return Comparison("equal", "", len(golden.token_ids))
+            return GoldenMatch("equal", "", len(golden.token_ids))
         place = shared + len(texts[1]) - len(expected)
         # The token that goes on here, and those that end here: another token may begin with the same characters.
         starts = [0, *golden.text_ends[:-1]]
         places = [at for at, (start, end) in enumerate(zip(starts, golden.text_ends, strict=True)) if start <= place <= end]
         found, expected = (repr(one[shared : shared + 20]) if shared < len(one) else "the end" for one in (found, expected))
     else:
-        return Comparison("equal", "", 0)
+        return GoldenMatch("equal", "", 0)
     least = min(places, key=lambda at: golden.leads[at])
     lead = golden.leads[least]
     why = f"token {least + 1} of {len(golden.token_ids)} is {found}, not {expected}, which leads by {lead:.3g} nats"
-    return Comparison("near tie" if lead < golden.near_tie else "other", why, places[0])
+    return GoldenMatch("near tie" if lead < golden.near_tie else "other", why, places[0])
 
 
 def save_golden(golden: Sequence[GoldenPrompt], file: Path) -> None:
@@ -201,7 +221,7 @@ def load_golden(file: Path) -> list[GoldenPrompt]:
     return golden
 
 
-def check_golden(model: Any, tokenizer: Any, file: Path, *, near_tie: float | None = None) -> list[Comparison]:
+def check_golden(model: Any, tokenizer: Any, file: Path, *, near_tie: float | None = None) -> list[GoldenMatch]:
     """Return how a model answers each golden prompt of a file.
 
     Args:
@@ -277,6 +297,10 @@ def token_ids(tokenizer: Any, rendered: str) -> list[int]:
     """
     ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     return with_begin(ids, [] if tokenizer.chat_template else begin_tokens(tokenizer))
+
+
+def _chosen(log_probs: Tensor, answer: Sequence[int]) -> list[float]:
+    return [round(value, 6) for value in log_probs.gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist()]
 
 
 @torch.no_grad()
