@@ -54,7 +54,10 @@ def test_train_says_what_it_does_and_what_came_of_it(trained):
     assert any(line.startswith("step 0: max |log π − log π0| 0, loss 0.6931") for line in lines)
     assert any(line.startswith("step 2/2  loss ") for line in lines)
     assert "9 held-out pairs (95 % Wilson intervals)" in done.out
-    assert lines[-1] == f"the adapter lies in {folder}; next: pe-dpo merge {folder} -o MODEL"
+    assert lines[-2:] == [
+        f"the adapter lies in {folder}; next: pe-dpo merge {folder} -o MODEL",
+        f"how it is loaded and served: pe-dpo serve {folder}",
+    ]
 
 
 def test_train_leaves_a_finished_run_of_the_steps_that_were_asked_for(trained):
