@@ -94,6 +94,10 @@ def test_what_was_made_of_a_run_takes_its_place_in_the_commands(pe_dpo, run, mer
     gguf.mkdir()
     (gguf / "tuned.gguf").write_bytes(b"GGUF")
     found = parts(pe_dpo("serve", run, gguf, merged, package).out)
+    unknown = "Nothing there tells of which adapter it was made (merge_report.json), or whether of one at all."
+    assert unknown in found["llama.cpp"]["why"]
+    shutil.copy(merged / "merge_report.json", gguf)  # as an export does
+    assert unknown not in pe_dpo("serve", run, gguf).out.replace("\n#   ", " ")
     adapters = found["vLLM"]["commands"].pop()
     assert found["vLLM"]["commands"] == [["vllm", "serve", str(merged)]]
     assert adapters[:5] == ["vllm", "serve", json.loads((run / "base.json").read_text())["id"], "--tokenizer", str(package)]
@@ -162,14 +166,17 @@ def test_what_a_server_refuses_is_said_with_its_reason(pe_dpo, package, tmp_path
         (["EMPTY"], "is neither a run, a packaged adapter, a merged model nor an export"),
         (["RUN", "RUN"], "is a run, as "),
         (["OTHER", "MERGED"], "was made of another adapter than that of "),
+        (["OTHER", "EXPORT"], "was made of another adapter than that of "),
         (["OTHER", "PACKAGE"], "was made of another adapter than that of "),
         (["UNFINISHED"], "this run has no adapter yet; finish it with: pe-dpo train "),
         (["FOREIGN"], "no base.json there says how its base was loaded in training"),
     ],
 )
 def test_what_cannot_be_served_is_one_message(pe_dpo, run, merged, package, tmp_path, arguments, words):
-    for name in ("empty", "other", "unfinished", "foreign"):
+    for name in ("empty", "other", "unfinished", "foreign", "export"):
         (tmp_path / name).mkdir()
+    (tmp_path / "export" / "x.gguf").write_bytes(b"GGUF")
+    shutil.copy(merged / "merge_report.json", tmp_path / "export")
     other = {"hashes": {"adapter": {"adapter_model.safetensors": "0" * 64}}}
     for name, content in {"other": other, "unfinished": {}}.items():
         (tmp_path / name / "run.json").write_text(json.dumps(content))

@@ -32,9 +32,12 @@ def run(*arguments: Any) -> str:
 
 @pytest.mark.slow
 def test_an_export_holds_the_model_the_modelfile_and_golden_prompts(tmp_path: Path) -> None:
-    output = run(BASE, "-o", tmp_path / "Vale", "--gguf", "bf16")
-    assert sorted(file.name for file in (tmp_path / "Vale").iterdir()) == ["Modelfile", "Vale.gguf", "golden_prompts.jsonl"]
-    assert [folder.name for folder in tmp_path.iterdir()] == ["Vale"]
+    model = shutil.copytree(BASE, tmp_path / "model")
+    (model / "merge_report.json").write_text("{}")  # by which `serve` knows whose it is
+    output = run(model, "-o", tmp_path / "Vale", "--gguf", "bf16")
+    files = ["Modelfile", "Vale.gguf", "golden_prompts.jsonl", "merge_report.json"]
+    assert sorted(file.name for file in (tmp_path / "Vale").iterdir()) == files
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["Vale", "model"]
     assert "mean KL 0 nats on 5 golden prompts" in output and "tokens the same" in output
     assert "ollama create vale -f Modelfile" in output and f"llama-server -m {tmp_path / 'Vale' / 'Vale.gguf'}" in output
     assert (tmp_path / "Vale" / "Modelfile").read_text(encoding="utf-8").startswith("FROM ./Vale.gguf\n")

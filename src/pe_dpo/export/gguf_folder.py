@@ -1,5 +1,6 @@
 """A folder with a GGUF file, an Ollama Modelfile and golden prompts, named only once the file read back is the model."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pe_dpo.export.golden import (
 from pe_dpo.export.ollama import modelfile
 from pe_dpo.inference.policy import Policy
 from pe_dpo.model.base import answer_end_tokens, inspect_base, load_base, load_tokenizer
+from pe_dpo.runs.serving import MERGE_FILE
 from pe_dpo.runs.staging import staged
 
 LOSSLESS = 1e-6
@@ -65,6 +67,8 @@ def export_gguf(
             remarks.append(
                 f"transformers reads other token ids for {other} golden prompts; compare with the server's /tokenize"
             )
+        if (model / MERGE_FILE).is_file():  # of which adapter it is
+            shutil.copyfile(model / MERGE_FILE, folder / MERGE_FILE)
         if has_card:
             said = "\n".join([f"`{facts.path.name}`, {facts.kind}: {verdict}.", "", *(f"- {remark}" for remark in remarks)])
             card = (model / "README.md").read_text(encoding="utf-8").rstrip()

@@ -84,6 +84,8 @@ def _of_model(there: Mapping[str, Path]) -> Iterator[Step]:
     if "gguf" in there:
         file = str(min(there["gguf"].glob("*.gguf")))
         why = "Whether it answers as it should is told by golden_prompts.jsonl, which lies beside it."
+        if not (there["gguf"] / MERGE_FILE).is_file():
+            why = f"Nothing there tells of which adapter it was made ({MERGE_FILE}), or whether of one at all. {why}"
         yield Step("llama.cpp", why, [shlex.join(["llama-server", "-m", file])])
     else:
         why = "From the whole model. q8_0 rounds its weights once more, and export says what that changes; f16 hardly does."
@@ -187,13 +189,18 @@ def _base_of(folder: Path) -> dict[str, Any]:
 
 
 def _check_made_of(there: Mapping[str, Path]) -> None:
-    """Check that what was made of a run was made of its adapter, by hash; of an export nothing says it."""
+    """Check that what was made of a run was made of its adapter, by hash; of an export only if it says so.
+
+    Raises:
+        UsageError: it was not.
+    """
     recorded = read_object(there["run"] / RUN_FILE).get("hashes", {}).get("adapter", {})
     trained = {value for name, value in recorded.items() if name.endswith(WEIGHTS_FILE)}
     of = dict[str, set[str]]()
-    if "model" in there:
-        report = read_object(there["model"] / MERGE_FILE)
-        of["model"] = {report.get("adapter_sha256", ""), report.get("from_adapter_sha256", "")}
+    for kind in ("model", "gguf"):
+        if kind in there and (kind == "model" or (there[kind] / MERGE_FILE).is_file()):
+            report = read_object(there[kind] / MERGE_FILE)
+            of[kind] = {report.get("adapter_sha256", ""), report.get("from_adapter_sha256", "")}
     if "adapter" in there and read_object(there["adapter"] / BASE_FILE).get("scale", 1) == 1:
         of["adapter"] = {hashlib.sha256((there["adapter"] / WEIGHTS_FILE).read_bytes()).hexdigest()}
     for kind, made in of.items():
