@@ -31,6 +31,14 @@ def json_without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions that a new one gets; what safetensors 0.8 writes is the owner's alone."""
+    probe = path.with_name(f".{path.name}.partial")
+    probe.touch()
+    path.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
+
+
 def sync(path: Path) -> None:
     """Return once a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

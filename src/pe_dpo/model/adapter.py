@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from pe_dpo.disk import follow_umask
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter_config import REFERENCE, TRAINED, check_adapter, merge_first, trained_folder, without_advice
 from pe_dpo.model.adapter_files import AdapterFiles, check_can_be_trained_on, check_is_plain, save_fused_adapter
@@ -310,6 +311,9 @@ def save_adapter(model: Any, folder: str | Path) -> None:
         del model.create_or_update_model_card
     if is_over:
         save_fused_adapter((AdapterFiles(folder / REFERENCE), AdapterFiles(folder / TRAINED)), (1.0, 1.0), folder)
+    for weights in (folder / place / "adapter_model.safetensors" for place in (".", REFERENCE, TRAINED)):
+        if weights.is_file():
+            follow_umask(weights)
 
 
 def restore_adapter(model: Any, folder: str | Path) -> None:
