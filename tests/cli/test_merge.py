@@ -41,7 +41,14 @@ def test_what_a_server_needs_lies_in_the_merged_folder(merged, tiny_base):
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json",
                      "README.md", "merge_report.json"}  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
-    assert (config["dtype"], config.get("quantization_config")) == ("float32", None)
+    base = json.loads((tiny_base / "config.json").read_text())
+    assert base["dtype"] == "float32" and "rope_scaling" not in base, "in the words of transformers 5"
+    old = {"torch_dtype": "float32", "rope_theta": base["rope_parameters"]["rope_theta"], "rope_scaling": None}
+    assert config == base | old
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (folder / name).read_bytes() == (tiny_base / name).read_bytes()
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert set(modes.values()) == {modes["config.json"]}
     card = (folder / "README.md").read_text()
     for words in ("−log σ(z)", "sha256 of the encoded pairs", "```yaml", "what training changed", "checked tensor by tensor"):
         assert words in card

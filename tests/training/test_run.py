@@ -41,6 +41,25 @@ def test_a_run_leaves_everything_that_others_need(run):
 
 
 @pytest.mark.slow
+def test_the_tokenizer_of_a_run_and_of_a_checkpoint_is_the_bases_own(run, tiny_base):
+    for folder in (run.folder, run.folder / "checkpoint-6"):
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            assert (folder / name).read_bytes() == (tiny_base / name).read_bytes()
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast", "not a name that only transformers 5 knows"
+
+
+@pytest.mark.slow
+def test_what_a_run_writes_has_the_permissions_of_any_new_file(run, tmp_path):
+    """safetensors writes for the owner alone."""
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".parquet", ".json", ".pt", ".md"}
+    assert [path.name for path in files if path.stat().st_mode != usual] == []
+
+
+@pytest.mark.slow
 def test_the_resolved_recipe_repeats_the_run_to_the_bit(run, tmp_path):
     again = train(load_recipe(run.folder / "recipe.yaml", [f"output={tmp_path / 'again'}"]))
     name = "adapter_model.safetensors"

@@ -18,10 +18,10 @@ from pe_dpo.merging.card import adapter_card
 from pe_dpo.merging.servers import Serving, serving_commands, shell_lines
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.unmerged import Unmerged, measure_served
-from pe_dpo.merging.write import save_tokenizer
 from pe_dpo.model.adapter_config import check_base_was_kept
 from pe_dpo.model.base import auto_class
 from pe_dpo.model.provenance import changed_files
+from pe_dpo.model.tokenizer_files import save_tokenizer
 from pe_dpo.runs.staging import staged
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def package_adapter(source: Source, output: str | Path) -> tuple[list[Serving], 
             if failures:
                 what = "one adapter does not do what the two did" if source.weights[0] else "adapter does not do what it should"
                 raise MergeRefused("\n  ".join([f"{output}: was not written: the {what}:", *failures]))
-        save_tokenizer(source.tokenizer, folder)
+        save_tokenizer(source.tokenizer, folder, [source.base_folder, source.folder])
         known = facts._replace(base=public["id"], revision=public["revision"])
         elsewhere = serving_commands(source.adapter, known, source.modules, "FOLDER")
         write_json(folder / "base.json", public | {"serving": [serving._asdict() for serving in elsewhere]})

@@ -6,7 +6,6 @@
 Beside the weights go all files that a server needs, so that it can serve nothing else by mistake.
 """
 
-import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +18,10 @@ from pe_dpo.merging.merged_tensor import MergedTensor, merge_tensor
 from pe_dpo.merging.plan import Plan
 from pe_dpo.merging.source import Source
 from pe_dpo.merging.training_base import TrainingBase
-from pe_dpo.model.base import load_tokenizer
+from pe_dpo.model.config_file import derived_config
 from pe_dpo.model.fingerprint import file_fingerprints
-from pe_dpo.model.provenance import template_fingerprint, tokenizer_fingerprint
 from pe_dpo.model.tensor_files import TensorWriter
+from pe_dpo.model.tokenizer_files import save_tokenizer
 from pe_dpo.progress import advance, progress
 
 _LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -93,34 +92,9 @@ def copy_support_files(source: Source, folder: Path, *, dtype: torch.dtype, conf
     Raises:
         ModelError: the tokenizer does not come back from disk as it was in training.
     """
-    config = type(source.facts.config).from_dict(source.facts.config.to_dict())
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        part.dtype = dtype
-        for key, value in config_changes.items():
-            setattr(part, key, value)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    config.save_pretrained(folder)
+    config = derived_config(source.base_folder, source.facts.config, dtype=dtype, changes=config_changes)
+    (folder / "config.json").write_text(config, encoding="utf-8")
     for pattern in ("generation_config.json", "*processor_config.json", *_LEGAL):
         for path in filter(Path.is_file, source.base_folder.glob(pattern)):
-            shutil.copy(path, folder)
-    save_tokenizer(source.tokenizer, folder)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer with its chat template, and check that it comes back the same.
-
-    Raises:
-        ModelError: it does not.
-        OSError: it cannot be written.
-    """
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the tokenizers library has no class of its own for a full disk
-        raise OSError(errno.EIO, f"the tokenizer's files: {error}") from error
-    saved = load_tokenizer(str(folder))
-    if (tokenizer_fingerprint(saved), template_fingerprint(saved)) != (
-        tokenizer_fingerprint(tokenizer),
-        template_fingerprint(tokenizer),
-    ):
-        raise ModelError(f"{folder}: the tokenizer comes back from disk as another one, and would serve other tokens")
+            shutil.copyfile(path, folder / path.name)
+    save_tokenizer(source.tokenizer, folder, [source.base_folder, source.folder])

@@ -58,10 +58,13 @@ _OURS = {
     *(RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE),
     *("README.md", REPORT_FILE, "eval_pairs.parquet", "generations.parquet", "evaluation.json", ".staging", "reference"),
     *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tekken.json"),
+    *("chat_template.json", "additional_chat_templates"),
     *("trained", "snapshots", "scaled", "report", "report.html", "log.txt"),
     "runs",  # what the tensorboard tracker writes
 }
+_OUR_SUFFIXES = (".partial", ".model", ".tiktoken")
+"""Of files that a kill left, and of a tokenizer's."""
 
 
 class RunWriter:
@@ -83,7 +86,7 @@ class RunWriter:
         if not self.writes or resume:
             return
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == RUN_FILE):  # last what tells that it is a run
-            if path.name in _OURS or path.name.removeprefix("checkpoint-").isdigit() or path.name.endswith(".partial"):
+            if path.name in _OURS or path.name.removeprefix("checkpoint-").isdigit() or path.suffix in _OUR_SUFFIXES:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.update(id=uuid.uuid4().hex, status="starting")
         self.write_recipe(recipe)

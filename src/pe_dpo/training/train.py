@@ -22,7 +22,7 @@ from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import POLICY, borrowed_base, save_adapter
+from pe_dpo.model.adapter import POLICY, borrowed_base
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
@@ -303,8 +303,7 @@ def _finish(
                 f"({', '.join(bad[:5])}); nothing was saved as the run's adapter. Lower train.learning_rate or loss.beta"
             )
     if writer.writes:
-        save_adapter(trainer.model, result.folder)
-        trainer.policy.tokenizer.save_pretrained(result.folder)
+        trainer.save_policy(result.folder)
     if last is not None:
         with progress("sampling"):
             trainer.save_measurements(result.folder, last, recipe.generation)

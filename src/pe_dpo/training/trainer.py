@@ -12,6 +12,7 @@ and the distributed machinery are Trainer's.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from pe_dpo.data import PreparedData
 from pe_dpo.data.order import OptimizerBatches
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.errors import OutOfMemory, TrainingError, UsageError
+from pe_dpo.errors import ModelError, OutOfMemory, TrainingError, UsageError
 from pe_dpo.inference.drift import measure_drift
 from pe_dpo.inference.logprobs import concatenate
 from pe_dpo.inference.pairs import pair_table, pair_terms, with_texts
@@ -33,6 +34,8 @@ from pe_dpo.inference.reference import Reference
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
+from pe_dpo.model.provenance import base_folder
+from pe_dpo.model.tokenizer_files import Files, tokenizer_files, write_files
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
 from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_folder
@@ -321,8 +324,21 @@ class PairTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_adapter(self.model, output_dir or self.args.output_dir)
-            self.policy.tokenizer.save_pretrained(output_dir or self.args.output_dir)
+            self.save_policy(Path(output_dir or self.args.output_dir))
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the adapter, and the tokenizer's files with its chat template as in training, into a folder."""
+        save_adapter(self.model, folder)
+        write_files(self._tokenizer_files, folder)
+
+    @cached_property
+    def _tokenizer_files(self) -> Files:
+        base = self.policy.base
+        try:
+            origins = [base_folder(base.base, base.revision, is_loaded=True)]
+        except ModelError:  # it was moved away since it was loaded, which is no reason to lose the adapter
+            origins = []
+        return tokenizer_files(self.policy.tokenizer, origins)
 
     def train_to(self, step: int, checkpoint: Path | None) -> None:
         """Train up to a step, from a checkpoint or from the beginning.
