@@ -11,7 +11,7 @@ TOKENIZERS = deepseek_v3 gemma gemma3 llama2 llama3_1 llama3_2 mistral_nemo qwen
 
 # Engines that serve what we write, each in a folder of its own (benchmarks/engines/README.md); vLLM's takes 3 GB.
 ENGINES = $(or $(PE_DPO_ENGINES),.engines)
-ENGINE_NAMES = ctranslate2 go_template mistralrs transformers_serve
+ENGINE_NAMES = ctranslate2 go_template mistralrs transformers4 transformers_serve
 
 .PHONY: quickstart test check tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
 
