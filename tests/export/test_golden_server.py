@@ -26,12 +26,12 @@ PLAIN = SAID._replace(rendered=SAID.prompt)
 class Toy(ThreadingHTTPServer):
     """A server whose answer to a request is what a function says; None is a refusal."""
 
-    def __init__(self, answer: Any) -> None:
+    def __init__(self, answer: Any, models: Any = ("mine",)) -> None:
         requests: list[tuple[str, Any]] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply({"data": [{"id": "mine"}]})
+                self.reply(models and {"data": [{"id": name} for name in models]})
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -56,8 +56,8 @@ class Toy(ThreadingHTTPServer):
 def serve() -> Iterator[Any]:
     servers: list[Toy] = []
 
-    def start(answer: Any) -> Toy:
-        servers.append(Toy(answer))
+    def start(*arguments: Any) -> Toy:
+        servers.append(Toy(*arguments))
         threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return servers[-1]
 
@@ -128,6 +128,15 @@ def test_a_server_that_is_not_there_or_refuses_is_an_error(serve: Any, tmp_path:
         list(compare_server("http://127.0.0.1:9", tmp_path / "golden_prompts.jsonl"))
     with pytest.raises(UsageError, match=r"refuses the request \(422\): .*unknown field"):
         verdict(serve(lambda request: None), tmp_path)
+
+
+def test_a_server_that_names_no_model_wants_it_named(serve: Any, tmp_path: Path) -> None:
+    save_golden([SAID], tmp_path / "golden_prompts.jsonl")
+    server = serve(lambda request: chat("Hi 🚀") if request["model"] == "yours" else None, None)
+    with pytest.raises(UsageError, match="; name the model that it serves"):
+        list(compare_server(server.url, tmp_path / "golden_prompts.jsonl"))
+    ((_, found),) = compare_server(server.url, tmp_path / "golden_prompts.jsonl", model="yours")
+    assert found.verdict == "equal"
 
 
 @pytest.mark.parametrize(("text", "code", "words"), [

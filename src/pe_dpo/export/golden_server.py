@@ -32,9 +32,13 @@ def compare_server(url: str, file: Path, *, model: str | None = None) -> Iterato
     """
     address = url.rstrip("/").removesuffix("/v1")
     golden = load_golden(file)
-    name = model or _ask(f"{address}/v1/models")["data"][0]["id"]
+    if model is None:
+        try:
+            model = _ask(f"{address}/v1/models")["data"][0]["id"]
+        except (LookupError, TypeError) as error:
+            raise UsageError(f"{address}/v1/models: names no model; say which one it serves") from error
     for one in golden:
-        yield one, compare_answer(one, **_answer(address, name, one))
+        yield one, compare_answer(one, **_answer(address, model, one))
 
 
 def _answer(address: str, model: str, golden: GoldenPrompt) -> dict[str, Any]:
@@ -83,7 +87,8 @@ def _ask(address: str, request: dict[str, Any] | None = None) -> Any:
             return json.load(response)
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:300]
-        raise UsageError(f"{address}: the server refuses the request ({error.code}): {said}") from error
+        unnamed = "" if request else "; name the model that it serves"
+        raise UsageError(f"{address}: the server refuses the request ({error.code}): {said}{unnamed}") from error
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise UsageError(
             f"{address}: no answer of a server that speaks OpenAI's API ({error}); start it and name its address, such as "
