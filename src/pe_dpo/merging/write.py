@@ -6,6 +6,7 @@
 Beside the weights go all files that a server needs, so that it can serve nothing else by mistake.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,4 +98,8 @@ def copy_support_files(source: Source, folder: Path, *, dtype: torch.dtype, conf
     for pattern in ("generation_config.json", "*processor_config.json", *_LEGAL):
         for path in filter(Path.is_file, source.base_folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
+    for path in folder.glob("*processor_config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.pop("auto_map", None):  # names code that does not come along
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     save_tokenizer(source.tokenizer, folder, [source.base_folder, source.folder])
