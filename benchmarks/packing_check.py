@@ -142,8 +142,8 @@ def harmed(fault: Fault) -> Iterator[None]:
             window = query.shape[2]
         return packed(query, key, value, packing, scaling, window, softcap)
 
-    def row(pairs: Sequence[EncodedPair], device: torch.device) -> PackedRow:
-        whole = pack(pairs, device)
+    def row(pairs: Sequence[EncodedPair]) -> PackedRow:
+        whole = pack(pairs)
         for tree in whole.trees:
             fault.harm_positions(whole.position_ids[0], tree)
         return whole

@@ -1,5 +1,7 @@
 """Rows without padding: written out token by token, and rebuilt into prompts and answers for any pairs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pe_dpo.data import EncodedPair
-from pe_dpo.data.batches import pack, shared_tokens, split_into_rows
+from pe_dpo.data.batches import on_device, pack, shared_tokens, split_into_rows
 from pe_dpo.data.pairs import common_start
 
 
@@ -130,9 +132,18 @@ def test_integers_are_64_bits_and_tokens_have_a_batch_dimension():
 
 def test_a_row_moves_to_a_device_with_all_its_tensors():
     row = pack([sized(2, 3, 4)])
-    moved = pack([sized(2, 3, 4)], "meta")
+    moved, others = row.on("meta", [torch.arange(3)])
     assert {field.device.type for name, field in moved._asdict().items() if name != "trees"} == {"meta"}
     assert moved.trees == row.trees
+    assert [(one.device.type, one.shape) for one in others] == [("meta", (3,))]
+
+
+def test_tensors_that_go_to_a_device_together_come_apart_as_they_were(monkeypatch):
+    """As on a GPU, whose copy is one to the CPU here."""
+    row = pack([sized(2, 3, 4), sized(5, 1, 1)])
+    tensors = [field for name, field in row._asdict().items() if name != "trees"]
+    monkeypatch.setattr(torch, "device", lambda device: SimpleNamespace(type="elsewhere"))
+    assert all(map(torch.equal, on_device(tensors, "cpu"), tensors))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.policy import Policy
 from pe_dpo.metrics.estimates import clustered_mean, clustered_ratio
+from pe_dpo.objective.logprobs import owner_sums
 from pe_dpo.progress import advance
 
 LOGITS = 2**25
@@ -83,19 +84,19 @@ def compare_logits(policy: Tensor, reference: Tensor, targets: Tensor, owners: T
         policy: at the tokens of all answers.
         reference: likewise.
         targets: (N,) those tokens.
-        owners: (N,) to which answer each belongs.
+        owners: (N,) to which answer each belongs, ascending.
         rows: how many answers.
     """
-    sums = torch.zeros(rows, 4, dtype=torch.float64, device=policy.device)
+    terms = [policy.new_zeros(0, 4, dtype=torch.float64)]
     size = max(1, TILE // policy.shape[1])
-    for one, other, target, owner in zip(*(part.split(size) for part in (policy, reference, targets, owners)), strict=True):
+    for one, other, target in zip(*(part.split(size) for part in (policy, reference, targets)), strict=True):
         wide = torch.float64 if one.dtype == torch.float64 else torch.float32
         log_p, log_q = (logits.to(wide).log_softmax(dim=1) for logits in (one, other))
         p = log_p.exp()
         entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(dim=1)
         at_target = (log.gather(1, target[:, None]).squeeze(1) for log in (log_p, log_q))
-        sums.index_add_(0, owner, torch.stack([kl(p, log_p, log_q), *at_target, entropy], dim=1).double())
-    return sums
+        terms.append(torch.stack([kl(p, log_p, log_q), *at_target, entropy], dim=1).double())
+    return owner_sums(torch.cat(terms), owners, rows, int(owners.bincount().max()) if len(owners) else 0)
 
 
 def store_logits(

@@ -12,6 +12,7 @@ from pe_dpo.errors import ModelError
 from pe_dpo.model.attention import Kind, Packing
 from pe_dpo.objective import LogitTransform, PairLogprobs, completion_logprobs, head_logprobs
 from pe_dpo.objective.head import SMALLEST, wide_logits
+from pe_dpo.objective.logprobs import owner_sums
 
 
 def pair_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> PairLogprobs:
@@ -28,20 +29,20 @@ def pair_logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor, complet
 
 
 def packed_pair_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> PairLogprobs:
-    """Return the log-probs of the pairs in a packed row.
+    """Return the log-probs of the pairs in a packed row, on the model's device.
 
     Args:
         model: a causal LM whose attention is switched to `model.attention.NAME`, under PEFT or not.
-        row: on the model's device.
+        row: on the CPU.
         kind: how attention is computed.
 
     Raises:
         ModelError: some layer of the model does not attend through transformers' interface, so that pairs would mix.
     """
-    per_token = packed_token_logprobs(model, row, kind=kind)
+    longest = int(row.lengths.max())
+    per_token, row = _token_logprobs(model, row, kind)
     # In float64 like the padded path, and one after the other in the order of the tokens.
-    sums = torch.zeros(len(row.lengths), dtype=torch.float64, device=per_token.device)
-    sums = sums.index_add(0, row.owners, per_token)
+    sums = owner_sums(per_token, row.owners, len(row.lengths), longest)
     lengths = row.lengths
     return PairLogprobs(sums[row.chosen], sums[row.rejected], lengths[row.chosen], lengths[row.rejected])
 
@@ -49,16 +50,27 @@ def packed_pair_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> PairLogpr
 def packed_token_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> Tensor:
     """Return the log-prob of each scored token of a packed row's answers, (M,) float64 in the order of `row.members`.
 
-    Only the hidden states that predict an answer's token reach the head, and no matrix of all logits is made. Arguments and
-    errors are those of `packed_pair_logprobs`.
+    Arguments and errors are those of `packed_pair_logprobs`.
+    """
+    return _token_logprobs(model, row, kind)[0]
+
+
+def _token_logprobs(model: Any, row: PackedRow, kind: Kind) -> tuple[Tensor, PackedRow]:
+    """Return `packed_token_logprobs`, and the row on the model's device.
+
+    Only the hidden states that predict an answer's token reach the head, and no matrix of all logits is made.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     tokens = row.input_ids.shape[1]
     filling = max(0, SMALLEST - tokens)  # a tree of its own, which nobody reads
     packing = Packing((*row.trees, ((tokens, tokens + filling), ())) if filling else row.trees, kind)
+    input_ids, position_ids = (F.pad(one, (0, filling)) for one in (row.input_ids, row.position_ids))
+    row = row._replace(input_ids=input_ids, position_ids=position_ids)
+    row, layout = row.on(causal_lm.device, packing.layout())
+    packing.put(layout)
     hidden = causal_lm.get_decoder()(
-        input_ids=F.pad(row.input_ids, (0, filling)),
-        position_ids=F.pad(row.position_ids, (0, filling)),
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
         attention_mask=_no_mask(row.input_ids.device),
         use_cache=False,
         packing=packing,
@@ -68,7 +80,7 @@ def packed_token_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> Tensor:
         raise ModelError(f"{packing.calls} of its {layers} layers attend through transformers' attention interface")
     head, transform = causal_lm.get_output_embeddings(), logit_transform(causal_lm)
     per_token = head_logprobs(hidden[0].index_select(0, row.predicting), row.targets, head, transform)
-    return per_token.double().index_select(0, row.members)
+    return per_token.double().index_select(0, row.members), row
 
 
 def logit_transform(causal_lm: Any) -> LogitTransform:
@@ -84,6 +96,14 @@ def logit_transform(causal_lm: Any) -> LogitTransform:
 def _no_mask(device: torch.device) -> Tensor:
     """Four dimensions tell transformers that the mask is ready, so that it builds none; packed attention does not read it."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def moved(logprobs: PairLogprobs, device: torch.device | str) -> PairLogprobs:
+    """Return log-probs on another device, in one copy: between a GPU and the CPU each makes one wait for the other."""
+    if logprobs.chosen.device == torch.device(device):
+        return logprobs
+    chosen, rejected, *lengths = torch.stack([field.double() for field in logprobs]).to(device)
+    return PairLogprobs(chosen, rejected, *(one.long() for one in lengths))
 
 
 def concatenate(parts: list[PairLogprobs]) -> PairLogprobs:

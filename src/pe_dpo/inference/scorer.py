@@ -18,11 +18,12 @@ from torch import Tensor
 from pe_dpo.data.batches import pack, pad, shared_tokens, split_by_tokens, split_into_rows
 from pe_dpo.data.pairs import EncodedPair, common_start, row_length
 from pe_dpo.errors import ModelError, OutOfMemory
-from pe_dpo.inference.logprobs import concatenate, packed_pair_logprobs, packed_token_logprobs, pair_logprobs
+from pe_dpo.inference.logprobs import concatenate, moved, packed_pair_logprobs, packed_token_logprobs, pair_logprobs
 from pe_dpo.inference.rounding import LEAST_NOISE, MOST_NOISE, SPARED, TYPICAL, Rounding, least_noise
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.attention import Kind, ordinary_in_float32, switch_on
 from pe_dpo.model.base import evaluating
+from pe_dpo.model.lora import casts_kept
 from pe_dpo.objective import PairLogprobs
 from pe_dpo.objective.head import wide_logits
 from pe_dpo.objective.logprobs import completion_token_logprobs
@@ -35,6 +36,10 @@ TOKENS = 4096
 
 GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative difference of the adapters' gradients that is not looked into; a larger one may be three times the noise."""
+
+DENSE_TOKENS = 4096
+"""Most tokens of a row whose attention has a mask: it computes T² scores, at 4096 a quarter of what a 2B model's layer computes
+besides, at 16,384 as much."""
 
 REFUSALS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 """What a model that cannot be packed answers when it is tried; memory that runs out is another matter."""
@@ -71,8 +76,9 @@ class Scorer:
 
     def split(self, pairs: Sequence[EncodedPair]) -> list[list[int]]:
         """Return micro-batches as lists of indices into `pairs`, each index once, within the budget of tokens."""
-        split = split_by_tokens if self.path == "padded" else split_into_rows
-        return split(pairs, self.token_budget)
+        if self.path == "padded":
+            return split_by_tokens(pairs, self.token_budget)
+        return split_into_rows(pairs, min(self.token_budget, DENSE_TOKENS) if self.path == "dense" else self.token_budget)
 
     def tokens(self, pairs: Sequence[EncodedPair]) -> int:
         """Return the tokens of one micro-batch of these pairs, padding included."""
@@ -84,7 +90,7 @@ class Scorer:
         """Return the log-probs of one micro-batch in its order, on the model's device; with gradients where they are on."""
         if self.path == "padded":
             return pair_logprobs(model, *pad(pairs, self.device))
-        return packed_pair_logprobs(model, pack(pairs, self.device), kind=self.path)
+        return packed_pair_logprobs(model, pack(pairs), kind=self.path)
 
     def token_logprobs(self, model: Any, pairs: Sequence[EncodedPair]) -> list[Tensor]:
         """Return the log-probs of the scored tokens of each answer, (A,) float64 on the CPU: chosen, rejected, pair by pair."""
@@ -94,7 +100,7 @@ class Scorer:
             sizes, flat = scored.sum(dim=1), per_token[scored]
             chosen, rejected = (list(range(first, first + len(pairs))) for first in (0, len(pairs)))
         else:
-            row = pack(pairs, self.device)
+            row = pack(pairs)
             sizes, flat = row.lengths, packed_token_logprobs(model, row, kind=self.path)
             chosen, rejected = row.chosen.tolist(), row.rejected.tolist()
         answers = flat.detach().cpu().split(sizes.tolist())
@@ -115,13 +121,13 @@ class Scorer:
             batches, parts, done = self.split(pairs), [], 0
             for batch in batches:
                 scored = self.logprobs(model, [pairs[index] for index in batch])
-                parts.append(PairLogprobs(*(field.cpu() for field in scored)))
+                parts.append(moved(scored, "cpu"))
                 done += len(batch)
                 advance(done, len(pairs))
             back = torch.tensor([index for batch in batches for index in batch]).argsort()
             return PairLogprobs(*(field[back] for field in concatenate(parts)))
 
-        with evaluating(model):
+        with evaluating(model), casts_kept():
             return self.within_memory(pairs, score)
 
     def within_memory(self, pairs: Sequence[EncodedPair], work: Callable[[], _Result]) -> _Result:
@@ -222,10 +228,10 @@ def numeric_dtype(model: Any) -> torch.dtype:
 
 
 def _kinds(device: torch.device, dtype: torch.dtype) -> list[Kind]:
-    """Ways of attention to try, fastest first."""
+    """Ways of attention to try, fastest first; on a GPU, where the number of kernels counts, never segments."""
     if device.type != "cuda":
         return ["segments"]
-    return ["varlen", "segments", "dense"] if dtype in (torch.bfloat16, torch.float16) else ["segments", "dense"]
+    return ["varlen", "dense"] if dtype in (torch.bfloat16, torch.float16) else ["dense"]
 
 
 def _pack(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], least: float) -> str:

@@ -25,8 +25,8 @@ from pe_dpo.errors import ModelError
 NAME = "pe_dpo_packed"
 
 Kind = Literal["segments", "varlen", "dense"]
-"""segments: one call of scaled_dot_product_attention per suffix; varlen: one kernel for all of them (CUDA, half precision);
-dense: one call with a T×T mask, anywhere."""
+"""segments: one call of scaled_dot_product_attention per suffix (CPU: of one row of 16 pairs at 8B they make 39,557 kernels);
+varlen: one kernel for all of them (CUDA, half precision; 7,109); dense: one call with a T×T mask, anywhere (7,784)."""
 
 Trees = Sequence[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]
 """Prefix and suffixes of each tree, as [start, end) in the row; suffixes follow their prefix without gaps."""
@@ -51,7 +51,8 @@ class Packing:
         self.sources: list[list[int]] = []
         """For each stretch of queries the stretches of keys it sees, its own last."""
         self._masks: dict[tuple[Any, ...], Tensor] = {}
-        self._indices: tuple[Tensor, Tensor, Tensor] | None = None
+        self._trees = trees
+        self._on_device: list[Tensor] | None = None
         for prefix, suffixes in trees:
             sizes, first = [end - start for start, end in (prefix, *suffixes)], len(self.keys)
             if len(sizes) <= 2:  # a prefix with its only suffix is one causal stretch
@@ -87,29 +88,49 @@ class Packing:
         """Return the (T, T) mask of the whole row, 0 where attention goes and −inf elsewhere."""
         name = ("dense", window, like.dtype)
         if name not in self._masks:
-            starts = [0, *torch.tensor(self.keys).cumsum(0).tolist()]
-            hidden = torch.ones(starts[-1], starts[-1], dtype=torch.bool, device=like.device)
-            row = 0
-            for (queries, keys), sources in zip(self.stretches(), self.sources, strict=True):
-                columns = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in sources]).to(like.device)
-                allowed = self.mask(queries, keys, window, like)[:queries, :keys] == 0
-                hidden[row : row + queries, columns] = ~allowed
-                row += queries
-            self._masks[name] = _additive(hidden, like.dtype)
+            tree, branch, position = self.layout_on(like.device)
+            back = position[:, None] - position
+            seen = (tree[:, None] == tree) & ((branch == 0) | (branch[:, None] == branch)) & (back >= 0)
+            if window is not None:
+                seen &= back < window
+            self._masks[name] = _additive(~seen, like.dtype)
         return self._masks[name]
 
-    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return cumulative numbers of queries and of keys, (S + 1,) int32, and the row index of every gathered key, int64."""
-        if self._indices is None:
+    def layout(self) -> list[Tensor]:
+        """Return what attention reads of the layout, int64 on the CPU, so that it goes to a GPU with the row.
+
+        varlen: cumulative numbers of queries and of keys, (S + 1,), and the row index of every gathered key. dense: for each
+        token its tree, its branch there (0 for the prefix) and how many tokens come before it in its answer.
+        """
+        if self.kind == "varlen":
             starts = [0, *torch.tensor(self.keys).cumsum(0).tolist()]
             gathered = [torch.arange(starts[s], starts[s + 1]) for sources in self.sources for s in sources]
-            counts = torch.tensor([(0, 0), *self.stretches()], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self._indices = (
-                counts[:, 0].contiguous().to(device),
-                counts[:, 1].contiguous().to(device),
-                torch.cat(gathered).to(device),
-            )
-        return self._indices
+            counts = torch.tensor([(0, 0), *self.stretches()]).cumsum(0)
+            return [counts[:, 0], counts[:, 1], torch.cat(gathered)]
+        if self.kind == "segments":
+            return []
+        columns: list[Tensor] = []
+        for tree, (prefix, suffixes) in enumerate(self._trees):
+            for branch, (start, end) in enumerate((prefix, *suffixes)):
+                before = 0 if branch == 0 else prefix[1] - prefix[0]
+                size = end - start
+                own = (torch.full((size,), tree), torch.full((size,), branch), torch.arange(before, before + size))
+                columns.append(torch.stack(own))
+        return list(torch.cat(columns, dim=1))
+
+    def put(self, layout: Sequence[Tensor]) -> None:
+        """Take what `layout` returned from where attention is computed."""
+        on_device = list(layout)
+        if self.kind == "varlen":  # as the kernel wants them
+            on_device[:2] = (counts.to(torch.int32) for counts in on_device[:2])
+        self._on_device = on_device
+
+    def layout_on(self, device: torch.device) -> list[Tensor]:
+        """Return what `layout` returned, on the device; the numbers of queries and keys are int32."""
+        if self._on_device is None:
+            self.put([one.to(device) for one in self.layout()])
+        assert self._on_device is not None
+        return self._on_device
 
 
 _IS_WIDE: ContextVar[bool] = ContextVar("_IS_WIDE", default=False)
@@ -270,7 +291,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    queries, keys, gathered = packing.indices(query.device)
+    queries, keys, gathered = packing.layout_on(query.device)
     longest_query, longest_key = (max(sizes) for sizes in zip(*packing.stretches(), strict=True))
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0) if window is None else (window - 1, 0)}

@@ -7,32 +7,59 @@ the output. Here the parameters stay float32, and so do their gradients and the 
 the base, as the base's own. It comes in through PEFT's LoRA variants, so that everything else of PEFT goes on working.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 
+_CASTS: list[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]] = []
+"""Of the blocks of `casts_kept` that are open; for all threads, as CUDA's backward runs in one of its own."""
+
+
+@contextmanager
+def casts_kept() -> Iterator[None]:
+    """Within the block, in which no adapter may change, each is cast to the base's dtype once for all rows and their backward.
+
+    Whether one has changed cannot be asked: bitsandbytes' optimizers write through bare pointers.
+    """
+    _CASTS.append(_CASTS[-1] if _CASTS else {})
+    try:
+        yield
+    finally:
+        _CASTS.pop()
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    if not _CASTS or parameter.dtype == dtype or not isinstance(parameter, nn.Parameter):
+        return parameter.to(dtype)
+    key = id(parameter), dtype
+    if key not in _CASTS[-1]:
+        _CASTS[-1][key] = parameter, parameter.detach().to(dtype)  # with the parameter, so that its id stays its own
+    return _CASTS[-1][key][1]
+
 
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        narrow = x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).T
+        narrow = x.reshape(-1, x.shape[-1]) @ _cast(a, x.dtype).T
         ctx.save_for_backward(x, a, b, narrow)
         ctx.scaling = scaling
         ctx.mark_dirty(result)
-        result.view(-1, result.shape[-1]).addmm_(narrow, b.to(x.dtype).T, alpha=scaling)
+        result.view(-1, result.shape[-1]).addmm_(narrow, _cast(b, x.dtype).T, alpha=scaling)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
         x, a, b, narrow = ctx.saved_tensors
         flat = gradients[0].reshape(-1, gradients[0].shape[-1])
-        pull = flat @ (b.to(x.dtype) * ctx.scaling)
+        pull = flat @ (_cast(b, x.dtype) * ctx.scaling)
         for_x, for_a, for_b = ctx.needs_input_grad[1:4]
         return (
             gradients[0],
-            (pull @ a.to(x.dtype)).view(x.shape) if for_x else None,
+            (pull @ _cast(a, x.dtype)).view(x.shape) if for_x else None,
             (pull.T @ x.reshape(-1, x.shape[-1])).to(a.dtype) if for_a else None,
             (flat.T @ narrow).to(b.dtype).mul_(ctx.scaling) if for_b else None,
             None,

@@ -101,3 +101,26 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -F.cross_entropy(wide, targets, reduction="none")
+
+
+def owner_sums(values: Tensor, owners: Tensor, count: int, longest: int | None = None) -> Tensor:
+    """Return for each owner the sum of its values, the same bits every time.
+
+    On a CPU they are added one after the other. On a GPU `index_add` adds floats in the order in which they happen to arrive;
+    there the values are laid out as rows, one for each owner, filled up with zeros, and the rows summed.
+
+    Args:
+        values: (N,) or (N, …).
+        owners: (N,) int64, ascending.
+        count: of owners.
+        longest: most values that one owner has, where it is known.
+    """
+    if values.device.type == "cpu":
+        return values.new_zeros(count, *values.shape[1:]).index_add(0, owners, values)
+    return _sums_of_rows(values, owners, count, len(values) if longest is None else longest)
+
+
+def _sums_of_rows(values: Tensor, owners: Tensor, count: int, longest: int) -> Tensor:
+    place = torch.arange(len(owners), device=owners.device) - torch.searchsorted(owners, owners)
+    rows = values.new_zeros(count * longest, *values.shape[1:]).index_copy(0, owners * longest + place, values)
+    return rows.view(count, longest, *values.shape[1:]).sum(dim=1)

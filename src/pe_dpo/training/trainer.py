@@ -28,12 +28,13 @@ from pe_dpo.data.order import OptimizerBatches
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import ModelError, OutOfMemory, TrainingError, UsageError
 from pe_dpo.inference.drift import measure_drift
-from pe_dpo.inference.logprobs import concatenate
+from pe_dpo.inference.logprobs import concatenate, moved
 from pe_dpo.inference.pairs import pair_table, pair_terms, with_texts
 from pe_dpo.inference.reference import Reference
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
+from pe_dpo.model.lora import casts_kept
 from pe_dpo.model.provenance import base_folder
 from pe_dpo.model.tokenizer_files import Files, tokenizer_files, write_files
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
@@ -142,7 +143,7 @@ class PairTrainer(Trainer):
         model = self.accelerator.unwrap_model(model)
         model.train()
         mine = inputs[self.args.process_index :: self.args.world_size]
-        with self.keeping_what_was_saved():
+        with self.keeping_what_was_saved(), casts_kept():
             total, scored = self.scorer.within_memory(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
         gradients = []
         for parameter in adapter_parameters(model):
@@ -190,7 +191,7 @@ class PairTrainer(Trainer):
         device = self.args.device
         reference = None
         if self.loss.needs_reference:  # first, while no activations of the policy lie in memory
-            reference = PairLogprobs(*(field.to(device) for field in self.reference.logprobs(pairs)))
+            reference = moved(self.reference.logprobs(pairs), device)
         policy = self.scorer.logprobs(model, pairs)
         out = self.loss(policy, reference, *pair_terms(pairs, device))
         table = pair_table(pairs, policy, reference, out, self.loss)
