@@ -43,6 +43,16 @@ $(ENGINES)/%/installed: benchmarks/engines/%.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
+# vLLM's build for CPUs takes torch==2.13.0+cpu alone, for which pip must know PyTorch's own index of CPU wheels. Packages for images
+# and sound are not needed, and those that pip finds may be of another torch: empty ones take their places. Plugins ask for `vllm`.
+$(ENGINES)/vllm/installed: benchmarks/engines/vllm.txt
+	$(PYTHON) -m venv $(@D)
+	cd $(@D)/lib/python3*/site-packages && for one in vllm-0.32.0+cpu torchvision-0.28.0 torchaudio-2.13.0 torchcodec-0.14.0; do \
+	mkdir -p $$one.dist-info && printf 'Metadata-Version: 2.1\nName: %s\nVersion: %s\n' $${one%%-*} $${one#*-} > $$one.dist-info/METADATA; \
+	done
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 # Go's text/template, which is what renders chats in Ollama; any Go from 1.18 on (Debian: golang-go).
 $(ENGINES)/go_template/installed: benchmarks/engines/go_template/main.go
 	@command -v go >/dev/null || { echo "go is missing; on Debian: apt-get install golang-go"; exit 1; }
