@@ -1,8 +1,7 @@
-"""The commands: `python -m benchmarks COMMAND`, one of those that `--help` lists."""
+"""The commands: `python -m benchmarks NAME`; README.md says what each measures."""
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,77 +20,94 @@ def main() -> None:
     """Run one command."""
     torch.set_num_threads(1)
     options = _parser().parse_args()
-    if options.command in ("plot", "table"):
-        from benchmarks.table import table
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted")
+        raise SystemExit(130) from None
 
-        print(table() if options.command == "table" else _plot(options.file))
-        return
-    if options.command == "merge":
-        from benchmarks.merge import run_merge
 
-        rounds = 1 if options.quick else options.rounds or MERGE_ROUNDS
-        settings = Settings("merge", rounds=rounds, is_quick=options.quick, out=options.out)
-        path = run_merge(settings, only_cost=options.only_cost)
-        print(path, *([] if options.only_cost else [_plot(path)]))
-        return
-    if options.command == "worlds":
-        from benchmarks.worlds import run_worlds
+def _table(options: argparse.Namespace) -> None:
+    from benchmarks.table import table
 
-        run_worlds(Settings("worlds", is_quick=options.quick, out=options.out))
-        return
-    if options.command == "audit":
-        from benchmarks.audit_speed import run_audit
+    print(table())
 
-        rounds = 1 if options.quick else options.rounds or AUDIT_ROUNDS
-        run_audit(Settings("audit", rounds=rounds, is_quick=options.quick, out=options.out))
-        return
-    if options.command == "mixout":
-        from benchmarks.mixout import run_mixout
 
-        keep_heap()
-        run_mixout(Settings("mixout", rounds=1 if options.quick else options.rounds, is_quick=options.quick, out=options.out))
-        return
-    if options.command == "architectures":
-        from benchmarks.architectures.run import run_architectures
-        from benchmarks.architectures.table import architectures_table
+def _merge(options: argparse.Namespace) -> None:
+    from benchmarks.merge import run_merge
 
-        settings = Settings("architectures", out=options.out)
-        print(architectures_table(run_architectures(settings, names=options.names, again=options.again)))
-        return
-    if options.command == "memory-one":
-        settings = Settings(options.command, options.shape, options.dtype, options.model)
-        print(json.dumps({"mib": memory.measure_one(options.variant, settings)}))
-        return
-    if options.command == "estimate":
-        from benchmarks.estimate import measure_case, run_estimate
+    rounds = 1 if options.quick else options.rounds or MERGE_ROUNDS
+    settings = Settings("merge", rounds=rounds, is_quick=options.quick, out=options.out)
+    path = run_merge(settings, only_cost=options.only_cost)
+    print(path, *([] if options.only_cost else [_plot(path)]))
 
-        settings = Settings("estimate", out=options.out)
-        print(json.dumps(measure_case(options.case)) if options.case else run_estimate(settings))
+
+def _worlds(options: argparse.Namespace) -> None:
+    from benchmarks.worlds import run_worlds
+
+    run_worlds(Settings("worlds", is_quick=options.quick, out=options.out))
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from benchmarks.audit_speed import run_audit
+
+    rounds = 1 if options.quick else options.rounds or AUDIT_ROUNDS
+    run_audit(Settings("audit", rounds=rounds, is_quick=options.quick, out=options.out))
+
+
+def _mixout(options: argparse.Namespace) -> None:
+    from benchmarks.mixout import run_mixout
+
+    keep_heap()
+    run_mixout(Settings("mixout", rounds=1 if options.quick else options.rounds, is_quick=options.quick, out=options.out))
+
+
+def _architectures(options: argparse.Namespace) -> None:
+    from benchmarks.architectures.run import run_architectures
+    from benchmarks.architectures.table import architectures_table
+
+    settings = Settings("architectures", out=options.out)
+    print(architectures_table(run_architectures(settings, names=options.names, again=options.again)))
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from benchmarks.estimate import measure_case, run_estimate
+
+    settings = Settings("estimate", out=options.out)
+    print(json.dumps(measure_case(options.case)) if options.case else run_estimate(settings))
+
+
+def _gpu(options: argparse.Namespace) -> None:
+    from benchmarks.gpu.proof import run_check, run_proof
+
+    if options.check:
+        run_check(options.check, options.out, is_rehearsal=options.rehearse)
         return
+    is_right = run_proof(options.out, is_rehearsal=options.rehearse, seconds=options.seconds, names=options.names)
+    raise SystemExit(0 if is_right else 1)
+
+
+def _memory_one(options: argparse.Namespace) -> None:
     settings = Settings(options.command, options.shape, options.dtype, options.model)
+    print(json.dumps({"mib": memory.measure_one(options.variant, settings)}))
+
+
+def _rounds(options: argparse.Namespace) -> None:
+    """`step`, `run` or `sweep`; imported here, since what measures memory is quicker without TRL."""
+    from benchmarks.epochs import run_epochs
+    from benchmarks.step import run_step
+    from benchmarks.sweep import run_sweep
+
     keep_heap()
     settings = replace(
-        settings,
+        Settings(options.command, options.shape, options.dtype, options.model),
         rounds=1 if options.quick else options.rounds or ROUNDS[options.command],
         is_quick=options.quick,
         out=options.out,
         pairs=getattr(options, "pairs", 0),
         best=getattr(options, "best", ""),
     )
-    try:
-        _command(options.command)(settings)
-    except KeyboardInterrupt:
-        print("interrupted")
-        raise SystemExit(130) from None
-
-
-def _command(name: str) -> Callable[[Settings], None]:
-    """The command's function; imported here, since what measures memory is quicker without TRL."""
-    from benchmarks.epochs import run_epochs
-    from benchmarks.step import run_step
-    from benchmarks.sweep import run_sweep
-
-    return {"step": run_step, "run": run_epochs, "sweep": run_sweep}[name]
+    {"step": run_step, "run": run_epochs, "sweep": run_sweep}[options.command](settings)
 
 
 def _plot(path: Path) -> Path:
@@ -117,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in (*ROUNDS, "memory-one"):
         words = {"step": "forward and backward", "run": "one and three epochs", "sweep": "eight coefficients"}
         command = commands.add_parser(name, help=words.get(name))
+        command.set_defaults(run=_memory_one if name == "memory-one" else _rounds)
         command.add_argument("--shape", choices=["hh", "uf", "uf-graph"], default="hh")
         command.add_argument("--dtype", choices=["fp32", "bf16", "nf4"], default="fp32")
         command.add_argument("--model", choices=["m8k", "m32k"], default="m8k")
@@ -129,21 +146,37 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--best", default="", help="name of TRL's best point; else from the results of `step`")
     merge = commands.add_parser("merge", help="what is left of an adapter after merging, ours and others'")
     merge.add_argument("--only-cost", action="store_true", help="measure time and memory again, keep the rest of the results")
+    merge.set_defaults(run=_merge)
     _add_common(merge)
     worlds = commands.add_parser("worlds", help="κ, β, mixout and the floor where KL and reward are exact")
+    worlds.set_defaults(run=_worlds)
     worlds.add_argument("--quick", action="store_true", help="every third value, results of their own")
     worlds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    _add_common(commands.add_parser("audit", help="seconds of an audit of 10,000 pairs from a filled store"))
-    _add_common(commands.add_parser("mixout", help="what mixout costs over plain LoRA: a layer, its memory, a step"))
+    audit = commands.add_parser("audit", help="seconds of an audit of 10,000 pairs from a filled store")
+    audit.set_defaults(run=_audit)
+    _add_common(audit)
+    mixout = commands.add_parser("mixout", help="what mixout costs over plain LoRA: a layer, its memory, a step")
+    mixout.set_defaults(run=_mixout)
+    _add_common(mixout)
     kinds = commands.add_parser("architectures", help="every kind of base, tiny: checked, trained, merged, held against PEFT")
+    kinds.set_defaults(run=_architectures)
     kinds.add_argument("names", nargs="*", help="of the table; default: those that this version has not measured yet")
     kinds.add_argument("--again", action="store_true", help="measure those, too, that this version has measured")
     kinds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     counted = commands.add_parser("estimate", help="memory as it is counted, against the peaks of real runs on the CPU")
+    counted.set_defaults(run=_estimate)
     counted.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     counted.add_argument("--case", default="", help="one of them, in this process")
-    commands.add_parser("table", help="print the README's table from the results")
+    card = commands.add_parser("gpu", help="the proof on a card; benchmarks/gpu/README.md")
+    card.set_defaults(run=_gpu)
+    card.add_argument("names", nargs="*", help="of the checks; default: all")
+    card.add_argument("--rehearse", action="store_true", help="on the CPU with tiny bases: what can be run without a card")
+    card.add_argument("--seconds", type=float, default=520, help="of all checks together")
+    card.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu")
+    card.add_argument("--check", help=argparse.SUPPRESS)
+    commands.add_parser("table", help="print the README's table from the results").set_defaults(run=_table)
     drawn = commands.add_parser("plot", help="draw the results of `step`, `merge`, `worlds` or `mixout` again")
+    drawn.set_defaults(run=lambda options: print(_plot(options.file)))
     drawn.add_argument("file", type=Path)
     return parser
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.models import LEARNING_RATE, adapter_of, base_facts, load_policy
+from benchmarks.models import LEARNING_RATE, adapter_of, base_facts, load_policy, saved_base
 from benchmarks.ours import dpo_loss
 from benchmarks.pairs import PAIRS_PER_STEP, draw, facts, facts_lines, population
 from benchmarks.results import Settings, load, save, temporary_folder
@@ -111,7 +111,7 @@ def train_trl(
         lambda: make_trainer(
             point,
             pairs,
-            settings.model,
+            saved_base(settings.model),
             pairs_per_step=size,
             epochs=settings.epochs,
             **options,

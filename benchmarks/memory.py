@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import saved_base
 from benchmarks.ours import OurStep, ladder
 from benchmarks.pairs import draw, population
 from benchmarks.results import Settings
@@ -27,7 +28,7 @@ def make_step(name: str, settings: Settings, pairs: Any) -> Any:
     if name.startswith("TRL "):
         from benchmarks.trl_side import PeerStep, parse_point  # here, since our processes are quicker without TRL
 
-        return PeerStep(parse_point(name), pairs, settings.model)
+        return PeerStep(parse_point(name), pairs, saved_base(settings.model))
     (rung,) = [rung for rung in ladder() if rung.name == name]
     return OurStep(rung, pairs, settings.model, settings.dtype)
 

@@ -114,6 +114,15 @@ def fill_adapter(model: Any, seed: int = 1) -> Any:
     return model
 
 
+def pad_only_tokenizer() -> Any:
+    """Return a tokenizer of which only the padding is used: the pairs are ids already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="</s>")
+
+
 def adapter_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained adapter's parameters, by the names that both sides share."""
     return {

@@ -20,7 +20,18 @@ import torch
 from benchmarks.models import Dtype, ModelName
 from benchmarks.pairs import ShapeName
 
-PACKAGES = ("pe-dpo", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+PACKAGES = (
+    "pe-dpo",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "liger-kernel",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +70,7 @@ def machine() -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "unit": "CPU seconds (user + system) of the process, one thread",
@@ -98,6 +109,14 @@ def _arguments() -> list[str]:
             kept.append(f'"{argument}"' if " " in argument else argument)
         skip = argument == "--out"
     return kept
+
+
+def _version(name: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_text() -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import agreement, memory, plot
+from benchmarks.models import saved_base
 from benchmarks.ours import FULL_STACK, IN_STEP, ONE_ROW, OurStep, ladder
 from benchmarks.pairs import draw, facts, facts_lines, graph_tokens, histogram, population
 from benchmarks.results import Settings, save
@@ -72,7 +73,7 @@ def _screen_grid(settings: Settings, pairs: Sequence[Any]) -> tuple[list[Peer], 
     reference: dict[str, agreement.Outcome] = {}
     print(f"\nTRL's grid, {settings.dtype}, one round, CPU seconds per optimizer batch")
     for point in grid(settings.shape, settings.dtype, quick=settings.is_quick):
-        step = PeerStep(point, pairs, settings.model)
+        step = PeerStep(point, pairs, saved_base(settings.model))
         taken, loss = timed(step)
         found = agreement.outcome(step.trainer.model, loss)
         step.model.zero_grad(set_to_none=True)

@@ -7,16 +7,17 @@ checkpointing, autocast, loss and metrics are TRL's own, as `DPOTrainer.train` s
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, PrinterCallback
+from transformers import BitsAndBytesConfig, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.models import ALPHA, BETA, LEARNING_RATE, RANK, Dtype, ModelName, fill_adapter, saved_base
-from benchmarks.pairs import PAIRS_PER_STEP, ShapeName, tokenizer
+from benchmarks.models import ALPHA, BETA, LEARNING_RATE, RANK, Dtype, fill_adapter, pad_only_tokenizer
+from benchmarks.pairs import PAIRS_PER_STEP, ShapeName
 from benchmarks.results import temporary_folder
 from pe_dpo.data.pairs import EncodedPair, row_length
 from pe_dpo.model.quantization import keep_weights_unpacked
@@ -120,11 +121,12 @@ class IdsTrainer(DPOTrainer):
 def make_trainer(
     point: GridPoint,
     pairs: Sequence[EncodedPair],
-    model: ModelName,
+    base: Path,
     *,
     pairs_per_step: int,
     epochs: int = 1,
     beta: float = BETA,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> IdsTrainer:
     """Return a trainer over the pairs in their order, with the same adapter weights as ours.
 
@@ -133,14 +135,15 @@ def make_trainer(
     Args:
         point: the settings.
         pairs: all pairs, optimizer batch after optimizer batch.
-        model: which base.
+        base: folder of a base.
         pairs_per_step: of one optimizer batch.
         epochs: for `trainer.train()`.
         beta: of the loss.
+        device: where it trains.
     """
     args = DPOConfig(
         output_dir=str(temporary_folder()),
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16="autocast" in point.precision,
         per_device_train_batch_size=point.pairs_per_microbatch,
         gradient_accumulation_steps=pairs_per_step // point.pairs_per_microbatch,
@@ -158,10 +161,10 @@ def make_trainer(
         disable_tqdm=True,
     )
     trainer = IdsTrainer(
-        model=str(saved_base(model)),
+        model=str(base),
         args=args,
         train_dataset=_dataset(_ordered(pairs, pairs_per_step) if point.sorts else pairs),
-        processing_class=_pad_only_tokenizer(),
+        processing_class=pad_only_tokenizer(),
         quantization_config=_four_bit() if point.precision.startswith("nf4") else None,
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
@@ -174,9 +177,11 @@ def make_trainer(
 class PeerStep:
     """TRL's own training step over one optimizer batch: forward, backward, metrics; no optimizer, collated beforehand."""
 
-    def __init__(self, point: GridPoint, pairs: Sequence[EncodedPair], model: ModelName) -> None:
+    def __init__(
+        self, point: GridPoint, pairs: Sequence[EncodedPair], base: Path, device: Literal["cpu", "cuda"] = "cpu"
+    ) -> None:
         self.name = point.name
-        self.trainer = make_trainer(point, pairs, model, pairs_per_step=len(pairs))
+        self.trainer = make_trainer(point, pairs, base, pairs_per_step=len(pairs), device=device)
         if point.checkpointing:
             self.trainer.model.activation_checkpointing_enable(self.trainer.args.activation_checkpointing_kwargs)
         # What Trainer.train does before its first step: autocast is put around the model's forward here.
@@ -206,10 +211,6 @@ def _dataset(pairs: Sequence[EncodedPair]) -> Dataset:
     # the temporary folder of the process.
     dataset._fingerprint = uuid.uuid4().hex[:16]
     return dataset
-
-
-def _pad_only_tokenizer() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer(), pad_token="<pad>", eos_token="</s>")
 
 
 def _four_bit() -> BitsAndBytesConfig:
