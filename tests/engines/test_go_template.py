@@ -1,10 +1,12 @@
 """Go's own text/template renders what we write, as our blocks say and, where nothing is told, as the chat template does."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_templates import STYLES, random_chats, styled
+from toy_tokenizers import build_tokenizer
 
 from benchmarks.engines.worker import ask
 from pe_dpo.data.pairs import RowError
@@ -76,3 +78,15 @@ def test_go_renders_published_templates_as_told(name: str, tmp_path: Path) -> No
         pytest.skip("needs real tokenizers: make tokenizers")
     tokenizer = AutoTokenizer.from_pretrained(REAL / name)
     check(tokenizer, tmp_path, adds_bos=not name.startswith("qwen"))
+
+
+@pytest.mark.peer
+def test_go_renders_the_templates_that_trl_ships_as_told(tmp_path: Path) -> None:
+    """All 41 are blocks on ordinary chats."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None and spec.origin is not None
+    files = sorted(Path(spec.origin).parent.glob("chat_templates/*.jinja"))
+    names = [file for file in files if "training" not in file.name]
+    assert len(names) > 40
+    for file in names:
+        check(build_tokenizer(template=file.read_text(encoding="utf-8"), bos="<s>", eos="</s>"), tmp_path, adds_bos=False)
