@@ -70,6 +70,12 @@ def _architectures(options: argparse.Namespace) -> None:
     print(architectures_table(run_architectures(settings, names=options.names, again=options.again)))
 
 
+def _engines(options: argparse.Namespace) -> None:
+    from benchmarks.engines.run import run_engines
+
+    print(run_engines(Settings("engines", out=options.out), names=options.names))
+
+
 def _estimate(options: argparse.Namespace) -> None:
     from benchmarks.estimate import measure_case, run_estimate
 
@@ -163,6 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     kinds.add_argument("names", nargs="*", help="of the table; default: those that this version has not measured yet")
     kinds.add_argument("--again", action="store_true", help="measure those, too, that this version has measured")
     kinds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    engines = commands.add_parser("engines", help="what merge and export write, in the engines that are installed")
+    engines.set_defaults(run=_engines)
+    engines.add_argument("names", nargs="*", help="of engines; default: all")
+    engines.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     counted = commands.add_parser("estimate", help="memory as it is counted, against the peaks of real runs on the CPU")
     counted.set_defaults(run=_estimate)
     counted.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

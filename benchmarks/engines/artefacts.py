@@ -4,14 +4,17 @@
           │           ├─ merged-float32    the same before rounding: what adapters on the base must answer
           │           ├─ merged-original   onto the base's own weights
           │           ├─ adapter           --onto adapter
-          │           └─ gguf-f32, gguf-f16, gguf-q8_0   of merged
-          └─ run-none ─── merged-none, merged-none-float32, adapter-none       without quantization
+          │           ├─ gguf-f32, gguf-f16, gguf-q8_0   of merged
+          │           ├─ merged-unscaled   a copy of merged whose positions are not scaled
+          │           └─ gguf-lora         the adapter for llama.cpp's --lora, beside the base as it was trained on
+          └─ run-none ─── merged-none, merged-none-float32, adapter-none, gguf-lora-none       without quantization
 
 The base is a Llama with grouped queries, a rotary base of 500,000 and scaled positions, so that an engine that misses one of
 these is far off. Its heads are 32 wide, which vLLM's attention on a CPU asks for; q8_0 asks for rows of a multiple of 32.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,8 @@ def fill(name: str, folder: Path, get: Get) -> None:
 
             with open_source(get(f"run-{''.join(quantize) or 'nf4'}")) as source:
                 package_adapter(source, folder)
+        case ["merged", "unscaled"]:
+            _without_scaling(get("merged"), folder)
         case ["merged", *kind]:
             from pe_dpo.merging.merge import merge
 
@@ -65,6 +70,8 @@ def fill(name: str, folder: Path, get: Get) -> None:
             run = get("run-none" if "none" in words else "run-nf4")
             onto: Any = "original" if "original" in words else "dequantized"
             merge(run, folder, onto=onto, dtype="fp32" if "float32" in words else "auto", pairs=4)
+        case ["gguf", ("lora" | "lora-none") as kind_of_run]:
+            _gguf_lora(get("run-none" if kind_of_run == "lora-none" else "run-nf4"), folder, get)
         case ["gguf", number]:
             from pe_dpo.export.gguf_folder import export_gguf
 
@@ -83,6 +90,8 @@ def whole_model(name: str) -> str:
         "adapter-none": "merged-none-float32",
         "gguf-f32": "merged",
         "gguf-f16": "merged",
+        "gguf-lora": "merged-float32",
+        "gguf-lora-none": "merged-none-float32",
     }.get(name, name)
 
 
@@ -132,7 +141,7 @@ def save_base(folder: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
+        initializer_range=0.15,
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
@@ -206,3 +215,33 @@ def _train(base: Path, folder: Path, quantize: str) -> None:
         "output": str(folder),
     }
     train(recipe_from_yaml(json.dumps(settings), "engines", ()))
+
+
+def _without_scaling(model: Path, folder: Path) -> None:
+    """A copy of a model whose positions are not scaled."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    theta = config.pop("rope_theta", None) or config["rope_parameters"]["rope_theta"]
+    config.pop("rope_scaling", None)
+    config |= {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _gguf_lora(run: Path, folder: Path, get: Get) -> None:
+    """The adapter as lora.gguf, and base.gguf of the base as training had it."""
+    from typer.testing import CliRunner
+
+    from pe_dpo.cli import app
+    from pe_dpo.export.gguf_file import write_gguf
+
+    def pe_dpo(*arguments: str) -> None:
+        result = CliRunner().invoke(app, list(arguments))
+        if result.exit_code:
+            raise RuntimeError(result.output)
+
+    base = get("base")
+    if run == get("run-nf4"):
+        base = folder / "plain"
+        pe_dpo("export", str(run), "--plain", "-o", str(base))
+    pe_dpo("export", str(run), "--gguf-lora", "-o", str(folder / "lora.gguf"))
+    write_gguf(base, folder / "base.gguf", kind="f32")

@@ -10,12 +10,13 @@ NEAR_TIE = 0.05
 """Nats of lead below which another choice of a server in 16 bits is no other model."""
 
 
-def expected_answer(model: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+def expected_answer(model: Path, request: Mapping[str, Any], *, network: Any = None) -> dict[str, Any]:
     """Return transformers' answer to a request, in float32, each sequence in a forward of its own.
 
     Args:
         model: a whole model on disk.
         request: as an engine gets it.
+        network: the model in float32, where it is loaded already.
 
     Returns:
         An answer as README.md describes it; besides, `leads` and `chat_leads`: of each greedy token over the second best, in
@@ -23,7 +24,8 @@ def expected_answer(model: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    if network is None:
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     answer: dict[str, Any] = {"logprobs": [], "tokens": [], "rendered": [], "greedy": [], "leads": []}
     answer |= {"greedy_texts": [], "chat_lengths": [], "chat_greedy": [], "chat_texts": [], "chat_leads": []}

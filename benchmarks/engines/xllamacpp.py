@@ -4,7 +4,8 @@
 
 The log-probs of a position are those that /completion gives for the token after a prompt of ids, of the whole vocabulary.
 Options: `cache` f32 or f16, the numbers of the KV cache; `flash` true or false; `lora` a GGUF adapter; `completions` true for
-the answers of /v1/chat/completions to `chats`, as an OpenAI client asks for them, of at most `new_tokens` tokens.
+the answers of /v1/chat/completions to `chats`, as an OpenAI client asks for them, of at most `new_tokens` tokens, and the
+lengths of their prompts; `jinja` false for a template that is built into llama.cpp instead of the model's.
 """
 
 import json
@@ -24,7 +25,7 @@ def start(model: Path, options: dict[str, Any]) -> xllamacpp.Server:
     parameters.n_ctx, parameters.n_parallel = 1024, 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     parameters.hostnames, parameters.port = ["127.0.0.1"], 0
-    parameters.use_jinja, parameters.warmup, parameters.fit_params = True, False, False
+    parameters.use_jinja, parameters.warmup, parameters.fit_params = options.get("jinja", True), False, False
     flash = "ENABLED" if options.get("flash") else "DISABLED"
     parameters.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
     cache = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{options.get('cache', 'f32').upper()}")
@@ -66,10 +67,10 @@ class Client:
             new.append(max(row, key=lambda token: row[token]))
         return new
 
-    def completion(self, chat: list[dict[str, str]], count: int) -> str:
-        """Return what an OpenAI client gets for a chat."""
+    def completion(self, chat: list[dict[str, str]], count: int) -> tuple[str, int]:
+        """Return what an OpenAI client gets for a chat, and the number of the prompt's tokens."""
         found = self.post("/v1/chat/completions", model="any", messages=chat, temperature=0, max_tokens=count)
-        return str(found["choices"][0]["message"]["content"])
+        return str(found["choices"][0]["message"]["content"]), int(found["usage"]["prompt_tokens"])
 
 
 def main(model: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +88,9 @@ def main(model: Path, request: dict[str, Any]) -> dict[str, Any]:
     answer["rendered"] = [client.post("/apply-template", messages=chat)["prompt"] for chat in chats]
     answer["greedy"] = [client.continuation(ids, count) for ids in request.get("greedy", [])]
     if options.get("completions"):
-        answer["completions"] = [client.completion(chat, count) for chat in chats]
+        completions = [client.completion(chat, count) for chat in chats]
+        answer["completions"] = [text for text, _ in completions]
+        answer["chat_lengths"] = [length for _, length in completions]
     return answer
 
 

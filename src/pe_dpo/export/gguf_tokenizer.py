@@ -41,9 +41,13 @@ _KNOWN: dict[tuple[tuple[str, ...], bool], str] = {
 """Splits of a pre-tokenizer and BPE's ignore_merges -> llama.cpp's name; read from src/llama-vocab.cpp of August 2026."""
 
 _APPROXIMATE = {
-    "tekken": "llama.cpp's pre-tokenizer 'tekken' knows the case of ASCII letters only; other words with capitals in the "
-    "middle may be split differently there",
+    "tekken": "llama.cpp's pre-tokenizer 'tekken' knows the case of ASCII letters only, and no marks: other words with "
+    "capitals in the middle, and those with combining marks (Hindi, accents as characters of their own), may be split "
+    "differently there",
 }
+
+_TEST_WITHOUT_VALUE = re.compile(r"""(?:select|reject)attr\(\s*(["'])\w+\1\s*,\s*(["'])\w+\2\s*\)""")
+"""llama.cpp takes the name of the attribute for that of the test (xllamacpp 2026.10.11549): its server ends at the start."""
 
 TAKEN_FOR_CONTROL = {
     *(
@@ -131,6 +135,11 @@ class Vocabulary:
         """Of bos, eos, unk and pad, as far as there are such; eot and eom are further ends that the generation config names."""
         template = tokenizer.chat_template
         self.chat_template: str | None = template if isinstance(template, str) else None
+        if self.chat_template is not None and (test := _TEST_WITHOUT_VALUE.search(self.chat_template)):
+            self.remarks.append(
+                f"llama.cpp does not read {test[0]} in the chat template, and llama-server does not start on it; with its "
+                "option no-jinja it renders chats by a template that is built in, without tools"
+            )
         # llama.cpp puts BOS before and EOS behind a text as the tokenizer does, but no BOS where chats begin without.
         bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
