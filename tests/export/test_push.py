@@ -191,7 +191,8 @@ def test_a_folder_arrives_byte_for_byte_in_a_private_repository(hub, model, logg
     assert there["private"]
     assert there["files"] == {name: (model / name).read_bytes() for name in BELONGS}
     assert logged[0].startswith(f"{model}: 5 files, 0.0 MB, to {NAME}")
-    assert logged[1].startswith("stays here: .lock, .staging, a.partial, checkpoint-32, eval_pairs.parquet, generations.parq")
+    assert logged[1] == f"sent: {', '.join(BELONGS)}"
+    assert logged[2].startswith("stays here: .lock, .staging, a.partial, checkpoint-32, eval_pairs.parquet, generations.parq")
 
 
 @pytest.mark.filterwarnings(LFS_UPLOAD)

@@ -93,7 +93,8 @@ def push_folder(folder: Path, name: str, *, private: bool = True, endpoint: str 
         files = sorted(path.relative_to(sent) for path in sent.rglob("*") if path.is_file())
         sizes = {file.as_posix(): (sent / file).stat().st_size for file in files if not _stays(file)}
         check_no_local_paths(sent, list(sizes))
-        logger.info(f"{folder}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, to {name}: {', '.join(sizes)}")
+        logger.info(f"{folder}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB, to {name}")
+        logger.info(f"sent: {', '.join([*list(sizes)[:12], *(['…'] if len(sizes) > 12 else [])])}")
         if left_out:
             logger.info(f"stays here: {', '.join(left_out)}")
         return _upload(sent, name, sizes, private=private, api=HfApi(endpoint=endpoint, token=token))
