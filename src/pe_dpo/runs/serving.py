@@ -83,10 +83,11 @@ def _of_model(there: Mapping[str, Path]) -> Iterator[Step]:
         yield Step("transformers", "The whole model, behind an API like OpenAI's.", [transformers])
     if "gguf" in there:
         file = str(min(there["gguf"].glob("*.gguf")))
-        why = "Whether it answers as it should is told by golden_prompts.jsonl, which lies beside it."
+        why = "The second command, once the server runs, tells whether it answers as the model."
         if not (there["gguf"] / MERGE_FILE).is_file():
             why = f"Nothing there tells of which adapter it was made ({MERGE_FILE}), or whether of one at all. {why}"
-        yield Step("llama.cpp", why, [shlex.join(["llama-server", "-m", file])])
+        asked = shlex.join(["pe-dpo", "golden", str(there["gguf"]), "http://127.0.0.1:8080"])
+        yield Step("llama.cpp", why, [shlex.join(["llama-server", "-m", file]), asked])
     else:
         why = "From the whole model. q8_0 rounds its weights once more, and export says what that changes; f16 hardly does."
         export = shlex.join(["pe-dpo", "export", model, "-o", "GGUF", "--gguf", "q8_0"])
