@@ -208,7 +208,7 @@ def choice(model: Any, pairs: Sequence[EncodedPair] = PAIRS) -> dict[str, Any]:
             every = torch.cat(list(differences)).abs() / self.noise
             answers = [float(difference.abs().median()) / self.noise for difference in differences]
             found.update(
-                noise=self.noise,
+                noise=round(self.noise, 5),
                 median=round(float(every.median()), 3),
                 worst_answer=round(max(answers), 3),
                 outlying=round(float((every > OUTLYING).double().mean()), 4),
@@ -244,7 +244,8 @@ def run_packing(out: Path, *, names: Sequence[str] = ()) -> Path:
             ]
             print(f"{name:16s} head × {times}: noise {found['as it is'].get('noise', 0):.4f}", *wrong, sep="; ", flush=True)
     path = out / "packing-check.json"
-    path.write_text(json.dumps({"seconds": round(time.process_time() - began), "models": rows}, indent=1) + "\n")
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(found)}" for name, found in rows.items())
+    path.write_text(f'{{"seconds": {time.process_time() - began:.0f}, "models": {{\n{lines}\n}}}}\n', encoding="utf-8")
     return path
 
 

@@ -17,7 +17,7 @@ from pe_dpo.data.batches import pack
 from pe_dpo.inference.logprobs import packed_pair_logprobs
 from pe_dpo.inference.scorer import DENSE_TOKENS, Scorer, possible_paths
 from pe_dpo.model.attention import Kind, Packing, switch_on
-from pe_dpo.model.lora import casts_kept
+from pe_dpo.model.fixed import fixed_weights
 from pe_dpo.objective.logprobs import _sums_of_rows, owner_sums
 
 
@@ -69,7 +69,7 @@ def test_one_kernel_or_one_mask_takes_half_the_kernels_of_a_call_for_each_answer
 def test_adapters_are_cast_to_16_bits_once_for_all_rows_of_a_step(far_away):
     """Two layers' four A and B in the forward of each row, and again in the backward but where layer 0 stops at its input."""
     alone = traffic(far_away, "varlen").casts
-    with casts_kept():
+    with fixed_weights():
         first, second = (traffic(far_away, "varlen").casts for _ in range(2))
     adapters = 2 * 2 * 4
     assert (alone - second, first - second) == (2 * adapters - 3, adapters)
@@ -86,7 +86,7 @@ def test_a_kept_cast_is_forgotten_with_its_block_and_changes_no_bit():
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
     plain = gradient()
-    with casts_kept(), casts_kept():
+    with fixed_weights(), fixed_weights():
         assert torch.equal(gradient(), plain)
         assert torch.equal(gradient(), plain)
     with torch.no_grad():

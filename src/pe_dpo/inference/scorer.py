@@ -23,7 +23,7 @@ from pe_dpo.inference.rounding import LEAST_NOISE, MOST_NOISE, SPARED, TYPICAL, 
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.attention import Kind, ordinary_in_float32, switch_on
 from pe_dpo.model.base import evaluating
-from pe_dpo.model.lora import casts_kept
+from pe_dpo.model.fixed import fixed_weights
 from pe_dpo.objective import PairLogprobs
 from pe_dpo.objective.head import wide_logits
 from pe_dpo.objective.logprobs import completion_token_logprobs
@@ -127,7 +127,7 @@ class Scorer:
             back = torch.tensor([index for batch in batches for index in batch]).argsort()
             return PairLogprobs(*(field[back] for field in concatenate(parts)))
 
-        with evaluating(model), casts_kept():
+        with evaluating(model), fixed_weights():
             return self.within_memory(pairs, score)
 
     def within_memory(self, pairs: Sequence[EncodedPair], work: Callable[[], _Result]) -> _Result:

@@ -7,38 +7,19 @@ the output. Here the parameters stay float32, and so do their gradients and the 
 the base, as the base's own. It comes in through PEFT's LoRA variants, so that everything else of PEFT goes on working.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 
-_CASTS: list[dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]] = []
-"""Of the blocks of `casts_kept` that are open; for all threads, as CUDA's backward runs in one of its own."""
-
-
-@contextmanager
-def casts_kept() -> Iterator[None]:
-    """Within the block, in which no adapter may change, each is cast to the base's dtype once for all rows and their backward.
-
-    Whether one has changed cannot be asked: bitsandbytes' optimizers write through bare pointers.
-    """
-    _CASTS.append(_CASTS[-1] if _CASTS else {})
-    try:
-        yield
-    finally:
-        _CASTS.pop()
+from pe_dpo.model.fixed import kept
 
 
 def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    if not _CASTS or parameter.dtype == dtype or not isinstance(parameter, nn.Parameter):
+    if parameter.dtype == dtype or not isinstance(parameter, nn.Parameter):
         return parameter.to(dtype)
-    key = id(parameter), dtype
-    if key not in _CASTS[-1]:
-        _CASTS[-1][key] = parameter, parameter.detach().to(dtype)  # with the parameter, so that its id stays its own
-    return _CASTS[-1][key][1]
+    return kept(parameter, dtype, lambda: parameter.detach().to(dtype))
 
 
 class _AddUpdate(torch.autograd.Function):

@@ -34,7 +34,7 @@ from pe_dpo.inference.reference import Reference
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
-from pe_dpo.model.lora import casts_kept
+from pe_dpo.model.fixed import fixed_weights
 from pe_dpo.model.provenance import base_folder
 from pe_dpo.model.tokenizer_files import Files, tokenizer_files, write_files
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
@@ -143,7 +143,7 @@ class PairTrainer(Trainer):
         model = self.accelerator.unwrap_model(model)
         model.train()
         mine = inputs[self.args.process_index :: self.args.world_size]
-        with self.keeping_what_was_saved(), casts_kept():
+        with self.keeping_what_was_saved(), fixed_weights():
             total, scored = self.scorer.within_memory(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
         gradients = []
         for parameter in adapter_parameters(model):

@@ -9,7 +9,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from pe_dpo.model.adapter import as_reference
-from pe_dpo.model.mixout import attach_mixout, weights
+from pe_dpo.model.fixed import fixed_weights
+from pe_dpo.model.mixout import attach_mixout, masks, weights
+from pe_dpo.model.random_bits import random_bits
 
 P = 0.3
 ONE_BLOCK, TWO_ROWS, ONE_ROW = 2**20, 20, 3
@@ -348,3 +350,36 @@ def test_with_an_adapter_as_reference_the_pull_is_toward_it(layer, elements, for
     with as_reference(model):
         reference = model(x)
     assert_close(model(x), reference)
+
+
+# ---------------------------------------------------------------- once for all rows of a step
+
+
+def test_a_mask_is_drawn_once_for_all_rows_of_a_step_and_changes_no_bit(monkeypatch, elements):
+    """Two rows, each forward and backward, of a layer that is made in two blocks: two draws instead of eight."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(24, 40))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"])).train()
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+    mixout, rows = attach_mixout(model, P, seed=1, form="element"), torch.randn(2, 5, 24)
+    elements(24 * 20)
+    draws = []
+    monkeypatch.setattr(masks, "random_bits", lambda *args: draws.append(1) or random_bits(*args))
+
+    def gradient():
+        model.zero_grad()
+        draws.clear()
+        for row in rows:
+            model(row).square().sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+    first = gradient()
+    assert len(draws) == 8
+    with fixed_weights():
+        assert torch.equal(gradient(), first)
+        assert len(draws) == 2
+        mixout.draw = 5
+        second = gradient()
+        assert len(draws) == 2
+    assert not torch.equal(second, first)
+    assert torch.equal(gradient(), second)

@@ -13,9 +13,11 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pe_dpo.errors import ModelError
+from pe_dpo.model.fixed import is_fixed, kept
 from pe_dpo.model.random_bits import random_bits
 
 Form = Literal["column", "element"]
@@ -37,9 +39,34 @@ class MaskKey(NamedTuple):
     factor: Tensor
 
     def factors(self, start: int, shape: tuple[int, int]) -> Tensor:
-        """Return the factors 0 or 1/(1−p) of the elements start, start + 1, … of the matrix, in a shape."""
-        index = torch.arange(start, start + shape[0] * shape[1], device=self.key.device)
-        return ((random_bits(self.key, index) >= self.threshold) * self.factor).view(shape)
+        """Return the factors 0 or 1/(1−p) of the elements start, start + 1, … of the matrix, in a shape.
+
+        While weights are fixed, that is for all rows of a step and their backward, the mask is kept, a bit for each element:
+        the random numbers take some 200 bytes of traffic for each, the bits eight. Other numbers in the place are another mask.
+        """
+        size = shape[0] * shape[1]
+
+        def drawn() -> Tensor:
+            index = torch.arange(start, start + size, device=self.key.device)
+            return random_bits(self.key, index) >= self.threshold
+
+        if torch.compiler.is_compiling() or not is_fixed():
+            return (drawn() * self.factor).view(shape)
+        place = torch.arange(8, dtype=torch.uint8, device=self.key.device)
+        written = self.key.data_ptr(), self.key._version, self.threshold._version
+        bits = kept(self._owner, (*written, start, size), lambda: _as_bits(drawn(), place))
+        is_kept = (bits[:, None] >> place).bitwise_and_(1).view(-1)[:size].bool()
+        return (is_kept * self.factor).view(shape)
+
+    @property
+    def _owner(self) -> Tensor:
+        """The tensor whose place it is: of a saved tensor there is a new object at each reading."""
+        return self.key if self.key._base is None else self.key._base
+
+
+def _as_bits(mask: Tensor, place: Tensor) -> Tensor:
+    """Return (⌈n/8⌉,) uint8 of (n,) bool."""
+    return (F.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).view(-1, 8) << place).sum(dim=1, dtype=torch.uint8)
 
 
 @dataclass
