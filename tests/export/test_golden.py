@@ -155,6 +155,7 @@ SAID = GoldenPrompt(
 @pytest.mark.parametrize(("answer", "verdict", "place"), [
     ({"text": "The sea rises."}, "equal", 5),
     ({"text": " The sea rises."}, "equal", 5),  # SentencePiece's space, which one of the two decoders takes off
+    ({"text": "The sea rises.\n"}, "equal", 5),
     ({"text": "The sea falls."}, "near tie", 2),
     ({"text": "The sea ris"}, "near tie", 2),
     ({"text": "The sea rising"}, "near tie", 2),

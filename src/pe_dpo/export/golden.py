@@ -155,9 +155,9 @@ def compare_answer(
 ) -> GoldenMatch:
     """Return whether an answer is the golden one, leaves it at a near tie, or is another.
 
-    Ids are compared where they are given, texts where they are not, without spaces before them: some tokenizers put one before
-    a text, and some servers take it off. What comes behind the golden answer is not compared, nor whether an end token is
-    shown. Log-probs find what greedy answers do not: a small adapter, or other positions, seldom change a token.
+    Ids are compared where they are given, texts where they are not, without the spaces around them: some tokenizers put one
+    before a text, and some servers take them off. What comes behind the golden answer is not compared, nor whether an end token
+    is shown. Log-probs find what greedy answers do not: a small adapter, or other positions, seldom change a token.
 
     Args:
         golden: the prompt and its answer.
@@ -180,15 +180,15 @@ def compare_answer(
         places = [shared]
         found, expected = (str(ids[shared]) if shared < len(ids) else "the end" for ids in (token_ids, golden.token_ids))
     elif text is not None:
-        texts = [one.rstrip("\ufffd") for one in (text, golden.text)]
-        found, expected = (one.lstrip(" ") for one in texts)
+        found, expected = (one.rstrip("\ufffd").strip() for one in (text, golden.text))
         shared = shared_length(found, expected)
         if found == expected or (shared == len(expected) and not golden.ended):
             return GoldenMatch("equal", "", len(golden.token_ids))
-        place = shared + len(texts[1]) - len(expected)
+        place = shared + len(golden.text) - len(golden.text.lstrip())
         # The token that goes on here, and those that end here: another token may begin with the same characters.
         starts = [0, *golden.text_ends[:-1]]
         places = [at for at, (start, end) in enumerate(zip(starts, golden.text_ends, strict=True)) if start <= place <= end]
+        places = places or list(range(len(starts)))  # a text whose broken characters do not add up
         found, expected = (repr(one[shared : shared + 20]) if shared < len(one) else "the end" for one in (found, expected))
     else:
         return GoldenMatch("equal", "", 0)
