@@ -2,7 +2,7 @@
 
     python -I xllamacpp.py FILE.gguf REQUEST.json ANSWER.json
 
-The log-probs of a position are those that /completion gives for the token after a prompt of ids, of the whole vocabulary.
+A log-prob is what /completion says of the token that it is made to choose behind a prompt of ids.
 Options: `cache` f32 or f16, the numbers of the KV cache; `flash` true or false; `lora` a GGUF adapter; `completions` true for
 the answers of /v1/chat/completions to `chats`, as an OpenAI client asks for them, of at most `new_tokens` tokens, and the
 lengths of their prompts; `jinja` false for a template that is built into llama.cpp instead of the model's.
@@ -44,8 +44,8 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        # A token of which only a part of a character is known so far comes without its log-probs: whole text is forced.
-        self._forced = self.post("/tokenize", content="a")["tokens"][-1]
+        # What is said of a token comes with its text: none with an end, or with a part of a character. So text is forced.
+        self._text = self.post("/tokenize", content="a")["tokens"][-1]
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -54,17 +54,25 @@ class Client:
         with urllib.request.urlopen(request, timeout=60) as response:
             return dict(json.load(response))
 
-    def next_log_probs(self, ids: list[int]) -> dict[int, float]:
-        """Return the log-prob of each token of the vocabulary behind these."""
-        forced = [[self._forced, 1e6]]  # changes what is sampled, not what is reported
-        found = self.post("/completion", prompt=ids, n_predict=1, n_probs=1_000_000, temperature=0, logit_bias=forced)
-        return {one["id"]: one["logprob"] for one in found["completion_probabilities"][0]["top_logprobs"]}
+    def next_token(self, ids: list[int], forced: int, count: int) -> list[dict[str, Any]]:
+        """Return what is said of the token behind these: its log-prob, and `count` best; nothing of one that is no text."""
+        bias = [[forced, 1e6]]  # changes what is sampled, not what is reported
+        found = self.post("/completion", prompt=ids, n_predict=1, n_probs=count, temperature=0, logit_bias=bias)
+        return list(found.get("completion_probabilities", ()))
+
+    def log_prob(self, ids: list[int], token: int) -> float:
+        """Return the log-prob of a token behind these."""
+        said = self.next_token(ids, token, 1)
+        if said and said[0]["id"] == token:
+            return float(said[0]["logprob"])
+        row = self.next_token(ids, self._text, 1_000_000)[0]["top_logprobs"]
+        return float(next(one["logprob"] for one in row if one["id"] == token))
 
     def continuation(self, ids: list[int], count: int) -> list[int]:
+        """Return the likeliest token each time; ends do not end it."""
         new: list[int] = []
         for _ in range(count):
-            row = self.next_log_probs([*ids, *new])
-            new.append(max(row, key=lambda token: row[token]))
+            new.append(self.next_token([*ids, *new], self._text, 1)[0]["top_logprobs"][0]["id"])
         return new
 
     def completion(self, chat: list[dict[str, str]], count: int) -> tuple[str, int]:
@@ -80,7 +88,7 @@ def main(model: Path, request: dict[str, Any]) -> dict[str, Any]:
     chats, count = request.get("chats", []), request.get("new_tokens", 0)
     answer: dict[str, Any] = {"engine": "llama.cpp", "version": xllamacpp.__version__}
     answer["logprobs"] = [
-        [client.next_log_probs(ids[:place])[ids[place]] for place in range(1, len(ids))] for ids in request.get("ids", [])
+        [client.log_prob(ids[:place], ids[place]) for place in range(1, len(ids))] for ids in request.get("ids", [])
     ]
     answer["tokens"] = [
         client.post("/tokenize", content=text, add_special=False)["tokens"] for text in request.get("texts", [])

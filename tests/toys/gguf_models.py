@@ -15,6 +15,7 @@ CORPUS = [
     "мосКва МОСКва",
     "1 22 333",
     "x's It'S",
+    "नमस्ते स्ते",
 ] * 4
 
 
@@ -48,7 +49,7 @@ def byte_level(pattern: str | None, *, ignores_merges: bool = False, digits: boo
     tokenizer.decoder = decoders.ByteLevel()
     if pattern == QWEN_2:
         tokenizer.normalizer = normalizers.NFC()
-    trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=390, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.pre_tokenizer = pre.Sequence(steps) if first else steps[0]
     return tokenizer
