@@ -64,6 +64,12 @@ def test_code_and_codes_go(tmp_path: Path) -> None:
     assert json.loads(derived(tmp_path)) == own
 
 
+def test_a_path_where_the_base_once_lay_goes_and_a_name_stays(tmp_path: Path) -> None:
+    for place, kept in (("/home/me/base", False), ("org/base", True)):
+        save(tmp_path, **SIZES, **OLD["llama 3.1"], **PUBLISHED, _name_or_path=place)
+        assert ("_name_or_path" in json.loads(derived(tmp_path))) == kept
+
+
 def test_a_wrapper_is_changed_in_the_part_that_says_it(tmp_path: Path) -> None:
     text = {**SIZES, **OLD["gemma 3"], "torch_dtype": "bfloat16"}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,

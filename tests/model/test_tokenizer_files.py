@@ -50,6 +50,15 @@ def test_the_files_of_a_base_are_carried_byte_for_byte(tmp_path: Path, warned: l
     assert not warned
 
 
+def test_a_path_where_the_tokenizer_once_lay_goes(tmp_path: Path, warned: list[str]) -> None:
+    places = {"name_or_path": "/home/me/base", "special_tokens_map_file": "/root/.cache/special_tokens_map.json"}
+    base = old_base(tmp_path, **places)
+    kept = settings_of(tokenizer_files(load_tokenizer(str(base)), [base]))
+    assert kept == {key: value for key, value in json.loads((base / "tokenizer_config.json").read_text()).items()
+                    if key not in places}  # fmt: skip
+    assert not warned
+
+
 def test_a_recipes_template_goes_where_the_base_has_its_own(tmp_path: Path) -> None:
     """A chat_template.jinja beside it would count for some readers, and the old text in tokenizer_config.json for others."""
     base = old_base(tmp_path)

@@ -136,6 +136,8 @@ def _changed(raw: Mapping[str, Any], config: Any, *, dtype: str, changes: Mappin
     for section, part in list(_sections(whole, config)):
         for key in ("auto_map", "quantization_config"):
             section.pop(key, None)
+        if Path(str(section.get("_name_or_path", ""))).is_absolute():  # of this machine, or of another
+            del section["_name_or_path"]
         for key in ("dtype", "torch_dtype"):
             if section.get(key) is not None:
                 section[key] = dtype

@@ -33,6 +33,8 @@ CONFIG, TEMPLATE, MORE_TEMPLATES, OF_PROCESSOR = (
     "additional_chat_templates",
     "chat_template.json",
 )
+_PLACES = ("name_or_path", "tokenizer_file", "special_tokens_map_file")
+"""Where a tokenizer once lay, as versions before 5 write it."""
 PATTERNS = (
     *("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "*.model", "tekken.json", "*.tiktoken"),
@@ -127,8 +129,12 @@ def _fingerprints(tokenizer: Any) -> tuple[str, str | None]:
 
 
 def _known_to_all(settings: Mapping[str, Any], kind: str, *, stands_alone: bool) -> dict[str, Any]:
-    """Return tokenizer_config.json without code, and in words that versions before 5 know as well."""
-    known = {key: value for key, value in settings.items() if key != "auto_map"}
+    """Return tokenizer_config.json without code and paths, and in words that versions before 5 know as well."""
+    known = {
+        key: value
+        for key, value in settings.items()
+        if key != "auto_map" and not (key in _PLACES and Path(str(value)).is_absolute())
+    }
     if stands_alone:  # otherwise config.json says of what kind it is
         known.setdefault("tokenizer_class", kind)
     if known.get("tokenizer_class") == "TokenizersBackend":
