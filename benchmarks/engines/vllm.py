@@ -3,6 +3,7 @@
 | option | what it is |
 |---|---|
 | `dtype` | float32 by default; a printed command has its own |
+| `quantization` | `bitsandbytes`: the plugin makes codes of the base, in bfloat16 alone |
 | `lora`, `loras` | an adapter for all sequences; or one for each of `ids` and of `greedy`, null for the base |
 | `tried` | adapters that are only loaded; `refused` in the answer says for each why it was not, or null |
 | `command` | the words of a printed `vllm serve …`, run as it is but for port and eager mode; OpenAI's client asks it |
@@ -37,7 +38,8 @@ def ask_engine(artefact: str, request: dict) -> dict:
     paths = [*options.get("tried", []), *sorted({*loras} - {None})]
     known = {path: LoRARequest(path, number, path) for number, path in enumerate(paths, 1)}
     settings = {"enable_lora": True, "max_lora_rank": 64, "max_loras": len(known)} if known else {}
-    model = LLM(artefact, dtype=options.get("dtype", "float32"), enforce_eager=True, max_num_seqs=8, **settings)
+    settings |= {"dtype": options.get("dtype", "float32"), "quantization": options.get("quantization")}
+    model = LLM(artefact, enforce_eager=True, max_num_seqs=8, **settings)
     tokenizer = model.get_tokenizer()
 
     def run(prompts: list[list[int]], loras: list[str | None], **sampling: object) -> list:

@@ -16,8 +16,9 @@ from random_adapters import random_adapter
 from benchmarks.engines.compare import equal, expected_answer, greedy_faults, largest_difference
 from benchmarks.engines.worker import EngineError, ask, environment
 from pe_dpo import train
+from pe_dpo.merging.adapter_package import package_adapter
 from pe_dpo.merging.merge import merge
-from pe_dpo.merging.servers import VLLM_RANKS, VLLM_WITHOUT_ADAPTERS, serving_commands
+from pe_dpo.merging.servers import VLLM_RANKS, VLLM_WITHOUT_ADAPTERS
 from pe_dpo.merging.source import open_source
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.runs.serving import model_commands
@@ -73,12 +74,12 @@ def save_codes(base: Path, folder: Path) -> None:
         shutil.copy(path, folder)
 
 
-def printed(run: Path, folder: Path) -> list[str]:
-    """The words of the command that serves a run's adapter from a folder, as a shell reads them."""
+def packaged(run: Path, folder: Path) -> list[str]:
+    """Package a run's adapter, and return the words of the command that is printed for it, as a shell reads them."""
     with open_source(run, pairs=0) as source:
-        (serving,) = serving_commands(source.adapter, source.facts, source.modules, folder)
-    assert serving.command is not None
-    return shlex.split(serving.command)
+        ((_, command, _),), _ = package_adapter(source, folder)
+    assert command is not None
+    return shlex.split(command)
 
 
 def test_a_merged_model_answers_as_in_transformers(
@@ -109,11 +110,11 @@ def test_two_adapters_and_the_base_are_served_at_once(made: Made, request_of_all
     [("run-none", ["base"]), ("run-nf4", ["base", "merged-original"]), ("run-codes", ["base", "codes"])],
 )
 def test_the_command_that_is_printed_serves_what_was_trained(
-    run: str, others: list[str], made: Made, request_of_all: dict[str, Any]
+    run: str, others: list[str], made: Made, request_of_all: dict[str, Any], tmp_path: Path
 ) -> None:
     """It computes in bfloat16, whose noise is far below what base, adapter or codes change."""
     question = {part: request_of_all[part][:3] for part in ("ids", "chats", "greedy")} | {"new_tokens": 8}
-    answer = ask("vllm", made(run), question | {"options": {"command": printed(made(run), made(run))}})
+    answer = ask("vllm", made(run), question | {"options": {"command": packaged(made(run), tmp_path / "package")}})
     wanted = expected_answer(made(f"merged-float32-{run}"), question)
     noise = largest_difference(answer, wanted)
     assert noise < 0.5
@@ -151,10 +152,12 @@ def test_what_is_said_to_be_refused_is_refused(made: Made, tmp_path: Path) -> No
         assert (words in refusal) if words else (refusal is None)
 
 
-def test_without_its_plugin_the_command_of_an_nf4_run_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_plugin_the_command_of_an_nf4_run_is_refused(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "")
     with pytest.raises(EngineError, match="Unknown quantization method: bitsandbytes"):
-        ask("vllm", made("base"), {"options": {"command": printed(made("run-nf4"), made("run-nf4"))}})
+        ask("vllm", made("base"), {"options": {"command": packaged(made("run-nf4"), tmp_path / "package")}})
 
 
 def source_of(file: str) -> str:

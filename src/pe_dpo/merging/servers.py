@@ -34,7 +34,7 @@ VLLM_WITHOUT_ADAPTERS = frozenset(
 class Serving(NamedTuple):
     """How a server loads something."""
 
-    engine: Literal["vllm", "transformers"]
+    engine: Literal["vllm"]
     command: str | None
     """To be pasted; None where the server cannot load it as it was trained."""
     remark: str
@@ -71,6 +71,8 @@ def serving_commands(adapter: AdapterFiles, facts: BaseInfo, modules: Any, folde
             "Since 0.28 vLLM has bitsandbytes' codes from a plugin: `pip install vllm-bnb-plugin`. Without it this is refused; "
             "without the quantization this adapter is another model."
         )
+    if facts.is_prequantized:
+        remarks.append("A base that comes as codes it loads onto one GPU alone.")
     if makes_codes and facts.dtype == torch.bfloat16 and facts.config.dtype in (torch.float16, torch.float32):
         kind = str(facts.config.dtype).removeprefix("torch.")
         remarks.append(f"It makes the codes of the {kind} in the base's files, training made them of bfloat16: some differ.")
