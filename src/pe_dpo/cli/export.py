@@ -19,7 +19,7 @@ def export(
         Path,
         typer.Argument(help="A whole model on disk, as `pe-dpo merge` writes it; a run or adapter for --gguf-lora and --push."),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A new or empty folder for the export.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A new or empty folder; of --gguf-lora a file.")] = None,
     gguf: Annotated[str | None, typer.Option(help="Write a GGUF file: f16, bf16, q8_0, q4_0 or f32.")] = None,
     gguf_lora: Annotated[
         bool, typer.Option("--gguf-lora", help="Write a run's adapter as the GGUF file -o FILE, for llama.cpp's --lora.")
