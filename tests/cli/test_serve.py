@@ -100,6 +100,7 @@ def test_what_was_made_of_a_run_takes_its_place_in_the_commands(pe_dpo, run, mer
     assert unknown not in pe_dpo("serve", run, gguf).out.replace("\n#   ", " ")
     adapters = found["vLLM"]["commands"].pop()
     assert found["vLLM"]["commands"] == [["vllm", "serve", str(merged)]]
+    assert "Of its merge: has the update in its files; not verified on pairs." in found["vLLM"]["why"]
     assert adapters[:5] == ["vllm", "serve", json.loads((run / "base.json").read_text())["id"], "--tokenizer", str(package)]
     assert adapters[-2:] == ["--lora-modules", f"tuned={package}"] and "bitsandbytes" in adapters
     assert found["llama.cpp"]["commands"][0] == ["llama-server", "-m", str(gguf / "tuned.gguf")]
@@ -108,7 +109,7 @@ def test_what_was_made_of_a_run_takes_its_place_in_the_commands(pe_dpo, run, mer
 
 def test_a_merged_model_and_an_export_need_no_adapter(pe_dpo, merged, tmp_path):
     found = parts(pe_dpo("serve", merged).out)
-    assert next(iter(found)).startswith(f"{merged}: a whole model that has the update in its files")
+    assert next(iter(found)).startswith(f"{merged}: a whole model (has the update in its files")
     assert found["vLLM"]["commands"] == [["vllm", "serve", str(merged)]]
     assert found["llama.cpp"]["commands"][0] == ["pe-dpo", "export", str(merged), "-o", "GGUF", "--gguf", "q8_0"]
     assert NOT not in found and "lines" in found["transformers"] and found["transformers"]["lines"] == []

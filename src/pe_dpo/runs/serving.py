@@ -41,7 +41,7 @@ def describe_folder(folder: Path) -> str:
         base = _base_of(folder)
         return f"{folder}: {KINDS[kind]} on {base['id']} ({base['quantize']}, {base['dtype']})"
     verdict = read_object(folder / MERGE_FILE).get("verdict")
-    return f"{folder}: {KINDS[kind]}" + (f" that {verdict}" if verdict else "")
+    return f"{folder}: {KINDS[kind]}" + (f" ({verdict})" if verdict else "")
 
 
 def steps_to_serve(target: Path, made: Sequence[Path] = ()) -> list[Step]:
@@ -79,7 +79,9 @@ def _of_model(there: Mapping[str, Path]) -> Iterator[Step]:
     model = str(there.get("model", "TUNED"))
     if there.keys() != {"gguf"}:
         vllm, transformers = model_commands(model)
-        yield Step("vLLM", "A whole model: no adapter, and no codes to be made again.", [vllm])
+        verdict = read_object(there["model"] / MERGE_FILE).get("verdict") if "model" in there else None
+        why = "A whole model: no adapter, and no codes to be made again." + (f" Of its merge: {verdict}." if verdict else "")
+        yield Step("vLLM", why, [vllm])
         yield Step("transformers", "The whole model, behind an API like OpenAI's.", [transformers])
     if "gguf" in there:
         file = str(min(there["gguf"].glob("*.gguf")))
