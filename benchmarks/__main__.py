@@ -77,10 +77,9 @@ def _engines(options: argparse.Namespace) -> None:
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    from benchmarks.estimate import measure_case, run_estimate
+    from benchmarks.estimate import run_estimate
 
-    settings = Settings("estimate", out=options.out)
-    print(json.dumps(measure_case(options.case)) if options.case else run_estimate(settings))
+    print(run_estimate(Settings("estimate", out=options.out)))
 
 
 def _gpu(options: argparse.Namespace) -> None:
@@ -176,7 +175,6 @@ def _parser() -> argparse.ArgumentParser:
     counted = commands.add_parser("estimate", help="memory as it is counted, against the peaks of real runs on the CPU")
     counted.set_defaults(run=_estimate)
     counted.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    counted.add_argument("--case", default="", help="one of them, in this process")
     card = commands.add_parser("gpu", help="the proof on a card; benchmarks/gpu/README.md")
     card.set_defaults(run=_gpu)
     card.add_argument("names", nargs="*", help="of the checks; default: all")

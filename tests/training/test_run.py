@@ -40,6 +40,17 @@ def test_a_run_leaves_everything_that_others_need(run):
     assert not any(name.startswith(".staging") or name.endswith(".partial") for name in names)
 
 
+def test_a_run_says_what_memory_it_took_and_what_was_counted(run):
+    """115,008 weights of the base in float32, an adapter of 9,728 with gradient and two averages, and a row's activations."""
+    memory = Run(run.folder).info.memory
+    assert (memory["of"], {*memory}) == ("RAM", {"of", "counted", "measured"})
+    assert 0.5e6 < memory["counted"] < 10e6
+    assert memory["measured"] > 0.5e6
+    words = Run(run.folder).info.describe_memory()
+    assert words.endswith(f" GB of RAM at the worst moment ({memory['counted'] / 1e9:.2f} GB counted)")
+    assert f"Training took {words}." in (run.folder / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_tokenizer_of_a_run_and_of_a_checkpoint_is_the_bases_own(run, tiny_base):
     for folder in (run.folder, run.folder / "checkpoint-6"):

@@ -85,24 +85,26 @@ def _screen(base: str, found: "Estimate") -> list[str]:
     prompt, chosen, rejected = found.lengths.means()
     lines += [
         "",
-        f"{found.lengths.pairs:,} pairs of {prompt:.0f} + {chosen:.0f} + {rejected:.0f} tokens ({found.lengths.source})",
+        *_folded(
+            f"{found.lengths.pairs:,} pairs of {prompt:.0f} + {chosen:.0f} + {rejected:.0f} tokens ({found.lengths.source})"
+        ),
     ]
     if card is not None:
         per_step = found.reference.seconds if found.uses_reference else 0.0
         lines.append(
-            f"{found.steps:,} steps of {found.step.seconds:.2f} s, {per_step:.2f} s more for the reference; "
+            f"{found.steps:,} steps of {found.step.seconds:.1f} s, {per_step:.1f} s more for the reference; "
             f"{duration(found.seconds)} in all"
         )
         others = [name for name in ("RTX 3090", "RTX 4090", "A100 80GB", "H100", "H200") if name != card.name]
         times = [(name, found.on(next(one for one in CARDS if one.name == name))) for name in others]
-        lines.append("elsewhere: " + ", ".join(f"{name} {duration(other.seconds)}" for name, other in times if other.fits))
+        lines += _folded("elsewhere: " + ", ".join(f"{name} {duration(one.seconds)}" for name, one in times if one.fits))
         share = f"{card.reached:.0%} of {card.tflops:g} TFLOP/s, 90% of {card.bandwidth:g} GB/s"
         lines.append(f"counted with {share}")
     disk = ", ".join(f"{name} {_size(size)}" for name, size in found.disk.items())
-    lines.append(f"disk: {disk}")
+    lines += _folded(f"disk: {disk}")
     merging = ", ".join(f"{name} {_size(size)}" for name, size in found.merging.items())
     lines += _folded(f"merge, in RAM or on the card: {merging}")
-    return lines + [f"note: {note}" for note in found.notes]
+    return lines + [line for note in found.notes for line in _folded(f"note: {note}")]
 
 
 def _verdict(found: "Estimate") -> str:

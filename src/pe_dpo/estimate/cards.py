@@ -77,7 +77,7 @@ def find_card(name: str) -> Card:
     Raises:
         UsageError: it is not in the table; names those that are.
     """
-    words = re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
+    words = re.sub(r"nvidia|geforce|sxm\d?|pcie|hbm\w*|[\s_-]", "", name.lower())
     size = re.fullmatch(r"(\d+(?:\.\d+)?)gi?b", words)
     if size:
         gigabytes = float(size[1])

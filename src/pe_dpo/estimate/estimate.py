@@ -29,6 +29,8 @@ from pe_dpo.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 CPU_TOKENS, MOST_TOKENS, FEWEST_TOKENS, SHARE_OF_FREE = 1024, 16384, 2048, 0.85
+LAID_STEPS = 6
+"""Optimizer steps whose rows are laid out; the fullest of them stands for the run's."""
 EVALUATIONS = 10
 """Of a run, unless it says how often: each tenth."""
 STORED_ANSWER_BYTES = 120
@@ -196,7 +198,7 @@ def finish(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None, no
     size = recipe.train.pairs_per_step
     batches = [lengths.sample[start : start + size] for start in range(0, len(lengths.sample), size)]
     steps = recipe.train.max_steps or -(-lengths.pairs // size) * recipe.train.epochs
-    batches = batches[: max(1, int(min(len(batches), steps)))]
+    batches = batches[: max(1, int(min(len(batches), steps, LAID_STEPS)))]
     fixed, is_free = setup.fixed(), recipe.train.tokens_per_microbatch == "auto" and card is not None
     while True:
         laid = [rows_of(batch, budget, setup.path) for batch in batches]

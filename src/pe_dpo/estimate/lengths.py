@@ -22,7 +22,7 @@ from pe_dpo.model.base import answer_end_tokens, load_tokenizer
 from pe_dpo.recipe import Recipe, describe_sources
 
 STEPS = 32
-"""Optimizer steps whose rows are laid out; the fullest of them stands for the run's."""
+"""Optimizer steps of which the pairs are looked at, or made up."""
 SPREAD = {"prompt": 0.7, "answer": 0.46}
 """Standard deviation of the logarithm of made-up lengths, as in UltraFeedback (benchmarks/pairs.py)."""
 KNOWN: dict[str, tuple[int, int, float, float, float]] = {

@@ -156,6 +156,7 @@ def _trained_section(run: Run, info: RunInfo) -> PageSection:
         ("Optimizer", f"{settings.optimizer}, learning rate {settings.learning_rate:g}"),
         ("Pairs per step", str(settings.pairs_per_step)),
         ("Steps", (str(info.step) + (f", in {info.seconds:.0f} s" if info.seconds else "")) if info.step else ""),
+        ("Memory", info.describe_memory()),
         ("Seed", str(settings.seed)),
         ("γ from data", f"{found.get('asked')}: γ = {found['gamma']:.4g}{within}" if found else ""),
         (

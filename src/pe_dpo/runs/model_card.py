@@ -15,7 +15,9 @@ from pe_dpo.recipe import Recipe, describe, describe_sources, recipe_to_yaml, wi
 from pe_dpo.runs.loading import loading_lines
 
 
-def model_card(recipe: Recipe, base: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float]) -> str:
+def model_card(
+    recipe: Recipe, base: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float], memory: str = ""
+) -> str:
     """Return the card of a run as markdown with the metadata that hubs read.
 
     Args:
@@ -23,6 +25,7 @@ def model_card(recipe: Recipe, base: Mapping[str, Any], before: Mapping[str, flo
         base: what it was trained on, as base.json says.
         before: held-out metrics at step 0.
         after: those at the end.
+        memory: what training took, in words.
     """
     recipe, place = with_public_names(recipe), recipe.model.base
     intro = ["# A LoRA adapter trained on preference pairs", "", *loading_section(base)]
@@ -33,7 +36,8 @@ def model_card(recipe: Recipe, base: Mapping[str, Any], before: Mapping[str, flo
             f"It is the sum of two: `{recipe.adapter.over}`, which stayed frozen and is the reference's (in `reference/`),",
             "and what was trained over it (in `trained/`; alone on the bare base that is another model).",
         ]
-    sections = training_sections(recipe, before, after, title="Held-out pairs")
+    took = [f"Training took {memory}.", ""] if memory else []
+    sections = training_sections(recipe, before, after, title="Held-out pairs", between=took)
     return "\n".join([*front_matter(place, library="peft"), *intro, "", *sections])
 
 

@@ -87,6 +87,8 @@ class RunInfo(BaseModel):
     seconds: float = 0.0
     remarks: list[str] | None = None
     scoring: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
+    """Bytes at the worst moment, counted and measured, and of what."""
     mixout: dict[str, Any] = {}
     calibration: dict[str, Any] = Field({}, alias="gamma_calibration")
     """How γ was found, where the recipe asked for that."""
@@ -95,6 +97,15 @@ class RunInfo(BaseModel):
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
         return self.status == "finished"
+
+    def describe_memory(self) -> str:
+        """Return what memory it took, and what was counted before, in words; empty where it does not say."""
+        if not self.memory:
+            return ""
+        counted = f"{self.memory['counted'] / 1e9:.2f} GB"
+        if "measured" not in self.memory:
+            return f"{counted} of {self.memory['of']} at the worst moment (counted)"
+        return f"{self.memory['measured'] / 1e9:.2f} GB of {self.memory['of']} at the worst moment ({counted} counted)"
 
 
 class Curve(NamedTuple):

@@ -186,7 +186,8 @@ class RunWriter:
         """
         if self.writes:
             base = read_object(self.folder / BASE_FILE) or Run(self.folder).info.base
-            write_atomically(self.folder / "README.md", model_card(recipe, base, before, after))
+            memory = Run(self.folder).info.describe_memory()
+            write_atomically(self.folder / "README.md", model_card(recipe, base, before, after, memory))
             hashes = {**Run(self.folder).info.hashes.inputs, "adapter": dict(adapter)}
             outcome = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
             self.update(status="finished", step=step, **outcome, hashes=hashes)

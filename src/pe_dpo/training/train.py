@@ -39,6 +39,7 @@ from pe_dpo.training.gamma import find_gamma, forget_if_any, score_own_part, wit
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.monitor import Monitor
+from pe_dpo.training.peak import MemoryPeak, memory_record
 from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.start import StartCheck, check_diagonal, check_start
 from pe_dpo.training.trainer import PairTrainer
@@ -118,7 +119,7 @@ def train(
 
 def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool, callbacks: Sequence[Any]) -> TrainResult:
     """Load, check, train, measure."""
-    began = time.perf_counter()
+    began, peak = time.perf_counter(), MemoryPeak()
     data = prepared.data
     steps, stop = total_steps(recipe, data), StopOnSignal()
     trainer = build_trainer(recipe, prepared, writer, resume=resume, callbacks=[stop, MetricsFile(writer), *callbacks])
@@ -175,6 +176,9 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     result = TrainResult(writer.folder, before, after, start, step, stop.received, remarks, recipe.loss.reduce)
     scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.scorer.token_budget}
     writer.update(scoring={**scoring, "reference_pairs_computed": trainer.reference.computed})
+    if prepared.loaded_base is None:  # else what was measured is without the base, or with another run
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+        writer.update(memory=memory_record(recipe, data, trainer.scorer, peak, recomputes=recomputes))
     if stop.received is not None:
         writer.update(status="interrupted", step=step)
     else:
