@@ -115,7 +115,7 @@ def test_recomputation_keeps_a_layer_s_input_of_all_layers_and_the_rest_of_one()
 
 
 def test_the_check_before_training_has_all_logits_of_two_padded_rows() -> None:
-    """1,600 scored of 1,600 columns: 128,256 · 1,600 · (2 + 2 + 4 + 4) bytes of logits, 2.46 GB of the whole."""
+    """1,600 scored of 1,600 columns: 128,256 · 1,600 · 3 · 4 bytes of logits (all, those scored, softmax), 2.46 GB."""
     setup = llama_8b()
     assert setup.plain_check(Row(2000, 1600, 2000, 0, columns=1600)) == pytest.approx(2.46e9 + 0.22e9, rel=0.05)
 

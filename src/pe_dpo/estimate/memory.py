@@ -158,7 +158,7 @@ class Setup(NamedTuple):
         slopes = row.scored * shape.hidden * width
         if self.path == "padded":
             kept["head"] = shape.vocabulary * row.scored * 4.0  # the softmax
-            moments = {"logits": shape.vocabulary * (row.columns * width + row.scored * (width + 4.0)) + states}
+            moments = {"logits": 4.0 * shape.vocabulary * (row.columns + row.scored) + states + self.wide_head()}
         else:
             kept["head"] = float(slopes)
             moments = {"tile of logits": self.tile(row) + states + slopes}
@@ -172,8 +172,13 @@ class Setup(NamedTuple):
         """Return the bytes of the head's work on one tile of tokens and vocabulary."""
         tokens, entries = CHUNKS["cuda" if self.device == "cuda" else "cpu"]
         tokens, entries = min(tokens, row.scored), min(entries, self.shape.vocabulary)
-        copies = 4 + (0 if self.width == 4 else 2 * self.width) + (8 if self.shape.caps_logits else 0)
-        return tokens * entries * copies + 3.0 * 4 * tokens * self.shape.hidden
+        copies = 4 + (0 if self.width == 4 else self.width) + (8 if self.shape.caps_logits else 0)
+        wide = 4.0 * entries * self.shape.hidden if self.wide_head() else 0.0
+        return tokens * entries * copies + 3.0 * 4 * tokens * self.shape.hidden + wide
+
+    def wide_head(self) -> float:
+        """Return the bytes of the head in float32, in which a CPU multiplies what is in 16 bits; a GPU only sums so."""
+        return 4.0 * self.shape.vocabulary * self.shape.hidden if self.device == "cpu" and self.width == 2 else 0.0
 
     def passing(self, row: Row) -> float:
         """Return the bytes of gradients inside a layer's backward, and of the largest matrix that codes become."""
@@ -197,6 +202,6 @@ class Setup(NamedTuple):
             longest: the pair as two padded rows.
         """
         shape, width = self.shape, self.width
-        logits = shape.vocabulary * (longest.columns * width + longest.scored * (width + 4 + (4 if width == 2 else 0)))
+        logits = 4.0 * shape.vocabulary * (longest.columns + 2 * longest.scored) + self.wide_head()
         widest = max((max(weight.inputs, weight.outputs) for weight in shape.of_text), default=0)
         return logits + longest.tokens * width * (2 * shape.hidden + 3 * widest) + self.largest_matrix()
