@@ -50,17 +50,13 @@ def test_what_version_5_writes_by_itself_is_not(
         ask(ENGINE, own, {"texts": ["a"]})
 
 
-def test_the_adapter_of_a_run_and_its_package_are_read_alike(
-    artefact: Any, request_of_all: dict[str, Any], tmp_path: Path
-) -> None:
-    merge(artefact("run-none"), tmp_path / "merged", dtype="fp32", pairs=0)
-    request = {**request_of_all, "greedy": []}
-    expected = expected_answer(tmp_path / "merged", request)
+def test_the_adapter_of_a_run_and_its_package_are_read_alike(artefact: Any, request_of_all: Any, expected: Any) -> None:
+    wanted, options = expected("merged-none-float32"), {"base": str(artefact("base"))}
     for name in ("run-none", "adapter-none"):
-        answer = ask(ENGINE, artefact(name), {**request, "options": {"base": str(artefact("base"))}})
-        assert largest_difference(answer, expected) < 1e-4, name
+        answer = ask(ENGINE, artefact(name), {**request_of_all, "greedy": [], "options": options})
+        assert largest_difference(answer, wanted) < 1e-4, name
         for part in ("tokens", "rendered"):
-            assert equal(answer, expected, part) == len(expected[part]), (name, part)
+            assert equal(answer, wanted, part) == len(wanted[part]), (name, part)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
