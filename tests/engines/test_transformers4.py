@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from random_adapters import random_adapter
 
 from benchmarks.architectures.models import ARCHITECTURES
 from benchmarks.engines.compare import equal, expected_answer, largest_difference
 from benchmarks.engines.texts import CHATS, varied_texts
 from benchmarks.engines.worker import EngineError, ask
 from pe_dpo.merging.merge import merge
+from pe_dpo.model.adapter import attach_adapter, save_adapter
+from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
+from pe_dpo.model.tokenizer_files import save_tokenizer
 
 ENGINE = "transformers4"
 pytestmark = pytest.mark.engine(ENGINE)
@@ -66,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "gemma2": {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}},
     "gemma3": {"rope_parameters": LOCAL_AND_GLOBAL},
-    "gemma3-4b": {},
+    "gemma3-4b": {"rope_parameters": LOCAL_AND_GLOBAL},
     "qwen2.5-vl": {},
     "qwen3-moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}},
@@ -82,9 +84,14 @@ def test_a_merged_model_of_each_kind_of_positions_is_read_alike(
     base = tmp_path / "base"
     ARCHITECTURES[name].save(base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    (base / "config.json").write_text(json.dumps(config | FAMILIES[name]), encoding="utf-8")
+    config.get("text_config", config).update(FAMILIES[name])
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     hf.AutoTokenizer.from_pretrained(artefact("base")).save_pretrained(base)
-    random_adapter(base, tmp_path / "adapter")
+    model = attach_adapter(load_base(inspect_base(str(base), quantize="none")), rank=4, alpha=8)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.normal_(0, 0.05)
+    save_adapter(model, tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "out", base=str(base), quantize="none", dtype="fp32", pairs=0)
     read = expected_answer(tmp_path / "out", {"ids": IDS})
     assert largest_difference(ask(ENGINE, tmp_path / "out", {"ids": IDS}), read) < 1e-4
@@ -96,9 +103,6 @@ def test_a_merged_model_of_each_kind_of_positions_is_read_alike(
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1", "mistral_nemo", "gemma", "gemma3"])
 def test_a_real_tokenizer_is_carried(name: str, tmp_path: Path) -> None:
-    from pe_dpo.model.base import load_tokenizer
-    from pe_dpo.model.tokenizer_files import save_tokenizer
-
     base = Path(__file__).parents[2] / ".tokenizers" / name
     if not (base / "tokenizer.json").is_file():
         pytest.skip("needs real tokenizers: make tokenizers")
