@@ -17,7 +17,7 @@ from benchmarks.engines.texts import CHATS, varied_texts
 from benchmarks.engines.worker import EngineError, ask
 from pe_dpo.merging.merge import merge
 from pe_dpo.model.adapter import attach_adapter, save_adapter
-from pe_dpo.model.base import inspect_base, load_base, load_tokenizer
+from pe_dpo.model.base import auto_class, inspect_base, load_base, load_tokenizer
 from pe_dpo.model.tokenizer_files import save_tokenizer
 
 ENGINE = "transformers4"
@@ -93,7 +93,9 @@ def test_a_merged_model_of_each_kind_of_positions_is_read_alike(
             parameter.data.normal_(0, 0.05)
     save_adapter(model, tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "out", base=str(base), quantize="none", dtype="fp32", pairs=0)
-    read = expected_answer(tmp_path / "out", {"ids": IDS})
+    kind = auto_class(hf.AutoConfig.from_pretrained(tmp_path / "out"))
+    network = kind.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager").eval()
+    read = expected_answer(tmp_path / "out", {"ids": IDS}, network=network)
     assert largest_difference(ask(ENGINE, tmp_path / "out", {"ids": IDS}), read) < 1e-4
     hf.AutoConfig.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "out")
     with suppress(EngineError):  # refused, which is better
