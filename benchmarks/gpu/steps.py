@@ -58,8 +58,8 @@ def _ours(device: Device, quantize: Literal["nf4", "none"]) -> Found:
     scorer = choose_scorer(model, samples["hh"])
     facts |= {"choose_s": round(time.monotonic() - start, 1), "path": scorer.path}
     start = time.monotonic()
-    tokens, recomputes = plan_memory(model, samples["hh"] + samples["uf"], scorer, tokens="auto", checkpointing="auto")
-    facts |= {"plan_s": round(time.monotonic() - start, 1), "row_tokens": tokens, "recomputes": recomputes}
+    tokens, recomputation = plan_memory(model, samples["hh"] + samples["uf"], scorer, tokens="auto", checkpointing="auto")
+    facts |= {"plan_s": round(time.monotonic() - start, 1), "row_tokens": tokens, "recomputed_above": recomputation.above}
     scorer.token_budget = tokens
     model.train()
     for name, pairs in samples.items():

@@ -1,5 +1,6 @@
 """Help: there for every command, quick, and without the heavy libraries."""
 
+import os
 import subprocess
 import sys
 import time
@@ -78,3 +79,20 @@ def test_help_takes_little_longer_than_the_library_it_is_written_with():
             subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
             seconds[name] = min(seconds[name], time.perf_counter() - start)
     assert seconds["help"] < 3 * seconds["typer"]
+
+
+@pytest.mark.parametrize("theirs", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_of_a_card_grows_its_segments_unless_it_was_told_otherwise(theirs):
+    """Before torch is imported: after that it would be too late."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    program = (
+        "import os, sys; from pe_dpo import cli\n"
+        "cli.app = lambda: print('torch' in sys.modules, [os.environ.get(name) for name in cli.ALLOCATOR])\n"
+        "cli.main()"
+    )
+    given = {name: value for name, value in os.environ.items() if name not in names} | (
+        {theirs: "backend:native"} if theirs else {}
+    )
+    printed = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True).stdout
+    wanted = ["expandable_segments:True", None] if theirs is None else [given.get(name) for name in names]
+    assert printed.strip() == f"False {wanted}"

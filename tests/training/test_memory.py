@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from pe_dpo.errors import TrainingError
 from pe_dpo.model.adapter import adapter_parameters
+from pe_dpo.model.base import checkpoint_activations
 from pe_dpo.training import memory
 from pe_dpo.training.memory import fitting_tokens, plan_memory
 
@@ -15,29 +17,40 @@ def gradient(trainer):
     return torch.cat([p.grad.flatten() for p in adapter_parameters(trainer.model)])
 
 
-def out_of_memory_beyond(trainer, tokens, monkeypatch):
-    """Let forwards of more tokens run out of memory, as they would on a card; return the sizes of all forwards."""
-    sizes = []
+def out_of_memory_beyond(trainer, tokens, monkeypatch, error=None, recomputed=0):
+    """Let forwards of more tokens run out of memory, or of so many where activations are recomputed, as on a card; return the
+    sizes of all forwards."""
+    sizes, base = [], trainer.model.get_base_model()
     logprobs = type(trainer.scorer).logprobs
 
     def forward(self, model, pairs):
         sizes.append(self.tokens(pairs))
-        if sizes[-1] > tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if sizes[-1] > (recomputed if recomputed and base.is_gradient_checkpointing else tokens):
+            raise error or torch.OutOfMemoryError("CUDA out of memory")
         return logprobs(self, model, pairs)
 
     monkeypatch.setattr(type(trainer.scorer), "logprobs", forward)
     return sizes
 
 
-def test_a_step_out_of_memory_is_done_with_smaller_rows_and_gives_the_same_gradient(make_trainer, monkeypatch, warned):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
+    ],
+)
+def test_a_step_out_of_memory_is_done_with_smaller_rows_and_gives_the_same_gradient(make_trainer, monkeypatch, warned, error):
     trainer = make_trainer()
     pairs = trainer.train_dataset[:8]
     loss = trainer.training_step(trainer.model, pairs)
     wanted = gradient(trainer)
     trainer.model.zero_grad()
     trainer._window.clear()
-    sizes = out_of_memory_beyond(trainer, 200, monkeypatch)
+    sizes = out_of_memory_beyond(trainer, 200, monkeypatch, error)
     again = trainer.training_step(trainer.model, pairs)
     assert max(sizes) > 200 >= sizes[-1]
     assert again == pytest.approx(float(loss), rel=1e-6)
@@ -101,6 +114,47 @@ def test_memory_that_runs_out_in_the_backward_leaves_no_half_of_a_gradient(make_
     trainer.training_step(trainer.model, pairs)
     assert len(calls) > 3
     assert (gradient(trainer) - wanted).norm() <= 2e-6 * wanted.norm()
+
+
+def test_what_is_no_lack_of_memory_is_not_taken_for_it(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    sizes = out_of_memory_beyond(trainer, 200, monkeypatch, RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        trainer.training_step(trainer.model, trainer.train_dataset[:8])
+    assert len(sizes) == 1
+
+
+def test_rows_above_a_number_of_tokens_recompute_their_activations_and_no_others(make_trainer):
+    trainer = make_trainer("train.tokens_per_microbatch=150")
+    pairs = trainer.train_dataset[:8]
+    trainer.training_step(trainer.model, pairs)
+    wanted = gradient(trainer)
+    layer, forwards = trainer.model.get_base_model().get_decoder().layers[0].input_layernorm, []
+    layer.register_forward_hook(lambda module, given, out: forwards.append(given[0].shape[1]))
+    sizes = [trainer.scorer.tokens([pairs[index] for index in row]) for row in trainer.scorer.split(pairs)]
+    threshold = min(sizes)
+    assert threshold < max(sizes)
+    trainer.recomputation.above = threshold
+    trainer.training_step(trainer.model, pairs)
+    assert len(forwards) == len(sizes) + sum(size > threshold for size in sizes)
+    assert torch.equal(gradient(trainer), wanted)
+
+
+def test_a_pair_that_does_not_fit_alone_recomputes_and_draws_the_dropout_of_its_first_try(make_trainer, monkeypatch, warned):
+    settings = ("adapter.dropout=0.3", "train.tokens_per_microbatch=1")
+    undisturbed, disturbed = make_trainer(*settings), make_trainer(*settings)
+    pairs = undisturbed.train_dataset[:4]
+    for trainer in (undisturbed, disturbed):
+        trainer.reference.logprobs(pairs)
+        if trainer is disturbed:
+            longest = max(trainer.scorer.tokens([pair]) for pair in pairs)
+            out_of_memory_beyond(trainer, longest - 1, monkeypatch, recomputed=longest)
+        torch.manual_seed(5)
+        trainer.training_step(trainer.model, pairs)
+    assert torch.equal(gradient(disturbed), gradient(undisturbed))
+    wanted = "a pair does not fit alone: from here on activations are recomputed in every row (nothing is lost)"
+    assert [line for line in warned if "alone" in line] == [f"warning: {wanted}"]
+    assert disturbed.recomputation.describe() == ", activations recomputed in the backward"
 
 
 def test_a_pair_that_does_not_fit_alone_stops_the_run_with_what_to_do(make_trainer, monkeypatch):
@@ -188,25 +242,75 @@ def card(monkeypatch):
 @pytest.mark.parametrize(
     ("free", "wish", "checkpointing", "plan"),
     [
-        (10_000_000, "auto", "auto", (8500, False)),  # 0.85 · 10⁷ / 1000
-        (100_000_000, "auto", "auto", (memory.MOST_TOKENS, False)),
-        (1_400_000, "auto", "auto", (11900, True)),  # 1,190 tokens would fit: too few, so activations are recomputed
-        (1_400_000, "auto", False, (1190, False)),
-        (1_400_000, 700, "auto", (700, False)),
-        (1_400_000, 1500, "auto", (1500, True)),
-        (1_400_000, 1500, False, (1500, False)),
-        (10_000_000, "auto", True, (memory.MOST_TOKENS, True)),
+        (10_000_000, "auto", "auto", (8500, None)),  # 0.85 · 10⁷ / 1000
+        (100_000_000, "auto", "auto", (memory.MOST_TOKENS, None)),
+        (1_400_000, "auto", "auto", (1190, None)),
+        (1_100_000, "auto", "auto", (9350, 935)),  # 935 tokens would fit: too few, so that longer rows recompute
+        (1_100_000, "auto", False, (935, None)),
+        (1_100_000, 700, "auto", (700, None)),
+        (1_100_000, 1500, "auto", (1500, 935)),
+        (1_100_000, 1500, False, (1500, None)),
+        (10_000_000, "auto", True, (memory.MOST_TOKENS, 0)),
     ],
 )
 def test_activations_are_recomputed_only_if_memory_asks_for_it(make_trainer, card, free, wish, checkpointing, plan):
     trainer = make_trainer()
     card(trainer.model, free + memory.OPTIMIZER_BYTES * sum(p.numel() for p in adapter_parameters(trainer.model)))
-    found = plan_memory(trainer.model, trainer.train_dataset, OnCuda(trainer.scorer), tokens=wish, checkpointing=checkpointing)
-    assert found == plan
-    assert trainer.model.get_base_model().is_gradient_checkpointing == found[1]
+    tokens, recomputation = plan_memory(
+        trainer.model, trainer.train_dataset, OnCuda(trainer.scorer), tokens=wish, checkpointing=checkpointing
+    )
+    assert (tokens, recomputation.above) == plan
+    base = trainer.model.get_base_model()
+    for row in (1, 935, 936, 10**6):
+        recomputation.of(row)
+        assert base.is_gradient_checkpointing == (plan[1] is not None and row > plan[1])
+
+
+def test_one_long_pair_does_not_make_the_others_recompute(make_trainer, card):
+    """A pair of 1,500 tokens where 1,275 fit: rows of 1,275 tokens keep their activations, it alone does not."""
+    trainer = make_trainer()
+    long = replace(trainer.train_dataset[0], prompt_ids=np.full(1500, 5, np.int32))
+    card(trainer.model, 1_500_000 + memory.OPTIMIZER_BYTES * sum(p.numel() for p in adapter_parameters(trainer.model)))
+    pairs = [*trainer.train_dataset, long]
+    tokens, recomputation = plan_memory(trainer.model, pairs, OnCuda(trainer.scorer), tokens="auto", checkpointing="auto")
+    assert (tokens, recomputation.above) == (1275, 1275)
+    assert recomputation.describe() == ", activations of rows with more than 1275 recomputed in the backward"
+    scorer = trainer.scorer
+    scorer.token_budget = tokens
+    rows = [[pairs[index] for index in row] for row in scorer.split(pairs)]
+    assert [row for row in rows if recomputation.of(scorer.tokens(row))] == [[long]]
+
+
+def test_what_layers_begin_with_goes_to_the_host_where_even_recomputing_does_not_do(make_trainer, card, monkeypatch):
+    trainer, settings = make_trainer(), []
+    base = trainer.model.get_base_model()
+    monkeypatch.setattr(type(base), "device", torch.device("cuda"))
+    monkeypatch.setattr(
+        memory, "checkpoint_activations", lambda model, *, offload: settings.append(offload) or checkpoint_activations(model)
+    )
+    card(trainer.model, 20_000 + memory.OPTIMIZER_BYTES * sum(p.numel() for p in adapter_parameters(trainer.model)))
+    long = replace(trainer.train_dataset[0], prompt_ids=np.full(1500, 5, np.int32))
+    _, recomputation = plan_memory(
+        trainer.model, [*trainer.train_dataset, long], OnCuda(trainer.scorer), tokens="auto", checkpointing="auto"
+    )
+    assert settings == [False, True]
+    assert recomputation.describe().endswith(" recomputed in the backward, and kept on the host")
+    assert recomputation.grow() == "activations are recomputed in every row" and recomputation.grow() is None
+
+
+def test_layers_can_leave_what_they_begin_with_on_the_host():
+    """The lever of transformers that is pulled on a card; its copies themselves need one."""
+    import inspect
+
+    from transformers import LlamaForCausalLM as Llama
+
+    enable = getattr(Llama, "activation_checkpointing_enable", None) or Llama.gradient_checkpointing_enable
+    assert "offload" in inspect.signature(enable).parameters
 
 
 def test_on_a_cpu_nothing_is_measured(make_trainer):
     trainer = make_trainer()
-    plan = plan_memory(trainer.model, trainer.train_dataset, trainer.scorer, tokens="auto", checkpointing="auto")
-    assert plan == (memory.CPU_TOKENS, False)
+    tokens, recomputation = plan_memory(
+        trainer.model, trainer.train_dataset, trainer.scorer, tokens="auto", checkpointing="auto"
+    )
+    assert (tokens, recomputation.above) == (memory.CPU_TOKENS, None)

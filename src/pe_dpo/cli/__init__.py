@@ -4,6 +4,7 @@ Only this room prints. It turns the errors of `pe_dpo.errors` into one message a
 run, 2 usage.
 """
 
+import os
 import sys
 
 import typer
@@ -28,6 +29,9 @@ from pe_dpo.cli.serve import serve
 from pe_dpo.cli.sweep import sweep
 from pe_dpo.cli.train import train
 from pe_dpo.errors import PeDpoError
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where torch's allocator on a card takes its settings from: today, and before 2.9."""
 
 app = typer.Typer(
     name="pe-dpo",
@@ -58,6 +62,8 @@ app.command(cls=OnceEach)(command(chat))
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    if not os.environ.keys() & ALLOCATOR:  # torch reads it when it is imported; rows of many lengths fray a card's memory
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     try:
         app()
     except PeDpoError as error:

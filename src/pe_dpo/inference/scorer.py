@@ -24,6 +24,7 @@ from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.attention import Kind, ordinary_in_float32, switch_on
 from pe_dpo.model.base import evaluating
 from pe_dpo.model.fixed import fixed_weights
+from pe_dpo.model.out_of_memory import is_out_of_memory
 from pe_dpo.objective import PairLogprobs
 from pe_dpo.objective.head import wide_logits
 from pe_dpo.objective.logprobs import completion_token_logprobs
@@ -142,7 +143,12 @@ class Scorer:
             budget = self.token_budget
             try:
                 return work()
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                torch.set_rng_state(random_state)  # the second try draws the dropout of the first
+                if on_device is not None:
+                    torch.cuda.set_rng_state(on_device, self.device)
                 # What was tried is the split of then: work inside may have run out and gone on with a smaller budget.
                 lowered, self.token_budget = self.token_budget, budget
                 if max(map(len, self.split(pairs))) == 1:
@@ -151,10 +157,7 @@ class Scorer:
                         f"out of memory with one pair at a time; the longest is {longest.where} with "
                         f"{self.tokens([longest])} tokens; set a smaller data.max_length, or model.quantize: nf4"
                     ) from error
-            torch.cuda.empty_cache()
-            torch.set_rng_state(random_state)  # the second try draws the dropout of the first
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self.device)
+            torch.cuda.empty_cache()  # here, where no frame of the failed try holds its tensors
             self.token_budget = min(lowered, budget // 2)
             logger.warning(f"out of memory; going on with {self.token_budget} tokens per forward (nothing is lost)")
 
@@ -203,7 +206,9 @@ def choose_scorer(
                     "this model's log-probs depend on what else is in the batch; the reference is computed in every step"
                 )
                 scorer.is_batch_dependent = True
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory(
             f"out of memory while a few pairs were tried without training (the longest has {row_length(order[-1])} tokens); "
             "set a smaller data.max_length, or model.quantize: nf4"
@@ -246,18 +251,18 @@ def _pack(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], least: float
     reasons: list[str] = []
     try:
         rounding = _rounding(scorer, model, probe, padded, least)
-    except torch.OutOfMemoryError:
-        raise
     except REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
         causal_lm.set_attn_implementation(before)
         return _reason(error)
     for kind in _kinds(scorer.device, causal_lm.dtype):
         packed = Scorer(kind, scorer.device)
         try:
             refused = _refutation(packed, scorer, model, probe, padded, gradient, rounding)
-        except torch.OutOfMemoryError:
-            raise
         except REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
             refused = _reason(error)
         if refused is None:
             logger.info(f"packed rows: prompts and common starts of answers once ({'; '.join([kind, *reasons])})")
@@ -378,9 +383,9 @@ def failing_forwards_named(model: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, ModelError):
-        raise
     except REFUSALS as error:
+        if isinstance(error, ModelError) or is_out_of_memory(error):
+            raise
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         why = " ".join(str(error).split())[:200]
         raise ModelError(

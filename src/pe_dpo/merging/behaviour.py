@@ -29,6 +29,7 @@ from pe_dpo.inference.layerwise import layer_by_layer
 from pe_dpo.metrics.estimates import share_right
 from pe_dpo.model.base import evaluating
 from pe_dpo.model.layers_on_disk import decoder_layers
+from pe_dpo.model.out_of_memory import is_out_of_memory
 from pe_dpo.objective import PairLogprobs, token_logprobs
 
 KL_BAND = 0.1
@@ -137,7 +138,9 @@ def measure(
                 for start, end in _groups([len(pair.prompt_ids) + len(ids) for pair, ids in answers]):
                     within = lambda name: nullcontext() if name == _HEAD else loaded(name)  # noqa: E731
                     found += layer_by_layer(work[start:end], layers, within)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         pair, ids = max(answers, key=lambda answer: len(answer[0].prompt_ids) + len(answer[1]))
         raise OutOfMemory(
             f"out of memory while a model was measured on {len(pairs)} pairs; the longest answer is one of {pair.where}, with "

@@ -319,24 +319,29 @@ def first_not_finite(model: nn.Module) -> str | None:
     return None
 
 
-def checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any, *, offload: bool = False) -> None:
     """Recompute activations in the backward instead of keeping them: a forward more, for a fraction of the memory.
 
     Non-reentrant, so that the inputs need no gradient.
 
+    Args:
+        model: of transformers, without PEFT around it.
+        offload: whether what a layer begins with waits in the host's memory; on a GPU alone.
+
     Raises:
         ModelError: its class in transformers cannot do that.
     """
-    settings = {"use_reentrant": False}
+    settings: dict[str, Any] = {"use_reentrant": False}
+    levers = {"offload": True} if offload else {}
     if not getattr(model, "supports_gradient_checkpointing", True):
         raise ModelError(
             f"train.gradient_checkpointing: {type(model).__name__} of transformers cannot recompute activations; set it to "
             "false, and a smaller data.max_length or train.tokens_per_microbatch where memory does not do"
         )
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **levers)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **levers)
 
 
 def load_tokenizer(base: str, *, revision: str | None = None) -> Any:

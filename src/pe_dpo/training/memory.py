@@ -1,9 +1,10 @@
-"""How many tokens a forward may have, and whether activations must be recomputed: measured on the device, not guessed.
+"""How many tokens a row may have, and which rows recompute their activations: measured on the device, not guessed.
 
 Two rows are run forward and backward; a line through their peaks gives the bytes of a token. Running out of memory later is no
-disaster: the trainer halves the budget and begins the step again.
+disaster: the trainer halves the budget, in the end recomputes more, and begins the step again.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,18 +14,78 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.base import checkpoint_activations
+from pe_dpo.model.out_of_memory import is_out_of_memory
 
 CPU_TOKENS = 1024
 """On a CPU longer rows gain little, and memory grows with them: eight HH pairs in two rows took half the memory of
 one row, and 0.95 (float32) or 1.09 (bfloat16) of its time (benchmarks/results)."""
 MOST_TOKENS = 16384
 """On a GPU neither: at 8192 tokens the dequantization of an 8B base is 2 % of a step."""
-FEWEST_TOKENS = 2048
-"""Rows that hold less than this are slow enough that recomputing activations is the better deal."""
+FEWEST_TOKENS = 1024
+"""Rows that hold less than this are slow enough that recomputing activations is the better deal. Counted, not measured: at 8B
+in nf4 the codes of a layer are turned into values once a row, which at 1,024 tokens is a third of a row's time."""
 SHARE_OF_FREE = 0.85
 """The rest is for fragmentation."""
 OPTIMIZER_BYTES = 12
 """Per trained parameter: gradient and Adam's two averages in float32, which are not there yet."""
+
+
+class Recomputation:
+    """Which rows recompute their activations in the backward instead of keeping them.
+
+    Only the forward asks: what it kept is what the backward has.
+
+    Args:
+        model: of transformers, without PEFT around it.
+        above: rows of more tokens than this recompute; 0 for all rows, None for none.
+        may_grow: whether memory that runs out may make more rows recompute.
+    """
+
+    def __init__(self, model: Any, above: int | None = None, *, may_grow: bool = False) -> None:
+        self.model, self.above, self.may_grow = model, above, may_grow
+        self.is_offloaded = False
+        self._layers: list[Any] | None = None
+
+    def of(self, tokens: int) -> bool:
+        """Make the model ready for a row, and return whether it recomputes.
+
+        Raises:
+            ModelError: it has to, and its class in transformers cannot.
+        """
+        is_on = self.above is not None and tokens > self.above
+        if is_on and self._layers is None:
+            self._switch_on()
+        for layer in self._layers or ():
+            layer.gradient_checkpointing = is_on
+        return is_on
+
+    def grow(self) -> str | None:
+        """Recompute more than before, where that is left to this; return what changes, None where nothing is left."""
+        if not self.may_grow:
+            return None
+        if self.above != 0:
+            self.above = 0
+            return "activations are recomputed in every row"
+        return "what layers begin with waits in the host's memory" if self.offload() else None
+
+    def offload(self) -> bool:
+        """Let what the layers begin with wait in the host's memory; return whether that is new, and possible."""
+        if self.is_offloaded or self.model.device.type != "cuda":
+            return False
+        self.is_offloaded = True
+        self._switch_on()
+        return True
+
+    def describe(self) -> str:
+        """Return what is recomputed, to be put behind the tokens of a row; empty where nothing is."""
+        if self.above is None:
+            return ""
+        which = f" of rows with more than {self.above}" if self.above else ""
+        return f", activations{which} recomputed in the backward{', and kept on the host' if self.is_offloaded else ''}"
+
+    def _switch_on(self) -> None:
+        checkpoint_activations(self.model, offload=self.is_offloaded)
+        self._layers = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
 def plan_memory(
@@ -34,10 +95,10 @@ def plan_memory(
     *,
     tokens: int | Literal["auto"],
     checkpointing: bool | Literal["auto"],
-) -> tuple[int, bool]:
-    """Return the most tokens of one forward, and whether activations are recomputed in the backward.
+) -> tuple[int, Recomputation]:
+    """Return the most tokens of one row, and which rows recompute their activations.
 
-    If they are, that is switched on in the model.
+    Where a few pairs are too long to be kept, they recompute and the others do not.
 
     Args:
         model: A PEFT model ready to train, its activations not recomputed.
@@ -45,14 +106,18 @@ def plan_memory(
         scorer: As in training.
         tokens: A number is taken as it is.
         checkpointing: "auto" for only if memory asks for it.
+
+    Raises:
+        ModelError: activations are to be recomputed, and the model's class in transformers cannot.
     """
-    base = model.get_base_model()
-    if checkpointing is True:
-        checkpoint_activations(base)
+    recomputation = Recomputation(
+        model.get_base_model(), 0 if checkpointing is True else None, may_grow=checkpointing == "auto"
+    )
+    recomputation.of(1)
     if scorer.device.type != "cuda":
-        return CPU_TOKENS if tokens == "auto" else tokens, checkpointing is True
+        return CPU_TOKENS if tokens == "auto" else tokens, recomputation
     if tokens != "auto" and checkpointing != "auto":
-        return tokens, checkpointing
+        return tokens, recomputation
     # Two rows of about 512 and 1024 tokens, or of one and two pairs where these are longer.
     rows: list[Sequence[EncodedPair]] = []
     for fewest in (FEWEST_TOKENS // 4, FEWEST_TOKENS // 2):
@@ -63,14 +128,22 @@ def plan_memory(
 
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     free = free_bytes(scorer.device) - OPTIMIZER_BYTES * trained
-    needed = max(tokens if tokens != "auto" else FEWEST_TOKENS, max(scorer.tokens([pair]) for pair in pairs))
-    is_recomputing = checkpointing is True
-    fitting = fitting_tokens(lambda row: peak_bytes(model, row, scorer), rows, scorer.tokens, free)
-    if checkpointing == "auto" and fitting < needed:
-        checkpoint_activations(base)
-        is_recomputing = True
-        fitting = fitting_tokens(lambda row: peak_bytes(model, row, scorer), rows, scorer.tokens, free)
-    return max(1, min(fitting, MOST_TOKENS)) if tokens == "auto" else tokens, is_recomputing
+    longest = max(scorer.tokens([pair]) for pair in pairs)
+
+    def fitting() -> int:
+        recomputation.of(sys.maxsize)  # measured as the longest rows go
+        return fitting_tokens(lambda row: peak_bytes(model, row, scorer), rows, scorer.tokens, free)
+
+    kept = fitting()
+    budget = max(1, min(kept, MOST_TOKENS)) if tokens == "auto" else tokens
+    if checkpointing == "auto" and kept < max(budget if tokens != "auto" else FEWEST_TOKENS, longest):
+        recomputation.above = kept  # rows are filled up to the budget; a pair that is longer has a row of its own
+        recomputed = fitting()
+        if recomputed < longest and recomputation.offload():
+            recomputed = fitting()
+        if tokens == "auto" and kept < FEWEST_TOKENS:
+            budget = max(1, min(recomputed, MOST_TOKENS))
+    return budget, recomputation
 
 
 def fitting_tokens(
@@ -89,8 +162,12 @@ def fitting_tokens(
     """
     try:
         (few, low), (many, high) = ((count(row), peak(row)) for row in rows)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        few = 0
+    if not few:
+        torch.cuda.empty_cache()  # here, where no frame of what failed holds its tensors
         return 0
     slope = (high - low) / (many - few) if many > few else high / many
     fixed = max(0.0, low - slope * few)

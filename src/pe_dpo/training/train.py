@@ -221,11 +221,10 @@ def build_trainer(
     mixout = attach_mixout(policy.model, recipe.mixout.p, seed=settings.seed, form=recipe.mixout.form)
 
     scorer = choose_scorer(policy.model, [*data.train, *data.held_out], packing=settings.packing)
-    tokens, is_recomputing = plan_memory(
+    scorer.token_budget, recomputation = plan_memory(
         policy.model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
     )
-    logger.info(f"{tokens} tokens per forward{', activations recomputed in the backward' if is_recomputing else ''}")
-    scorer.token_budget = tokens
+    logger.info(f"{scorer.token_budget} tokens per forward{recomputation.describe()}")
 
     # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
     caching = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
@@ -244,6 +243,7 @@ def build_trainer(
         first_step_moves=recorded is None or recorded.get("held_out_rows") is not None,  # else a run of the first days
         callbacks=callbacks,
     )
+    trainer.recomputation = recomputation
     if mixout.layers:
         trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, writer))
     if writer:

@@ -9,6 +9,7 @@ Overridden: what computes the loss, what logs, and where a checkpoint is put tog
 and the distributed machinery are Trainer's.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,10 +44,13 @@ from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_
 from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import save_evaluation
+from pe_dpo.training.memory import Recomputation
 from pe_dpo.training.monitor import train_probe
 
 GENERATION_SEED = 0
 """The seed of the sampled answers: the same in every run, so that runs are compared on common random numbers."""
+
+logger = logging.getLogger(__name__)
 
 
 class PairTrainer(Trainer):
@@ -82,6 +86,8 @@ class PairTrainer(Trainer):
     ) -> None:
         self.reference, self.loss, self.held_out = reference, loss, data.held_out
         self.policy, self.scorer = reference.policy, reference.scorer
+        self.recomputation = Recomputation(self.policy.causal_lm)
+        """Which rows recompute their activations; another one where memory was planned."""
         self.keep_checkpoints, self.prompts_together = keep_checkpoints, prompts_together
         self.starts_at_reference, self.first_step_moves = starts_at_reference, first_step_moves
         self.monitored = data.held_out or train_probe(data.train)
@@ -110,7 +116,10 @@ class PairTrainer(Trainer):
             )
         kind = str(self.accelerator.distributed_type.value)
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-            raise UsageError(f"launched as {kind}; start several processes with torchrun, one per GPU")
+            raise UsageError(
+                f"launched as {kind}: the base lies whole on each card, and the step is its own all-reduce of the adapter, so "
+                "that FSDP and DeepSpeed have nothing to divide; start one process per GPU with torchrun"
+            )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return transformers' schedule, a step earlier while the learning rate rises: the first step has 1/w of it, not 0."""
@@ -144,7 +153,15 @@ class PairTrainer(Trainer):
         model.train()
         mine = inputs[self.args.process_index :: self.args.world_size]
         with self.keeping_what_was_saved(), fixed_weights():
-            total, scored = self.scorer.within_memory(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
+            while True:
+                try:
+                    total, scored = self.scorer.within_memory(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
+                    break
+                except OutOfMemory:
+                    more = self.recomputation.grow()
+                    if more is None:
+                        raise
+                logger.warning(f"a pair does not fit alone: from here on {more} (nothing is lost)")
         gradients = []
         for parameter in adapter_parameters(model):
             if parameter.grad is None:  # what no pair reaches is zero, not missing: Adam's averages move on all the same
@@ -192,6 +209,7 @@ class PairTrainer(Trainer):
         reference = None
         if self.loss.needs_reference:  # first, while no activations of the policy lie in memory
             reference = moved(self.reference.logprobs(pairs), device)
+        self.recomputation.of(self.scorer.tokens(pairs))
         policy = self.scorer.logprobs(model, pairs)
         out = self.loss(policy, reference, *pair_terms(pairs, device))
         table = pair_table(pairs, policy, reference, out, self.loss)
