@@ -4,6 +4,8 @@ A bound is in nats of a log-prob. A greedy token may be another one where it lea
 log-probs may each be off by it.
 """
 
+import json
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,8 @@ EXACT = 1e-4
 """Of float32 arithmetic in another order."""
 SIXTEEN_BITS = 5e-2
 """Of 16-bit caches and products."""
+BFLOAT16 = 0.3
+"""Of a model that computes in bfloat16."""
 EIGHT_BITS = 0.5
 """Of what flows through a layer in 8 bits, as llama.cpp and mistral.rs compute with q8_0; on weights this random."""
 
@@ -28,7 +32,7 @@ class Case(NamedTuple):
     artefact: str
     bound: float = EXACT
     options: Mapping[str, Any] = {}
-    """Of the request; the text of one that names an artefact becomes its path."""
+    """Of the request; names of artefacts become paths, and `command` the words that a package prints."""
     as_in: str = ""
     """How the engine is set, in words, if not exact and alone."""
     known: str = ""
@@ -46,8 +50,9 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
     "vllm": (
         *(Case(name) for name in MERGED),
-        Case("base", options={"lora": "adapter-none"}, as_in="adapter"),
+        Case("base", options={"lora": "adapter-none"}, as_in="adapter package"),
         Case("base", options={"lora": "run-none"}, as_in="run folder"),
+        Case("adapter", BFLOAT16, {"command": "adapter"}, "by its printed command"),
     ),
     "transformers4": (
         *(Case(name) for name in MERGED),
@@ -84,6 +89,12 @@ def request_for(case: Case, request: Mapping[str, Any], get: Get) -> dict[str, A
         if key in options:
             name, _, file = options[key].partition("/")
             options[key] = str(get(name) / file)
+    if "command" in options:
+        package = get(options["command"])
+        facts = json.loads((package / "base.json").read_text(encoding="utf-8"))
+        (command,) = [one["command"] for one in facts["serving"] if one["engine"] == "vllm"]
+        words = [str(get("base")) if word == facts["id"] else word for word in shlex.split(command)]
+        options["command"] = [word.replace("FOLDER", str(package)) for word in words]
     return {**request, "options": {**request.get("options", {}), **options}}
 
 

@@ -23,6 +23,7 @@ ARTEFACTS = {
     "merged": "merged, dequantized",
     "merged-original": "merged, original",
     "merged-unscaled": "merged, positions not scaled",
+    "adapter": "adapter package of nf4",
     "adapter-none": "adapter package",
     "run-none": "run folder",
     "gguf-f32": "GGUF f32",
