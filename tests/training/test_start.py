@@ -9,7 +9,7 @@ import tables
 import torch
 from safetensors.torch import load_file, save_file
 
-from pe_dpo.errors import DataError, ModelError, TrainingError
+from pe_dpo.errors import DataError, ModelError, TrainingError, UsageError
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.training.preparation import prepare_run
@@ -175,3 +175,13 @@ def test_what_a_gpu_and_a_configuration_change_is_said_before_training(make_reci
     assert any(
         line.endswith("that its configuration switches on in training is off: router_jitter_noise 0.02") for line in logged
     )
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_what_divides_a_base_over_cards_is_refused_with_the_reason(make_trainer, monkeypatch, kind):
+    from accelerate import Accelerator, DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    message = f"^launched as {kind}: the base lies whole on each card, and the step is its own all-reduce .* with torchrun$"
+    with pytest.raises(UsageError, match=message):
+        make_trainer(fresh=True)
