@@ -211,7 +211,10 @@ class StandInForRay(ModuleType):
     """What `run_on_ray` asks of Ray, in this process: a call runs when its result is asked for."""
 
     class exceptions:
-        class RayActorError(Exception):
+        class RayError(Exception):
+            pass
+
+        class RayActorError(RayError):
             pass
 
     def init(self, **_):
@@ -269,6 +272,19 @@ def test_a_worker_of_ray_that_is_free_gets_the_next_point_and_one_that_died_is_r
 def test_without_ray_its_engine_is_refused_in_words(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="pe-dpo\\[ray\\]"):
+        sweep(make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep"), engine="ray")
+
+
+def test_a_cluster_that_lets_nobody_in_is_named(source, tmp_path, monkeypatch):
+    def init(**options):
+        raise ConnectionError("Failed to connect to Ray cluster\nat 192.0.2.2:6399")
+
+    ray = StandInForRay("ray")
+    ray.init = init
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.2:6399")
+    message = r"^RAY_ADDRESS 192.0.2.2:6399: no cluster of Ray lets us in \(Failed to connect to Ray cluster at 192"
+    with pytest.raises(UsageError, match=message):
         sweep(make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep"), engine="ray")
 
 

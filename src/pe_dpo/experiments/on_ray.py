@@ -45,14 +45,21 @@ def run_on_ray(
         workers: runs at once; default: one per GPU of the cluster, else one.
 
     Raises:
-        UsageError: ray is not installed.
+        UsageError: ray is not installed, or its cluster cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError as error:
         raise UsageError('`engine` ray needs Ray: pip install "pe-dpo[ray]", or `engine` local') from error
-    ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
+    try:
+        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS', '(unset)')}: no cluster of Ray lets us in ({why}); see `ray status`, "
+            "unset it to run on this machine, or `engine` local"
+        ) from error
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = min(workers or gpus or 1, len(todo))
