@@ -54,23 +54,23 @@ class Case(NamedTuple):
 RECOMPUTED, NF4, BF16 = "train.gradient_checkpointing=true", "model.quantize=nf4", "model.dtype=bfloat16"
 CASES: dict[str, Case] = {
     "llama 69 M": Case("llama", 768, 8, 12, 12, 2048),
-    "llama 69 M, recomputed": Case("llama", 768, 8, 12, 12, 2048, settings=(RECOMPUTED,)),
     "llama 69 M, nf4": Case("llama", 768, 8, 12, 12, 2048, settings=(NF4,)),
+    "llama 24 M, attention with dropout": Case(
+        "llama", 512, 6, 8, 8, 1216, settings=("adapter.targets=attention", "adapter.dropout=0.1")
+    ),
+    "gemma3 29 M": Case("gemma3_text", 512, 6, 4, 1, 1536, 256, 16384, True),
+    "qwen2 24 M, rank 64": Case("qwen2", 512, 6, 8, 2, 1536, settings=("adapter.rank=64",)),
+    "qwen3 31 M, nf4": Case("qwen3", 512, 8, 8, 4, 1536, 128, 16384, True, settings=(NF4,)),
+    "mistral 38 M, rank 128, sgd, rows of 512": Case(
+        "mistral", 768, 6, 12, 4, 1728,
+        settings=("adapter.rank=128", "train.optimizer=sgd", "train.tokens_per_microbatch=512"),
+    ),
+    "gemma2 28 M": Case("gemma2", 512, 6, 4, 2, 1536, 128, 16384, True),
+    "llama 69 M, nf4, recomputed": Case("llama", 768, 8, 12, 12, 2048, settings=(NF4, RECOMPUTED)),
     "llama 69 M, bfloat16": Case("llama", 768, 8, 12, 12, 2048, settings=(BF16,)),
-    "qwen2 54 M, rank 64, rows of 2048": Case(
-        "qwen2", 768, 8, 12, 2, 1920, settings=("adapter.rank=64", "train.tokens_per_microbatch=2048")
-    ),
-    "qwen3 82 M, nf4 and bfloat16": Case("qwen3", 768, 8, 8, 4, 2304, 128, 32768, True, settings=(NF4, BF16)),
-    "mistral 97 M, rank 256, sgd, rows of 512": Case(
-        "mistral", 1024, 8, 16, 4, 2816, settings=("adapter.rank=256", "train.optimizer=sgd", "train.tokens_per_microbatch=512")
-    ),
-    "gemma3 68 M": Case("gemma3_text", 640, 8, 4, 1, 2048, 256, 32768, True),
-    "gemma2 35 M, recomputed": Case("gemma2", 512, 8, 4, 2, 1536, 128, 16384, True, settings=(RECOMPUTED,)),
-    "llama 300 M, nf4, recomputed": Case("llama", 1280, 16, 20, 5, 3456, settings=(NF4, RECOMPUTED)),
-    "llama 69 M, attention with dropout": Case(
-        "llama", 768, 8, 12, 12, 2048, settings=("adapter.targets=attention", "adapter.dropout=0.1")
-    ),
 }  # fmt: skip
+BEYOND = ("llama 69 M, bfloat16",)
+"""Cases of which oneDNN, with which a CPU multiplies bfloat16, keeps weights in an order of its own, outside torch's memory."""
 TOLERANCE = 0.10
 
 

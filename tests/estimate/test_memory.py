@@ -107,7 +107,7 @@ def test_activations_of_a_token_and_layer_by_hand() -> None:
 
 def test_recomputation_keeps_a_layer_s_input_of_all_layers_and_the_rest_of_one() -> None:
     row = Row(tokens=1000, scored=500, keys=1000, scores=0)
-    kept, setup = llama_8b().kept_by_layer(row), llama_8b(recomputes=True)
+    kept, setup = llama_8b().kept_by_layer(row), llama_8b(recomputes_above=0)
     peak = setup.row_peak(row)
     assert peak["layer inputs"] == 32 * 1000 * 4096 * 2
     assert peak["gradients in a layer"] == pytest.approx(sum(kept.values()) + setup.passing(row))
@@ -118,6 +118,27 @@ def test_the_check_before_training_has_all_logits_of_two_padded_rows() -> None:
     """1,600 scored of 1,600 columns: 128,256 · 1,600 · 3 · 4 bytes of logits (all, those scored, softmax), 2.46 GB."""
     setup = llama_8b()
     assert setup.plain_check(Row(2000, 1600, 2000, 0, columns=1600)) == pytest.approx(2.46e9 + 0.22e9, rel=0.05)
+
+
+def test_the_check_before_training_has_gradients_of_two_padded_pairs_that_keep_everything() -> None:
+    """Rows, their logits, and gradients of the adapters three times: of autograd, one after another, and their difference."""
+    setup, short = llama_8b(recomputes_above=0), Row(400, 200, 400, 0, columns=250)
+    plain = llama_8b(path="padded").row_peak(short)
+    assert setup.gradient_check(short) == pytest.approx(sum(plain.values()) + 12 * 41_943_040)
+    assert plain["head"] == 4 * 128_256 * 200
+
+
+def test_the_check_has_gradients_of_the_two_shortest_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of one of middle length: with all its activations and logits that would be the most that a run takes."""
+    from pe_dpo.inference import scorer
+
+    probes: list[list[EncodedPair]] = []
+    monkeypatch.setattr(scorer, "_pack", lambda one, model, probe, least: probes.append(probe) or "not asked")
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).requires_grad_(False)
+    scorer.choose_scorer(attach_adapter(base, rank=4, alpha=8), pairs())
+    sizes = sorted(prompt + max(answers) for prompt, *answers in LENGTHS)
+    found = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in probes[0]]
+    assert found == [sizes[0], sizes[1], sizes[2], sizes[4]]
 
 
 def test_every_optimizer_has_its_bytes() -> None:

@@ -66,7 +66,9 @@ def _screen(base: str, found: "Estimate") -> list[str]:
         f"on {card.name}: {card.bytes / 1e9:.1f} GB, {card.usable / 1e9:.1f} without CUDA's own" if card else "on the CPU",
         "",
     ]
-    how = "activations recomputed" if setup.recomputes else "activations kept"
+    how = {None: "activations kept", 0: "activations recomputed"}.get(
+        setup.recomputes_above, f"recomputed above {setup.recomputes_above:,}" if setup.recomputes_above else ""
+    )
     names = {
         "codes": f"{shape.coded(setup.quantize, with_experts=setup.with_experts) / 1e9:,.2f} B weights as codes, with scales",
         "weights": "what is not codes, in " + ("16 bits" if setup.width == 2 else "32 bits"),

@@ -28,7 +28,8 @@ from pe_dpo.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-CPU_TOKENS, MOST_TOKENS, FEWEST_TOKENS, SHARE_OF_FREE = 1024, 16384, 2048, 0.85
+CPU_TOKENS, MOST_TOKENS, FEWEST_TOKENS, SHARE_OF_FREE = 1024, 16384, 1024, 0.85
+"""As in training/memory.py, which is above this; a test holds them together."""
 LAID_STEPS = 6
 """Optimizer steps whose rows are laid out; the fullest of them stands for the run's."""
 EVALUATIONS = 10
@@ -89,7 +90,8 @@ class Estimate(NamedTuple):
 
     def on(self, card: Card) -> "Estimate":
         """Return the same run on another card."""
-        setup = self.setup._replace(recomputes=self.recipe.train.gradient_checkpointing is True)
+        above = 0 if self.recipe.train.gradient_checkpointing is True else None
+        setup = self.setup._replace(recomputes_above=above, offloads=False)
         return finish(self.recipe, setup, self.lengths, card, self.notes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +111,12 @@ class Estimate(NamedTuple):
             "needed": round(self.needed),
             "check": round(self.check),
             "parts": {name: round(size) for name, size in self.parts.items()},
-            "rows": {"most_tokens": self.budget, "recomputed": setup.recomputes, "path": setup.path, **self.row._asdict()},
+            "rows": {
+                "most_tokens": self.budget,
+                "recomputed_above": setup.recomputes_above,
+                "path": setup.path,
+                **self.row._asdict(),
+            },
             "data": {
                 "pairs": lengths.pairs,
                 "held_out": lengths.held_out,
@@ -137,16 +144,19 @@ class Estimate(NamedTuple):
         return f"about {_gigabytes(self.peak)} {of}, {duration(self.seconds)}"
 
 
-def least(setup: Setup, longest: EncodedPair) -> float:
-    """Return the bytes of training with the longest pair alone in its row."""
+def least(recipe: Recipe, setup: Setup, longest: EncodedPair) -> float:
+    """Return the bytes of training with the longest pair alone in its row, recomputed where that is left open."""
+    if recipe.train.gradient_checkpointing == "auto" and setup.device == "cuda":
+        setup = setup._replace(recomputes_above=0, offloads=True)
     return sum(setup.fixed().values()) + sum(setup.row_peak(row_of([longest], setup.path)).values())
 
 
-def plain_check(setup: Setup, longest: EncodedPair) -> float:
-    """Return the bytes while the longest pair is scored the plain way, before there are gradients and averages."""
+def check_before(setup: Setup, lengths: Lengths) -> float:
+    """Return the bytes of the check before training: the longest pair scored the plain way, or two with gradients."""
     fixed = setup.fixed()
+    plain, gradients = row_of([lengths.longest], "padded"), row_of(lengths.short, "padded")
     before = sum(fixed.values()) - fixed["gradients"] - fixed["optimizer"]
-    return before + setup.plain_check(row_of([longest], "padded"))
+    return before + max(setup.plain_check(plain), setup.gradient_check(gradients))
 
 
 def _gigabytes(count: float) -> str:
@@ -185,7 +195,7 @@ def estimate_run(recipe: Recipe, card: Card | None, *, lengths: Lengths | None =
     if not shape.is_counted:
         notes.append(f"{shape.kind}: an empty model was built to count its weights; what it keeps is counted as of a Llama")
     if shape.delta_layers:
-        notes.append(f"{shape.delta_layers} of {shape.layers} layers are gated delta nets, counted as attention")
+        notes.append(f"{shape.delta_layers} of {shape.layers} layers do not attend; they are counted as if they did")
     setup = _setup(recipe, config, shape, card)
     if lengths is None:
         lengths = _lengths(recipe, shape)
@@ -224,8 +234,8 @@ def finish(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None, no
         budget=budget,
         row=row,
         parts={**fixed, **setup.row_peak(row)},
-        check=plain_check(setup, lengths.longest),
-        least=least(setup, lengths.longest),
+        check=check_before(setup, lengths),
+        least=least(recipe, setup, lengths.longest),
         steps=int(steps),
         step=step,
         reference=reference,
@@ -275,7 +285,7 @@ def _setup(recipe: Recipe, config: Any, shape: BaseShape, card: Card | None) -> 
         optimizer=recipe.train.optimizer,
         path=path,
         device=device,
-        recomputes=recipe.train.gradient_checkpointing is True,
+        recomputes_above=0 if recipe.train.gradient_checkpointing is True else None,
         with_experts=recipe.model.quantize_experts and not stored,
     )
 
@@ -322,12 +332,18 @@ def _budget(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None) -
     if card is None:
         return setup, CPU_TOKENS if asked == "auto" else asked
     longest = row_of([lengths.longest], setup.path).tokens
-    needed = max(longest, FEWEST_TOKENS if asked == "auto" else asked)
-    fitting = _fitting(setup, lengths, card)
-    if recompute == "auto" and fitting < needed:
-        setup = setup._replace(recomputes=True)
-        fitting = _fitting(setup, lengths, card)
-    return setup, max(1, min(fitting, MOST_TOKENS)) if asked == "auto" else asked
+    kept = _fitting(setup, lengths, card)
+    budget = max(1, min(kept, MOST_TOKENS)) if asked == "auto" else asked
+    if recompute == "auto" and kept < max(FEWEST_TOKENS if asked == "auto" else budget, longest):
+        every = setup._replace(recomputes_above=0)
+        recomputed = _fitting(every, lengths, card)
+        if recomputed < longest:
+            every = every._replace(offloads=True)
+            recomputed = _fitting(every, lengths, card)
+        if asked == "auto" and kept < FEWEST_TOKENS:
+            budget = max(1, min(recomputed, MOST_TOKENS))
+        setup = every._replace(recomputes_above=kept)
+    return setup, budget
 
 
 def _fitting(setup: Setup, lengths: Lengths, card: Card) -> int:

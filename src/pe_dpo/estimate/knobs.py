@@ -4,7 +4,8 @@ needs."""
 from typing import NamedTuple
 
 from pe_dpo.data.pairs import row_length
-from pe_dpo.estimate.estimate import Estimate, least, plain_check
+from pe_dpo.estimate.estimate import Estimate, check_before, least
+from pe_dpo.estimate.lengths import Lengths
 from pe_dpo.estimate.memory import OPTIMIZER_BYTES, Setup
 
 SMALL_OPTIMIZER = "adamw_bnb_8bit"
@@ -29,18 +30,18 @@ def knobs(estimate: Estimate) -> list[Knob]:
     Args:
         estimate: of the run as its recipe is.
     """
-    setup, longest = estimate.setup, estimate.lengths.longest
-    needed = max(least(setup, longest), plain_check(setup, longest))
-    found = []
-    for setting, changed, costs in _changes(setup):
-        saved = needed - max(least(changed, longest), plain_check(changed, longest))
-        found.append(Knob(setting, saved, costs))
-    half = row_length(longest) // 2
-    shorter = [pair for pair in estimate.lengths.sample if row_length(pair) <= half]
+    setup, lengths = estimate.setup, estimate.lengths
+
+    def needed(setup: Setup, lengths: Lengths) -> float:
+        return max(least(estimate.recipe, setup, lengths.longest), check_before(setup, lengths))
+
+    before = needed(setup, lengths)
+    found = [Knob(setting, before - needed(changed, lengths), costs) for setting, changed, costs in _changes(setup)]
+    half = row_length(lengths.longest) // 2
+    shorter = [pair for pair in lengths.sample if row_length(pair) <= half]
     if shorter:
-        longest = max(shorter, key=row_length)
-        dropped = 1 - len(shorter) / len(estimate.lengths.sample)
-        saved = needed - max(least(setup, longest), plain_check(setup, longest))
+        dropped = 1 - len(shorter) / len(lengths.sample)
+        saved = before - needed(setup, lengths._replace(sample=shorter))
         found.append(Knob(f"data.max_length: {half}", saved, f"drops {dropped:.0%} of the pairs"))
     return sorted((knob for knob in found if knob.saved > WORTH), key=lambda knob: -knob.saved)
 
@@ -57,8 +58,8 @@ def _changes(setup: Setup) -> list[tuple[str, Setup, str]]:
         changes.append(("model.dtype: bfloat16", setup._replace(width=2), "coarser arithmetic"))
     if not setup.with_experts and setup.shape.experts_a_token:
         changes.append(("model.quantize_experts: true", setup._replace(with_experts=True), "rounds the experts"))
-    if not setup.recomputes:
-        changes.append(("train.gradient_checkpointing: true", setup._replace(recomputes=True), "a third more arithmetic"))
+    if setup.recomputes_above is None:
+        changes.append(("train.gradient_checkpointing: true", setup._replace(recomputes_above=0), "a third more arithmetic"))
     if OPTIMIZER_BYTES[setup.optimizer] > OPTIMIZER_BYTES[SMALL_OPTIMIZER]:
         small = setup._replace(optimizer=SMALL_OPTIMIZER)
         changes.append((f"train.optimizer: {SMALL_OPTIMIZER}", small, "averages in 8 bits"))

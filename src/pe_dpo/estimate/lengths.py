@@ -53,6 +53,11 @@ class Lengths(NamedTuple):
         """The pair whose prompt and longer answer have the most tokens."""
         return max(self.sample, key=row_length)
 
+    @property
+    def short(self) -> list[EncodedPair]:
+        """The two shortest pairs, of which the check before training has gradients."""
+        return sorted(self.sample, key=row_length)[:2]
+
 
 def encoded_lengths(recipe: Recipe, *, context_length: int | None) -> Lengths:
     """Return the lengths of a recipe's own pairs, encoded as training does it.

@@ -7,7 +7,7 @@
     passing    the largest of what comes and goes: a tile of logits; gradients inside one layer; a matrix that codes were turned
                into
 
-Three moments compete: the head's tile, when everything is kept; the first layer of the backward, the last of the model; and,
+Several moments compete: the head's tile, when everything is kept; the first layer of the backward, the last of the model; and,
 before training, the check that scores a few pairs the plain way, with all their logits. What PyTorch keeps was read off its
 formulas for derivatives and off transformers' layers; `python -m benchmarks estimate` holds the sums against real runs.
 """
@@ -65,10 +65,17 @@ class Setup(NamedTuple):
     optimizer: str = "adamw_torch"
     path: ScoringPath = "varlen"
     device: str = "cuda"
-    recomputes: bool = False
+    recomputes_above: int | None = None
+    """Rows of more tokens than this recompute their activations; 0 for all, None for none."""
+    offloads: bool = False
+    """Whether what layers begin with waits in the host's memory meanwhile."""
     with_experts: bool = True
     uncoded: int = 0
     """Weights that a base which comes as codes keeps in 16 bits, and that codes would be made of otherwise."""
+
+    def recomputes(self, row: Row) -> bool:
+        """Return whether a row recomputes its activations in the backward."""
+        return self.recomputes_above is not None and row.tokens > self.recomputes_above
 
     def fixed(self) -> dict[str, int]:
         """Return the bytes of what lies in memory all the time, by name."""
@@ -142,8 +149,8 @@ class Setup(NamedTuple):
         layer = sum(self.kept_by_layer(row).values())
         states = row.tokens * shape.hidden * width
         kept: dict[str, float] = {}
-        if self.recomputes:
-            kept["layer inputs"] = float(shape.layers * states)
+        if self.recomputes(row):
+            kept["layer inputs"] = 0.0 if self.offloads else float(shape.layers * states)
         else:
             layers = {name: shape.layers * size for name, size in self.kept_by_layer(row).items()}
             # The input of the first layer needs no gradient, nor does what comes before the first adapter.
@@ -163,7 +170,7 @@ class Setup(NamedTuple):
             kept["head"] = float(slopes)
             moments = {"tile of logits": self.tile(row) + states + slopes}
         moments["gradients in a layer"] = self.passing(row)
-        if self.recomputes:  # in float32 the input of its first norm is the input that is kept anyway
+        if self.recomputes(row):  # in float32 the input of its first norm is the input that is kept anyway
             moments["gradients in a layer"] += layer - (states if width == 4 else 0)
         name, size = max(moments.items(), key=lambda moment: moment[1])
         return {**kept, name: size}
@@ -194,6 +201,15 @@ class Setup(NamedTuple):
         experts = self.with_experts and is_four_bit(self.quantize)
         reached = [weight for weight in self.shape.of_text if weight.role == "linear" or experts]
         return self.width * max((weight.numbers for weight in reached), default=0)
+
+    def gradient_check(self, short: Row) -> float:
+        """Return the bytes above weights and adapters while two short pairs have gradients in the check, nothing recomputed.
+
+        Args:
+            short: both pairs as padded rows.
+        """
+        plain = self._replace(path="padded", recomputes_above=None)
+        return sum(plain.row_peak(short).values()) + 3 * 4.0 * self.trained
 
     def plain_check(self, longest: Row) -> float:
         """Return the bytes above weights and adapters while the longest pair is scored the plain way, without gradients.

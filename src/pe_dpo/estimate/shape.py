@@ -11,12 +11,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter_targets import bypassed_layers, find_targets, in_blocks, is_within, matching
-from pe_dpo.model.base import empty_model
+from pe_dpo.model.base import BaseInfo, empty_model
 from pe_dpo.model.quantization import EXPERT_WEIGHTS, is_expert_weight
+from pe_dpo.model.road import made_codes
 from pe_dpo.quantizations import Quantization, is_four_bit
 
 Role = Literal["linear", "experts", "embedding", "head", "other"]
@@ -38,6 +40,8 @@ class Weight(NamedTuple):
     """Matrices in one parameter."""
     is_bypassed: bool = False
     """Whether its bare weight is read, past an adapter and past 4-bit codes."""
+    is_coded: bool = True
+    """Whether quantization makes codes of it; not of classes of a model's own, nor of what transformers leaves out."""
     is_of_text: bool = True
     """Whether a token of text goes through it."""
 
@@ -109,7 +113,7 @@ class BaseShape(NamedTuple):
     """Whether the scores of attention are capped, which no fused kernel does."""
     caps_logits: bool = False
     delta_layers: int = 0
-    """Gated delta nets among the layers."""
+    """Layers that do not attend: gated delta nets, state spaces."""
     masks: int = 1
     """Kinds of attention among the layers, with a window and without."""
     experts_a_token: int = 0
@@ -153,7 +157,7 @@ class BaseShape(NamedTuple):
         return sum(
             weight.numbers * len(weight.layers)
             for weight in self.weights
-            if weight.role in reaches and not (weight.is_bypassed and is_four_bit(quantize))
+            if weight.role in reaches and weight.is_coded and not (weight.is_bypassed and is_four_bit(quantize))
         )
 
     def largest_layer(self) -> int:
@@ -324,6 +328,7 @@ def _of_empty_model(base: str, config: Any) -> BaseShape:
     ends: dict[int, Role] = {id(head.weight): "head"} if head is not None else {}
     ends |= {id(part.weight): "embedding" for part in model.modules() if isinstance(part, nn.Embedding)}
     reached, bypassed = {*find_targets(model, "all-linear").layers}, {*bypassed_layers(model)}
+    coded = made_codes(model, BaseInfo(base, None, config, 0, None, "int8", torch.float32))
     found: dict[Weight, list[int]] = {}  # with the number of the layer taken out of the path
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
@@ -335,7 +340,7 @@ def _of_empty_model(base: str, config: Any) -> BaseShape:
         elif leaf == "weight" and isinstance(module, nn.Linear | Conv1D):
             outputs, inputs = size if isinstance(module, nn.Linear) else size[::-1]
             is_of_text = path in reached or path in bypassed
-            weight = Weight(place, outputs, inputs, is_bypassed=path in bypassed, is_of_text=is_of_text)
+            weight = Weight(place, outputs, inputs, is_bypassed=path in bypassed, is_coded=name in coded, is_of_text=is_of_text)
         elif is_expert_weight(model, name):
             weight = Weight(f"{place}.{leaf}", size[1], size[2], "experts", experts=size[0])
         else:
@@ -343,7 +348,12 @@ def _of_empty_model(base: str, config: Any) -> BaseShape:
         found.setdefault(weight, []).append(int(number))
     weights = [weight._replace(layers=tuple(numbers)) for weight, numbers in found.items()]
     numbers = sum(weight.numbers * len(weight.layers) for weight in weights)
+    attending = {n for weight in weights if "attn" in weight.path or "attention" in weight.path for n in weight.layers}
     heads = getattr(text, "num_attention_heads", 1)
+    try:
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    except RuntimeError:  # of Gemma 4 each layer has its own
+        head_size = text.hidden_size // heads
     return BaseShape(
         kind=text.model_type,
         weights=tuple(weights),
@@ -352,10 +362,11 @@ def _of_empty_model(base: str, config: Any) -> BaseShape:
         layers=text.num_hidden_layers,
         heads=heads,
         key_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_size=head_size,
         vocabulary=text.vocab_size,
         has_softcap=bool(getattr(text, "attn_logit_softcapping", None)),
         caps_logits=bool(getattr(text, "final_logit_softcapping", None)),
+        delta_layers=max(0, text.num_hidden_layers - len(attending)),
         experts_a_token=getattr(text, "num_experts_per_tok", None) or 0,
         context_length=getattr(text, "max_position_embeddings", None),
         is_counted=False,

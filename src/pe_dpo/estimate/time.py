@@ -48,11 +48,13 @@ NOTHING = StepTime(0.0, 0.0, 0.0, 0.0)
 def operations(setup: Setup, row: Row, *, is_reference: bool = False) -> float:
     """Return the floating-point operations of a row's forward and backward; of the reference its forward."""
     shape = setup.shape
-    passes = 1 if is_reference else 3 if setup.recomputes else 2
+    passes = 1 if is_reference else 3 if setup.recomputes(row) else 2
     body = 2.0 * shape.body * row.tokens * passes
     attention = 4.0 * shape.heads * shape.head_size * row.scores * (shape.layers - shape.delta_layers)
-    attention *= 0.5 * (1 if is_reference else 4.5 if setup.recomputes else 3.5)  # causal: half; backward 2.5 times a forward
-    adapters = 0.0 if is_reference else 2.0 * (setup.trained + setup.frozen) * row.tokens * (4 if setup.recomputes else 3)
+    attention *= 0.5 * (
+        1 if is_reference else 4.5 if setup.recomputes(row) else 3.5
+    )  # causal: half; backward 2.5 times a forward
+    adapters = 0.0 if is_reference else 2.0 * (setup.trained + setup.frozen) * row.tokens * (4 if setup.recomputes(row) else 3)
     head = 2.0 * shape.vocabulary * shape.hidden * row.scored * (1 if is_reference else 2)
     return body + attention + adapters + head
 
@@ -66,7 +68,7 @@ def moved(setup: Setup, row: Row, *, is_reference: bool = False) -> float:
     """
     shape, width = setup.shape, setup.width / 2
     queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
-    forwards = 2 if setup.recomputes and not is_reference else 1
+    forwards = 2 if setup.recomputes(row) and not is_reference else 1
     backward = 0 if is_reference else 1
     adapted = {weight.path for weight, _ in setup.adapted} if not is_reference else set()
     total = 0.0
@@ -90,7 +92,7 @@ def moved(setup: Setup, row: Row, *, is_reference: bool = False) -> float:
 def row_time(setup: Setup, row: Row, card: Card, *, is_reference: bool = False) -> StepTime:
     """Return the seconds of one row."""
     shape = setup.shape
-    passes = 1 if is_reference else 3 if setup.recomputes else 2
+    passes = 1 if is_reference else 3 if setup.recomputes(row) else 2
     coded = shape.coded(setup.quantize, with_experts=setup.with_experts)
     per_weight = bytes_per_weight(setup.quantize) + 2 * setup.width if coded else 0.0
     bandwidth = BANDWIDTH_REACHED * card.bandwidth * 1e9

@@ -183,8 +183,9 @@ def choose_scorer(
     """
     scorer = Scorer("padded", next(model.parameters()).device, token_budget=token_budget)
     order = sorted(pairs, key=row_length)
-    # Shortest, middle and longest, the short ones first: what windows and scaled positions do shows on the longest.
-    probe = [order[index] for index in sorted({0, len(order) // 4, len(order) // 2, len(order) - 1})]
+    # The two shortest, middle and longest: what windows and scaled positions do shows on the longest. The first two have
+    # gradients, with all activations kept and all logits: of pairs of middle length that would be the most that a run takes.
+    probe = [order[index] for index in sorted({0, min(1, len(order) - 1), len(order) // 2, len(order) - 1})]
     try:
         with evaluating(model):
             with failing_forwards_named(model):

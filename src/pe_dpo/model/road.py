@@ -59,7 +59,7 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None, empty: Any = N
         layout = Layout(model, files.file_of)
         coded = {layout.module_of[name] for name in files.parts if name in layout.module_of}
     elif info.quantize != "none":
-        coded = _made_codes(model, info)
+        coded = made_codes(model, info)
     count, total = sum(sizes[name] for name in coded), sum(sizes.values())
     return LoadedSize(
         parameters=total,
@@ -70,8 +70,8 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None, empty: Any = N
     )
 
 
-def _made_codes(model: Any, info: BaseInfo) -> set[str]:
-    """Names of the parameters that loading makes codes of: by transformers' rules, without importing bitsandbytes."""
+def made_codes(model: Any, info: BaseInfo) -> set[str]:
+    """Return the names of the parameters that loading makes codes of: by transformers' rules, bitsandbytes not imported."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module

@@ -46,7 +46,9 @@ def _resident(key: str) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def memory_record(recipe: Recipe, data: PreparedData, scorer: Scorer, peak: MemoryPeak, *, recomputes: bool) -> dict[str, Any]:
+def memory_record(
+    recipe: Recipe, data: PreparedData, scorer: Scorer, peak: MemoryPeak, *, recomputes_above: int | None
+) -> dict[str, Any]:
     """Return what run.json says of memory: bytes that were measured, and those that are counted of rows as this run had them.
 
     Args:
@@ -54,14 +56,15 @@ def memory_record(recipe: Recipe, data: PreparedData, scorer: Scorer, peak: Memo
         data: its pairs.
         scorer: as it trained.
         peak: since before the base was loaded.
-        recomputes: whether activations were recomputed.
+        recomputes_above: rows of more tokens recomputed their activations; None for none.
     """
-    own = {"tokens_per_microbatch": scorer.token_budget, "gradient_checkpointing": recomputes}
+    own = {"tokens_per_microbatch": scorer.token_budget, "gradient_checkpointing": recomputes_above == 0}
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=own)})
     card, lengths = local_card(), of_pairs(data.train, len(data.held_out), recipe)
     counted = estimate_run(recipe, card, lengths=lengths)
-    if counted.setup.path != scorer.path:
-        counted = finish(recipe, counted.setup._replace(path=scorer.path), lengths, card)
+    setup = counted.setup._replace(path=scorer.path, recomputes_above=recomputes_above)
+    if counted.setup != setup:
+        counted = finish(recipe, setup, lengths, card)
     measured = peak.bytes()
     record = {"counted": round(counted.peak), "of": "the GPU" if peak.is_on_gpu else "RAM"}
     if measured is not None:

@@ -177,8 +177,8 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.scorer.token_budget}
     writer.update(scoring={**scoring, "reference_pairs_computed": trainer.reference.computed})
     if prepared.loaded_base is None:  # else what was measured is without the base, or with another run
-        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
-        writer.update(memory=memory_record(recipe, data, trainer.scorer, peak, recomputes=recomputes))
+        above = trainer.recomputation.above
+        writer.update(memory=memory_record(recipe, data, trainer.scorer, peak, recomputes_above=above))
     if stop.received is not None:
         writer.update(status="interrupted", step=step)
     else:
