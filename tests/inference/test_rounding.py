@@ -148,9 +148,9 @@ def test_a_larger_head_leaves_a_bfloat16_model_packed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
 def test_models_stay_packed_whatever_the_size_of_their_logits(name):
-    for times in (1, 2, 3):
+    for times in (1, 3):
         found = choice(with_head(small_policy(name), times))
         assert (found["path"], found["is_batch_dependent"]) == ("segments", False), found
 
