@@ -138,3 +138,26 @@ def test_what_check_calls_ready_is_merged_and_equal_to_plain_peft(monkeypatch):
     ready = {(name, way): one for name, row in rows.items() for way, one in row["found"].items() if not one["check"]["code"]}
     assert [key for key, one in ready.items() if not is_equal(one)] == []
     assert len(ready) >= 2 * len(rows) - 4
+
+
+def test_the_page_on_engines_has_the_table_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.engines.table import END, PAGE, START, engines_table
+
+    table = engines_table(ROOT / "benchmarks" / "results" / "engines.json")
+    assert f"{START}{table}{END}" in PAGE.read_text(encoding="utf-8")
+
+
+def test_every_engine_was_measured_and_is_within_its_bounds(monkeypatch):
+    """But for what is known of an engine, which is named beside its number."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.engines.measure import CASES
+    from benchmarks.results import load
+
+    engines = load(ROOT / "benchmarks" / "results" / "engines.json")["engines"]
+    for name, cases in CASES.items():
+        rows = engines[name]["rows"]
+        assert [(row["artefact"], row["as_in"]) for row in rows] == [(case.artefact, case.as_in) for case in cases]
+        assert [row for row in rows if row["broken"]] == []
+        assert all(row.get("difference", 0) < row["bound"] for row in rows if not row["known"])
+    assert len(engines) == 7
