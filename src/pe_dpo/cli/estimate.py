@@ -116,7 +116,7 @@ def _verdict(found: "Estimate") -> str:
         return f"does not fit: {found.needed / 1e9:.1f} GB are needed"
     if found.check >= sum(found.parts.values()):
         return "fits; the check before training is the worst"
-    return f"fits; with the longest pair alone {found.least / 1e9:.1f} GB"
+    return f"fits; {found.needed / 1e9:.1f} GB at least, with smaller rows"
 
 
 def _size(count: float) -> str:
