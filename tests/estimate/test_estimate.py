@@ -1,10 +1,12 @@
 """The whole estimate: rows that fit a card, what does not fit and what would help, cards, lengths."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from pe_dpo.errors import RecipeError, UsageError
-from pe_dpo.estimate import CARDS, estimate_run, find_card, knobs
+from pe_dpo.estimate import CARDS, estimate_run, find_card, knobs, local_card
 from pe_dpo.estimate.estimate import duration
 from pe_dpo.estimate.lengths import made_up_lengths, row_of
 from pe_dpo.recipe import load_recipe
@@ -133,6 +135,20 @@ def test_a_size_that_no_card_has_is_one_of_that_size():
 def test_cards_have_less_memory_than_the_box_says_and_a_source():
     assert all(0.85 < card.bytes / (card.box * 2**30) <= 1 and card.source for card in CARDS)
     assert len({card.name for card in CARDS}) == len(CARDS)
+
+
+@pytest.mark.parametrize(("name", "gigabytes", "found"), [
+    ("NVIDIA H200", 150.1, "H200"),
+    ("NVIDIA GeForce RTX 5070 Ti", 17.1, "NVIDIA GeForce RTX 5070 Ti (taken to be as fast as an RTX 4080)"),
+])  # fmt: skip
+def test_the_card_of_this_machine_has_the_memory_that_torch_says(monkeypatch, name, gigabytes, found):
+    import torch
+
+    properties = SimpleNamespace(name=name, total_memory=int(gigabytes * 1e9))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    card = local_card()
+    assert (card.name, card.bytes) == (found, pytest.approx(gigabytes * 1e9, rel=1e-6))
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(50, "50 s"), (720, "12 min"), (7800, "2 h 10"), (274_000, "3 d 4 h")])
