@@ -69,9 +69,6 @@ CASES: dict[str, Case] = {
     "llama 69 M, nf4, recomputed": Case("llama", 768, 8, 12, 12, 2048, settings=(NF4, RECOMPUTED)),
     "llama 69 M, bfloat16": Case("llama", 768, 8, 12, 12, 2048, settings=(BF16,)),
 }  # fmt: skip
-BEYOND = ("llama 69 M, bfloat16",)
-"""Cases of which oneDNN, with which a CPU multiplies bfloat16, keeps weights in an order of its own, outside torch's memory."""
-TOLERANCE = 0.10
 
 
 def prepare(name: str, folder: Path) -> list[str]:
