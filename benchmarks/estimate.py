@@ -66,6 +66,7 @@ CASES: dict[str, Case] = {
         settings=("adapter.rank=128", "train.optimizer=sgd", "train.tokens_per_microbatch=512"),
     ),
     "gemma2 28 M": Case("gemma2", 512, 6, 4, 2, 1536, 128, 16384, True),
+    "llama 69 M, recomputed": Case("llama", 768, 8, 12, 12, 2048, settings=(RECOMPUTED,)),
     "llama 69 M, nf4, recomputed": Case("llama", 768, 8, 12, 12, 2048, settings=(NF4, RECOMPUTED)),
     "llama 69 M, bfloat16": Case("llama", 768, 8, 12, 12, 2048, settings=(BF16,)),
 }  # fmt: skip
