@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.evaluate import evaluate
@@ -14,6 +15,7 @@ from pe_dpo.recipe import load_recipe
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
+from pe_dpo.training.trainer import PairTrainer
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,25 @@ def test_the_resolved_recipe_repeats_the_run_to_the_bit(run, tmp_path):
     name = "adapter_model.safetensors"
     assert (again.folder / name).read_bytes() == (run.folder / name).read_bytes()
     assert again.after == run.after
+
+
+class StopAfterFive(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("callbacks", "steps"), [((), [4, 6]), ((StopAfterFive(),), [4, 5])], ids=["evaluated", "not evaluated"]
+)
+def test_the_end_is_scored_once(make_recipe, run, monkeypatch, callbacks, steps):
+    """Trainer evaluates the last step whatever `eval_every` is, but none that it was stopped after."""
+    scored, score = [], PairTrainer.score_model
+    monkeypatch.setattr(PairTrainer, "score_model", lambda self: scored.append(self.state.global_step) or score(self))
+    ended = train(make_recipe("train.eval_every=4"), callbacks=callbacks)
+    assert [step for step in scored if step] == steps
+    losses = {line["step"]: line["eval_loss"] for line in Run(ended.folder).metrics if "eval_loss" in line}
+    assert (ended.after["loss"] in losses.values()) == (ended.after == run.after) == (6 in losses) == (not callbacks)
 
 
 def test_the_record_says_what_the_reference_was_and_what_everything_was_made_of(run):

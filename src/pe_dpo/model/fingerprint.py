@@ -8,12 +8,13 @@ read; with it the hash of a large base is remembered from run to run.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from pe_dpo.model.base import BaseInfo
 
 ARITHMETIC = 3
 """Of this package: part of every key, to be raised with any change that moves a log-prob or loads a base otherwise."""
+
+version = cache(importlib.metadata.version)
+"""Of an installed library, read once."""
 
 _PART_BYTES = 64 * 1024 * 1024
 """Of a tensor on a GPU, each thread brings this much to the CPU at a time."""

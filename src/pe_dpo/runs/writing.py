@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -302,8 +303,9 @@ def check_same_inputs(run: Run, hashes: Mapping[str, str]) -> None:
         )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
+@cache
+def versions() -> Mapping[str, str]:
+    """Return the versions that a result depends on, read once: the files that hold them take 25 ms."""
     packages = "pe-dpo torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors"
     found = {name: importlib.metadata.version(name) for name in packages.split()}
     return {"python": sys.version.split()[0], "platform": platform.platform(), **found}

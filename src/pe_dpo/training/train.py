@@ -168,7 +168,9 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
         trainer.reference.flush()
 
     check_weights_unpacked(trainer.model)
-    last = trainer.score_monitored() if data.held_out else None
+    last, evaluated = None, trainer.evaluated
+    if data.held_out:  # Trainer evaluates the last step of a run that was not stopped
+        last = evaluated[1] if evaluated and evaluated[0] == trainer.state.global_step else trainer.score_monitored()
     after = pair_metrics(last, is_fixed_set=True) if last else {}
     updates = [weight for name, weight in trainer.model.named_parameters() if f"lora_B.{POLICY}" in name]
     remarks += monitor.conclude(after, has_moved=any(bool(weight.any()) for weight in updates))

@@ -96,6 +96,8 @@ class PairTrainer(Trainer):
         """Log-probs of the monitored pairs under π0, in their order; set once, before training."""
         self.first: PairTable | None = None
         """The monitored pairs as they are scored at step 0; set once, before training."""
+        self.evaluated: tuple[int, PairTable] | None = None
+        """The step of the newest evaluation, and the monitored pairs as they were scored then."""
         self._window: list[PairTable] = []
         self._window_tokens = 0
         self._window_start = time.perf_counter()
@@ -259,7 +261,9 @@ class PairTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the metrics of the monitored pairs, and log them."""
-        metrics = self.with_prefix(pair_metrics(self.score_monitored(), is_fixed_set=True))
+        scored = self.score_monitored()
+        self.evaluated = self.state.global_step, scored
+        metrics = self.with_prefix(pair_metrics(scored, is_fixed_set=True))
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._window_start = time.perf_counter()
