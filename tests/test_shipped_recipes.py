@@ -308,7 +308,8 @@ def run(
     folder = tmp_path_factory.mktemp("runs") / request.param
     base = base_of(load_recipe(request.param).model.base)
     recipe = load_recipe(request.param, [
-        f"model.base={base}", f"data.train={conversations}", "train.max_steps=2", "train.pairs_per_step=2", f"output={folder}",
+        f"model.base={base}", f"data.train={conversations}", "train.max_steps=2", "train.pairs_per_step=2",
+        "train.eval_every=2", "train.save_every=2", f"output={folder}",
     ])  # fmt: skip
     train(recipe)
     return Run(request.param, recipe, folder, json.loads((folder / "run.json").read_text()))

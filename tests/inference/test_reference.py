@@ -26,27 +26,45 @@ from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.train import train
 
 
-@pytest.fixture
-def make_reference(make_recipe, tmp_path):
-    """Build the reference of a recipe over one store; returns it with the training pairs."""
+def reference_maker(tiny_recipe, output, store):
+    """Builds the reference of a recipe over one store; returns it with the training pairs."""
 
     def make(*overrides, recipe=None, caching="auto", path=None):
-        recipe = recipe or make_recipe(*overrides)
+        recipe = recipe or tiny_recipe(output, *overrides)
         data = prepare_run(recipe).data
         policy = load_policy(recipe, device="cpu")
         scorer = choose_scorer(policy.model, data.train, token_budget=500)
-        store = str(path or tmp_path / "store.sqlite")
-        reference = open_reference(policy, scorer, caching=caching, path=store)
+        reference = open_reference(policy, scorer, caching=caching, path=str(path or store))
         return reference, data.train
 
     return make
 
 
-def filled(make_reference, *overrides):
+@pytest.fixture
+def make_reference(tiny_recipe, tmp_path):
+    return reference_maker(tiny_recipe, tmp_path / "run", tmp_path / "store.sqlite")
+
+
+def fill(make_reference, *overrides):
     """Run all training pairs through a reference and write them down."""
     reference, pairs = make_reference(*overrides)
     logprobs = reference.logprobs(pairs)
     reference.flush()
+    return logprobs, pairs
+
+
+@pytest.fixture(scope="module")
+def filled_once(tiny_recipe, tmp_path_factory):
+    """A store with all training pairs of the tiny world in it, their log-probs, and the pairs."""
+    folder = tmp_path_factory.mktemp("filled")
+    return folder / "store.sqlite", *fill(reference_maker(tiny_recipe, folder / "run", folder / "store.sqlite"))
+
+
+@pytest.fixture
+def filled(filled_once, tmp_path):
+    """The log-probs and the pairs that are in a copy of that store, which this test's references find."""
+    store, logprobs, pairs = filled_once
+    shutil.copy(store, tmp_path / "store.sqlite")
     return logprobs, pairs
 
 
@@ -60,7 +78,7 @@ def computed_again(make_reference, *overrides, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(), ("model.quantize=nf4",), ("model.dtype=bfloat16",)])
 def test_stored_log_probs_are_those_of_the_base_to_the_bit(make_reference, settings):
-    computed, pairs = filled(make_reference, *settings)
+    computed, pairs = fill(make_reference, *settings)
     reference, _ = make_reference(*settings)
     stored = reference.logprobs(pairs[::-1])
     assert reference.computed == 0
@@ -90,15 +108,14 @@ def test_stored_log_probs_are_those_of_the_base_to_the_bit(make_reference, setti
         "train.epochs=3",
     ],
 )
-def test_what_does_not_move_the_reference_never_misses(make_reference, change):
-    filled(make_reference)
+def test_what_does_not_move_the_reference_never_misses(filled, make_reference, change):
     assert computed_again(make_reference, change) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["model.quantize=nf4", "model.dtype=bfloat16"])
-def test_another_arithmetic_is_another_reference(make_reference, change):
-    _, pairs = filled(make_reference)
+def test_another_arithmetic_is_another_reference(filled, make_reference, change):
+    _, pairs = filled
     assert computed_again(make_reference, change) == len(pairs)
 
 
@@ -108,8 +125,8 @@ def with_another_base(make_recipe, tiny_base, folder, change):
     return make_recipe(f"model.base={copy}", output="other")
 
 
-def test_one_changed_weight_is_another_reference(make_reference, make_recipe, tiny_base, tmp_path):
-    _, pairs = filled(make_reference)
+def test_one_changed_weight_is_another_reference(filled, make_reference, make_recipe, tiny_base, tmp_path):
+    _, pairs = filled
 
     def nudge(base):
         weights = load_file(base / "model.safetensors")
@@ -120,16 +137,15 @@ def test_one_changed_weight_is_another_reference(make_reference, make_recipe, ti
     assert computed_again(make_reference, recipe=recipe) == len(pairs)
 
 
-def test_a_base_that_was_only_copied_is_the_same_reference(make_reference, make_recipe, tiny_base, tmp_path):
-    filled(make_reference)
+def test_a_base_that_was_only_copied_is_the_same_reference(filled, make_reference, make_recipe, tiny_base, tmp_path):
     recipe = with_another_base(make_recipe, tiny_base, tmp_path, lambda base: None)
     assert computed_again(make_reference, recipe=recipe) == 0
 
 
 def test_a_rotary_base_that_was_edited_in_the_configuration_is_another_reference(
-    make_reference, make_recipe, tiny_base, tmp_path
+    filled, make_reference, make_recipe, tiny_base, tmp_path
 ):
-    _, pairs = filled(make_reference)
+    _, pairs = filled
 
     def edit(base):
         config = json.loads((base / "config.json").read_text())
@@ -140,8 +156,10 @@ def test_a_rotary_base_that_was_edited_in_the_configuration_is_another_reference
     assert computed_again(make_reference, recipe=recipe) == len(pairs)
 
 
-def test_a_changed_template_misses_and_a_changed_row_misses_alone(make_reference, make_recipe, tiny_base, tiny_pairs, tmp_path):
-    _, pairs = filled(make_reference)
+def test_a_changed_template_misses_and_a_changed_row_misses_alone(
+    filled, make_reference, make_recipe, tiny_base, tiny_pairs, tmp_path
+):
+    _, pairs = filled
     assert computed_again(make_reference, "data.template=plain") == len(pairs)
     lines = (tiny_pairs / "train.jsonl").read_text().splitlines()
     row = json.loads(lines[3])
@@ -150,19 +168,19 @@ def test_a_changed_template_misses_and_a_changed_row_misses_alone(make_reference
     assert computed_again(make_reference, f"data.train={tmp_path / 'changed.jsonl'}", "data.eval=0.0") == 1
 
 
-def test_a_truncation_that_cuts_a_prompt_misses_what_it_cut(make_reference):
-    _, pairs = filled(make_reference)
+def test_a_truncation_that_cuts_a_prompt_misses_what_it_cut(filled, make_reference):
+    _, pairs = filled
     length = sorted(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)[-3]
     cut = computed_again(make_reference, f"data.max_length={length}", "data.overlong=truncate_prompt")
     longer = [p for p in pairs if len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) > length]
     assert cut == len(longer) > 0
 
 
-def test_pairs_with_their_labels_swapped_are_not_scored_again(make_reference):
+def test_pairs_with_their_labels_swapped_are_not_scored_again(filled, make_reference):
     """The store holds answers, not pairs."""
     from dataclasses import replace
 
-    logprobs, pairs = filled(make_reference)
+    logprobs, pairs = filled
     reference, _ = make_reference()
     swapped = reference.logprobs([replace(p, chosen_ids=p.rejected_ids, rejected_ids=p.chosen_ids) for p in pairs])
     assert reference.computed == 0
@@ -170,17 +188,18 @@ def test_pairs_with_their_labels_swapped_are_not_scored_again(make_reference):
 
 
 @pytest.mark.slow
-def test_a_frozen_adapter_is_part_of_the_reference(make_reference, make_recipe, tmp_path):
-    _, pairs = filled(make_reference)
+def test_a_frozen_adapter_is_part_of_the_reference(filled, make_reference, make_recipe, tmp_path):
+    _, pairs = filled
     start = train(make_recipe("train.max_steps=2", output="sft")).folder
     settings = (f"adapter.start={start}", "adapter.rank=16", "adapter.alpha=32")
     assert computed_again(make_reference, *settings, "adapter.reference=adapter") == len(pairs)
     assert computed_again(make_reference, *settings, "adapter.reference=base") == 0
 
 
-def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(make_reference, monkeypatch, warned: list[str]):
+def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(
+    filled, make_reference, monkeypatch, warned: list[str]
+):
     """The worst case: other weights behind a file of the same name, size and times."""
-    filled(make_reference)
     lines = warned
     reference, pairs = make_reference()
     with torch.no_grad():
@@ -197,8 +216,7 @@ def test_a_base_whose_remembered_hash_is_stale_is_found_out_by_scoring_again(mak
         assert fresh.chosen.tolist() == reference.scorer.logprobs(frozen, pairs).chosen.tolist()
 
 
-def test_a_sound_store_is_not_thrown_away(make_reference, warned: list[str]):
-    filled(make_reference)
+def test_a_sound_store_is_not_thrown_away(filled, make_reference, warned: list[str]):
     lines = warned
     reference, pairs = make_reference()
     assert reference.recheck(pairs) is None
@@ -271,8 +289,7 @@ def test_at_gamma_zero_no_training_pair_is_run_through_the_reference_for_a_check
     assert {pair.where.split(":")[0] for pair in asked} == {"test.jsonl"}
 
 
-def test_a_store_that_cannot_forget_is_given_up_and_the_run_goes_on(make_reference, monkeypatch, warned: list[str]):
-    filled(make_reference)
+def test_a_store_that_cannot_forget_is_given_up_and_the_run_goes_on(filled, make_reference, monkeypatch, warned: list[str]):
     lines = warned
     reference, pairs = make_reference()
 
@@ -334,8 +351,8 @@ def test_a_store_that_fails_under_way_costs_nothing_but_itself(make_reference, m
     assert reference.logprobs(pairs).chosen.tolist() == wanted.chosen.tolist()
 
 
-def test_a_damaged_store_is_rebuilt_and_the_numbers_are_the_same(make_reference, tmp_path, warned: list[str]):
-    wanted, pairs = filled(make_reference)
+def test_a_damaged_store_is_rebuilt_and_the_numbers_are_the_same(filled, make_reference, tmp_path, warned: list[str]):
+    wanted, pairs = filled
     path = tmp_path / "store.sqlite"
     content = bytearray(path.read_bytes())
     content[len(content) // 2 :] = b"x" * (len(content) - len(content) // 2)

@@ -244,6 +244,11 @@ def choose(model: Any, pairs: Sequence[EncodedPair] = PAIRS, **options: Any) -> 
     return Choice(scorer, "\n".join(said))
 
 
+def pack_rows(model: Any) -> None:
+    """Exchange its attention for what packed rows need, as `choose` does once it has seen that they are right."""
+    attention.switch_on(model.get_base_model())
+
+
 # ---------------------------------------------------------------- which models
 
 FALLS_BACK = {
@@ -428,7 +433,7 @@ def replaced(pairs: Sequence[EncodedPair], number: int, **ids: Any) -> list[Enco
 def test_another_answer_never_changes_the_answer_beside_it_or_another_pair(name):
     """Also where the two no longer begin alike, and where two other pairs have the same prompt and answers."""
     model = policy_of(name)
-    choose(model)
+    pack_rows(model)
     before, random = packed(model, PAIRS), np.random.default_rng(5)
     for number in range(len(PAIRS)):
         for side in (0, 1):
@@ -444,7 +449,7 @@ def test_another_answer_never_changes_the_answer_beside_it_or_another_pair(name)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
 def test_another_prompt_never_changes_another_pair(name):
     model = policy_of(name)
-    choose(model)
+    pack_rows(model)
     before, random = packed(model, PAIRS), np.random.default_rng(6)
     for number in range(len(PAIRS)):
         prompt = random.integers(3, VOCABULARY, random.integers(12, 40))
@@ -456,7 +461,7 @@ def test_another_prompt_never_changes_another_pair(name):
 
 def test_a_later_token_never_changes_an_earlier_one(llama):
     """The answer that is the beginning of the other, with and without what follows it."""
-    choose(llama)
+    pack_rows(llama)
     prompt, (long,) = PAIRS[0].prompt_ids, answers_of(np.random.default_rng(7), 0, 60)
     alone = packed(llama, [pair(prompt, long[:20], long[:20])])[0]
     for end in range(21, 61, 13):
@@ -493,7 +498,7 @@ ARITHMETIC = {"f32": {}, "bf16": {"dtype": "bfloat16"}, "nf4": {"quantize": "nf4
 @pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
 def test_a_pair_has_the_same_bits_in_any_company(tiny_base, options):
     model = saved_policy(tiny_base, **options)
-    choose(model)
+    pack_rows(model)
     for seed in range(8):
         assert_same_bits(model, shuffled_trees(seed)[:6], seed)
 
@@ -502,7 +507,7 @@ def test_a_pair_has_the_same_bits_in_any_company(tiny_base, options):
 @pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
 def test_a_pair_has_the_same_bits_on_two_threads(tiny_base, options):
     model = saved_policy(tiny_base, **options)
-    choose(model)
+    pack_rows(model)
     with threads(2):
         for seed in (0, 1):
             assert_same_bits(model, shuffled_trees(seed)[:3], seed)
@@ -512,7 +517,7 @@ def test_a_pair_has_the_same_bits_on_two_threads(tiny_base, options):
 @pytest.mark.parametrize("options", ARITHMETIC.values(), ids=ARITHMETIC)
 def test_a_pair_of_long_answers_has_the_same_bits_in_any_company(tiny_base, options):
     model = saved_policy(tiny_base, **options)
-    choose(model)
+    pack_rows(model)
     for seed in range(100, 103):
         assert_same_bits(model, shuffled_trees(seed, 300, 400, 350)[:4], seed)
 
@@ -521,7 +526,7 @@ def test_a_pair_of_long_answers_has_the_same_bits_in_any_company(tiny_base, opti
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt2", "qwen3"])
 def test_other_models_have_the_same_bits_in_any_company(name):
     model = policy_of(name)
-    choose(model)
+    pack_rows(model)
     for seed in range(6):
         assert_same_bits(model, shuffled_trees(seed), seed)
 
@@ -538,13 +543,13 @@ def few_tokens() -> list[EncodedPair]:
 @pytest.mark.parametrize("name", ["llama"])
 def test_short_answers_have_the_same_bits_in_any_company(name, number):
     model = policy_of(name)
-    choose(model)
+    pack_rows(model)
     with threads(number):
         assert_same_bits(model, few_tokens(), 0)
 
 
 def test_a_row_of_three_tokens_has_the_same_bits_in_any_company(llama):
-    choose(llama)
+    pack_rows(llama)
     assert_same_bits(llama, [pair([5], [7, 2], [8, 2]), pair([6, 9], [7, 2], [2]), *PAIRS], 0)
 
 
