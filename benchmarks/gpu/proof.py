@@ -102,7 +102,7 @@ def _finish(process: subprocess.Popen[str], check: Check, limit: float) -> dict[
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     from benchmarks.results import machine
 
-    skipped = [line for check in CHECKS for line in check.cuda_only]
+    skipped = {check.name: list(check.cuda_only) for check in CHECKS if check.cuda_only}
     content = {"machine": machine() | {"unit": "wall seconds"}, "not_rehearsed": skipped, "checks": rows}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
