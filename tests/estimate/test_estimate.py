@@ -51,6 +51,14 @@ def test_what_saves_memory_is_counted_each_by_itself(on_8_gb):
     assert saved == pytest.approx(41_943_040 / 2 * 16, rel=0.1)
 
 
+def test_no_setting_makes_other_codes_of_a_base_that_comes_as_codes(on_8_gb):
+    """A recipe that asks for others is refused."""
+    made = on_8_gb._replace(setup=on_8_gb.setup._replace(quantize="int8", with_experts=False))
+    comes = made._replace(setup=made.setup._replace(stored=made.setup.coded))
+    of_made, of_comes = ([knob.setting for knob in knobs(one)] for one in (made, comes))
+    assert of_made == ["model.quantize: nf4", *of_comes]
+
+
 def test_nf4_and_recomputation_are_named_where_they_are_off():
     recipe = load_recipe(NAME, ["model.quantize=none", "train.gradient_checkpointing=false", "data.max_length=512"])
     found = estimate_run(recipe, find_card("12GB"))

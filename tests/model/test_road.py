@@ -69,11 +69,12 @@ def test_a_base_of_which_no_codes_are_made_is_told(tmp_path: Path) -> None:
     assert (size.coded, size.left) == (0, 2 * (64 * (64 + 2 * 16) + 64 * 64 + 2 * 4 * 64 * 64)), "multi-query attention and MLP"
 
 
-def test_a_base_that_comes_as_codes_is_as_large_as_its_files_say(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_a_base_that_comes_as_codes_is_as_large_as_its_files_say(kind: Any, tiny_base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     skip = ["lm_head", "model.layers.1.mlp"]
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)
+    how = BitsAndBytesConfig(**kind, llm_int8_skip_modules=skip)
     AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=how).save_pretrained(tmp_path / "base")
     info = inspect_base(str(tmp_path / "base"))
     assert loaded_size(info, files_here(info)).bytes == pytest.approx(bytes_of(load_base(info)), rel=1e-3)

@@ -70,7 +70,7 @@ def _screen(base: str, found: "Estimate") -> list[str]:
         setup.recomputes_above, f"recomputed above {setup.recomputes_above:,}" if setup.recomputes_above else ""
     )
     names = {
-        "codes": f"{shape.coded(setup.quantize, with_experts=setup.with_experts) / 1e9:,.2f} B weights as codes, with scales",
+        "codes": f"{setup.coded / 1e9:,.2f} B weights as codes, with scales",
         "weights": "what is not codes, in " + ("16 bits" if setup.width == 2 else "32 bits"),
         "adapters": f"{setup.trained / 1e6:,.1f} M parameters trained, in 32 bits",
         "gradients": "of these",

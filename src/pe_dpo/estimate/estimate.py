@@ -7,6 +7,7 @@ card ─────────────────────────
 """
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from pe_dpo.estimate.merging import DISK_DTYPE_BYTES, measuring_ways
 from pe_dpo.estimate.shape import BaseShape, Weight, shape_of
 from pe_dpo.estimate.time import NOTHING, StepTime, rows_time
 from pe_dpo.inference.scorer import ScoringPath, possible_paths
-from pe_dpo.model.base import LARGE_BASE, as_it_comes
+from pe_dpo.model.base import LARGE_BASE, BaseInfo, as_it_comes
+from pe_dpo.model.road import files_here, stored_codes
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.recipe import Recipe
 
@@ -102,7 +104,7 @@ class Estimate(NamedTuple):
                 "kind": shape.kind,
                 "parameters": shape.parameters,
                 "quantize": setup.quantize,
-                "coded": shape.coded(setup.quantize, with_experts=setup.with_experts),
+                "coded": setup.coded,
                 "is_counted": shape.is_counted,
             },
             "card": self.card and {**self.card._asdict(), "bytes": self.card.bytes, "usable": self.card.usable},
@@ -197,6 +199,12 @@ def estimate_run(recipe: Recipe, card: Card | None, *, lengths: Lengths | None =
     if shape.delta_layers:
         notes.append(f"{shape.delta_layers} of {shape.layers} layers do not attend; they are counted as if they did")
     setup = _setup(recipe, config, shape, card)
+    if setup.stored is not None:
+        try:
+            info = BaseInfo(recipe.model.base, recipe.model.revision, config, 0, None, setup.quantize, torch.float32)
+            setup = setup._replace(stored=_codes_in_files(files_here(info)) or setup.stored)
+        except ModelError as error:
+            notes.append(f"codes are counted as config.json says: {error}")
     if lengths is None:
         lengths = _lengths(recipe, shape)
     return finish(recipe, setup, lengths, card, notes)
@@ -287,7 +295,13 @@ def _setup(recipe: Recipe, config: Any, shape: BaseShape, card: Card | None) -> 
         device=device,
         recomputes_above=0 if recipe.train.gradient_checkpointing is True else None,
         with_experts=recipe.model.quantize_experts and not stored,
+        stored=shape.coded_but_for(stored.get("llm_int8_skip_modules")) if stored else None,
     )
+
+
+def _codes_in_files(files: TensorFiles | None) -> int:
+    """How many weights lie in a base's files as codes, by their headers; 0 where the files are not here."""
+    return 0 if files is None else sum(math.prod(files.info(name).shape) for name in stored_codes(files))
 
 
 def _adapter_sizes(folder: str | None) -> dict[str, tuple[int, int]]:

@@ -49,14 +49,16 @@ def knobs(estimate: Estimate) -> list[Knob]:
 def _changes(setup: Setup) -> list[tuple[str, Setup, str]]:
     """Settings, the setup that each makes, and what it costs."""
     changes = []
-    if setup.quantize in ("none", "int8"):
+    if setup.stored is not None:
+        pass  # such a base is trained on these very codes
+    elif setup.quantize in ("none", "int8"):
         changes.append(("model.quantize: nf4", setup._replace(quantize="nf4"), "rounds the base"))
     elif setup.quantize.endswith("-single"):
         double = setup._replace(quantize="nf4")
         changes.append(("model.quantize: nf4", double, "scales in 8 bits"))
     if setup.width == 4 and setup.device == "cuda":
         changes.append(("model.dtype: bfloat16", setup._replace(width=2), "coarser arithmetic"))
-    if not setup.with_experts and setup.shape.experts_a_token:
+    if not setup.with_experts and setup.stored is None and setup.shape.experts_a_token:
         changes.append(("model.quantize_experts: true", setup._replace(with_experts=True), "rounds the experts"))
     if setup.recomputes_above is None:
         changes.append(("train.gradient_checkpointing: true", setup._replace(recomputes_above=0), "a third more arithmetic"))

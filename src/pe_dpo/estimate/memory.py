@@ -70,8 +70,14 @@ class Setup(NamedTuple):
     offloads: bool = False
     """Whether what layers begin with waits in the host's memory meanwhile."""
     with_experts: bool = True
-    uncoded: int = 0
-    """Weights that a base which comes as codes keeps in 16 bits, and that codes would be made of otherwise."""
+    stored: int | None = None
+    """Weights that are codes in a base which comes so; None where loading makes them."""
+
+    @property
+    def coded(self) -> int:
+        """How many weights are codes."""
+        made = self.shape.coded(self.quantize, with_experts=self.with_experts)
+        return made if self.stored is None else self.stored
 
     def recomputes(self, row: Row) -> bool:
         """Return whether a row recomputes its activations in the backward."""
@@ -79,10 +85,9 @@ class Setup(NamedTuple):
 
     def fixed(self) -> dict[str, int]:
         """Return the bytes of what lies in memory all the time, by name."""
-        coded = self.shape.coded(self.quantize, with_experts=self.with_experts) - self.uncoded
         return {
-            "codes": round(coded * bytes_per_weight(self.quantize)),
-            "weights": (self.shape.parameters - coded) * self.width,
+            "codes": round(self.coded * bytes_per_weight(self.quantize)),
+            "weights": (self.shape.parameters - self.coded) * self.width,
             "adapters": 4 * (self.trained + self.frozen),
             "gradients": 4 * self.trained,
             "optimizer": round(OPTIMIZER_BYTES[self.optimizer] * self.trained),

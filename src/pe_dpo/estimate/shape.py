@@ -160,6 +160,23 @@ class BaseShape(NamedTuple):
             if weight.role in reaches and weight.is_coded and not (weight.is_bypassed and is_four_bit(quantize))
         )
 
+    def coded_but_for(self, left_out: Sequence[str] | None) -> int:
+        """Return how many weights are codes in a base that transformers saved so.
+
+        Args:
+            left_out: names and patterns that it kept from becoming codes (`llm_int8_skip_modules`); None for its own choice.
+        """
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        roles = ("linear",) if left_out is None else ("linear", "head")
+        return sum(
+            weight.numbers
+            for weight in self.weights
+            if weight.role in roles and weight.is_coded
+            for path in weight.paths
+            if should_convert_module(path, left_out or ())
+        )
+
     def largest_layer(self) -> int:
         """Return the parameters of the largest decoder layer, norms not counted."""
         inside = [weight for weight in self.weights if "#" in weight.path and weight.is_of_text]

@@ -93,13 +93,12 @@ def row_time(setup: Setup, row: Row, card: Card, *, is_reference: bool = False) 
     """Return the seconds of one row."""
     shape = setup.shape
     passes = 1 if is_reference else 3 if setup.recomputes(row) else 2
-    coded = shape.coded(setup.quantize, with_experts=setup.with_experts)
-    per_weight = bytes_per_weight(setup.quantize) + 2 * setup.width if coded else 0.0
+    per_weight = bytes_per_weight(setup.quantize) + 2 * setup.width if setup.coded else 0.0
     bandwidth = BANDWIDTH_REACHED * card.bandwidth * 1e9
     products = operations(setup, row, is_reference=is_reference) / (card.reached * card.tflops * 1e12)
     # A frozen weight of 16 bits is read by the product itself, which large rows hide.
     found = StepTime(
-        products, moved(setup, row, is_reference=is_reference) / bandwidth, passes * coded * per_weight / bandwidth, 0
+        products, moved(setup, row, is_reference=is_reference) / bandwidth, passes * setup.coded * per_weight / bandwidth, 0
     )
     launching = KERNEL_SECONDS * KERNELS_A_LAYER * shape.layers * (1 / 3 if is_reference else passes / 2)
     if is_four_bit(setup.quantize):

@@ -46,7 +46,7 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None, empty: Any = N
 
     Args:
         info: of the base.
-        files: its weights, where they are here; of a base that comes as codes these say which are.
+        files: its weights, where they are here; of a base that comes as codes their headers say which are.
         empty: the base without weights, where it was made already.
     """
     model = empty_model(info.base, info.config) if empty is None else empty
@@ -55,9 +55,9 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None, empty: Any = N
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     aside = {name for name, parameter in model.named_parameters() if id(parameter) in ends or parameter.dim() < 2}
     coded: set[str] = set()
-    if isinstance(files, FourBitFiles):
-        layout = Layout(model, files.file_of)
-        coded = {layout.module_of[name] for name in files.parts if name in layout.module_of}
+    if files is not None and (stored := stored_codes(files)):
+        module_of = Layout(model, files.file_of).module_of
+        coded = {module_of[name] for name in stored if name in module_of}
     elif info.quantize != "none":
         coded = made_codes(model, info)
     count, total = sum(sizes[name] for name in coded), sum(sizes.values())
@@ -70,23 +70,32 @@ def loaded_size(info: BaseInfo, files: TensorFiles | None = None, empty: Any = N
     )
 
 
+def stored_codes(files: TensorFiles) -> set[str]:
+    """Return the names of the tensors that lie in the files as bitsandbytes' codes: of 4 bits, or of 8 with a scale per row."""
+    if isinstance(files, FourBitFiles):
+        return {*files.parts}
+    return {name for name in files.file_of if name.endswith(".weight") and f"{name.removesuffix('weight')}SCB" in files}
+
+
 def made_codes(model: Any, info: BaseInfo) -> set[str]:
-    """Return the names of the parameters that loading makes codes of: by transformers' rules, bitsandbytes not imported."""
+    """Return the names of the parameters that are codes once loaded: by transformers' rules, bitsandbytes not imported."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    reaches_experts = is_four_bit(info.quantize) and info.quantize_experts
-    left_out = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    left_out += bypassed_layers(model) if is_four_bit(info.quantize) and not info.quantize_bypassed else []
+    makes_four_bit = is_four_bit(info.quantize) and not info.is_prequantized
+    settings = getattr(info.config, "quantization_config", None) or {}
+    named = settings.get("llm_int8_skip_modules") if info.is_prequantized else None
+    left_out = HfQuantizer.get_modules_to_not_convert(model, named, model._keep_in_fp32_modules)
+    left_out += bypassed_layers(model) if makes_four_bit and not info.quantize_bypassed else []
     coded = {
         f"{path}.weight"
         for path, module in model.named_modules()
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, left_out)
     }
-    if reaches_experts:
+    if makes_four_bit and info.quantize_experts:
         coded |= {name for name, _ in model.named_parameters() if is_expert_weight(model, name)}
-    return coded
+    return coded & {name for name, _ in model.named_parameters()}  # a tied head is an embedding
 
 
 def files_here(info: BaseInfo) -> TensorFiles | None:
