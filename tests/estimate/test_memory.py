@@ -89,6 +89,7 @@ def test_what_is_counted_of_a_forward_is_what_autograd_keeps(kind: str, dtype: s
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype", "recomputes"), [
     ("llama", "float32", False), ("llama", "float32", True), ("llama", "bfloat16", False), ("gemma3_text", "float32", False),
+    ("gemma2", "float32", False),
 ])  # fmt: skip
 def test_the_peak_of_a_row_is_that_of_torch_s_allocator(kind: str, dtype: str, recomputes: bool) -> None:
     """Forward and backward above what lay there before, gradients included; to 3 %, with recomputation to 8 % and above."""

@@ -184,7 +184,8 @@ class Setup(NamedTuple):
         """Return the bytes of the head's work on one tile of tokens and vocabulary."""
         tokens, entries = CHUNKS["cuda" if self.device == "cuda" else "cpu"]
         tokens, entries = min(tokens, row.scored), min(entries, self.shape.vocabulary)
-        copies = 4 + (0 if self.width == 4 else self.width) + (8 if self.shape.caps_logits else 0)
+        # Capped: three of the tile before, and the product, its quotient and the tanh of that.
+        copies = 24 if self.shape.caps_logits else 4 + (0 if self.width == 4 else self.width)
         wide = 4.0 * entries * self.shape.hidden if self.wide_head() else 0.0
         return tokens * entries * copies + 3.0 * 4 * tokens * self.shape.hidden + wide
 
