@@ -31,8 +31,19 @@ def test_it_says_the_parts_the_rows_and_the_hours(pe_dpo):
 def test_what_does_not_fit_lists_what_would_help(pe_dpo):
     done = pe_dpo("estimate", NAME, "--gpu", "8GB")
     assert done.code == 1
-    assert re.search(r"does not fit: 1\d\.\d GB are needed", done.out)
+    assert re.search(r"does not fit: the check before training needs 1\d\.\d GB", done.out)
     assert "adapter.rank: 8 (a smaller adapter)" in done.out
+    assert " in all" not in done.out
+    assert "elsewhere: RTX 3090" in done.out
+
+
+def test_nothing_is_said_of_a_reference_that_is_not_used_nor_of_codes_that_are_not_there(pe_dpo):
+    """The held-out 1,000 pairs have two answers of 120 bytes each in the store."""
+    out = pe_dpo("estimate", "qwen3-0.6b-mixout-ready", "--gpu", "24GB").out
+    assert re.search(r"^971 steps of \d\.\d s; \d+ min in all$", out, re.MULTILINE)
+    assert "reference store 240 kB" in out
+    assert "  weights        1.19 GB   all, in 16 bits" in out
+    assert "note: sizes of the base are those that the package keeps, as its files are not\n  here" in out
 
 
 def test_the_keys_of_json_are_the_documented_ones(pe_dpo):

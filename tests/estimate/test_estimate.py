@@ -9,6 +9,7 @@ from pe_dpo.errors import RecipeError, UsageError
 from pe_dpo.estimate import CARDS, estimate_run, find_card, knobs, local_card
 from pe_dpo.estimate.estimate import duration
 from pe_dpo.estimate.lengths import made_up_lengths, row_of
+from pe_dpo.inference.scorer import DENSE_TOKENS
 from pe_dpo.recipe import load_recipe
 
 NAME = "llama-3.1-8b-dpo-norm"
@@ -180,6 +181,13 @@ def test_a_pair_that_is_longer_than_what_fits_recomputes_alone():
     longest = row_of([found.lengths.longest], "varlen")
     assert found.setup.recomputes(longest)
     assert not found.setup.recomputes(longest._replace(tokens=budget))
+
+
+def test_rows_whose_attention_has_a_mask_are_no_longer_than_such_rows_are_made():
+    """Gemma-2 has capped scores, which no variable-length kernel computes; on this card 8,500 tokens would fit."""
+    found = estimate_run(load_recipe("gemma-2-9b-simpo"), find_card("24GB"))
+    assert (found.setup.path, found.budget) == ("dense", DENSE_TOKENS)
+    assert found.row.tokens <= DENSE_TOKENS
 
 
 def test_padded_rows_are_counted_for_layers_that_do_not_attend():

@@ -71,7 +71,7 @@ def _screen(base: str, found: "Estimate") -> list[str]:
     )
     names = {
         "codes": f"{setup.coded / 1e9:,.2f} B weights as codes, with scales",
-        "weights": "what is not codes, in " + ("16 bits" if setup.width == 2 else "32 bits"),
+        "weights": ("what is not codes" if setup.coded else "all") + (", in 16 bits" if setup.width == 2 else ", in 32 bits"),
         "adapters": f"{setup.trained / 1e6:,.1f} M parameters trained, in 32 bits",
         "gradients": "of these",
         "optimizer": setup.optimizer,
@@ -92,26 +92,28 @@ def _screen(base: str, found: "Estimate") -> list[str]:
         ),
     ]
     if card is not None:
-        per_step = found.reference.seconds if found.uses_reference else 0.0
-        lines.append(
-            f"{found.steps:,} steps of {found.step.seconds:.1f} s, {per_step:.1f} s more for the reference; "
-            f"{duration(found.seconds)} in all"
-        )
+        reference = f", {found.reference.seconds:.1f} s more for the reference" if found.uses_reference else ""
+        if found.fits:
+            steps = f"{found.steps:,} steps of {found.step.seconds:.1f} s{reference}"
+            lines.append(f"{steps}; {duration(found.seconds)} in all")
         others = [name for name in ("RTX 3090", "RTX 4090", "A100 80GB", "H100", "H200") if name != card.name]
         times = [(name, found.on(next(one for one in CARDS if one.name == name))) for name in others]
         lines += _folded("elsewhere: " + ", ".join(f"{name} {duration(one.seconds)}" for name, one in times if one.fits))
-        share = f"{card.reached:.0%} of {card.tflops:g} TFLOP/s, 90% of {card.bandwidth:g} GB/s"
-        lines.append(f"counted with {share}")
+        if found.fits:
+            lines.append(f"counted with {card.reached:.0%} of {card.tflops:g} TFLOP/s, 90% of {card.bandwidth:g} GB/s")
     disk = ", ".join(f"{name} {_size(size)}" for name, size in found.disk.items())
     lines += _folded(f"disk: {disk}")
-    merging = ", ".join(f"{name} {_size(size)}" for name, size in found.merging.items())
-    lines += _folded(f"merge, in RAM or on the card: {merging}")
+    written, *verified = ((name.removeprefix("verified "), _size(size)) for name, size in found.merging.items())
+    ways = ", ".join(f"{name} {size}" for name, size in verified)
+    lines += _folded(f"merge: {written[1]} of RAM; to verify it, there or on the card: {ways}")
     return lines + [line for note in found.notes for line in _folded(f"note: {note}")]
 
 
 def _verdict(found: "Estimate") -> str:
     if found.card is None:
         return "beside Python and its libraries"
+    if not found.fits and found.check >= found.least:
+        return f"does not fit: the check before training needs {found.needed / 1e9:.1f} GB"
     if not found.fits:
         return f"does not fit: {found.needed / 1e9:.1f} GB are needed"
     if found.check >= sum(found.parts.values()):
@@ -120,7 +122,7 @@ def _verdict(found: "Estimate") -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def _folded(line: str) -> list[str]:

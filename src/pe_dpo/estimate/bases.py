@@ -39,5 +39,7 @@ def find_config(base: str, revision: str | None = None) -> tuple[Any, str]:
             return read_config(base, revision=revision), "config.json"
         except ModelError:  # not in the cache of the hub
             config = dict(kept["config"])
-            return AutoConfig.for_model(config.pop("model_type"), **config), "the sizes that are kept of it"
+            return AutoConfig.for_model(
+                config.pop("model_type"), **config
+            ), "sizes of the base are those that the package keeps"
     return read_config(base, revision=revision), "config.json"

@@ -22,7 +22,7 @@ from pe_dpo.estimate.memory import Row, Setup
 from pe_dpo.estimate.merging import DISK_DTYPE_BYTES, measuring_ways
 from pe_dpo.estimate.shape import BaseShape, Weight, shape_of
 from pe_dpo.estimate.time import NOTHING, StepTime, rows_time
-from pe_dpo.inference.scorer import ScoringPath, possible_paths
+from pe_dpo.inference.scorer import DENSE_TOKENS, ScoringPath, possible_paths
 from pe_dpo.model.base import LARGE_BASE, BaseInfo, as_it_comes
 from pe_dpo.model.road import files_here, stored_codes
 from pe_dpo.model.tensor_files import TensorFiles
@@ -192,7 +192,7 @@ def estimate_run(recipe: Recipe, card: Card | None, *, lengths: Lengths | None =
     notes: list[str] = []
     config, source = find_config(recipe.model.base, recipe.model.revision)
     if source != "config.json":
-        notes.append(f"sizes of the base: {source}")
+        notes.append(f"{source}, as its files are not here")
     shape = shape_of(recipe.model.base, config)
     if not shape.is_counted:
         notes.append(f"{shape.kind}: an empty model was built to count its weights; what it keeps is counted as of a Llama")
@@ -213,6 +213,8 @@ def estimate_run(recipe: Recipe, card: Card | None, *, lengths: Lengths | None =
 def finish(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None, notes: list[str] | None = None) -> Estimate:
     """Return what a run takes whose base and pairs are known already; see `estimate_run`."""
     setup, budget = _budget(recipe, setup, lengths, card)
+    if setup.path == "dense":
+        budget = min(budget, DENSE_TOKENS)
     size = recipe.train.pairs_per_step
     batches = [lengths.sample[start : start + size] for start in range(0, len(lengths.sample), size)]
     steps = recipe.train.max_steps or -(-lengths.pairs // size) * recipe.train.epochs

@@ -101,9 +101,7 @@ def known_lengths(recipe: Recipe) -> Lengths | None:
         return None
     pairs, held_out, *means = facts
     limit = recipe.data.limit or pairs
-    return made_up_lengths(
-        recipe, means, pairs=min(pairs, limit), held_out=held_out, source="mean lengths that are known of it"
-    )
+    return made_up_lengths(recipe, means, pairs=min(pairs, limit), held_out=held_out, source="mean lengths known of these data")
 
 
 def made_up_lengths(
