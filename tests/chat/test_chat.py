@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from toy_tokenizers import CHATML, build_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 from typer.testing import CliRunner
 
 from pe_dpo.chat.prompts import Compared, answer_prompts, read_prompts, save_answers
@@ -141,7 +143,7 @@ def test_an_answer_ends_with_the_end_token_and_says_so(pair):
 
 def test_a_model_that_keeps_no_cache_answers_the_same(pair):
     def forgetful(**inputs):
-        return SimpleNamespace(logits=pair.policy.model(**inputs).logits)
+        return CausalLMOutput(logits=pair.policy.model(**inputs).logits)
 
     forgetful.device = torch.device("cpu")
 
@@ -187,7 +189,7 @@ def recite(tokenizer, ids):
 
     def model(input_ids, attention_mask, **ignored):
         said = attention_mask.shape[1] - 1
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), len(tokenizer)).float())
+        return CausalLMOutput(logits=torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), len(tokenizer)).float())
 
     model.device, grown = torch.device("cpu"), []
     answer = Growing(Policy(model, tokenizer, None, {ids[-1]}), [0], max_new_tokens=len(ids))
@@ -195,6 +197,23 @@ def recite(tokenizer, ids):
         answer.step()
         grown.append(snapshot(answer))
     return grown
+
+
+def test_a_model_that_keeps_a_state_and_no_keys_goes_on_from_all_of_the_answer():
+    """Mamba names its state `cache` from transformers 5.24 on, and one token with the mask of all of them spoils it."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    ).eval()
+    for weight in model.parameters():
+        weight.data.normal_(std=0.5)
+    prompt_ids = [1, 5, 9, 3, 7]
+    answer = Growing(Policy(model, build_tokenizer(), None, ()), prompt_ids, max_new_tokens=12)
+    while not answer.is_done:
+        answer.step()
+    read = torch.tensor([prompt_ids + answer.ids[:-1]])
+    assert answer.ids == model(read).logits[0, len(prompt_ids) - 1 :].argmax(dim=-1).tolist()
+    assert len(set(answer.ids)) > 3  # it says more than one token over and over
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -118,7 +118,7 @@ class Growing:
         """Its tokens, the end token among them."""
         self._prompt_ids = list(prompt_ids)
         self._generator = torch.Generator().manual_seed(seed)
-        self._cache: Any = None
+        self._cache: dict[str, Any] = {}
 
     @property
     def ended(self) -> bool:
@@ -143,16 +143,20 @@ class Growing:
         Between two steps the model may become another, if it is the same again at the next.
         """
         tokens, device = self._prompt_ids + self.ids, self.policy.device
-        # A model that keeps no keys and values (Mamba calls its state otherwise) reads all of it again: slow, and right.
-        known = {} if self._cache is None else {"past_key_values": self._cache}
         out = self.policy.model(
-            input_ids=torch.tensor([tokens[-1:] if known else tokens], device=device),
+            input_ids=torch.tensor([tokens[-1:] if self._cache else tokens], device=device),
             attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=device),
             use_cache=True,
             logits_to_keep=1,
-            **known,
+            **self._cache,
         )
-        self._cache = getattr(out, "past_key_values", None)
+        # Named `cache` from transformers 5.24 on. A model that keeps no keys (Mamba: one token with a longer mask spoils it)
+        # reads all of it again: slow, and right.
+        self._cache = {
+            name: kept
+            for name, kept in out.items()
+            if name in ("cache", "past_key_values") and any(hasattr(layer, "keys") for layer in kept.layers)
+        }
         logits = out.logits[0, -1].float()
         if self.temperature:
             noise = torch.empty(logits.shape).exponential_(generator=self._generator).to(logits.device)
