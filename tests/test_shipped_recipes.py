@@ -456,7 +456,7 @@ def test_check_finds_nothing_in_the_way(run: Run, capsys: pytest.CaptureFixture[
         main()
     lines = capsys.readouterr().out.splitlines()
     assert ended.value.code == 0
-    assert lines[-1].startswith("ready to train: about 0.")
+    assert lines[-1].startswith("on a card about 0.")
     assert [line for line in lines if line.startswith("warning: ")] == []
 
 

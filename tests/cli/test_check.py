@@ -29,7 +29,8 @@ def test_check_tells_loss_base_reference_shape_and_steps(pe_dpo, recipe_file):
     assert "understood as prompt (text), chosen and rejected (text)" in lines
     assert "24 pairs to train on, 9 held out (test.jsonl)" in lines
     assert "6 optimizer steps an epoch of 4 pairs" in lines
-    assert lines[-1].startswith("ready to train: about ")
+    assert lines[-2].startswith("ready to train: on this CPU about ") and lines[-2].endswith(" of RAM beside Python's own;")
+    assert lines[-1].startswith("on a card about ")
 
 
 def test_check_prints_the_same_as_json(pe_dpo, recipe_file):

@@ -66,7 +66,7 @@ def test_pairs_that_are_here_are_encoded(pe_dpo, recipe_file):
 
 def test_lengths_can_be_given(pe_dpo, recipe_file):
     found = json.loads(pe_dpo("estimate", recipe_file, "--tokens", "30,20,20", "--pairs", 1000, "--json").out)
-    assert found["data"]["source"] == "the mean lengths given"
+    assert found["data"]["source"] == "around the means given"
     assert (found["data"]["pairs"], found["data"]["held_out"]) == (950, 50)
 
 
@@ -74,6 +74,8 @@ def test_lengths_can_be_given(pe_dpo, recipe_file):
     (["--tokens", "a,b"], "--tokens a,b: write three numbers with commas between them, as 170,320,320"),
     (["--tokens", "1,2"], "--tokens: three mean lengths in tokens are expected"),
     (["--pairs", "3"], "--pairs: says how many pairs there are whose mean lengths --tokens gives; give both"),
+    (["--tokens", "nan,inf,5"], "--tokens: three mean lengths in tokens are expected"),
+    (["--tokens", "100000,100,100"], "--tokens: pairs of 100000, 100, 100 tokens are longer than "),
     (["--gpu", "abacus"], "--gpu: abacus is not in the table; name one of RTX 3060"),
 ])  # fmt: skip
 def test_what_cannot_be_is_a_line(pe_dpo, recipe_file, options, message):

@@ -1,5 +1,6 @@
 """The whole estimate: rows that fit a card, what does not fit and what would help, cards, lengths."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,7 +116,11 @@ def test_data_that_are_not_here_need_their_lengths():
 def test_made_up_lengths_have_the_means_and_stay_below_the_longest():
     found = made_up_lengths(load_recipe(NAME, ["data.max_length=4096"]), (170, 320, 300), pairs=60_000, source="x")
     assert found.means() == pytest.approx((170, 320, 300), rel=0.05)
-    cut = made_up_lengths(load_recipe(NAME, ["data.max_length=400"]), (170, 320, 300), pairs=60_000)
+    kept = made_up_lengths(load_recipe(NAME, ["data.max_length=1000"]), (170, 320, 300), pairs=60_000)
+    assert max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in kept.sample) <= 1000
+    assert 50_000 < kept.pairs + kept.held_out < 60_000
+    assert re.fullmatch(r"around the means given; \d+% of them, longer than data.max_length 1000, are left out", kept.source)
+    cut = made_up_lengths(load_recipe(NAME, ["data.max_length=400"]), (170, 320, 300), pairs=60_000, cut=True)
     assert max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in cut.sample) == 400
     assert (cut.pairs, cut.held_out) == (57_000, 3_000)
     assert row_of(cut.sample[:3], "varlen").tokens == sum(

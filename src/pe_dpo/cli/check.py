@@ -44,7 +44,8 @@ def check(
     example = decode_pair(middle_pair(data.train), tokenizer)
     reference = plan.adapter.describe_reference()
     steps = -(-len(data.train) // plan.train.pairs_per_step)
-    card = local_card() or find_card(DEFAULT)
+    here = local_card()
+    card = here or find_card(DEFAULT)
     takes = estimate_run(plan, card, lengths=of_pairs(data.train, len(data.held_out), plan))
     if json:
         size = loaded_size(base, files_here(base))
@@ -67,4 +68,8 @@ def check(
     ]
     typer.echo("\n".join(lines))
     console.show_pair(example, unit=data.report.unit, lines=1)
-    typer.echo(f"ready to train: {takes.describe()}")
+    if here is not None:
+        typer.echo(f"ready to train: {takes.describe()}")
+        return
+    on_cpu = estimate_run(plan, None, lengths=takes.lengths).describe()
+    typer.echo(f"ready to train: on this CPU {on_cpu};\non a card {takes.describe()}")

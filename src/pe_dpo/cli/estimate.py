@@ -26,7 +26,7 @@ def estimate(
     json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON, in bytes and seconds.")] = False,
 ) -> None:
     """Say what a run takes: memory by part, the rows that fit, hours, disk, the merge; exit 1 where it does not fit."""
-    from pe_dpo.errors import UsageError
+    from pe_dpo.errors import DataError, UsageError
     from pe_dpo.recipe import load_recipe
 
     plan = load_recipe(recipe, options.overrides(set_))
@@ -44,8 +44,15 @@ def estimate(
         except ValueError as error:
             raise UsageError(f"--tokens {tokens}: write three numbers with commas between them, as 170,320,320") from error
         lengths = made_up_lengths(plan, means, pairs=pairs or 10_000)
-    card = None if gpu is not None and gpu.lower() == "cpu" else find_card(gpu) if gpu else local_card() or find_card(DEFAULT)
-    found = estimate_run(plan, card, lengths=lengths)
+    card = None
+    if gpu is None:
+        card = local_card() or find_card(DEFAULT)
+    elif gpu.lower() != "cpu":
+        card = find_card(gpu)
+    try:
+        found = estimate_run(plan, card, lengths=lengths)
+    except DataError as error:
+        raise DataError(f"{error}; of data that are not here give mean lengths, --tokens 170,320,320, and --pairs") from error
     if json:
         typer.echo(json_module.dumps(found.to_dict(), indent=1))
     else:
@@ -61,8 +68,9 @@ def _screen(base: str, found: "Estimate") -> list[str]:
 
     setup, card, shape = found.setup, found.card, found.setup.shape
     dtype = "bfloat16" if setup.width == 2 else "float32"
+    unit, name_of = (1e9, "GB") if found.peak > 1e8 else (1e6, "MB")
     lines = [
-        f"{base}: {shape.parameters / 1e9:,.2f} B parameters, {setup.quantize}, {dtype}, rank {setup.rank:g}",
+        f"{base}: {_billions(shape.parameters)} parameters, {setup.quantize}, {dtype}, rank {setup.rank:g}",
         f"on {card.name}: {card.bytes / 1e9:.1f} GB, {card.usable / 1e9:.1f} without CUDA's own" if card else "on the CPU",
         "",
     ]
@@ -70,7 +78,7 @@ def _screen(base: str, found: "Estimate") -> list[str]:
         setup.recomputes_above, f"recomputed above {setup.recomputes_above:,}" if setup.recomputes_above else ""
     )
     names = {
-        "codes": f"{setup.coded / 1e9:,.2f} B weights as codes, with scales",
+        "codes": f"{_billions(setup.coded)} weights as codes, with scales",
         "weights": ("what is not codes" if setup.coded else "all") + (", in 16 bits" if setup.width == 2 else ", in 32 bits"),
         "adapters": f"{setup.trained / 1e6:,.1f} M parameters trained, in 32 bits",
         "gradients": "of these",
@@ -78,9 +86,9 @@ def _screen(base: str, found: "Estimate") -> list[str]:
     }
     fixed = {name: found.parts[name] for name in names}
     activations = sum(size for name, size in found.parts.items() if name not in names)
-    lines += [f"  {name:<12} {size / 1e9:>6.2f} GB   {names[name]}" for name, size in fixed.items() if size]
-    lines.append(f"  {'rows':<12} {activations / 1e9:>6.2f} GB   of up to {found.budget:,} tokens; {how}")
-    lines.append(f"  {'at the worst':<12} {found.peak / 1e9:>6.2f} GB   {_verdict(found)}")
+    lines += [f"  {name:<12} {size / unit:>6.2f} {name_of}   {names[name]}" for name, size in fixed.items() if size]
+    lines.append(f"  {'rows':<12} {activations / unit:>6.2f} {name_of}   of up to {found.budget:,} tokens; {how}")
+    lines.append(f"  {'at the worst':<12} {found.peak / unit:>6.2f} {name_of}   {_verdict(found)}")
     if not found.fits:
         lines.append("what saves memory, each by itself:")
         lines += [f"  {knob.saved / 1e9:>5.2f} GB   {knob.setting} ({knob.costs})" for knob in knobs(found)[:6]]
@@ -119,6 +127,10 @@ def _verdict(found: "Estimate") -> str:
     if found.check >= sum(found.parts.values()):
         return "fits; the check before training is the worst"
     return f"fits; {found.needed / 1e9:.1f} GB at least, with smaller rows"
+
+
+def _billions(count: float) -> str:
+    return f"{count / 1e9:,.2f} B" if count > 1e8 else f"{count / 1e6:,.1f} M"
 
 
 def _size(count: float) -> str:

@@ -66,6 +66,8 @@ CARDS: tuple[Card, ...] = (
 )  # fmt: skip
 USUAL = {8: "RTX 4060", 12: "RTX 4070", 16: "RTX 4080", 24: "RTX 4090", 32: "RTX 5090", 40: "A100 40GB", 48: "L40S", 80: "H100"}
 """The card that stands for a size."""
+SMALLEST, LARGEST = 2, 1000
+"""GB of a card that only its size is said of."""
 DEFAULT = "RTX 4090"
 """Where no card is asked for and none is here: 24 GB."""
 
@@ -77,21 +79,20 @@ def find_card(name: str) -> Card:
     Raises:
         UsageError: it is not in the table; names those that are.
     """
-    words = re.sub(r"nvidia|geforce|sxm\d?|pcie|hbm\w*|[\s_-]", "", name.lower())
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)gi?b", words)
-    if size:
+    words = _key(name)
+    found = [card for card in CARDS if words in _names(card)]
+    if found:
+        return found[0]
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)(gi?b)?", name.strip().lower().replace(" ", ""))
+    if size and SMALLEST <= float(size[1]) <= LARGEST:
         gigabytes = float(size[1])
         if gigabytes in USUAL:
             return find_card(USUAL[int(gigabytes)])
         near = find_card(USUAL[min(USUAL, key=lambda box: abs(box - gigabytes))])
         memory = gigabytes * 1e9 / 2**30 * 0.98
         return near._replace(name=f"a card of {gigabytes:g} GB, as fast as an {near.name}", memory=memory, box=round(gigabytes))
-    exact = [card for card in CARDS if words == _key(card)]
-    within = [card for card in CARDS if words and (words in _key(card) or _key(card) in words)]
-    if exact or within:
-        return max(exact or within, key=lambda card: len(_key(card)))
     known = ", ".join(card.name for card in CARDS)
-    raise UsageError(f"`gpu`: {name} is not in the table; name one of {known}, or a size such as 24GB")
+    raise UsageError(f"`gpu`: {name or 'nothing'} is not in the table; name one of {known}, or a size such as 24GB")
 
 
 def local_card() -> Card | None:
@@ -110,5 +111,13 @@ def local_card() -> Card | None:
         return near._replace(name=f"{found.name} (taken to be as fast as an {near.name})", memory=memory, box=round(memory))
 
 
-def _key(card: Card) -> str:
-    return re.sub(r"\s", "", card.name.lower())
+def _key(name: str) -> str:
+    """The name of a card without its maker, its socket and its spaces: "NVIDIA A100-SXM4-80GB" is a10080gb."""
+    return re.sub(r"nvidia|geforce|sxm\d?|pcie|hbm\w*|(?<=\w)[\s_-]+(?=\w)|\s", "", name.lower())
+
+
+def _names(card: Card) -> set[str]:
+    """What a card is called: with and without "RTX", and with its size behind it or not."""
+    whole = _key(card.name)
+    bare = whole.removesuffix(f"{card.box}gb")
+    return {name for one in (whole, bare, f"{bare}{card.box}gb") for name in (one, one.removeprefix("rtx"))}

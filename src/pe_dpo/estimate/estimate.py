@@ -168,6 +168,8 @@ def _gigabytes(count: float) -> str:
 def duration(seconds: float) -> str:
     """Return a time for people: 50 s, 12 min, 2 h 10, 3 d 4 h."""
     minutes = round(seconds / 60)
+    if seconds < 1:
+        return "under a second"
     if seconds < 90:
         return f"{seconds:.0f} s"
     if minutes < 60:

@@ -101,11 +101,19 @@ def known_lengths(recipe: Recipe) -> Lengths | None:
         return None
     pairs, held_out, *means = facts
     limit = recipe.data.limit or pairs
-    return made_up_lengths(recipe, means, pairs=min(pairs, limit), held_out=held_out, source="mean lengths known of these data")
+    return made_up_lengths(
+        recipe, means, pairs=min(pairs, limit), held_out=held_out, source="mean lengths known of these data", cut=True
+    )
 
 
 def made_up_lengths(
-    recipe: Recipe, means: Sequence[float], *, pairs: int, held_out: int | None = None, source: str = "the mean lengths given"
+    recipe: Recipe,
+    means: Sequence[float],
+    *,
+    pairs: int,
+    held_out: int | None = None,
+    source: str = "around the means given",
+    cut: bool = False,
 ) -> Lengths:
     """Return lengths that scatter around means, none above the recipe's longest.
 
@@ -115,11 +123,12 @@ def made_up_lengths(
         pairs: to train on.
         held_out: pairs that are not; None for the recipe's share.
         source: where the means are from.
+        cut: whether what is too long is cut, as in a set whose means were taken so; else its pair is left out, as a run does.
 
     Raises:
-        UsageError: a length is not positive.
+        UsageError: a length is no number of tokens, or all pairs are too long.
     """
-    if len(means) != 3 or min(means) < 1:
+    if len(means) != 3 or not all(1 <= mean <= 10**7 for mean in means):
         raise UsageError("`tokens`: three mean lengths in tokens are expected, of prompt, chosen and rejected: 170,320,320")
     limit = recipe.data.max_length or DEFAULT_MAX_LENGTH
     generator = np.random.default_rng(0)
@@ -130,13 +139,25 @@ def made_up_lengths(
     ]
     sample = []
     for number, (prompt, chosen, rejected) in enumerate(zip(*parts, strict=True)):
-        size = min(max(2, round(prompt)), max(1, limit // 2))
-        answers = [min(max(2, round(one)), limit - size) for one in (chosen, rejected)]
+        size, answers = max(2, round(prompt)), [max(2, round(one)) for one in (chosen, rejected)]
+        if cut:
+            size = min(size, max(1, limit // 2))
+            answers = [min(one, limit - size) for one in answers]
+        elif size + max(answers) > limit:
+            continue
         ids = np.full(size, 5, dtype=np.int32)
         ids[0] = 10 + number  # another prompt for each pair
         sample.append(
             EncodedPair(ids, np.full(answers[0], 6, np.int32), np.full(answers[1], 7, np.int32), 0.0, str(number), str(number))
         )
+    if not sample:
+        given = ", ".join(f"{mean:g}" for mean in means)
+        raise UsageError(
+            f"`tokens`: pairs of {given} tokens are longer than {limit}, and would all be left out; raise data.max_length"
+        )
+    if len(sample) < count:
+        source += f"; {1 - len(sample) / count:.0%} of them, longer than data.max_length {limit}, are left out"
+        pairs = round(pairs * len(sample) / count)
     if held_out is None:
         share = recipe.data.eval if isinstance(recipe.data.eval, float) else HELD_OUT_SHARE
         held_out = round(pairs * share)

@@ -397,13 +397,14 @@ def failing_forwards_named(model: Any) -> Iterator[None]:
 
 
 def _gradient(scorer: Scorer, model: Any, pairs: Sequence[EncodedPair]) -> Tensor | None:
-    """The adapters' gradient of the summed preference, flat; None if nothing is trained."""
+    """The adapters' gradient, flat; None if nothing is trained. Of chosen − ½·rejected, so that answers that are alike do not
+    leave rounding alone."""
     parameters = adapter_parameters(model)
     if not parameters:
         return None
     with torch.enable_grad(), failing_forwards_named(model) if scorer.path == "padded" else nullcontext():
         scored = scorer.logprobs(model, pairs)
-        gradients = torch.autograd.grad((scored.chosen - scored.rejected).sum(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad((scored.chosen - scored.rejected / 2).sum(), parameters, allow_unused=True)
     filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
     return torch.cat([g.flatten() for g in filled])
 

@@ -69,5 +69,6 @@ def memory_record(
     record = {"counted": round(counted.peak), "of": "the GPU" if peak.is_on_gpu else "RAM"}
     if measured is not None:
         record["measured"] = measured
+    if measured is not None and max(measured, counted.peak) > 1e9:  # below it libraries and data are more than what is counted
         logger.info(f"memory: {measured / 1e9:.2f} GB of {record['of']} at the worst moment, {counted.peak / 1e9:.2f} counted")
     return record
