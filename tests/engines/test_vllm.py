@@ -120,7 +120,7 @@ def test_the_command_that_is_printed_serves_what_was_trained(
     assert noise < 0.5
     assert min(largest_difference(answer, expected_answer(made(other), question)) for other in others) > 4 * noise
     assert equal(answer, wanted, "rendered") == 3
-    assert greedy_faults(answer, wanted, near_tie=noise) == []
+    assert greedy_faults(answer, wanted, near_tie=2 * noise) == []  # each of two tokens may move by it
 
 
 def test_the_command_that_is_printed_serves_a_merged_model(artefact: Made, request_of_all: dict[str, Any]) -> None:
