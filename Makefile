@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+TEST_EXTRAS ?= test,lint,peer,trackers,ray,engines
 # As many processes as the machine has cores; `make test PYTEST_ARGS="-n 0 -x tests/merging"` runs a part of it in one.
 # Python and pytest keep what they compile, also where the environment says otherwise: each process compiles for 5 seconds.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
@@ -13,7 +15,7 @@ TOKENIZERS = deepseek_v3 gemma gemma3 llama2 llama3_1 llama3_2 mistral_nemo qwen
 ENGINES = $(or $(PE_DPO_ENGINES),.engines)
 ENGINE_NAMES = ctranslate2 go_template mistralrs transformers4 transformers_serve
 
-.PHONY: quickstart test check tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
+.PHONY: quickstart test check test-lowest test-newest tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/pe-dpo quickstart
@@ -24,6 +26,11 @@ test: $(VENV)/installed-test
 # The quick part of the tests, for the loop of work.
 check: $(VENV)/installed-test
 	$(PYTEST) -m "not slow and not peer and not real and not engine" $(PYTEST_ARGS)
+
+# The same with the oldest and with the newest that pyproject.toml lets in, each in an environment of its own. TRL, of which one release is
+# pinned, asks for newer datasets than the floor.
+test-lowest test-newest: test-%:
+	$(MAKE) check VENV=$(VENV)-$* CONSTRAINTS=constraints-$*.txt TEST_EXTRAS=test,trackers,ray,engines
 
 tokenizers: $(VENV)/installed-test $(TOKENIZERS:%=.tokenizers/%/tokenizer.json)
 	$(PYTEST) tests/data/test_real_tokenizers.py $(PYTEST_ARGS)
@@ -65,14 +72,14 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint,peer,trackers,ray,engines]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(TEST_EXTRAS)]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs build dist

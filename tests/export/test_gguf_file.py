@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from gguf_models import byte_level, save_random_model, save_tokenizer, sentence_piece, with_words
+from packaging.version import Version
 
 import pe_dpo
 from pe_dpo.errors import ModelError, UsageError
@@ -146,6 +148,7 @@ def test_known_pre_tokenizers_get_their_name(tmp_path: Path, name: str) -> None:
     assert Vocabulary(tmp_path, 400).pre == name
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="transformers 5.17 fails without a first token")
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "tekken"])
 def test_byte_level_tokenizers_read_back_with_equal_ids(make_model: Callable, tmp_path: Path, name: str) -> None:
     """Not smollm: transformers 5.23 reads its digits as GPT-2 does."""

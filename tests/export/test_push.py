@@ -97,11 +97,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, wish):
         name = f"{wish['organization']}/{wish['name']}"
+        if "private" in wish:  # huggingface_hub 1.5 says it so
+            wish["visibility"] = "private" if wish.pop("private") else "public"
         self.server.created.append(wish)
         url = {"url": f"{self.server.url}/{name}"}
         if name in self.server.repositories:
             return self._send(409, {**url, "error": "You already created this model repo"})
-        self.server.add(name, private=wish.get("visibility") == "private")
+        self.server.add(name, private=wish["visibility"] == "private")
         return self._send(200, url)
 
     def _info(self, name):

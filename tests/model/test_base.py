@@ -263,6 +263,18 @@ def test_a_package_that_a_base_needs_is_named(tmp_path):
         inspect_base(str(tmp_path))
 
 
+def test_scores_are_capped_where_the_configuration_says_so(tmp_path):
+    """transformers before 5.21 computes Gemma-2 by sdpa unless it is told otherwise, which knows no cap."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    config = Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=0.01)
+    capped = Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+    capped.model.layers[0].self_attn.q_proj.weight.data.mul_(100)  # without the cap its scores are large
+    capped.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_base(inspect_base(str(tmp_path), quantize="none"))), logits(capped.eval()))
+
+
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_weights_that_a_base_rescales_for_float16_stay_what_they_are(quantize, tmp_path):
     """RWKV divides them in place in eval mode, where 4-bit ones cannot be, and never the updates of an adapter."""

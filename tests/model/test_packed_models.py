@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from paths_to_pairs import prepare_pairs
 from recorded import recording
 from torch import Tensor
@@ -22,7 +23,7 @@ from pe_dpo.inference.logprobs import packed_pair_logprobs
 from pe_dpo.inference.scorer import Scorer, choose_scorer
 from pe_dpo.model import attention
 from pe_dpo.model.adapter import adapter_parameters, attach_adapter
-from pe_dpo.model.attention import NAME, Packing
+from pe_dpo.model.attention import NAME, Packing, keep_soft_cap
 from pe_dpo.model.base import checkpoint_activations, inspect_base, load_base, load_tokenizer
 from pe_dpo.objective import PairLogprobs
 
@@ -130,7 +131,9 @@ TARGETS = {
 
 def base_of(name: str) -> Any:
     torch.manual_seed(0)
-    return hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().requires_grad_(False)
+    keep_soft_cap(model)  # as `load_base` does
+    return model
 
 
 def stir(model: Any) -> Any:
@@ -553,6 +556,9 @@ def test_a_row_of_three_tokens_has_the_same_bits_in_any_company(llama):
     assert_same_bits(llama, [pair([5], [7, 2], [8, 2]), pair([6, 9], [7, 2], [2]), *PAIRS], 0)
 
 
+@pytest.mark.skipif(
+    Version(hf.__version__) < Version("5.19"), reason="until transformers 5.18 an angle's last bit depends on the row's length"
+)
 def test_the_token_budget_does_not_change_a_bit(tiny_base):
     """Rows of one pair, of some, and of all."""
     model, pairs = saved_policy(tiny_base), shuffled_trees(3) + shuffled_trees(4)

@@ -263,6 +263,13 @@ def switch_on(model: Any) -> str:
     return before
 
 
+def keep_soft_cap(model: Any) -> None:
+    """Let a model whose scores are capped (Gemma-2) cap them: its default until transformers 5.20, sdpa, leaves the cap out."""
+    is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if is_capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 def _gather(parts: Sequence[Tensor], length: int) -> Tensor:
     """Return (1, heads, length, size): the parts one after another, filled up with zeros."""
     missing = length - sum(part.shape[2] for part in parts)

@@ -13,6 +13,7 @@ from torch import nn
 
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
+from pe_dpo.model.attention import keep_soft_cap
 from pe_dpo.model.quantization import (
     four_bit_experts,
     four_bit_layers,
@@ -252,6 +253,7 @@ def load_base(
         )
     if info.is_prequantized:  # transformers leaves all as it lies in the files
         compute_in(model, info.dtype, keep_float32=True)
+    keep_soft_cap(model)
     keep_weights_unpacked(model)
     if makes_codes and any(True for _ in four_bit_experts(model)):
         model.set_experts_implementation(METHOD)
