@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.recipe import load_recipe
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
+from pe_dpo.training.peak import MemoryPeak
 from pe_dpo.training.train import train
 from pe_dpo.training.trainer import PairTrainer
 
@@ -47,10 +49,19 @@ def test_a_run_says_what_memory_it_took_and_what_was_counted(run):
     memory = Run(run.folder).info.memory
     assert (memory["of"], {*memory}) == ("RAM", {"of", "counted", "measured"})
     assert 0.5e6 < memory["counted"] < 10e6
-    assert memory["measured"] > 0.5e6
+    assert memory["measured"] >= 0  # in a process that has run before, all may lie where others' memory was given back
     words = Run(run.folder).info.describe_memory()
     assert words.endswith(f" GB of RAM at the worst moment ({memory['counted'] / 1e9:.2f} GB counted)")
     assert f"Training took {words}." in (run.folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_peak_is_what_was_held_at_once_above_the_start():
+    peak = MemoryPeak()
+    held = [np.ones(4_000_000), np.ones(4_000_000)]
+    held.pop()
+    np.ones(1_000)
+    assert 60e6 < peak.bytes() < 80e6
+    assert len(held) == 1
 
 
 @pytest.mark.slow
