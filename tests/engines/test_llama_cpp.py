@@ -137,7 +137,7 @@ def test_a_chat_template_that_llama_cpp_does_not_start_with_is_named(tmp_path: P
         ]
         return
     assert f"llama.cpp does not read selectattr({arguments}) in the chat template" in facts.remarks[0]
-    with pytest.raises(EngineError, match="chat template parsing error"):
+    with pytest.raises(EngineError, match="Failed to init server"):  # its log, which says why, may come too late to be read
         ask("xllamacpp", facts.path, {})
 
 
