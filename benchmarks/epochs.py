@@ -17,10 +17,10 @@ from benchmarks.results import Settings, load, save, temporary_folder
 from benchmarks.rounds import Spread, ratio, spread, timed
 from benchmarks.trl_side import GridPoint, default_point, make_trainer, parse_point, smallest_point
 from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.estimate.rows import CPU_TOKENS
 from pe_dpo.inference.policy import Policy
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
-from pe_dpo.training.memory import CPU_TOKENS
 
 STEPS = 4
 """Optimizer batches per epoch, by default."""

@@ -16,13 +16,13 @@ import torch
 from benchmarks.models import BETA, Dtype, ModelName, load_policy
 from pe_dpo.data.batches import pack, pad
 from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.estimate.rows import CPU_TOKENS
 from pe_dpo.inference.logprobs import packed_pair_logprobs
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.attention import switch_on
 from pe_dpo.objective import PairLogprobs, preference_loss, token_logprobs
 from pe_dpo.objective.head import head_logprobs
-from pe_dpo.training.memory import CPU_TOKENS
 
 Score = Callable[[Any, Sequence[EncodedPair]], PairLogprobs]
 """Log-probs of pairs from a model, with gradients where they are enabled."""

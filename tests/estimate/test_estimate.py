@@ -170,14 +170,6 @@ def test_a_time_is_said_for_people(seconds, words):
     assert duration(seconds) == words
 
 
-def test_what_training_plans_with_is_what_is_counted_with():
-    from pe_dpo.estimate import estimate
-    from pe_dpo.training import memory
-
-    names = ("CPU_TOKENS", "MOST_TOKENS", "FEWEST_TOKENS", "SHARE_OF_FREE")
-    assert [getattr(estimate, name) for name in names] == [getattr(memory, name) for name in names]
-
-
 def test_a_pair_that_is_longer_than_what_fits_recomputes_alone():
     """On 16 GB the longest pairs recompute and the others do not: rows are filled up to what fits."""
     found = estimate_run(load_recipe(NAME), find_card("16GB"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pe_dpo.errors import TrainingError
+from pe_dpo.estimate import rows
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.base import checkpoint_activations
 from pe_dpo.training import memory
@@ -243,14 +244,14 @@ def card(monkeypatch):
     ("free", "wish", "checkpointing", "plan"),
     [
         (10_000_000, "auto", "auto", (8500, None)),  # 0.85 · 10⁷ / 1000
-        (100_000_000, "auto", "auto", (memory.MOST_TOKENS, None)),
+        (100_000_000, "auto", "auto", (rows.MOST_TOKENS, None)),
         (1_400_000, "auto", "auto", (1190, None)),
         (1_100_000, "auto", "auto", (9350, 935)),  # 935 tokens would fit: too few, so that longer rows recompute
         (1_100_000, "auto", False, (935, None)),
         (1_100_000, 700, "auto", (700, None)),
         (1_100_000, 1500, "auto", (1500, 935)),
         (1_100_000, 1500, False, (1500, None)),
-        (10_000_000, "auto", True, (memory.MOST_TOKENS, 0)),
+        (10_000_000, "auto", True, (rows.MOST_TOKENS, 0)),
     ],
 )
 def test_activations_are_recomputed_only_if_memory_asks_for_it(make_trainer, card, free, wish, checkpointing, plan):
@@ -313,4 +314,4 @@ def test_on_a_cpu_nothing_is_measured(make_trainer):
     tokens, recomputation = plan_memory(
         trainer.model, trainer.train_dataset, trainer.scorer, tokens="auto", checkpointing="auto"
     )
-    assert (tokens, recomputation.above) == (memory.CPU_TOKENS, None)
+    assert (tokens, recomputation.above) == (rows.CPU_TOKENS, None)

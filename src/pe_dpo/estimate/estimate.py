@@ -20,6 +20,7 @@ from pe_dpo.estimate.cards import Card
 from pe_dpo.estimate.lengths import Lengths, encoded_lengths, known_lengths, row_of, rows_of
 from pe_dpo.estimate.memory import Row, Setup
 from pe_dpo.estimate.merging import DISK_DTYPE_BYTES, measuring_ways
+from pe_dpo.estimate.rows import CPU_TOKENS, MOST_TOKENS, SHARE_OF_FREE, plan_rows
 from pe_dpo.estimate.shape import BaseShape, Weight, shape_of
 from pe_dpo.estimate.time import NOTHING, StepTime, rows_time
 from pe_dpo.inference.scorer import DENSE_TOKENS, ScoringPath, possible_paths
@@ -30,8 +31,6 @@ from pe_dpo.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-CPU_TOKENS, MOST_TOKENS, FEWEST_TOKENS, SHARE_OF_FREE = 1024, 16384, 1024, 0.85
-"""As in training/memory.py, which is above this; a test holds them together."""
 LAID_STEPS = 6
 """Optimizer steps whose rows are laid out; the fullest of them stands for the run's."""
 EVALUATIONS = 10
@@ -344,24 +343,17 @@ def _lengths(recipe: Recipe, shape: BaseShape) -> Lengths:
 
 
 def _budget(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None) -> tuple[Setup, int]:
-    """Whether activations are recomputed, and the most tokens of a row: as `training.memory.plan_memory` finds them by
-    measuring."""
+    """Which rows recompute their activations, and the most tokens of a row, by count."""
     asked, recompute = recipe.train.tokens_per_microbatch, recipe.train.gradient_checkpointing
     if card is None:
         return setup, CPU_TOKENS if asked == "auto" else asked
     longest = row_of([lengths.longest], setup.path).tokens
-    kept = _fitting(setup, lengths, card)
-    budget = max(1, min(kept, MOST_TOKENS)) if asked == "auto" else asked
-    if recompute == "auto" and kept < max(FEWEST_TOKENS if asked == "auto" else budget, longest):
-        every = setup._replace(recomputes_above=0)
-        recomputed = _fitting(every, lengths, card)
-        if recomputed < longest:
-            every = every._replace(offloads=True)
-            recomputed = _fitting(every, lengths, card)
-        if asked == "auto" and kept < FEWEST_TOKENS:
-            budget = max(1, min(recomputed, MOST_TOKENS))
-        setup = every._replace(recomputes_above=kept)
-    return setup, budget
+    every = setup._replace(recomputes_above=0)
+    ways = {"as asked": setup, "recomputed": every, "offloaded": every._replace(offloads=True)}
+    plan = plan_rows(asked, recompute, longest, lambda keeping: _fitting(ways[keeping], lengths, card))
+    if plan.above is not None:
+        setup = setup._replace(recomputes_above=plan.above, offloads=plan.offloads)
+    return setup, plan.tokens
 
 
 def _fitting(setup: Setup, lengths: Lengths, card: Card) -> int:

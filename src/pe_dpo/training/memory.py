@@ -11,21 +11,12 @@ from typing import Any, Literal
 import torch
 
 from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.estimate.rows import CPU_TOKENS, FEWEST_TOKENS, SHARE_OF_FREE, Keeping, plan_rows
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.base import checkpoint_activations
 from pe_dpo.model.out_of_memory import is_out_of_memory
 
-CPU_TOKENS = 1024
-"""On a CPU longer rows gain little, and memory grows with them: eight HH pairs in two rows took half the memory of
-one row, and 0.95 (float32) or 1.09 (bfloat16) of its time (benchmarks/results)."""
-MOST_TOKENS = 16384
-"""On a GPU neither: at 8192 tokens the dequantization of an 8B base is 2 % of a step."""
-FEWEST_TOKENS = 1024
-"""Rows that hold less than this are slow enough that recomputing activations is the better deal. Counted, not measured: at 8B
-in nf4 the codes of a layer are turned into values once a row, which at 1,024 tokens is a third of a row's time."""
-SHARE_OF_FREE = 0.85
-"""The rest is for fragmentation."""
 OPTIMIZER_BYTES = 12
 """Per trained parameter: gradient and Adam's two averages in float32, which are not there yet."""
 
@@ -130,20 +121,18 @@ def plan_memory(
     free = free_bytes(scorer.device) - OPTIMIZER_BYTES * trained
     longest = max(scorer.tokens([pair]) for pair in pairs)
 
-    def fitting() -> int:
+    def fitting(keeping: Keeping) -> int:
+        if keeping == "recomputed":
+            recomputation.above = 0
+        if keeping == "offloaded":
+            recomputation.offload()
         recomputation.of(sys.maxsize)  # measured as the longest rows go
         return fitting_tokens(lambda row: peak_bytes(model, row, scorer), rows, scorer.tokens, free)
 
-    kept = fitting()
-    budget = max(1, min(kept, MOST_TOKENS)) if tokens == "auto" else tokens
-    if checkpointing == "auto" and kept < max(budget if tokens != "auto" else FEWEST_TOKENS, longest):
-        recomputation.above = kept  # rows are filled up to the budget; a pair that is longer has a row of its own
-        recomputed = fitting()
-        if recomputed < longest and recomputation.offload():
-            recomputed = fitting()
-        if tokens == "auto" and kept < FEWEST_TOKENS:
-            budget = max(1, min(recomputed, MOST_TOKENS))
-    return budget, recomputation
+    plan = plan_rows(tokens, checkpointing, longest, fitting)
+    if plan.above is not None:
+        recomputation.above = plan.above
+    return plan.tokens, recomputation
 
 
 def fitting_tokens(
