@@ -110,6 +110,35 @@ def test_the_rows_of_a_run_are_held_out_again_whatever_came_after(write_lines: C
     assert again.report.held_out_rows == first.report.held_out_rows
 
 
+def test_a_default_share_has_a_bound_in_new_runs_alone(
+    write_lines: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pe_dpo.data.preparation.HELD_OUT_MOST == 2000
+    rows = [as_text(number) for number in range(100)]  # a twentieth is 5
+    path, moved = write_lines(*rows), write_lines(*rows, name="moved.jsonl")
+    before = prepare_pairs(path, tokenizer=tokenizer, max_length=99).report
+    assert before.held_out_from == "5.0% of the pairs, split by prompt"
+    monkeypatch.setattr(pe_dpo.data.preparation, "HELD_OUT_MOST", 3)
+    new = prepare_pairs(path, tokenizer=tokenizer, max_length=99)
+    assert (len(new.train), len(new.held_out)) == (97, 3)
+    assert new.report.facts()[3] == "97 pairs to train on, 3 held out (5.0% of the pairs but at most 3, split by prompt)"
+    assert len(prepare_pairs(path, tokenizer=tokenizer, max_length=99, eval=0.05).held_out) == 5  # which was asked for
+    old = before.to_dict()
+    del old["held_out_most"]
+    for recorded, place, count in (
+        (old, path, 5), (old, moved, 5), (new.report.to_dict(), path, 3), (new.report.to_dict(), moved, 3),
+    ):  # fmt: skip
+        settings = DataSection(train=str(place), max_length=99)
+        assert len(pe_dpo.data.prepare_pairs(settings, tokenizer=tokenizer, recorded=recorded).held_out) == count
+
+
+@pytest.mark.parametrize(("sizes", "held_out"), [([2] * 50, 4), ([2] * 3 + [10] * 9, 4), ([9, 7, 30], 7), ([40], 0)])
+def test_a_bound_is_kept_by_whole_prompts_unless_each_is_larger(sizes: list[int], held_out: int) -> None:
+    keys = [f"{number:02}" for number, size in enumerate(sizes) for _ in range(size)]
+    sides = split_by_prompt([pair_of(key, 1, str(where)) for where, key in enumerate(keys)], 0.2, 5 if sizes[0] == 2 else 3)
+    assert len(sides[1]) == held_out
+
+
 def test_the_same_data_in_a_file_of_another_name_are_split_as_the_run_was(
     write_lines: Callable[..., Path], tokenizer: Any
 ) -> None:

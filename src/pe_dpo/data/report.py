@@ -45,6 +45,7 @@ class DataReport:
         kept: Pairs to train on.
         held_out: Pairs held out.
         held_out_from: In words, where the held-out pairs come from.
+        held_out_most: Pairs held out of a share at most; None for no bound, as in older runs and of a share that was asked for.
         held_out_rows: The rows held out, all of them, for those who go on with a run; None for a run that named none.
         dropped: The names of the rows that are in neither side, by reason.
         noted: The names of the rows that are used and suspicious, by what is to be looked at.
@@ -68,6 +69,7 @@ class DataReport:
         self.kept = 0
         self.held_out = 0
         self.held_out_from = "none"
+        self.held_out_most: int | None = None
         self.held_out_rows: list[str] | None = None
         self.dropped: defaultdict[str, list[str]] = defaultdict(list)
         self.noted: defaultdict[str, list[str]] = defaultdict(list)

@@ -53,6 +53,7 @@ def divide(
     brought: Sequence[EncodedPair],
     *,
     share: float,
+    most: int | None = None,
     recorded: Mapping[str, Any] | None = None,
 ) -> Sides:
     """Return pairs to train on and pairs held out, with no prompt on both sides.
@@ -61,6 +62,7 @@ def divide(
         encoded: The pairs of the training side.
         brought: The pairs of held-out data of its own, empty where a share of `encoded` is held out.
         share: Of `encoded` to hold out, see `split_by_prompt`; 0 where there are others.
+        most: Pairs of that share at most, see there; None for no bound.
         recorded: The data report of a run that is gone on with or evaluated: the rows that it held out are held out again. An
             older one names no rows; its pairs are split as then, where prompts were told apart as their rows say them. Where
             a row is not there any more, under its name, the pairs are split anew: the same data in another file give the same.
@@ -70,7 +72,7 @@ def divide(
     own, brought = pairs[: len(encoded)], pairs[len(encoded) :]
     rows = set(() if recorded is None or is_old else recorded["held_out_rows"])
     if recorded is None or is_old or not rows <= {pair.where for pair in brought or own}:
-        train, held_out = split_by_prompt(own, share)
+        train, held_out = split_by_prompt(own, share, most)
         trained = {pair.prompt_key for pair in train}
         is_held_out = [pair.prompt_key not in trained for pair in brought]
     else:
@@ -108,7 +110,9 @@ def join_prompts(encoded: Sequence[EncodedPair]) -> list[EncodedPair]:
     return joined
 
 
-def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[EncodedPair], list[EncodedPair]]:
+def split_by_prompt(
+    encoded: Sequence[EncodedPair], share: float, most: int | None = None
+) -> tuple[list[EncodedPair], list[EncodedPair]]:
     """Return pairs to train on and pairs held out, each in the order of the rows, with no prompt on both sides.
 
     Args:
@@ -116,17 +120,24 @@ def split_by_prompt(encoded: Sequence[EncodedPair], share: float) -> tuple[list[
         share: Of the pairs to hold out, in [0, 1). Prompts are taken in the order of their hashes until it is reached,
             so the split depends on no seed and no row order. A prompt with so many pairs that it would take more than
             twice the share, and more than half of what is left, stays to train on; one prompt always does.
+        most: Pairs at most, of which a prompt that would exceed them is left to training; None for no bound. Where each prompt
+            has more, the one of the fewest pairs is held out.
     """
+    wanted = share * len(encoded) if most is None else min(share * len(encoded), most)
     counts: dict[str, int] = {}
     for pair in encoded:
         counts[pair.prompt_key] = counts.get(pair.prompt_key, 0) + 1
     taken: set[str] = set()
     pairs_taken = 0
     for key in sorted(counts):
-        if pairs_taken >= share * len(encoded) or len(taken) == len(counts) - 1:
+        if pairs_taken >= wanted or len(taken) == len(counts) - 1:
             break
         if pairs_taken + counts[key] > max(2 * share * len(encoded), 1) and 2 * counts[key] > len(encoded) - pairs_taken:
             continue
+        if most is not None and pairs_taken + counts[key] > most:
+            continue
         taken.add(key)
         pairs_taken += counts[key]
+    if most is not None and wanted and not taken and len(counts) > 1:
+        taken = {min(counts, key=lambda key: (counts[key], key))}
     return ([pair for pair in encoded if pair.prompt_key not in taken], [pair for pair in encoded if pair.prompt_key in taken])

@@ -12,7 +12,7 @@ import numpy as np
 from pe_dpo.data import EncodedPair, prepare_pairs
 from pe_dpo.data.batches import pack, split_by_tokens, split_into_rows
 from pe_dpo.data.pairs import row_length
-from pe_dpo.data.preparation import DEFAULT_MAX_LENGTH, HELD_OUT_SHARE
+from pe_dpo.data.preparation import DEFAULT_MAX_LENGTH, HELD_OUT_MOST, HELD_OUT_SHARE
 from pe_dpo.data.template import set_template
 from pe_dpo.errors import UsageError
 from pe_dpo.estimate.memory import Row
@@ -159,8 +159,8 @@ def made_up_lengths(
         source += f"; {1 - len(sample) / count:.0%} of them, longer than data.max_length {limit}, are left out"
         pairs = round(pairs * len(sample) / count)
     if held_out is None:
-        share = recipe.data.eval if isinstance(recipe.data.eval, float) else HELD_OUT_SHARE
-        held_out = round(pairs * share)
+        asked = recipe.data.eval
+        held_out = round(pairs * asked) if isinstance(asked, float) else min(round(pairs * HELD_OUT_SHARE), HELD_OUT_MOST)
         pairs -= held_out
     return Lengths(sample, pairs, held_out, source)
 

@@ -70,7 +70,9 @@ class DataSection(Section):
 
     train: Sources = Field(description="File, glob, folder or hub id; or a list of them, plain or with path, weight, split, …")
     eval: Annotated[_Share | _Path | _Source | _List, _told_apart(f"A share, a path, {_OBJECT}, or a list")] | None = Field(
-        None, description="Held-out share (split by prompt), or places; default: the folder's own test file, else 0.05."
+        None,
+        description="Held-out share (split by prompt), or places; default: the folder's own test file, else 0.05, at most "
+        "2,000 pairs.",
     )
     max_length: Count | None = Field(
         None, description="Most tokens of prompt plus the longer answer; default: 2048, or the model's context if shorter."
