@@ -287,26 +287,6 @@ def test_how_a_step_is_split_may_change_on_resume_unless_what_is_drawn_depends_o
                 train(make_recipe(*settings, change), resume=True)
 
 
-@pytest.mark.slow
-def test_a_run_whose_memory_ran_out_is_resumed_although_what_it_draws_depends_on_the_split(make_recipe, monkeypatch):
-    """The recipe says auto before and after; what was found out on the way is no setting."""
-    from pe_dpo.inference.scorer import Scorer
-
-    logprobs = Scorer.logprobs
-
-    def out_of_memory(self, model, pairs):
-        if model.training and torch.is_grad_enabled() and len(pairs) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return logprobs(self, model, pairs)
-
-    recipe = make_recipe("adapter.dropout=0.1", "train.max_steps=2", "train.save_every=1")
-    with monkeypatch.context() as patched:
-        patched.setattr(Scorer, "logprobs", out_of_memory)
-        with pytest.raises(Killed):
-            train(recipe, callbacks=[KillAt(1)])
-    assert train(recipe, resume=True).steps == 2
-
-
 def test_a_finished_run_is_not_overwritten_in_silence(make_recipe, finished):
     with pytest.raises(RunFolderError, match="holds a run; `resume`"):
         train(make_recipe(*SETTINGS))

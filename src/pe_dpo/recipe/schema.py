@@ -214,7 +214,13 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     eval_every: Count | None = Field(None, description="Steps between evaluations; default: a tenth of the run.")
     save_every: Count | None = Field(None, description="Steps between checkpoints; default: a tenth of the run.")
-    keep_checkpoints: Count = Field(2, description="Newest checkpoints kept; one may be torn by a kill, two may not.")
+    save_minutes: NonNegative = Field(
+        15.0, description="Most minutes between checkpoints, besides those by steps: what a kill can cost; 0: by steps alone."
+    )
+    keep_checkpoints: Count = Field(
+        2,
+        description="Newest checkpoints kept; the newest whole one before the last stays in any case, should that be damaged.",
+    )
     log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
     report_to: list[str] = Field(
         default_factory=list, description="Trackers of transformers, one or a list: tensorboard, wandb, …"

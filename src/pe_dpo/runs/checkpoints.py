@@ -32,7 +32,8 @@ def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any], *, keep: 
         run: The folder of the run.
         step: The optimizer step of the checkpoint.
         inputs: What the run started from, see `Run.inputs`.
-        keep: How many checkpoints up to this step stay. What a kill left of unfinished ones goes, too.
+        keep: How many checkpoints up to this step stay; besides, the newest one before it that is whole and the run's own. What
+            a kill left of unfinished ones goes, too.
     """
     final = run / f"{_PREFIX}{step}"
     staged = staging_folder(run) / final.name
@@ -51,8 +52,13 @@ def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any], *, keep: 
     staged.rename(final)
     sync(run)
     # One of a later step was passed over when the run went on; it must not count for this one.
-    for checkpoint in [one for one in checkpoints(run) if checkpoint_step(one) <= step][:-keep]:
-        shutil.rmtree(checkpoint)
+    older = [one for one in checkpoints(run) if checkpoint_step(one) < step]
+    to_remove = older[: max(0, len(older) - keep + 1)]
+    if to_remove:
+        last_good = next((one for one in reversed(older) if unusable(one, inputs) is None), None)
+        for checkpoint in to_remove:
+            if checkpoint != last_good:
+                shutil.rmtree(checkpoint)
     shutil.rmtree(staging_folder(run), ignore_errors=True)
 
 
@@ -65,6 +71,25 @@ def checkpoints(run: Path) -> list[Path]:
 def checkpoint_step(checkpoint: Path) -> int:
     """Return the optimizer step after which a checkpoint was taken."""
     return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def unusable(checkpoint: Path, inputs: Mapping[str, Any]) -> str | None:
+    """Return why a run cannot go on from a checkpoint, None where it can.
+
+    Runs and checkpoints were made without an id once: a run without one takes checkpoints without one.
+
+    Args:
+        checkpoint: Its folder.
+        inputs: What the run started from, see `Run.inputs`.
+    """
+    damage = faults(checkpoint)
+    if damage:
+        return damage[0]
+    sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("inputs", {})
+    if sealed.get("run") != inputs.get("run"):
+        return "is a checkpoint of another run"
+    other = [name for name, value in inputs.items() if sealed.get(name, value) != value]
+    return f"was made with other inputs ({', '.join(other)})" if other else None
 
 
 def faults(checkpoint: Path) -> list[str]:

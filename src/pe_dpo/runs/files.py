@@ -26,6 +26,8 @@ from pe_dpo.errors import RunFolderError
 RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "base.json"
 REPORT_FILE = "data_report.json"
 SWEEP_FILE = "sweep.json"
+STATE_FILE = "run_state.json"
+"""In a checkpoint, what is not Trainer's: how many tokens a forward has by now."""
 PAIRS_FILE, ANSWERS_FILE, EVALUATION_FILE = "eval_pairs.parquet", "generations.parquet", "evaluation.json"
 
 

@@ -390,8 +390,6 @@ class Run(Measurements):
     def resume_point(self) -> tuple[Path | None, list[str]]:
         """Return the newest checkpoint that is whole and the run's own, and a line for each newer one that is passed over.
 
-        Runs and checkpoints were made without an id once: a run without one takes checkpoints without one.
-
         Returns:
             None in place of the checkpoint where the run has none yet.
 
@@ -400,18 +398,10 @@ class Run(Measurements):
         """
         inputs, passed_over = self.inputs, []
         for checkpoint in reversed(self.checkpoints()):
-            damage = checkpoints.faults(checkpoint)
-            if damage:
-                passed_over.append(f"{checkpoint}: passed over: {damage[0]}")
-                continue
-            sealed = json.loads((checkpoint / checkpoints.MANIFEST).read_text(encoding="utf-8")).get("inputs", {})
-            other = [name for name, value in inputs.items() if sealed.get(name, value) != value]
-            if sealed.get("run") != inputs["run"]:
-                passed_over.append(f"{checkpoint}: passed over: is a checkpoint of another run")
-            elif other:
-                passed_over.append(f"{checkpoint}: passed over: was made with other inputs ({', '.join(other)})")
-            else:
+            why = checkpoints.unusable(checkpoint, inputs)
+            if why is None:
                 return checkpoint, passed_over
+            passed_over.append(f"{checkpoint}: passed over: {why}")
         if passed_over:
             lines = "\n".join(passed_over)
             raise RunFolderError(

@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "train.gradient_checkpointing",
     "train.keep_checkpoints",
     "train.save_every",
+    "train.save_minutes",
     "train.eval_every",
     "train.log_every",
     "train.report_to",

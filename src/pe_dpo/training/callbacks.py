@@ -24,8 +24,8 @@ class MetricsFile(TrainerCallback):
             self.writer.log({"step": state.global_step, **logs})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a line of the last step, whatever `logging_steps`: a resumed run forgets what was not logged."""
-        if state.global_step >= state.max_steps or control.should_training_stop:
+        """Ask for a line of the last step, whatever `logging_steps`; a run that is stopped keeps its window (`Window`)."""
+        if state.global_step >= state.max_steps:
             control.should_log = True
 
 

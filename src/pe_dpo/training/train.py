@@ -34,6 +34,7 @@ from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
 from pe_dpo.training.arguments import total_steps, training_arguments
 from pe_dpo.training.callbacks import MetricsFile, Snapshots, StopOnSignal
+from pe_dpo.training.clock import SaveClock
 from pe_dpo.training.diagnostics import diagnose_scale
 from pe_dpo.training.gamma import find_gamma, forget_if_any, score_own_part, with_recorded_gamma
 from pe_dpo.training.memory import plan_memory
@@ -245,7 +246,8 @@ def build_trainer(
         first_step_moves=recorded is None or recorded.get("held_out_rows") is not None,  # else a run of the first days
         callbacks=callbacks,
     )
-    trainer.recomputation = recomputation
+    trainer.recomputation, trainer.tokens_asked = recomputation, settings.tokens_per_microbatch
+    trainer.add_callback(SaveClock(settings.save_minutes))
     if mixout.layers:
         trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, writer))
     if writer:

@@ -10,7 +10,6 @@ and the distributed machinery are Trainer's.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -27,6 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from pe_dpo.data import PreparedData
 from pe_dpo.data.order import OptimizerBatches
 from pe_dpo.data.pairs import EncodedPair
+from pe_dpo.disk import write_json
 from pe_dpo.errors import ModelError, OutOfMemory, TrainingError, UsageError
 from pe_dpo.inference.drift import measure_drift
 from pe_dpo.inference.logprobs import concatenate, moved
@@ -41,11 +41,12 @@ from pe_dpo.model.tokenizer_files import Files, tokenizer_files, write_files
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
 from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_folder
-from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE
+from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE, STATE_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import save_evaluation
 from pe_dpo.training.memory import Recomputation
 from pe_dpo.training.monitor import train_probe
+from pe_dpo.training.window import Window
 
 GENERATION_SEED = 0
 """The seed of the sampled answers: the same in every run, so that runs are compared on common random numbers."""
@@ -98,9 +99,9 @@ class PairTrainer(Trainer):
         """The monitored pairs as they are scored at step 0; set once, before training."""
         self.evaluated: tuple[int, PairTable] | None = None
         """The step of the newest evaluation, and the monitored pairs as they were scored then."""
-        self._window: list[PairTable] = []
-        self._window_tokens = 0
-        self._window_start = time.perf_counter()
+        self.tokens_asked: int | str = "auto"
+        """How many tokens a forward may have, as the recipe asks for it."""
+        self._window = Window(self, loss)
         self._staging: Path | None = None
         super().__init__(
             model=self.policy.model,
@@ -108,7 +109,7 @@ class PairTrainer(Trainer):
             train_dataset=data.train,
             eval_dataset=self.monitored,
             processing_class=self.policy.tokenizer,
-            callbacks=list(callbacks),
+            callbacks=[self._window, *callbacks],
         )
         self.remove_callback(PrinterCallback)
         if self.accelerator.mixed_precision != "no":
@@ -181,8 +182,7 @@ class PairTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the gradient is not finite (pairs {names}, …); nothing was updated by "
                 "this step. Lower train.learning_rate or loss.beta; `resume` goes on from the last checkpoint"
             )
-        self._window.extend(scored)
-        self._window_tokens += sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs)
+        self._window.add(scored, sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs))
         return total.float()
 
     def _accumulate(self, model: Any, pairs: list[EncodedPair], share: float) -> tuple[torch.Tensor, list[PairTable]]:
@@ -251,12 +251,9 @@ class PairTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the pairs seen since the last line, over all processes."""
         if "loss" in logs:
-            parts = gather_object([PairTable.join(self._window)] if self._window else [])
-            seconds = time.perf_counter() - self._window_start
-            window = PairTable.join(parts)
+            window, speed = self._window.empty()
             metrics = pair_metrics(window.since(None) if self.starts_at_reference else window)
-            logs |= metrics | {"tokens_per_second": self._window_tokens / max(seconds, 1e-9)}
-            self._window, self._window_tokens, self._window_start = [], 0, time.perf_counter()
+            logs |= metrics | {"tokens_per_second": speed}
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -266,7 +263,7 @@ class PairTrainer(Trainer):
         metrics = self.with_prefix(pair_metrics(scored, is_fixed_set=True))
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._window_start = time.perf_counter()
+        self._window.restart_clock()
         return metrics
 
     def with_prefix(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -338,6 +335,10 @@ class PairTrainer(Trainer):
         self._staging = staging_folder(run)
         try:
             super()._save_checkpoint(model, trial)
+            staged = self._staging / f"checkpoint-{self.state.global_step}"
+            self._window.save(staged)
+            if self.args.should_save:
+                write_json(staged / STATE_FILE, {"tokens": self.scorer.token_budget, "tokens_asked": self.tokens_asked})
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 commit_checkpoint(run, self.state.global_step, Run(run).inputs, keep=self.keep_checkpoints)
@@ -377,5 +378,15 @@ class PairTrainer(Trainer):
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.callback_handler.on_train_end(self.args, self.state, self.control)
 
+    def _init_training_state(self, max_steps: int, *arguments: Any, **more: Any) -> Any:
+        found = super()._init_training_state(max_steps, *arguments, **more)
+        self.state.compute_steps(self.args, max_steps)  # how often is the recipe's, not the checkpoint's
+        return found
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore_adapter(self.model, resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        restore_adapter(self.model, folder)
+        self._window.restore(folder)
+        state = read_object(folder / STATE_FILE)
+        if state.get("tokens_asked") == self.tokens_asked:  # else the recipe asks for another split now
+            self.scorer.token_budget = state["tokens"]  # smaller where memory ran out, and where a row ends moves bits
