@@ -396,7 +396,8 @@ class Run(Measurements):
         Raises:
             RunFolderError: there are checkpoints, but not one of them is whole and the run's own.
         """
-        inputs, passed_over = self.inputs, []
+        inputs = self.inputs
+        passed_over: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
             why = checkpoints.unusable(checkpoint, inputs)
             if why is None:
