@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tables
 import torch
@@ -13,7 +14,7 @@ from pe_dpo.errors import DataError, ModelError, TrainingError, UsageError
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.training.preparation import prepare_run
-from pe_dpo.training.start import check_diagonal, check_start
+from pe_dpo.training.start import check_diagonal, check_held_out, check_start
 from pe_dpo.training.train import train
 
 
@@ -185,3 +186,21 @@ def test_what_divides_a_base_over_cards_is_refused_with_the_reason(make_trainer,
     message = f"^launched as {kind}: the base lies whole on each card, and the step is its own all-reduce .* with torchrun$"
     with pytest.raises(UsageError, match=message):
         make_trainer(fresh=True)
+
+
+def test_a_pair_that_is_not_finite_among_others_is_named_and_left_to_its_step(make_trainer, warned):
+    trainer = make_trainer("loss.link=squared", "loss.margin=1", fresh=True)
+    pairs = [replace(pair, margin=1e200 if at == 3 else 0.0) for at, pair in enumerate(trainer.train_dataset[:8])]
+    loss = replace(trainer.loss, margin_scale=1.0)
+    check = check_start(trainer.model, pairs, trainer.scorer, loss=loss, policy_is_reference=True)
+    assert (check.pairs, check.loss) == (7, 1.0)
+    said = "before training, log-probs or loss are not finite for train.jsonl:4 (1 of 8 pairs that were tried); their steps"
+    assert warned == [f"warning: {said} will be skipped"]
+
+
+def test_a_held_out_pair_that_cannot_be_measured_is_refused_before_training():
+    table = tables.table_of(PairLogprobs(*torch.ones(4, 2)), None, Loss(gamma=0.0)(PairLogprobs(*torch.ones(4, 2)), None))
+    check_held_out(None)
+    check_held_out(table)
+    with pytest.raises(TrainingError, match=r"1 of the held-out pairs cannot be measured; not finite: .* \(loss is inf\)"):
+        check_held_out(replace(table, loss=np.array([1.0, math.inf])))

@@ -221,6 +221,10 @@ class TrainSection(Section):
         2,
         description="Newest checkpoints kept; the newest whole one before the last stays in any case, should that be damaged.",
     )
+    bad_steps: Count = Field(
+        5,
+        description="Steps in a row, skipped since loss or gradient is not finite, that stop the run; 1: the first one does.",
+    )
     log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
     report_to: list[str] = Field(
         default_factory=list, description="Trackers of transformers, one or a list: tensorboard, wandb, …"

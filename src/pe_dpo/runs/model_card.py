@@ -16,7 +16,12 @@ from pe_dpo.runs.loading import loading_lines
 
 
 def model_card(
-    recipe: Recipe, base: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float], memory: str = ""
+    recipe: Recipe,
+    base: Mapping[str, Any],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    memory: str = "",
+    skipped: str = "",
 ) -> str:
     """Return the card of a run as markdown with the metadata that hubs read.
 
@@ -26,6 +31,7 @@ def model_card(
         before: held-out metrics at step 0.
         after: those at the end.
         memory: what training took, in words.
+        skipped: which steps it did not take, in words.
     """
     recipe, place = with_public_names(recipe), recipe.model.base
     intro = ["# A LoRA adapter trained on preference pairs", "", *loading_section(base)]
@@ -36,7 +42,7 @@ def model_card(
             f"It is the sum of two: `{recipe.adapter.over}`, which stayed frozen and is the reference's (in `reference/`),",
             "and what was trained over it (in `trained/`; alone on the bare base that is another model).",
         ]
-    took = [f"Training took {memory}.", ""] if memory else []
+    took = [line for said in (memory and f"Training took {memory}.", skipped and f"{skipped}.") if said for line in (said, "")]
     sections = training_sections(recipe, before, after, title="Held-out pairs", between=took)
     return "\n".join([*front_matter(place, library="peft"), *intro, "", *sections])
 

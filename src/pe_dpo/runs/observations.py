@@ -93,6 +93,8 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
         # Runs of equal settings and seed are told apart by their folders: in a sweep by those of their points.
         if owner.setdefault((repr(settings), run.recipe.train.seed), str(run.folder)) != str(run.folder):
             settings = {**settings, "run": re.sub(r"[/\\]seed-\d+$", "", str(run.folder))}
+        if skipped := run.info.describe_skipped():
+            remarks.append(f"{run.folder}: {skipped}")
         states = list(_observations_of_run(run, settings, remarks))
         ends.append((run, states[0]))
         observations += states

@@ -85,6 +85,10 @@ class RunInfo(BaseModel):
     step: int = 0
     """The last optimizer step."""
     seconds: float = 0.0
+    skipped_steps: list[int] = []
+    """Those whose loss or gradient was not finite, so that nothing was updated by them."""
+    bad_pairs: dict[str, str] = {}
+    """Where the pairs of these steps lie that were to blame, and what of each was not finite."""
     remarks: list[str] | None = None
     scoring: dict[str, Any] = {}
     memory: dict[str, Any] = {}
@@ -97,6 +101,16 @@ class RunInfo(BaseModel):
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
         return self.status == "finished"
+
+    def describe_skipped(self) -> str:
+        """Return which steps were skipped and for which pairs, in words; empty where none was."""
+        if not self.skipped_steps:
+            return ""
+        steps, pairs = self.skipped_steps, [f"{where} ({what})" for where, what in self.bad_pairs.items()]
+        what = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
+        named = ", ".join(map(str, steps[:5])) + (", …" if len(steps) > 5 else "")
+        blamed = f": {', '.join(pairs[:5])}{', …' if len(pairs) > 5 else ''}" if pairs else ""
+        return f"{what} skipped ({named}), since loss or gradient were not finite{blamed}"
 
     def describe_memory(self) -> str:
         """Return what memory it took, and what was counted before, in words; empty where it does not say."""

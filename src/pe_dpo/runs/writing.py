@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "train.eval_every",
     "train.log_every",
     "train.report_to",
+    "train.bad_steps",
     "data.template_date",
 )
 """Settings that a resumed run may have otherwise: none of them changes what is learned; but see `free_to_change`.
@@ -188,8 +189,9 @@ class RunWriter:
         """
         if self.writes:
             base = read_object(self.folder / BASE_FILE) or Run(self.folder).info.base
-            memory = Run(self.folder).info.describe_memory()
-            write_atomically(self.folder / "README.md", model_card(recipe, base, before, after, memory))
+            info = Run(self.folder).info
+            card = model_card(recipe, base, before, after, info.describe_memory(), info.describe_skipped())
+            write_atomically(self.folder / "README.md", card)
             hashes = {**Run(self.folder).info.hashes.inputs, "adapter": dict(adapter)}
             outcome = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
             self.update(status="finished", step=step, **outcome, hashes=hashes)

@@ -1,5 +1,6 @@
 """What must hold before the first step, policy = reference where they should be, and a loss that is alive."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.base import first_not_finite
 from pe_dpo.model.fingerprint import plain_name
-from pe_dpo.objective import Loss
+from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
+from pe_dpo.training.bad_steps import describe_pairs, unfit_pairs
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
 """Largest |log π − log π0| at step 0, per nat: on a CPU it is exactly 0, and every known fault is above 1e-5."""
@@ -58,7 +62,7 @@ def check_start(
     Raises:
         ModelError: π and π0 differ although they must not: the reference is not what it should be; or the base's forward fails,
             or one of its tensors is not finite.
-        TrainingError: no pair pulls at all (say, a hinge whose margin column is 0 everywhere), or a loss is not finite.
+        TrainingError: no pair pulls at all (say, a hinge whose margin column is 0 everywhere), or not one loss is finite.
     """
     batch = [pairs[index] for index in scorer.split(pairs)[0]]
     model.train(is_fresh)
@@ -72,27 +76,52 @@ def check_start(
     if loss.needs_reference:
         with as_reference(model) as frozen:
             reference = scorer.logprobs(frozen, batch)
-        if policy_is_reference:
-            both = (policy.chosen, reference.chosen), (policy.rejected, reference.rejected)
-            difference = max(float((one - other).abs().max()) for one, other in both)
+    out = loss(policy, reference, *pair_terms(batch, scorer.device))
+    fields = [policy.chosen, policy.rejected, out.loss, *([reference.chosen, reference.rejected] if reference else [])]
+    fit = torch.stack([field.double() for field in fields]).isfinite().all(dim=0)
+    if not fit.all():
+        bad = [pair.where for pair, is_fit in zip(batch, fit.tolist(), strict=True) if not is_fit]
+        named = f"before training, log-probs or loss are not finite for {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}"
+        if not fit.any():
+            raise TrainingError(f"{named}, all pairs that were tried; look at these rows")
+        logger.warning(f"{named} ({len(bad)} of {len(batch)} pairs that were tried); their steps will be skipped")
+        batch = [pair for pair, is_fit in zip(batch, fit.tolist(), strict=True) if is_fit]
+        policy = PairLogprobs(*(field[fit] for field in policy))
+        reference = reference and PairLogprobs(*(field[fit] for field in reference))
+        out = PreferenceLoss(*(field[fit] for field in out))
+    if reference and policy_is_reference:
+        both = (policy.chosen, reference.chosen), (policy.rejected, reference.rejected)
+        difference = max(float((one - other).abs().max()) for one, other in both)
     scale = 1.0 + float(torch.cat([policy.chosen, policy.rejected]).abs().max())
     if difference is not None and not difference <= TOLERANCE * scale:
         raise ModelError(
             f"before training, policy and reference differ by {difference:.3g} nats on one batch, so the reference is not the "
             "model that training starts from. Load the base unchanged and give the adapter B = 0, or name adapter.reference"
         )
-    terms = pair_terms(batch, scorer.device)
-    out = loss(policy, reference, *terms)
-    if not out.loss.isfinite().all():
-        bad = [pair.where for pair, finite in zip(batch, out.loss.isfinite().tolist(), strict=True) if not finite]
-        raise TrainingError(f"before training, the loss is not finite for {', '.join(bad[:5])}; look at these rows")
-    counts = terms.weight is None or bool(terms.weight.any())
+    counts = any(pair.weight != 0 for pair in batch)
     if counts and not out.weight.any() and not out.score.any() and loss.sft_weight == 0:
         raise TrainingError(
             f"before training, all {len(batch)} pairs have score 0 and pull with weight 0: with link {loss.link} "
             "nothing would ever be learned; set loss.margin > 0, or gamma different from beta"
         )
     return StartCheck(len(batch), difference, float(out.loss.mean()), float(out.score.mean()))
+
+
+def check_held_out(first: PairTable | None) -> None:
+    """Check that the held-out pairs can be measured, since a run that cannot measure them fails at its end.
+
+    Args:
+        first: The held-out pairs as scored at step 0; None without.
+
+    Raises:
+        TrainingError: a log-prob or a loss is not finite; names the rows.
+    """
+    unfit = {} if first is None else unfit_pairs(first, needs_reference=first.has_reference)
+    if unfit:
+        raise TrainingError(
+            f"before training, {len(unfit)} of the held-out pairs cannot be measured; {describe_pairs(unfit)}. Correct or "
+            "remove these rows"
+        )
 
 
 def check_diagonal(first: PairTable) -> None:

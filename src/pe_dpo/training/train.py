@@ -33,6 +33,7 @@ from pe_dpo.runs.files import scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
 from pe_dpo.training.arguments import total_steps, training_arguments
+from pe_dpo.training.bad_steps import BadSteps
 from pe_dpo.training.callbacks import MetricsFile, Snapshots, StopOnSignal
 from pe_dpo.training.clock import SaveClock
 from pe_dpo.training.diagnostics import diagnose_scale
@@ -42,7 +43,7 @@ from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.monitor import Monitor
 from pe_dpo.training.peak import MemoryPeak, memory_record
 from pe_dpo.training.preparation import prepare_run
-from pe_dpo.training.start import StartCheck, check_diagonal, check_start
+from pe_dpo.training.start import StartCheck, check_diagonal, check_held_out, check_start
 from pe_dpo.training.trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     if recipe.loss.is_calibrated:
         recipe = with_gamma(recipe, trainer.loss.gamma)
     checkpoint = _record_start(writer, recipe, prepared, trainer)
+    skipped = [line for line in Run(writer.folder).metrics if "skipped" in line] if writer.writes else []
+    trainer.bad_steps.recall(gather_object(skipped))
 
     # What must hold before the first step, and how the monitored pairs are scored then.
     start = check_start(
@@ -140,6 +143,7 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     logger.info(start.describe())
     first = _score_before(trainer, recipe)
     first = trainer.first = first.since(first)
+    check_held_out(first if data.held_out else None)
     if recipe.policy_starts_as_reference:
         check_diagonal(first)
     at_start = pair_metrics(first, is_fixed_set=True)
@@ -175,6 +179,7 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     after = pair_metrics(last, is_fixed_set=True) if last else {}
     updates = [weight for name, weight in trainer.model.named_parameters() if f"lora_B.{POLICY}" in name]
     remarks += monitor.conclude(after, has_moved=any(bool(weight.any()) for weight in updates))
+    remarks += filter(None, [Run(writer.folder).info.describe_skipped()])
     step = trainer.state.global_step
     result = TrainResult(writer.folder, before, after, start, step, stop.received, remarks, recipe.loss.reduce)
     scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.scorer.token_budget}
@@ -248,6 +253,7 @@ def build_trainer(
     )
     trainer.recomputation, trainer.tokens_asked = recomputation, settings.tokens_per_microbatch
     trainer.add_callback(SaveClock(settings.save_minutes))
+    trainer.bad_steps = BadSteps(settings.bad_steps, writer)
     if mixout.layers:
         trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, writer))
     if writer:
@@ -302,6 +308,7 @@ def _finish(
         TrainingError: it came to numbers that are not finite.
     """
     trainer.check_adapter_is_finite()
+    trainer.bad_steps.check_some_step_was_taken(result.steps)
     if last is not None:
         finite = np.isfinite(last.policy_chosen + last.policy_rejected + last.loss)
         bad = [where for where, is_finite in zip(last.where, finite, strict=True) if not is_finite]

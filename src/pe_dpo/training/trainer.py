@@ -1,7 +1,8 @@
 """The optimizer step: a thin subclass of transformers.Trainer.
 
 Trainer hands over the pairs of a whole optimizer step; the step splits them into micro-batches by a token budget, and every
-pair counts 1/B of the loss whatever the split, also when memory runs out and the step begins again with smaller ones:
+pair counts 1/B of the loss whatever the split, also when memory runs out and the step begins again with smaller ones. A step
+whose loss or gradient is not finite is skipped (`bad_steps`):
 
     loss = Σ over micro-batches, Σ over pairs  ℓ(pair) / B          so 1×8 = 2×4 = 8×1, on one process or several
 
@@ -16,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
@@ -44,6 +44,7 @@ from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_
 from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE, STATE_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import save_evaluation
+from pe_dpo.training.bad_steps import NAMED, BadSteps, bisect, unfit_pairs
 from pe_dpo.training.memory import Recomputation
 from pe_dpo.training.monitor import train_probe
 from pe_dpo.training.window import Window
@@ -97,10 +98,14 @@ class PairTrainer(Trainer):
         """Log-probs of the monitored pairs under π0, in their order; set once, before training."""
         self.first: PairTable | None = None
         """The monitored pairs as they are scored at step 0; set once, before training."""
+        self.bad_steps = BadSteps()
+        """The steps that were skipped; another one where the recipe says how many in a row stop the run."""
         self.evaluated: tuple[int, PairTable] | None = None
         """The step of the newest evaluation, and the monitored pairs as they were scored then."""
         self.tokens_asked: int | str = "auto"
         """How many tokens a forward may have, as the recipe asks for it."""
+        self._logged = 0
+        """The step of the last line of metrics."""
         self._window = Window(self, loss)
         self._staging: Path | None = None
         super().__init__(
@@ -149,64 +154,100 @@ class PairTrainer(Trainer):
     def training_step(self, model: Any, inputs: list[EncodedPair], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward over one optimizer step's pairs; return the step's loss, detached.
 
+        A step whose loss or gradient is not finite in any process leaves no gradient in any, and without one an optimizer
+        changes nothing: neither what is trained nor its own averages.
+
         Raises:
-            TrainingError: a loss or the gradient is not finite, or memory does not do for one pair.
+            TrainingError: this was one such step too many, or memory does not do for one pair.
         """
         model = self.accelerator.unwrap_model(model)
         model.train()
-        mine = inputs[self.args.process_index :: self.args.world_size]
+        self._logged = getattr(self, "_globalstep_last_logged", 0)
+        mine, share = inputs[self.args.process_index :: self.args.world_size], 1 / len(inputs)
         with self.keeping_what_was_saved(), fixed_weights():
-            while True:
-                try:
-                    total, scored = self.scorer.within_memory(mine, lambda: self._accumulate(model, mine, 1 / len(inputs)))
-                    break
-                except OutOfMemory:
-                    more = self.recomputation.grow()
-                    if more is None:
-                        raise
-                logger.warning(f"a pair does not fit alone: from here on {more} (nothing is lost)")
-        gradients = []
-        for parameter in adapter_parameters(model):
-            if parameter.grad is None:  # what no pair reaches is zero, not missing: Adam's averages move on all the same
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        if self.args.world_size > 1:  # in two reductions: an adapter is small, and processes may have any rows
-            torch.distributed.all_reduce(total)
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            torch.distributed.all_reduce(flat)
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            names = ", ".join(pair.where for pair in inputs[:5])
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the gradient is not finite (pairs {names}, …); nothing was updated by "
-                "this step. Lower train.learning_rate or loss.beta; `resume` goes on from the last checkpoint"
-            )
+            total, scored = self._within_memory(model, mine, share)
+            gradients = []
+            for parameter in adapter_parameters(model):
+                if parameter.grad is None:  # what no pair reaches is zero, not missing: Adam's averages move on all the same
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+            unfit = unfit_pairs(PairTable.join(scored), needs_reference=self.loss.needs_reference) if scored else {}
+            is_bad = is_mine = bool(unfit) or not torch.nn.utils.get_total_norm(gradients).isfinite()
+            if self.args.world_size > 1:  # in two reductions: an adapter is small, and processes may have any rows
+                flat = torch.cat([gradient.flatten() for gradient in gradients])
+                torch.distributed.all_reduce(flat)
+                for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                    gradient.copy_(part.view_as(gradient))
+                is_bad = is_mine or not torch.nn.utils.get_total_norm(gradients).isfinite()
+                both = torch.stack([total, torch.tensor(float(is_bad), dtype=total.dtype, device=total.device)])
+                torch.distributed.all_reduce(both)
+                total, is_bad = both[0], bool(both[1])
+            if is_bad:
+                self._skip(model, self._blame(model, mine, share, unfit) if is_mine else {})
+                return torch.zeros((), device=self.args.device)
         self._window.add(scored, sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs))
         return total.float()
 
+    def _within_memory(self, model: Any, pairs: list[EncodedPair], share: float) -> tuple[torch.Tensor, list[PairTable]]:
+        """Return `_accumulate` of the pairs, begun again with smaller rows, and recomputing more, where memory runs out."""
+        while True:
+            try:
+                return self.scorer.within_memory(pairs, lambda: self._accumulate(model, pairs, share))
+            except OutOfMemory:
+                more = self.recomputation.grow()
+                if more is None:
+                    raise
+            logger.warning(f"a pair does not fit alone: from here on {more} (nothing is lost)")
+
     def _accumulate(self, model: Any, pairs: list[EncodedPair], share: float) -> tuple[torch.Tensor, list[PairTable]]:
-        """Add the gradients of the pairs' losses, each counted `share`; return the sum of the losses, and the scored pairs."""
+        """Add the gradients of the pairs' losses, each counted `share`; return the sum of the losses, and the scored pairs.
+
+        Without a gradient from where on a loss is not finite: the step will be skipped, and its pairs are only looked at.
+        """
         model.zero_grad()  # of a first try that ran out of memory
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        parts = []
+        parts: list[PairTable] = []
+        is_fit = True
         for batch in self.scorer.split(pairs) if pairs else []:
             scored, out = self.forward_pairs(model, [pairs[index] for index in batch])
             loss = share * out.loss.sum()
+            is_fit = is_fit and not unfit_pairs(scored, needs_reference=self.loss.needs_reference)
             # A hinge that is satisfied by all pairs has gradient 0, and so has an SFT term of weight 0.
-            if scored.weight.any() or self.loss.sft_weight:
+            if is_fit and (scored.weight.any() or self.loss.sft_weight):
                 loss.backward()
             total += loss.detach()
             parts.append(scored)
             self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total, parts
 
-    def forward_pairs(self, model: Any, pairs: list[EncodedPair]) -> tuple[PairTable, PreferenceLoss]:
-        """Return the pairs as scored, and their losses with gradient.
+    def _blame(self, model: Any, pairs: list[EncodedPair], share: float, unfit: dict[str, str]) -> dict[str, str]:
+        """Return which of this process's pairs spoil a step, and what of each is not finite; random draws are as before.
 
-        Raises:
-            TrainingError: a loss is not finite; names the pairs.
+        What the forward did not show, a gradient, is looked for by halving: two passes for one pair.
         """
+
+        def is_good(some: Sequence[EncodedPair]) -> bool:
+            self._within_memory(model, list(some), share)
+            gradients = [parameter.grad for parameter in adapter_parameters(model) if parameter.grad is not None]
+            return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+        fit = [pair for pair in pairs if pair.where not in unfit]
+        if len(unfit) >= NAMED or not fit:
+            return unfit
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            spoiling = [] if unfit and is_good(fit) else bisect(fit, is_good, most=NAMED - len(unfit))
+        return unfit | {pair.where: "gradient" for pair in spoiling}
+
+    def _skip(self, model: Any, mine: dict[str, str]) -> None:
+        """Leave no gradient, and write down in all processes whose pairs are to blame."""
+        model.zero_grad()
+        self.check_adapter_is_finite()
+        pairs = {where: what for part in gather_object([mine]) for where, what in part.items()}
+        self.bad_steps.add(self.state.global_step + 1, pairs)
+
+    def forward_pairs(self, model: Any, pairs: list[EncodedPair]) -> tuple[PairTable, PreferenceLoss]:
+        """Return the pairs as scored, and their losses with gradient."""
         device = self.args.device
         reference = None
         if self.loss.needs_reference:  # first, while no activations of the policy lie in memory
@@ -214,15 +255,7 @@ class PairTrainer(Trainer):
         self.recomputation.of(self.scorer.tokens(pairs))
         policy = self.scorer.logprobs(model, pairs)
         out = self.loss(policy, reference, *pair_terms(pairs, device))
-        table = pair_table(pairs, policy, reference, out, self.loss)
-        if not np.isfinite(table.loss).all():
-            bad = [where for where, loss in zip(table.where, table.loss, strict=True) if not np.isfinite(loss)]
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is not finite for {', '.join(bad[:5])}; nothing was updated by "
-                "this step. Lower train.learning_rate or loss.beta, or look at these rows; `resume` goes on from the last "
-                "checkpoint"
-            )
-        return table, out
+        return pair_table(pairs, policy, reference, out, self.loss), out
 
     @contextmanager
     def keeping_what_was_saved(self) -> Iterator[None]:
@@ -249,7 +282,18 @@ class PairTrainer(Trainer):
                 )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the pairs seen since the last line, over all processes."""
+        """Add the metrics of the pairs seen since the last line, over all processes, but for steps that were skipped."""
+        steps = self.state.global_step - self._logged
+        skipped = sum(self._logged < step <= self.state.global_step for step in self.bad_steps.pairs)
+        if "loss" in logs and skipped:
+            logs["skipped_steps"] = skipped
+            if self.state.global_step in self.bad_steps.pairs:
+                logs.pop("grad_norm", None)  # there is none
+            if skipped < steps:
+                logs["loss"] *= steps / (steps - skipped)
+            else:
+                del logs["loss"]
+                self._window.restart_clock()
         if "loss" in logs:
             window, speed = self._window.empty()
             metrics = pair_metrics(window.since(None) if self.starts_at_reference else window)
