@@ -92,7 +92,11 @@ def test_a_resumed_run_skips_what_the_straight_one_skips(make_recipe, straight, 
 
 def test_steps_that_were_skipped_are_not_in_the_means_of_their_window(bad_trainer):
     trainer, pairs = bad_trainer, bad_trainer.train_dataset
-    losses = [float(trainer.training_step(trainer.model, pairs[first : first + 2])) for first in (0, 18, 2)]
+    losses = []
+    for step, first in enumerate((0, 18, 2)):
+        trainer.state.global_step = step
+        losses.append(float(trainer.training_step(trainer.model, pairs[first : first + 2])))
+    trainer.state.global_step = 3
     logs = {"loss": sum(losses) / 3, "grad_norm": 1.0}
     trainer.log(logs)
     assert (logs["skipped_steps"], losses[1]) == (1, 0.0)
@@ -149,6 +153,7 @@ def test_memory_that_runs_out_in_a_bad_step_changes_nothing_of_what_is_found(bad
 
     monkeypatch.setattr(type(trainer.scorer), "logprobs", forward)
     trainer.bad_steps = BadSteps()
+    trainer.state.global_step = 0
     trainer.training_step(trainer.model, trainer.train_dataset[8:20])
     trainer.scorer.token_budget = budget
     assert trainer.bad_steps.pairs == {1: {LOSS: "loss is inf", GRADIENT: "gradient"}}
