@@ -203,3 +203,13 @@ def test_bad_items_are_found_in_two_passes(bad, most, found):
 
 def test_items_that_are_bad_together_alone_are_nobody_s_fault():
     assert bisect([1, 2, 3, 4], lambda items: sum(items) < 10, most=5) == []
+
+
+@pytest.mark.slow
+def test_a_window_that_a_kill_cuts_is_what_it_would_have_been(make_recipe):
+    recipe = make_recipe(*SETTINGS, "train.log_every=4")
+    whole = trace(train(recipe).folder)
+    with pytest.raises(Killed):
+        train(recipe, overwrite=True, callbacks=[KillAt(3)])
+    assert trace(train(recipe, resume=True).folder) == whole
+    assert [line["skipped_steps"] for line in whole if "learning_rate" in line] == [1, 2]
