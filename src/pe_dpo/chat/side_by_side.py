@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 
 from pe_dpo.data.encoding import begin_tokens, with_begin
 from pe_dpo.data.pairs import RowError, Text, Turns
 from pe_dpo.data.rendering import as_messages
-from pe_dpo.data.template import control_tokens, uses_chat_template
+from pe_dpo.data.sandbox import TEMPLATE_ERRORS, apply_chat_template
+from pe_dpo.data.template import control_tokens, refusal, uses_chat_template
 from pe_dpo.errors import StoreUnavailable, UsageError
 from pe_dpo.inference.policy import Policy, SavedPolicy, load_policy
 from pe_dpo.inference.reference import remembered_fingerprint
@@ -124,9 +124,9 @@ class SideBySide:
                     "turn of its own; remove it"
                 )
         try:
-            text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError) as error:
-            raise RowError(f"is refused by the chat template ({error}); see which roles and turns it wants") from error
+            text = apply_chat_template(tokenizer, list(turns), add_generation_prompt=True)
+        except TEMPLATE_ERRORS as error:
+            raise RowError(refusal(error)) from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def room(self, prompt_ids: Sequence[int]) -> int:

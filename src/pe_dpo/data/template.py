@@ -136,24 +136,23 @@ class Template:
 
         Raises:
             RowError: The template refuses them.
+            DataError: It takes more time or memory than a chat can need.
         """
-        from jinja2 import TemplateError
+        from pe_dpo.data.sandbox import TEMPLATE_ERRORS, apply_chat_template
 
         messages = [self._as_the_template_wants(turn) for turn in turns]
         source = self._tokenizer.get_chat_template(tools=tools)
         try:
-            text: str = self._tokenizer.apply_chat_template(
+            return apply_chat_template(
+                self._tokenizer,
                 messages,
                 tools=tools,
                 chat_template=self._frozen_clock() + source if self.has_clock else source,
-                tokenize=False,
                 add_generation_prompt=opens,
                 **(args or {}),
             )
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-            what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise RowError(f"is refused by the chat template ({what}); see which roles and turns it wants") from error
-        return text
+        except TEMPLATE_ERRORS as error:
+            raise RowError(refusal(error)) from error
 
     def _frozen_clock(self) -> str:
         """Return Jinja that stands before a template and replaces its clock, which in transformers is the real one."""
@@ -177,6 +176,19 @@ class Template:
             calls = zip(message["tool_calls"], functions, strict=True)
             message["tool_calls"] = [{**call, "function": function} for call, function in calls]
         return message
+
+
+def refusal(error: Exception) -> str:
+    """Return what is said of messages that a chat template refuses.
+
+    Args:
+        error: What it raised; its words are the template's, which are cut where they are long.
+    """
+    from jinja2 import TemplateError
+
+    what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+    short = what if len(what) <= 300 else f"{what[:300]} […]"
+    return f"is refused by the chat template ({' '.join(short.split())}); see which roles and turns it wants"
 
 
 def describe_template(template: Template) -> list[str]:

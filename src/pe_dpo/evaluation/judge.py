@@ -22,7 +22,9 @@ from pe_dpo.data.pairs import Pair, Text, prompt_key
 from pe_dpo.data.preparation import read_places
 from pe_dpo.data.rendering import as_messages
 from pe_dpo.data.report import DataReport
+from pe_dpo.data.sandbox import TEMPLATE_ERRORS, apply_chat_template
 from pe_dpo.data.sources import find_places
+from pe_dpo.data.template import refusal
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.metrics.estimates import clustered_mean, right, wilson_interval
 from pe_dpo.metrics.table import AnswerTable
@@ -256,7 +258,10 @@ class _RewardModel:
         """One answer at a time: what padding does to a classifier's last token differs from model to model."""
         if self.tokenizer.chat_template:
             turns = [*as_messages(prompt), {"role": "assistant", "content": answer}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            try:
+                text = apply_chat_template(self.tokenizer, turns)
+            except TEMPLATE_ERRORS as error:
+                raise ModelError(f"`scorer` {self.name}: a dialogue {refusal(error)}") from error
             inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         else:
             question = prompt if isinstance(prompt, str) else "\n\n".join(str(turn["content"]) for turn in prompt)

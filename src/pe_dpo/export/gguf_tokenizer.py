@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pe_dpo.data.sandbox import TEMPLATE_ERRORS, apply_chat_template
+from pe_dpo.data.template import refusal
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.model.base import end_token_ids, load_tokenizer
 
@@ -149,7 +151,10 @@ class Vocabulary:
         self.adds_bos, self.adds_eos = map(bool, ends[0])
         if self.adds_bos and self.chat_template is not None and tokenizer.bos_token is not None:
             messages = [{"role": "user", "content": "a"}]
-            chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            try:
+                chat = apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+            except TEMPLATE_ERRORS as error:
+                raise refuse(folder, f"a message of a user {refusal(error)}") from error
             if not chat.startswith(tokenizer.bos_token):
                 self.adds_bos = False
                 self.remarks.append("the chat template begins without BOS, so the file says that none is added, as in training")

@@ -18,6 +18,8 @@ from pe_dpo.data.dialogues import shared_length
 from pe_dpo.data.encoding import begin_tokens, with_begin
 from pe_dpo.data.files import read_rows
 from pe_dpo.data.pairs import RowError
+from pe_dpo.data.sandbox import TEMPLATE_ERRORS, apply_chat_template
+from pe_dpo.data.template import refusal
 from pe_dpo.errors import DataError
 from pe_dpo.inference.divergence import kl
 from pe_dpo.inference.policy import Policy
@@ -81,7 +83,10 @@ def golden_prompts(policy: Policy, prompts: Sequence[str] = QUESTIONS, *, tokens
         rendered = prompt
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}]
-            rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+            try:
+                rendered = apply_chat_template(tokenizer, chat, add_generation_prompt=True)
+            except TEMPLATE_ERRORS as error:
+                raise DataError(f"the prompt {prompt!r} {refusal(error)}") from error
         prompt_ids = token_ids(tokenizer, rendered)
         said = sample(policy, [np.asarray(prompt_ids)], max_new_tokens=tokens, temperature=0)[0]
         answer = said.ids.tolist()
