@@ -164,6 +164,8 @@ class PairTrainer(Trainer):
         model.train()
         self._logged = getattr(self, "_globalstep_last_logged", 0)
         mine, share = inputs[self.args.process_index :: self.args.world_size], 1 / len(inputs)
+        if self.loss.needs_reference and self.reference.remembers:
+            self.reference.look_up(mine)  # at once, not row by row
         with self.keeping_what_was_saved(), fixed_weights():
             total, scored = self._within_memory(model, mine, share)
             gradients = []
