@@ -38,8 +38,8 @@ Caching = Literal["auto", "store", "step"]
 RECHECKED = 4
 """Stored pairs that are scored again at the start of a run."""
 DRAWN = 20_000
-"""Pairs that are looked up to find these: all of a small set (0.2 s), of a large one some at random. Of a million pairs, looking all
-up took 20 s, and 490 MB for the whole run."""
+"""Pairs that are looked up to find these: all of a small set (0.2 s), of a large one some at random. Of a million pairs,
+looking all up took 20 s, and 490 MB for the whole run."""
 KEPT = 200_000
 """Answers that are kept in memory, 50 MB, where they lie in the store too."""
 SECONDS_BETWEEN_WRITES = 5.0
