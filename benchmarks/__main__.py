@@ -82,6 +82,12 @@ def _estimate(options: argparse.Namespace) -> None:
     print(run_estimate(Settings("estimate", out=options.out)))
 
 
+def _crash(options: argparse.Namespace) -> None:
+    from benchmarks.crash.run import run_crash
+
+    print(run_crash(Settings("crash", out=options.out), kills=options.kills, seed=options.seed))
+
+
 def _gpu(options: argparse.Namespace) -> None:
     from benchmarks.gpu.proof import run_check, run_proof
 
@@ -175,6 +181,13 @@ def _parser() -> argparse.ArgumentParser:
     counted = commands.add_parser("estimate", help="memory as it is counted, against the peaks of real runs on the CPU")
     counted.set_defaults(run=_estimate)
     counted.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    crash = commands.add_parser(
+        "crash", help="commands killed at random and at every change of the disk, against those that lived"
+    )
+    crash.set_defaults(run=_crash)
+    crash.add_argument("--kills", type=int, default=300, help="in all; 300 take about 20 minutes")
+    crash.add_argument("--seed", type=int, default=0)
+    crash.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     card = commands.add_parser("gpu", help="the proof on a card; benchmarks/gpu/README.md")
     card.set_defaults(run=_gpu)
     card.add_argument("names", nargs="*", help="of the checks; default: all")

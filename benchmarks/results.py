@@ -58,7 +58,9 @@ class Settings:
     @property
     def name(self) -> str:
         """Name of the results."""
-        shape = [] if self.command in ("architectures", "engines", "estimate") else [self.shape, self.dtype, self.model]
+        shape = (
+            [] if self.command in ("architectures", "crash", "engines", "estimate") else [self.shape, self.dtype, self.model]
+        )
         return "-".join([self.command, *shape] + ["quick"] * self.is_quick)
 
 

@@ -4,14 +4,10 @@ On a run that was trained here on nf4, its own files and its own command line.
 """
 
 import errno
-import hashlib
 import json
 import os
-import random
 import shutil
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -789,56 +785,6 @@ def test_a_limit_on_the_size_of_files_is_one_error_and_leaves_nothing(
         assert list(out.parent.iterdir()) == []
     assert merge_apart(nf4_run, out, tmp_path, pairs=0).code == 0
     assert (out / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
-
-
-def assert_whole(out: Path, merged: Path) -> None:
-    """All that belongs to a model, its weights those that the report says, and those of an undisturbed merge."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in merged.iterdir())
-    report = json.loads((out / "merge_report.json").read_text(encoding="utf-8"))
-    for name, value in report["files"].items():
-        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == value
-    assert report["files"] == json.loads((merged / "merge_report.json").read_text(encoding="utf-8"))["files"]
-    AutoTokenizer.from_pretrained(out)
-    AutoModelForCausalLM.from_pretrained(out)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("pairs", "kills"), [(0, 8), (9, 4)])
-def test_sigkill_at_random_moments_leaves_nothing_or_a_whole_model(
-    nf4_run: Path, merged: Path, tmp_path: Path, pairs: int, kills: int
-) -> None:
-    """Half of them at any moment, half after the first byte was staged; then a merge sweeps what they left and succeeds."""
-    moments = random.Random(pairs)
-    out = tmp_path / "place" / "out"
-    out.parent.mkdir()
-    staging = out.with_name(".out.staging")
-    began = time.monotonic()
-    assert merge_apart(nf4_run, tmp_path / "timed", tmp_path, pairs=pairs).code == 0
-    seconds = time.monotonic() - began
-    landed, left, whole = 0, 0, 0
-    for number in range(kills):
-        process = start_merge(nf4_run, out, tmp_path, pairs=pairs)
-        delay = moments.random() * seconds
-        if number % 2:
-            while not staging.exists() and not out.exists() and process.is_alive():
-                time.sleep(0.001)
-            delay *= 0.6
-        time.sleep(delay)
-        process.kill()
-        process.join()
-        landed += process.exitcode == -signal.SIGKILL
-        left += staging.exists() and not out.exists()
-        assert {path.name for path in out.parent.iterdir()} <= {"out", ".out.staging"}
-        if out.exists():
-            whole += 1
-            assert_whole(out, merged)
-            shutil.rmtree(out)
-    assert landed >= kills // 2 and left >= kills // 3, (landed, left, whole)
-    assert merge_apart(nf4_run, out, tmp_path, pairs=pairs).code == 0
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-    assert_whole(out, merged)
 
 
 # The same bits, whatever happened before

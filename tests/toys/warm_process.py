@@ -8,8 +8,10 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from benchmarks.crash.process import PRELOADED
+
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pe_dpo.training.train", "pe_dpo.merging.merge", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(PRELOADED)  # one process serves both, whoever begins
 
 
 def start(program: str, *words: object, folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:

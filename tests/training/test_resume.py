@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import time
@@ -329,28 +328,6 @@ def ended(process, folder):
     """Wait for a process; its exit code, and what it printed."""
     process.join(timeout=120)
     return process.exitcode, warm_process.log(process, folder).read_text()
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_the_run_ends_as_the_straight_one(make_recipe, straight, tmp_path):
-    """SIGKILL, not an exception: three times, at a random moment after a step, checkpoints being written all the time."""
-    recipe = make_recipe(*SETTINGS)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe_to_yaml(recipe))
-    folder = tmp_path / "run"
-    moments = random.Random(0)
-    kills, words = 0, []
-    for steps in (1, 3, 5):
-        process = warm_process.start(PROGRAM, file, *words, folder=tmp_path)
-        wait_for_steps(folder, steps, process)
-        time.sleep(moments.random() * 0.15)
-        process.kill()
-        kills += ended(process, tmp_path)[0] == -signal.SIGKILL
-        words = ["resume"]
-    code, said = ended(warm_process.start(PROGRAM, file, "resume", folder=tmp_path), tmp_path)
-    assert code == 0, said
-    assert kills >= 2
-    assert_same_run(folder, straight)
 
 
 @pytest.mark.slow
