@@ -11,9 +11,13 @@ from benchmarks import memory, plot
 from benchmarks.results import Settings
 from benchmarks.rounds import keep_heap
 
-ROUNDS = {"step": 5, "run": 3, "sweep": 1}
+STEP_ROUNDS = 5
 MERGE_ROUNDS = 3
 AUDIT_ROUNDS = 3
+TABLE_ROUNDS = 3
+"""Of `steps`, `starts` and `threads`."""
+COMMAND_ROUNDS = {"train-8": 3, "train-64": 2, "train-500": 1, "sweep": 1}
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -28,9 +32,49 @@ def main() -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
-    from benchmarks.table import table
+    from benchmarks.table import table, write_page
 
+    write_page()
     print(table())
+
+
+def _commands(options: argparse.Namespace) -> None:
+    from benchmarks.commands import CommandSettings, run_commands, screen
+
+    for case in options.cases or COMMAND_ROUNDS:
+        rounds = 1 if options.quick else options.rounds or COMMAND_ROUNDS[case]
+        settings = CommandSettings("commands", case=case, rounds=rounds, is_quick=options.quick, out=options.out)
+        (screen if options.screen else run_commands)(settings)
+
+
+def _steps(options: argparse.Namespace) -> None:
+    from benchmarks.steps import run_steps
+
+    keep_heap()
+    rounds = 1 if options.quick else options.rounds or TABLE_ROUNDS
+    settings = Settings("steps", rounds=rounds, is_quick=options.quick, out=options.out)
+    run_steps(settings, ("polite",) if options.quick else options.shapes, ("fp32",) if options.quick else options.dtypes)
+
+
+def _starts(options: argparse.Namespace) -> None:
+    from benchmarks.starts import run_starts
+
+    rounds = 1 if options.quick else options.rounds or TABLE_ROUNDS
+    run_starts(Settings("starts", rounds=rounds, is_quick=options.quick, out=options.out))
+
+
+def _data(options: argparse.Namespace) -> None:
+    from benchmarks.data_speed import run_data
+
+    sizes = (1000,) if options.quick else tuple(options.sizes)
+    run_data(Settings("data", is_quick=options.quick, out=options.out), sizes, tuple(options.sides))
+
+
+def _threads(options: argparse.Namespace) -> None:
+    from benchmarks.threads import run_threads
+
+    rounds = 1 if options.quick else options.rounds or TABLE_ROUNDS
+    run_threads(Settings("threads", rounds=rounds, is_quick=options.quick, out=options.out), tuple(options.beside))
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -103,22 +147,13 @@ def _memory_one(options: argparse.Namespace) -> None:
     print(json.dumps({"mib": memory.measure_one(options.variant, settings)}))
 
 
-def _rounds(options: argparse.Namespace) -> None:
-    """`step`, `run` or `sweep`; imported here, since what measures memory is quicker without TRL."""
-    from benchmarks.epochs import run_epochs
+def _step(options: argparse.Namespace) -> None:
+    """Imported here, since what measures memory is quicker without TRL."""
     from benchmarks.step import run_step
-    from benchmarks.sweep import run_sweep
 
     keep_heap()
-    settings = replace(
-        Settings(options.command, options.shape, options.dtype, options.model),
-        rounds=1 if options.quick else options.rounds or ROUNDS[options.command],
-        is_quick=options.quick,
-        out=options.out,
-        pairs=getattr(options, "pairs", 0),
-        best=getattr(options, "best", ""),
-    )
-    {"step": run_step, "run": run_epochs, "sweep": run_sweep}[options.command](settings)
+    settings = Settings("step", options.shape, options.dtype, options.model, is_quick=options.quick, out=options.out)
+    run_step(replace(settings, rounds=1 if options.quick else options.rounds or STEP_ROUNDS))
 
 
 def _plot(path: Path) -> Path:
@@ -141,20 +176,39 @@ def _plot(path: Path) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in (*ROUNDS, "memory-one"):
-        words = {"step": "forward and backward", "run": "one and three epochs", "sweep": "eight coefficients"}
-        command = commands.add_parser(name, help=words.get(name))
-        command.set_defaults(run=_memory_one if name == "memory-one" else _rounds)
-        command.add_argument("--shape", choices=["hh", "uf", "uf-graph"], default="hh")
-        command.add_argument("--dtype", choices=["fp32", "bf16", "nf4"], default="fp32")
+    shapes, dtypes = ["hh", "uf", "uf-graph", "polite", "near", "long"], ["fp32", "bf16", "nf4"]
+    for name, run in (("step", _step), ("memory-one", _memory_one)):
+        command = commands.add_parser(name, help="one step: TRL's grid, ours technique by technique, memory")
+        command.set_defaults(run=run)
+        command.add_argument("--shape", choices=shapes, default="hh")
+        command.add_argument("--dtype", choices=dtypes, default="fp32")
         command.add_argument("--model", choices=["m8k", "m32k"], default="m8k")
         if name == "memory-one":
             command.add_argument("--variant", required=True, help="name of a variant, as `step` prints it")
-            continue
-        _add_common(command)
-        if name != "step":
-            command.add_argument("--pairs", type=int, default=0, help="pairs to train on")
-            command.add_argument("--best", default="", help="name of TRL's best point; else from the results of `step`")
+        else:
+            _add_common(command)
+    steps = commands.add_parser("steps", help="one step on six shapes of pairs in three dtypes: TRL, before, after")
+    steps.set_defaults(run=_steps)
+    steps.add_argument("--shapes", nargs="+", choices=shapes, default=shapes)
+    steps.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
+    _add_common(steps)
+    whole = commands.add_parser("commands", help="whole `pe-dpo train` and `sweep` processes against TRL's")
+    whole.set_defaults(run=_commands)
+    whole.add_argument("cases", nargs="*", help=f"of {', '.join(COMMAND_ROUNDS)}; default: all")
+    whole.add_argument("--screen", action="store_true", help="search TRL's best size of micro-batch for these cases")
+    _add_common(whole)
+    starts = commands.add_parser("starts", help="CPU seconds and peak memory of every command, before and after")
+    starts.set_defaults(run=_starts)
+    _add_common(starts)
+    data = commands.add_parser("data", help="preparing 10,000, 100,000 and a million pairs, before and after")
+    data.set_defaults(run=_data)
+    data.add_argument("--sizes", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
+    data.add_argument("--sides", nargs="+", choices=["before", "after"], default=["before", "after"])
+    _add_common(data)
+    threads = commands.add_parser("threads", help="a step on two threads, idle and beside busy processes")
+    threads.set_defaults(run=_threads)
+    threads.add_argument("--beside", nargs="+", type=int, default=[0, 1, 2], help="busy processes")
+    _add_common(threads)
     merge = commands.add_parser("merge", help="what is left of an adapter after merging, ours and others'")
     merge.add_argument("--only-cost", action="store_true", help="measure time and memory again, keep the rest of the results")
     merge.set_defaults(run=_merge)
@@ -162,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     worlds = commands.add_parser("worlds", help="κ, β, mixout and the floor where KL and reward are exact")
     worlds.set_defaults(run=_worlds)
     worlds.add_argument("--quick", action="store_true", help="every third value, results of their own")
-    worlds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    worlds.add_argument("--out", type=Path, default=RESULTS)
     audit = commands.add_parser("audit", help="seconds of an audit of 10,000 pairs from a filled store")
     audit.set_defaults(run=_audit)
     _add_common(audit)
@@ -173,29 +227,31 @@ def _parser() -> argparse.ArgumentParser:
     kinds.set_defaults(run=_architectures)
     kinds.add_argument("names", nargs="*", help="of the table; default: those that this version has not measured yet")
     kinds.add_argument("--again", action="store_true", help="measure those, too, that this version has measured")
-    kinds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    kinds.add_argument("--out", type=Path, default=RESULTS)
     engines = commands.add_parser("engines", help="what merge and export write, in the engines that are installed")
     engines.set_defaults(run=_engines)
     engines.add_argument("names", nargs="*", help="of engines; default: all")
-    engines.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    engines.add_argument("--out", type=Path, default=RESULTS)
     counted = commands.add_parser("estimate", help="memory as it is counted, against the peaks of real runs on the CPU")
     counted.set_defaults(run=_estimate)
-    counted.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    counted.add_argument("--out", type=Path, default=RESULTS)
     crash = commands.add_parser(
         "crash", help="commands killed at random and at every change of the disk, against those that lived"
     )
     crash.set_defaults(run=_crash)
     crash.add_argument("--kills", type=int, default=300, help="in all; 300 take about 20 minutes")
     crash.add_argument("--seed", type=int, default=0)
-    crash.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    crash.add_argument("--out", type=Path, default=RESULTS)
     card = commands.add_parser("gpu", help="the proof on a card; benchmarks/gpu/README.md")
     card.set_defaults(run=_gpu)
     card.add_argument("names", nargs="*", help="of the checks; default: all")
     card.add_argument("--rehearse", action="store_true", help="on the CPU with tiny bases: what can be run without a card")
     card.add_argument("--seconds", type=float, default=520, help="of all checks together")
-    card.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu")
+    card.add_argument("--out", type=Path, default=RESULTS / "gpu")
     card.add_argument("--check", help=argparse.SUPPRESS)
-    commands.add_parser("table", help="print the README's table from the results").set_defaults(run=_table)
+    commands.add_parser("table", help="write docs/speed.md and print the README's table, from the results").set_defaults(
+        run=_table
+    )
     drawn = commands.add_parser("plot", help="draw the results of `step`, `merge`, `worlds` or `mixout` again")
     drawn.set_defaults(run=lambda options: print(_plot(options.file)))
     drawn.add_argument("file", type=Path)
@@ -205,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quick", action="store_true", help="one round, few variants, under two minutes")
     command.add_argument("--rounds", type=int, default=0)
-    command.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    command.add_argument("--out", type=Path, default=RESULTS)
 
 
 if __name__ == "__main__":

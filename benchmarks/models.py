@@ -6,15 +6,23 @@ m32k   8 layers × 512, V = 32768    head/body 0.72
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from benchmarks.pairs import END, PAD, scratch
+from benchmarks.pairs import END, PAD, scratch, shared_folder, tokenizer
 from pe_dpo.model.adapter import attach_adapter
 from pe_dpo.model.base import inspect_base, load_base
+
+CHAT_TEMPLATE = (
+    "{%- for m in messages -%}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' }}{{ m.content }}"
+    "{%- if m.role == 'assistant' and loop.last -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '\n\nAssistant:' }}{%- endif -%}"
+)
+"""Turns as in HH."""
 
 ModelName = Literal["m8k", "m32k"]
 Dtype = Literal["fp32", "bf16", "nf4"]
@@ -79,6 +87,25 @@ def saved_base(name: ModelName) -> Path:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(partial)
+    partial.replace(folder)
+    return folder
+
+
+def tokenized_base(name: str) -> Path:
+    """Return the folder of a base with tokenizer and chat template: a random one in HH's BPE, or one of the shared models."""
+    if name not in SHAPES:
+        return shared_folder() / "models" / name
+    from transformers import PreTrainedTokenizerFast
+
+    base = saved_base(name)  # type: ignore[arg-type]
+    folder = base.with_name(f"{base.name}-text")
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.copytree(base, partial)
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="</s>", pad_token="<pad>")
+    words.chat_template = CHAT_TEMPLATE
+    words.save_pretrained(partial)
     partial.replace(folder)
     return folder
 

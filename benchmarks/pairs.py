@@ -1,4 +1,11 @@
-"""The pairs that are timed: real HH dialogues, a UltraFeedback-shaped set, and one with four answers to a prompt.
+"""The pairs that are timed, of six shapes.
+
+hh        real HH dialogues: long prompts, short answers
+uf        random ids with lengths as in UltraFeedback
+uf-graph  the same with four ranked answers to a prompt, every better one against every worse one
+polite    a real set of short instructions and shorter answers
+near      HH's dialogues with two answers that differ by a few tokens, as pairs made by editing have them
+long      answers of about a thousand tokens to prompts of about a hundred
 
 plain   = 2P + C + R    tokens that a pairwise trainer must feed, without padding
 shared  =  P + C + R    tokens that remain when both answers share their prompt
@@ -19,13 +26,13 @@ import numpy as np
 
 from pe_dpo.data.pairs import EncodedPair
 
-ShapeName = Literal["hh", "uf", "uf-graph"]
+ShapeName = Literal["hh", "uf", "uf-graph", "polite", "near", "long"]
 
 VOCABULARY = 8192
 PAD, END = 0, 1
 LONGEST_ROW = 1024
 """Tokens; also TRL's default `max_length`, so that nothing is cut on either side."""
-PAIRS_PER_STEP: dict[str, int] = {"hh": 8, "uf": 4, "uf-graph": 6}
+PAIRS_PER_STEP: dict[str, int] = {"hh": 8, "uf": 4, "uf-graph": 6, "polite": 8, "near": 8, "long": 2}
 MICROBATCHES = (8, 4, 2, 1)
 LAST_TAG = "\n\nAssistant:"
 
@@ -56,35 +63,42 @@ def scratch() -> Path:
 
 def population(shape: ShapeName) -> list[EncodedPair]:
     """Return all pairs of a shape, in a random order with a fixed seed."""
-    if shape == "hh":
-        pairs = _hh_pairs()
-    elif shape == "uf":
-        pairs = _uf_pairs(4096)
-    else:
+    if shape == "uf-graph":
         return _uf_graphs(512)  # the pairs of one prompt lie together
+    made = {"hh": _hh_pairs, "uf": _uf_pairs, "polite": _polite_pairs, "near": _near_pairs, "long": _long_pairs}
+    pairs = made[shape]()
     order = np.random.default_rng(0).permutation(len(pairs))
     return [pairs[index] for index in order]
 
 
-def draw(pairs: Sequence[EncodedPair], shape: ShapeName, *, steps: int = 1) -> list[EncodedPair]:
-    """Return the optimizer batches to time: a sample whose ratios are close to those of the population.
+def draw(pairs: Sequence[EncodedPair], shape: ShapeName) -> list[EncodedPair]:
+    """Return the optimizer batch to time: a sample whose ratios are close to those of the population."""
+    size = PAIRS_PER_STEP[shape]
+    if shape == "uf-graph":  # the pairs of one prompt lie together
+        candidates = [list(pairs[start : start + size]) for start in range(0, len(pairs) - size + 1, 6)]
+        return _nearest(candidates, pairs, size)
+    return draw_pairs(pairs, size, seeds=1500)
+
+
+def draw_pairs(pairs: Sequence[EncodedPair], count: int, *, seeds: int) -> list[EncodedPair]:
+    """Return a sample of so many pairs whose ratios are close to those of the population.
 
     A search over fixed seeds takes the sample with the smallest summed relative deviation of padded/plain (all micro-batch
     sizes), plain/shared, scored/plain and tokens per pair.
 
     Args:
         pairs: the population.
-        shape: gives the pairs per optimizer step.
-        steps: optimizer batches.
+        count: of the sample.
+        seeds: how many samples to try.
     """
-    size = PAIRS_PER_STEP[shape] * steps
-    if shape == "uf-graph":
-        candidates = [list(pairs[start : start + size]) for start in range(0, len(pairs) - size + 1, 6)]
-    else:
-        generators = (np.random.default_rng(seed) for seed in range(1500 if steps == 1 else 300))
-        candidates = [[pairs[i] for i in g.choice(len(pairs), size, replace=False)] for g in generators]
-    wanted = _ratios(facts(pairs), shape)
-    return min(candidates, key=lambda sample: float(np.abs(np.log(_ratios(facts(sample), shape) / wanted)).sum()))
+    generators = (np.random.default_rng(seed) for seed in range(seeds))
+    candidates = [[pairs[i] for i in g.choice(len(pairs), count, replace=False)] for g in generators]
+    return _nearest(candidates, pairs, min(count, max(MICROBATCHES)))
+
+
+def _nearest(candidates: Sequence[list[EncodedPair]], pairs: Sequence[EncodedPair], size: int) -> list[EncodedPair]:
+    wanted = _ratios(facts(pairs), size)
+    return min(candidates, key=lambda sample: float(np.abs(np.log(_ratios(facts(sample), size) / wanted)).sum()))
 
 
 def facts(pairs: Sequence[EncodedPair]) -> Facts:
@@ -165,9 +179,13 @@ def tokenizer() -> Any:
     return bpe
 
 
+def shared_folder() -> Path:
+    """Return the folder with the real data and models that are beside a checkout, not in it."""
+    return Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
 def _hh_file() -> Path:
-    shared = Path(os.environ.get("PE_DPO_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    path = shared / "data" / "hh-harmless" / "all.jsonl"
+    path = shared_folder() / "data" / "hh-harmless" / "all.jsonl"
     if not path.is_file():
         raise SystemExit("benchmarks: no data/hh-harmless/all.jsonl in the shared folder; set PE_DPO_SHARED to that folder")
     return path
@@ -203,7 +221,40 @@ def _uf_lengths(count: int, answers: int, generator: np.random.Generator) -> tup
     return prompt, np.clip(answer.astype(int), 4, (LONGEST_ROW - prompt)[:, None])
 
 
-def _uf_pairs(count: int) -> list[EncodedPair]:
+def _polite_pairs() -> list[EncodedPair]:
+    bpe, pairs = tokenizer(), []
+    source = shared_folder() / "data" / "rasbt-politeness" / "train.jsonl"
+    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+        row = json.loads(line)
+        prompt = f"\n\nHuman: {row['instruction']} {row['input']}{LAST_TAG}"
+        texts = [prompt, f" {row['chosen']}", f" {row['rejected']}"]
+        ids = [encoding.ids for encoding in bpe.encode_batch(texts)]
+        if row["chosen"] != row["rejected"]:
+            pairs.append(_pair(ids[0], [*ids[1], END], [*ids[2], END], where=f"polite:{number}", key=prompt))
+    return pairs
+
+
+def _near_pairs() -> list[EncodedPair]:
+    """HH's chosen answers against the same with one to three tokens replaced."""
+    generator, pairs = np.random.default_rng(3), []
+    for pair in _hh_pairs():
+        if len(pair.chosen_ids) < 6:
+            continue
+        edited = pair.chosen_ids.copy()
+        places = generator.choice(len(edited) - 1, size=generator.integers(1, 4), replace=False)
+        edited[places] = generator.integers(2, VOCABULARY, size=len(places))
+        pairs.append(_pair(pair.prompt_ids, pair.chosen_ids, edited, where=pair.where, key=pair.prompt_key))
+    return pairs
+
+
+def _long_pairs(count: int = 512) -> list[EncodedPair]:
+    generator = np.random.default_rng(4)
+    prompts = generator.integers(64, 193, size=count)
+    answers = generator.integers(850, 1151, size=(count, 2))
+    return [_random_pairs(f"long:{n}", prompts[n], answers[n], generator)[0] for n in range(count)]
+
+
+def _uf_pairs(count: int = 4096) -> list[EncodedPair]:
     generator = np.random.default_rng(1)
     prompts, answers = _uf_lengths(count, 2, generator)
     return [_random_pairs(f"uf:{n}", prompts[n], answers[n], generator)[0] for n in range(count)]
@@ -229,7 +280,7 @@ def _pair(prompt: Any, chosen: Any, rejected: Any, *, where: str, key: str) -> E
     return EncodedPair(prompt_ids, chosen_ids, rejected_ids, margin=0.0, where=where, prompt_key=digest)
 
 
-def _ratios(found: Facts, shape: ShapeName) -> np.ndarray:
+def _ratios(found: Facts, largest: int) -> np.ndarray:
     per_pair = found.plain / found.pairs
-    padded = [ratio for size, ratio in found.padded_over_plain.items() if size <= PAIRS_PER_STEP[shape]]
+    padded = [ratio for size, ratio in found.padded_over_plain.items() if size <= largest]
     return np.array([per_pair, found.plain_over_shared, found.scored / found.plain, *padded])

@@ -45,22 +45,11 @@ class Settings:
     rounds: int = 5
     is_quick: bool = False
     out: Path = Path("benchmarks/results")
-    pairs: int = 0
-    """Of `run` and `sweep`; 0 for their default."""
-    best: str = ""
-    """TRL's best point in `run` and `sweep`; empty to take it from the results of `step`, or else the smallest."""
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of a training run."""
-        return 1 if self.is_quick and self.command == "sweep" else 3
 
     @property
     def name(self) -> str:
         """Name of the results."""
-        shape = (
-            [] if self.command in ("architectures", "crash", "engines", "estimate") else [self.shape, self.dtype, self.model]
-        )
+        shape = [self.shape, self.dtype, self.model] if self.command == "step" else []
         return "-".join([self.command, *shape] + ["quick"] * self.is_quick)
 
 

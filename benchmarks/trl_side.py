@@ -4,7 +4,6 @@ Only the tokenization is left out: `_prepare_dataset` hands the ids on. Loading,
 checkpointing, autocast, loss and metrics are TRL's own, as `DPOTrainer.train` sets them up.
 """
 
-import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,15 +77,13 @@ def default_point(shape: ShapeName, dtype: Dtype) -> GridPoint:
 
 def smallest_point(dtype: Dtype) -> GridPoint:
     """Return one pair at a time without checkpointing: no padding but that within a pair."""
-    return GridPoint(1, False, dtype != "nf4", False, PRECISIONS[dtype][0 if dtype == "fp32" else 1])
+    return GridPoint(1, False, True, False, PRECISIONS[dtype][0 if dtype == "fp32" else 1])
 
 
 def grid(shape: ShapeName, dtype: Dtype, *, quick: bool = False) -> list[GridPoint]:
     """Return every grid point, the default first.
 
-    Stored references are left out for nf4: TRL's precomputation runs in eval mode, where bitsandbytes repacks the weights on
-    CPUs with avx512_bf16 and the gradients are then wrong. Sorting means something only where there are several micro-batches
-    of several pairs. `quick` keeps two points.
+    Sorting means something only where there are several micro-batches of several pairs. `quick` keeps two points.
     """
     whole = PAIRS_PER_STEP[shape]
     if quick:
@@ -96,7 +93,7 @@ def grid(shape: ShapeName, dtype: Dtype, *, quick: bool = False) -> list[GridPoi
         for precision in PRECISIONS[dtype]
         for size in sorted({size for size in (1, 2, 4, 8, whole) if whole % size == 0}, reverse=True)
         for checkpointing in (True, False)
-        for stored in ((False,) if dtype == "nf4" else (False, True))
+        for stored in (False, True)
         for sorts in ((False, True) if 1 < size < whole else (False,))
     ]
     return sorted(points, key=lambda point: point != default_point(shape, dtype))
@@ -105,17 +102,12 @@ def grid(shape: ShapeName, dtype: Dtype, *, quick: bool = False) -> list[GridPoi
 class IdsTrainer(DPOTrainer):
     """DPOTrainer over pairs that are token ids already."""
 
-    reference_seconds = 0.0
-    """CPU seconds of the precomputation."""
-
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
 
     def _precompute_ref_logps(self, *arguments: Any) -> Any:
-        start = time.process_time()
-        dataset = super()._precompute_ref_logps(*arguments)
-        self.reference_seconds = time.process_time() - start
-        return dataset
+        keep_weights_unpacked(self.model)  # it runs in eval mode, in which bitsandbytes repacks 4-bit weights on some CPUs
+        return super()._precompute_ref_logps(*arguments)
 
 
 def make_trainer(
@@ -124,8 +116,6 @@ def make_trainer(
     base: Path,
     *,
     pairs_per_step: int,
-    epochs: int = 1,
-    beta: float = BETA,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> IdsTrainer:
     """Return a trainer over the pairs in their order, with the same adapter weights as ours.
@@ -137,8 +127,6 @@ def make_trainer(
         pairs: all pairs, optimizer batch after optimizer batch.
         base: folder of a base.
         pairs_per_step: of one optimizer batch.
-        epochs: for `trainer.train()`.
-        beta: of the loss.
         device: where it trains.
     """
     args = DPOConfig(
@@ -149,8 +137,8 @@ def make_trainer(
         gradient_accumulation_steps=pairs_per_step // point.pairs_per_microbatch,
         gradient_checkpointing=point.checkpointing,
         precompute_ref_log_probs=point.stores_reference,
-        num_train_epochs=epochs,
-        beta=beta,
+        beta=BETA,
+        max_length=None,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         logging_steps=1,

@@ -161,3 +161,28 @@ def test_every_engine_was_measured_and_is_within_its_bounds(monkeypatch):
         assert [row for row in rows if row["broken"]] == []
         assert all(row.get("difference", 0) < row["bound"] for row in rows if not row["known"])
     assert len(engines) == 7
+
+
+def test_a_process_counts_with_its_children_and_has_a_peak_of_its_own(monkeypatch):
+    """A quarter of a second in a child of the child; and 20 MB are not the 300 that this process has."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.processes import CommandFailed, environment, run_process
+
+    burn = "import time\nend = time.process_time() + 0.25\nwhile time.process_time() < end: pass"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-I', '-S', '-c', {burn!r}])"
+    spent = run_process([sys.executable, "-I", "-S", "-c", parent], environment(), ROOT)
+    assert 0.25 < spent.cpu_seconds < 0.6
+    assert 5 < spent.peak_mib < 60
+    with pytest.raises(CommandFailed, match="ended with 3:\nno such thing"):
+        run_process([sys.executable, "-I", "-S", "-c", "print('no such thing'); raise SystemExit(3)"], environment(), ROOT)
+
+
+def test_runs_whose_losses_differ_are_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.commands import Outcome, check_losses
+
+    theirs = Outcome(1.0, 1.0, 1.0, [[0.7, 0.5], [0.7, 0.4]])
+    found = check_losses({"TRL default": theirs, "ours": theirs._replace(losses=[[0.7, 0.5005], [0.7, 0.4]])})
+    assert found["ours"] == pytest.approx(1e-3)
+    with pytest.raises(RuntimeError, match="ours: losses differ"):
+        check_losses({"TRL default": theirs, "ours": theirs._replace(losses=[[0.7, 0.5], [0.7, 0.41]])})
