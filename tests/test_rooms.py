@@ -24,7 +24,7 @@ FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOU
 
 LEVELS = (
     {"errors", "disk", "hub", "links", "progress", "quantizations"},
-    {"log"},
+    {"log", "interruption"},
     {"recipe", "metrics", "objective"},
     {"runs", "data", "model"},
     {"inference"},

@@ -39,6 +39,11 @@ def progress(what: str | None) -> Iterator[None]:
         _work.reset(token)
 
 
+def current_work() -> str | None:
+    """Return the name of the current piece of work; None outside of a named one."""
+    return _work.get()
+
+
 def advance(done: int, total: int) -> None:
     """Report that so many of all parts of the current piece of work are done."""
     listener, what = _listener.get(), _work.get()

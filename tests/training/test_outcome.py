@@ -160,13 +160,13 @@ def _attended():
 @pytest.mark.slow
 @pytest.mark.usefixtures("_attended")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_finishes_the_step_saves_and_logs_it(make_recipe, number):
+def test_a_signal_finishes_the_step_and_saves(make_recipe, number):
     recipe = make_recipe("train.max_steps=5", "train.save_every=100", "train.log_every=100")
     result = train(recipe, callbacks=[Within(2, lambda model: os.kill(os.getpid(), number))])
     assert (result.interrupted_by, result.steps) == (number, 2)
     assert (result.folder / "checkpoint-2").is_dir()
     assert read_object(result.folder / RUN_FILE)["status"] == "interrupted"
-    assert [line["step"] for line in Run(result.folder).metrics if "loss" in line] == [2]
+    assert not any("loss" in line for line in Run(result.folder).metrics)  # the checkpoint keeps the window of the next line
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pe_dpo.cli import console
+from pe_dpo.interruption import Interrupted, listening
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
@@ -128,7 +130,11 @@ def _talk(pair: "SideBySide", system: str | None) -> None:
                 _take_turn(pair, conversation, line.strip(), number)
             except DataError as error:
                 console.warn(f"the prompt {error}; nothing was said. /new starts anew")
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                if isinstance(stop, Interrupted) and stop.number != SIGINT:
+                    raise
+                with listening() as signals:
+                    signals.listen()
                 console.say("stopped; this turn is forgotten")
 
 

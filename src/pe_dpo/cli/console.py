@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from pe_dpo.cli.options import in_flags
+from pe_dpo.interruption import Interrupted, listening
 from pe_dpo.log import PACKAGE, LineFormatter
 from pe_dpo.progress import showing
 
@@ -55,12 +56,22 @@ _until_the_command_ends = ExitStack()
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Return the function of a command that takes back at its end what `start` set up."""
+    """Return the function of a command that takes back at its end what `start` set up, and that a signal ends with a word.
+
+    It leaves with 128 + the signal's number then, and without a traceback.
+    """
 
     @wraps(function)
     def run(*args: Any, **options: Any) -> None:
-        with _until_the_command_ends:
-            function(*args, **options)
+        with listening():
+            try:
+                with _until_the_command_ends:
+                    function(*args, **options)
+            except Interrupted as stop:
+                notes = stop.notes or ["what it had not finished was taken back; start the same command again"]
+                with suppress(OSError):  # a terminal that is gone
+                    show_lines([str(stop), *map(in_flags, notes)], is_error=True)
+                raise typer.Exit(128 + stop.number) from stop
 
     return run
 
@@ -275,6 +286,12 @@ def counter() -> Callable[[str, int, int], None]:
         return lambda what, done, total: None
     bars: dict[str, Progress] = {}
 
+    def stop() -> None:
+        for bar in bars.values():
+            bar.stop()
+
+    _until_the_command_ends.callback(stop)
+
     def count(what: str, done: int, total: int) -> None:
         if what not in bars:
             bars[what] = Progress(transient=True)
@@ -307,6 +324,7 @@ def progress_callback() -> Any:
                            TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
                 self.bar = Progress(*columns)
                 self.bar.start()
+                _until_the_command_ends.callback(self.bar.stop)
                 self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -81,6 +81,7 @@ def sweep(
 
     console.start(is_silent=as_json)
     from pe_dpo.experiments.sweep import sweep as run
+    from pe_dpo.interruption import listening
 
     if as_json:
         states, found = run(plan, engine=engine, workers=workers), []
@@ -93,6 +94,9 @@ def sweep(
         with _Progress() as progress:
             states = run(plan, engine=engine, workers=workers, tell=progress)
         _say_what_is_next(states, str(plan.folder))
+    with listening() as signals:
+        if signals.received:
+            raise typer.Exit(128 + signals.received)
     if any(state.status != "finished" for state in states):
         raise typer.Exit(1)
 

@@ -9,6 +9,7 @@ off from its newest checkpoint, the others as they are.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pe_dpo.experiments.on_ray import run_on_ray
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.experiments.point import PointState, run_metrics, run_point, share
 from pe_dpo.inference.inputs import Inputs
+from pe_dpo.interruption import Interrupted
 from pe_dpo.model.provenance import adapter_inputs
 from pe_dpo.recipe import Recipe, recipe_difference, with_absolute_paths
 from pe_dpo.runs.checkpoints import checkpoints
@@ -50,7 +52,7 @@ def sweep(
         UsageError: ray is asked for and not installed.
         DataError, ModelError: the base or the pairs cannot be used at all.
     """
-    with locked(plan.folder):
+    with locked(plan.folder), _named(plan):
         plan = save_plan(plan)
         states = {point.folder: _state_on_disk(plan, point, recipe) for point, recipe in _pairs(plan)}
         todo = [(point, recipe) for point, recipe in _pairs(plan) if states[point.folder].status != "finished"]
@@ -66,6 +68,18 @@ def sweep(
             if state.status == "interrupted":
                 break
         return list(states.values())
+
+
+@contextmanager
+def _named(plan: SweepPlan) -> Iterator[None]:
+    """Within the block a signal says how the sweep goes on, and not how the run that it met would."""
+    try:
+        yield
+    except Interrupted as stop:
+        done = sum(Run(plan.folder / point.folder).info.is_finished for point in plan.points)
+        again = Interrupted(stop.number, stop.work)
+        again.add_note(f"{done} of {len(plan.points)} runs are finished; start the same command again to go on")
+        raise again from stop
 
 
 def _run_here(todo: list[tuple[Point, Recipe]], like: Path | None) -> Iterator[PointState]:

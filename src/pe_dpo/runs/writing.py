@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shlex
 import shutil
 import sys
 import uuid
@@ -80,12 +81,14 @@ class RunWriter:
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
+        self._has_begun = False
 
     def begin(self, recipe: Recipe, *, resume: bool) -> None:
         """Make a checked folder ready: as it is for a resumed run; else without the last run, and with this recipe.
 
         Only what a run writes is removed; other files stay.
         """
+        self._has_begun = True
         if not self.writes or resume:
             return
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == RUN_FILE):  # last what tells that it is a run
@@ -104,6 +107,16 @@ class RunWriter:
         if self.writes:
             entries = {**read_object(self.folder / RUN_FILE), **entries}
             write_json(self.folder / RUN_FILE, {key: value for key, value in entries.items() if value is not None})
+
+    def interrupt(self) -> str:
+        """Write down that a signal ended the run outside of its steps; return what is kept and how to go on, in words."""
+        if not self._has_begun:
+            return f"{self.folder}: nothing of this run was written yet; start it again"
+        run, kept = Run(self.folder), checkpoints(self.folder)
+        if not run.info.is_finished:
+            self.update(status="interrupted", step=checkpoint_step(kept[-1]) if kept else None)
+        saved = f"the checkpoint of step {checkpoint_step(kept[-1])} is kept" if kept else "no step was saved yet"
+        return f"{saved}; go on with: pe-dpo train {shlex.quote(str(self.folder / RECIPE_FILE))} --resume"
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -130,7 +143,7 @@ class RunWriter:
         last = checkpoint_step(checkpoint) if checkpoint else -1
         kept = [json.dumps(json_without_nan(line)) + "\n" for line in run.metrics if line["step"] <= last]
         write_atomically(self.folder / METRICS_FILE, "".join(kept))
-        if run.info.status == "failed":
+        if not run.info.is_finished:
             self.update(status="training", why=None)
         return checkpoint
 

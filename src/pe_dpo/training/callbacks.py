@@ -1,14 +1,13 @@
 """Callbacks of a run: metrics into metrics.jsonl, measurements along the way, and a signal turned into a checkpoint."""
 
-import signal
-import threading
-from collections.abc import Callable, Collection, Sequence
-from types import FrameType
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from pe_dpo.interruption import Signals, finishing
 from pe_dpo.runs.writing import RunWriter
 
 
@@ -41,42 +40,21 @@ class Snapshots(TrainerCallback):
             self.measure(state.global_step)
 
 
-STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-"""Asked to end, Ctrl-C, the terminal is gone, and the notice that a job scheduler gives before it ends a job."""
-PERSISTING = ("SIGHUP", "SIGUSR1")
-"""These come more than once without meaning more: kernel and shell both tell that a terminal is gone."""
-
-
 class StopOnSignal(TrainerCallback):
-    """On one of `STOPPING` finishes the step, saves and stops; a second SIGTERM or SIGINT ends the process at once."""
+    """On a signal that asks the process to end (`interruption.STOPPING`) finishes the step, saves and stops."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._block = ExitStack()
+        self._signals: Signals | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start to listen; outside the main thread signals are somebody else's."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in STOPPING:
-            number = getattr(signal, name, None)  # not every system has all of them
-            before = None if number is None else signal.getsignal(number)
-            if number is None or before is None:  # somebody's who is not Python and could not get it back
-                continue
-            if name == "SIGHUP" and before == signal.SIG_IGN:  # nohup: it is to outlive its terminal
-                continue
-            self._previous[number] = signal.signal(number, self._receive)
+        """Ask for a word instead of an exception."""
+        self._signals = self._block.enter_context(finishing())
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or number
-        self.restore(but=PERSISTING)
-
-    def restore(self, but: Sequence[str] = ()) -> None:
-        """Give the signals back to whoever handled them before, all `but` some."""
-        for number, handler in list(self._previous.items()):
-            if signal.Signals(number).name not in but:
-                signal.signal(number, handler)
-                del self._previous[number]
+    def restore(self) -> None:
+        """Signals are exceptions again."""
+        self._block.close()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for a checkpoint and the end when a signal came."""
@@ -88,11 +66,12 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening; what came after the last step counts in every process."""
-        self.restore()
         self._agree(args)
+        self.restore()
 
     def _agree(self, args: Any) -> None:
         """Take over another process's signal: one may reach one process only, or each in another step."""
+        self.received = self.received or (self._signals.received if self._signals else None)
         if args.world_size > 1:
             signals = torch.tensor(self.received or 0, device=args.device)
             torch.distributed.all_reduce(signals, op=torch.distributed.ReduceOp.MAX)

@@ -19,6 +19,7 @@ from pe_dpo.inference.inputs import Inputs
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.interruption import Interrupted, listening
 from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
@@ -89,6 +90,8 @@ def train(
         DataError: the pairs cannot be used.
         ModelError: the base or an adapter cannot, or the reference is not what it must be.
         TrainingError: the run had to stop, or came to numbers that are not finite; checkpoints stay.
+        Interrupted: a signal came before the first step or after the last; its notes say how to go on. Between them the run
+            finishes the step, saves, and returns.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     recipe = with_absolute_paths(recipe)
@@ -96,6 +99,7 @@ def train(
     if resume:
         recipe = with_recorded_gamma(run, recipe)
     with ExitStack() as stack:
+        stack.enter_context(listening())
         if not state.is_main_process:
             stack.enter_context(quiet())
             prepared = prepare_run(recipe, shared=shared, recorded=run.data_report if resume else None)
@@ -116,6 +120,9 @@ def train(
             return _train(recipe, prepared, writer, resume=resume, callbacks=callbacks)
         except TrainingError as error:
             writer.update(status="failed", why=str(error))
+            raise
+        except Interrupted as stop:
+            stop.add_note(writer.interrupt())
             raise
 
 
