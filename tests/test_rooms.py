@@ -132,6 +132,7 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
         "quantizations",
         "log",
         "progress",
+        "interruption",
     }
 
 
