@@ -119,7 +119,7 @@ def _quadrant_shares(run: Run, prefix: str, pairs: str, kind: str) -> tuple[list
 
 
 def _no_regimes(run: Run, pairs: PairTable | None) -> str:
-    if not run.metrics:
+    if not run.curve("step").steps:
         return "the run wrote no metrics yet (metrics.jsonl)."
     if run.kappa == 0 and pairs is None:
         return "with gamma 0 the reference is not run in training, and no pairs were held out; set data.eval and train again."

@@ -55,7 +55,7 @@ def report_run(folder: Path) -> Page:
 
     remarks = []
     if not info.is_finished:
-        step = max((line["step"] for line in run.metrics), default=0)
+        step = max(run.curve("step").steps, default=0)
         state = f"status: {info.status}{f': {info.why}' if info.why else ''}, last step written: {step}"
         verdict = f"This run is not finished ({state}); what follows is what it left so far."
     elif pairs is None or not sides:

@@ -8,7 +8,8 @@ way below snapshots/, and the end scaled toward the reference below scaled/. `Ru
 
 import json
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +128,16 @@ class Curve(NamedTuple):
 
     steps: list[int]
     values: list[float]
+
+
+class Logged(NamedTuple):
+    """What metrics.jsonl says of all steps."""
+
+    numbers: "dict[str, tuple[array[int], array[float]]]"
+    """Steps and values of each metric, in the order of the lines."""
+    keys: set[str]
+    """Of all lines."""
+    remarks: list[str]
 
 
 class Measurements:
@@ -251,7 +262,7 @@ class Run(Measurements):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(self, Path(folder), step=0)
-        self._metrics: tuple[tuple[int, int], list[dict[str, Any]]] = ((-1, -1), [])
+        self._read: tuple[tuple[int, int], Logged] | None = None
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -329,39 +340,68 @@ class Run(Measurements):
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, each with its step; a last one that a kill cut off is left out.
 
-        They are read anew where a run has written more since: a curve costs no pass over the file.
+        Of 100,000 steps they take 1 GB: `metric_lines` has one at a time, and `curve` what is drawn.
+
+        Raises:
+            RunFolderError: a line is not JSON.
+        """
+        return [line for _, line in self.metric_lines()]
+
+    def metric_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Yield the lines of metrics.jsonl, as they lie there and as read; a last one that a kill cut off is left out.
 
         Raises:
             RunFolderError: a line is not JSON.
         """
         path = self.folder / METRICS_FILE
         if not path.is_file():
-            return []
-        stat = path.stat()
-        now = stat.st_mtime_ns, stat.st_size
-        if self._metrics[0] == now:
-            return self._metrics[1]
-        found = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                if line.endswith("\n"):
-                    raise RunFolderError(f"{path}:{number}: is not JSON ({error}); remove that line") from error
-        self._metrics = now, [line for line in found if isinstance(line, dict) and "step" in line]
-        return self._metrics[1]
+            return
+        with path.open("rb") as file:
+            for number, text in enumerate(file, start=1):
+                try:
+                    line = json.loads(text)
+                except ValueError as error:
+                    if text.endswith(b"\n"):
+                        raise RunFolderError(f"{path}:{number}: is not JSON ({error}); remove that line") from error
+                    continue
+                if isinstance(line, dict) and "step" in line:
+                    yield text, line
+
+    @property
+    def _logged(self) -> Logged:
+        """The numbers of metrics.jsonl, read anew where a run has written more since: a curve costs no pass over the file."""
+        path = self.folder / METRICS_FILE
+        stat = path.stat() if path.is_file() else None
+        now = (-1, -1) if stat is None else (stat.st_mtime_ns, stat.st_size)
+        if self._read is not None and self._read[0] == now:
+            return self._read[1]
+        found = Logged({}, set(), [])
+        for _, line in self.metric_lines():
+            step = int(line["step"])
+            found.keys.update(line)
+            if "words" in line:
+                found.remarks.append(f"step {line['step']}: {line['words']}")
+            for key, value in line.items():
+                if isinstance(value, int | float):
+                    if key not in found.numbers:
+                        found.numbers[key] = array("q"), array("d")
+                    steps, values = found.numbers[key]
+                    steps.append(step)
+                    values.append(value)
+        self._read = now, found
+        return found
 
     @cached_property
     def has_held_out(self) -> bool:
         """Whether the pairs that were measured along the way are held out; else they are some of the training pairs."""
-        keys = {key for line in self.metrics for key in line}
+        keys = self._logged.keys
         return "eval_loss" in keys or "probe_loss" not in keys
 
     def curve(self, key: str) -> Curve:
         """Return a metric over steps: "loss", or with "watched/" in front of it that of the pairs measured along the way."""
         if key.startswith("watched/"):
             key = ("eval_" if self.has_held_out else "probe_") + key.removeprefix("watched/")
-        points = {int(line["step"]): float(line[key]) for line in self.metrics if isinstance(line.get(key), int | float)}
+        points = dict(zip(*self._logged.numbers.get(key, ((), ())), strict=True))
         kept = {step: value for step, value in sorted(points.items()) if math.isfinite(value)}
         return Curve(list(kept), list(kept.values()))
 
@@ -371,7 +411,7 @@ class Run(Measurements):
         remarks = self.info.remarks
         if remarks is not None:
             return remarks
-        return [f"step {line['step']}: {line['words']}" for line in self.metrics if "words" in line]
+        return self._logged.remarks
 
     @property
     def snapshots(self) -> list[Measurements]:

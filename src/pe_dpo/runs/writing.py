@@ -141,8 +141,12 @@ class RunWriter:
             logger.info(line)
         logger.info(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
         last = checkpoint_step(checkpoint) if checkpoint else -1
-        kept = [json.dumps(json_without_nan(line)) + "\n" for line in run.metrics if line["step"] <= last]
-        write_atomically(self.folder / METRICS_FILE, "".join(kept))
+        kept = (  # as they are, but for numbers that older versions wrote as no JSON
+            json.dumps(json_without_nan(line)) + "\n" if b"NaN" in text or b"Infinity" in text else text.decode()
+            for text, line in run.metric_lines()
+            if line["step"] <= last
+        )
+        write_atomically(self.folder / METRICS_FILE, kept)
         if not run.info.is_finished:
             self.update(status="training", why=None)
         return checkpoint

@@ -58,7 +58,7 @@ class Monitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Catch up with what a resumed run has seen and said."""
         if state.is_world_process_zero and state.global_step:
-            for line in Run(self.writer.folder).metrics:
+            for _, line in Run(self.writer.folder).metric_lines():
                 self.look(line["step"], line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

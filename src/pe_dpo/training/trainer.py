@@ -52,6 +52,9 @@ from pe_dpo.training.window import Window
 GENERATION_SEED = 0
 """The seed of the sampled answers: the same in every run, so that runs are compared on common random numbers."""
 
+NEWEST_LINES = 100
+"""Of the log that stay in memory for callbacks; the record of all is metrics.jsonl."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -301,6 +304,7 @@ class PairTrainer(Trainer):
             metrics = pair_metrics(window.since(None) if self.starts_at_reference else window)
             logs |= metrics | {"tokens_per_second": speed}
         super().log(logs, start_time)
+        del self.state.log_history[:-NEWEST_LINES]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Return the metrics of the monitored pairs, and log them."""
@@ -379,6 +383,7 @@ class PairTrainer(Trainer):
         run = Path(self.args.output_dir)
         self.reference.flush()
         self._staging = staging_folder(run)
+        newest, self.state.log_history = self.state.log_history, []  # metrics.jsonl is the record
         try:
             super()._save_checkpoint(model, trial)
             staged = self._staging / f"checkpoint-{self.state.global_step}"
@@ -390,7 +395,7 @@ class PairTrainer(Trainer):
                 commit_checkpoint(run, self.state.global_step, Run(run).inputs, keep=self.keep_checkpoints)
             self.accelerator.wait_for_everyone()
         finally:
-            self._staging = None
+            self._staging, self.state.log_history = None, newest
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
