@@ -370,4 +370,4 @@ def test_a_report_reads_the_metrics_once(run, monkeypatch) -> None:
 
     monkeypatch.setattr("pe_dpo.runs.run.json.loads", loads)
     report_run(run)
-    assert sum(text.strip() == lines[0] for text in read) == 1
+    assert sum(text.strip() == lines[0].encode() for text in read) == 1
