@@ -6,6 +6,7 @@ PeDpoError            exit 1   a run or a file failed, and the message says what
 │   ├── OutOfMemory             one pair does not fit into the memory of the device
 │   └── MergeRefused            a merged model that is not what was trained
 ├── TrainingError              a run that cannot go on (non-finite loss, broken checkpoint)
+├── DiskError                  a disk that is full, read-only, gone or failing
 ├── StoreUnavailable           the store of the reference's log-probs; a run can do without it
 └── UsageError        exit 2   what was asked for is impossible; nothing was started
     ├── RecipeError            a recipe file, a preset or an override
@@ -39,6 +40,10 @@ class TrainingError(PeDpoError):
     """A run that must stop; what was saved before stays valid."""
 
 
+class DiskError(PeDpoError):
+    """A disk that does not take or give what it is asked to; nothing half-written counts as whole."""
+
+
 class StoreUnavailable(PeDpoError):
     """A reference store that cannot be made, read or written; its caller may go on without one."""
 
@@ -55,3 +60,10 @@ class RecipeError(UsageError):
 
 class RunFolderError(UsageError):
     """An output folder that holds another run, is in use, or cannot be resumed from."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error in a line: the message of one of ours; of any other its kind and the first line of what it says."""
+    if isinstance(error, PeDpoError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")

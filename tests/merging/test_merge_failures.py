@@ -21,7 +21,7 @@ import warm_process
 from safetensors.torch import load_file, save_file
 
 from pe_dpo.cli import main
-from pe_dpo.errors import MergeRefused, ModelError, PeDpoError, RunFolderError, UsageError
+from pe_dpo.errors import DiskError, MergeRefused, ModelError, PeDpoError, RunFolderError, UsageError
 from pe_dpo.merging import training_base as training_base_module
 from pe_dpo.merging import unmerged as unmerged_module
 from pe_dpo.merging import write as write_module
@@ -664,7 +664,7 @@ def test_a_merge_that_cannot_fit_is_refused_before_anything_is_written(
     """115,008 float32 weights need 460,032 bytes."""
     usage = shutil.disk_usage(out.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=460_031))
-    with refused(out, ModelError, f"{out}: the merged model has 0.0 GB, and 0.0 GB are free there"):
+    with refused(out, DiskError, f"{out}: the merged model takes 0.5 MB, and 0.0 MB are free there"):
         merge(nf4_run, out, pairs=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=460_032))
     merge(nf4_run, out, pairs=0)
@@ -698,7 +698,7 @@ def test_a_disk_that_fills_up_while_weights_are_written_leaves_nothing_and_the_n
 
     with monkeypatch.context() as patch:
         patch.setattr(write_module, "TensorWriter", Writer)
-        with refused(out, ModelError, f"{out}: cannot be written: No space left on device; nothing was left there"):
+        with refused(out, DiskError, f"{out}: the disk is full (", "nothing was left there"):
             merge(nf4_run, out, pairs=0)
     merge(nf4_run, out, pairs=0)
     assert (out / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
@@ -718,7 +718,7 @@ def test_a_disk_that_fills_up_beside_the_weights_leaves_nothing(
         return write(plan, writer, base)
 
     monkeypatch.setattr(write_module, "write_tensors", then_full)
-    with refused(out, ModelError, f"{out}: cannot be written: ", "No space left on device"):
+    with refused(out, DiskError, "the disk is full (", "nothing was left there"):
         merge(nf4_run, out, pairs=0)
 
 
@@ -781,7 +781,8 @@ def test_a_limit_on_the_size_of_files_is_one_error_and_leaves_nothing(
     """The system's own EFBIG. The weights have 462,176 bytes with their header."""
     for most_bytes in (100, 5_000, 462_000):
         ended = merge_apart(nf4_run, out, tmp_path, pairs=0, most_bytes=most_bytes)
-        assert ended[:2] == (1, f"ModelError: {out}: cannot be written: File too large; nothing was left there")
+        remedy = "raise the limit (ulimit -f), or choose another disk"
+        assert ended[:2] == (1, f"DiskError: {out}: a file may not become so large; {remedy}; nothing was left there")
         assert list(out.parent.iterdir()) == []
     assert merge_apart(nf4_run, out, tmp_path, pairs=0).code == 0
     assert (out / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()

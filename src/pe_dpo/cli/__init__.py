@@ -6,6 +6,7 @@ run, 2 usage.
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -28,7 +29,8 @@ from pe_dpo.cli.report import report
 from pe_dpo.cli.serve import serve
 from pe_dpo.cli.sweep import sweep
 from pe_dpo.cli.train import train
-from pe_dpo.errors import PeDpoError
+from pe_dpo.disk import disk_errors_named
+from pe_dpo.errors import PeDpoError, UsageError
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where torch's allocator on a card takes its settings from: today, and before 2.9."""
@@ -65,7 +67,12 @@ def main() -> None:
     if not os.environ.keys() & ALLOCATOR:  # torch reads it when it is imported; rows of many lengths fray a card's memory
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     try:
-        app()
+        try:
+            here = Path.cwd()
+        except FileNotFoundError as error:
+            raise UsageError("the working folder was removed; change to one that is there, and start again") from error
+        with disk_errors_named(here):
+            app()
     except PeDpoError as error:
         print(f"error: {in_flags(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

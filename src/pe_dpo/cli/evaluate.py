@@ -81,6 +81,7 @@ def evaluate(
 
 
 def _check_request(target: Path, quantize: str | None, pairs: Path | None, output: Path | None) -> None:
+    from pe_dpo.disk import check_can_be_written
     from pe_dpo.errors import UsageError
 
     if not target.is_dir():
@@ -91,6 +92,8 @@ def _check_request(target: Path, quantize: str | None, pairs: Path | None, outpu
         raise UsageError(f"--pairs {pairs}: there is no folder {pairs.parent}; make it first")
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"-o {output}: there is no folder {output.absolute().parent}; make it first")
+    for place in filter(None, (pairs and pairs.parent, output)):  # before hours of measuring
+        check_can_be_written(place)
 
 
 def _report(found: "Evaluation") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.data import EncodedPair, data_hash, prepare_pairs
+from pe_dpo.disk import TEMPORARY, disk_errors_named
 from pe_dpo.errors import UsageError
 from pe_dpo.evaluation.judge import judge, open_scorer, prompts_as_written, win_rate
 from pe_dpo.inference.divergence import data_prefix_kl, divergences, store_logits
@@ -67,19 +68,21 @@ class Evaluation:
 
     def save_pairs(self, path: Path) -> None:
         """Write every pair with its texts as parquet."""
-        with_texts(self.scored, self.pairs, self.tokenizer).save(path)
+        with disk_errors_named(path):
+            with_texts(self.scored, self.pairs, self.tokenizer).save(path)
 
     def save(self, folder: Path) -> None:
         """Write eval_pairs.parquet, evaluation.json and, if answers were sampled, generations.parquet; else old ones stay.
 
         What was measured of the scaled adapter goes into folders of its own below, see `scaled_folder`.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save_pairs(folder / PAIRS_FILE)
-        if self.drift is not None:
-            self.drift.table.save(folder / ANSWERS_FILE)
-        generation = self.generation or Run(folder).generation
-        save_evaluation(folder, self.metrics, self.intervals, generation)
+        with disk_errors_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save_pairs(folder / PAIRS_FILE)
+            if self.drift is not None:
+                self.drift.table.save(folder / ANSWERS_FILE)
+            generation = self.generation or Run(folder).generation
+            save_evaluation(folder, self.metrics, self.intervals, generation)
         for scale, found in self.scaled.items():
             found.save(scaled_folder(folder, scale))
 
@@ -278,7 +281,7 @@ class _Measuring:
         if other is None:
             return
         prompts, chosen = [pair.prompt_ids for pair in pairs], [pair.chosen_ids for pair in pairs]
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory() as name, disk_errors_named(Path(name), advice=TEMPORARY):
             answers_folder, data_folder = Path(name, "answers"), Path(name, "data")
             with progress("sampling, policy"):
                 said = asked.answers(policy, token_budget=budget)

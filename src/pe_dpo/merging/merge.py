@@ -63,7 +63,8 @@ def merge(
 
     Raises:
         UsageError: `output` is taken, the scale is not above 0, or something only the user knows is missing.
-        ModelError: base or adapter are not those of training or not whole, or cannot be merged; or the disk is full.
+        ModelError: base or adapter are not those of training or not whole, or cannot be merged.
+        DiskError: the disk is full, or cannot be written; nothing was left there.
         MergeRefused: the merged model is not what was trained; nothing was written.
     """
     output, target = Path(output), Path(target)

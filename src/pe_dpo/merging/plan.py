@@ -5,13 +5,13 @@ unties them: the other keeps the base's values, and the merged model has two ten
 """
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from pe_dpo.disk import check_can_be_written
 from pe_dpo.errors import ModelError
 from pe_dpo.merging.source import Source
 from pe_dpo.model.adapter_files import Change
@@ -109,18 +109,15 @@ class Plan:
         self._check_nothing_lacks({names.recorded_as(name) for name in names.parameters})
 
     def check_space(self, output: Path) -> None:
-        """Check that the disk has room for the merged weights.
+        """Check that the disk takes files and has room for the merged weights.
 
         Args:
             output: a folder that need not exist.
 
         Raises:
-            ModelError: it has not.
+            DiskError: it does not, or has not.
         """
-        size = sum(tensor.facts.bytes for tensor in self.tensors)
-        free = shutil.disk_usage(output.absolute().parent).free
-        if size > free:
-            raise ModelError(f"{output}: the merged model has {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there")
+        check_can_be_written(output, sum(tensor.facts.bytes for tensor in self.tensors), what="the merged model")
 
     def _add(self, stored: TensorInfo, name: str, module_name: str, change: Change | None, names: "_BaseNames") -> None:
         shape = stored.shape if change is None else self.source.adapter.shape(change) or stored.shape

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pe_dpo.disk import appearing_whole
 from pe_dpo.errors import UsageError
 from pe_dpo.links import LinkName
 
@@ -83,9 +84,8 @@ class Table:
         import pyarrow
         import pyarrow.parquet
 
-        partial = path.with_name(f".{path.name}.partial")
-        pyarrow.parquet.write_table(pyarrow.table(self.columns()), partial)
-        partial.replace(path)
+        with appearing_whole(path) as partial:
+            pyarrow.parquet.write_table(pyarrow.table(self.columns()), partial)
 
     @classmethod
     def load(cls, path: Path, *, remedy: str, needs: Iterable[str] = (), with_texts: bool = True) -> Self | None:

@@ -10,7 +10,6 @@ Whatever is carried is loaded again and must be the tokenizer in use, by what it
 transformers writes it anew, and a warning says so.
 """
 
-import errno
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pe_dpo.disk import TEMPORARY, disk_errors_named
 from pe_dpo.errors import ModelError
 from pe_dpo.model.base import load_tokenizer
 from pe_dpo.model.provenance import template_fingerprint, tokenizer_fingerprint
@@ -78,7 +78,7 @@ def tokenizer_files(tokenizer: Any, origins: Sequence[Path], *, config: bytes | 
         config: content of the config.json that will lie beside them, which has a say in how they are read.
 
     Raises:
-        OSError: they cannot be written to a place for trying them.
+        DiskError: they cannot be written to a place for trying them.
     """
     for origin in origins:
         paths = [path for pattern in PATTERNS for path in sorted(origin.glob(pattern)) if path.is_file()]
@@ -88,11 +88,8 @@ def tokenizer_files(tokenizer: Any, origins: Sequence[Path], *, config: bytes | 
             return carried
     if origins:
         logger.warning(f"{origins[0]}: its files are not read as the tokenizer in use, which transformers writes anew")
-    with TemporaryDirectory() as name:
-        try:
-            tokenizer.save_pretrained(name)
-        except Exception as error:  # the tokenizers library has no class of its own for a full disk
-            raise OSError(errno.EIO, f"the tokenizer's files: {error}") from error
+    with TemporaryDirectory() as name, disk_errors_named(Path(name), advice=TEMPORARY):
+        tokenizer.save_pretrained(name)
         paths = [path for path in Path(name).rglob("*") if path.is_file()]
         written = {path.relative_to(name).as_posix(): path.read_bytes() for path in paths}
     return _carried(written, tokenizer, config) or written

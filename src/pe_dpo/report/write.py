@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pe_dpo.disk import write_atomically
+from pe_dpo.disk import appearing_whole, disk_error, disk_errors_named, write_atomically
 from pe_dpo.errors import UsageError
 from pe_dpo.report.content import Page
 from pe_dpo.report.page import to_html, to_markdown
@@ -24,7 +24,8 @@ def write_report(target: Path, page: Path, figures: Path, *, metric: str | None 
         baseline: of a sweep, the hyperparameter that others are held against at equal KL; default: beta.
 
     Raises:
-        UsageError: the target is neither a run nor a sweep, a file in it is torn, or nothing can be written there.
+        UsageError: the target is neither a run nor a sweep, a file in it is torn, or a folder cannot be made.
+        DiskError: the disk is full, or cannot be written.
     """
     if (target / SWEEP_FILE).is_file():
         content = report_sweep(target, metric=metric, baseline=baseline or "beta")
@@ -33,16 +34,18 @@ def write_report(target: Path, page: Path, figures: Path, *, metric: str | None 
             if value is not None:
                 raise UsageError(f"`{name}` {value}: is for sweeps, and {target} is no sweep; leave it out")
         content = report_run(target)
-    try:
-        figures.mkdir(parents=True, exist_ok=True)
-        page.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (figures, page.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(str(disk_error(error, folder) or f"{folder}: cannot be written: {error.strerror}")) from error
+    with disk_errors_named(page):
         for plot in content.plots:
-            save(plot.figure, figures / f"{plot.name}.png")
+            with appearing_whole(figures / f"{plot.name}.png") as partial:
+                save(plot.figure, partial)
         write_atomically(figures / "table.md", to_markdown(content.tables))
         if content.records:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in content.records]
             write_atomically(figures / "results.jsonl", "".join(lines))
         write_atomically(page, to_html(content))
-    except OSError as error:
-        raise UsageError(f"{error.filename or page}: cannot be written: {error.strerror or error}") from error
     return content

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pe_dpo.disk import sync
-from pe_dpo.errors import ModelError, UsageError
+from pe_dpo.disk import disk_errors_named, sync
+from pe_dpo.errors import UsageError
 from pe_dpo.runs.writing import locked
 
 
@@ -37,12 +37,12 @@ def staged(output: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: `output` is taken, or another process is making it.
-        ModelError: the disk is full, or cannot be written.
+        DiskError: the disk is full, or cannot be written.
     """
     check_free(output)
     output = output.absolute()
     staging = output.with_name(f".{output.name}.staging")
-    with locked(staging) as folder:
+    with locked(staging) as folder, disk_errors_named(output, advice="nothing was left there"):
         try:
             _sweep(folder)
             yield folder
@@ -52,10 +52,6 @@ def staged(output: Path) -> Iterator[Path]:
             folder.rename(output)
             (output / ".lock").unlink()  # held until the name is taken, or another process would begin in the same folder
             sync(output.parent)
-        except OSError as error:
-            if error.errno is None:  # of a hub or another library, not of this disk
-                raise
-            raise ModelError(f"{output}: cannot be written: {error.strerror}; nothing was left there") from error
         finally:
             _remove(folder)
 
@@ -66,15 +62,12 @@ def scratch(folder: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: another process works there.
+        DiskError: the disk is full, or cannot be written.
     """
-    with locked(folder):
+    with locked(folder), disk_errors_named(folder):
         try:
             _sweep(folder)
             yield folder
-        except OSError as error:
-            if error.errno is None:
-                raise
-            raise ModelError(f"{folder}: cannot be written: {error.strerror}; make room, or choose another place") from error
         finally:
             _remove(folder)
 
@@ -87,9 +80,8 @@ def _sweep(folder: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a locked folder, the lock last: until then no other process works there."""
-    if not folder.is_dir():
-        return
-    _sweep(folder)
-    (folder / ".lock").unlink(missing_ok=True)
-    with suppress(OSError):  # another process has begun there
-        folder.rmdir()
+    with suppress(OSError):  # what cannot be removed now is swept by the next start
+        if folder.is_dir():
+            _sweep(folder)
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()  # unless another process has begun there

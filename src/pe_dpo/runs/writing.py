@@ -4,20 +4,21 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 import shlex
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.disk import json_without_nan, matching_paths, write_atomically, write_json
+from pe_dpo.disk import disk_error, json_without_nan, matching_paths, write_atomically, write_json
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, describe, list_sources, recipe_difference, recipe_to_yaml
-from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints
+from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints, staging_folder
 from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, RUN_FILE, read_object
 from pe_dpo.runs.model_card import model_card
 from pe_dpo.runs.run import Run
@@ -82,6 +83,14 @@ class RunWriter:
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
         self._has_begun = False
+        """Whether what lies there is this run's, so that it may be said of it that it failed."""
+
+    def sweep(self) -> None:
+        """Remove what a killed or failed process left half-written: it may be what fills the disk."""
+        if self.writes:
+            shutil.rmtree(staging_folder(self.folder), ignore_errors=True)
+            for path in self.folder.rglob(".*.partial"):
+                path.unlink(missing_ok=True)
 
     def begin(self, recipe: Recipe, *, resume: bool) -> None:
         """Make a checked folder ready: as it is for a resumed run; else without the last run, and with this recipe.
@@ -103,8 +112,9 @@ class RunWriter:
             write_atomically(self.folder / RECIPE_FILE, recipe_to_yaml(recipe))
 
     def update(self, **entries: Any) -> None:
-        """Set entries of run.json, atomically; one of None is taken out."""
+        """Set entries of run.json, atomically; one of None is taken out, and why a run failed as soon as it has not."""
         if self.writes:
+            entries = entries if entries.get("status", "failed") == "failed" else {**entries, "why": None}
             entries = {**read_object(self.folder / RUN_FILE), **entries}
             write_json(self.folder / RUN_FILE, {key: value for key, value in entries.items() if value is not None})
 
@@ -117,6 +127,24 @@ class RunWriter:
             self.update(status="interrupted", step=checkpoint_step(kept[-1]) if kept else None)
         saved = f"the checkpoint of step {checkpoint_step(kept[-1])} is kept" if kept else "no step was saved yet"
         return f"{saved}; go on with: pe-dpo train {shlex.quote(str(self.folder / RECIPE_FILE))} --resume"
+
+    def fail(self, why: str) -> None:
+        """Write down that the run failed, and remove what it left half-written; nothing where it had not begun.
+
+        On a disk that has no room for that the word alone takes the place of the old one, without a byte more.
+        """
+        if not self.writes or not self._has_begun:
+            return
+        self.sweep()
+        try:
+            self.update(status="failed", why=why)
+        except OSError:
+            self.sweep()
+            with suppress(OSError), (self.folder / RUN_FILE).open("r+b") as file:
+                before = re.search(rb'"status": "(starting|training)"', file.read())
+                if before is not None:
+                    file.seek(before.start())
+                    file.write(b'"status": "failed"'.ljust(len(before[0])))
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -148,7 +176,7 @@ class RunWriter:
         )
         write_atomically(self.folder / METRICS_FILE, kept)
         if not run.info.is_finished:
-            self.update(status="training", why=None)
+            self.update(status="training")
         return checkpoint
 
     def record_start(
@@ -226,12 +254,14 @@ def locked(folder: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from error
+        raise RunFolderError(f"cannot be made: {disk_error(error, folder) or f'{folder}: {error.strerror}'}") from error
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise RunFolderError(f"{folder}: another run is writing there; wait for it, or choose another `output`") from error
+    except OSError as error:
+        raise RunFolderError(f"cannot be locked: {disk_error(error, folder) or f'{folder}: {error.strerror}'}") from error
     try:
         yield folder
     finally:

@@ -2,11 +2,13 @@
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pe_dpo.data import PreparedData
+from pe_dpo.disk import check_can_be_written
 from pe_dpo.errors import RecipeError
 from pe_dpo.recipe import Recipe
 
@@ -98,3 +100,30 @@ def total_steps(recipe: Recipe, data: PreparedData) -> int:
     """Return the optimizer steps of a run."""
     settings = recipe.train
     return settings.max_steps or math.ceil(math.ceil(len(data.train) / settings.pairs_per_step) * settings.epochs)
+
+
+def check_disk(recipe: Recipe, *, parameters: int, saves: int, there: int = 0) -> None:
+    """Check that the disk takes files and has room for the checkpoints of a run and for its adapter, before it takes a step.
+
+    Counted is what there must be at least: the adapter in float32 and what Adam remembers of it. While a checkpoint is written,
+    all that are kept are still there.
+
+    Args:
+        recipe: The recipe of the run.
+        parameters: Trainable ones.
+        saves: How many checkpoints are still to be written.
+        there: How many lie there.
+
+    Raises:
+        DiskError: it does not, or has not.
+    """
+    settings = recipe.train
+    states = 0 if "adam" not in settings.optimizer else 2 if "8bit" in settings.optimizer else 8
+    adapter, checkpoint = 4 * parameters, (4 + states) * parameters
+    new = max(0, min(settings.keep_checkpoints + 1, there + saves) - there)
+    check_can_be_written(
+        Path(recipe.output),
+        new * checkpoint + adapter,
+        what=f"an adapter of {adapter / 1e6:,.1f} MB with {new} checkpoints of at least {checkpoint / 1e6:,.1f} MB at a time",
+        remedy="make room, choose another `output`, or lower train.keep_checkpoints",
+    )

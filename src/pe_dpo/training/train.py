@@ -1,6 +1,7 @@
 """One training run from recipe to adapter; read it as the table of contents of the product."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +15,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from pe_dpo.data import data_hash
-from pe_dpo.errors import TrainingError
+from pe_dpo.disk import disk_errors_named
+from pe_dpo.errors import TrainingError, describe_error
 from pe_dpo.inference.inputs import Inputs
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
@@ -23,17 +25,18 @@ from pe_dpo.interruption import Interrupted, listening
 from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
-from pe_dpo.model.adapter import POLICY, borrowed_base
+from pe_dpo.model.adapter import POLICY, adapter_parameters, borrowed_base
 from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, with_absolute_paths, with_gamma
+from pe_dpo.runs.checkpoints import checkpoint_step
 from pe_dpo.runs.files import scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
-from pe_dpo.training.arguments import total_steps, training_arguments
+from pe_dpo.training.arguments import check_disk, total_steps, training_arguments
 from pe_dpo.training.bad_steps import BadSteps
 from pe_dpo.training.callbacks import MetricsFile, Snapshots, StopOnSignal
 from pe_dpo.training.clock import SaveClock
@@ -92,14 +95,17 @@ def train(
         TrainingError: the run had to stop, or came to numbers that are not finite; checkpoints stay.
         Interrupted: a signal came before the first step or after the last; its notes say how to go on. Between them the run
             finishes the step, saves, and returns.
+        DiskError: the disk is full, read-only or failing; checkpoints stay.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     recipe = with_absolute_paths(recipe)
     run, writer = Run(recipe.output), RunWriter(Path(recipe.output), writes=state.is_main_process)
     if resume:
         recipe = with_recorded_gamma(run, recipe)
+    again = "what was saved stays, and `resume` goes on from there"
     with ExitStack() as stack:
         stack.enter_context(listening())
+        stack.enter_context(disk_errors_named(run.folder, advice=again))
         if not state.is_main_process:
             stack.enter_context(quiet())
             prepared = prepare_run(recipe, shared=shared, recorded=run.data_report if resume else None)
@@ -109,6 +115,7 @@ def train(
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
             prepared = prepare_run(recipe, shared=shared, recorded=run.data_report if resume else None)
             stack.enter_context(locked(run.folder))
+            writer.sweep()
             # Again, since another run may have come and gone while the pairs were prepared.
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
         if prepared.data.report.template_date:  # so that the run's recipe, trained again, repeats it
@@ -117,9 +124,10 @@ def train(
         if prepared.loaded_base is not None:
             stack.enter_context(borrowed_base(prepared.loaded_base))
         try:
-            return _train(recipe, prepared, writer, resume=resume, callbacks=callbacks)
-        except TrainingError as error:
-            writer.update(status="failed", why=str(error))
+            with disk_errors_named(run.folder, advice=again):
+                return _train(recipe, prepared, writer, resume=resume, callbacks=callbacks)
+        except Exception as error:
+            writer.fail(describe_error(error))
             raise
         except Interrupted as stop:
             stop.add_note(writer.interrupt())
@@ -272,7 +280,11 @@ def build_trainer(
 
 
 def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: PairTrainer) -> Path | None:
-    """Write down what a fresh run starts from, or check it for one that goes on; return the checkpoint to go on from."""
+    """Write down what a fresh run starts from, or check it for one that goes on; return the checkpoint to go on from.
+
+    Raises:
+        DiskError: the disk has no room for what the run is going to write.
+    """
     info, tokenizer, data, _ = prepared
     base = trainer.reference.base_fingerprint
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base}
@@ -284,6 +296,11 @@ def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: 
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}
         described = base_record(trainer.model, info, tokenizer)
         writer.record_start(recipe, hashes, base=described, data_report=data.report.to_dict(), pairs=pairs)
+    if writer.writes:
+        parameters = sum(weight.numel() for weight in adapter_parameters(trainer.model))
+        left = total_steps(recipe, prepared.data) - (checkpoint_step(checkpoint) if checkpoint else 0)
+        saves = math.ceil(left / trainer.args.save_steps)
+        check_disk(recipe, parameters=parameters, saves=saves, there=len(Run(writer.folder).checkpoints()))
     found: Path | None = broadcast_object_list([checkpoint])[0]
     return found
 
