@@ -28,6 +28,7 @@ def test_json_says_why_a_run_failed(pe_dpo, recipe_file, tmp_path):
     done = pe_dpo(*command)
     (state,) = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (done.code, state["status"]) == (1, "failed")
+    assert state.keys() == {"point", "status", "seconds", "metrics", "why"}
     assert state["why"]
 
 
@@ -35,4 +36,5 @@ def test_where_all_runs_failed_no_comparison_is_advised(pe_dpo, recipe_file, tmp
     done = pe_dpo("sweep", recipe_file, "-o", tmp_path / "sweep", "--prompts", 0, *FAILS)
     assert done.code == 1
     assert "failed: runs/base/seed-0: " in done.out
+    assert "1 of 1 runs failed; the same command again tries them once more" in done.out
     assert "pe-dpo compare" not in done.out

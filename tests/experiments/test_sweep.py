@@ -15,7 +15,7 @@ import warm_process
 import yaml
 from safetensors.torch import load_file
 
-from pe_dpo.errors import RunFolderError, UsageError
+from pe_dpo.errors import DiskError, RunFolderError, UsageError
 from pe_dpo.experiments import on_ray
 from pe_dpo.experiments import point as point_module
 from pe_dpo.experiments.plan import Point, make_plan, save_plan
@@ -26,6 +26,7 @@ from pe_dpo.recipe import load_recipe
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.writing import RunWriter, locked
 from pe_dpo.training.train import train
+from pe_dpo.training.trainer import PairTrainer
 
 
 @pytest.fixture
@@ -95,23 +96,64 @@ def test_what_is_finished_is_not_run_again(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path):
+def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path, monkeypatch):
+    """One fails of what nobody foresaw, whereupon the base is loaded anew; one of its numbers, which leaves the base clean."""
+    step, loads, load = PairTrainer.training_step, [], point_module.load_base
+
+    def fails(self, *words):
+        if self.args.weight_decay == 0 and self.state.global_step == 1:
+            raise IndexError("index 7 is out of bounds\nfor dimension 0")
+        return step(self, *words)
+
+    monkeypatch.setattr(PairTrainer, "training_step", fails)
+    monkeypatch.setattr(point_module, "load_base", lambda *a, **k: loads.append(1) or load(*a, **k))
     plan = make_plan(source, [["train.weight_decay=0,1e9,0.1"]], folder=tmp_path / "sweep")
     states = sweep(plan)
-    assert [state.status for state in states] == ["finished", "failed", "finished"]
+    assert [state.status for state in states] == ["failed", "failed", "finished"]
+    assert states[0].why == "IndexError: index 7 is out of bounds"
     assert "not finite" in states[1].why
-    assert read_object(Path(plan.recipes[1].output) / RUN_FILE)["status"] == "failed"
+    assert loads == [1, 1]
+    records = [read_object(Path(recipe.output) / RUN_FILE) for recipe in plan.recipes[:2]]
+    assert [(record["status"], record["why"]) for record in records] == [("failed", state.why) for state in states[:2]]
+    assert "in fails" in (Path(plan.recipes[0].output) / "log.txt").read_text()
     alone = plan.recipes[2].model_copy(update={"output": str(tmp_path / "alone")})
     assert_same_adapter(plan.recipes[2].output, train(alone).folder)
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion depth exceeded"),
+        (MemoryError(), "MemoryError"),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+        (AssertionError("a\nb"), "AssertionError: a"),
+        (DiskError("run: the disk is full"), "run: the disk is full"),
+    ],
+)
+def test_whatever_a_point_raises_is_its_own_failure(source, tmp_path, monkeypatch, error, why):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(point_module, "train", fails)
+    plan = make_plan(source, [["beta=0.1,0.2"]], folder=tmp_path / "sweep")
+    monkeypatch.setattr("pe_dpo.experiments.sweep.share", lambda recipe, like: "shared")
+    states = sweep(plan)
+    assert [(state.status, state.why) for state in states] == [("failed", why)] * 2
+    assert [read_object(Path(recipe.output) / RUN_FILE)["why"] for recipe in plan.recipes] == [why] * 2
+    monkeypatch.setattr(point_module, "write_atomically", fails)
+    (Path(plan.recipes[0].output) / "recipe.yaml").unlink()
+    if isinstance(error, OSError):  # not even that can be written down
+        assert [state.status for state in sweep(plan)] == ["failed"] * 2
+
+
 def test_a_point_that_cannot_begin_leaves_its_recipe_and_the_reason(source, tmp_path):
-    plan = make_plan(source, [["adapter.targets=[q_proj],[no_such_layer]"]], folder=tmp_path / "sweep")
-    assert [state.status for state in sweep(plan)] == ["finished", "failed"]
-    record = read_object(Path(plan.recipes[1].output) / RUN_FILE)
+    """Nor does it hold up the others where it is the first."""
+    plan = make_plan(source, [["adapter.targets=[no_such_layer],[q_proj]"]], folder=tmp_path / "sweep")
+    assert [state.status for state in sweep(plan)] == ["failed", "finished"]
+    record = read_object(Path(plan.recipes[0].output) / RUN_FILE)
     assert record["status"] == "failed"
     assert "no_such_layer" in record["why"]
-    assert load_recipe(Path(plan.recipes[1].output) / "recipe.yaml").adapter.targets == ["no_such_layer"]
+    assert load_recipe(Path(plan.recipes[0].output) / "recipe.yaml").adapter.targets == ["no_such_layer"]
 
 
 @pytest.mark.slow
@@ -248,6 +290,8 @@ def test_a_worker_of_ray_that_is_free_gets_the_next_point_and_one_that_died_is_r
     def run(point, recipe, base):
         if point is plan.points[1]:
             raise ray.exceptions.RayActorError("killed\nby the system")
+        if point is plan.points[3]:
+            raise RuntimeError("RayTaskError: what\nthe worker's traceback was") from None
         return PointState(point, "finished", why=f"on base {base}")
 
     monkeypatch.setitem(sys.modules, "ray", ray)
@@ -264,7 +308,7 @@ def test_a_worker_of_ray_that_is_free_gets_the_next_point_and_one_that_died_is_r
         (1, "failed", "its worker died: killed"),
         (3, "running", ""),
         (2, "finished", "on base 1"),
-        (3, "finished", "on base 3"),
+        (3, "failed", "RuntimeError: RayTaskError: what"),
     ]
     assert shared == [None] * 3
 

@@ -87,8 +87,8 @@ def sweep(
         states, found = run(plan, engine=engine, workers=workers), []
         for state in states:  # JSON has no number that is not finite
             metrics = {key: value if math.isfinite(value) else None for key, value in state.metrics.items()}
-            told = {"point": state.point._asdict(), "metrics": metrics, "why": options.in_flags(state.why)}
-            found.append({**state._asdict(), **told})
+            told = {"point": state.point._asdict(), "status": state.status, "seconds": state.seconds, "metrics": metrics}
+            found.append({**told, "why": options.in_flags(state.why)})
         console.say(json.dumps(found))
     else:
         with _Progress() as progress:
@@ -130,7 +130,8 @@ class _Progress:
         if done and todo:
             minutes = (time.perf_counter() - self.began) / done * todo / 60
             left = f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
-        caption = f"{len(ended)} of {len(states)} runs{left}"
+        failed = sum(state.status == "failed" for state in ended)
+        caption = f"{len(ended)} of {len(states)} runs{f', {failed} failed' if failed else ''}{left}"
         if self.live:
             self.live.update(_table(states, caption, self.live.console.width))
         new = [state for state in ended if state.point.folder not in self.seen]
@@ -162,9 +163,11 @@ def _table(states: Sequence[Any], caption: str, width: int) -> Any:
 
 
 def _say_what_is_next(states: Sequence[Any], folder: str) -> None:
-    for state in states:
-        if state.status == "failed":
-            console.say(f"failed: {state.point.folder}: {options.in_flags(state.why)}")
+    failed = [state for state in states if state.status == "failed"]
+    for state in failed:
+        console.say(f"failed: {state.point.folder}: {options.in_flags(state.why)}")
+    if failed:
+        console.say(f"{len(failed)} of {len(states)} runs failed; the same command again tries them once more")
     waiting = [state for state in states if state.status in ("waiting", "interrupted")]
     if waiting:
         console.say(f"{len(waiting)} runs are still to do; start the same command again to go on")

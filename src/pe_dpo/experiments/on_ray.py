@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.errors import UsageError
+from pe_dpo.errors import UsageError, describe_error
 from pe_dpo.experiments.plan import Point
 from pe_dpo.experiments.point import PointState, run_point, share
 from pe_dpo.recipe import Recipe
@@ -26,7 +26,10 @@ class _Worker:
         """Return how the run of a point ended."""
         if self.shared is None:
             self.shared = share(recipe, self.like)
-        return run_point(point, recipe, self.shared)
+        state = run_point(point, recipe, self.shared)
+        if state.leaves_doubts:
+            self.shared = None
+        return state
 
 
 def run_on_ray(
@@ -37,7 +40,8 @@ def run_on_ray(
 ) -> Iterator[PointState]:
     """Run points on the cluster that RAY_ADDRESS names, else on this machine, and yield each as it begins and ends.
 
-    A worker that is free gets the next point; one that died has failed, and a new one takes its place.
+    A worker that is free gets the next point. A point whose worker died has failed, and a new one takes its place; so has one
+    whose worker could not load the base.
 
     Args:
         todo: points with their recipes; their folders must be the same files for every worker.
@@ -83,5 +87,8 @@ def run_on_ray(
             except ray.exceptions.RayActorError as error:
                 yield PointState(point, "failed", why=f"its worker died: {error}".splitlines()[0])
                 free.append(make())
+            except Exception as error:  # noqa: BLE001  # whatever the worker raised, wrapped by Ray: it is this point's own
+                yield PointState(point, "failed", why=describe_error(getattr(error, "cause", None) or error))
+                free.append(worker)
     finally:
         ray.shutdown()

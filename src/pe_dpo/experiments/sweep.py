@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from pe_dpo.disk import disk_errors_named
 from pe_dpo.errors import RunFolderError
 from pe_dpo.experiments.on_ray import run_on_ray
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
@@ -51,8 +52,10 @@ def sweep(
         RunFolderError: the folder is not this sweep's, is in use, or holds a run of other settings or other pairs.
         UsageError: ray is asked for and not installed.
         DataError, ModelError: the base or the pairs cannot be used at all.
+        DiskError: the folder of the sweep cannot be written.
     """
-    with locked(plan.folder), _named(plan):
+    again = "the same sweep goes on where it was"
+    with locked(plan.folder), disk_errors_named(plan.folder, advice=again), _named(plan):
         plan = save_plan(plan)
         states = {point.folder: _state_on_disk(plan, point, recipe) for point, recipe in _pairs(plan)}
         todo = [(point, recipe) for point, recipe in _pairs(plan) if states[point.folder].status != "finished"]
@@ -88,7 +91,10 @@ def _run_here(todo: list[tuple[Point, Recipe]], like: Path | None) -> Iterator[P
     for point, recipe in todo:
         shared = shared or share(recipe, like)
         yield PointState(point, "running")
-        yield run_point(point, recipe, shared)
+        state = run_point(point, recipe, shared)
+        if state.leaves_doubts:
+            shared = None
+        yield state
 
 
 def _state_on_disk(plan: SweepPlan, point: Point, recipe: Recipe) -> PointState:
