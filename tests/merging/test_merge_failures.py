@@ -664,7 +664,7 @@ def test_a_merge_that_cannot_fit_is_refused_before_anything_is_written(
     """115,008 float32 weights need 460,032 bytes."""
     usage = shutil.disk_usage(out.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=460_031))
-    with refused(out, DiskError, f"{out}: the merged model takes 0.5 MB, and 0.0 MB are free there"):
+    with refused(out, DiskError, f"{out}: the merged model takes 0.5 MB, and 0.5 MB are free there"):
         merge(nf4_run, out, pairs=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=460_032))
     merge(nf4_run, out, pairs=0)
