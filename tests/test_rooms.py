@@ -24,8 +24,8 @@ FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOU
 NODES = {file: list(ast.walk(tree)) for file, tree in FILES.items()}
 
 LEVELS = (
-    {"errors", "disk", "hub", "links", "progress", "quantizations"},
-    {"log", "interruption"},
+    {"errors", "hub", "links", "progress", "quantizations"},
+    {"disk", "interruption", "log"},
     {"recipe", "metrics", "objective"},
     {"runs", "data", "model"},
     {"inference"},
