@@ -96,7 +96,7 @@ def test_to_resume_and_to_overwrite_at_once_is_refused(make_recipe):
 
 
 def test_an_unknown_tracker_is_refused_before_the_folder_is_made(make_recipe, tmp_path):
-    with pytest.raises(RecipeError, match=r"train\.report_to: foo is not known or not installed"):
+    with pytest.raises(RecipeError, match=r"train\.report_to: foo is not a tracker of transformers"):
         train(make_recipe("train.report_to=[foo]"))
     assert not (tmp_path / "run").exists()
 

@@ -227,13 +227,19 @@ class TrainSection(Section):
     )
     log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
     report_to: list[str] = Field(
-        default_factory=list, description="Trackers of transformers, one or a list: tensorboard, wandb, …"
+        default_factory=list,
+        description="Trackers of transformers, one or a list: tensorboard, wandb, mlflow, trackio, … None of them stops a run.",
+    )
+    project: str | None = Field(None, description="Where trackers put the run; default: theirs, or what their variables say.")
+    run_name: str | None = Field(
+        None, description="What trackers call the run; default: its folder. In a sweep its point and seed are added."
     )
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_tracker_is_a_list(cls, report_to: Any) -> Any:
-        return [report_to] if isinstance(report_to, str) else report_to
+        names = [report_to] if isinstance(report_to, str) else report_to
+        return [] if names == ["none"] else names
 
     @field_validator("warmup")
     @classmethod

@@ -38,6 +38,8 @@ FREE_TO_CHANGE = (
     "train.eval_every",
     "train.log_every",
     "train.report_to",
+    "train.project",
+    "train.run_name",
     "train.bad_steps",
     "data.template_date",
 )
@@ -298,8 +300,8 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
             raise RunFolderError(
                 f"{folder}: {name} lies in the output folder, which a fresh run empties; choose another `output`"
             )
-    if not folder.is_dir() or all(path.name == ".lock" for path in folder.iterdir()):
-        return
+    if not folder.is_dir() or all(path.name == ".lock" or path.suffix == ".partial" for path in folder.iterdir()):
+        return  # nothing, or what is left of a run that a kill or a full disk kept from beginning
     if not _is_run(folder):
         raise RunFolderError(f"{folder}: is not empty and not a run of pe-dpo; choose another `output`")
     if not overwrite and (Run(folder).checkpoints() or (folder / "adapter_model.safetensors").is_file()):

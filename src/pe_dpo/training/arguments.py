@@ -44,7 +44,7 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
         logging_strategy="steps",
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
-        report_to=settings.report_to or "none",
+        report_to="none",  # see `trackers`
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=on_cpu,

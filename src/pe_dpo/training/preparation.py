@@ -4,13 +4,13 @@ No weights are read, and neither PEFT nor bitsandbytes is imported where nothing
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pe_dpo.errors import DataError, RecipeError
+from pe_dpo.errors import DataError
 from pe_dpo.inference.inputs import Inputs, read_inputs
 from pe_dpo.model.adapter_config import without_advice
 from pe_dpo.model.adapter_files import AdapterFiles, check_can_be_trained_on
@@ -21,6 +21,7 @@ from pe_dpo.model.road import check_can_be_merged, check_has_place, files_here, 
 from pe_dpo.recipe import Recipe, describe, describe_sources, warnings
 from pe_dpo.recipe.schema import AdapterSection
 from pe_dpo.training.arguments import check_optimizer, total_steps
+from pe_dpo.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
         ModelError: see `inspect_base`, `check_can_be_trained_on` and `load_tokenizer`; or an adapter target matches nothing.
         DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one, or all have weight 0.
     """
-    if recipe.train.report_to:
-        _check_trackers(recipe.train.report_to)
+    check_trackers(recipe.train.report_to)
     check_optimizer(recipe)
     for line in describe(recipe.loss, recipe.data.pair_columns).lines():
         logger.info(line)
@@ -65,16 +65,6 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     if recipe.generation.scales and not prepared.data.held_out:
         logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
     return prepared
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-
-    available = get_available_reporting_integrations()
-    unknown = [name for name in names if name not in available]
-    if unknown:
-        found = ", ".join(sorted(available)) or "none"
-        raise RecipeError(f"train.report_to: {unknown[0]} is not known or not installed; installed trackers: {found}")
 
 
 def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:

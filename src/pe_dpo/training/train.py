@@ -48,6 +48,7 @@ from pe_dpo.training.monitor import Monitor
 from pe_dpo.training.peak import MemoryPeak, memory_record
 from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.start import StartCheck, check_diagonal, check_held_out, check_start
+from pe_dpo.training.trackers import Trackers
 from pe_dpo.training.trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -138,8 +139,9 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     """Load, check, train, measure."""
     began, peak = time.perf_counter(), MemoryPeak()
     data = prepared.data
-    steps, stop = total_steps(recipe, data), StopOnSignal()
-    trainer = build_trainer(recipe, prepared, writer, resume=resume, callbacks=[stop, MetricsFile(writer), *callbacks])
+    steps, stop, trackers = total_steps(recipe, data), StopOnSignal(), Trackers(recipe, writer)
+    callbacks = [stop, MetricsFile(writer), trackers, *callbacks]
+    trainer = build_trainer(recipe, prepared, writer, resume=resume, callbacks=callbacks)
     if recipe.loss.is_calibrated:
         recipe = with_gamma(recipe, trainer.loss.gamma)
     checkpoint = _record_start(writer, recipe, prepared, trainer)
@@ -182,7 +184,8 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
 
         trainer.add_callback(Snapshots(points, measure))
     try:
-        trainer.train_to(steps, checkpoint)
+        with trackers:
+            trainer.train_to(steps, checkpoint)
     finally:
         stop.restore()
         trainer.reference.flush()
