@@ -135,6 +135,7 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
     assert {name.split(".")[0] for name in names} & HEAVY == set()
     assert {room(name.removeprefix("pe_dpo.")) for name in names if name.startswith("pe_dpo.")} <= {
         "cli",
+        "disk",
         "errors",
         "links",
         "quantizations",
