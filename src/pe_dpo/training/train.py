@@ -116,9 +116,9 @@ def train(
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
             prepared = prepare_run(recipe, shared=shared, recorded=run.data_report if resume else None)
             stack.enter_context(locked(run.folder))
-            writer.sweep()
             # Again, since another run may have come and gone while the pairs were prepared.
             check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
+            writer.sweep()
         if prepared.data.report.template_date:  # so that the run's recipe, trained again, repeats it
             written = {"template_date": date.fromisoformat(prepared.data.report.template_date)}
             recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=written)})
