@@ -220,7 +220,11 @@ def test_a_class_name_means_one_thing() -> None:
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
-def test_no_error_is_swallowed_blindly() -> None:
+BORDERS = {"experiments/point.py", "experiments/on_ray.py", "training/trackers.py"}
+"""Behind which anybody's code runs, once in each file: what it raises is the failure of one run of a sweep, or of a tracker."""
+
+
+def test_no_error_is_swallowed_blindly_but_at_a_border() -> None:
     def is_blind(node: ast.AST) -> bool:
         if not isinstance(node, ast.ExceptHandler):
             return False
@@ -228,7 +232,7 @@ def test_no_error_is_swallowed_blindly() -> None:
         is_broad = not caught or bool(caught & {"Exception", "BaseException"})
         return is_broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
 
-    assert [f"{file}:{node.lineno}" for file, nodes in NODES.items() for node in nodes if is_blind(node)] == []
+    assert sorted(file for file, nodes in NODES.items() for node in nodes if is_blind(node)) == sorted(BORDERS)
 
 
 LOADERS = {"from_pretrained", "from_config"}

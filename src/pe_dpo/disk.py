@@ -52,10 +52,10 @@ def appearing_whole(path: Path) -> Iterator[Path]:
         raise
 
 
-import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text file, whole or in parts, so that a reader sees the old or the new one, never a part."""
+    with appearing_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
 
 
 def write_json(path: Path, content: Any) -> None:
