@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -183,6 +184,16 @@ def _why_writing_fails(folder: Path) -> int:
 
 def _nearest_folder(place: Path) -> Path:
     return next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+
+
+def unlike_a_file(path: Path) -> str | None:
+    """Return what a path is that is there and neither a file nor a folder, and may have no end; None for anything else."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return kinds.get(stat.S_IFMT(mode))
 
 
 def matching_paths(path: str) -> list[Path]:

@@ -18,21 +18,26 @@ import json
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pe_dpo.data.columns import begins_with_prompt, read_as
 from pe_dpo.data.dialogues import ends_with_tag, split_texts
 from pe_dpo.data.pairs import RowError, describe_value
 from pe_dpo.data.split import named_side
-from pe_dpo.data.text_files import BOM, Row, open_bytes, read_lines
+from pe_dpo.data.text_files import BOM, TOO_DEEP, Row, TooLong, find_flaw, open_bytes, read_lines
 from pe_dpo.errors import DataError
 
 _WRAPPERS = ("data", "rows", "examples", "records", "train")
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*(?:[\]}]|$))')
 _ID = re.compile(r"[\w.:/-]*\d[\w.:/-]*", re.ASCII)
 """What may be the id of a row: one word with a digit."""
+_LONGEST_PRINTED = 1_000_000
+"""Characters of a text that is read as Python prints it, for which Python's parser takes 100 times its size."""
 _BETWEEN = f" \t\r\n,{BOM}"
 """What may stand between the values of a file that was put together."""
 _LISTS = re.compile(r'"([^"\\]*)"\s*:\s*\[')
@@ -57,8 +62,8 @@ def read_json_lines(path: Path, name: str) -> Iterator[Row]:
         except ValueError:
             row = RowError("is not valid JSON: it has an integer of more digits than Python reads (4,300); write it as text")
         except RecursionError:
-            row = RowError("is nested too deeply to be read; a row is one flat object")
-        if is_first and (value is None or isinstance(value, list)):
+            row = RowError(TOO_DEEP)
+        if is_first and (value is None or isinstance(value, list | TooLong)):
             rows = _rows_of_document(path, name)
             if rows:
                 yield from number_rows(rows, name)
@@ -111,14 +116,30 @@ def read_json_splits(path: Path) -> dict[str, list[Any]]:
     return splits if any(map(named_side, splits)) else {}
 
 
-def _read_document(path: Path, name: str) -> Any:
-    """Return the JSON value in a file; None where several follow each other, as in JSON lines."""
-    lines = []
-    for number, (line, error) in enumerate(read_lines(path, name), start=1):
+def _read_text(path: Path, name: str) -> str:
+    """Return the text of a file that is read as a whole.
+
+    Raises:
+        DataError: A line of it is not text, or it does not fit into memory as a whole.
+    """
+    lines, size = [], 0
+    most = psutil.virtual_memory().available // 20  # measured: 12 times the size of a list of short rows
+    for number, (line, error) in enumerate(read_lines(path, name, of_document=True), start=1):
         if error:
             raise DataError(f"{name}:{number}: {error}")
         lines.append(line)
-    text = "".join(lines).lstrip(BOM)
+        size += len(line)
+        if size > most:
+            raise DataError(
+                f"{name}: has more than {most / 1e9:.1f} GB of JSON, which is read as a whole and would fill the memory; write "
+                "it as JSON lines (.jsonl), one row a line"
+            )
+    return "".join(lines).lstrip(BOM)
+
+
+def _read_document(path: Path, name: str) -> Any:
+    """Return the JSON value in a file; None where several follow each other, as in JSON lines."""
+    text = _read_text(path, name)
     try:
         return _parse(text) if text.strip() else []
     except json.JSONDecodeError as error:
@@ -134,10 +155,10 @@ def _read_document(path: Path, name: str) -> Any:
 
 def _rows_of_document(path: Path, name: str) -> list[Any]:
     """Return the rows of a text that as a whole is JSON, one value or several one after the other; nothing where it is not."""
-    lines = list(read_lines(path, name))
-    if any(error for _, error in lines):
+    try:
+        text = _read_text(path, name).strip(_BETWEEN)
+    except DataError:
         return []
-    text = "".join(line for line, _ in lines).strip(_BETWEEN)
     try:
         try:
             values = [_parse(text)]
@@ -264,7 +285,8 @@ def _parse(text: str) -> Any:
         except json.JSONDecodeError:
             pass
         try:
-            if not re.match(r"[\[\s]*\{\s*'", text):  # Python puts its keys into these quotes
+            is_long = len(text) > _LONGEST_PRINTED
+            if is_long or not re.match(r"[\[\s]*\{\s*'", text):  # Python puts its keys into these quotes
                 raise error from None
             with warnings.catch_warnings(action="error"):
                 return _python_value(ast.parse(text.strip(), mode="eval").body)
@@ -296,24 +318,13 @@ def _as_object(items: list[tuple[str, Any]]) -> dict[str, Any] | RowError:
     values = dict(items)
     if len(values) == len(items):
         return values
-    names = [name for name, _ in items]
-    twice = next(name for name in names if names.count(name) > 1)
+    twice = next(name for name, times in Counter(name for name, _ in items).items() if times > 1)
     return RowError(f"has the key '{twice}' twice in one object; keep one of them")
 
 
 def _as_row(value: Any) -> dict[str, Any] | RowError:
     """Return a JSON value as a row, which is an object without an error anywhere inside."""
-
-    def error_in(value: Any) -> RowError | None:
-        if isinstance(value, RowError):
-            return value
-        inner: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return next((found for found in map(error_in, inner) if found), None)
-
-    try:
-        error = error_in(value)
-    except RecursionError:
-        error = RowError("is nested too deep; a flat object with one pair is expected")
+    error = find_flaw(value)
     if error is None and not isinstance(value, dict):
         error = RowError(f"is {describe_value(value)}; an object with one pair is expected")
     return error or value

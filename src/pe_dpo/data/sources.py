@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pe_dpo.data.files import FOREIGN_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, clean_arrow, data_format, read_rows
+from pe_dpo.data.files import FOREIGN_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, check_row, data_format, read_rows
 from pe_dpo.data.json_files import number_rows, read_json_splits
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.report import list_names
 from pe_dpo.data.split import HELD_OUT_NAMES, HELD_OUT_WORDS, named_side
 from pe_dpo.data.text_files import Row
-from pe_dpo.disk import matching_paths
+from pe_dpo.disk import matching_paths, unlike_a_file
 from pe_dpo.errors import DataError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
 from pe_dpo.recipe.data_section import DataSource, Sources, list_sources
@@ -114,6 +114,8 @@ def divide_names(names: Sequence[str], *, keeps_all: bool = False, by_words: boo
 
 def _find(source: DataSource, taken: dict[str, str], *, by_words: bool) -> Place:
     path = Path(source.path).expanduser()
+    if kind := unlike_a_file(path):
+        raise DataError(f"{path}: is {kind}, which may have no end; write the rows into a file and name that")
     divide = partial(_divide, taken=taken, by_words=by_words)
     if path.is_file():
         _refuse(source, "a file", "subset", "revision")
@@ -236,7 +238,7 @@ def _splits(data: Any, full_name: str, *, shown: int) -> list[_Part]:
                 values = values.cast_column(column, replace(feature, decode=False))
         try:
             for number, row in enumerate(values, start=1):
-                yield f"{name} row {number}", clean_arrow(row)
+                yield f"{name} row {number}", check_row(row)
         except (ImportError, OSError) as error:
             raise DataError(f"{name}: cannot be read ({error}); save the columns of text alone") from error
 
