@@ -11,7 +11,7 @@ import torch
 import warm_process
 from safetensors.torch import load_file, save_file
 
-from pe_dpo.errors import StoreUnavailable, TrainingError
+from pe_dpo.errors import StoreUnavailable
 from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.inference import reference as reference_module
 from pe_dpo.inference.policy import load_policy
@@ -320,7 +320,7 @@ def test_a_store_that_cannot_forget_is_given_up_and_the_run_goes_on(filled, make
     assert lines[0] == "warning: going on without the reference store: disk is full"
 
 
-def test_a_log_prob_that_is_not_finite_is_not_stored_and_its_row_is_named_by_the_loss(make_recipe, monkeypatch, tmp_path):
+def test_a_log_prob_that_is_not_finite_is_not_stored_and_its_row_is_named_by_the_step(make_recipe, monkeypatch, tmp_path):
     compute = Reference._compute
 
     def broken(self, pairs):
@@ -329,8 +329,9 @@ def test_a_log_prob_that_is_not_finite_is_not_stored_and_its_row_is_named_by_the
         return scored
 
     monkeypatch.setattr(Reference, "_compute", broken)
-    with pytest.raises(TrainingError, match=r"loss is not finite for train\.jsonl:5"):
-        train(make_recipe(f"reference.store={tmp_path / 'store.sqlite'}"))
+    record = read_object(train(make_recipe("train.epochs=1", f"reference.store={tmp_path / 'store.sqlite'}")).folder / RUN_FILE)
+    assert record["bad_pairs"] == {"train.jsonl:5": "log-prob of its chosen answer under π0 is nan"}
+    assert len(record["skipped_steps"]) == 1
 
 
 def test_where_log_probs_depend_on_company_the_reference_is_scored_in_the_policys(make_reference):

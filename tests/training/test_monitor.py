@@ -287,7 +287,7 @@ def test_a_run_that_holds_nothing_out_watches_training_pairs(make_recipe):
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        (["train.learning_rate=1.0e-30"], "frozen"),
+        (["train.learning_rate=1.0e-12"], "frozen"),
         (["loss.link=hinge", "loss.margin=-1000"], "dead"),
     ],
 )

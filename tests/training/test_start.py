@@ -1,5 +1,6 @@
 """Before the first step: policy = reference where it must be, and a loss that pulls."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -89,7 +90,7 @@ def test_a_tensor_of_the_base_that_is_not_finite_is_named(make_trainer, tiny_bas
     tensors = load_file(base / "model.safetensors")
     tensors[name].view(-1)[100] = math.nan
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"^{name} of the base has values that are not finite .*; fetch it again"):
+    with pytest.raises(ModelError, match=f"^{name} of the base has values that are not finite .*; fetch .*base again"):
         start(make_trainer(f"model.base={base}", f"model.quantize={quantize}", "reference.policy=step", fresh=True))
 
 
@@ -204,3 +205,38 @@ def test_a_held_out_pair_that_cannot_be_measured_is_refused_before_training():
     check_held_out(table)
     with pytest.raises(TrainingError, match=r"1 of the held-out pairs cannot be measured; not finite: .* \(loss is inf\)"):
         check_held_out(replace(table, loss=np.array([*table.loss[1:], math.inf])))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "setting", "words"),
+    [
+        (
+            "margin",
+            1e200,
+            "loss.margin_scale=2",
+            r"margin comes to 2e\+200, and none beyond -1e\+06 to 1e\+06",
+        ),
+        (
+            "pull",
+            1e8,
+            "data.columns={beta: pull}",
+            r"β comes to 1e\+08, and none beyond .* \(1 such pairs\)",
+        ),
+    ],
+)
+def test_a_margin_or_beta_of_a_row_that_no_loss_bears_is_refused_before_the_base_is_loaded(
+    make_recipe, tiny_pairs, tmp_path, column, value, setting, words
+):
+    rows = [json.loads(line) | {column: 1.0} for line in (tiny_pairs / "train.jsonl").read_text().splitlines()]
+    rows[2][column] = value
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=rf"^train\.jsonl:3: its {words}"):
+        prepare_run(make_recipe(f"data.train={tmp_path / 'train.jsonl'}", setting))
+
+
+def test_settings_of_the_steps_that_so_many_pairs_make_meaningless_are_pointed_at(make_recipe, warned):
+    prepare_run(make_recipe("train.pairs_per_step=64", "train.warmup=50", "train.epochs=4"))
+    assert warned == [
+        "warning: train.warmup: 50 lets the learning rate rise for 4 of 4 steps; a tenth is usual",
+        "warning: train.pairs_per_step: 64 is more than the 24 pairs that there are: a step is an epoch",
+    ]

@@ -19,6 +19,7 @@ from pe_dpo.model.base import empty_model, lacks_bfloat16, load_tokenizer, noise
 from pe_dpo.model.provenance import template_fingerprint
 from pe_dpo.model.road import check_can_be_merged, check_has_place, files_here, loaded_size
 from pe_dpo.recipe import Recipe, describe, describe_sources, warnings
+from pe_dpo.recipe.ranges import RANGES, check_ranges
 from pe_dpo.recipe.schema import AdapterSection
 from pe_dpo.training.arguments import check_optimizer, total_steps
 from pe_dpo.training.trackers import check_trackers
@@ -35,15 +36,17 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
         recorded: The data report of a run that goes on, whose held-out rows are held out again.
 
     Raises:
-        RecipeError: a tracker is not known or not installed, or an optimizer or a schedule cannot be made.
+        RecipeError: a tracker is not known or not installed, an optimizer or a schedule cannot be made, or a number is out of
+            any range.
         ModelError: see `inspect_base`, `check_can_be_trained_on` and `load_tokenizer`; or an adapter target matches nothing.
-        DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one, or all have weight 0.
+        DataError: see `prepare_pairs`; or the loss asks for margins and no pair has one, a pair has a margin or a β that no
+            loss bears, or all have weight 0.
     """
     check_trackers(recipe.train.report_to)
     check_optimizer(recipe)
     for line in describe(recipe.loss, recipe.data.pair_columns).lines():
         logger.info(line)
-    for line in warnings(recipe):
+    for line in [*warnings(recipe), *check_ranges(recipe)]:
         logger.warning(line)
     for folder in filter(None, (recipe.adapter.start, recipe.adapter.over)):
         check_can_be_trained_on(folder)
@@ -57,6 +60,7 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     if all(pair.weight == 0 for pair in prepared.data.train):
         raise DataError(f"{describe_sources(recipe.data.train)}: all pairs have weight 0, so that nothing would be learned")
     prepared.data.report.tell(logger)
+    _check_numbers(recipe, prepared)
     if recipe.mixout.p:
         from pe_dpo.training.mixing import mixout_warnings
 
@@ -65,6 +69,38 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     if recipe.generation.scales and not prepared.data.held_out:
         logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
     return prepared
+
+
+def _check_numbers(recipe: Recipe, prepared: Inputs) -> None:
+    """Check the numbers of the pairs, and warn of settings of the steps that this many pairs make meaningless.
+
+    Raises:
+        DataError: a pair asks for a margin or a β that no loss bears; names the first.
+    """
+    loss, (pairs, settings) = recipe.loss, (prepared.data.train, recipe.train)
+    for what, key, numbers in (
+        ("margin", "loss.margin", [loss.margin + loss.margin_scale * (pair.margin or 0.0) for pair in pairs]),
+        ("β", "loss.beta", [loss.beta if pair.beta is None else pair.beta for pair in pairs]),
+    ):
+        low, high = next(found.possible for found in RANGES if found.key == key)
+        bad = [(pair.where, number) for pair, number in zip(pairs, numbers, strict=True) if not low <= number <= high]
+        if bad:
+            raise DataError(
+                f"{bad[0][0]}: its {what} comes to {bad[0][1]:g}, and none beyond {low:g} to {high:g} can be trained on "
+                f"({len(bad)} such pairs); correct or remove these rows, or leave that column out"
+            )
+    steps = total_steps(recipe, prepared.data)
+    rising = settings.warmup if settings.warmup >= 1 else settings.warmup * steps
+    if settings.schedule != "constant" and rising > max(steps / 2, 1):
+        logger.warning(
+            f"train.warmup: {settings.warmup:g} lets the learning rate rise for {min(rising, steps):.0f} of {steps} steps; a "
+            "tenth is usual"
+        )
+    if settings.pairs_per_step > len(pairs):
+        logger.warning(
+            f"train.pairs_per_step: {settings.pairs_per_step} is more than the {len(pairs)} pairs that there are: a step is an "
+            "epoch"
+        )
 
 
 def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:

@@ -13,7 +13,6 @@ from pe_dpo.inference.pairs import pair_terms
 from pe_dpo.inference.scorer import Scorer, failing_forwards_named
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import as_reference
-from pe_dpo.model.base import first_not_finite
 from pe_dpo.model.fingerprint import plain_name
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
 from pe_dpo.training.bad_steps import describe_pairs, unfit_pairs
@@ -61,15 +60,16 @@ def check_start(
 
     Raises:
         ModelError: π and π0 differ although they must not: the reference is not what it should be; or the base's forward fails,
-            or one of its tensors is not finite.
+            or a tensor of the adapter is not finite.
         TrainingError: no pair pulls at all (say, a hinge whose margin column is 0 everywhere), or not one loss is finite.
     """
     batch = [pairs[index] for index in scorer.split(pairs)[0]]
     model.train(is_fresh)
-    tensor = first_not_finite(model)  # also one that these pairs do not reach: a merge could not write it
-    if tensor is not None:
-        whose = "adapter" if "lora_" in tensor else "base"
-        raise ModelError(f"{plain_name(tensor)} of the {whose} has values that are not finite (NaN, infinite); fetch it again")
+    for name, parameter in model.named_parameters():  # those of the base were looked at when it was loaded
+        if "lora_" in name and not parameter.isfinite().all():
+            raise ModelError(
+                f"{plain_name(name)} of the adapter has values that are not finite (NaN, infinite); fetch it again"
+            )
     with torch.no_grad(), failing_forwards_named(model):
         policy = scorer.logprobs(model, batch)
     reference, difference = None, None
