@@ -50,13 +50,13 @@ def test_a_step_out_of_memory_is_done_with_smaller_rows_and_gives_the_same_gradi
     loss = trainer.training_step(trainer.model, pairs)
     wanted = gradient(trainer)
     trainer.model.zero_grad()
-    trainer._window.clear()
+    trainer._window._parts.clear()
     sizes = out_of_memory_beyond(trainer, 200, monkeypatch, error)
     again = trainer.training_step(trainer.model, pairs)
     assert max(sizes) > 200 >= sizes[-1]
     assert again == pytest.approx(float(loss), rel=1e-6)
     assert (gradient(trainer) - wanted).norm() <= 2e-6 * wanted.norm()
-    assert sum(len(part.loss) for part in trainer._window) == 8
+    assert sum(len(part.loss) for part in trainer._window._parts) == 8
     assert trainer.scorer.token_budget < 1024
     assert all(line.startswith("warning: out of memory; going on with ") for line in warned)
     assert (
