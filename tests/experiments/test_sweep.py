@@ -5,6 +5,7 @@ import pickle
 import signal
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,9 +23,12 @@ from pe_dpo.experiments.plan import Point, make_plan, save_plan
 from pe_dpo.experiments.point import PointState
 from pe_dpo.experiments.sweep import sweep
 from pe_dpo.inference.reference import Reference
+from pe_dpo.model import fingerprint, provenance
 from pe_dpo.recipe import load_recipe
-from pe_dpo.runs.files import RUN_FILE, read_object
+from pe_dpo.runs.files import BASE_FILE, RUN_FILE, read_object
+from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, locked
+from pe_dpo.training import train as train_module
 from pe_dpo.training.train import train
 from pe_dpo.training.trainer import PairTrainer
 
@@ -79,8 +83,27 @@ def test_the_base_is_loaded_once_and_each_answer_goes_through_the_reference_once
     monkeypatch.setattr("pe_dpo.inference.policy.load_base", lambda *a, **k: pytest.fail("a run loaded a base of its own"))
     compute = Reference._compute
     monkeypatch.setattr(Reference, "_compute", lambda self, pairs, *a: computed.extend(pairs) or compute(self, pairs, *a))
-    sweep(make_plan(source, [["beta=0.1,0.2,0.3"]], folder=tmp_path / "sweep"))
+    calls = Counter()
+
+    def count(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: calls.update([name]) or function(*a, **k))
+
+    for owner, name in (
+        (fingerprint, "_hashes"),
+        (provenance, "file_fingerprints"),
+        (train_module, "choose_scorer"),
+        (PairTrainer, "score_model"),
+    ):
+        count(owner, name)
+    plan = make_plan(source, [["beta=0.1,0.2,0.3"]], folder=tmp_path / "sweep")
+    sweep(plan)
     assert loads == [1]
+    evaluations = sum("eval_loss" in line for recipe in plan.recipes for line in Run(recipe.output).metrics) - len(plan.recipes)
+    # Tensors and files of the base once, adapters of each run once; at step 0 the reference is the policy's score in all.
+    assert calls == {"_hashes": 1, "file_fingerprints": 1 + 3, "choose_scorer": 1, "score_model": evaluations}
+    first, *others = (read_object(Path(recipe.output) / BASE_FILE) for recipe in plan.recipes)
+    assert [first, first] == others
     rechecked = 2 * 4  # by each run but the first
     assert len(computed) <= 33 + rechecked
 

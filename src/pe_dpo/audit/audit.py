@@ -58,7 +58,7 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
         DataError, ModelError: as in training.
         UsageError: the recipe asks for a γ that the data do not allow, or the error of codes that came in files.
     """
-    facts, _, data, _ = read_inputs(recipe, recorded=_recorded_split(recipe))
+    facts, _, data, *_ = read_inputs(recipe, recorded=_recorded_split(recipe))
     if with_quantization_error and facts.is_prequantized:
         raise UsageError(
             f"{facts.base}: comes as {facts.quantize} codes, and nothing here has the weights that they were made of; to "

@@ -40,7 +40,7 @@ def check(
     from pe_dpo.model.road import files_here, loaded_size
     from pe_dpo.training.preparation import prepare_run
 
-    base, tokenizer, data, _ = prepare_run(plan)
+    base, tokenizer, data, *_ = prepare_run(plan)
     example = decode_pair(middle_pair(data.train), tokenizer)
     reference = plan.adapter.describe_reference()
     steps = -(-len(data.train) // plan.train.pairs_per_step)

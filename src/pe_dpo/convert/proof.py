@@ -92,7 +92,7 @@ def prove(conversion: Conversion, *, count: int = PAIRS) -> Proof:
     from pe_dpo.objective import Loss
 
     recipe, origin = _tiny(conversion.recipe)
-    info, tokenizer, data, _ = read_inputs(recipe)
+    info, tokenizer, data, *_ = read_inputs(recipe)
     pairs = data.train[:count]
     mine = _with_noise(attach_adapter(load_base(info), rank=4, alpha=8.0))
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from pe_dpo.data import data_hash
 from pe_dpo.disk import write_atomically
 from pe_dpo.errors import PeDpoError, RunFolderError, describe_error
 from pe_dpo.experiments.plan import Point
-from pe_dpo.inference.inputs import Inputs, read_inputs
+from pe_dpo.inference.inputs import Findings, Inputs, read_inputs
 from pe_dpo.log import logged_to, quiet
 from pe_dpo.model.base import load_base
 from pe_dpo.recipe import Recipe, recipe_to_yaml, with_absolute_paths
@@ -59,7 +59,8 @@ def share(recipe: Recipe, like: Path | None = None) -> Inputs:
     if like is not None:
         check_same_inputs(Run(like), {"data": data_hash(prepared.data.train), "held_out": data_hash(prepared.data.held_out)})
     prepared.data.report.tell(logger)
-    return prepared._replace(loaded_base=load_base(prepared.base, device="cuda" if torch.cuda.is_available() else "cpu"))
+    base = load_base(prepared.base, device="cuda" if torch.cuda.is_available() else "cpu")
+    return prepared._replace(loaded_base=base, findings=Findings())
 
 
 def run_point(point: Point, recipe: Recipe, shared: Inputs) -> PointState:

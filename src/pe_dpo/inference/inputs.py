@@ -1,13 +1,32 @@
 """What a run or an audit begins with: what the base is, its tokenizer, the pairs; no weights are read."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pe_dpo.data import PreparedData, prepare_pairs
 from pe_dpo.data.template import set_template
 from pe_dpo.errors import ModelError
 from pe_dpo.model.base import BaseInfo, answer_end_tokens, inspect_base, load_tokenizer
 from pe_dpo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pe_dpo.inference.scorer import Scorer
+    from pe_dpo.objective import PairLogprobs
+
+
+@dataclass
+class Findings:
+    """What is found out of a loaded base and the pairs by the first of the runs that have them in common."""
+
+    tensors: dict[str, str] = field(default_factory=dict)
+    """sha256 of each tensor of the base, see `tensor_fingerprints`."""
+    files: dict[str, str] = field(default_factory=dict)
+    """sha256 of each of its files."""
+    scorers: dict[str, "Scorer"] = field(default_factory=dict)
+    """How pairs go through the model, by the settings that this depends on."""
+    starts: dict[str, "PairLogprobs"] = field(default_factory=dict)
+    """The monitored pairs' log-probs at step 0 under a policy that starts as the reference, by reference and rows."""
 
 
 class Inputs(NamedTuple):
@@ -18,6 +37,8 @@ class Inputs(NamedTuple):
     data: PreparedData
     loaded_base: Any = None
     """The base, loaded, without adapters, where several runs have it in common."""
+    findings: Findings | None = None
+    """What these runs need to find out once."""
 
 
 def read_inputs(recipe: Recipe, *, recorded: Mapping[str, Any] | None = None) -> Inputs:

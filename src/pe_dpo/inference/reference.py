@@ -25,7 +25,13 @@ from pe_dpo.inference.reference_store import ReferenceStore, StoredLogprob, answ
 from pe_dpo.inference.rounding import Rounding
 from pe_dpo.inference.scorer import TOKENS, Scorer, choose_scorer, possible_paths
 from pe_dpo.model.base import BaseInfo
-from pe_dpo.model.fingerprint import base_fingerprint, base_identity, config_fingerprint, reference_fingerprint
+from pe_dpo.model.fingerprint import (
+    base_fingerprint,
+    base_identity,
+    config_fingerprint,
+    reference_fingerprint,
+    tensor_fingerprints,
+)
 from pe_dpo.objective import PairLogprobs
 from pe_dpo.progress import advance, progress
 from pe_dpo.recipe import Recipe
@@ -191,7 +197,14 @@ class Reference:
         self.store = None
 
 
-def open_reference(policy: Policy, scorer: Scorer, *, caching: Caching = "auto", path: str | None = None) -> Reference:
+def open_reference(
+    policy: Policy,
+    scorer: Scorer,
+    *,
+    caching: Caching = "auto",
+    path: str | None = None,
+    tensors: dict[str, str] | None = None,
+) -> Reference:
     """Return the reference of a policy, with its store opened if there is one.
 
     Args:
@@ -199,6 +212,7 @@ def open_reference(policy: Policy, scorer: Scorer, *, caching: Caching = "auto",
         scorer: as for the policy.
         caching: see `Caching`.
         path: of the store; by default `default_store_path()`.
+        tensors: the base's `tensor_fingerprints` where they are known, else empty: they are put there if they are computed.
 
     Raises:
         StoreUnavailable: caching is "store", and there can be none.
@@ -209,7 +223,7 @@ def open_reference(policy: Policy, scorer: Scorer, *, caching: Caching = "auto",
     try:
         if caching != "step":
             store = ReferenceStore(Path(path) if path else default_store_path())
-        base = remembered_fingerprint(policy.model, policy.base, store)
+        base = remembered_fingerprint(policy.model, policy.base, store, tensors)
     except StoreUnavailable as error:
         if caching == "store":
             raise
@@ -219,24 +233,28 @@ def open_reference(policy: Policy, scorer: Scorer, *, caching: Caching = "auto",
     return Reference(policy, scorer, base=base, store=store, key=key, remembers=caching != "step")
 
 
-def remembered_fingerprint(model: Any, info: BaseInfo, store: ReferenceStore | None) -> str:
+def remembered_fingerprint(
+    model: Any, info: BaseInfo, store: ReferenceStore | None, tensors: dict[str, str] | None = None
+) -> str:
     """Return `base_fingerprint(model)`, without the pass over the weights if the store remembers it from an earlier run.
 
     Args:
         model: the base, loaded, with or without adapters.
         info: of the base.
         store: where to look and to remember; None computes.
+        tensors: as for `open_reference`.
 
     Raises:
         StoreUnavailable: the store cannot be read or written.
     """
-    identity = base_identity(info, next(model.parameters()).device.type)
-    if store is None or identity is None:
-        return base_fingerprint(model)
-    known = store.remembered_fingerprint(identity)
+    identity = None if store is None else base_identity(info, next(model.parameters()).device.type)
+    known = None if store is None or identity is None or tensors else store.remembered_fingerprint(identity)
     if known is None:
-        known = base_fingerprint(model)
-        store.remember_fingerprint(identity, known)
+        tensors = {} if tensors is None else tensors
+        tensors |= {} if tensors else tensor_fingerprints(model)
+        known = base_fingerprint(model, tensors)
+        if store is not None and identity is not None:
+            store.remember_fingerprint(identity, known)
     return known
 
 

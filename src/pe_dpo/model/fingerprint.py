@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -40,13 +40,17 @@ _THREADS = 8
 """At most: each holds a part, and the bus to the GPU is busy with fewer."""
 
 
-def base_fingerprint(model: nn.Module) -> str:
+def base_fingerprint(model: nn.Module, tensors: Mapping[str, str] | None = None) -> str:
     """Return sha256 (hex) over the weights of a loaded base, adapters left out.
 
     Quantized weights count with their scales, so the hash stands for exactly what the reference computes with. The same with
     and without PEFT around the base, before and after training and forwards. One pass over the weights.
+
+    Args:
+        model: a loaded base, or a PEFT model around it.
+        tensors: its `tensor_fingerprints` where they are known, which saves the pass.
     """
-    return _sha256_of_lines(tensor_fingerprints(model))
+    return _sha256_of_lines(tensors or tensor_fingerprints(model))
 
 
 def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
@@ -57,10 +61,13 @@ def tensor_fingerprints(model: nn.Module) -> dict[str, str]:
     return _hashes(_named_tensors(model))
 
 
-def parameter_fingerprints(model: nn.Module) -> dict[str, str]:
-    """Return sha256 (hex) of each parameter and persistent buffer, codes and scales of a quantized one taken together."""
+def parameter_fingerprints(model: nn.Module, tensors: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return sha256 (hex) of each parameter and persistent buffer, codes and scales of a quantized one taken together.
+
+    Arguments are those of `base_fingerprint`.
+    """
     whole: dict[str, dict[str, str]] = {}
-    found = tensor_fingerprints(model)
+    found = tensors or tensor_fingerprints(model)
     for name, value in found.items():
         steps = name.split(".")
         owners = (".".join(steps[:count]) for count in range(len(steps) - 1, 0, -1))
@@ -218,5 +225,5 @@ def _sha256(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _sha256_of_lines(hashes: dict[str, str]) -> str:
+def _sha256_of_lines(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {value}\n" for name, value in sorted(hashes.items())).encode()).hexdigest()

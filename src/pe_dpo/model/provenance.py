@@ -61,12 +61,29 @@ def base_folder(base: str, revision: str | None = None, *, is_loaded: bool = Fal
     return folder
 
 
-def base_record(model: nn.Module, info: BaseInfo, tokenizer: Any) -> dict[str, Any]:
+def base_files(info: BaseInfo) -> dict[str, str]:
+    """Return sha256 (hex) of a base's configuration and weights on disk; reads them once."""
+    folder = base_folder(info.base, info.revision, is_loaded=True)
+    return file_fingerprints(folder, _weight_files(folder), believe_names=True)
+
+
+def base_record(
+    model: nn.Module,
+    info: BaseInfo,
+    tokenizer: Any,
+    *,
+    files: Mapping[str, str] | None = None,
+    tensors: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Return what is written of a loaded base, as above; adapters on it do not count. JSON-ready.
 
-    Reads the files once and hashes the weights once; for a large base that is some seconds.
+    Args:
+        model: the base, with or without adapters.
+        info: of the base.
+        tokenizer: of the run.
+        files: its `base_files` where they are known, which saves reading them.
+        tensors: its `tensor_fingerprints` where they are known, which saves a pass over the weights.
     """
-    folder = base_folder(info.base, info.revision, is_loaded=True)
     return {
         "id": info.base,
         "revision": getattr(model.config, "_commit_hash", None) or info.revision,
@@ -78,8 +95,8 @@ def base_record(model: nn.Module, info: BaseInfo, tokenizer: Any) -> dict[str, A
         "parameters": info.parameters,
         "quantized_layers": quantized_names(model),
         "config": config_fingerprint(info.config),
-        "files": file_fingerprints(folder, _weight_files(folder), believe_names=True),
-        "tensors": parameter_fingerprints(model),
+        "files": dict(files or base_files(info)),
+        "tensors": parameter_fingerprints(model, tensors),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat_template": template_fingerprint(tokenizer),
     }

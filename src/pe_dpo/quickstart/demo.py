@@ -42,7 +42,7 @@ def compare_answers(recipe: Recipe, *, count: int) -> list[tuple[str, str, str, 
     from pe_dpo.inference.policy import load_policy
     from pe_dpo.inference.sampling import answer_text, sample
 
-    info, tokenizer, data, _ = read_inputs(recipe)
+    info, tokenizer, data, *_ = read_inputs(recipe)
     pairs = [data.held_out[index * len(data.held_out) // count] for index in range(count)]
     policy = load_policy(recipe.output, info=info, tokenizer=tokenizer, device="cpu")
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import copy
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from pe_dpo.data import data_hash
 from pe_dpo.disk import disk_errors_named
 from pe_dpo.errors import TrainingError, describe_error
-from pe_dpo.inference.inputs import Inputs
+from pe_dpo.inference.inputs import Findings, Inputs
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
@@ -26,8 +27,10 @@ from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.model.adapter import POLICY, adapter_parameters, borrowed_base
+from pe_dpo.model.attention import switch_on
+from pe_dpo.model.fingerprint import tensor_fingerprints
 from pe_dpo.model.mixout import attach_mixout
-from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_record
+from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_files, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
@@ -122,6 +125,7 @@ def train(
         if prepared.data.report.template_date:  # so that the run's recipe, trained again, repeats it
             written = {"template_date": date.fromisoformat(prepared.data.report.template_date)}
             recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=written)})
+        prepared = prepared._replace(findings=prepared.findings or Findings())
         if prepared.loaded_base is not None:
             stack.enter_context(borrowed_base(prepared.loaded_base))
         try:
@@ -138,7 +142,7 @@ def train(
 def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool, callbacks: Sequence[Any]) -> TrainResult:
     """Load, check, train, measure."""
     began, peak = time.perf_counter(), MemoryPeak()
-    data = prepared.data
+    data, findings = prepared.data, prepared.findings or Findings()
     steps, stop, trackers = total_steps(recipe, data), StopOnSignal(), Trackers(recipe, writer)
     callbacks = [stop, MetricsFile(writer), trackers, *callbacks]
     trainer = build_trainer(recipe, prepared, writer, resume=resume, callbacks=callbacks)
@@ -158,7 +162,7 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
         is_fresh=recipe.adapter.start is None,
     )
     logger.info(start.describe())
-    first = _score_before(trainer, recipe)
+    first = _score_before(trainer, recipe, findings)
     first = trainer.first = first.since(first)
     check_held_out(first if data.held_out else None)
     if recipe.policy_starts_as_reference:
@@ -239,14 +243,24 @@ def build_trainer(
     """
     from transformers import set_seed
 
-    info, tokenizer, data, base = prepared
-    settings = recipe.train
+    info, tokenizer, data, base, known = prepared
+    settings, findings = recipe.train, known or Findings()
     args = training_arguments(recipe, data)
     set_seed(settings.seed)
     policy = load_policy(recipe, base=base, info=info, tokenizer=tokenizer, device=args.device)
     mixout = attach_mixout(policy.model, recipe.mixout.p, seed=settings.seed, form=recipe.mixout.form)
 
-    scorer = choose_scorer(policy.model, [*data.train, *data.held_out], packing=settings.packing)
+    # What is tried before the first step depends on these alone: B = 0, and neither dropout nor mixout is on.
+    places = recipe.adapter.model_dump_json(exclude={"rank", "alpha", "rslora", "init", "dropout"})
+    way = f"{settings.packing} {places} {bool(mixout.layers)} {recipe.mixout.form}"
+    if way in findings.scorers:
+        scorer = copy(findings.scorers[way])
+        if scorer.path != "padded":
+            switch_on(policy.causal_lm)
+        logger.info(f"{'padded' if scorer.path == 'padded' else f'packed rows ({scorer.path})'}: as an earlier run found it")
+    else:
+        scorer = choose_scorer(policy.model, [*data.train, *data.held_out], packing=settings.packing)
+        findings.scorers[way] = copy(scorer)
     scorer.token_budget, recomputation = plan_memory(
         policy.model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
     )
@@ -254,7 +268,7 @@ def build_trainer(
 
     # γ = 0 never asks for training pairs; those that are held out have a reference all the same.
     caching = "auto" if recipe.reference.policy == "skip" else recipe.reference.policy
-    reference = open_reference(policy, scorer, caching=caching, path=recipe.reference.store)
+    reference = open_reference(policy, scorer, caching=caching, path=recipe.reference.store, tensors=findings.tensors)
     asked, (recipe, calibration) = recipe, find_gamma(recipe, reference, data.train)
     recorded = Run(writer.folder).data_report if resume and writer else None
 
@@ -288,7 +302,8 @@ def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: 
     Raises:
         DiskError: the disk has no room for what the run is going to write.
     """
-    info, tokenizer, data, _ = prepared
+    info, tokenizer, data, _, known = prepared
+    findings = known or Findings()
     base = trainer.reference.base_fingerprint
     hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base}
     hashes |= adapter_inputs(recipe.adapter)
@@ -297,7 +312,9 @@ def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: 
         checkpoint = writer.resume(hashes)
     elif writer.writes:
         pairs = {"train": len(data.train), "held_out": len(data.held_out)}
-        described = base_record(trainer.model, info, tokenizer)
+        findings.files = findings.files or base_files(info)
+        findings.tensors = findings.tensors or tensor_fingerprints(trainer.model)
+        described = base_record(trainer.model, info, tokenizer, files=findings.files, tensors=findings.tensors)
         writer.record_start(recipe, hashes, base=described, data_report=data.report.to_dict(), pairs=pairs)
     if writer.writes:
         parameters = sum(weight.numel() for weight in adapter_parameters(trainer.model))
@@ -308,8 +325,11 @@ def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: 
     return found
 
 
-def _score_before(trainer: PairTrainer, recipe: Recipe) -> PairTable:
-    """Check the stored reference, fill it if the recipe says so, and return the monitored pairs as scored at step 0."""
+def _score_before(trainer: PairTrainer, recipe: Recipe, findings: Findings) -> PairTable:
+    """Check the stored reference, fill it if the recipe says so, and return the monitored pairs as scored at step 0.
+
+    Where an earlier run on this base has scored them with a policy that started as this reference, they are not scored again.
+    """
     reference, pairs = trainer.reference, trainer.train_dataset
     uses_reference = recipe.loss.gamma_value != 0
     forget_if_any(reference, reference.recheck([*(pairs if uses_reference else []), *trainer.held_out]))
@@ -317,12 +337,17 @@ def _score_before(trainer: PairTrainer, recipe: Recipe) -> PairTable:
         score_own_part(reference, pairs)
     trainer.monitored_reference = trainer.score_reference()
     reference.flush()
-    if recipe.policy_starts_as_reference and not any(gather_object([bool(reference.found)])):
-        # It is this very moment's, and π is π0: there is nothing to score again.
-        return trainer.score_monitored(trainer.monitored_reference)
-    policy = trainer.score_model()
-    if recipe.policy_starts_as_reference and forget_if_any(reference, reference.difference(trainer.monitored, policy)):
-        trainer.monitored_reference = trainer.score_reference()
+    if not recipe.policy_starts_as_reference:
+        return trainer.score_monitored()
+    start = f"{reference.key} {trainer.scorer.token_budget}"
+    policy = findings.starts.get(start) if reference.remembers else None
+    if policy is None and not any(gather_object([bool(reference.found)])):
+        policy = trainer.monitored_reference  # of this very moment, and π is π0: there is nothing to score again
+    else:
+        policy = trainer.score_model() if policy is None else policy
+        if forget_if_any(reference, reference.difference(trainer.monitored, policy)):
+            trainer.monitored_reference = trainer.score_reference()
+    findings.starts[start] = policy
     return trainer.score_monitored(policy)
 
 
