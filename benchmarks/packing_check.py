@@ -55,8 +55,8 @@ class Fault(NamedTuple):
     harm_layout: Callable[[Packing], None] = _unharmed
     harm_mask: Callable[[Tensor, int, int], None] | None = None
     """Of a mask (queries, keys), 0 or −inf, in place; how many are real."""
-    harm_positions: Callable[[Tensor, Any], None] = _unharmed
-    """Of a tree, in place."""
+    harm_positions: Callable[[Tensor, Any, int], None] = _unharmed
+    """Of a span of the tree, by its number, in place."""
     harm_window: Callable[[int], int | None] = int
 
 
@@ -65,7 +65,8 @@ def _pair_before(packing: Packing) -> None:
 
 
 def _is_branch(sources: Sequence[int]) -> bool:
-    return len(sources) == 2 and sources[1] > sources[0] + 1
+    """Of an answer that does not stand right behind what it goes on from."""
+    return len(sources) > 1 and sources[-1] > sources[-2] + 1
 
 
 def _lost_prompt(packing: Packing) -> None:
@@ -75,6 +76,23 @@ def _lost_prompt(packing: Packing) -> None:
 def _answer_beside(packing: Packing) -> None:
     packing.sources = [
         [*sources[:-1], sources[-1] - 1, sources[-1]] if _is_branch(sources) else sources for sources in packing.sources
+    ]
+
+
+def _lost_ancestor(packing: Packing) -> None:
+    packing.sources = [
+        [sources[0], *sources[2:]] if _is_branch(sources) and len(sources) > 2 else sources for sources in packing.sources
+    ]
+
+
+def _cousin(packing: Packing) -> None:
+    """The one that goes on from the same beginning, but not where this one does."""
+    parents = {sources[-1]: sources[-2] for sources in packing.sources if len(sources) > 1}
+    packing.sources = [
+        [*sources[:-1], min(others), sources[-1]]
+        if _is_branch(sources) and len(sources) > 2 and (others := [one for one, of in parents.items() if of == sources[0]])
+        else sources
+        for sources in packing.sources
     ]
 
 
@@ -93,14 +111,15 @@ def _end_of_prompt(mask: Tensor, queries: int, keys: int) -> None:
         mask[:queries, keys - queries - 1] = -torch.inf
 
 
-def _going_on(positions: Tensor, tree: Any) -> None:
-    (start, _), suffixes = tree
-    if suffixes:
-        positions[start : suffixes[-1][1]] = torch.arange(suffixes[-1][1] - start)
+def _going_on(positions: Tensor, tree: Any, number: int) -> None:
+    start, end, parent = tree[number]
+    if parent >= 0:
+        positions[start:end] = positions[start - 1] + 1 + torch.arange(end - start)
 
 
-def _one_further(positions: Tensor, tree: Any) -> None:
-    for start, end in tree[1][1:]:
+def _one_further(positions: Tensor, tree: Any, number: int) -> None:
+    start, end, parent = tree[number]
+    if parent not in (-1, number - 1):
         positions[start:end] += 1
 
 
@@ -108,6 +127,8 @@ FAULTS = {
     "the pair before it is seen": Fault(harm_layout=_pair_before),
     "the second answer loses its prompt": Fault(harm_layout=_lost_prompt),
     "the answer beside it is seen": Fault(harm_layout=_answer_beside),
+    "the answer loses what lies between it and its prompt": Fault(harm_layout=_lost_ancestor),
+    "a cousin is seen": Fault(harm_layout=_cousin),
     "the next token is seen": Fault(harm_mask=_next_token),
     "the token before is hidden": Fault(harm_mask=_newest_hidden),
     "the prompt's end is hidden": Fault(harm_mask=_end_of_prompt),
@@ -144,8 +165,8 @@ def harmed(fault: Fault) -> Iterator[None]:
 
     def row(pairs: Sequence[EncodedPair]) -> PackedRow:
         whole = pack(pairs)
-        for tree in whole.trees:
-            fault.harm_positions(whole.position_ids[0], tree)
+        for number in range(len(whole.tree)):
+            fault.harm_positions(whole.position_ids[0], whole.tree, number)
         return whole
 
     with (

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pe_dpo.data import EncodedPair
-from pe_dpo.data.batches import on_device, pack, shared_tokens, split_into_rows
+from pe_dpo.data.batches import divide, on_device, pack, pack_completions, shared_tokens, split_into_rows
 from pe_dpo.data.pairs import common_start
 
 
@@ -23,7 +23,7 @@ def sized(prompt, chosen=1, rejected=1, mark=0):
 
 
 def written_out(row):
-    tensors = {name: field for name, field in row._asdict().items() if name != "trees"}
+    tensors = {name: field for name, field in row._asdict().items() if name != "tree"}
     return {name: field.squeeze(0).tolist() if field.dim() == 2 else field.tolist() for name, field in tensors.items()}
 
 
@@ -44,7 +44,7 @@ def test_a_common_start_stands_in_the_prefix_and_last_tokens_stand_nowhere():
         "chosen": [0],
         "rejected": [1],
     }
-    assert row.trees == (((0, 3), ((3, 4),)),)
+    assert row.tree == ((0, 4, -1),)  # nothing forks
 
 
 def test_suffixes_go_on_at_the_position_where_their_prefix_ends():
@@ -61,7 +61,7 @@ def test_suffixes_go_on_at_the_position_where_their_prefix_ends():
         "chosen": [0, 2],
         "rejected": [1, 3],
     }
-    assert row.trees == (((0, 3), ((3, 5), (5, 8))), ((8, 10), ()))
+    assert row.tree == ((0, 3, -1), (3, 5, 0), (5, 8, 0), (8, 10, -1))
 
 
 def test_an_answer_that_is_the_beginning_of_the_other_lies_in_the_prefix():
@@ -78,27 +78,27 @@ def test_an_answer_that_is_the_beginning_of_the_other_lies_in_the_prefix():
         "chosen": [0],
         "rejected": [1],
     }
-    assert row.trees == (((0, 3), ((3, 4),)),)
+    assert row.tree == ((0, 4, -1),)  # nothing forks
 
 
 def test_four_answers_to_one_prompt_stand_once_and_their_six_pairs_are_edges():
-    """Answers 5 6, 7 8 9, 4 and 5 9 3: not all begin alike, so none shares more than the prompt. Another prompt between."""
+    """Answers 5 6, 7 8 9, 4 and 5 9 3: the first and the last begin alike. Another prompt between."""
     a, b, c, d = [5, 6], [7, 8, 9], [4], [5, 9, 3]
     edges = [(a, b), (a, c), (a, d), (b, c), (d, b), (d, c)]
     six = [pair([1, 2], *edge) for edge in edges]
     row = pack([*six[:2], pair([6], [7, 2], [8, 2]), *six[2:]])
     assert written_out(row) == {
-        "input_ids": [1, 2, 5, 7, 8, 5, 9, 6, 7, 8],
-        "position_ids": [0, 1, 2, 2, 3, 2, 3, 0, 1, 1],
-        "predicting": [1, 2, 1, 3, 4, 1, 1, 5, 6, 7, 8, 7, 9],
-        "targets": [5, 6, 7, 8, 9, 4, 5, 9, 3, 7, 2, 8, 2],
-        "members": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+        "input_ids": [1, 2, 5, 9, 7, 8, 6, 7, 8],
+        "position_ids": [0, 1, 2, 3, 2, 3, 0, 1, 1],
+        "predicting": [1, 2, 1, 4, 5, 1, 2, 3, 6, 7, 6, 8],
+        "targets": [5, 6, 7, 8, 9, 4, 9, 3, 7, 2, 8, 2],
+        "members": [0, 1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 10, 11],
         "owners": [0, 0, 1, 1, 1, 2, 3, 3, 3, 4, 4, 5, 5],
         "lengths": [2, 3, 1, 3, 2, 2],
         "chosen": [0, 0, 4, 0, 1, 3, 3],
         "rejected": [1, 2, 5, 3, 2, 1, 2],
     }
-    assert row.trees == (((0, 2), ((2, 3), (3, 5), (5, 7))), ((7, 8), ((8, 9), (9, 10))))
+    assert row.tree == ((0, 2, -1), (2, 4, 0), (4, 6, 0), (6, 7, -1), (7, 8, 3), (8, 9, 3))
 
 
 def test_without_sharing_every_answer_has_its_own_prompt_and_no_suffixes():
@@ -115,7 +115,7 @@ def test_without_sharing_every_answer_has_its_own_prompt_and_no_suffixes():
         "chosen": [0],
         "rejected": [1],
     }
-    assert row.trees == (((0, 4), ()), ((4, 7), ()))
+    assert row.tree == ((0, 4, -1), (4, 7, -1))
 
 
 def test_a_pair_of_equal_answers_is_one_answer():
@@ -126,22 +126,22 @@ def test_a_pair_of_equal_answers_is_one_answer():
 
 def test_integers_are_64_bits_and_tokens_have_a_batch_dimension():
     row = pack([pair([1, 2], [5, 6, 7], [5, 8])])
-    assert {field.dtype for name, field in row._asdict().items() if name != "trees"} == {torch.int64}
+    assert {field.dtype for name, field in row._asdict().items() if name != "tree"} == {torch.int64}
     assert row.input_ids.shape == row.position_ids.shape == (1, 4)
 
 
 def test_a_row_moves_to_a_device_with_all_its_tensors():
     row = pack([sized(2, 3, 4)])
     moved, others = row.on("meta", [torch.arange(3)])
-    assert {field.device.type for name, field in moved._asdict().items() if name != "trees"} == {"meta"}
-    assert moved.trees == row.trees
+    assert {field.device.type for name, field in moved._asdict().items() if name != "tree"} == {"meta"}
+    assert moved.tree == row.tree
     assert [(one.device.type, one.shape) for one in others] == [("meta", (3,))]
 
 
 def test_tensors_that_go_to_a_device_together_come_apart_as_they_were(monkeypatch):
     """As on a GPU, whose copy is one to the CPU here."""
     row = pack([sized(2, 3, 4), sized(5, 1, 1)])
-    tensors = [field for name, field in row._asdict().items() if name != "trees"]
+    tensors = [field for name, field in row._asdict().items() if name != "tree"]
     monkeypatch.setattr(torch, "device", lambda device: SimpleNamespace(type="elsewhere"))
     assert all(map(torch.equal, on_device(tensors, "cpu"), tensors))
 
@@ -162,15 +162,14 @@ any_pairs = st.lists(st.builds(pair, prompts, answers, answers), min_size=1, max
 
 
 def contexts(row):
-    """What each token of the row has read, itself included: its prefix, and its suffix up to it."""
+    """What each token of the row has read, itself included: the spans that its own goes on from, and its own up to it."""
     ids = row.input_ids[0].tolist()
-    read = []
-    for (start, end), suffixes in row.trees:
-        assert start == len(read)
-        read += [ids[start : index + 1] for index in range(start, end)]
-        for first, last in suffixes:
-            assert first == len(read) and last > first
-            read += [ids[start:end] + ids[first : index + 1] for index in range(first, last)]
+    read, whole = [], []
+    for number, (start, end, parent) in enumerate(row.tree):
+        assert start == len(read) < end and parent < number
+        before = whole[parent] if parent >= 0 else []
+        whole.append(before + ids[start:end])
+        read += [before + ids[start : index + 1] for index in range(start, end)]
     assert len(read) == len(ids)
     return read
 
@@ -227,9 +226,16 @@ def test_every_pair_is_in_one_row_and_rows_are_in_the_order_of_the_data(pairs, b
 
 @given(any_pairs, budgets)
 @example([pair([1], [1], [1]), pair([1], [1], [1, 1]), pair([1], [1], [1] * 5), pair([1], [2, 1], [2, 1, 1, 1])], 9)
-def test_no_row_of_several_pairs_exceeds_the_budget(pairs, budget):
+def test_no_row_exceeds_the_budget_but_of_one_pair_or_answer(pairs, budget):
     for row in split_into_rows(pairs, budget):
-        assert pack([pairs[index] for index in row]).input_ids.numel() <= budget or len(row) == 1
+        completions, parts, edges = divide([pairs[index] for index in row], budget)
+        assert sorted(number for part in parts for number in part) == list(range(len(completions)))
+        for part in parts:
+            packed = pack_completions([completions[number] for number in part])
+            assert packed.input_ids.numel() <= budget or len(completions) <= 2 or len(part) == 1
+        for index, (chosen, rejected) in zip(row, edges.tolist(), strict=True):
+            assert completions[chosen][1].ids.tolist() == pairs[index].chosen_ids.tolist()
+            assert completions[rejected][1].ids.tolist() == pairs[index].rejected_ids.tolist()
 
 
 @given(any_pairs, budgets, st.permutations([1, 2, 3]))
@@ -251,7 +257,7 @@ def test_the_fullest_row_comes_first(lengths, budget):
 
 def test_rows_are_filled_evenly():
     """6, 5, 4 and 3 tokens are 18, two rows of at most 10: 6 + 3 and 5 + 4, not 6 + 4 and 5 + 3."""
-    assert split_into_rows([sized(5), sized(3), sized(6), sized(4)], 10) == [[1, 2], [0, 3]]
+    assert split_into_rows([sized(size, mark=size) for size in (5, 3, 6, 4)], 10) == [[1, 2], [0, 3]]
 
 
 def test_a_pair_larger_than_the_budget_goes_alone():
@@ -271,7 +277,7 @@ def test_pairs_of_one_prompt_stay_together_though_others_lie_between():
 
 def test_a_large_group_of_one_prompt_is_broken_within_the_budget():
     """100 tokens of prompt and 9 + 9 for each pair: 50 pairs make 1,000 tokens, so 200 pairs make 4 rows of 50."""
-    pairs = [pair([7] * 100, [1, number, *[2] * 8], [3, number, *[2] * 8]) for number in range(200)]
+    pairs = [pair([7] * 100, [10 + number, *[2] * 9], [500 + number, *[2] * 9]) for number in range(200)]
     rows = split_into_rows(pairs, 1000)
     assert [len(row) for row in rows] == [50] * 4
     assert {shared_tokens([pairs[index] for index in row]) for row in rows} == {1000}

@@ -167,8 +167,8 @@ def test_padded_rows_score_what_the_mask_says() -> None:
 def test_packed_rows_score_what_the_mask_says_and_share_the_rest() -> None:
     row = pack([pair([1, 2], [5, 6, 7], [5, 8], [0, 1, 1], None)])
     assert row.input_ids.tolist() == [[1, 2, 5, 6]]
-    assert row.targets.tolist() == [5, 6, 7, 8]
-    assert (row.members.tolist(), row.owners.tolist(), row.lengths.tolist()) == ([1, 2, 0, 3], [0, 0, 1, 1], [2, 2])
+    assert row.targets.tolist() == [6, 7, 5, 8]
+    assert (row.members.tolist(), row.owners.tolist(), row.lengths.tolist()) == ([0, 1, 2, 3], [0, 0, 1, 1], [2, 2])
 
 
 def test_answers_of_the_same_tokens_scored_otherwise_are_two_answers() -> None:

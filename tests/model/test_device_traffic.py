@@ -118,15 +118,14 @@ def test_rows_with_a_mask_are_no_longer_than_a_square_is_cheap():
 @pytest.mark.parametrize("window", [None, 3, 8])
 def test_a_dense_mask_lets_every_token_see_its_prompt_and_its_own_answer(window):
     """Token by token, from what a tree is."""
-    trees = [((0, 5), ((5, 9), (9, 12))), ((12, 15), ((15, 20),)), ((20, 22), ())]
+    tree = [(0, 5, -1), (5, 7, 0), (7, 9, 1), (9, 10, 1), (10, 12, 0), (12, 20, -1), (20, 22, -1)]
+    answers = [[*range(9)], [*range(7), 9], [*range(5), 10, 11], [*range(12, 20)], [20, 21]]
     expected = torch.full((22, 22), -torch.inf)
-    for prefix, suffixes in trees:
-        answers = [[*range(*prefix), *range(*suffix)] for suffix in suffixes] or [[*range(*prefix)]]
-        for answer in answers:
-            for place, token in enumerate(answer):
-                first = 0 if window is None else max(0, place - window + 1)
-                expected[token, answer[first : place + 1]] = 0
-    assert torch.equal(Packing(trees, "dense").dense_mask(window, torch.zeros(1)), expected)
+    for answer in answers:
+        for place, token in enumerate(answer):
+            first = 0 if window is None else max(0, place - window + 1)
+            expected[token, answer[first : place + 1]] = 0
+    assert torch.equal(Packing(tree, "dense").dense_mask(window, torch.zeros(1)), expected)
 
 
 # ---------------------------------------------------------------- sums

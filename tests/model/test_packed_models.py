@@ -560,17 +560,76 @@ def test_a_row_of_three_tokens_has_the_same_bits_in_any_company(llama):
     Version(hf.__version__) < Version("5.19"), reason="until transformers 5.18 an angle's last bit depends on the row's length"
 )
 def test_the_token_budget_does_not_change_a_bit(tiny_base):
-    """Rows of one pair, of some, and of all."""
+    """Rows of one answer where pairs are linked, of some pairs, and of all."""
     model, pairs = saved_policy(tiny_base), shuffled_trees(3) + shuffled_trees(4)
     scorer, _ = choose(model, pairs)
     found, rows = [], []
     for scorer.token_budget in (1, 600, 10**6):
         found.append(scorer.score_pairs(model, pairs))
         rows.append(len(scorer.split(pairs)))
-    assert (rows[0], rows[2]) == (len(pairs), 1)
+    assert (len(pairs), rows[0], rows[2]) == (11, 9, 1)
     one = found[0]
     for other in found[1:]:
         assert all(torch.equal(*fields) for fields in zip(one, other, strict=True))
+
+
+def conversations() -> list[EncodedPair]:
+    """Two dialogues under one system prompt of 40 tokens, of three turns and of two, and a pair under another."""
+    random = np.random.default_rng(11)
+
+    def text(length: int) -> np.ndarray:
+        return random.integers(3, VOCABULARY, length)
+
+    system, pairs = text(40), []
+    for turns in (3, 2):
+        prompt = np.concatenate([system, text(9)])
+        for _ in range(turns):
+            chosen, rejected = answers_of(random, 2, int(random.integers(20, 60)), int(random.integers(20, 60)))
+            pairs.append(pair(prompt, chosen, rejected))
+            prompt = np.concatenate([prompt, chosen, text(12)])
+    return [*pairs, pair(np.concatenate([system[:5], text(30)]), *answers_of(random, 0, 20, 30))]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_what_prompts_have_in_common_stands_once_to_the_bit(name):
+    """Per dialogue: the system prompt, then one path of turns from which rejected answers fork off."""
+    model, pairs = policy_of(name), conversations()
+    expected = logprobs(PADDED, model, pairs)
+    pack_rows(model)
+    depths = []
+    for _, _, parent in pack(pairs).tree:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    assert max(depths) == 4  # the system prompt, up to where its dialogues fork, and three rejected answers fork off
+    texts = {(*one.prompt_ids.tolist(), *ids.tolist()[:-1]) for one in pairs for ids in (one.chosen_ids, one.rejected_ids)}
+    tokens = len({text[:end] for text in texts for end in range(1, len(text) + 1)})
+    assert pack(pairs).input_ids.numel() == tokens + 5  # five common tokens are too few to share
+    assert off(packed(model, pairs), expected) < 1e-5
+    assert_same_bits(model, pairs, 0)
+
+
+@pytest.mark.parametrize("kind", ["segments", "dense"])
+def test_gradients_come_through_a_deep_tree(llama, kind):
+    pairs = conversations()
+    slope = gradient(PADDED, llama, pairs)
+    pack_rows(llama)
+    assert float((gradient(Scorer(kind, CPU), llama, pairs) - slope).norm() / slope.norm()) < 1e-4
+
+
+def test_divided_answers_have_the_bits_and_gradients_of_one_row(llama):
+    """Five answers to one prompt in all ten pairs: one row, rows of three and two answers, and one answer in each."""
+    random = np.random.default_rng(12)
+    prompt, texts = random.integers(3, VOCABULARY, 30), answers_of(random, 3, 40, 25, 60, 33, 51)
+    pairs = [pair(prompt, texts[a], texts[b]) for a in range(5) for b in range(a)]
+    pack_rows(llama)
+    found = []
+    for budget in (1000, 160, 1):
+        scorer = Scorer("segments", CPU, token_budget=budget)
+        assert scorer.split(pairs) == [list(range(10))]
+        found.append((scorer.tokens(pairs), logprobs(scorer, llama, pairs), gradient(scorer, llama, pairs)))
+    assert [tokens for tokens, _, _ in found] == [30 + 3 + 40 + 25 + 60 + 33 + 51, 30 + 3 + 25 + 40 + 60, 30 + 3 + 60]
+    for _, scores, slope in found[1:]:
+        assert torch.equal(scores, found[0][1])
+        assert float((slope - found[0][2]).norm() / slope.norm()) < 1e-5
 
 
 # ---------------------------------------------------------------- the trap
@@ -602,16 +661,35 @@ def test_positions_alone_silently_lose_the_prompt_of_the_rejected_answer(llama, 
 # ---------------------------------------------------------------- a check that can fail
 
 
+def is_branch(sources: list[int]) -> bool:
+    return len(sources) > 1 and sources[-1] > sources[-2] + 1
+
+
 def without_trunk(packing: Packing) -> None:
+    packing.sources = [sources[-1:] if is_branch(sources) else sources for sources in packing.sources]
+
+
+def without_an_ancestor(packing: Packing) -> None:
+    """Only where there are two."""
     packing.sources = [
-        sources[-1:] if len(sources) == 2 and sources[1] > sources[0] + 1 else sources for sources in packing.sources
+        [sources[0], *sources[2:]] if is_branch(sources) and len(sources) > 2 else sources for sources in packing.sources
+    ]
+
+
+def with_a_cousin(packing: Packing) -> None:
+    """Only where there are two ancestors: a span that goes on from the farther one."""
+    beside = {sources[0]: sources[1] for sources in packing.sources if is_branch(sources) and len(sources) == 2}
+    packing.sources = [
+        [*sources[:-1], beside[sources[0]], sources[-1]]
+        if is_branch(sources) and len(sources) > 2 and sources[0] in beside
+        else sources
+        for sources in packing.sources
     ]
 
 
 def with_the_answer_beside_it(packing: Packing) -> None:
     packing.sources = [
-        [*sources[:-1], sources[-1] - 1, sources[-1]] if len(sources) == 2 and sources[1] > sources[0] + 1 else sources
-        for sources in packing.sources
+        [*sources[:-1], sources[-1] - 1, sources[-1]] if is_branch(sources) else sources for sources in packing.sources
     ]
 
 
@@ -631,7 +709,9 @@ def damage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Packing], None]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", [without_trunk, with_the_answer_beside_it, with_the_pair_before_it])
+@pytest.mark.parametrize(
+    "harm", [without_trunk, without_an_ancestor, with_a_cousin, with_the_answer_beside_it, with_the_pair_before_it]
+)
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}], ids=["f32", "bf16", "int8"])
 def test_a_branch_that_sees_too_little_or_too_much_is_found_and_refused(tiny_base, monkeypatch, harm, options):
     model = saved_policy(tiny_base, **options)

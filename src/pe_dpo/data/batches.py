@@ -5,12 +5,12 @@
                   rejected a  prompt a  rejected a  0
                   rejected b  prompt b  rejected b
 
-    packed        pairs of one prompt   prefix: prompt + common start of its answers     suffixes: the rest of each answer
-                  row                   prefix a  chosen a  rejected a  prefix b  answer 1  answer 2  answer 3  …
-                  positions             0 1 2 3   4 5 6     4 5 6 7     0 1 …    (each suffix goes on where its prefix ends)
+    packed        system  prompt a  chosen a  rejected a  prompt b  answer 1  answer 2  prompt c  …      a tree (`data/trie.py`)
+    positions     0 1 2   3 4       5 6       5 6 7       3 4 5 6   7 8       7         0 1       …      (each part goes on
+    goes on from  —       system    prompt a  prompt a    system    prompt b  prompt b  —         …       where its parent ends)
 
-In a packed row several answers to one prompt stand once each, and pairs are edges between them. The last token of an answer is
-scored but not read, so it is no part of the row.
+In a packed row every answer stands once, and pairs are edges between answers. The last token of an answer is scored but not
+read, so it is no part of the row.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pe_dpo.data.pairs import Answer, EncodedPair, common_start, row_length
+from pe_dpo.data.pairs import Answer, EncodedPair, row_length
+from pe_dpo.data.trie import Node, Trie
 
-Span = tuple[int, int]
-"""[start, end) in a row."""
-Tree = tuple[Span, tuple[Span, ...]]
-"""Where one prompt and its answers lie in a row: the prefix, then the suffixes that are not empty."""
+Span = tuple[int, int, int]
+"""[start, end) in a row, and the number of the span that it goes on from; −1 where a text begins."""
+Completion = tuple[np.ndarray, Answer]
+"""A prompt's ids and one answer to it."""
+
+SHARE_THAT_JOINS = 1 / 8
+"""Of the smaller one's tokens that two pairs of different prompts have in common, so that rows are filled with them together.
+Where they have less, rows are filled evenly, and what lies in a row shares it all the same."""
+REPEATED = 8
+"""A common beginning is read again after so many times its tokens, where memory allows: 64 pairs of 150 tokens under a system
+prompt of 800 take 1.07 of the tokens of a single row, and 5.3 in rows of 1,024."""
+RECOMPUTED = 1.4
+"""What the tokens of divided answers cost, whose rows but one go forward twice: measured 1.30 in two rows, 1.51 in four
+(float32, 4 × 512)."""
 
 
 def pad_rows(rows: Sequence[np.ndarray], *, on_the_left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,13 +109,14 @@ class PackedRow(NamedTuple):
     """(1, T)."""
     position_ids: torch.Tensor
     """(1, T)."""
-    trees: tuple[Tree, ...]
+    tree: tuple[Span, ...]
+    """Parents come before their children, and a first child right behind its parent."""
     predicting: torch.Tensor
     """(N,) index in the row of the token that predicts."""
     targets: torch.Tensor
     """(N,) the token id that is predicted."""
     members: torch.Tensor
-    """(M,) prediction that is scored: a token of a common start belongs to several answers, another one's turn to none."""
+    """(M,) prediction that is scored: a token of a common start belongs to several answers."""
     owners: torch.Tensor
     """(M,) answer that the prediction belongs to."""
     lengths: torch.Tensor
@@ -119,7 +131,7 @@ class PackedRow(NamedTuple):
         own = [field for field in self if isinstance(field, torch.Tensor)]
         there = on_device([*own, *others], device)
         (input_ids, position_ids, *rest), others = there[: len(own)], there[len(own) :]
-        return PackedRow(input_ids, position_ids, self.trees, *rest), list(others)
+        return PackedRow(input_ids, position_ids, self.tree, *rest), list(others)
 
 
 def pack(pairs: Sequence[EncodedPair], *, share: bool = True) -> PackedRow:
@@ -129,56 +141,92 @@ def pack(pairs: Sequence[EncodedPair], *, share: bool = True) -> PackedRow:
         pairs: At least one, in any order; pairs of one prompt need not be neighbours.
         share: False repeats the prompt for every answer, for comparison; the numbers are the same.
     """
-    row = _RowBuilder()
-    chosen, rejected = [0] * len(pairs), [0] * len(pairs)
-    for members in _by_prompt(pairs):
-        prompt, (answers, start) = pairs[members[0]].prompt_ids, _answers(pairs, members)
-        numbers: dict[bytes, int] = {}
-        for some, common in [(answers, start)] if share else [([answer], len(answer.ids) - 1) for answer in answers]:
-            numbers |= row.add(prompt, some, common)
-        for index in members:
-            chosen[index], rejected[index] = (numbers[answer.key] for answer in pairs[index].answers)
+    completions, edges = completions_of(pairs)
+    chosen, rejected = torch.from_numpy(edges.T.copy())
+    return pack_completions(completions, share=share)._replace(chosen=chosen, rejected=rejected)
 
-    def joined(parts: list[np.ndarray]) -> torch.Tensor:
+
+def pack_completions(completions: Sequence[Completion], *, share: bool = True) -> PackedRow:
+    """Return answers as one row without pairs, on the CPU; the arguments are as those of `pack`."""
+    read = [_read(*completion) for completion in completions]
+    if share:
+        nodes, last = _trie(completions, read).nodes()
+    else:
+        nodes, last = [Node(-1, number, 0, len(ids)) for number, ids in enumerate(read)], list(range(len(read)))
+    ends = np.cumsum([node.end - node.start for node in nodes]).tolist()
+    readers, targets, owners = [], [], []
+    for number, (prompt, answer) in enumerate(completions):
+        places = np.empty(len(read[number]), np.int64)
+        end, index = len(places), last[number]
+        while index >= 0:
+            node = nodes[index]
+            places[node.start : end] = np.arange(end - node.start) + (ends[index] - node.end + node.start)
+            end, index = node.start, node.parent
+        scored = slice(None) if answer.scored is None else answer.scored
+        readers.append(places[len(prompt) - 1 :][scored])
+        targets.append(answer.ids[scored])
+        owners.append(np.full(len(targets[-1]), number))
+    # A token that the same token predicts is one prediction, whoever it is scored for; numbered as they come.
+    predicted = np.concatenate(readers) << 32 | np.concatenate(targets)
+    different, first, members = np.unique(predicted, return_index=True, return_inverse=True)
+    as_they_come = first.argsort()
+
+    def joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return PackedRow(
-        input_ids=joined(row.tokens).unsqueeze(0),
-        position_ids=joined(row.positions).unsqueeze(0),
-        trees=tuple(row.trees),
-        predicting=joined(row.predicting),
-        targets=joined(row.targets),
-        members=joined(row.members),
-        owners=joined(row.owners),
-        lengths=torch.tensor(row.lengths),
-        chosen=torch.tensor(chosen),
-        rejected=torch.tensor(rejected),
+        input_ids=joined([read[node.member][node.start : node.end] for node in nodes]).unsqueeze(0),
+        position_ids=joined([np.arange(node.start, node.end) for node in nodes]).unsqueeze(0),
+        tree=tuple((end - node.end + node.start, end, node.parent) for end, node in zip(ends, nodes, strict=True)),
+        predicting=torch.from_numpy(different[as_they_come] >> 32),
+        targets=torch.from_numpy(different[as_they_come] & 0xFFFFFFFF),
+        members=torch.from_numpy(as_they_come.argsort()[members.reshape(-1)]),
+        owners=joined(owners),
+        lengths=torch.tensor([len(ids) for ids in targets]),
+        chosen=torch.zeros(0, dtype=torch.int64),
+        rejected=torch.zeros(0, dtype=torch.int64),
     )
 
 
-def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
+def completions_of(pairs: Sequence[EncodedPair]) -> tuple[list[Completion], np.ndarray]:
+    """Return the different answers of pairs, prompt by prompt as they come, and each pair's chosen and rejected, (B, 2)."""
+    prompts: dict[bytes, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        prompts.setdefault(pair.prompt_ids.tobytes(), []).append(index)
+    completions: list[Completion] = []
+    edges = np.empty((len(pairs), 2), np.int64)
+    for members in prompts.values():
+        numbers: dict[bytes, int] = {}
+        for index in members:
+            for side, answer in enumerate(pairs[index].answers):
+                number = numbers.setdefault(answer.key, len(completions))
+                if number == len(completions):
+                    completions.append((pairs[index].prompt_ids, answer))
+                edges[index, side] = number
+    return completions, edges
+
+
+def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int, tree_budget: int = 0) -> list[list[int]]:
     """Return packed rows as lists of indices into `pairs`, each index once, each list in ascending order.
 
-    Pairs of one prompt stay together as long as they fit. Rows are filled evenly, largest prompt first, so that the fullest is
-    as small as it can easily be; it comes first (what does not fit in memory shows at once). A pair that alone exceeds the
-    budget goes alone.
+    Pairs with a long common beginning, of one prompt first of all, stay together as long as they fit. Rows are filled evenly,
+    the largest such block first, so that the fullest is as small as it can easily be; it comes first (what does not fit in
+    memory shows at once). A pair that alone exceeds the budget goes alone.
+
+    Pairs that are linked by answers which they have in common are one list even where that exceeds the budget: up to the budget
+    of trees as one row, beyond it as several between which answers are divided (`divide`), unless rows of whole pairs are
+    cheaper.
 
     Args:
         pairs: The pairs of one optimizer step, or of an evaluation.
         token_budget: Most tokens of one row.
+        tree_budget: Most tokens of a row where a larger one spares reading something twice; where it is below
+            `token_budget`, that.
     """
-    blocks: list[tuple[int, list[int]]] = []  # tokens and members of the parts of each prompt's pairs that stay together
-    for members in _by_prompt(pairs):
-        block: list[int] = []
-        size = 0
-        for index in members:
-            grown = shared_tokens([pairs[member] for member in (*block, index)])
-            if block and grown > token_budget:
-                blocks.append((size, block))
-                block, grown = [], shared_tokens([pairs[index]])
-            block.append(index)
-            size = grown
-        blocks.append((size, block))
+    completions, edges = completions_of(pairs)
+    trie = _trie(completions)
+    tree_budget = max(token_budget, tree_budget)
+    blocks = _blocks(trie, completions, edges, _linked(trie, edges, tree_budget), token_budget, tree_budget)
     blocks.sort(key=lambda block: (-block[0], block[1][0]))
     rows_needed = -(-sum(min(size, token_budget) for size, _ in blocks) // token_budget)
     rows: list[list[int]] = []
@@ -188,10 +236,8 @@ def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[lis
         if not is_new:
             tokens, row = filled[0]
             grown = tokens + size
-            prompt = pairs[members[0]].prompt_ids.tobytes()
-            # Two blocks of one prompt share less of its answers' starts than each alone, and may need more than their sum.
-            if any(pairs[index].prompt_ids.tobytes() == prompt for index in rows[row]):
-                grown = max(grown, shared_tokens([pairs[index] for index in (*rows[row], *members)]))
+            if grown > token_budget and np.isin(trie.beginnings[edges[members, 0]], trie.beginnings[edges[rows[row], 0]]).any():
+                grown = trie.tokens(np.unique(edges[[*rows[row], *members]]))
             is_new = grown > token_budget
         if is_new:
             rows.append([*members])
@@ -202,76 +248,131 @@ def split_into_rows(pairs: Sequence[EncodedPair], token_budget: int) -> list[lis
     return [sorted(rows[row]) for _, row in sorted(filled, key=lambda entry: (-entry[0], entry[1]))]
 
 
+def divide(pairs: Sequence[EncodedPair], tree_budget: int) -> tuple[list[Completion], list[list[int]], np.ndarray]:
+    """Return the different answers of pairs, how they are divided between rows, and the pairs' chosen and rejected (B, 2).
+
+    They stand in one row unless that exceeds the budget, there are more than two, and answers link all of them.
+    """
+    completions, edges = completions_of(pairs)
+    every = list(range(len(completions)))
+    if len(every) <= 2:
+        return completions, [every], edges
+    trie = _trie(completions)
+    total = trie.tokens(every)
+    if total <= tree_budget or len(_components(edges)) > 1:
+        return completions, [every], edges
+    runs = _runs(trie, [np.array([number]) for number in trie.order], tree_budget)
+    return completions, [[int(trie.order[place]) for place in run] for run in runs], edges
+
+
 def shared_tokens(pairs: Sequence[EncodedPair]) -> int:
     """Return the tokens of a packed row that holds these pairs."""
-    tokens = 0
-    for members in _by_prompt(pairs):
-        answers, start = _answers(pairs, members)
-        tokens += len(pairs[members[0]].prompt_ids) + start + sum(max(0, len(answer.ids) - start - 1) for answer in answers)
-    return tokens
+    return completion_tokens(completions_of(pairs)[0])
 
 
-def _by_prompt(pairs: Sequence[EncodedPair]) -> list[list[int]]:
-    """Return the indices of the pairs that have the same prompt ids, in order of first appearance."""
-    groups: dict[bytes, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        groups.setdefault(pair.prompt_ids.tobytes(), []).append(index)
-    return list(groups.values())
+def completion_tokens(completions: Sequence[Completion]) -> int:
+    """Return the tokens of a packed row that holds these answers."""
+    return _trie(completions).tokens(np.arange(len(completions)))
 
 
-def _answers(pairs: Sequence[EncodedPair], members: Sequence[int]) -> tuple[list[Answer], int]:
-    """Return the different answers of some pairs, and how many tokens of each belong to the prefix.
+def _read(prompt: np.ndarray, answer: Answer) -> np.ndarray:
+    return np.concatenate([prompt, answer.ids[:-1]])
 
-    A lone answer belongs to it but for its last token.
+
+def _trie(completions: Sequence[Completion], read: Sequence[np.ndarray] | None = None) -> Trie:
+    return Trie(read or [_read(*completion) for completion in completions], [len(prompt) for prompt, _ in completions])
+
+
+def _components(edges: np.ndarray) -> list[list[int]]:
+    """Return the pairs, as indices, that answers which they have in common link, in order of first appearance."""
+    leader: dict[int, int] = {}
+
+    def find(answer: int) -> int:
+        while leader.setdefault(answer, answer) != answer:
+            answer = leader[answer] = leader[leader[answer]]
+        return answer
+
+    for one, other in edges.tolist():
+        leader[find(other)] = find(one)
+    components: dict[int, list[int]] = {}
+    for index, (one, _) in enumerate(edges.tolist()):
+        components.setdefault(find(one), []).append(index)
+    return list(components.values())
+
+
+def _linked(trie: Trie, edges: np.ndarray, tree_budget: int) -> list[list[int]]:
+    """Return the pairs that cannot be parted, as indices, in the order of the tree."""
+    units: list[list[int]] = []
+    for component in _components(edges):
+        answers = np.unique(edges[component])
+        if len(component) == 1 or trie.tokens(answers) <= tree_budget:
+            units.append(component)
+            continue
+        alone = [np.array([number]) for number in trie.order[np.sort(trie.ranks[answers])]]
+        divided = sum(trie.tokens(np.concatenate([alone[place] for place in run])) for run in _runs(trie, alone, tree_budget))
+        in_pairs = [
+            [component[place] for place in run]
+            for run in _runs(trie, [np.unique(edges[index]) for index in component], tree_budget)
+        ]
+        is_cheaper = RECOMPUTED * divided < sum(trie.tokens(np.unique(edges[run])) for run in in_pairs)
+        units += [component] if is_cheaper else in_pairs
+    return sorted(units, key=lambda unit: int(trie.ranks[edges[unit]].min()))
+
+
+def _blocks(
+    trie: Trie, completions: Sequence[Completion], edges: np.ndarray, units: Sequence[list[int]], budget: int, tree_budget: int
+) -> list[tuple[int, list[int]]]:
+    """Return the pairs, as indices, that stand together for what they have in common, each block with its tokens."""
+    answers = [np.unique(edges[unit]) for unit in units]
+    sizes = [trie.tokens(some) for some in answers]
+    together: list[list[int]] = []
+    for number, some in enumerate(answers):
+        joins = False
+        if number and trie.beginnings[some[0]] == trie.beginnings[answers[number - 1][0]]:
+            one, other = (completions[few[0]][0] for few in (some, answers[number - 1]))
+            spared = sizes[number - 1] + sizes[number] - trie.tokens(np.union1d(answers[number - 1], some))
+            joins = np.array_equal(one, other) or spared >= SHARE_THAT_JOINS * min(sizes[number - 1 : number + 1])
+        if joins:
+            together[-1].append(number)
+        else:
+            together.append([number])
+    blocks = []
+    for numbers in together:
+        for run in _runs(trie, [answers[number] for number in numbers], budget, tree_budget):
+            members = [index for place in run for index in units[numbers[place]]]
+            blocks.append((trie.tokens(np.unique(edges[members])), members))
+    return blocks
+
+
+def _runs(trie: Trie, items: Sequence[np.ndarray], budget: int, tree_budget: int = 0) -> list[list[int]]:
+    """Return neighbours among groups of answers, as indices, that fill rows; a group that exceeds the budget goes alone.
+
+    Args:
+        trie: The tree of all answers.
+        items: The groups, in its order.
+        budget: Most tokens of a row.
+        tree_budget: Most tokens of one that spares reading a long beginning again.
     """
-    answers = list({answer.key: answer for index in members for answer in pairs[index].answers}.values())
-    return answers, common_start([answer.ids for answer in answers]) if len(answers) > 1 else len(answers[0].ids) - 1
 
+    def filled(share: float) -> tuple[list[list[int]], list[int]]:
+        runs: list[list[int]] = []
+        sizes: list[int] = []
+        for number, item in enumerate(items):
+            if runs:
+                answers = np.unique(np.concatenate([items[one] for one in runs[-1]] + [item]))
+                ranks = trie.ranks[answers]
+                beginning = int(trie.common[ranks.min() : ranks.max()].min()) if len(ranks) > 1 else 0
+                grown = trie.tokens(answers)
+                if grown <= share * max(budget, min(tree_budget, REPEATED * beginning)):
+                    runs[-1].append(number)
+                    sizes[-1] = grown
+                    continue
+            runs.append([number])
+            sizes.append(trie.tokens(item))
+        return runs, sizes
 
-class _RowBuilder:
-    """Puts trees one after another and remembers who predicts what."""
-
-    def __init__(self) -> None:
-        self.tokens: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
-        self.trees: list[Tree] = []
-        self.predicting: list[np.ndarray] = []
-        self.targets: list[np.ndarray] = []
-        self.members: list[np.ndarray] = []
-        self.owners: list[np.ndarray] = []
-        self.lengths: list[int] = []
-        self.end = 0
-        self.predictions = 0
-
-    def add(self, prompt: np.ndarray, answers: Sequence[Answer], start: int) -> dict[bytes, int]:
-        """Add a prompt with its answers, which have their first `start` tokens in common; return the answers' numbers."""
-        beginning = answers[0].ids[:start]
-        prefix = self._place(np.concatenate([prompt, beginning]), 0)
-        common = self._predict(np.arange(prefix[0] + len(prompt) - 1, prefix[1] - 1), beginning)
-        suffixes, numbers = [], {}
-        for answer in answers:
-            rest = answer.ids[start:]
-            suffix = self._place(rest[:-1], prefix[1] - prefix[0])
-            readers = np.concatenate([[prefix[1] - 1], np.arange(*suffix)])[: len(rest)]
-            predictions = np.concatenate([common, self._predict(readers, rest)])
-            scored = predictions if answer.scored is None else predictions[answer.scored]
-            numbers[answer.key] = len(self.lengths)
-            self.members.append(scored)
-            self.owners.append(np.full(len(scored), len(self.lengths)))
-            self.lengths.append(len(scored))
-            if suffix[1] > suffix[0]:
-                suffixes.append(suffix)
-        self.trees.append((prefix, tuple(suffixes)))
-        return numbers
-
-    def _place(self, ids: np.ndarray, position: int) -> Span:
-        self.tokens.append(ids)
-        self.positions.append(np.arange(position, position + len(ids)))
-        self.end += len(ids)
-        return self.end - len(ids), self.end
-
-    def _predict(self, readers: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        self.predicting.append(readers)
-        self.targets.append(ids)
-        self.predictions += len(ids)
-        return np.arange(self.predictions - len(ids), self.predictions)
+    runs, sizes = filled(1.0)
+    if len(runs) > 1:  # the same number of rows, filled evenly
+        evenly, _ = filled(min(1.0, 1.05 * sum(sizes) / len(sizes) / max(sizes)))
+        runs = evenly if len(evenly) == len(runs) else runs
+    return runs

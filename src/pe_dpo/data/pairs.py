@@ -67,6 +67,11 @@ class Answer(NamedTuple):
         """Bytes that are equal for equal answers alone."""
         return self.ids.tobytes() + (b"" if self.scored is None else b"scored" + np.packbits(self.scored).tobytes())
 
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens count."""
+        return len(self.ids) if self.scored is None else int(self.scored.sum())
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:

@@ -185,7 +185,7 @@ def row_of(pairs: Sequence[EncodedPair], path: ScoringPath) -> Row:
         scored = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
         return Row(tokens, scored, tokens, tokens * longest, 2 * len(pairs) * (longest - starts))
     packed: Any = pack(pairs)
-    stretches = list(Packing(packed.trees, path).stretches())
+    stretches = list(Packing(packed.tree, path).stretches())
     if path == "segments":
         stretches = [(even_queries(queries), even_keys(keys)) for queries, keys in stretches]
     keys, scores = sum(keys for _, keys in stretches), sum(queries * keys for queries, keys in stretches)

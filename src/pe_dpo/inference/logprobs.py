@@ -1,13 +1,16 @@
 """Log-probs of pairs from a model: one forward over chosen and rejected answers together, padded or packed."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from pe_dpo.data.batches import PackedRow
+from pe_dpo.data.batches import Completion, PackedRow, on_device, pack_completions
 from pe_dpo.errors import ModelError
 from pe_dpo.model.attention import Kind, Packing
 from pe_dpo.objective import LogitTransform, PairLogprobs, completion_logprobs, head_logprobs
@@ -39,12 +42,45 @@ def packed_pair_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> PairLogpr
     Raises:
         ModelError: some layer of the model does not attend through transformers' interface, so that pairs would mix.
     """
-    longest = int(row.lengths.max())
-    per_token, row = _token_logprobs(model, row, kind)
-    # In float64 like the padded path, and one after the other in the order of the tokens.
-    sums = owner_sums(per_token, row.owners, len(row.lengths), longest)
+    sums, row = _answer_logprobs(model, row, kind)
     lengths = row.lengths
     return PairLogprobs(sums[row.chosen], sums[row.rejected], lengths[row.chosen], lengths[row.rejected])
+
+
+def divided_pair_logprobs(
+    model: Any, completions: Sequence[Completion], rows: Sequence[Sequence[int]], edges: np.ndarray, *, kind: Kind
+) -> PairLogprobs:
+    """Return the log-probs of pairs whose answers stand in several rows, the numbers of `packed_pair_logprobs`.
+
+    Where gradients are on, all rows but the last go forward without, and again in the backward, one after the other: a row's
+    gradient needs what the loss makes of answers in other rows. No more than one row's activations are kept at a time.
+
+    Args:
+        model: as in `packed_pair_logprobs`.
+        completions: all answers.
+        rows: those of each row, as indices.
+        edges: the pairs' chosen and rejected answers, as indices, (B, 2).
+        kind: how attention is computed.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    here = torch.empty(0, device=causal_lm.device)  # tells `checkpoint` whose random states dropout draws from
+
+    def score(number: int, _: Tensor) -> Tensor:
+        row = pack_completions([completions[index] for index in rows[number]])
+        return _answer_logprobs(model, row, kind)[0]
+
+    last = len(rows) - 1
+    parts = [
+        checkpoint(score, number, here, use_reentrant=False)
+        if number < last and torch.is_grad_enabled()
+        else score(number, here)
+        for number in range(len(rows))
+    ]
+    places = torch.from_numpy(np.concatenate(rows).argsort()[edges.T].copy())
+    lengths = torch.tensor([answer.scored_tokens for _, answer in completions])[torch.from_numpy(edges.T.copy())]
+    chosen, rejected, *both_lengths = on_device([*places, *lengths], causal_lm.device)
+    sums = torch.cat(parts)
+    return PairLogprobs(sums[chosen], sums[rejected], *both_lengths)
 
 
 def packed_token_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> Tensor:
@@ -55,6 +91,14 @@ def packed_token_logprobs(model: Any, row: PackedRow, *, kind: Kind) -> Tensor:
     return _token_logprobs(model, row, kind)[0]
 
 
+def _answer_logprobs(model: Any, row: PackedRow, kind: Kind) -> tuple[Tensor, PackedRow]:
+    """Return the sum of each answer's log-probs, (A,) float64, and the row; both on the model's device."""
+    longest = int(row.lengths.max())
+    per_token, row = _token_logprobs(model, row, kind)
+    # In float64 like the padded path, and one after the other in the order of the tokens.
+    return owner_sums(per_token, row.owners, len(row.lengths), longest), row
+
+
 def _token_logprobs(model: Any, row: PackedRow, kind: Kind) -> tuple[Tensor, PackedRow]:
     """Return `packed_token_logprobs`, and the row on the model's device.
 
@@ -63,7 +107,7 @@ def _token_logprobs(model: Any, row: PackedRow, kind: Kind) -> tuple[Tensor, Pac
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     tokens = row.input_ids.shape[1]
     filling = max(0, SMALLEST - tokens)  # a tree of its own, which nobody reads
-    packing = Packing((*row.trees, ((tokens, tokens + filling), ())) if filling else row.trees, kind)
+    packing = Packing((*row.tree, (tokens, tokens + filling, -1)) if filling else row.tree, kind)
     input_ids, position_ids = (F.pad(one, (0, filling)) for one in (row.input_ids, row.position_ids))
     row = row._replace(input_ids=input_ids, position_ids=position_ids)
     row, layout = row.on(causal_lm.device, packing.layout())

@@ -5,6 +5,7 @@ is not looked up but tried: a few pairs, the longest among them, must give the l
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,10 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pe_dpo.data.batches import pack, pad, shared_tokens, split_by_tokens, split_into_rows
+from pe_dpo.data.batches import completion_tokens, divide, pack, pad, shared_tokens, split_by_tokens, split_into_rows
 from pe_dpo.data.pairs import EncodedPair, common_start, row_length
 from pe_dpo.errors import ModelError, OutOfMemory
-from pe_dpo.inference.logprobs import concatenate, moved, packed_pair_logprobs, packed_token_logprobs, pair_logprobs
+from pe_dpo.inference.logprobs import (
+    concatenate,
+    divided_pair_logprobs,
+    moved,
+    packed_pair_logprobs,
+    packed_token_logprobs,
+    pair_logprobs,
+)
 from pe_dpo.inference.rounding import LEAST_NOISE, MOST_NOISE, SPARED, TYPICAL, Rounding, least_noise
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.attention import Kind, ordinary_in_float32, switch_on
@@ -58,6 +66,7 @@ class Scorer:
         path: through the model.
         device: of the model.
         token_budget: most tokens of one forward; halved when memory runs out.
+        tree_budget: most tokens of one forward where a larger one spares reading something twice; by default `token_budget`.
         is_batch_dependent: whether a pair's log-probs change with what else is in the batch: then the reference must be scored
             beside the policy.
         noise: nats by which rounding may move the log-prob of a token from one batch or machine to another.
@@ -69,29 +78,39 @@ class Scorer:
         device: torch.device,
         *,
         token_budget: int = TOKENS,
+        tree_budget: int = 0,
         is_batch_dependent: bool = False,
         noise: float = LEAST_NOISE,
     ) -> None:
         self.path, self.device, self.noise = path, device, noise
-        self.token_budget, self.is_batch_dependent = token_budget, is_batch_dependent
+        self.token_budget, self.tree_budget, self.is_batch_dependent = token_budget, tree_budget, is_batch_dependent
 
     def split(self, pairs: Sequence[EncodedPair]) -> list[list[int]]:
         """Return micro-batches as lists of indices into `pairs`, each index once, within the budget of tokens."""
         if self.path == "padded":
             return split_by_tokens(pairs, self.token_budget)
-        return split_into_rows(pairs, min(self.token_budget, DENSE_TOKENS) if self.path == "dense" else self.token_budget)
+        return split_into_rows(pairs, *self._budgets())
 
     def tokens(self, pairs: Sequence[EncodedPair]) -> int:
-        """Return the tokens of one micro-batch of these pairs, padding included."""
+        """Return the tokens of one micro-batch of these pairs, padding included; of the largest row where several divide it."""
         if self.path == "padded":
             return 2 * len(pairs) * max(row_length(pair) for pair in pairs)
-        return shared_tokens(pairs)
+        completions, rows, _ = divide(pairs, self._budgets()[1])
+        return max(completion_tokens([completions[index] for index in row]) for row in rows)
 
     def logprobs(self, model: Any, pairs: Sequence[EncodedPair]) -> PairLogprobs:
         """Return the log-probs of one micro-batch in its order, on the model's device; with gradients where they are on."""
         if self.path == "padded":
             return pair_logprobs(model, *pad(pairs, self.device))
+        completions, rows, edges = divide(pairs, self._budgets()[1])
+        if len(rows) > 1:
+            return divided_pair_logprobs(model, completions, rows, edges, kind=self.path)
         return packed_pair_logprobs(model, pack(pairs), kind=self.path)
+
+    def _budgets(self) -> tuple[int, int]:
+        """Most tokens of a row, and of one that spares reading something twice."""
+        most = DENSE_TOKENS if self.path == "dense" else sys.maxsize
+        return min(self.token_budget, most), min(max(self.token_budget, self.tree_budget), most)
 
     def token_logprobs(self, model: Any, pairs: Sequence[EncodedPair]) -> list[Tensor]:
         """Return the log-probs of the scored tokens of each answer, (A,) float64 on the CPU: chosen, rejected, pair by pair."""
@@ -151,15 +170,27 @@ class Scorer:
                     torch.cuda.set_rng_state(on_device, self.device)
                 # What was tried is the split of then: work inside may have run out and gone on with a smaller budget.
                 lowered, self.token_budget = self.token_budget, budget
-                if max(map(len, self.split(pairs))) == 1:
+                if self._cannot_be_split(pairs):
                     longest = max(pairs, key=lambda pair: self.tokens([pair]))
                     raise OutOfMemory(
                         f"out of memory with one pair at a time; the longest is {longest.where} with "
                         f"{self.tokens([longest])} tokens; set a smaller data.max_length, or model.quantize: nf4"
                     ) from error
             torch.cuda.empty_cache()  # here, where no frame of the failed try holds its tensors
-            self.token_budget = min(lowered, budget // 2)
+            # Trees too: what is read again is time, and no more.
+            self.token_budget, self.tree_budget = min(lowered, budget // 2), 0
             logger.warning(f"out of memory; going on with {self.token_budget} tokens per forward (nothing is lost)")
+
+    def _cannot_be_split(self, pairs: Sequence[EncodedPair]) -> bool:
+        """Whether every row has one pair, or one answer, already."""
+        batches = self.split(pairs)
+        if self.path == "padded" or max(map(len, batches)) == 1:
+            return max(map(len, batches)) == 1
+        for batch in (batch for batch in batches if len(batch) > 1):
+            completions, rows, _ = divide([pairs[index] for index in batch], self._budgets()[1])
+            if len(completions) > 2 and max(map(len, rows)) > 1:
+                return False
+        return True
 
 
 def choose_scorer(
@@ -243,6 +274,7 @@ def _kinds(device: torch.device, dtype: torch.dtype) -> list[Kind]:
 def _pack(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], least: float) -> str:
     """Let a padded scorer, and the model, take the fastest packed path that is right; return why there is none, or ""."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    probe = [*probe[:-1], *_going_on(probe), probe[-1]]
     padded = [answer for pair in probe for answer in _token_logprobs(scorer, model, [pair])]
     gradient = _gradient(scorer, model, probe[:2])
     try:
@@ -272,6 +304,17 @@ def _pack(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], least: float
         reasons.append(f"{kind}: {refused}")
     causal_lm.set_attn_implementation(before)
     return "; ".join(reasons)
+
+
+def _going_on(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
+    """Return a pair that goes on from half of another's chosen answer and is no longer than it: beside it a deeper tree."""
+    for pair in reversed(pairs[:-1] or pairs):
+        half = len(pair.chosen_ids) // 2
+        if 0 < half < len(pair.rejected_ids):
+            prompt = np.concatenate([pair.prompt_ids, pair.chosen_ids[:half]])
+            answers = pair.chosen_ids[half:][::-1].copy(), pair.rejected_ids[half:]
+            return [EncodedPair(prompt, *answers, margin=0.0, where=f"{pair.where}, going on", prompt_key="")]
+    return []
 
 
 def _rounding(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], padded: Sequence[Tensor], least: float) -> Rounding:

@@ -1,6 +1,9 @@
-"""Attention over a packed row: every suffix sees its own prefix and itself, and no pair sees another.
+"""Attention over a packed row, which is a tree: every span sees itself and those that it goes on from, and nothing else.
 
-    row      prefix a  suffix 1  suffix 2  prefix b  …        a query in suffix 2 attends to [prefix a | suffix 2], causally
+    row      system  prompt a  chosen  rejected  prompt b  …   a query in rejected attends to [system | prompt a | rejected]
+    parents  —       system    prompt  prompt    system
+
+A span with its first child, and that one's first child, is one stretch of queries: there is one for every answer.
 
 Registered under one name with `transformers.AttentionInterface`; the layout of the row comes as the keyword `packing` of the
 model's forward. Without that keyword the function is ordinary attention, so that generation and padded batches go on working.
@@ -28,41 +31,42 @@ Kind = Literal["segments", "varlen", "dense"]
 """segments: one call of scaled_dot_product_attention per suffix (CPU: of one row of 16 pairs at 8B they make 39,557 kernels);
 varlen: one kernel for all of them (CUDA, half precision; 7,109); dense: one call with a T×T mask, anywhere (7,784)."""
 
-Trees = Sequence[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]
-"""Prefix and suffixes of each tree, as [start, end) in the row; suffixes follow their prefix without gaps."""
+Tree = Sequence[tuple[int, int, int]]
+"""Spans as [start, end) in the row and the number of the span that each goes on from, −1 where a text begins; parents come
+before their children, a first child right behind its parent, and spans follow each other without gaps."""
 
 
 class Packing:
     """The layout of one row, and what attention derives from it once for all layers.
 
     Args:
-        trees: where prompts and answers lie.
+        tree: where prompts and answers lie.
         kind: how attention is computed.
     """
 
-    def __init__(self, trees: Trees, kind: Kind) -> None:
+    def __init__(self, tree: Tree, kind: Kind) -> None:
         self.kind = kind
         self.calls = 0
         """Layers that asked: a model in which some layer did not must not be packed."""
         self.queries: list[int] = []
         """Lengths of the stretches whose queries attend together."""
         self.keys: list[int] = []
-        """Lengths of the stretches that keys are gathered from."""
+        """Lengths of the spans, which keys are gathered from."""
         self.sources: list[list[int]] = []
-        """For each stretch of queries the stretches of keys it sees, its own last."""
+        """For each stretch of queries the spans whose keys it sees, its own last."""
         self._masks: dict[tuple[Any, ...], Tensor] = {}
-        self._trees = trees
+        self._tree = tree
         self._on_device: list[Tensor] | None = None
-        for prefix, suffixes in trees:
-            sizes, first = [end - start for start, end in (prefix, *suffixes)], len(self.keys)
-            if len(sizes) <= 2:  # a prefix with its only suffix is one causal stretch
-                sizes = [sum(sizes)]
-                self.queries += sizes
-                self.sources.append([first])
+        paths: list[list[int]] = []
+        for number, (start, end, parent) in enumerate(tree):
+            paths.append([*(paths[parent] if parent >= 0 else ()), number])
+            self.keys.append(end - start)
+            if number and parent == number - 1:
+                self.queries[-1] += end - start
+                self.sources[-1] = paths[-1]
             else:
-                self.queries += [sizes[0] + sizes[1], *sizes[2:]]
-                self.sources += ([first, first + suffix] for suffix in range(1, len(sizes)))
-            self.keys += sizes
+                self.queries.append(end - start)
+                self.sources.append(paths[-1])
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """Yield the number of queries and of keys of each stretch; the queries are the last of the keys."""
@@ -88,9 +92,10 @@ class Packing:
         """Return the (T, T) mask of the whole row, 0 where attention goes and −inf elsewhere."""
         name = ("dense", window, like.dtype)
         if name not in self._masks:
-            tree, branch, position = self.layout_on(like.device)
+            last, position = self.layout_on(like.device)
+            place = torch.arange(len(last), device=last.device)
             back = position[:, None] - position
-            seen = (tree[:, None] == tree) & ((branch == 0) | (branch[:, None] == branch)) & (back >= 0)
+            seen = (place <= place[:, None]) & (place[:, None] < last)
             if window is not None:
                 seen &= back < window
             self._masks[name] = _additive(~seen, like.dtype)
@@ -100,7 +105,7 @@ class Packing:
         """Return what attention reads of the layout, int64 on the CPU, so that it goes to a GPU with the row.
 
         varlen: cumulative numbers of queries and of keys, (S + 1,), and the row index of every gathered key. dense: for each
-        token its tree, its branch there (0 for the prefix) and how many tokens come before it in its answer.
+        token where in the row those end that go on from it, and how many come before it in its answer.
         """
         if self.kind == "varlen":
             starts = [0, *torch.tensor(self.keys).cumsum(0).tolist()]
@@ -109,14 +114,17 @@ class Packing:
             return [counts[:, 0], counts[:, 1], torch.cat(gathered)]
         if self.kind == "segments":
             return []
-        columns: list[Tensor] = []
-        for tree, (prefix, suffixes) in enumerate(self._trees):
-            for branch, (start, end) in enumerate((prefix, *suffixes)):
-                before = 0 if branch == 0 else prefix[1] - prefix[0]
-                size = end - start
-                own = (torch.full((size,), tree), torch.full((size,), branch), torch.arange(before, before + size))
-                columns.append(torch.stack(own))
-        return list(torch.cat(columns, dim=1))
+        starts, ends, parents = (list(column) for column in zip(*self._tree, strict=True))
+        before = [0] * len(parents)
+        for number, parent in enumerate(parents):
+            if parent >= 0:
+                before[number] = before[parent] + self.keys[parent]
+        for number, parent in reversed(list(enumerate(parents))):
+            if parent >= 0:
+                ends[parent] = max(ends[parent], ends[number])
+        sizes, offsets = torch.tensor(self.keys), torch.tensor(before) - torch.tensor(starts)
+        last, offset = (one.repeat_interleave(sizes) for one in (torch.tensor(ends), offsets))
+        return [last, torch.arange(sum(self.keys)) + offset]
 
     def put(self, layout: Sequence[Tensor]) -> None:
         """Take what `layout` returned from where attention is computed."""
