@@ -73,6 +73,12 @@ def json_without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: $PE_DPO_CACHE, $XDG_CACHE_HOME/pe-dpo or ~/.cache/pe-dpo."""
+    own, shared = os.environ.get("PE_DPO_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(shared) / "pe-dpo" if shared else Path.home() / ".cache" / "pe-dpo"
+
+
 def follow_umask(path: Path) -> None:
     """Give a file the permissions that a new one gets; what safetensors 0.8 writes is the owner's alone."""
     probe = path.with_name(f".{path.name}.partial")

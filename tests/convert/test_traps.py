@@ -7,7 +7,7 @@ import pytest
 
 from pe_dpo.convert.convert import convert
 from pe_dpo.data import DataReport
-from pe_dpo.data.preparation import read_places
+from pe_dpo.data.reading import read_places
 from pe_dpo.data.sources import find_places
 from pe_dpo.errors import UsageError
 from pe_dpo.objective import preference_loss

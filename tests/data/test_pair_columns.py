@@ -11,7 +11,7 @@ import yaml
 from paths_to_pairs import load_pairs, prepare_pairs
 
 from pe_dpo.data import prepare_pairs as prepare_section
-from pe_dpo.data.pairs import data_hash
+from pe_dpo.data.encoded import data_hash
 from pe_dpo.errors import DataError, RecipeError
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.recipe.data_section import DataSection

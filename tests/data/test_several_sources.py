@@ -14,7 +14,7 @@ import pytest
 import pe_dpo.data
 from pe_dpo.data import DataReport, EncodedPair, PreparedData
 from pe_dpo.data.pairs import prompt_key
-from pe_dpo.data.preparation import read_places
+from pe_dpo.data.reading import read_places
 from pe_dpo.data.sources import find_places, weigh
 from pe_dpo.errors import DataError
 from pe_dpo.recipe import DataSection

@@ -13,7 +13,7 @@ from toy_tokenizers import CHATML, build_tokenizer
 
 import pe_dpo.data
 from pe_dpo.data import EncodedPair, split_by_prompt
-from pe_dpo.data.pairs import data_hash
+from pe_dpo.data.encoded import data_hash
 from pe_dpo.data.split import divide, join_prompts
 from pe_dpo.recipe import DataSection
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pe_dpo import data
-from pe_dpo.data.preparation import read_places
+from pe_dpo.data.reading import read_places
 from pe_dpo.data.sources import find_places
 from pe_dpo.recipe import DataSection
 

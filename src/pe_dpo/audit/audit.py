@@ -23,6 +23,7 @@ from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, Forecast, forecast
 from pe_dpo.audit.label_fit import LabelFit
 from pe_dpo.audit.quantization_error import QuantizationError, quantization_error
 from pe_dpo.audit.warnings import SMALLEST_RELIABILITY, warnings
+from pe_dpo.data.encoded import column
 from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
 from pe_dpo.inference.inputs import read_inputs
@@ -75,7 +76,7 @@ def audit(recipe: Recipe, *, with_quantization_error: bool = False) -> "Audit":
         "is": recipe.adapter.describe_reference(),
         "was_run": was_run,
     }
-    found = Audit(logprobs, recipe.loss, terms, [pair.prompt_key for pair in pairs], described)
+    found = Audit(logprobs, recipe.loss, terms, column(pairs, "prompt_key"), described)
     if not recipe.policy_starts_as_reference:
         found.warnings.append("the run starts from an adapter that is not its reference, so step 0 is not what is told here")
     if not with_quantization_error:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from pe_dpo.data.decoded import DecodedPair
 
+SECONDS_BETWEEN_LINES = 30.0
+"""Where there is no terminal for a bar."""
 NARROWEST = 18
 """Characters to which the names of a table's rows may fold before columns have to go below."""
 
@@ -48,7 +51,7 @@ def start(*, is_silent: bool = False) -> "Terminal":
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     handler = Terminal(is_silent)
     _until_the_command_ends.enter_context(_logging_to(handler))
-    _until_the_command_ends.enter_context(showing(counter()))
+    _until_the_command_ends.enter_context(showing(counter(is_silent=is_silent)))
     return handler
 
 
@@ -277,14 +280,21 @@ def show_regimes(metrics: Mapping[str, float], title: str, prefix: str = "regime
     show_table(title, ["pairs that …", "pairs", "share of gradient weight"], rows)
 
 
-def counter() -> Callable[[str, int, int], None]:
-    """Return a function (what, done, in all) that shows a bar in a terminal while something long is done."""
-    from rich.console import Console
-    from rich.progress import Progress
+def counter(*, is_silent: bool = False) -> Callable[[str, int, int], None]:
+    """Return a function (what, done, in all) that shows how far something long is, how quick, and how long it still takes.
 
-    if not Console().is_terminal:
-        return lambda what, done, total: None
+    A bar in a terminal, and a line now and then elsewhere.
+
+    Args:
+        is_silent: whether the output is for a program: then lines go to stderr.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    is_terminal = Console().is_terminal
     bars: dict[str, Progress] = {}
+    begun: dict[str, tuple[float, int]] = {}
+    told: dict[str, float] = {}
 
     def stop() -> None:
         for bar in bars.values():
@@ -293,14 +303,29 @@ def counter() -> Callable[[str, int, int], None]:
     _until_the_command_ends.callback(stop)
 
     def count(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            bars[what] = Progress(transient=True)
-            bars[what].add_task(what, total=total)
-            bars[what].start()
-        bar = bars[what]
-        bar.update(bar.task_ids[0], completed=done)
+        now = time.monotonic()
+        began, before = begun.setdefault(what, (now, done))
+        rate = (done - before) / max(now - began, 1e-3)
+        left = (total - done) / rate if rate else 0.0
+        duration = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min" if left < 6000 else f"{left / 3600:.1f} h"
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        pace = f"{done:,} of {total:,}" + (f", {speed} a second, {duration} left" if rate else "")
+        if is_terminal:
+            if what not in bars:
+                columns = TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.fields[pace]}")
+                bars[what] = Progress(*columns, transient=True)
+                bars[what].add_task(what, total=total, pace="")
+                bars[what].start()
+            bars[what].update(bars[what].task_ids[0], completed=done, total=total, pace=pace)
+        elif now - told.setdefault(what, now) >= SECONDS_BETWEEN_LINES and done < total:
+            told[what] = now
+            with suppress(OSError):
+                typer.echo(f"{what}: {pace}", err=is_silent)
         if done >= total:
-            bars.pop(what).stop()
+            begun.pop(what)
+            told.pop(what, None)
+            if what in bars:
+                bars.pop(what).stop()
 
     return count
 

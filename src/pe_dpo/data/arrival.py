@@ -31,27 +31,29 @@ def lost_parts(turns: Sequence[Message], rendered: str) -> list[tuple[int, str]]
         turns: Messages as a chat template got them.
         rendered: The part of the rendered text that they must be in.
     """
-    parts = [list(_parts(turn)) for turn in turns]
-    texts = [next((said for kind, said in own if kind == TEXT), None) for own in parts]
+    parts = [[(kind, value, _forms(value)) for kind, value in _parts(turn)] for turn in turns]
+    texts = [next(((said, forms) for kind, said, forms in own if kind == TEXT), None) for own in parts]
     lost: list[tuple[int, str]] = []
     after, before = [0], [len(rendered)]  # the earliest end of the texts so far, the latest start of those that follow
     for index, text in enumerate(texts):
-        found = None if text is None else _find(text, rendered, after[-1], len(rendered))
+        found = None if text is None else _find(text[0], text[1], rendered, after[-1], len(rendered))
         if text is not None and found is None:
             lost.append((index, TEXT))
         after.append(after[-1] if found is None else found[1])
     for text in reversed(texts):
-        found = None if text is None else _find(text, rendered, 0, before[-1], last=True)
+        found = None if text is None else _find(text[0], text[1], rendered, 0, before[-1], last=True)
         before.append(before[-1] if found is None else found[0])
     before.reverse()
     for index, own in enumerate(parts):
         text = texts[index]
-        said = "" if text is None or (index, TEXT) in lost else text.strip()
-        for kind, value in own:
+        said = "" if text is None or (index, TEXT) in lost else text[0].strip()
+        for kind, value, forms in own:
+            if kind == TEXT:
+                continue
             part = rendered if kind == SYSTEM else rendered[after[index] : before[index + 1]]
             # What stands in the turn's own text, too, must be there once more.
-            is_there = any(part.count(form) > said.count(form) for form in _forms(value))
-            if kind == TEXT or is_there or (_find(value, said, 0, len(said)) is None and _find(value, part, 0, len(part))):
+            is_there = any(part.count(form) > said.count(form) for form in forms)
+            if is_there or (_find(value, forms, said, 0, len(said)) is None and _find(value, forms, part, 0, len(part))):
                 continue
             lost.append((index, kind))
     return sorted(dict.fromkeys(lost))
@@ -61,7 +63,7 @@ def loses_tools(tools: Sequence[Any], rendered: str) -> bool:
     """Return whether names or descriptions of functions are not found in a rendered text."""
     functions = [tool.get("function", tool) if isinstance(tool, Mapping) else {} for tool in tools]
     texts = [function[key] for function in functions for key in ("name", "description") if isinstance(function.get(key), str)]
-    return any(text.strip() and _find(text, rendered, 0, len(rendered)) is None for text in texts)
+    return any(text.strip() and _find(text, _forms(text), rendered, 0, len(rendered)) is None for text in texts)
 
 
 def _parts(turn: Message) -> Iterator[tuple[str, Any]]:
@@ -102,17 +104,18 @@ def _forms(value: Any) -> list[str]:
     if not isinstance(value, str):
         return [json.dumps(value), str(value)]
     text = value.strip()
-    return (
-        [text]
-        if text.isalnum()
-        else [text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1]]
-    )
+    if text.isalnum() or (text.isascii() and text.isprintable() and '"' not in text and "\\" not in text):
+        return [text]
+    forms = [text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1]]
+    return list(dict.fromkeys(forms))
 
 
-def _find(value: Any, rendered: str, start: int, end: int, *, last: bool = False) -> tuple[int, int] | None:
-    """Return where a value stands in [start, end) of a text, in the first or the last place, as asked."""
+def _find(
+    value: Any, forms: Sequence[str], rendered: str, start: int, end: int, *, last: bool = False
+) -> tuple[int, int] | None:
+    """Return where a value, in one of its forms, stands in [start, end) of a text, in the first or the last place, as asked."""
     find = rendered.rfind if last else rendered.find
-    places = [(place, place + len(form)) for form in _forms(value) if (place := find(form, start, end)) >= 0]
+    places = [(place, place + len(form)) for form in forms if (place := find(form, start, end)) >= 0]
     if not places and isinstance(value, str) and len(value.split()) > 1:  # white space inside it written otherwise
         spaced = re.compile(r"\s+".join(map(re.escape, value.split())))
         places = [found.span() for found in spaced.finditer(rendered, start, end)]

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pe_dpo.data.pairs import EncodedPair, row_length
+from pe_dpo.data.encoded import by_length
+from pe_dpo.data.pairs import EncodedPair
 
 
 class DecodedPair(NamedTuple):
@@ -28,7 +29,7 @@ def special_ids(tokenizer: Any) -> set[int | None]:
 
 def middle_pair(pairs: Sequence[EncodedPair]) -> EncodedPair:
     """Return the pair of middle length."""
-    return sorted(pairs, key=row_length)[len(pairs) // 2]
+    return pairs[by_length(pairs)[len(pairs) // 2]]
 
 
 def decode_pair(pair: EncodedPair, tokenizer: Any) -> DecodedPair:

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,8 @@ from pe_dpo.errors import DataError
 from pe_dpo.progress import advance, progress
 from pe_dpo.recipe.data_section import DataSection
 
-_PAIRS_PER_CALL = 256
+PAIRS_PER_PART = 256
+"""So many are tokenized in one call; of several that cannot be encoded the first in a part is named that cannot be rendered."""
 
 
 def begin_tokens(tokenizer: Any) -> list[int]:
@@ -41,6 +42,22 @@ def with_begin(ids: list[int], begin: Sequence[int]) -> list[int]:
     """Return token ids that begin with these tokens once, whether or not their text had them, or the last of them."""
     there = next((count for count in range(len(begin), 0, -1) if ids[:count] == list(begin[-count:])), 0)
     return [*begin[: len(begin) - there], *ids]
+
+
+class EncodedPart(NamedTuple):
+    """What became of some pairs that follow each other."""
+
+    pairs: list[EncodedPair]
+    found: DataReport
+    """What was dropped and noted while they were rendered and tokenized."""
+    lost: dict[str, list[str]]
+    """Rows of whose answers the chat template leaves something out, by what that is."""
+    later: DataReport
+    """What was dropped and noted once that was done: identical answers, and lengths."""
+    lengths: list[int]
+    """Tokens of every pair, of those that are too long too."""
+    longer: list[tuple[int, str]]
+    """Tokens and rows of those that are longer than they may be."""
 
 
 class Encoder:
@@ -62,7 +79,7 @@ class Encoder:
             tokenizer: A transformers tokenizer.
             settings: Its `template`, `template_date`, `score`, `overlong` and `bad_rows` count here.
             max_length: Most tokens of a prompt with its longer answer.
-            report: What is dropped or suspicious is added to it.
+            report: How texts are written is added to it, and by `finish` what is dropped or suspicious.
             end_token_ids: Further ids that end an answer, beside the tokenizer's EOS.
             accepts_losses: Whether answers of which the template leaves something out are used and counted.
 
@@ -90,7 +107,12 @@ class Encoder:
             )
         report.remarks += describe_template(self.template) if self.template.is_chat else []
         self.accepts_losses = accepts_losses
+        self._of_part = DataReport()
+        """What was dropped and noted of the part that is being encoded."""
         self._lost: defaultdict[str, list[str]] = defaultdict(list)
+        """Of that part."""
+        self._parts: list[EncodedPart] = []
+        """All since the last `finish`, without their pairs."""
 
     def encode(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Return the pairs as token ids, in order, without those that cannot or must not be scored.
@@ -104,43 +126,92 @@ class Encoder:
         """
         encoded: list[EncodedPair] = []
         with progress("encoding"):
-            for start in range(0, len(pairs), _PAIRS_PER_CALL):
-                rendered = [(pair, texts) for pair in pairs[start : start + _PAIRS_PER_CALL] if (texts := self._render(pair))]
-                ids = self._tokenize([text for _, texts in rendered for text in (texts.opened, *texts.answered)])
-                for row, (pair, texts) in enumerate(rendered):
-                    try:
-                        one = self._cut(pair, texts, ids[3 * row : 3 * row + 3])
-                        lost = self._look_for_losses(pair, texts, is_same=_is_same(one))
-                    except RowError as error:
-                        self.report.refuse(pair.where, error, self.settings.bad_rows)
-                    else:
-                        encoded += [] if lost and not self.accepts_losses else [one]
-                advance(min(start + _PAIRS_PER_CALL, len(pairs)), len(pairs))
-        if self._lost and self.settings.bad_rows == "error" and not self.accepts_losses:
-            raise DataError(
-                f"{first_of_each(self._lost)}; take a template that writes them (data.template: file.jinja), or leave such "
-                "rows out with data.bad_rows: drop"
-            )
-        for what, names in self._lost.items():
-            (self.report.noted if self.accepts_losses else self.report.dropped)[what] += names
-        if self.template.has_clock:
-            self.report.template_date = self.template.today.isoformat()
+            for start in range(0, len(pairs), PAIRS_PER_PART):
+                part = self.part(pairs[start : start + PAIRS_PER_PART])
+                self.add(part)
+                encoded += part.pairs
+                advance(min(start + PAIRS_PER_PART, len(pairs)), len(pairs))
+        self.finish()
+        return encoded
+
+    def part(self, pairs: Sequence[Pair]) -> EncodedPart:
+        """Return what becomes of some of the pairs; parts may be encoded in any order and in other processes.
+
+        Raises:
+            DataError: A row cannot be encoded and `bad_rows` is "error", or there are messages and no chat template.
+        """
+        self._of_part, self._lost = DataReport(), defaultdict(list)
+        rendered = [(pair, texts) for pair in pairs if (texts := self._render(pair))]
+        ids = self._tokenize([text for _, texts in rendered for text in (texts.opened, *texts.answered)])
+        encoded = []
+        for row, (pair, texts) in enumerate(rendered):
+            try:
+                one = self._cut(pair, texts, ids[3 * row : 3 * row + 3])
+                lost = self._look_for_losses(pair, texts, is_same=_is_same(one))
+            except RowError as error:
+                self._of_part.refuse(pair.where, error, self.settings.bad_rows)
+            else:
+                encoded += [] if lost and not self.accepts_losses else [one]
+        later = DataReport()
         distinct = []
         for one in encoded:
             if _is_same(one):
-                self.report.dropped[IDENTICAL].append(one.where)
+                later.dropped[IDENTICAL].append(one.where)
             else:
                 distinct.append(one)
-        return self._fit(distinct)
+        sizes = list(map(row_length, distinct))
+        longer = [(size, pair.where) for size, pair in zip(sizes, distinct, strict=True) if size > self.max_length]
+        return EncodedPart(self._fit(distinct, later), self._of_part, dict(self._lost), later, sizes, longer)
+
+    def add(self, part: EncodedPart) -> None:
+        """Take note of a part, in the order of the rows."""
+        self._parts.append(part._replace(pairs=[]))
+
+    def finish(self) -> None:
+        """Add to the report what was dropped or suspicious in the parts that were added.
+
+        Raises:
+            DataError: A row loses a part of its answers and `bad_rows` is "error", or is too long and `overlong` is "error".
+        """
+        parts, self._parts = self._parts, []
+        lost: defaultdict[str, list[str]] = defaultdict(list)
+        for part in parts:
+            self.report.add(part.found)
+            for what, names in part.lost.items():
+                lost[what] += names
+        if lost and self.settings.bad_rows == "error" and not self.accepts_losses:
+            raise DataError(
+                f"{first_of_each(lost)}; take a template that writes them (data.template: file.jinja), or leave such "
+                "rows out with data.bad_rows: drop"
+            )
+        for what, names in lost.items():
+            (self.report.noted if self.accepts_losses else self.report.dropped)[what] += names
+        if self.template.has_clock:
+            self.report.template_date = self.template.today.isoformat()
+        if any(IDENTICAL in part.later.dropped for part in parts):
+            self.report.dropped[IDENTICAL] += []  # it stands before those that are too long
+        for part in parts:
+            self.report.add(part.later)
+            self.lengths += part.lengths
+        longer = [one for part in parts for one in part.longer]
+        if longer and self.settings.overlong == "error":
+            first = ", ".join(where for _, where in longer[:NAMED_ROWS]) + (", ..." if len(longer) > NAMED_ROWS else "")
+            raise DataError(
+                f"data.max_length: {self.max_length}: {len(longer)} pairs are longer (up to {max(longer)[0]} tokens): {first}; "
+                "raise it, or set data.overlong to drop or truncate_prompt"
+            )
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts; one that stands there several times, as the prompt of several answers, is tokenized once."""
+        once = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return list(self.tokenizer(list(texts), **options)["input_ids"]) if texts else []
+        ids = self.tokenizer(list(once), **options)["input_ids"] if texts else []
+        return [ids[once[text]] for text in texts]
 
     def _render(self, pair: Pair) -> Rendered | None:
         """Return the prompt and the prompt with each answer as text; None for a pair that is left out."""
         if is_blank(pair.chosen) or is_blank(pair.rejected):
-            self.report.dropped[EMPTY].append(pair.where)
+            self._of_part.dropped[EMPTY].append(pair.where)
             return None
         sides = {
             column: side if isinstance(side, str) else json.dumps(side, ensure_ascii=False)
@@ -155,16 +226,16 @@ class Encoder:
                     raise RowError(f"column 'chat_template_kwargs': {unknown}")
             texts = render_pair(pair, self.template, score=self.settings.score)
         except RowError as error:
-            self.report.refuse(pair.where, error, self.settings.bad_rows)
+            self._of_part.refuse(pair.where, error, self.settings.bad_rows)
             return None
         self._note_what_is_foreign(pair)
         if not self.template.is_chat and self._control_tokens_in_plain_text(pair):
-            self.report.noted["control token within plain text, read as that token"].append(pair.where)
+            self._of_part.noted["control token within plain text, read as that token"].append(pair.where)
         if any(spans is not None for spans in texts.spans) or any(
             len(answer_turns(pair.prompt, answer)) > 1 for answer in (pair.chosen, pair.rejected)
         ):
             scored = {"all": "the assistant's", "last": "the last of them", "everything": "all of them"}[self.settings.score]
-            self.report.noted[f"an answer of several turns, {scored} scored"].append(pair.where)
+            self._of_part.noted[f"an answer of several turns, {scored} scored"].append(pair.where)
         return texts
 
     def _note_what_is_foreign(self, pair: Pair) -> None:
@@ -179,10 +250,10 @@ class Encoder:
             keys = {key for turn in (*turns, *answers) for key, value in turn.items() if value not in ("", [], {})}
             unread = sorted(key for key in keys - {*KNOWN_KEYS, *self.settings.ignore} if key not in own)
             named = [f"{key} (of messages)" for key in unread]
-            self.report.unread_columns += [name for name in named if name not in self.report.unread_columns]
+            self._of_part.unread_columns += [name for name in named if name not in self._of_part.unread_columns]
         foreign = foreign_template(asked, said, own, is_chat=self.template.is_chat)
         if foreign:
-            self.report.noted[f"text that is already written with a chat template ({foreign})"].append(pair.where)
+            self._of_part.noted[f"text that is already written with a chat template ({foreign})"].append(pair.where)
 
     def _check_control_tokens(self, sides: dict[str, str]) -> None:
         """Refuse control tokens as text: in a chat template they would fake a turn.
@@ -217,12 +288,12 @@ class Encoder:
     def _look_for_losses(self, pair: Pair, texts: Rendered, *, is_same: bool) -> bool:
         """Count what the chat template left out of a pair; return whether its answers lost something."""
         for what in sorted(texts.lost_before):
-            self.report.noted[f"{what} that the chat template does not write"].append(pair.where)
+            self._of_part.noted[f"{what} that the chat template does not write"].append(pair.where)
         if not texts.begins_alike:
-            self.report.noted["answers before which the chat template writes different text"].append(pair.where)
+            self._of_part.noted["answers before which the chat template writes different text"].append(pair.where)
         if texts.is_whole_alone:
             what = "prompt of which the chat template writes a part only before an answer, trained on as it is served"
-            self.report.noted[what].append(pair.where)
+            self._of_part.noted[what].append(pair.where)
         if texts.lost:
             kinds = " and ".join(sorted(texts.lost))
             with_lost = f"that differ only in their {kinds}, which" if is_same else f"with {kinds} that"
@@ -242,14 +313,14 @@ class Encoder:
         unknown = self.tokenizer.unk_token_id
         is_there = unknown is not None and any((row == unknown).any() for row in rows)
         if is_there and self.tokenizer.unk_token not in "".join(texts.answered):
-            self.report.noted["text that the tokenizer does not know, read as its unknown token"].append(pair.where)
+            self._of_part.noted["text that the tokenizer does not know, read as its unknown token"].append(pair.where)
         length = common_start(rows)
         if not length:
             raise RowError("has no prompt token before the answers; write a prompt")
         if not all(text.startswith(texts.opened) for text in texts.answered):
-            self.report.noted["rendered answer that does not begin with the rendered prompt"].append(pair.where)
+            self._of_part.noted["rendered answer that does not begin with the rendered prompt"].append(pair.where)
         elif length < len(prompt):
-            self.report.noted["token that spans the border of prompt and answer"].append(pair.where)
+            self._of_part.noted["token that spans the border of prompt and answer"].append(pair.where)
         answers = self._end(chosen[length:]), self._end(rejected[length:])
         scored = [
             None if spans is None else self._scored(text, spans, row, len(row) - len(ids_alone))[length : length + len(answer)]
@@ -305,41 +376,32 @@ class Encoder:
 
     def _end(self, answer: np.ndarray) -> np.ndarray:
         """Return the answer up to its end token (ChatML writes a line break after it), or with one appended."""
-        found = [index for index, token in enumerate(answer.tolist()) if token in self.ends]
-        if found:
-            tail = answer[found[-1] + 1 :]
+        places = [np.flatnonzero(answer == end) for end in self.ends]
+        last = max((int(found[-1]) for found in places if len(found)), default=None)
+        if last is not None:
+            tail = answer[last + 1 :]
             if not len(tail) or not self.tokenizer.decode(tail.tolist()).strip():
-                return answer[: found[-1] + 1]
+                return answer[: last + 1]
         return answer if self.end is None else np.append(answer, np.int32(self.end))
 
-    def _fit(self, encoded: Sequence[EncodedPair]) -> list[EncodedPair]:
+    def _fit(self, encoded: Sequence[EncodedPair], report: DataReport) -> list[EncodedPair]:
         """Return the pairs that fit `max_length`, some of them with the beginning of their prompt cut after the BOS."""
-        overlong, fitting, longer = self.settings.overlong, [], []
-        self.lengths += map(row_length, encoded)
+        overlong, fitting = self.settings.overlong, []
         for pair in encoded:
             if row_length(pair) <= self.max_length:
                 fitting.append(pair)
-                continue
-            longer.append(pair)
-            if overlong == "truncate_prompt":
+            elif overlong == "truncate_prompt":
                 prompt = pair.prompt_ids
                 begins = bool(self.prefix) and list(prompt[: len(self.prefix)]) == self.prefix
                 kept = len(self.prefix) if begins else 1 if self.bos is not None and prompt[0] == self.bos else 0
                 room = self.max_length - row_length(pair) + len(prompt) - kept
                 if room < 1 or kept + room >= len(prompt):
-                    self.report.dropped[ANSWERS_TOO_LONG].append(pair.where)
+                    report.dropped[ANSWERS_TOO_LONG].append(pair.where)
                 else:
-                    self.report.noted["prompt cut at its beginning"].append(pair.where)
+                    report.noted["prompt cut at its beginning"].append(pair.where)
                     fitting.append(replace(pair, prompt_ids=np.concatenate([prompt[:kept], prompt[-room:]])))
             elif overlong == "drop":
-                self.report.dropped[OVERLONG].append(pair.where)
-        if longer and overlong == "error":
-            names = ", ".join(pair.where for pair in longer[:NAMED_ROWS]) + (", ..." if len(longer) > NAMED_ROWS else "")
-            raise DataError(
-                f"data.max_length: {self.max_length}: {len(longer)} pairs are longer (up to "
-                f"{max(map(row_length, longer))} tokens): {names}; raise it, or set data.overlong to drop or "
-                "truncate_prompt"
-            )
+                report.dropped[OVERLONG].append(pair.where)
         return fitting
 
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.data.characters import Characters
-from pe_dpo.data.decoded import DecodedPair, decode_pair, middle_pair, special_ids
-from pe_dpo.data.pairs import EncodedPair, row_length
+from pe_dpo.data.decoded import DecodedPair, decode_pair, special_ids
+from pe_dpo.data.encoded import by_length, column, lengths
+from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.preparation import PreparedData, prepare_pairs
 from pe_dpo.data.report import (
     ANSWERS_TOO_LONG,
@@ -102,12 +103,13 @@ class Lint:
             tokenizer: The one that made them.
         """
         self.report = data.report
-        train = list({id(pair): pair for pair in data.train}.values())  # without the copies that a weight asks for
-        by_length = sorted(train, key=row_length)
-        some = {id(pair): pair for pair in (middle_pair(train), by_length[0], by_length[-1])}
-        self.examples: list[DecodedPair] = [decode_pair(pair, tokenizer) for pair in some.values()]
+        pairs: Any = data.train
+        train = pairs.distinct()  # without the copies that a weight asks for
+        order = by_length(train)
+        some = dict.fromkeys((order[len(order) // 2], order[0], order[-1]))
+        self.examples: list[DecodedPair] = [decode_pair(train[index], tokenizer) for index in some]
         self.length_bias = _length_bias(train)
-        found = [*self._counted(), *_lost_ends([*train, *data.held_out], tokenizer, unit=self.report.unit)]
+        found = [*self._counted(), *_lost_ends(train + data.held_out, tokenizer, unit=self.report.unit)]
         predicts, (low, high) = self.length_bias["predicts"], self.length_bias["interval"]
         if predicts >= LENGTH_TELLS and max(low, 1 - high) >= LENGTH_SURELY_TELLS:
             longer = "longer" if self.length_bias["chosen_longer"] > 0.5 else "shorter"
@@ -199,9 +201,9 @@ def _remedy(what: str) -> str:
 
 
 def _length_bias(pairs: Sequence[EncodedPair]) -> dict[str, Any]:
-    chosen, rejected = (np.array([len(getattr(pair, side)) for pair in pairs]) for side in ("chosen_ids", "rejected_ids"))
+    _, chosen, rejected = lengths(pairs).T
     share = share_right(chosen - rejected)
-    worth = independent_pairs((chosen > rejected) + 0.5 * (chosen == rejected), [pair.prompt_key for pair in pairs])
+    worth = independent_pairs((chosen > rejected) + 0.5 * (chosen == rejected), column(pairs, "prompt_key"))
     others = np.sort(rejected)
     below = np.searchsorted(others, chosen, "left") + np.searchsorted(others, chosen, "right")
     return {
@@ -217,27 +219,29 @@ def _lost_ends(pairs: Sequence[EncodedPair], tokenizer: Any, *, unit: str) -> li
     found = []
     special = special_ids(tokenizer)
     remedy = "the model learns to stop there, too"
-    lengths: Counter[int] = Counter()
-    endless = [pair.where for pair in pairs if not special.issuperset((int(pair.chosen_ids[-1]), int(pair.rejected_ids[-1])))]
-    if endless:
-        what = "pairs whose answers have no end token"
-        found.append(Finding(what, len(endless), endless, "the model does not learn to stop; give the tokenizer an EOS", True))
-    for side in ("chosen", "rejected"):
-        cut = []
-        for pair in pairs:
+    tokens: Counter[int] = Counter()
+    endless, ends = [], {"chosen": list[str](), "rejected": list[str]()}
+    for pair in pairs:
+        if not special.issuperset((int(pair.chosen_ids[-1]), int(pair.rejected_ids[-1]))):
+            endless.append(pair.where)
+        for side, cut in ends.items():
             ids, scored = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_scored")
             if scored is not None:  # of several turns the assistant's last one
                 stop = int(np.flatnonzero(scored)[-1]) + 1
                 ids = ids[np.flatnonzero(~scored[:stop]).max(initial=-1) + 1 : stop]
             ids = ids[:-1] if int(ids[-1]) in special else ids
-            lengths[len(ids)] += 1
+            tokens[len(ids)] += 1
             line = tokenizer.decode(ids[-_LAST:].tolist()).rstrip().rpartition("\n")[2]
             if len(line) >= _PROSE and (line[-1].isalpha() or line[-1] in ",;(–-") and not _LIST_ITEM.match(line):
                 cut.append(pair.where)
+    if endless:
+        what = "pairs whose answers have no end token"
+        found.append(Finding(what, len(endless), endless, "the model does not learn to stop; give the tokenizer an EOS", True))
+    for side, cut in ends.items():
         if cut:
             is_many = len(cut) > CUT_SHARE * len(pairs)
             found.append(Finding(f"{side} answers whose last sentence has no end", len(cut), cut, remedy, is_many))
-    longest = max(lengths, default=0)
-    if lengths[longest] > max(10, sum(lengths.values()) / 100) and longest >= _LAST // 4:
-        found.append(Finding(f"answers of exactly {longest} {unit}, the most there is", lengths[longest], [], remedy, True))
+    longest = max(tokens, default=0)
+    if tokens[longest] > max(10, sum(tokens.values()) / 100) and longest >= _LAST // 4:
+        found.append(Finding(f"answers of exactly {longest} {unit}, the most there is", tokens[longest], [], remedy, True))
     return found

@@ -103,6 +103,11 @@ class EncodedPair:
     weight: float | None = None
 
     @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(int(ids.max()) for ids in (self.prompt_ids, self.chosen_ids, self.rejected_ids))
+
+    @property
     def answers(self) -> tuple[Answer, Answer]:
         """The chosen and the rejected answer."""
         return Answer(self.chosen_ids, self.chosen_scored), Answer(self.rejected_ids, self.rejected_scored)
@@ -126,24 +131,6 @@ def prompt_key(prompt: Text) -> str:
     """Return the sha256, in hex, of a prompt's canonical form: the text itself, or its messages as sorted JSON."""
     canonical = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def data_hash(encoded: Sequence[EncodedPair]) -> str:
-    """Return the sha256, in 64 hex digits, over token ids, what of them is scored, and the numbers of all pairs in their order.
-
-    The same data through another file format or row name hashes the same.
-    """
-    digest = hashlib.sha256()
-    for pair in encoded:
-        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(ids.astype("<i4").tobytes())
-        for scored in (pair.chosen_scored, pair.rejected_scored):
-            digest.update(b"" if scored is None else b"scored" + np.packbits(scored).tobytes())
-        digest.update(np.float64(pair.margin).tobytes())
-        for name, number in (("beta", pair.beta), ("weight", pair.weight)):
-            digest.update(b"" if number is None else name.encode() + np.float64(number).tobytes())
-    return digest.hexdigest()
 
 
 def describe_value(value: Any) -> str:

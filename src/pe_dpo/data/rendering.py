@@ -66,7 +66,8 @@ def render_pair(pair: Pair, template: Template, *, score: Literal["all", "last",
     answers = _answers(pair)
     if prefill is not None:
         answers = [(_continued(prefill, answer[0]), *answer[1:]) for answer in answers]
-    chosen_side, rejected_side = (_render_side(pair, template, start, opened, answer, score) for answer in answers)
+    lost_alone = _lost_of_prompt(start, pair, opened)
+    chosen_side, rejected_side = (_render_side(pair, template, start, opened, lost_alone, answer, score) for answer in answers)
     spans = [chosen_side.spans, rejected_side.spans]
     if prefill is not None:
         ends = [_prefill_end(prefill, opened, side.text) for side in (chosen_side, rejected_side)]
@@ -101,9 +102,15 @@ class _Side(NamedTuple):
 
 
 def _render_side(
-    pair: Pair, template: Template, start: Turns, opened: str, answer: Turns, score: Literal["all", "last", "everything"]
+    pair: Pair,
+    template: Template,
+    start: Turns,
+    opened: str,
+    lost_alone: set[str],
+    answer: Turns,
+    score: Literal["all", "last", "everything"],
 ) -> _Side:
-    """Return a prompt with one answer as text, and what became of it.
+    """Return a prompt, which loses something alone already, with one answer as text, and what became of it.
 
     Raises:
         RowError: See `render_pair`.
@@ -114,10 +121,10 @@ def _render_side(
         silent: Turns = (*start, {"role": "assistant", "content": PROBES[0]})
         read = template.render(silent, tools=pair.tools, args=pair.template_args).partition(PROBES[0])[0]
     lost: set[str] = set()
-    lost_before, lost_alone = (_lost_of_prompt(start, pair, part) for part in (read, opened))
+    lost_before = {*lost_alone} if read == opened else _lost_of_prompt(start, pair, read)
     # Mistral's template writes a system turn before an answer, and no more when the answer is there.
     is_whole_alone = lost_alone < lost_before and score != "everything" and text.startswith(read)
-    lost_before = lost_alone if is_whole_alone else lost_before
+    lost_before = {*lost_alone} if is_whole_alone else lost_before
     begin = shared_length(opened, text)
     for index, kind in lost_parts(answer, text[begin:]):
         if kind == REASONING and index < len(answer) - 1:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from pe_dpo.data import messages
-from pe_dpo.data.pairs import EncodedPair, RowError
+from pe_dpo.data.encoded import EncodedPairs, lengths, same_answers, same_prompts
+from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError
 
 NAMED_ROWS = 20
@@ -85,6 +86,13 @@ class DataReport:
         """The rows read from all files that were used."""
         return sum(self.files.values())
 
+    def add(self, part: "DataReport") -> None:
+        """Add what was dropped, noted and not read in a part of the rows."""
+        for own, found in ((self.dropped, part.dropped), (self.noted, part.noted)):
+            for what, rows in found.items():
+                own[what] += rows
+        self.unread_columns += [name for name in part.unread_columns if name not in self.unread_columns]
+
     def refuse(self, where: str, error: RowError, bad_rows: Literal["error", "drop"]) -> None:
         """Stop at a row that cannot be used, or count it.
 
@@ -100,68 +108,64 @@ class DataReport:
             raise DataError(f"{where}: {error} (correct the row, or leave such rows out with data.bad_rows: drop)")
         self.dropped[MALFORMED].append(f"{where}: {error}")
 
-    def examine(self, train: Sequence[EncodedPair], held_out: Sequence[EncodedPair]) -> None:
+    def examine(self, train: EncodedPairs, held_out: EncodedPairs) -> None:
         """Count the pairs of both sides, note those that are suspicious, and measure the lengths of those to train on.
 
         Suspicious are duplicates, contradictory pairs, and answers that begin with the whole other answer.
         """
         self.kept, self.held_out = len(train), len(held_out)
-        seen: set[tuple[str, bytes, bytes]] = set()
-        for pair in {id(pair): pair for pair in (*train, *held_out)}.values():  # copies that a weight asks for are one
-            answers = pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()
-            if (pair.prompt_key, *answers) in seen:
-                self.noted[DUPLICATE].append(pair.where)
-            if (pair.prompt_key, *reversed(answers)) in seen:
-                self.noted[CONTRADICTION].append(pair.where)
-            seen.add((pair.prompt_key, *answers))
-            shorter, longer = sorted((pair.chosen_ids, pair.rejected_ids), key=len)
-            size = len(shorter) - (1 if shorter[-1] == longer[-1] else 0)  # without the end token
-            if (shorter[:size] == longer[:size]).all():
-                self.noted["one answer is the beginning of the other"].append(pair.where)
-        trained = {pair.prompt_ids.tobytes() for pair in train} if self.held_out_rows is None else set()
-        shared = sum(pair.prompt_ids.tobytes() in trained for pair in held_out)
+        pairs = (train + held_out).distinct()  # copies that a weight asks for are one
+        order, reverse, begins = same_answers(pairs)
+        seen: set[int] = set()
+        for at, (pair, turned, is_beginning) in enumerate(zip(order, reverse, begins, strict=True)):
+            found = [DUPLICATE] if pair in seen else []
+            found += [CONTRADICTION] if turned in seen else []
+            found += ["one answer is the beginning of the other"] if is_beginning else []
+            for what in found:
+                self.noted[what].append(pairs.where(at))
+            seen.add(pair)
+        shared = 0 if self.held_out_rows is not None else len(same_prompts(held_out, train))
         if shared:
             self.warnings.append(
                 f"the prompts of {shared} of {len(held_out)} held-out pairs are read in training too, written otherwise: this "
                 "run is from before such prompts were put on one side"
             )
-        prompt, chosen, rejected = (
-            np.array([len(getattr(pair, name)) for pair in train]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        )
-        lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair": prompt + np.maximum(chosen, rejected)}
+        prompt, chosen, rejected = lengths(train).T
+        tokens = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "pair": prompt + np.maximum(chosen, rejected)}
         points = {"min": 0.0, "5%": 0.05, "50%": 0.5, "95%": 0.95, "max": 1.0}
         self.tokens = {
             name: {point: int(np.quantile(values, share, method="lower")) for point, share in points.items()}
-            for name, values in lengths.items()
+            for name, values in tokens.items()
         }
         for name in ("beta", "weight"):
-            numbers = [number for pair in train if (number := getattr(pair, name)) is not None and not math.isnan(number)]
+            own = train.numbers(name)
+            numbers = [] if own is None else own[~np.isnan(own)].tolist()
             if numbers and (name == "beta" or {*numbers} != {1.0}):  # weight 1 is what pairs have anyway
                 self.pair_numbers[name] = {"min": min(numbers), "mean": float(np.mean(numbers)), "max": max(numbers)}
         self.chosen_longer = float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
-    def examine_lengths(self, lengths: Sequence[int], *, max_length: int, context_length: int | None) -> None:
+    def examine_lengths(self, tokens: Sequence[int], *, max_length: int, context_length: int | None) -> None:
         """Warn where more than `PROPORTIONATE` of the rows are left out for their length, with what would keep them.
 
         Args:
-            lengths: Tokens of every pair, of those that are left out too.
+            tokens: Tokens of every pair, of those that are left out too.
             max_length: What they may have at most.
             context_length: What the model takes at most, if it has a bound.
         """
         left_out = len(self.dropped.get(OVERLONG, ())) + len(self.dropped.get(ANSWERS_TOO_LONG, ()))
-        if not lengths or left_out <= PROPORTIONATE * len(lengths):
+        if not tokens or left_out <= PROPORTIONATE * len(tokens):
             return
-        enough = sorted(lengths)[math.ceil((1 - PROPORTIONATE) * len(lengths)) - 1]
+        enough = sorted(tokens)[math.ceil((1 - PROPORTIONATE) * len(tokens)) - 1]
         remedy = f"data.max_length: {enough} keeps {1 - PROPORTIONATE:.0%}"
         if context_length and enough > context_length:
-            kept = sum(length <= context_length for length in lengths) / len(lengths)
+            kept = sum(length <= context_length for length in tokens) / len(tokens)
             remedy = f"data.max_length: {context_length}, the model's context, keeps {kept:.0%}"
             if context_length <= max_length:
                 remedy = f"the model's context of {context_length} tokens has no room for more"
         if OVERLONG in self.dropped:
             remedy += "; data.overlong: truncate_prompt keeps whole answers and cuts the beginning of long prompts"
         self.warnings.append(
-            f"{left_out:,} of {len(lengths):,} rows ({left_out / len(lengths):.0%}) are left out because they are longer than "
+            f"{left_out:,} of {len(tokens):,} rows ({left_out / len(tokens):.0%}) are left out because they are longer than "
             f"{max_length} tokens: {remedy}"
         )
 

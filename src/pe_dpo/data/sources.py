@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from pe_dpo.data.encoded import column, take
 from pe_dpo.data.files import FOREIGN_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, check_row, data_format, read_rows
 from pe_dpo.data.json_files import number_rows, read_json_splits
 from pe_dpo.data.pairs import EncodedPair
@@ -27,8 +30,44 @@ from pe_dpo.errors import DataError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
 from pe_dpo.recipe.data_section import DataSource, Sources, list_sources
 
-Parts = dict[str, Iterator[Row]]
-"""The rows of files or splits by their names; a file is opened only when its rows are read, and they can be read once."""
+
+class Rows:
+    """The rows of a file or split; a file is opened only when they are read.
+
+    Args:
+        read: Yields them.
+        files: What holds them; empty where nothing on disk does.
+        split: Which of several tables in a file they are; "" where it has one.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[Row]], files: Sequence[Path], split: str = "") -> None:
+        self._read, self.files, self.split = read, files, split
+
+    def __iter__(self) -> Iterator[Row]:
+        return self._read()
+
+    def fingerprint(self) -> tuple[str, int] | None:
+        """Return a sha256 over what the files hold, and about how many rows that is; None where no file holds them.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        digest, lines = hashlib.sha256(f"{self.split} of {len(self.files)} files".encode()), 0
+        for path in self.files:
+            own, size = hashlib.sha256(), 0
+            with path.open("rb") as file:
+                while part := file.read(_PART_BYTES):
+                    own.update(part)
+                    size, lines = size + len(part), lines + part.count(b"\n")
+            digest.update(f"{data_format(path)} {size} ".encode() + own.digest())
+        return (digest.hexdigest(), lines) if self.files else None
+
+
+Parts = dict[str, Rows]
+"""The rows of files or splits by their names."""
+
+
+_PART_BYTES = 1 << 22
 
 
 class Place(NamedTuple):
@@ -66,7 +105,7 @@ def find_places(
     return places
 
 
-def weigh(pairs: Sequence[EncodedPair], weight: float) -> list[EncodedPair]:
+def weigh(pairs: Sequence[EncodedPair], weight: float) -> Sequence[EncodedPair]:
     """Return the pairs as often as a weight says: 2 gives each twice, 0.5 those of half of the prompts, 2.5 both.
 
     Which prompts a fraction takes is a matter of their hashes, so it depends on no seed and on no order of rows.
@@ -76,9 +115,14 @@ def weigh(pairs: Sequence[EncodedPair], weight: float) -> list[EncodedPair]:
         weight: At least the pairs of one prompt are kept.
     """
     whole, fraction = divmod(weight, 1.0)
-    ranked = sorted({pair.prompt_key for pair in pairs}, key=lambda key: hashlib.sha256(key.encode()).digest())
-    kept = {*ranked[: max(round(fraction * len(ranked)), 0 if whole else 1)]}
-    return [*pairs] * int(whole) + [pair for pair in pairs if fraction and pair.prompt_key in kept]
+    every = np.arange(len(pairs))
+    repeated = [every] * int(whole)
+    if fraction:
+        keys = column(pairs, "prompt_key")
+        ranked = sorted({*keys}, key=lambda key: hashlib.sha256(key.encode()).digest())
+        kept = {*ranked[: max(round(fraction * len(ranked)), 0 if whole else 1)]}
+        repeated.append(every[[key in kept for key in keys]] if len(keys) else every)
+    return take(pairs, np.concatenate([every[:0], *repeated]))
 
 
 def divide_names(names: Sequence[str], *, keeps_all: bool = False, by_words: bool = True) -> tuple[list[str], list[str]]:
@@ -122,7 +166,10 @@ def _find(source: DataSource, taken: dict[str, str], *, by_words: bool) -> Place
         splits = read_json_splits(path) if data_format(path) == ".json" else {}
         if not splits:
             _refuse(source, "a file without splits", "split")
-        found = [_Part(split, f"{_full_name(path)}/{split}", 2, partial(number_rows, splits[split])) for split in splits]
+        found = [
+            _Part(split, f"{_full_name(path)}/{split}", 2, partial(number_rows, splits[split]), [path], split)
+            for split in splits
+        ]
         return divide(source, found or [_file(path)])
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
@@ -155,6 +202,10 @@ class _Part(NamedTuple):
     """How many pieces of the full name it has for people: one for a file, more for a split."""
     read: Callable[[str], Iterator[Row]]
     """Reads its rows, given what it is called."""
+    files: Sequence[Path]
+    """What holds them."""
+    table: str = ""
+    """Which of several in a file it is."""
 
 
 def _divide(
@@ -191,7 +242,7 @@ def _divide(
         while name in taken:
             name = next(names)
         taken[name] = part.full_name
-        sides[part.split in held_out][name] = part.read(name)
+        sides[part.split in held_out][name] = Rows(partial(part.read, name), part.files, part.table)
     return Place(source, *sides, unused)
 
 
@@ -208,7 +259,7 @@ def _file(path: Path, folders: Sequence[str] = (), *, by_words: bool = True) -> 
     begin_so = [folder for folder in folders if named_side(folder, by_words=False)]
     stem = _without_suffix(path.name)
     split = next(filter(named_side, (*begin_so, stem, *folders) if by_words else begin_so), stem)
-    return _Part(split, _full_name(path), 1, partial(read_rows, path))
+    return _Part(split, _full_name(path), 1, partial(read_rows, path), [path])
 
 
 def _data_files(paths: Sequence[Path], place: Path) -> list[Path]:
@@ -233,18 +284,24 @@ def _splits(data: Any, full_name: str, *, shown: int) -> list[_Part]:
     """Return the splits of what `datasets` read, or all of it where it has none."""
 
     def rows(values: Any, name: str) -> Iterator[Row]:
-        for column, feature in values.features.items():
+        for name_of_column, feature in values.features.items():
             if getattr(feature, "decode", False):  # an image or a sound, which is not looked at
-                values = values.cast_column(column, replace(feature, decode=False))
+                values = values.cast_column(name_of_column, replace(feature, decode=False))
         try:
             for number, row in enumerate(values, start=1):
                 yield f"{name} row {number}", check_row(row)
         except (ImportError, OSError) as error:
             raise DataError(f"{name}: cannot be read ({error}); save the columns of text alone") from error
 
+    def part(values: Any, split: str, name: str, shown: int) -> _Part:
+        # Arrow files are read as they are; a table that was filtered since it was written says by its features and rows which.
+        files = [Path(file["filename"]) for file in getattr(values, "cache_files", ())]
+        table = f"{split}, {getattr(values, '_fingerprint', '')}, {values.features}" if files else ""
+        return _Part(split, name, shown, partial(rows, values), files, table)
+
     if not hasattr(data, "keys"):
-        return [_Part("train", full_name, shown, partial(rows, data))]
-    return [_Part(split, f"{full_name}/{split}", shown + 1, partial(rows, data[split])) for split in data]
+        return [part(data, "train", full_name, shown)]
+    return [part(data[split], split, f"{full_name}/{split}", shown + 1) for split in data]
 
 
 def _hub_splits(source: DataSource) -> list[_Part]:

@@ -6,12 +6,14 @@
 A group is on one side, under the smallest of its keys, so that pairs whose keys share no ids lie as they lay before.
 """
 
-import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from pe_dpo.data.encoded import column, take, with_keys
 from pe_dpo.data.pairs import EncodedPair
 
 HELD_OUT_NAMES = ("validation", "valid", "val", "eval", "dev", "test")
@@ -25,9 +27,9 @@ _WORDS = re.compile(rf"(?<![^-_. ])(?:(train(?:ing)?)|{'|'.join(HELD_OUT_WORDS)}
 class Sides(NamedTuple):
     """The pairs of both sides, each in the order of their rows."""
 
-    train: list[EncodedPair]
-    held_out: list[EncodedPair]
-    left_out: list[EncodedPair]
+    train: Sequence[EncodedPair]
+    held_out: Sequence[EncodedPair]
+    left_out: Sequence[EncodedPair]
     """Of those that were brought to be held out: the ones whose prompt is in training."""
     held_out_rows: list[str] | None
     """The rows held out, for the report; None where a run from before runs named them is repeated."""
@@ -55,6 +57,7 @@ def divide(
     share: float,
     most: int | None = None,
     recorded: Mapping[str, Any] | None = None,
+    digests: np.ndarray | None = None,
 ) -> Sides:
     """Return pairs to train on and pairs held out, with no prompt on both sides.
 
@@ -66,53 +69,64 @@ def divide(
         recorded: The data report of a run that is gone on with or evaluated: the rows that it held out are held out again. An
             older one names no rows; its pairs are split as then, where prompts were told apart as their rows say them. Where
             a row is not there any more, under its name, the pairs are split anew: the same data in another file give the same.
+        digests: Of both, see `join_prompts`.
     """
     is_old = recorded is not None and recorded.get("held_out_rows") is None
-    pairs = [*encoded, *brought] if is_old else join_prompts([*encoded, *brought])
-    own, brought = pairs[: len(encoded)], pairs[len(encoded) :]
+    pairs: Any = encoded + brought  # type: ignore[operator]  # both lists, or both of one table
+    pairs, own = pairs if is_old else join_prompts(pairs, digests), len(encoded)
     rows = set(() if recorded is None or is_old else recorded["held_out_rows"])
-    if recorded is None or is_old or not rows <= {pair.where for pair in brought or own}:
-        train, held_out = split_by_prompt(own, share, most)
-        trained = {pair.prompt_key for pair in train}
-        is_held_out = [pair.prompt_key not in trained for pair in brought]
+    count, keys = len(pairs), column(pairs, "prompt_key")
+    side = slice(own, count) if own < count else slice(0, own)
+    names = column(pairs[side], "where") if recorded is not None else []
+    is_held_out = np.zeros(count, dtype=bool)
+    if recorded is None or is_old or not rows <= {*names}:
+        taken = _held_out_prompts(keys[:own], share, most)
+        is_held_out[:own] = [key in taken for key in keys[:own]]
+        trained = {key for key in keys[:own] if key not in taken} if own < count else set()
+        is_held_out[own:] = [key not in trained for key in keys[own:]]
     else:
-        train = [pair for pair in own if brought or pair.where not in rows]
-        held_out = [pair for pair in own if not brought and pair.where in rows]
-        is_held_out = [pair.where in rows for pair in brought]
-    held_out += [pair for pair, is_out in zip(brought, is_held_out, strict=True) if is_out]
-    left_out = [pair for pair, is_out in zip(brought, is_held_out, strict=True) if not is_out]
-    return Sides(train, held_out, left_out, None if is_old else [pair.where for pair in held_out])
+        is_held_out[side] = [where in rows for where in names]
+    places = np.arange(count)
+    train, held_out = (take(pairs, places[mask]) for mask in (~is_held_out & (places < own), is_held_out))
+    left_out = take(pairs, places[~is_held_out & (places >= own)])
+    return Sides(train, held_out, left_out, None if is_old else column(held_out, "where"))
 
 
-def join_prompts(encoded: Sequence[EncodedPair]) -> list[EncodedPair]:
+def join_prompts(pairs: Sequence[EncodedPair], digests: np.ndarray | None = None) -> Sequence[EncodedPair]:
     """Return the pairs with one prompt key for all prompts that the model reads alike: the smallest of their keys.
+
+    Args:
+        pairs: All pairs of both sides.
+        digests: uint8 (N, 16), equal for equal prompt ids alone; None to compute them.
 
     Example:
         Keys b and c share their prompt ids, c and a share others: all three pairs get the key a.
     """
-    parents: dict[str | bytes, str | bytes] = {}
+    keys = column(pairs, "prompt_key")
+    ids = (
+        [pair.prompt_ids.tobytes() for pair in pairs]
+        if digests is None
+        else np.ascontiguousarray(digests).view("V16")[:, 0].tolist()
+    )
+    first: dict[bytes, str] = {}
+    parents: dict[str, str] = {}
 
-    def root(key: str | bytes) -> str | bytes:
-        while (parent := parents.setdefault(key, key)) != key:
-            parents[key] = key = parents[parent]  # halves the path
+    def root(key: str) -> str:
+        while (parent := parents.get(key, key)) != key:
+            parents[key] = key = parents.get(parent, parent)  # halves the path
         return key
 
-    for pair in encoded:
-        parents[root(hashlib.sha256(pair.prompt_ids.tobytes()).digest())] = root(pair.prompt_key)
-    smallest: dict[str | bytes, str] = {}
-    for pair in encoded:
-        group = root(pair.prompt_key)
-        smallest[group] = min(pair.prompt_key, smallest.get(group, pair.prompt_key))
-    joined = []
-    for pair in encoded:
-        key = smallest[root(pair.prompt_key)]
-        joined.append(pair if key == pair.prompt_key else replace(pair, prompt_key=key))
-    return joined
+    for key, read in zip(keys, ids, strict=True):
+        other = first.setdefault(read, key)
+        if other != key:
+            smaller, larger = sorted((root(key), root(other)))
+            parents[larger] = smaller
+    return with_keys(pairs, [root(key) for key in keys]) if parents else pairs
 
 
 def split_by_prompt(
     encoded: Sequence[EncodedPair], share: float, most: int | None = None
-) -> tuple[list[EncodedPair], list[EncodedPair]]:
+) -> tuple[Sequence[EncodedPair], Sequence[EncodedPair]]:
     """Return pairs to train on and pairs held out, each in the order of the rows, with no prompt on both sides.
 
     Args:
@@ -123,21 +137,27 @@ def split_by_prompt(
         most: Pairs at most, of which a prompt that would exceed them is left to training; None for no bound. Where each prompt
             has more, the one of the fewest pairs is held out.
     """
-    wanted = share * len(encoded) if most is None else min(share * len(encoded), most)
-    counts: dict[str, int] = {}
-    for pair in encoded:
-        counts[pair.prompt_key] = counts.get(pair.prompt_key, 0) + 1
+    keys = column(encoded, "prompt_key")
+    taken = _held_out_prompts(keys, share, most)
+    is_taken = np.array([key in taken for key in keys], dtype=bool)
+    return take(encoded, np.flatnonzero(~is_taken)), take(encoded, np.flatnonzero(is_taken))
+
+
+def _held_out_prompts(keys: Sequence[str], share: float, most: int | None) -> set[str]:
+    """Return the prompts that a share of pairs with these keys holds out, see `split_by_prompt`."""
+    wanted = share * len(keys) if most is None else min(share * len(keys), most)
+    counts = Counter(keys) if wanted else Counter()
     taken: set[str] = set()
     pairs_taken = 0
     for key in sorted(counts):
         if pairs_taken >= wanted or len(taken) == len(counts) - 1:
             break
-        if pairs_taken + counts[key] > max(2 * share * len(encoded), 1) and 2 * counts[key] > len(encoded) - pairs_taken:
+        if pairs_taken + counts[key] > max(2 * share * len(keys), 1) and 2 * counts[key] > len(keys) - pairs_taken:
             continue
         if most is not None and pairs_taken + counts[key] > most:
             continue
         taken.add(key)
         pairs_taken += counts[key]
-    if most is not None and wanted and not taken and len(counts) > 1:
+    if most is not None and not taken and len(counts) > 1:
         taken = {min(counts, key=lambda key: (counts[key], key))}
-    return ([pair for pair in encoded if pair.prompt_key not in taken], [pair for pair in encoded if pair.prompt_key in taken])
+    return taken

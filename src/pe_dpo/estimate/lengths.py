@@ -11,6 +11,7 @@ import numpy as np
 
 from pe_dpo.data import EncodedPair, prepare_pairs
 from pe_dpo.data.batches import pack, split_by_tokens, split_into_rows
+from pe_dpo.data.encoded import column
 from pe_dpo.data.pairs import row_length
 from pe_dpo.data.preparation import DEFAULT_MAX_LENGTH, HELD_OUT_MOST, HELD_OUT_SHARE
 from pe_dpo.data.template import set_template
@@ -88,7 +89,7 @@ def of_pairs(train: Sequence[EncodedPair], held_out: int, recipe: Recipe) -> Len
     """
     from pe_dpo.data.order import OptimizerBatches
 
-    keys = [pair.prompt_key for pair in train] if recipe.train.prompts_together else range(len(train))
+    keys = column(train, "prompt_key") if recipe.train.prompts_together else range(len(train))
     batches = OptimizerBatches(keys, recipe.train.pairs_per_step, recipe.train.seed)
     sample = [train[index] for _, batch in zip(range(STEPS), batches, strict=False) for index in batch]
     return Lengths(sample, len(train), held_out, f"the pairs of {describe_sources(recipe.data.train)}, encoded")

@@ -11,7 +11,7 @@ two models   π, then π0 when π is gone; what π predicts along the answers wa
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Evaluation:
     kind: Kind
     scored: PairTable
     """With the log-probs of step 0, where they are known."""
-    pairs: list[EncodedPair]
+    pairs: Sequence[EncodedPair]
     metrics: dict[str, float]
     """See `pair_metrics`."""
     intervals: dict[str, tuple[float, float]]
@@ -176,7 +176,7 @@ def _recipe(saved: SavedPolicy, data: str | None, generation: GenerationSection 
 
 def _held_out_pairs(
     saved: SavedPolicy, recipe: Recipe, tokenizer: Any, context_length: int | None, data: str | None
-) -> list[EncodedPair]:
+) -> Sequence[EncodedPair]:
     """Return the pairs that a run held out, or those of `data`.
 
     Raises:
@@ -217,7 +217,14 @@ class _Measuring:
     """
 
     def __init__(
-        self, saved: SavedPolicy, recipe: Recipe, pairs: list[EncodedPair], asked: Questions, tokenizer: Any, *, is_judged: bool
+        self,
+        saved: SavedPolicy,
+        recipe: Recipe,
+        pairs: Sequence[EncodedPair],
+        asked: Questions,
+        tokenizer: Any,
+        *,
+        is_judged: bool,
     ) -> None:
         self.saved, self.recipe, self.pairs, self.asked = saved, recipe, pairs, asked
         self.tokenizer, self.is_judged = tokenizer, is_judged

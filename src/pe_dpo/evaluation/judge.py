@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pe_dpo.data.pairs import Pair, Text, prompt_key
-from pe_dpo.data.preparation import read_places
+from pe_dpo.data.reading import read_places
 from pe_dpo.data.rendering import as_messages
 from pe_dpo.data.report import DataReport
 from pe_dpo.data.sandbox import TEMPLATE_ERRORS, apply_chat_template

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pe_dpo.data import PreparedData, prepare_pairs
+from pe_dpo.data.encoded import column
 from pe_dpo.data.template import set_template
 from pe_dpo.errors import ModelError
 from pe_dpo.model.base import BaseInfo, answer_end_tokens, inspect_base, load_tokenizer
@@ -63,11 +64,12 @@ def read_inputs(recipe: Recipe, *, recorded: Mapping[str, Any] | None = None) ->
         recorded=recorded,
     )
     size = base.config.get_text_config().vocab_size
-    for pair in [*data.train, *data.held_out]:
-        largest = max(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        if largest >= size:
+    for pairs in (data.train, data.held_out):
+        largest = column(pairs, "largest")
+        where = next((index for index, token in enumerate(largest) if token >= size), None)
+        if where is not None:
             raise ModelError(
-                f"{pair.where}: has token {largest}, but the model knows {size} tokens: the tokenizer is not the model's; put "
-                "the right one beside the base"
+                f"{pairs[where].where}: has token {largest[where]}, but the model knows {size} tokens: the tokenizer is not "
+                "the model's; put the right one beside the base"
             )
     return Inputs(base, tokenizer, data)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pe_dpo.data.encoded import column as data_column
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.sampling import answer_text, prompt_text
 from pe_dpo.metrics.table import Floats, PairTable, delta
@@ -56,7 +57,7 @@ def pair_terms(pairs: Sequence[EncodedPair], device: torch.device | str | None =
     """Return what the data give each pair beside its answers, as `Loss` takes it."""
 
     def column(name: str) -> torch.Tensor | None:
-        numbers = [getattr(pair, name) for pair in pairs]
+        numbers = data_column(pairs, name)
         return None if None in numbers else torch.tensor(numbers, dtype=torch.float64, device=device)
 
     margin = column("margin")

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import sqlite3
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from pe_dpo.disk import cache_folder
 from pe_dpo.errors import StoreUnavailable, UsageError
 from pe_dpo.model.fingerprint import ARITHMETIC
 
@@ -83,9 +83,7 @@ def reference_key(*, weights: str, quantize: str, dtype: str, path: str) -> str:
 
 def default_store_path() -> Path:
     """Return where the store lies unless told otherwise: in $PE_DPO_CACHE, $XDG_CACHE_HOME/pe-dpo or ~/.cache/pe-dpo."""
-    own, shared = os.environ.get("PE_DPO_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(own) if own else Path(shared) / "pe-dpo" if shared else Path.home() / ".cache" / "pe-dpo"
-    return folder / "reference.sqlite"
+    return cache_folder() / "reference.sqlite"
 
 
 class ReferenceStore:

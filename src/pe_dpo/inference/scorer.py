@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pe_dpo.data.batches import completion_tokens, divide, pack, pad, shared_tokens, split_by_tokens, split_into_rows
+from pe_dpo.data.encoded import by_length
 from pe_dpo.data.pairs import EncodedPair, common_start, row_length
 from pe_dpo.errors import ModelError, OutOfMemory
 from pe_dpo.inference.logprobs import (
@@ -213,10 +214,10 @@ def choose_scorer(
         OutOfMemory: one of the longest pairs does not fit.
     """
     scorer = Scorer("padded", next(model.parameters()).device, token_budget=token_budget)
-    order = sorted(pairs, key=row_length)
+    order = by_length(pairs)
     # The two shortest, middle and longest: what windows and scaled positions do shows on the longest. The first two have
     # gradients, with all activations kept and all logits: of pairs of middle length that would be the most that a run takes.
-    probe = [order[index] for index in sorted({0, min(1, len(order) - 1), len(order) // 2, len(order) - 1})]
+    probe = [pairs[order[place]] for place in sorted({0, min(1, len(order) - 1), len(order) // 2, len(order) - 1})]
     try:
         with evaluating(model):
             with failing_forwards_named(model):
@@ -242,8 +243,8 @@ def choose_scorer(
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"out of memory while a few pairs were tried without training (the longest has {row_length(order[-1])} tokens); "
-            "set a smaller data.max_length, or model.quantize: nf4"
+            "out of memory while a few pairs were tried without training (the longest has "
+            f"{row_length(pairs[order[-1]])} tokens); set a smaller data.max_length, or model.quantize: nf4"
         ) from error
     return scorer
 

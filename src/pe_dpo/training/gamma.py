@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from pe_dpo.audit.calibration import Calibration, calibrate_loss
+from pe_dpo.data.encoded import column
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference.pairs import pair_terms
 from pe_dpo.inference.reference import Reference, check_finite
@@ -43,7 +44,7 @@ def find_gamma(recipe: Recipe, reference: Reference, pairs: Sequence[EncodedPair
     PartialState().wait_for_everyone()
     logprobs = reference.logprobs(pairs)
     check_finite(logprobs, pairs)
-    found = calibrate_loss(recipe.loss, logprobs, pair_terms(pairs), [pair.prompt_key for pair in pairs])
+    found = calibrate_loss(recipe.loss, logprobs, pair_terms(pairs), column(pairs, "prompt_key"))
     found = broadcast_object_list([found])[0]
     recipe = with_gamma(recipe, found.gamma)
     interval = "" if found.interval is None else " (95 %: {:.3g} to {:.3g})".format(*found.interval)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pe_dpo.data.encoded import column
 from pe_dpo.errors import DataError
 from pe_dpo.inference.inputs import Inputs, read_inputs
 from pe_dpo.model.adapter_config import without_advice
@@ -52,12 +53,12 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
         check_can_be_trained_on(folder)
     prepared = shared or read_inputs(recipe, recorded=recorded)
     _check_adapters(recipe.adapter, prepared)
-    if recipe.loss.margin_scale and not any(pair.margin for pair in prepared.data.train):
+    if recipe.loss.margin_scale and not any(column(prepared.data.train, "margin")):
         raise DataError(
             f"{describe_sources(recipe.data.train)}: loss.margin_scale is {recipe.loss.margin_scale:g}, but no pair has a "
             "margin; name its column in data.columns (margin, or chosen_score and rejected_score), or drop margin_scale"
         )
-    if all(pair.weight == 0 for pair in prepared.data.train):
+    if all(weight == 0 for weight in column(prepared.data.train, "weight")):
         raise DataError(f"{describe_sources(recipe.data.train)}: all pairs have weight 0, so that nothing would be learned")
     prepared.data.report.tell(logger)
     _check_numbers(recipe, prepared)
@@ -79,11 +80,11 @@ def _check_numbers(recipe: Recipe, prepared: Inputs) -> None:
     """
     loss, (pairs, settings) = recipe.loss, (prepared.data.train, recipe.train)
     for what, key, numbers in (
-        ("margin", "loss.margin", [loss.margin + loss.margin_scale * (pair.margin or 0.0) for pair in pairs]),
-        ("β", "loss.beta", [loss.beta if pair.beta is None else pair.beta for pair in pairs]),
+        ("margin", "loss.margin", [loss.margin + loss.margin_scale * (margin or 0.0) for margin in column(pairs, "margin")]),
+        ("β", "loss.beta", [loss.beta if beta is None else beta for beta in column(pairs, "beta")]),
     ):
         low, high = next(found.possible for found in RANGES if found.key == key)
-        bad = [(pair.where, number) for pair, number in zip(pairs, numbers, strict=True) if not low <= number <= high]
+        bad = [(pairs[at].where, number) for at, number in enumerate(numbers) if not low <= number <= high]
         if bad:
             raise DataError(
                 f"{bad[0][0]}: its {what} comes to {bad[0][1]:g}, and none beyond {low:g} to {high:g} can be trained on "

@@ -259,7 +259,8 @@ def build_trainer(
             switch_on(policy.causal_lm)
         logger.info(f"{'padded' if scorer.path == 'padded' else f'packed rows ({scorer.path})'}: as an earlier run found it")
     else:
-        scorer = choose_scorer(policy.model, [*data.train, *data.held_out], packing=settings.packing)
+        both: Any = data.train + data.held_out  # type: ignore[operator]  # lists, or columns of which nothing is copied
+        scorer = choose_scorer(policy.model, both, packing=settings.packing)
         findings.scorers[way] = copy(scorer)
     scorer.token_budget, recomputation = plan_memory(
         policy.model, data.train, scorer, tokens=settings.tokens_per_microbatch, checkpointing=settings.gradient_checkpointing
@@ -332,7 +333,8 @@ def _score_before(trainer: PairTrainer, recipe: Recipe, findings: Findings) -> P
     """
     reference, pairs = trainer.reference, trainer.train_dataset
     uses_reference = recipe.loss.gamma_value != 0
-    forget_if_any(reference, reference.recheck([*(pairs if uses_reference else []), *trainer.held_out]))
+    both: Any = pairs + trainer.held_out if uses_reference else trainer.held_out
+    forget_if_any(reference, reference.recheck(both))
     if recipe.reference.policy == "store" and uses_reference:
         score_own_part(reference, pairs)
     trainer.monitored_reference = trainer.score_reference()

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from pe_dpo.data import PreparedData
+from pe_dpo.data.encoded import column
 from pe_dpo.data.order import OptimizerBatches
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.disk import write_json
@@ -152,7 +153,8 @@ class PairTrainer(Trainer):
 
     def optimizer_batches(self) -> OptimizerBatches:
         """Return the indices of each optimizer step's pairs."""
-        keys = [pair.prompt_key for pair in self.train_dataset] if self.prompts_together else range(len(self.train_dataset))
+        pairs = self.train_dataset
+        keys = column(pairs, "prompt_key") if self.prompts_together else range(len(pairs))
         return OptimizerBatches(keys, self.args.per_device_train_batch_size, self.args.seed)
 
     def training_step(self, model: Any, inputs: list[EncodedPair], num_items_in_batch: Any = None) -> torch.Tensor:
