@@ -296,3 +296,13 @@ def test_a_person_reads_flags_where_the_library_names_arguments(pe_dpo, recipe_f
     monkeypatch.setattr("pe_dpo.training.train.train", stop)
     done = pe_dpo("train", recipe_file)
     assert (done.code, done.err, done.out) == (2, f"error: {line}\n", f"warning: {line}\n")
+
+
+def test_memory_that_runs_out_where_nothing_can_be_split_is_a_line(pe_dpo, trained, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr("pe_dpo.merging.write.merge_tensor", fail)
+    done = pe_dpo("merge", trained[0], "-o", tmp_path / "out", "--pairs", 0)
+    assert_refused(done, 1, "out of memory (", "can't allocate memory", "pe-dpo estimate")
+    assert list(tmp_path.iterdir()) == []

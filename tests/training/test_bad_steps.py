@@ -76,20 +76,6 @@ def test_a_step_with_a_bad_row_is_skipped_and_its_pairs_are_named_and_counted_ev
     assert [line["learning_rate"] for line in logged.values()] == pytest.approx([1e-3 * (6 - done) / 6 for done in range(6)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [3, 5])
-def test_a_resumed_run_skips_what_the_straight_one_skips(make_recipe, straight, step):
-    recipe = make_recipe(*SETTINGS)
-    with pytest.raises(Killed):
-        train(recipe, callbacks=[KillAt(step)])
-    folder = train(recipe, resume=True).folder
-    assert trace(folder) == trace(straight)
-    keys = ("skipped_steps", "bad_pairs", "remarks", "status")
-    assert [read_object(folder / RUN_FILE)[key] for key in keys] == [read_object(straight / RUN_FILE)[key] for key in keys]
-    left, right = (load_file(run / "adapter_model.safetensors") for run in (folder, straight))
-    assert all(torch.equal(left[name], right[name]) for name in right)
-
-
 def test_steps_that_were_skipped_are_not_in_the_means_of_their_window(bad_trainer):
     trainer, pairs = bad_trainer, bad_trainer.train_dataset
     losses = []
@@ -105,7 +91,7 @@ def test_steps_that_were_skipped_are_not_in_the_means_of_their_window(bad_traine
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_bnb_8bit", "ademamix"])
+@pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "adamw_bnb_8bit"])
 def test_adapter_and_optimizer_are_to_the_bit_what_they_were(bad_trainer, name):
     trainer = bad_trainer
     trainer.args.optim, trainer.optimizer = name, None
@@ -159,6 +145,24 @@ def test_memory_that_runs_out_in_a_bad_step_changes_nothing_of_what_is_found(bad
     assert trainer.bad_steps.pairs == {1: {LOSS: "loss is inf", GRADIENT: "gradient"}}
 
 
+def test_a_step_that_another_process_finds_bad_is_skipped_here_too(bad_trainer, monkeypatch):
+    """Two processes, of which this one has pairs that are fine."""
+    trainer = bad_trainer
+    trainer.bad_steps, trainer.state.global_step, theirs = BadSteps(), 3, {GRADIENT: "gradient"}
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
+    monkeypatch.setattr(type(trainer.args), "process_index", property(lambda self: 0))
+    monkeypatch.setattr("pe_dpo.training.trainer.gather_object", lambda own: [*own, theirs])
+
+    def add_theirs(values):
+        if len(values) == 2:  # loss and whether it is bad; else the gradients, of which they have none
+            values += torch.tensor([0.5, 1.0])
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_theirs)
+    assert float(trainer.training_step(trainer.model, trainer.train_dataset[:4])) == 0.0
+    assert trainer.bad_steps.pairs == {4: theirs}
+    assert all(parameter.grad is None for parameter in adapter_parameters(trainer.model))
+
+
 def test_as_many_bad_steps_in_a_row_as_the_recipe_says_stop_the_run(make_recipe, tmp_path):
     recipe = make_recipe("train.max_steps=6", "train.bad_steps=2", "train.save_every=1", "train.eval_every=100")
     with pytest.raises(
@@ -206,10 +210,18 @@ def test_items_that_are_bad_together_alone_are_nobody_s_fault():
 
 
 @pytest.mark.slow
-def test_a_window_that_a_kill_cuts_is_what_it_would_have_been(make_recipe):
+def test_a_resumed_run_skips_what_the_straight_one_skips(make_recipe):
+    """Killed after its first skipped step and before the others, between two lines of metrics."""
     recipe = make_recipe(*SETTINGS, "train.log_every=4")
-    whole = trace(train(recipe).folder)
+    folder = train(recipe).folder
+    straight = trace(folder), read_object(folder / RUN_FILE), load_file(folder / "adapter_model.safetensors")
     with pytest.raises(Killed):
         train(recipe, overwrite=True, callbacks=[KillAt(3)])
-    assert trace(train(recipe, resume=True).folder) == whole
-    assert [line["skipped_steps"] for line in whole if "learning_rate" in line] == [1, 2]
+    train(recipe, resume=True)
+    assert trace(folder) == straight[0]
+    assert [line["skipped_steps"] for line in straight[0] if "learning_rate" in line] == [1, 2]
+    record = read_object(folder / RUN_FILE)
+    for key in ("skipped_steps", "bad_pairs", "remarks", "status"):
+        assert record[key] == straight[1][key]
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(weights[name], straight[2][name]) for name in weights)

@@ -1,8 +1,10 @@
 """Tokens per forward: measured where there is a GPU, halved when memory runs out, and no step lost."""
 
+import errno
 from dataclasses import replace
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from pe_dpo.errors import TrainingError
 from pe_dpo.estimate import rows
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.base import checkpoint_activations
+from pe_dpo.model.out_of_memory import is_out_of_memory
 from pe_dpo.training import memory
 from pe_dpo.training.memory import fitting_tokens, plan_memory
 
@@ -315,3 +318,27 @@ def test_on_a_cpu_nothing_is_measured(make_trainer):
         trainer.model, trainer.train_dataset, trainer.scorer, tokens="auto", checkpointing="auto"
     )
     assert (tokens, recomputation.above) == (rows.CPU_TOKENS, None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8"
+        ),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 8 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        pyarrow.ArrowMemoryError("malloc of size 8 failed"),
+        np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype(float)),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_on_a_cpu_is_known_in_all_its_words(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shape mismatch"), OSError(errno.ENOSPC, "No space left on device"), ValueError("x")]
+)
+def test_other_errors_are_not_taken_for_it(error):
+    assert not is_out_of_memory(error)

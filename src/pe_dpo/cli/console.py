@@ -75,8 +75,30 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 with suppress(OSError):  # a terminal that is gone
                     show_lines([str(stop), *map(in_flags, notes)], is_error=True)
                 raise typer.Exit(128 + stop.number) from stop
+            except (RuntimeError, MemoryError, OSError) as error:
+                _say_if_memory_ran_out(error)
+                raise
 
     return run
+
+
+def _say_if_memory_ran_out(error: Exception) -> None:
+    """Raise an error in words for memory that ran out where nothing could be split any more; else do nothing.
+
+    Raises:
+        OutOfMemory: it did.
+    """
+    if "torch" not in sys.modules and not isinstance(error, MemoryError):
+        return
+    from pe_dpo.errors import OutOfMemory
+    from pe_dpo.model.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise OutOfMemory(
+            f"out of memory ({why}); end other programs, take a machine or a card with more, or see what it takes with: "
+            "pe-dpo estimate"
+        ) from error
 
 
 class Terminal(logging.Handler):

@@ -256,11 +256,13 @@ class _Measuring:
             with progress("sampling, policy"):
                 drift = measure_drift(policy, scorer, pairs, settings, seed=self.asked.seed)
             with progress("KL along chosen answers"):
-                self.data_prefix_kl = data_prefix_kl(policy, self.asked.pairs, token_budget=scorer.token_budget)
+                self.data_prefix_kl = scorer.within_memory(
+                    self.asked.pairs, lambda: data_prefix_kl(policy, self.asked.pairs, token_budget=scorer.token_budget)
+                )
         self.measured[1.0] = scored, drift
         if self.is_judged:
             with policy.reference():
-                self._answer_as_reference(policy, scorer.token_budget)
+                self._answer_as_reference(policy, scorer)
         # With as many tokens per forward as the run measured with, for the same rounding errors, unless they are many.
         tokens = saved.run.scoring.get("tokens_per_forward") if saved.is_as_trained else None
         if tokens:
@@ -291,7 +293,7 @@ class _Measuring:
         with tempfile.TemporaryDirectory() as name, disk_errors_named(Path(name), advice=TEMPORARY):
             answers_folder, data_folder = Path(name, "answers"), Path(name, "data")
             with progress("sampling, policy"):
-                said = asked.answers(policy, token_budget=budget)
+                said = scorer.within_memory(pairs, lambda: asked.answers(policy, token_budget=scorer.token_budget))
             ids = [answer.ids for answer in said]
             store_logits(policy, asked.prompts, ids, answers_folder, token_budget=budget)
             store_logits(policy, prompts, chosen, data_folder, token_budget=budget)
@@ -307,7 +309,7 @@ class _Measuring:
             self.data_prefix_kl = data_prefix_kl(policy, pairs, stored=data_folder, token_budget=budget)
         self.measured[1.0] = scored, Drift(asked, said, compared, self.tokenizer, noise=scorer.noise)
         if self.is_judged:
-            self._answer_as_reference(policy, budget)
+            self._answer_as_reference(policy, scorer)
 
     def evaluation(self, scale: float, initial: Run | None) -> Evaluation:
         """Return what was measured at a scale, with all that follows from it.
@@ -356,7 +358,7 @@ class _Measuring:
         packing = self.recipe.train.packing
         return choose_scorer(policy.model, self.pairs, packing=packing, token_budget=self.token_budget)
 
-    def _answer_as_reference(self, policy: Policy, token_budget: int) -> None:
+    def _answer_as_reference(self, policy: Policy, scorer: Scorer) -> None:
         with progress("sampling, reference"):
-            said = self.asked.answers(policy, token_budget=token_budget)
+            said = scorer.within_memory(self.asked.pairs, lambda: self.asked.answers(policy, token_budget=scorer.token_budget))
         self.reference_answers = [(answer_text(self.tokenizer, answer.ids), len(answer.ids)) for answer in said]

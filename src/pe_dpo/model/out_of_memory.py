@@ -1,5 +1,7 @@
 """Memory that ran out, in all the words of torch and the libraries below it."""
 
+import errno
+
 import torch
 
 SPELLINGS = (
@@ -9,6 +11,8 @@ SPELLINGS = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "can't allocate memory",  # the CPU's allocator
     "not enough memory",  # the same on Windows
+    "bad_alloc",  # C++ below torch
+    "Cannot allocate memory",  # the system: a file that is mapped, a process that is forked
 )
 
 
@@ -18,6 +22,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch.OutOfMemoryError comes from the caching allocator alone: cuBLAS, CUDA (torch.AcceleratorError) and the allocator of a
     CPU raise plain errors with words of their own.
     """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):  # NumPy's and Arrow's own are MemoryErrors
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(spelling in str(error) for spelling in SPELLINGS)
