@@ -37,7 +37,7 @@ def _bad_rows():
     def spoilt(recipe, **options):
         prepared = prepare(recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"margin_scale": 0.0})}), **options)
         pairs = [replace(pair, margin=margins.get(pair.where, 0.0)) for pair in prepared.data.train]
-        return prepared._replace(data=replace(prepared.data, train=pairs))
+        return prepared._replace(data=replace(prepared.data, train=pairs, held_out=[*prepared.data.held_out]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "prepare_run", spoilt)
