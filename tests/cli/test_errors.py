@@ -153,7 +153,22 @@ def test_resuming_what_never_ran_is_refused(pe_dpo, recipe_file, tmp_path):
 
 def test_resuming_with_another_loss_is_refused_with_the_difference(pe_dpo, recipe_file, trained):
     done = pe_dpo("train", recipe_file, "-o", trained[0], "--resume", "--beta", 0.5)
-    assert_refused(done, 2, "loss.beta: 0.1 → 0.5", "use the old settings, or another --output")
+    wanted = "use the old settings, name what you mean to change with --override (loss.beta), or another --output"
+    assert_refused(done, 2, "loss.beta: 0.1 → 0.5", wanted)
+
+
+def test_what_cannot_be_overridden_is_named_with_the_flag(pe_dpo, recipe_file, trained):
+    done = pe_dpo("train", recipe_file, "-o", trained[0], "--resume", "--override", "rank=2")
+    assert_refused(done, 2, "--override rank: cannot change in a run that goes on: what the checkpoint holds belongs to")
+    done = pe_dpo("train", recipe_file, "-o", trained[0], "--override", "lr=1.0e-3")
+    assert_refused(done, 2, "--override is for a run that goes on; use it with --resume")
+
+
+@pytest.mark.parametrize("command", ["eval", "merge", "chat", "serve", "export"])
+def test_a_run_that_kept_no_best_says_which_key_keeps_one(pe_dpo, trained, tmp_path, command):
+    more = {"merge": ["-o", tmp_path / "m"], "export": ["--gguf-lora", "-o", tmp_path / "l.gguf"]}.get(command, [])
+    done = pe_dpo(command, trained[0], "--best", *more)
+    assert_refused(done, 2, f"{trained[0]}: has no best adapter; a run keeps one with train.keep_best")
 
 
 @pytest.mark.parametrize("output", ["runs #2", "a: b", "2026", "true"])

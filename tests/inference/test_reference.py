@@ -223,23 +223,6 @@ def test_a_sound_store_is_not_thrown_away(filled, make_reference, warned: list[s
     assert (lines, reference.computed) == ([], 4)
 
 
-def test_of_many_pairs_a_few_are_looked_up_to_be_scored_again_and_few_are_kept(filled, make_reference, monkeypatch):
-    logprobs, pairs = filled
-    reference, _ = make_reference()
-    asked, get = [], reference.store.get
-    monkeypatch.setattr(reference.store, "get", lambda key, keys: asked.append(len(keys)) or get(key, keys))
-    monkeypatch.setattr(reference_module, "DRAWN", 5)
-    assert reference.recheck(pairs) is None
-    assert (len(asked), asked[0] <= 10, reference.computed) == (1, True, 4)
-    reference.look_up(pairs[:8])
-    for part in (pairs[:3], pairs[3:8]):  # of rows that were looked up together nothing more is asked
-        reference.logprobs(part)
-    assert len(asked) == 2
-    monkeypatch.setattr(reference_module, "KEPT", 7)
-    assert [reference.logprobs([pair]).chosen.item() for pair in pairs] == logprobs.chosen.tolist()
-    assert (len(reference._known) <= 8, reference.computed) == (True, 4)
-
-
 def poison(path, nats, *, share=1.0):
     """Move stored log-probs by so many nats, with right checksums, as another library version might have left them."""
     import sqlite3

@@ -199,6 +199,7 @@ def open_side_by_side(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    best: bool = False,
 ) -> SideBySide:
     """Return base and tuned model of a run or an adapter, loaded once.
 
@@ -207,13 +208,14 @@ def open_side_by_side(
         base: the base, if not the one named there.
         quantize: how the base is loaded; by default as in the run, or by its size.
         max_new_tokens: see `SideBySide`, as are the others.
+        best: of a run, the adapter of its best evaluation.
 
     Raises:
         UsageError: neither a run nor an adapter, or the base is not the one of the run any more.
         ModelError: base, adapter or tokenizer cannot be loaded.
         DataError: the run's data.template is chat, and the tokenizer has none.
     """
-    saved = SavedPolicy(target, base=base, quantize=quantize)
+    saved = SavedPolicy(target, base=base, quantize=quantize, best=best)
     if saved.adapter is None:
         raise UsageError(f"{target}: is a whole model, with no base inside to compare it with; name a run or an adapter")
     check_adapter(saved.adapter)  # before the base is read

@@ -24,6 +24,9 @@ ROWS_AROUND = 6
 
 def chat(
     target: Annotated[Path, typer.Argument(help="A run folder, or a LoRA adapter.")],
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run: the adapter of its best evaluation (train.keep_best).")
+    ] = False,
     base: Annotated[str | None, typer.Option(help="The adapter's base, if not the one named in it.")] = None,
     quantize: Annotated[str | None, typer.Option(help=f"{QUANTIZATIONS_IN_WORDS}; default: as in the run.")] = None,
     prompts: Annotated[
@@ -67,6 +70,7 @@ def chat(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        best=best,
     )
     if asked is None:
         _talk(pair, system)

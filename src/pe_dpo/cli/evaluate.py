@@ -32,6 +32,9 @@ def evaluate(
         str | None,
         typer.Option(help="Judges answers against the base's: module:function, file.py:function, or a reward model."),
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run: the adapter of its best evaluation (train.keep_best).")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write what was measured into this folder; default: into the run.")
     ] = None,
@@ -50,7 +53,7 @@ def evaluate(
 
     def folder(found: "Evaluation") -> Path | None:
         is_the_run = found.kind == "run" and (data, base, quantize) == (None, None, None)
-        return output or (target if is_the_run else None)
+        return output or ((target / "best" if best else target) if is_the_run else None)
 
     def keep(found: "Evaluation") -> None:
         place = folder(found)
@@ -65,6 +68,7 @@ def evaluate(
         generation=GenerationSection.model_validate({name: value for name, value in asked.items() if value is not None}),
         seed=seed,
         scorer=scorer,
+        best=best,
         keep=keep,
     )
     if pairs is not None:

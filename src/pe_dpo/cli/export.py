@@ -36,11 +36,18 @@ def export(
             help="Write a base of fp8, MXFP4 or 4-bit codes, or .bin files, as plain safetensors; of a run, the base it had.",
         ),
     ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run: the adapter of its best evaluation (train.keep_best).")
+    ] = False,
     push: Annotated[
         str | None, typer.Option(help="Push the export, or without --gguf MODEL itself, to ORG/NAME; of a run its adapter.")
     ] = None,
 ) -> None:
     """Write a model as GGUF with an Ollama Modelfile and golden prompts, checked by reading it back; or push it."""
+    if best:
+        from pe_dpo.runs.best import best_folder
+
+        model = best_folder(model)
     if plain:
         _export_plain(model, output, base, others=[gguf, prompts, push, gguf_lora or None])
         return

@@ -22,6 +22,9 @@ def merge(
     seed: Annotated[int, typer.Option(help="Seed of stochastic rounding.")] = 0,
     sft: Annotated[Path | None, typer.Option(help="An adapter that was active under this one in training.")] = None,
     scale: Annotated[float, typer.Option(help="Serve W0 + a·ΔW: a < 1 is toward the reference, a > 1 beyond.")] = 1.0,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run: the adapter of its best evaluation (train.keep_best).")
+    ] = False,
     data: Annotated[str | None, typer.Option(help="Pairs to verify on; default: those the run held out.")] = None,
     pairs: Annotated[int | None, typer.Option(min=0, help="How many: default 32, and 200 to compare; 0: tensors only.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if it moved.")] = None,
@@ -34,7 +37,9 @@ def merge(
 ) -> None:
     """Merge adapter and base into one model, and prove that it does what was trained; write nothing where it does not."""
     ignored = {"--dtype": dtype != "auto", "--rounding": rounding != "auto", "--force": force}
-    is_copied = sft is None and scale == 1 and not (target / "trained").is_dir()  # there a run over an adapter has its own
+    is_copied = (
+        sft is None and scale == 1 and not (target / ("best/trained" if best else "trained")).is_dir()
+    )  # there a run over an adapter has its own
     if is_copied:
         ignored |= {"--pairs": pairs is not None, "--data": data is not None}
     words = {"--onto": onto, "--dtype": dtype, "--rounding": rounding, "--quantize": quantize}
@@ -50,6 +55,7 @@ def merge(
         "sft": sft,
         "scale": scale,
         "allow_base_mismatch": allow_base_mismatch,
+        "best": best,
     }
     plan: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed}
     found: dict[str, Any] = {}

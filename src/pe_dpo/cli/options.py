@@ -33,8 +33,8 @@ Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of th
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key: --set section.key=value. Repeatable.")]
 
 _NAMES = ("base", "data", "scorer", "prompts", "pairs", "max_new_tokens", "quantize", "onto", "dtype", "sft", "scale",
-          "allow_base_mismatch", "output", "resume", "overwrite", "seeds", "engine", "metric", "baseline", "repeats",
-          "confidence", "seed", "gpu", "tokens")  # fmt: skip
+          "allow_base_mismatch", "output", "resume", "overwrite", "override", "best", "seeds", "engine", "metric", "baseline",
+          "repeats", "confidence", "seed", "gpu", "tokens")  # fmt: skip
 _FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMES} | {
     "folder": "--output",
     "grids": "--grid",
@@ -85,6 +85,14 @@ def overrides(settings: list[str] | None, **given: str | float | int | None) -> 
     if "output" in turned:  # a path is taken as it is, not read as YAML
         turned["output"] = json.dumps(turned["output"], ensure_ascii=False)
     return [*(settings or []), *(f"{SHORT_NAMES[name]}={value}" for name, value in turned.items())]
+
+
+def as_settings(override: list[str]) -> list[str]:
+    """Return "section.key=value" for each of `--override KEY=VALUE`; a key alone sets nothing, the recipe has its value."""
+    from pe_dpo.recipe.names import SHORT_NAMES
+
+    parts = [one.partition("=") for one in override]
+    return [f"{SHORT_NAMES.get(key.strip(), key.strip())}={value}" for key, equals, value in parts if equals]
 
 
 def check_once(settings: list[str] | None, options: Mapping[str, str]) -> None:

@@ -14,10 +14,15 @@ def serve(
     made: Annotated[
         list[Path] | None, typer.Argument(help="What was made of it: a merged model, a packaged adapter, an export.")
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run: the adapter of its best evaluation (train.keep_best).")
+    ] = False,
 ) -> None:
     """Print the commands that serve it in vLLM, llama.cpp and transformers, each with its reason; start nothing."""
+    from pe_dpo.runs.best import best_folder
     from pe_dpo.runs.serving import describe_folder, steps_to_serve
 
+    target = best_folder(target) if best else target
     steps = steps_to_serve(target, made or [])
     console.say(f"# {describe_folder(target)}")
     engine = None

@@ -23,13 +23,19 @@ def train(
     output: options.Output = None,
     set_: options.Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="With --resume: KEY (or KEY=VALUE) may differ from the run's recipe. Repeatable."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that lies in the output folder.")] = False,
 ) -> None:
     """Train an adapter by a recipe; everything lands in its output folder."""
     from pe_dpo.recipe import load_recipe
 
+    meant = [key.partition("=")[0].strip() for key in override or []]
     turned = options.overrides(
-        set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout, lr=lr,
+        [*(set_ or []), *options.as_settings(override or [])],
+        loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout, lr=lr,
         epochs=epochs, seed=seed, output=output,
     )  # fmt: skip
     plan = load_recipe(recipe, turned)
@@ -37,7 +43,7 @@ def train(
     console.start()
     from pe_dpo.training.train import train as run
 
-    result = run(plan, resume=resume, overwrite=overwrite, callbacks=[console.progress_callback()])
+    result = run(plan, resume=resume, overwrite=overwrite, override=meant, callbacks=[console.progress_callback()])
     console.show_result(result)
     if os.environ.get("RANK", "0") == "0":
         from pe_dpo.runs.files import BASE_FILE, read_object

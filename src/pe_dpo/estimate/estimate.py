@@ -390,10 +390,11 @@ def _disk(recipe: Recipe, setup: Setup, lengths: Lengths) -> dict[str, int]:
     """Bytes that a run and what follows write."""
     fixed = setup.fixed()
     adapter = 4 * setup.trained
+    kept = 2 if recipe.train.keep_best else 1  # checkpoints hold the best one by links
     checkpoint = adapter + fixed["optimizer"]
     answers = 2 * (lengths.pairs + lengths.held_out) if recipe.loss.uses_reference else 2 * lengths.held_out
     return {
-        "run": adapter + recipe.train.keep_checkpoints * checkpoint + TOKENIZER_BYTES,
+        "run": kept * adapter + max(2, recipe.train.keep_checkpoints) * checkpoint + TOKENIZER_BYTES,
         "reference store": answers * STORED_ANSWER_BYTES,
         "merged model": DISK_DTYPE_BYTES * setup.shape.parameters,
     }

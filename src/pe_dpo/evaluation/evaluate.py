@@ -96,6 +96,7 @@ def evaluate(
     generation: GenerationSection | None = None,
     seed: int = 0,
     scorer: str | None = None,
+    best: bool = False,
     keep: Callable[[Evaluation], None] = lambda found: None,
 ) -> Evaluation:
     """Return what a target makes of held-out pairs and, if asked, of held-out prompts.
@@ -110,6 +111,7 @@ def evaluate(
             recipe of a run, else the default of a recipe.
         seed: of the sampled answers.
         scorer: judges sampled answers against the reference's; see `judge.open_scorer`.
+        best: of a run, measure the adapter of its best evaluation, see `train.keep_best`.
         keep: called with what was measured before the scorer is asked: it may fail, and answers are dear.
 
     Raises:
@@ -117,7 +119,7 @@ def evaluate(
             as asked, or the scorer does not work.
         DataError, ModelError: as in training.
     """
-    saved = SavedPolicy(target, base=base, quantize=quantize)
+    saved = SavedPolicy(target, base=base, quantize=quantize, best=best)
     if saved.adapter is not None:
         check_adapter(saved.adapter)
     recipe = _recipe(saved, data, generation)

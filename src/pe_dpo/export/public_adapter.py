@@ -89,7 +89,8 @@ def _write_card(folder: Path, card: Path, name: str) -> None:
     text, run = card.read_text(encoding="utf-8") if card.is_file() else "", Run(folder)
     if run.exists and ("PeftModel.from_pretrained" not in text or local_path(text)):
         base, info = read_object(folder / BASE_FILE) or run.info.base, run.info
-        text = model_card(run.recipe, base, info.before, info.after, info.describe_memory())
+        said = info.describe_memory(), info.describe_skipped(), info.describe_history()
+        text = model_card(run.recipe, base, info.before, info.after, *said)
         logger.info("README.md is written anew: without paths of this machine, and with the lines that load the adapter")
     if not text.strip():
         raise UsageError(f"{folder / card.name}: is missing or empty; others must read what this is: write a model card")

@@ -29,8 +29,11 @@ from pe_dpo.model.adapter import (
 )
 from pe_dpo.model.adapter_config import read_adapter_config, trained_folder
 from pe_dpo.model.base import BaseInfo, answer_end_tokens, evaluating, inspect_base, load_base, load_tokenizer
+from pe_dpo.model.provenance import adapter_fingerprints, changed
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import ModelSection
+from pe_dpo.runs.best import BEST_FILE, best_folder
+from pe_dpo.runs.files import read_object
 from pe_dpo.runs.run import Run, RunInfo
 
 logger = logging.getLogger(__name__)
@@ -83,10 +86,11 @@ class SavedPolicy:
         folder: that holds it.
         base: the base of a run or an adapter, if not the one named there.
         quantize: how the base is loaded; by default as in the run, by its size for an adapter, not at all for a whole model.
+        best: of a run, the adapter of its best evaluation instead of the last.
 
     Raises:
-        UsageError: none of the three, a run that has no adapter yet, or an adapter that names no base.
-        ModelError: the adapter is no LoRA adapter.
+        UsageError: none of the three, a run that has no adapter yet or kept no best one, or an adapter that names no base.
+        ModelError: the adapter is no LoRA adapter, or the best one is damaged.
     """
 
     kind: Kind
@@ -98,14 +102,22 @@ class SavedPolicy:
     run = RunInfo()
     """Its run.json; of anything else an empty one."""
 
-    def __init__(self, folder: str | Path, *, base: str | None = None, quantize: str | None = None) -> None:
+    def __init__(self, folder: str | Path, *, base: str | None = None, quantize: str | None = None, best: bool = False) -> None:
         self.folder = Path(folder)
         self.is_as_trained = base is None and quantize is None
         """Whether nothing was asked for but what the folder says."""
         self.adapter: Path | None = self.folder
+        if best and not Run(folder).exists:
+            raise UsageError(f"{folder}: is no run, and only a run has a best adapter; leave `best` out")
         if Run(folder).exists:
             self.kind, self.run = "run", Run(folder).info
-            if not (self.folder / "adapter_model.safetensors").is_file():
+            if best:
+                self.adapter = best_folder(folder)
+                recorded = read_object(self.adapter / BEST_FILE).get("adapter", {})
+                if others := changed(recorded, adapter_fingerprints(self.adapter)):
+                    again = "resume the run, or take another copy of it"
+                    raise ModelError(f"{self.adapter / others[0]}: is not what training wrote (sha256); {again}")
+            elif not (self.folder / "adapter_model.safetensors").is_file():
                 again = f"pe-dpo train {shlex.quote(str(self.folder / 'recipe.yaml'))} --resume"
                 raise UsageError(f"{folder}: this run has no adapter yet (status: {self.run.status}); finish it with: {again}")
             # The revision was one of the other base.

@@ -43,11 +43,6 @@ Caching = Literal["auto", "store", "step"]
 
 RECHECKED = 4
 """Stored pairs that are scored again at the start of a run."""
-DRAWN = 20_000
-"""Pairs that are looked up to find these: all of a small set (0.2 s), of a large one some at random. Of a million pairs,
-looking all up took 20 s, and 490 MB for the whole run."""
-KEPT = 200_000
-"""Answers that are kept in memory, 50 MB, where they lie in the store too."""
 SECONDS_BETWEEN_WRITES = 5.0
 """What a kill can cost at most."""
 
@@ -83,17 +78,13 @@ class Reference:
         """Answers that came from the store."""
         self._known: dict[bytes, StoredLogprob] = {}
         self._unwritten: dict[bytes, StoredLogprob] = {}
-        self._asked: set[bytes] = set()
-        """What the store was asked for last: the rows of a step are parts of what was looked up for all of it."""
         self._written_at = time.monotonic()
 
     def logprobs(self, pairs: Sequence[EncodedPair]) -> PairLogprobs:
         """Return the log-probs of pairs in their order, on the CPU, in float64."""
         if not self.remembers:
             return self._compute(pairs)
-        if self.store is not None and len(self._known) > KEPT:
-            self._known, self._asked = dict(self._unwritten), set()
-        keys, missing = self.look_up(pairs), []
+        keys, missing = self._look_up(pairs), []
         for index, both in enumerate(keys):
             if not all(key in self._known for key in both):
                 missing.append(pairs[index])
@@ -117,11 +108,9 @@ class Reference:
         """Score a few random stored pairs again; return what differs, or None."""
         if self.store is None:
             return None
-        chance = random.SystemRandom()
-        drawn = pairs if len(pairs) <= DRAWN else chance.sample(pairs, DRAWN)
-        keys = self.look_up(drawn)
-        stored = [pair for pair, both in zip(drawn, keys, strict=True) if all(key in self._known for key in both)]
-        chosen = chance.sample(stored, min(RECHECKED, len(stored)))
+        keys = self._look_up(pairs)
+        stored = [pair for pair, both in zip(pairs, keys, strict=True) if all(key in self._known for key in both)]
+        chosen = random.SystemRandom().sample(stored, min(RECHECKED, len(stored)))
         return self.difference(chosen, self._compute(chosen)) if chosen else None
 
     def difference(self, pairs: Sequence[EncodedPair], now: PairLogprobs) -> str | None:
@@ -172,12 +161,11 @@ class Reference:
             self._do_without(error)
         self._unwritten = {}
 
-    def look_up(self, pairs: Sequence[EncodedPair]) -> list[tuple[bytes, bytes]]:
-        """Return the keys of pairs, having asked the store at once for those that are not known."""
+    def _look_up(self, pairs: Sequence[EncodedPair]) -> list[tuple[bytes, bytes]]:
+        """Return the keys of pairs, having asked the store for those that are not known."""
         keys = [_keys(pair) for pair in pairs]
         unknown = [key for key in dict.fromkeys(key for both in keys for key in both) if key not in self._known]
-        if self.store is not None and not self._asked.issuperset(unknown):
-            self._asked = set(unknown)
+        if self.store is not None and unknown:
             try:
                 found = self.store.get(self.key, unknown)
                 self._known |= found

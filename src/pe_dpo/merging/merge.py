@@ -40,6 +40,7 @@ def merge(
     sft: str | Path | None = None,
     scale: float = 1.0,
     allow_base_mismatch: bool = False,
+    best: bool = False,
     force: bool = False,
 ) -> Verdict:
     """Merge an adapter into its base, verify it, and return what was found; `output` loads in transformers and vLLM.
@@ -59,6 +60,7 @@ def merge(
         sft: an adapter that was active under this one in training; both are merged.
         scale: a; serves W_ref + a·(W − W_ref) instead of the trained W, and verifies that; 1 is what was trained.
         allow_base_mismatch: go on where the base is not bit for bit the one of training.
+        best: of a run, merge the adapter of its best evaluation, see `train.keep_best`.
         force: write a merge that failed verification, with the report that says so.
 
     Raises:
@@ -73,7 +75,7 @@ def merge(
         raise UsageError(f"{output}: lies in {target}, which is to be merged; choose another output")
     with open_source(
         target, data=data, pairs=pairs, base=base, quantize=quantize, sft=sft, scale=scale,
-        allow_base_mismatch=allow_base_mismatch,
+        allow_base_mismatch=allow_base_mismatch, best=best,
     ) as source:  # fmt: skip
         plan = Plan(source, onto=onto, dtype=dtype, rounding=rounding, seed=seed)
         plan.check_space(output)

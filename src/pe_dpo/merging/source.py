@@ -78,6 +78,7 @@ class Source:
         base: where the base lies now, if not where it was.
         quantize: of an adapter that was not trained here, how its base was loaded in training.
         allow_base_mismatch: go on where the base is not bit for bit the one of training.
+        best: of a run, the adapter of its best evaluation.
 
     Raises:
         UsageError: the target is a whole model or no model, or something that only the user knows is missing.
@@ -86,13 +87,21 @@ class Source:
     """
 
     def __init__(
-        self, target: Path, *, data: str | None, pairs: int, base: str | None, quantize: str | None, allow_base_mismatch: bool
+        self,
+        target: Path,
+        *,
+        data: str | None,
+        pairs: int,
+        base: str | None,
+        quantize: str | None,
+        allow_base_mismatch: bool,
+        best: bool = False,
     ) -> None:
         from transformers.pytorch_utils import Conv1D
 
         self.folder, self.allow_base_mismatch = target, allow_base_mismatch
         self.is_base_named = base is not None
-        found = SavedPolicy(target, base=base, quantize=quantize)
+        found = SavedPolicy(target, base=base, quantize=quantize, best=best)
         if found.adapter is None:
             raise UsageError(f"{target}: is a whole model; name the run or the adapter to merge")
         self.record: BaseRecord | None = None
@@ -133,7 +142,7 @@ class Source:
         self.recipe = found.recipe
         self.run = found.run
         """run.json; empty for an adapter that was not trained here."""
-        recorded = self.run.hashes.adapter
+        recorded = {} if best else self.run.hashes.adapter  # the best one was compared when it was found
         others = changed(recorded, adapter_fingerprints(target)) if recorded else []
         if others:
             raise ModelError(f"{target / others[0]}: is not what training wrote (sha256); take another copy of the run")
@@ -237,6 +246,7 @@ def open_source(
     sft: str | Path | None = None,
     scale: float = 1.0,
     allow_base_mismatch: bool = False,
+    best: bool = False,
 ) -> Iterator[Source]:
     """Yield what is to be merged, the adapter as it is to be served.
 
@@ -255,7 +265,7 @@ def open_source(
     if scale == 0:
         raise UsageError("`scale` 0: is the reference itself, with nothing of what was trained; write a number above 0")
     source = Source(
-        Path(target), data=data, pairs=pairs, base=base, quantize=quantize, allow_base_mismatch=allow_base_mismatch
+        Path(target), data=data, pairs=pairs, base=base, quantize=quantize, allow_base_mismatch=allow_base_mismatch, best=best
     )  # fmt: skip
     if sft is None and scale == 1:
         yield source

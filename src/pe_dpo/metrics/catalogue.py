@@ -51,6 +51,8 @@ class Metric(Generic[T]):
     """Whether a row is right (1), a tie (½) or wrong (0): there is a Wilson interval, and differences are said in points."""
     direction: Literal[-1, 0, 1] | None = None
     """1 where more is better, −1 where less is, 0 where neither; None where comparing runs on it says nothing."""
+    better: Literal[-1, 1] | None = None
+    """Which way is better from one evaluation of a run to the next, where comparing runs says nothing; None: as `direction`."""
     caution: str = ""
     """Why runs should not be compared on it all the same."""
     is_headline: bool = False
@@ -141,7 +143,7 @@ _OF_PAIRS: tuple[Metric[PairTable], ...] = (
         form=".3f", of_fixed_set=True),
     Metric(key="accuracy/implicit", title="accuracy of the score before its margin",
         explanation="pairs with z + m > 0; differs from reward accuracy under a floor or a rejected_weight alone",
-        numerator=lambda table: right(table.implicit_preference), is_share=True, form=".3f"),
+        numerator=lambda table: right(table.implicit_preference), is_share=True, form=".3f", better=1),
     Metric(key="rewards/accuracies", title="reward accuracy", explanation="pairs whose chosen reward is the larger one",
         needs=_REWARDS, numerator=lambda table: right(table.reward_margin), is_share=True, form=".3f", direction=1,
         caution=_OWN_COEFFICIENTS, is_headline=True),
@@ -173,7 +175,7 @@ _OF_PAIRS: tuple[Metric[PairTable], ...] = (
         numerator=lambda table: table.displacement("chosen"), is_headline=True),
     Metric(key="displacement/rejected", title="rejected, nats vs reference", needs=_REFERENCE,
         numerator=lambda table: table.displacement("rejected"), is_headline=True),
-    Metric(key="loss", title="loss", numerator=lambda table: table.loss, is_headline=True, of_fixed_set=True),
+    Metric(key="loss", title="loss", numerator=lambda table: table.loss, is_headline=True, of_fixed_set=True, better=-1),
     Metric(key="displacement/chosen_per_token", title="chosen, nats vs reference, per token", needs=_REFERENCE,
         numerator=lambda table: table.displacement("chosen"), denominator="chosen_lengths"),
     Metric(key="displacement/rejected_per_token", title="rejected, nats vs reference, per token", needs=_REFERENCE,
@@ -217,6 +219,8 @@ METRICS = {metric.key: metric for metric in _ALL}
 prompts."""
 COMPARED = {key: metric for key, metric in METRICS.items() if metric.direction is not None}
 """Those that runs can be compared on."""
+SELECTING = {one.key: way for one in _OF_PAIRS if one.numerator is not None and (way := one.better or one.direction)}
+"""Which way is better, by the key of each metric that the best evaluation of a run can be picked by (`recipe.schema`)."""
 
 
 def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, float]:

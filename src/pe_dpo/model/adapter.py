@@ -359,7 +359,7 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 
 
 def restore_adapter(model: Any, folder: str | Path) -> None:
-    """Load the weights of a saved adapter into the trained one, exactly.
+    """Load the weights of a saved adapter into the trained one, exactly, and those of the frozen one saved with it into that.
 
     Raises:
         ModelError: a tensor is missing, left over, or of another shape.
@@ -367,13 +367,16 @@ def restore_adapter(model: Any, folder: str | Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    folder = trained_folder(folder)
-    wanted = _check_complete(model, folder, POLICY)
-    weights = load_file(folder / "adapter_model.safetensors")
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            raise ModelError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the run has {tuple(wanted[name].shape)}")
-    set_peft_model_state_dict(model, weights, adapter_name=POLICY)
+    places, frozen = {POLICY: trained_folder(folder)}, Path(folder) / REFERENCE
+    if REFERENCE in model.peft_config and frozen.is_dir():
+        places[REFERENCE] = frozen
+    for adapter, place in places.items():
+        wanted = _check_complete(model, place, adapter)
+        weights = load_file(place / "adapter_model.safetensors")
+        for name, tensor in weights.items():
+            if tensor.shape != wanted[name].shape:
+                raise ModelError(f"{place}: {name} has shape {tuple(tensor.shape)}, the run has {tuple(wanted[name].shape)}")
+        set_peft_model_state_dict(model, weights, adapter_name=adapter)
 
 
 def _with_adapter(model: Any, folder: str | Path, name: str, *, is_trainable: bool = False) -> Any:

@@ -125,14 +125,18 @@ def reference_fingerprint(model: nn.Module, *, base: str | None = None) -> str:
     return _sha256_of_lines({"base": base, **_hashes(frozen), **scaling})
 
 
-def config_fingerprint(config: Any) -> str:
-    """Return sha256 (hex) over what a model's configuration says of its arithmetic: rotary base, norms, scales and so on.
+def arithmetic_config(config: Any) -> dict[str, Any]:
+    """Return what a model's configuration says of its arithmetic: rotary base, norms, scales and so on.
 
     Left out is what names the model, or how it is loaded and run.
     """
     says = json.loads(config.to_json_string(use_diff=False))
-    kept = {key: value for key, value in says.items() if key not in _NO_ARITHMETIC and not key.startswith("_attn")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return {key: value for key, value in says.items() if key not in _NO_ARITHMETIC and not key.startswith("_attn")}
+
+
+def config_fingerprint(config: Any) -> str:
+    """Return sha256 (hex) over what a model's configuration says of its arithmetic."""
+    return hashlib.sha256(json.dumps(arithmetic_config(config), sort_keys=True).encode()).hexdigest()
 
 
 def base_identity(info: BaseInfo, device: str) -> str | None:

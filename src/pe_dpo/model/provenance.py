@@ -28,7 +28,8 @@ from pe_dpo.model.quantization import four_bit_experts, four_bit_layers
 from pe_dpo.recipe.schema import AdapterSection
 
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-_ASIDE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
+ASIDE = ("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode")
+"""Of an adapter's configuration: where its base lies, and which versions wrote the file."""
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
 
 
@@ -156,10 +157,10 @@ def adapter_fingerprints(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted({*folder.glob("adapter_*"), *folder.glob("*/adapter_*")}):
         name = path.relative_to(folder).as_posix()
-        if path.name == "adapter_model.safetensors" and not name.startswith(("checkpoint-", ".")):
+        if path.name == "adapter_model.safetensors" and not name.startswith(("checkpoint-", "best/", ".")):
             found[name] = file_fingerprints(folder, [name])[name]
             config = json.loads((path.parent / "adapter_config.json").read_text(encoding="utf-8"))
-            says = {key: value for key, value in config.items() if key not in _ASIDE}
+            says = {key: value for key, value in config.items() if key not in ASIDE}
             text = json.dumps(says, sort_keys=True)
             found[f"{name.removesuffix('model.safetensors')}config.json"] = hashlib.sha256(text.encode()).hexdigest()
     return found

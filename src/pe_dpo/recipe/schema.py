@@ -33,6 +33,18 @@ Schedule = Literal[
 """The schedules of transformers that look at the step alone."""
 
 
+SelectingMetric = Literal[
+    "loss", "accuracy/policy", "accuracy/policy_per_token", "accuracy/shift", "accuracy/shift_per_token", "accuracy/implicit",
+    "rewards/accuracies", "rewards/margins", "nll/chosen_per_token",
+]  # fmt: skip
+"""The metrics of held-out pairs that the best evaluation can be picked by, `metrics.catalogue.SELECTING`."""
+_ELSEWHERE = {
+    "accuracy": "accuracy/policy", "accuracies": "rewards/accuracies", "rewards/accuracy": "rewards/accuracies",
+    "reward_accuracy": "rewards/accuracies", "reward accuracy": "rewards/accuracies", "margins": "rewards/margins",
+}  # fmt: skip
+"""What people call some of them."""
+
+
 class ModelSection(Section):
     """The base model, loaded once: policy and reference share it."""
 
@@ -225,6 +237,12 @@ class TrainSection(Section):
         5,
         description="Steps in a row, skipped since loss or gradient is not finite, that stop the run; 1: the first one does.",
     )
+    keep_best: SelectingMetric | None = Field(
+        None,
+        description="Metric of the held-out pairs, such as accuracy/policy, rewards/accuracies or loss: the adapter of its "
+        "best evaluation is kept in best/, for --best.",
+    )
+    patience: Count | None = Field(None, description="Evaluations without a better keep_best after which the run ends.")
     log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
     report_to: list[str] = Field(
         default_factory=list,
@@ -240,6 +258,18 @@ class TrainSection(Section):
     def _one_tracker_is_a_list(cls, report_to: Any) -> Any:
         names = [report_to] if isinstance(report_to, str) else report_to
         return [] if names == ["none"] else names
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _as_others_call_it(cls, keep_best: Any) -> Any:
+        name = keep_best.removeprefix("eval_") if isinstance(keep_best, str) else keep_best
+        return _ELSEWHERE.get(name, name) if isinstance(name, str) else name
+
+    @model_validator(mode="after")
+    def _patience_waits_for_something(self) -> "TrainSection":
+        if self.patience is not None and self.keep_best is None:
+            raise ValueError("patience: counts evaluations without a better keep_best; name its metric, as keep_best: loss")
+        return self
 
     @field_validator("warmup")
     @classmethod

@@ -69,6 +69,7 @@ def report_run(folder: Path) -> Page:
     if kl is not None:
         error = "" if isnan(kl[1]) else f" ± {kl[1]:.2g} (standard error)"
         remarks.append(f"On its own answers the policy is KL(π‖π0) = {kl[0]:.3g}{error} nats per answer from the reference.")
+    remarks += info.describe_history()
     remarks += [f"Warning: {remark}" for remark in run.remarks]
     if info.is_finished and not run.remarks:
         remarks.append("Nothing looked off at the end of training.")

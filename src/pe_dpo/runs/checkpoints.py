@@ -10,8 +10,9 @@ A kill at any moment leaves the last checkpoint intact and at most something in 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pe_dpo.disk import sync, write_json
@@ -25,7 +26,9 @@ def staging_folder(run: Path) -> Path:
     return run / ".staging"
 
 
-def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any], *, keep: int) -> None:
+def commit_checkpoint(
+    run: Path, step: int, inputs: Mapping[str, Any], *, keep: int, former: Mapping[str, Collection[str]] = MappingProxyType({})
+) -> None:
     """Seal the staged checkpoint of a step with a manifest and give it its final name, atomically; remove the oldest others.
 
     Args:
@@ -34,6 +37,7 @@ def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any], *, keep: 
         inputs: What the run started from, see `Run.inputs`.
         keep: How many checkpoints up to this step stay; besides, the newest one before it that is whole and the run's own. What
             a kill left of unfinished ones goes, too.
+        former: As for `unusable`.
     """
     final = run / f"{_PREFIX}{step}"
     staged = staging_folder(run) / final.name
@@ -55,7 +59,7 @@ def commit_checkpoint(run: Path, step: int, inputs: Mapping[str, Any], *, keep: 
     older = [one for one in checkpoints(run) if checkpoint_step(one) < step]
     to_remove = older[: max(0, len(older) - keep + 1)]
     if to_remove:
-        last_good = next((one for one in reversed(older) if unusable(one, inputs) is None), None)
+        last_good = next((one for one in reversed(older) if unusable(one, inputs, former) is None), None)
         for checkpoint in to_remove:
             if checkpoint != last_good:
                 shutil.rmtree(checkpoint)
@@ -73,7 +77,9 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def unusable(checkpoint: Path, inputs: Mapping[str, Any]) -> str | None:
+def unusable(
+    checkpoint: Path, inputs: Mapping[str, Any], former: Mapping[str, Collection[str]] = MappingProxyType({})
+) -> str | None:
     """Return why a run cannot go on from a checkpoint, None where it can.
 
     Runs and checkpoints were made without an id once: a run without one takes checkpoints without one.
@@ -81,6 +87,7 @@ def unusable(checkpoint: Path, inputs: Mapping[str, Any]) -> str | None:
     Args:
         checkpoint: Its folder.
         inputs: What the run started from, see `Run.inputs`.
+        former: What a person replaced since, see `Run.former_inputs`.
     """
     damage = faults(checkpoint)
     if damage:
@@ -88,7 +95,7 @@ def unusable(checkpoint: Path, inputs: Mapping[str, Any]) -> str | None:
     sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("inputs", {})
     if sealed.get("run") != inputs.get("run"):
         return "is a checkpoint of another run"
-    other = [name for name, value in inputs.items() if sealed.get(name, value) != value]
+    other = [name for name, value in inputs.items() if sealed.get(name, value) not in (value, *former.get(name, ()))]
     return f"was made with other inputs ({', '.join(other)})" if other else None
 
 

@@ -12,6 +12,8 @@ data_report.json     what became of every row, and which are held out
 eval_pairs.parquet   held-out pairs one by one; generations.parquet sampled answers; evaluation.json what they come to
 snapshots/step-N/    the same along the way
 scaled/a-X/          the same of the adapter scaled toward the reference, π_a = W0 + a·ΔW
+best/                the adapter of the best evaluation, with what it was measured to be (train.keep_best)
+inputs.json, rows.tsv.gz   what else determines the run, and every pair, for whoever resumes it
 checkpoint-N/        to resume from
 """
 
@@ -65,5 +67,7 @@ def remedy(place: Path, scales: Sequence[str] = ()) -> str:
         return f"a snapshot cannot be measured again: move {place} away"
     if place.parent.name == "scaled":
         return remedy(place.parents[1], [place.name.removeprefix("a-")])
+    if place.name == "best":
+        return f"measure it again with: {shlex.join(['pe-dpo', 'eval', str(place.parent), '--best'])}"
     command = ["pe-dpo", "eval", str(place), *(["--scale", ",".join(scales)] if scales else [])]
     return f"measure it again with: {shlex.join(command)}"

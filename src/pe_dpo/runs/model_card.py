@@ -22,6 +22,7 @@ def model_card(
     after: Mapping[str, float],
     memory: str = "",
     skipped: str = "",
+    history: Sequence[str] = (),
 ) -> str:
     """Return the card of a run as markdown with the metadata that hubs read.
 
@@ -32,6 +33,7 @@ def model_card(
         after: those at the end.
         memory: what training took, in words.
         skipped: which steps it did not take, in words.
+        history: what was otherwise on the way, a sentence each.
     """
     recipe, place = with_public_names(recipe), recipe.model.base
     intro = ["# A LoRA adapter trained on preference pairs", "", *loading_section(base)]
@@ -43,6 +45,7 @@ def model_card(
             "and what was trained over it (in `trained/`; alone on the bare base that is another model).",
         ]
     took = [line for said in (memory and f"Training took {memory}.", skipped and f"{skipped}.") if said for line in (said, "")]
+    took += [line for sentence in history for line in (sentence, "")]
     sections = training_sections(recipe, before, after, title="Held-out pairs", between=took)
     return "\n".join([*front_matter(place, library="peft"), *intro, "", *sections])
 

@@ -19,6 +19,7 @@ from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.recipe import changed_settings
 from pe_dpo.recipe.loss_section import CALIBRATED
 from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE, SWEEP_FILE, read_object, remedy
+from pe_dpo.runs.overrides import describe_overrides
 from pe_dpo.runs.run import Measurements, Run
 from pe_dpo.runs.writing import FREE_TO_CHANGE
 
@@ -90,6 +91,7 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
             )
         assert named is not None
         settings = _settings(named, run)
+        remarks += [f"{run.folder}: changed on the way: {line}" for line in describe_overrides(run.info.overrides)]
         # Runs of equal settings and seed are told apart by their folders: in a sweep by those of their points.
         if owner.setdefault((repr(settings), run.recipe.train.seed), str(run.folder)) != str(run.folder):
             settings = {**settings, "run": re.sub(r"[/\\]seed-\d+$", "", str(run.folder))}

@@ -21,6 +21,7 @@ from pe_dpo.errors import RunFolderError, UsageError
 from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 from pe_dpo.runs import checkpoints
+from pe_dpo.runs.best import BEST, BEST_FILE, BestRecord
 from pe_dpo.runs.files import (
     ANSWERS_FILE,
     EVALUATION_FILE,
@@ -33,6 +34,7 @@ from pe_dpo.runs.files import (
     remedy,
     scaled_folder,
 )
+from pe_dpo.runs.overrides import describe_overrides
 
 Numbers = Annotated[
     dict[str, float],
@@ -95,6 +97,14 @@ class RunInfo(BaseModel):
     memory: dict[str, Any] = {}
     """Bytes at the worst moment, counted and measured, and of what."""
     mixout: dict[str, Any] = {}
+    overrides: list[dict[str, Any]] = []
+    """What a person changed on the way: step, key, from, to; see `runs.overrides`."""
+    best: BestRecord | None = None
+    """What the best evaluation came to, where the run keeps it."""
+    ended: str = ""
+    """Why the run ended before its last step."""
+    resumed: list[dict[str, int | list[str]]] = []
+    """Where the run went on with something that only moves the last digits changed: step, changed."""
     calibration: dict[str, Any] = Field({}, alias="gamma_calibration")
     """How γ was found, where the recipe asked for that."""
 
@@ -112,6 +122,21 @@ class RunInfo(BaseModel):
         named = ", ".join(map(str, steps[:5])) + (", …" if len(steps) > 5 else "")
         blamed = f": {', '.join(pairs[:5])}{', …' if len(pairs) > 5 else ''}" if pairs else ""
         return f"{what} skipped ({named}), since loss or gradient were not finite{blamed}"
+
+    def describe_history(self) -> list[str]:
+        """Return what was otherwise on the way than at the beginning, a sentence each."""
+        sentences = [text for text in (self.ended and f"The run {self.ended}.", self.best and self.best.describe()) if text]
+        if self.overrides:
+            listed = "; ".join(describe_overrides(self.overrides))
+            sentences.append(
+                f"Changed on the way: {listed}. The recipe is the last one; training by it from the beginning is another run."
+            )
+        sentences += [
+            f"Resumed at step {one.get('step')}, computed otherwise than before ({'; '.join(map(str, changed))})."
+            for one in self.resumed
+            if isinstance(changed := one.get("changed"), list)
+        ]
+        return sentences
 
     def describe_memory(self) -> str:
         """Return what memory it took, and what was counted before, in words; empty where it does not say."""
@@ -313,6 +338,15 @@ class Run(Measurements):
         return {"run": info.id, **info.hashes.inputs}
 
     @property
+    def former_inputs(self) -> dict[str, set[str]]:
+        """Hashes of pairs that a person replaced on the way, by the input's name: older checkpoints are sealed with them."""
+        found: dict[str, set[str]] = {}
+        for entry in self.info.overrides:
+            if entry.get("key") in ("data", "held_out"):
+                found.setdefault(entry["key"], set()).add(str(entry.get("from")))
+        return found
+
+    @property
     def data_report(self) -> dict[str, Any] | None:
         """data_report.json, which names the rows that were held out; None where the run has not come to its data yet.
 
@@ -424,6 +458,13 @@ class Run(Measurements):
         return [Measurements(self, found[step], step=step) for step in sorted(found)]
 
     @property
+    def best(self) -> Measurements | None:
+        """What was measured of the best adapter; None where the run keeps none."""
+        place = self.folder / BEST
+        found = read_object(place / BEST_FILE)
+        return Measurements(self, place, step=found["step"]) if isinstance(found.get("step"), int) else None
+
+    @property
     def scaled(self) -> list[Measurements]:
         """What was measured of the end scaled toward the reference, by its scale; whatever else lies there is left out."""
         found: dict[float, Path] = {}
@@ -450,10 +491,10 @@ class Run(Measurements):
         Raises:
             RunFolderError: there are checkpoints, but not one of them is whole and the run's own.
         """
-        inputs = self.inputs
+        inputs, former = self.inputs, self.former_inputs
         passed_over: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
-            why = checkpoints.unusable(checkpoint, inputs)
+            why = checkpoints.unusable(checkpoint, inputs, former)
             if why is None:
                 return checkpoint, passed_over
             passed_over.append(f"{checkpoint}: passed over: {why}")

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -17,10 +17,12 @@ from typing import Any
 
 from pe_dpo.disk import disk_error, json_without_nan, matching_paths, write_atomically, write_json
 from pe_dpo.errors import RunFolderError
-from pe_dpo.recipe import Recipe, describe, list_sources, recipe_difference, recipe_to_yaml
+from pe_dpo.recipe import Recipe, changed_settings, describe, list_sources, recipe_to_yaml
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints, staging_folder
 from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, RUN_FILE, read_object
 from pe_dpo.runs.model_card import model_card
+from pe_dpo.runs.origins import INPUTS_FILE, ROWS_FILE
+from pe_dpo.runs.overrides import describe_overrides, refuse_settings, replayed
 from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
@@ -55,19 +57,25 @@ def free_to_change(recipe: Recipe) -> set[str]:
     """Return the settings that a resumed run of this recipe may have otherwise, since none of them changes what is learned.
 
     How a step is split is one of them unless masks are drawn anew for each forward: by dropout on the adapter's input, or by
-    mixout that draws a model per micro-batch. (Dropout of the base itself is always off.)
+    mixout that draws a model per micro-batch. (Dropout of the base itself is always off.) Where the best evaluation is kept,
+    how often there is one decides which that is.
     """
-    draws_by_forward = recipe.adapter.dropout > 0 or (recipe.mixout.p > 0 and recipe.mixout.draws == "microbatch")
-    return {*FREE_TO_CHANGE} - ({*_SPLIT} if draws_by_forward else set())
+    picks = {"train.eval_every"} if recipe.train.keep_best else set()
+    return {*FREE_TO_CHANGE} - ({*_SPLIT} if draws_by_forward(recipe) else set()) - picks
+
+
+def draws_by_forward(recipe: Recipe) -> bool:
+    """Return whether masks are drawn anew for each forward, so that they depend on how a step is split."""
+    return recipe.adapter.dropout > 0 or (recipe.mixout.p > 0 and recipe.mixout.draws == "microbatch")
 
 
 _OURS = {
-    *(RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE),
+    *(RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE, INPUTS_FILE, ROWS_FILE),
     *("README.md", REPORT_FILE, "eval_pairs.parquet", "generations.parquet", "evaluation.json", ".staging", "reference"),
     *("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tekken.json"),
     *("chat_template.json", "additional_chat_templates"),
-    *("trained", "snapshots", "scaled", "report", "report.html", "log.txt"),
+    *("best", ".best.new", ".best.old", "trained", "snapshots", "scaled", "report", "report.html", "log.txt"),
     "runs",  # what the tensorboard tracker writes
 }
 _OUR_SUFFIXES = (".partial", ".model", ".tiktoken")
@@ -154,18 +162,13 @@ class RunWriter:
             with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(json_without_nan(line), allow_nan=False) + "\n")
 
-    def resume(self, hashes: Mapping[str, str]) -> Path | None:
+    def resume(self) -> Path | None:
         """Return the checkpoint from which the run goes on, None for its beginning; metrics logged after it are dropped.
 
-        Args:
-            hashes: The hashes of what the run would start from now, which must be what it started from.
-
         Raises:
-            RunFolderError: the run started with other data, another base or adapter, or no checkpoint is whole and its
-                own.
+            RunFolderError: no checkpoint is whole and the run's own.
         """
         run = Run(self.folder)
-        check_same_inputs(run, hashes)
         checkpoint, passed_over = run.resume_point()
         for line in passed_over:
             logger.info(line)
@@ -179,7 +182,41 @@ class RunWriter:
         write_atomically(self.folder / METRICS_FILE, kept)
         if not run.info.is_finished:
             self.update(status="training")
+        if run.info.overrides:
+            self.update(overrides=replayed(run.info.overrides, max(last, 0)))
         return checkpoint
+
+    def override(
+        self,
+        recipe: Recipe,
+        changes: Sequence[Mapping[str, Any]],
+        *,
+        hashes: Mapping[str, str],
+        pairs: Mapping[str, int],
+        data_report: Mapping[str, Any] | None,
+    ) -> None:
+        """Write down what a person changes in a run that goes on: first what, then the recipe that says it from now on.
+
+        Args:
+            recipe: The recipe from now on.
+            changes: See `overrides.entries`.
+            hashes: Of the inputs from now on.
+            pairs: How many, to train on and held out.
+            data_report: What became of every row, where pairs changed; else None.
+        """
+        for line in describe_overrides(changes):
+            logger.warning(f"changed on the way: {line}; training by this recipe from the beginning will be another run")
+        if data_report is not None:
+            write_json(self.folder / REPORT_FILE, data_report)
+        recorded = read_object(self.folder / RUN_FILE)
+        self.update(
+            status="training",
+            overrides=[*recorded.get("overrides", []), *changes],
+            hashes={**recorded.get("hashes", {}), **hashes},
+            pairs=dict(pairs),
+            loss=describe(recipe.loss, recipe.data.pair_columns)._asdict(),
+        )
+        self.write_recipe(recipe)
 
     def record_start(
         self,
@@ -237,7 +274,8 @@ class RunWriter:
         if self.writes:
             base = read_object(self.folder / BASE_FILE) or Run(self.folder).info.base
             info = Run(self.folder).info
-            card = model_card(recipe, base, before, after, info.describe_memory(), info.describe_skipped())
+            said = info.describe_memory(), info.describe_skipped(), info.describe_history()
+            card = model_card(recipe, base, before, after, *said)
             write_atomically(self.folder / "README.md", card)
             hashes = {**Run(self.folder).info.hashes.inputs, "adapter": dict(adapter)}
             outcome = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
@@ -270,7 +308,7 @@ def locked(folder: Path) -> Iterator[Path]:
         lock.release()
 
 
-def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool, override: Collection[str] = ()) -> None:
     """Check, without touching anything, that a run may be written into a folder.
 
     Args:
@@ -278,6 +316,7 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
         recipe: The recipe of the run.
         resume: Whether to go on with the run that lies there.
         overwrite: Whether to remove the run that lies there.
+        override: Keys that may differ from the run's recipe, see `runs.overrides`.
 
     Raises:
         RunFolderError: it is a file; something lies there and neither was asked for; it is not a run, or it is one of another
@@ -288,7 +327,7 @@ def check_run_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: b
     if resume and overwrite:
         raise RunFolderError("`resume` goes on with a run and `overwrite` removes it; use one of them")
     if resume:
-        _check_same_recipe(folder, recipe)
+        _check_same_recipe(folder, recipe, override)
         return
     adapter = recipe.adapter
     inputs = [("adapter.start", adapter.start or ""), ("adapter.over", adapter.over or ""), ("model.base", recipe.model.base)]
@@ -318,7 +357,7 @@ def _is_run(folder: Path) -> bool:
         return False
 
 
-def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+def _check_same_recipe(folder: Path, recipe: Recipe, override: Collection[str]) -> None:
     missing = [name for name in (RUN_FILE, RECIPE_FILE) if not (folder / name).is_file()]
     if missing and _is_run(folder):
         raise RunFolderError(
@@ -326,17 +365,24 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
     if missing:
         raise RunFolderError(f"{folder}: there is no run to resume; leave `resume` out")
-    run = Run(folder)
-    old = run.recipe
-    # The hash of its weights says whether an adapter is the same, wherever it lies now.
-    moved = {f"adapter.{key}" for key in ("start", "over") if key in run.info.hashes.inputs and getattr(recipe.adapter, key)}
-    difference = recipe_difference(old, recipe, ignore=free_to_change(old) | moved)
-    if difference:
+    difference = different_settings(Run(folder), recipe)
+    refused = {key: values for key, values in difference.items() if key not in override}
+    if refused:
+        lines = [f"{key}: {was!r} → {now!r}" for key, (was, now) in refused.items()]
         raise RunFolderError(
             f"{folder}: was trained with other settings, so going on would be neither run:\n  "
-            + "\n  ".join(difference)
-            + "\nuse the old settings, or another `output`"
+            + "\n  ".join(lines)
+            + f"\n{refuse_settings(refused)}"
         )
+
+
+def different_settings(run: Run, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return old and new value of every setting in which a recipe differs from a run's, but for those that are free to change.
+
+    The hash of its weights says whether an adapter is the same, wherever it lies now.
+    """
+    moved = {f"adapter.{key}" for key in ("start", "over") if key in run.info.hashes.inputs and getattr(recipe.adapter, key)}
+    return changed_settings(run.recipe, recipe, ignore=free_to_change(run.recipe) | moved)
 
 
 def check_same_inputs(run: Run, hashes: Mapping[str, str]) -> None:

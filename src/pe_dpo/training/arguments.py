@@ -120,7 +120,7 @@ def check_disk(recipe: Recipe, *, parameters: int, saves: int, there: int = 0) -
     settings = recipe.train
     states = 0 if "adam" not in settings.optimizer else 2 if "8bit" in settings.optimizer else 8
     adapter, checkpoint = 4 * parameters, (4 + states) * parameters
-    new = max(0, min(settings.keep_checkpoints + 1, there + saves) - there)
+    new = max(0, min(max(2, settings.keep_checkpoints) + 1, there + saves) - there)
     check_can_be_written(
         Path(recipe.output),
         new * checkpoint + adapter,

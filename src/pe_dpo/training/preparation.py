@@ -67,8 +67,8 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
 
         for line in mixout_warnings(recipe, prepared.base, total_steps(recipe, prepared.data)):
             logger.warning(line)
-    if recipe.generation.scales and not prepared.data.held_out:
-        logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
+    if not prepared.data.held_out:
+        _check_nothing_needs_held_out_pairs(recipe)
     return prepared
 
 
@@ -102,6 +102,21 @@ def _check_numbers(recipe: Recipe, prepared: Inputs) -> None:
             f"train.pairs_per_step: {settings.pairs_per_step} is more than the {len(pairs)} pairs that there are: a step is an "
             "epoch"
         )
+
+
+def _check_nothing_needs_held_out_pairs(recipe: Recipe) -> None:
+    """Check a recipe whose data hold no pairs out.
+
+    Raises:
+        DataError: it keeps the best of what is measured on them.
+    """
+    if recipe.train.keep_best:
+        raise DataError(
+            f"train.keep_best: {recipe.train.keep_best} is measured on held-out pairs, and none are held out; set data.eval, "
+            "or leave keep_best out"
+        )
+    if recipe.generation.scales:
+        logger.warning("generation.scales: no pairs are held out, so nothing will be measured at other scales; set data.eval")
 
 
 def _check_adapters(adapter: AdapterSection, prepared: Inputs) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from datetime import date
@@ -15,9 +15,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from pe_dpo.data import data_hash
 from pe_dpo.disk import disk_errors_named
-from pe_dpo.errors import TrainingError, describe_error
+from pe_dpo.errors import RunFolderError, TrainingError, describe_error
 from pe_dpo.inference.inputs import Findings, Inputs
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
@@ -30,17 +29,20 @@ from pe_dpo.model.adapter import POLICY, adapter_parameters, borrowed_base
 from pe_dpo.model.attention import switch_on
 from pe_dpo.model.fingerprint import tensor_fingerprints
 from pe_dpo.model.mixout import attach_mixout
-from pe_dpo.model.provenance import adapter_fingerprints, adapter_inputs, base_files, base_record
+from pe_dpo.model.provenance import adapter_fingerprints, base_files, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, with_absolute_paths, with_gamma
 from pe_dpo.runs.checkpoints import checkpoint_step
 from pe_dpo.runs.files import scaled_folder
+from pe_dpo.runs.origins import save_origins
+from pe_dpo.runs.overrides import override_keys
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
 from pe_dpo.training.arguments import check_disk, total_steps, training_arguments
 from pe_dpo.training.bad_steps import BadSteps
+from pe_dpo.training.best import KeepBest
 from pe_dpo.training.callbacks import MetricsFile, Snapshots, StopOnSignal
 from pe_dpo.training.clock import SaveClock
 from pe_dpo.training.diagnostics import diagnose_scale
@@ -48,6 +50,7 @@ from pe_dpo.training.gamma import find_gamma, forget_if_any, score_own_part, wit
 from pe_dpo.training.memory import plan_memory
 from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.monitor import Monitor
+from pe_dpo.training.origins import Origins, compare_step_zero
 from pe_dpo.training.peak import MemoryPeak, memory_record
 from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.start import StartCheck, check_diagonal, check_held_out, check_start
@@ -72,6 +75,10 @@ class TrainResult(NamedTuple):
     """What looks off, each with what to turn."""
     reduce: Literal["sum", "mean"] = "sum"
     """Whether the loss, and so its 2×2 table, is about sums of log-probs or about means per token."""
+    best: str = ""
+    """What the best evaluation came to, and how much of that is luck, in words; empty where none was kept."""
+    ended: str = ""
+    """Why the run ended before its last step, in words."""
 
 
 def train(
@@ -79,6 +86,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    override: Sequence[str] = (),
     callbacks: Sequence[Any] = (),
     shared: Inputs | None = None,
 ) -> TrainResult:
@@ -88,6 +96,8 @@ def train(
         recipe: A checked recipe, from `load_recipe`.
         resume: Whether to go on with the run in `recipe.output` from its newest whole checkpoint.
         overwrite: Whether to remove the run in `recipe.output` first.
+        override: Keys of the recipe ("train.learning_rate", "lr") that a person means to change in a run that goes on, and
+            "data.train" for pairs that are others now; which may, and what is recorded, is in `runs.overrides`.
         callbacks: Further callbacks of transformers' Trainer.
         shared: Pairs and loaded base of runs with the same sections `model` and `data`; the base is given back without the
             adapter.
@@ -102,6 +112,7 @@ def train(
         DiskError: the disk is full, read-only or failing; checkpoints stay.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
+    meant = override_keys(override, goes_on=resume)
     recipe = with_absolute_paths(recipe)
     run, writer = Run(recipe.output), RunWriter(Path(recipe.output), writes=state.is_main_process)
     if resume:
@@ -116,12 +127,15 @@ def train(
         else:
             if resume and run.exists and (repaired := with_recorded_gamma(run, run.recipe)) != run.recipe:
                 writer.write_recipe(repaired)  # a kill came between the γ that was found and the recipe that has it
-            check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
+            check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite, override=meant)
             prepared = prepare_run(recipe, shared=shared, recorded=run.data_report if resume else None)
             stack.enter_context(locked(run.folder))
             # Again, since another run may have come and gone while the pairs were prepared.
-            check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite)
+            check_run_folder(run.folder, recipe, resume=resume, overwrite=overwrite, override=meant)
             writer.sweep()
+        origins = Origins(recipe, prepared, meant)
+        if resume and state.is_main_process and run.info.hashes.data is not None:
+            origins.check(run)
         if prepared.data.report.template_date:  # so that the run's recipe, trained again, repeats it
             written = {"template_date": date.fromisoformat(prepared.data.report.template_date)}
             recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=written)})
@@ -130,7 +144,9 @@ def train(
             stack.enter_context(borrowed_base(prepared.loaded_base))
         try:
             with disk_errors_named(run.folder, advice=again):
-                return _train(recipe, prepared, writer, resume=resume, callbacks=callbacks)
+                return _train(recipe, prepared, writer, origins, resume=resume, callbacks=callbacks)
+        except RunFolderError:  # a refusal leaves the run what it is
+            raise
         except Exception as error:
             writer.fail(describe_error(error))
             raise
@@ -139,7 +155,9 @@ def train(
             raise
 
 
-def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool, callbacks: Sequence[Any]) -> TrainResult:
+def _train(
+    recipe: Recipe, prepared: Inputs, writer: RunWriter, origins: Origins, *, resume: bool, callbacks: Sequence[Any]
+) -> TrainResult:
     """Load, check, train, measure."""
     began, peak = time.perf_counter(), MemoryPeak()
     data, findings = prepared.data, prepared.findings or Findings()
@@ -148,7 +166,7 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     trainer = build_trainer(recipe, prepared, writer, resume=resume, callbacks=callbacks)
     if recipe.loss.is_calibrated:
         recipe = with_gamma(recipe, trainer.loss.gamma)
-    checkpoint = _record_start(writer, recipe, prepared, trainer)
+    checkpoint, is_changed = _record_start(writer, recipe, prepared, trainer, origins)
     skipped = [line for line in Run(writer.folder).metrics if "skipped" in line] if writer.writes else []
     trainer.bad_steps.recall(gather_object(skipped))
 
@@ -172,6 +190,8 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     if checkpoint is None:
         writer.update(status="training", start=start._asdict(), before=before)
         writer.log({"step": 0, **trainer.with_prefix(at_start)})
+    else:
+        _compare_with_beginning(writer, trainer.with_prefix(at_start), before, is_changed=is_changed)
     remarks = diagnose_scale(recipe, first, of="held-out" if data.held_out else "watched training")
     for line in remarks:
         logger.warning(line)
@@ -203,7 +223,21 @@ def _train(recipe: Recipe, prepared: Inputs, writer: RunWriter, *, resume: bool,
     remarks += monitor.conclude(after, has_moved=any(bool(weight.any()) for weight in updates))
     remarks += filter(None, [Run(writer.folder).info.describe_skipped()])
     step = trainer.state.global_step
-    result = TrainResult(writer.folder, before, after, start, step, stop.received, remarks, recipe.loss.reduce)
+    best = trainer.best.summary(before) if trainer.best else None
+    ended = trainer.best.describe_end() if trainer.best else ""
+    writer.update(best=best and best.model_dump(), ended=ended or None)
+    result = TrainResult(
+        writer.folder,
+        before,
+        after,
+        start,
+        step,
+        stop.received,
+        remarks,
+        recipe.loss.reduce,
+        best.describe() if best else "",
+        ended,
+    )
     scoring = {"path": trainer.scorer.path, "tokens_per_forward": trainer.scorer.token_budget}
     writer.update(scoring={**scoring, "reference_pairs_computed": trainer.reference.computed})
     if prepared.loaded_base is None:  # else what was measured is without the base, or with another run
@@ -286,6 +320,9 @@ def build_trainer(
     )
     trainer.recomputation, trainer.tokens_asked = recomputation, settings.tokens_per_microbatch
     trainer.add_callback(SaveClock(settings.save_minutes))
+    if writer and settings.keep_best:
+        trainer.best = KeepBest(trainer, writer, settings.keep_best, settings.patience)
+        trainer.add_callback(trainer.best)
     trainer.bad_steps = BadSteps(settings.bad_steps, writer)
     if mixout.layers:
         trainer.add_callback(Mixing(mixout, recipe.mixout, total_steps(recipe, data), trainer, writer))
@@ -297,33 +334,58 @@ def build_trainer(
     return trainer
 
 
-def _record_start(writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: PairTrainer) -> Path | None:
-    """Write down what a fresh run starts from, or check it for one that goes on; return the checkpoint to go on from.
+def _record_start(
+    writer: RunWriter, recipe: Recipe, prepared: Inputs, trainer: PairTrainer, origins: Origins
+) -> tuple[Path | None, bool]:
+    """Write down what a fresh run starts from, or check it for one that goes on.
+
+    Returns:
+        The checkpoint to go on from, and whether a person changed something on the way.
 
     Raises:
+        RunFolderError: the base is another one.
         DiskError: the disk has no room for what the run is going to write.
     """
     info, tokenizer, data, _, known = prepared
     findings = known or Findings()
-    base = trainer.reference.base_fingerprint
-    hashes = {"data": data_hash(data.train), "held_out": data_hash(data.held_out), "base": base}
-    hashes |= adapter_inputs(recipe.adapter)
-    checkpoint = None
-    if writer.writes and Run(writer.folder).info.hashes.data is not None:
-        checkpoint = writer.resume(hashes)
-    elif writer.writes:
-        pairs = {"train": len(data.train), "held_out": len(data.held_out)}
-        findings.files = findings.files or base_files(info)
-        findings.tensors = findings.tensors or tensor_fingerprints(trainer.model)
-        described = base_record(trainer.model, info, tokenizer, files=findings.files, tensors=findings.tensors)
-        writer.record_start(recipe, hashes, base=described, data_report=data.report.to_dict(), pairs=pairs)
+    checkpoint, is_changed = None, False
     if writer.writes:
+        run = Run(writer.folder)
+        origins.check_base(run, trainer.model, trainer.reference.base_fingerprint)
+        if run.info.hashes.data is not None:
+            checkpoint = writer.resume()
+            is_changed = origins.go_on(run, writer, checkpoint_step(checkpoint) if checkpoint else 0, recipe)
+            is_changed = is_changed or bool(run.info.overrides)
+        else:
+            pairs = {"train": len(data.train), "held_out": len(data.held_out)}
+            findings.files = findings.files or base_files(info)
+            findings.tensors = findings.tensors or tensor_fingerprints(trainer.model)
+            described = base_record(trainer.model, info, tokenizer, files=findings.files, tensors=findings.tensors)
+            save_origins(run.folder, origins.inputs, origins.rows)
+            writer.record_start(recipe, origins.hashes, base=described, data_report=data.report.to_dict(), pairs=pairs)
         parameters = sum(weight.numel() for weight in adapter_parameters(trainer.model))
-        left = total_steps(recipe, prepared.data) - (checkpoint_step(checkpoint) if checkpoint else 0)
+        left = total_steps(recipe, data) - (checkpoint_step(checkpoint) if checkpoint else 0)
         saves = math.ceil(left / trainer.args.save_steps)
         check_disk(recipe, parameters=parameters, saves=saves, there=len(Run(writer.folder).checkpoints()))
-    found: Path | None = broadcast_object_list([checkpoint])[0]
+    found: tuple[Path | None, bool] = broadcast_object_list([(checkpoint, is_changed)])[0]
     return found
+
+
+def _compare_with_beginning(
+    writer: RunWriter, now: Mapping[str, float], before: Mapping[str, float], *, is_changed: bool
+) -> None:
+    """Say, and record, where the pairs that are measured along the way are computed otherwise than when the run began.
+
+    Where a person changed something, the beginning is what it is by the loss and on the pairs of now.
+    """
+    if is_changed or not writer.writes:
+        writer.update(before=dict(before))
+        return
+    run = Run(writer.folder)
+    line = compare_step_zero(next((line for line in run.metrics if line["step"] == 0), {}), now)
+    if line is not None:
+        logger.warning(line)
+        writer.update(resumed=[*run.info.resumed, {"step": run.metrics[-1]["step"], "changed": [line]}])
 
 
 def _score_before(trainer: PairTrainer, recipe: Recipe, findings: Findings) -> PairTable:

@@ -42,11 +42,13 @@ from pe_dpo.model.provenance import base_folder
 from pe_dpo.model.tokenizer_files import Files, tokenizer_files, write_files
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
 from pe_dpo.recipe.schema import GenerationSection
+from pe_dpo.runs.best import remove_best
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_folder
 from pe_dpo.runs.files import ANSWERS_FILE, PAIRS_FILE, STATE_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import save_evaluation
 from pe_dpo.training.bad_steps import NAMED, BadSteps, bisect, unfit_pairs
+from pe_dpo.training.best import KeepBest
 from pe_dpo.training.memory import Recomputation
 from pe_dpo.training.monitor import train_probe
 from pe_dpo.training.window import Window
@@ -111,6 +113,8 @@ class PairTrainer(Trainer):
         """How many tokens a forward may have, as the recipe asks for it."""
         self._logged = 0
         """The step of the last line of metrics."""
+        self.best: KeepBest | None = None
+        """What keeps the best adapter, where the recipe asks for that."""
         self._window = Window(self, loss)
         self._staging: Path | None = None
         super().__init__(
@@ -170,8 +174,6 @@ class PairTrainer(Trainer):
         set_training(model, True)
         self._logged = getattr(self, "_globalstep_last_logged", 0)
         mine, share = inputs[self.args.process_index :: self.args.world_size], 1 / len(inputs)
-        if self.loss.needs_reference and self.reference.remembers:
-            self.reference.look_up(mine)  # at once, not row by row
         with self.keeping_what_was_saved(), fixed_weights():
             total, scored = self._within_memory(model, mine, share)
             gradients = []
@@ -391,11 +393,15 @@ class PairTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             staged = self._staging / f"checkpoint-{self.state.global_step}"
             self._window.save(staged)
+            if self.args.should_save and self.best:
+                self.best.save(staged)
             if self.args.should_save:
                 write_json(staged / STATE_FILE, {"tokens": self.scorer.token_budget, "tokens_asked": self.tokens_asked})
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                commit_checkpoint(run, self.state.global_step, Run(run).inputs, keep=self.keep_checkpoints)
+                record = Run(run)
+                keep, former = self.keep_checkpoints, record.former_inputs
+                commit_checkpoint(run, self.state.global_step, record.inputs, keep=keep, former=former)
             self.accelerator.wait_for_everyone()
         finally:
             self._staging, self.state.log_history = None, newest
@@ -421,9 +427,15 @@ class PairTrainer(Trainer):
     def train_to(self, step: int, checkpoint: Path | None) -> None:
         """Train up to a step, from a checkpoint or from the beginning.
 
-        A checkpoint of that step is only read back: given one, Trainer would take a further step before it looks.
+        A checkpoint of that step is only read back: given one, Trainer would take a further step before it looks. So is one
+        with which the run's patience ended.
         """
-        if checkpoint is None or checkpoint_step(checkpoint) < step:
+        if self.best:
+            self.best.restore(checkpoint)
+        elif self.args.should_save:  # a person may have asked for no best on the way
+            remove_best(Path(self.args.output_dir))
+        is_over = self.best is not None and self.best.is_over
+        if checkpoint is None or (checkpoint_step(checkpoint) < step and not is_over):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             return
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -436,6 +448,20 @@ class PairTrainer(Trainer):
         found = super()._init_training_state(max_steps, *arguments, **more)
         self.state.compute_steps(self.args, max_steps)  # how often is the recipe's, not the checkpoint's
         return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore the optimizer's averages and where the schedule stands; learning rate and decay are the recipe's."""
+        if checkpoint is None:
+            return
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        asked = [{key: group[key] for key in ("initial_lr", "weight_decay") if key in group} for group in groups]
+        rates = list(scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler.base_lrs = rates
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+        for group, own, rate in zip(self.optimizer.param_groups, asked, scheduler._last_lr, strict=True):
+            group.update(own, lr=rate)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

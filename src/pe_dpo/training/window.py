@@ -84,7 +84,7 @@ class Window(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give Trainer back the sum of losses that it had, which it has set to 0 just now."""
-        if self._sums is not None:
+        if self._sums is not None and hasattr(self._trainer, "_tr_loss"):  # a checkpoint of the last step is only read back
             loss, self._trainer._globalstep_last_logged = self._sums
             self._trainer._tr_loss += torch.tensor(loss, device=args.device)
 

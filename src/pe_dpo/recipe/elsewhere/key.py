@@ -90,7 +90,7 @@ TRAINER: dict[str, Key] = {
     "save_strategy": Key("train.save_every", "steps between checkpoints"),
     **without(_BETAS, "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules"),
     **without(
-        "not here: generation.snapshots measures along the way, and the end is what is kept",
+        "write train.keep_best (its metric; the best adapter is kept beside the last) and train.patience (in evaluations)",
         "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience",
         "early_stopping_steps",
     ),
