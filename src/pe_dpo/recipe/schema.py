@@ -240,7 +240,7 @@ class TrainSection(Section):
     keep_best: SelectingMetric | None = Field(
         None,
         description="Metric of the held-out pairs, such as accuracy/policy, rewards/accuracies or loss: the adapter of its "
-        "best evaluation is kept in best/, for --best.",
+        "best evaluation is kept in best/, and eval, merge and chat can take it.",
     )
     patience: Count | None = Field(None, description="Evaluations without a better keep_best after which the run ends.")
     log_every: Count = Field(1, description="Steps between lines of metrics.jsonl.")
