@@ -32,17 +32,21 @@ _TEXT = 60
 """Characters of a value that are shown."""
 
 
-def save_origins(folder: Path, inputs: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    """Write both files into the folder of a run, each atomically."""
+def save_origins(folder: Path, inputs: Mapping[str, Any], rows: Iterable[Row] | None) -> None:
+    """Write both files into the folder of a run, each atomically; without rows there is no file of them."""
     write_json(folder / INPUTS_FILE, inputs)
+    if rows is None:
+        (folder / ROWS_FILE).unlink(missing_ok=True)
+        return
     partial = folder / f".{ROWS_FILE}.partial"
     with partial.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=1, mtime=0) as packed:
-        packed.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        for row in rows:
+            packed.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
     partial.replace(folder / ROWS_FILE)
 
 
 def saved_rows(folder: Path) -> list[Row] | None:
-    """Return the pairs that a run began with; None for a run from before they were written down.
+    """Return the pairs that a run began with; None for one from before they were written down, and where they are too many.
 
     Raises:
         RunFolderError: the file is damaged.
@@ -51,7 +55,7 @@ def saved_rows(folder: Path) -> list[Row] | None:
     if not path.is_file():
         return None
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
             rows = [tuple(json.loads(line)) for line in file]
     except (OSError, EOFError, ValueError, TypeError) as error:
         raise RunFolderError(f"{path}: cannot be read: {error}; restore the file, or remove it") from error

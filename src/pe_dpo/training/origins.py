@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from pe_dpo.data.pairs import EncodedPair, data_hash
+from pe_dpo.data import data_hash
+from pe_dpo.data.encoded import column
+from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.errors import RunFolderError
 from pe_dpo.inference.inputs import Inputs
 from pe_dpo.model.base import answer_end_tokens
@@ -36,6 +38,8 @@ from pe_dpo.runs.writing import RunWriter, different_settings, draws_by_forward,
 
 logger = logging.getLogger(__name__)
 
+LISTED = 200_000
+"""Pairs up to which each is written down, so that one that changed can be named: 3 s and 6 MB. Of more the hash is compared."""
 FAR = 0.01
 """Relative difference of mean log-probs at step 0 above which it is another model and not rounding; as in `check_diagonal`."""
 
@@ -64,9 +68,10 @@ class Origins:
         return describe_inputs(self.recipe, self.prepared)
 
     @property
-    def rows(self) -> Iterator[Row]:
-        """The pairs, as they are written down."""
-        return describe_rows(self.prepared.data.train, self.prepared.data.held_out)
+    def rows(self) -> Iterator[Row] | None:
+        """The pairs, as they are written down; None where they are more than `LISTED`."""
+        data = self.prepared.data
+        return describe_rows(data.train, data.held_out) if len(data.train) + len(data.held_out) <= LISTED else None
 
     def check(self, run: Run) -> None:
         """Check all that is known before the base is loaded.
@@ -79,8 +84,8 @@ class Origins:
         changed = [name for name, value in self.hashes.items() if recorded.get(name, value) != value]
         details = differences(then, self.inputs)
         if {*changed} & {"data", "held_out"}:
-            rows = saved_rows(run.folder)
-            details |= {} if rows is None else row_differences(rows, [*self.rows])
+            rows, now = saved_rows(run.folder), self.rows
+            details |= {} if rows is None or now is None else row_differences(rows, [*now])
         for name in changed:
             details.setdefault(name, f"{recorded[name][:12]} → {self.hashes[name][:12]} (sha256)")
         self.words = {name: details[name] for name in changed if allows_rows(self.override, name)}
@@ -101,8 +106,12 @@ class Origins:
 
     def _trained_on(self, run: Run) -> list[str]:
         """Return the rows held out now whose prompt the run has trained on: pairs may be split anew."""
-        prompts = {row[2] for row in saved_rows(run.folder) or () if row[0] == "train"}
-        return [row[1] for row in self.rows if row[0] == "held_out" and row[2] in prompts]
+        rows, now = saved_rows(run.folder), self.rows
+        if rows is None or now is None:
+            then = set((run.data_report or {}).get("held_out_rows") or ())
+            return [name for name in column(self.prepared.data.held_out, "where") if then and name not in then]
+        prompts = {row[2] for row in rows if row[0] == "train"}
+        return [row[1] for row in now if row[0] == "held_out" and row[2] in prompts]
 
     def check_base(self, run: Run, model: Any, fingerprint: str) -> None:
         """Check the loaded base, and note its hash.
