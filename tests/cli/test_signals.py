@@ -97,7 +97,7 @@ def test_a_signal_outside_of_a_run_s_steps(
     [
         (["eval", "RUN"], "pe_dpo.evaluation.evaluate:_Measuring", "measure_adapter"),
         (["merge", "RUN", "-o", "OUT"], "pe_dpo.merging.merge", "write"),
-        (["audit", "RECIPE"], "pe_dpo.inference.reference", "load_policy"),
+        (["audit", "RECIPE"], "pe_dpo.inference.inputs", "prepare_pairs"),
         (["chat", "RUN", "--prompts", "PROMPTS", "-o", "OUT"], "pe_dpo.chat.prompts", "answer_prompts"),
         (["sweep", "RECIPE", "--grid", "beta=0.1,0.2", "-o", "OUT"], "pe_dpo.experiments.point", "load_base"),
     ],
