@@ -37,11 +37,6 @@ class Interrupted(KeyboardInterrupt):
         self.number, self.work = number, work
         super().__init__(f"stopped by {signal.Signals(number).name}{f' while {work}' if work else ''}")
 
-    @property
-    def notes(self) -> Sequence[str]:
-        """What is kept, and how to go on."""
-        return getattr(self, "__notes__", [])
-
 
 class Signals:
     """Who hears the signals of `STOPPING` in this process, and the first that came."""

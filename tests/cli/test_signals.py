@@ -86,6 +86,7 @@ def test_a_signal_outside_of_a_run_s_steps(
     assert ended.err.startswith(f"stopped by {signal.Signals(number).name}")
     assert words in " ".join(ended.err.split())
     assert (read_object(folder / RUN_FILE) or {"status": None})["status"] == status
+    assert folder.exists() == (status is not None)  # neither lock nor folder
     if status:
         monkeypatch.undo()
         assert pe_dpo(*command, "--resume").code == 0

@@ -171,6 +171,20 @@ def test_a_signal_finishes_the_step_and_saves(make_recipe, number):
 
 
 @pytest.mark.usefixtures("_attended")
+def test_a_second_ctrl_c_ends_at_once_and_the_run_does_not_say_that_it_trains(make_recipe, tmp_path):
+    def impatient(model):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(make_recipe("train.max_steps=5", "train.save_every=1"), callbacks=[Within(2, impatient)])
+    again = f"pe-dpo train {tmp_path / 'run' / 'recipe.yaml'} --resume"
+    assert stop.value.__notes__ == [f"the checkpoint of step 1 is kept; go on with: {again}"]
+    record = read_object(tmp_path / "run" / RUN_FILE)
+    assert (record["status"], record["step"]) == ("interrupted", 1)
+
+
+@pytest.mark.usefixtures("_attended")
 def test_a_terminal_that_closes_may_say_so_twice(make_recipe):
     """The kernel and the shell both send SIGHUP: the second one is no order to leave without a checkpoint."""
 

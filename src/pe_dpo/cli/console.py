@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
+from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -70,11 +71,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             try:
                 with _until_the_command_ends:
                     function(*args, **options)
-            except Interrupted as stop:
-                notes = stop.notes or ["what it had not finished was taken back; start the same command again"]
+            except KeyboardInterrupt as stop:  # Interrupted, or a second Ctrl-C
+                notes = getattr(stop, "__notes__", ["what it had not finished was taken back; start the same command again"])
                 with suppress(OSError):  # a terminal that is gone
-                    show_lines([str(stop), *map(in_flags, notes)], is_error=True)
-                raise typer.Exit(128 + stop.number) from stop
+                    show_lines([str(stop) or "interrupted", *map(in_flags, notes)], is_error=True)
+                raise typer.Exit(128 + (stop.number if isinstance(stop, Interrupted) else SIGINT)) from stop
             except (RuntimeError, MemoryError, OSError) as error:
                 _say_if_memory_ran_out(error)
                 raise

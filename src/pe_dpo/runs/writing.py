@@ -128,13 +128,18 @@ class RunWriter:
             entries = {**read_object(self.folder / RUN_FILE), **entries}
             write_json(self.folder / RUN_FILE, {key: value for key, value in entries.items() if value is not None})
 
-    def interrupt(self) -> str:
-        """Write down that a signal ended the run outside of its steps; return what is kept and how to go on, in words."""
-        if not self._has_begun:
+    def interrupt(self, *, goes_on: bool) -> str:
+        """Write down that a signal ended the run at once; return what is kept and how to go on, in words.
+
+        Args:
+            goes_on: Whether it is a run that was to be resumed, so that what lies there is its own from the beginning.
+        """
+        if not self._has_begun and not goes_on:
             return f"{self.folder}: nothing of this run was written yet; start it again"
         run, kept = Run(self.folder), checkpoints(self.folder)
         if not run.info.is_finished:
-            self.update(status="interrupted", step=checkpoint_step(kept[-1]) if kept else None)
+            with suppress(OSError):  # of a folder that was removed, or a full disk
+                self.update(status="interrupted", step=checkpoint_step(kept[-1]) if kept else None)
         saved = f"the checkpoint of step {checkpoint_step(kept[-1])} is kept" if kept else "no step was saved yet"
         return f"{saved}; go on with: pe-dpo train {shlex.quote(str(self.folder / RECIPE_FILE))} --resume"
 
@@ -305,6 +310,10 @@ def locked(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        with suppress(OSError):
+            if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it
+                (folder / ".lock").unlink()
+                folder.rmdir()
         lock.release()
 
 

@@ -21,7 +21,7 @@ from pe_dpo.inference.inputs import Findings, Inputs
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
 from pe_dpo.inference.scorer import choose_scorer
-from pe_dpo.interruption import Interrupted, listening
+from pe_dpo.interruption import listening
 from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
 from pe_dpo.metrics.table import PairTable
@@ -150,8 +150,8 @@ def train(
         except Exception as error:
             writer.fail(describe_error(error))
             raise
-        except Interrupted as stop:
-            stop.add_note(writer.interrupt())
+        except KeyboardInterrupt as stop:  # Interrupted, or a second Ctrl-C, which waits for no step
+            stop.add_note(writer.interrupt(goes_on=resume))
             raise
 
 
