@@ -13,10 +13,9 @@ import pytest
 from toy_tokenizers import CHATML, build_tokenizer
 
 import pe_dpo.data.encoded_store
-from pe_dpo.data import DataReport, EncodedPair, Encoder, Pair, PreparedData, data_hash, prepare_pairs
+from pe_dpo.data import EncodedPair, Encoder, Pair, PreparedData, data_hash, prepare_pairs
 from pe_dpo.data import workers as workers_module
 from pe_dpo.data.encoded import lengths
-from pe_dpo.data.preparation import PAIRS_PER_PART
 from pe_dpo.errors import DataError
 from pe_dpo.recipe import DataSection
 
@@ -296,15 +295,3 @@ def test_columns_are_a_sequence_of_pairs(write_lines: Callable[..., Path], cache
     before = int(pairs[0].prompt_ids[0])
     pairs[0].prompt_ids[0] += 1  # of an array of its own, since torch warns of those that cannot be written
     assert int(pairs[0].prompt_ids[0]) == before
-
-
-def test_texts_of_a_part_are_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, asked = tokenizer(), list[str]()
-    encoder = Encoder(reader, DataSection(train="x"), max_length=999, report=DataReport())
-    tokenize = type(reader).__call__
-    monkeypatch.setattr(
-        type(reader), "__call__", lambda self, texts, **more: [asked.extend(texts), tokenize(self, texts, **more)][1]
-    )
-    pairs = [Pair("Hi", f"yes {n % 2}", "no", None, None, f"x:{n}") for n in range(PAIRS_PER_PART)]
-    assert len(encoder.encode(pairs)) == PAIRS_PER_PART
-    assert len(asked) == 4

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.data.arrival import KNOWN_KEYS
+from pe_dpo.data.cuts import safe_cut
 from pe_dpo.data.pairs import EncodedPair, Pair, RowError, common_start, prompt_key, row_length
 from pe_dpo.data.rendering import Rendered, Spans, answer_turns, as_messages, is_blank, render_pair
 from pe_dpo.data.report import ANSWERS_TOO_LONG, EMPTY, IDENTICAL, NAMED_ROWS, OVERLONG, DataReport, first_of_each
@@ -106,6 +107,7 @@ class Encoder:
                 "set eos_token in the tokenizer"
             )
         report.remarks += describe_template(self.template) if self.template.is_chat else []
+        self._find_cut, self._is_cut_tried = safe_cut(tokenizer), False
         self.accepts_losses = accepts_losses
         self._of_part = DataReport()
         """What was dropped and noted of the part that is being encoded."""
@@ -142,11 +144,11 @@ class Encoder:
         """
         self._of_part, self._lost = DataReport(), defaultdict(list)
         rendered = [(pair, texts) for pair in pairs if (texts := self._render(pair))]
-        ids = self._tokenize([text for _, texts in rendered for text in (texts.opened, *texts.answered)])
+        ids = self._tokenize_together([texts for _, texts in rendered])
         encoded = []
         for row, (pair, texts) in enumerate(rendered):
             try:
-                one = self._cut(pair, texts, ids[3 * row : 3 * row + 3])
+                one = self._cut(pair, texts, ids[row])
                 lost = self._look_for_losses(pair, texts, is_same=_is_same(one))
             except RowError as error:
                 self._of_part.refuse(pair.where, error, self.settings.bad_rows)
@@ -207,6 +209,25 @@ class Encoder:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         ids = self.tokenizer(list(once), **options)["input_ids"] if texts else []
         return [ids[once[text]] for text in texts]
+
+    def _tokenize_together(self, rendered: Sequence[Rendered]) -> list[list[list[int]]]:
+        """Return the ids of each prompt and of both texts that go on with it, what they have in common tokenized once."""
+        cuts = [
+            self._find_cut(texts.opened) if all(text.startswith(texts.opened) for text in texts.answered) else 0
+            for texts in rendered
+        ]
+        texts_of = [(texts.opened, *texts.answered) for texts in rendered]
+        parts = [[texts[0][:cut], *(text[cut:] for text in texts)] for cut, texts in zip(cuts, texts_of, strict=True)]
+        ids = self._tokenize([part for four in parts for part in four])
+        joined = [[ids[at] + tail for tail in ids[at + 1 : at + 4]] for at in range(0, len(ids), 4)]
+        if not self._is_cut_tried and joined:  # once, against a tokenizer of a kind that `safe_cut` does not know
+            self._is_cut_tried = True
+            if self._tokenize([text for texts in texts_of[:8] for text in texts]) != [
+                row for three in joined[:8] for row in three
+            ]:
+                self._find_cut = lambda text: 0
+                return self._tokenize_together(rendered)
+        return joined
 
     def _render(self, pair: Pair) -> Rendered | None:
         """Return the prompt and the prompt with each answer as text; None for a pair that is left out."""

@@ -28,7 +28,7 @@ from pe_dpo.errors import DataError
 logger = logging.getLogger(__name__)
 
 PARTS_HERE = 8
-"""So many are encoded before other processes are begun: two thousand pairs take about a second."""
+"""So many are encoded before other processes are begun, if half as many follow: two thousand pairs take about a second."""
 MOST_PROCESSES = 6
 """Of which reading keeps about five busy."""
 
@@ -47,12 +47,11 @@ def encode_parts(encoder: Encoder, parts: Iterator[Sequence[Pair]]) -> Iterator[
     try:
         for part in islice(parts, PARTS_HERE):
             yield _encode(encoder, part)
-        following = list(islice(parts, 1))
-        if not following:
-            return
+        following = list(islice(parts, PARTS_HERE // 2))
         parts = chain(following, parts)
         may_copy = sys.platform == "linux" and not multiprocessing.current_process().daemon
-        cores = len(os.sched_getaffinity(0)) if may_copy else 1
+        is_worth = len(following) == PARTS_HERE // 2
+        cores = len(os.sched_getaffinity(0)) if may_copy and is_worth else 1
         if cores > 1:
             yield from _encode_beside(encoder, parts, min(cores, MOST_PROCESSES))
         else:
