@@ -312,12 +312,25 @@ def test_layers_can_leave_what_they_begin_with_on_the_host():
     assert "offload" in inspect.signature(enable).parameters
 
 
-def test_on_a_cpu_nothing_is_measured(make_trainer):
+def test_on_a_cpu_nothing_is_measured(make_trainer, monkeypatch):
+    """Rows of 512 tokens, as all pairs are shorter; a tree may take an eighth of the memory at 128 bytes a hidden number."""
     trainer = make_trainer()
+    config = trainer.model.get_base_model().config
+    monkeypatch.setattr(memory, "host_memory", lambda: 8 * 3000 * 128 * config.hidden_size * config.num_hidden_layers)
     tokens, recomputation = plan_memory(
         trainer.model, trainer.train_dataset, trainer.scorer, tokens="auto", checkpointing="auto"
     )
-    assert (tokens, recomputation.above) == (rows.CPU_TOKENS, None)
+    assert (tokens, trainer.scorer.tree_budget, recomputation.above) == (512, 3000, None)
+    tokens, _ = plan_memory(trainer.model, trainer.train_dataset, trainer.scorer, tokens=700, checkpointing="auto")
+    assert (tokens, trainer.scorer.tree_budget) == (700, 0)
+
+
+def test_rows_on_a_cpu_are_as_long_as_the_longest_pair_between_512_and_1024():
+    """24 GiB: an eighth of it is 3 · 2³⁰ bytes, 12,288 tokens of 4 layers × 512 · 32 · 4 bytes; of 1 GiB 512."""
+    for longest, tokens in ((80, 512), (700, 700), (5000, 1024)):
+        assert rows.cpu_rows(longest, 24 * 2**30, hidden=512, layers=4) == (tokens, 12288)
+    assert rows.cpu_rows(5000, 2**30, hidden=512, layers=4) == (1024, 1024)
+    assert rows.cpu_rows(80, 2**40, hidden=512, layers=4) == (512, rows.MOST_TOKENS)
 
 
 @pytest.mark.parametrize(

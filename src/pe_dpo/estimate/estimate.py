@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import torch
 
 from pe_dpo.data import EncodedPair
+from pe_dpo.data.pairs import all_tokens
 from pe_dpo.errors import ModelError, RecipeError
 from pe_dpo.estimate.bases import find_config
 from pe_dpo.estimate.cards import Card
 from pe_dpo.estimate.lengths import Lengths, encoded_lengths, known_lengths, row_of, rows_of
 from pe_dpo.estimate.memory import Row, Setup
 from pe_dpo.estimate.merging import DISK_DTYPE_BYTES, measuring_ways
-from pe_dpo.estimate.rows import CPU_TOKENS, MOST_TOKENS, SHARE_OF_FREE, plan_rows
+from pe_dpo.estimate.rows import MOST_TOKENS, SHARE_OF_FREE, cpu_rows, plan_rows
 from pe_dpo.estimate.shape import BaseShape, Weight, shape_of
 from pe_dpo.estimate.time import NOTHING, StepTime, rows_time
 from pe_dpo.inference.scorer import DENSE_TOKENS, ScoringPath, possible_paths
 from pe_dpo.model.base import LARGE_BASE, BaseInfo, as_it_comes
+from pe_dpo.model.out_of_memory import host_memory
 from pe_dpo.model.road import files_here, stored_codes
 from pe_dpo.model.tensor_files import TensorFiles
 from pe_dpo.recipe import Recipe
@@ -211,9 +213,27 @@ def estimate_run(recipe: Recipe, card: Card | None, *, lengths: Lengths | None =
     return finish(recipe, setup, lengths, card, notes)
 
 
-def finish(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None, notes: list[str] | None = None) -> Estimate:
-    """Return what a run takes whose base and pairs are known already; see `estimate_run`."""
-    setup, budget = _budget(recipe, setup, lengths, card)
+def finish(
+    recipe: Recipe,
+    setup: Setup,
+    lengths: Lengths,
+    card: Card | None,
+    notes: list[str] | None = None,
+    *,
+    tree_budget: int | None = None,
+) -> Estimate:
+    """Return what a run takes whose base and pairs are known already; see `estimate_run`.
+
+    Args:
+        recipe: of the run.
+        setup: of its base.
+        lengths: of its pairs.
+        card: what it runs on; None for a CPU.
+        notes: what is to be said besides.
+        tree_budget: tokens of a row that spares reading something twice, where that is known.
+    """
+    setup, budget, counted_trees = _budget(recipe, setup, lengths, card)
+    tree_budget = counted_trees if tree_budget is None else tree_budget
     if setup.path == "dense":
         budget = min(budget, DENSE_TOKENS)
     size = recipe.train.pairs_per_step
@@ -222,7 +242,7 @@ def finish(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None, no
     batches = batches[: max(1, int(min(len(batches), steps, LAID_STEPS)))]
     fixed, is_free = setup.fixed(), recipe.train.tokens_per_microbatch == "auto" and card is not None
     while True:
-        laid = [rows_of(batch, budget, setup.path) for batch in batches]
+        laid = [rows_of(batch, budget, setup.path, tree_budget) for batch in batches]
         row = max((row for rows in laid for row in rows), key=lambda row: sum(setup.row_peak(row).values()))
         is_full = card is not None and sum(fixed.values()) + sum(setup.row_peak(row).values()) > card.usable
         if not (is_free and is_full and max(len(rows) for rows in laid) < size):
@@ -342,18 +362,22 @@ def _lengths(recipe: Recipe, shape: BaseShape) -> Lengths:
         raise RecipeError(f"{error}; or give the mean lengths of its pairs in `tokens`, and how many in `pairs`") from error
 
 
-def _budget(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None) -> tuple[Setup, int]:
-    """Which rows recompute their activations, and the most tokens of a row, by count."""
+def _budget(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None) -> tuple[Setup, int, int]:
+    """Which rows recompute their activations, the most tokens of a row, and of one that spares reading something twice."""
     asked, recompute = recipe.train.tokens_per_microbatch, recipe.train.gradient_checkpointing
     if card is None:
-        return setup, CPU_TOKENS if asked == "auto" else asked
+        if asked != "auto":
+            return setup, asked, 0
+        longest = row_of([max(lengths.sample, key=all_tokens)], setup.path).tokens
+        rows = cpu_rows(longest, host_memory(), hidden=setup.shape.hidden, layers=setup.shape.layers)
+        return setup, *rows
     longest = row_of([lengths.longest], setup.path).tokens
     every = setup._replace(recomputes_above=0)
     ways = {"as asked": setup, "recomputed": every, "offloaded": every._replace(offloads=True)}
     plan = plan_rows(asked, recompute, longest, lambda keeping: _fitting(ways[keeping], lengths, card))
     if plan.above is not None:
         setup = setup._replace(recomputes_above=plan.above, offloads=plan.offloads)
-    return setup, plan.tokens
+    return setup, plan.tokens, 0
 
 
 def _fitting(setup: Setup, lengths: Lengths, card: Card) -> int:

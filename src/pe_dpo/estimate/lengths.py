@@ -5,12 +5,12 @@ A made-up pair has lengths and no meaning: the rest of the estimate splits, pack
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pe_dpo.data import EncodedPair, prepare_pairs
-from pe_dpo.data.batches import pack, split_by_tokens, split_into_rows
+from pe_dpo.data.batches import PackedRow, divide, pack, pack_completions, split_by_tokens, split_into_rows
 from pe_dpo.data.encoded import column
 from pe_dpo.data.pairs import row_length
 from pe_dpo.data.preparation import DEFAULT_MAX_LENGTH, HELD_OUT_MOST, HELD_OUT_SHARE
@@ -18,7 +18,7 @@ from pe_dpo.data.template import set_template
 from pe_dpo.errors import UsageError
 from pe_dpo.estimate.memory import Row
 from pe_dpo.inference.scorer import ScoringPath
-from pe_dpo.model.attention import Packing, even_keys, even_queries
+from pe_dpo.model.attention import Kind, Packing, even_keys, even_queries
 from pe_dpo.model.base import answer_end_tokens, load_tokenizer
 from pe_dpo.recipe import Recipe, describe_sources
 
@@ -166,16 +166,22 @@ def made_up_lengths(
     return Lengths(sample, pairs, held_out, source)
 
 
-def rows_of(pairs: Sequence[EncodedPair], budget: int, path: ScoringPath) -> list[Row]:
+def rows_of(pairs: Sequence[EncodedPair], budget: int, path: ScoringPath, tree_budget: int = 0) -> list[Row]:
     """Return the rows that some pairs are split into, in the order of training.
 
     Args:
         pairs: of one optimizer step.
         budget: tokens of a row.
         path: how pairs go through the model.
+        tree_budget: tokens of a row that spares reading something twice.
     """
-    split = split_by_tokens if path == "padded" else split_into_rows
-    return [row_of([pairs[index] for index in members], path) for members in split(pairs, budget)]
+    if path == "padded":
+        return [row_of([pairs[index] for index in members], path) for members in split_by_tokens(pairs, budget)]
+    rows = []
+    for members in split_into_rows(pairs, budget, tree_budget):
+        completions, parts, _ = divide([pairs[index] for index in members], max(budget, tree_budget))
+        rows += [_packed_row(pack_completions([completions[number] for number in part]), path) for part in parts]
+    return rows
 
 
 def row_of(pairs: Sequence[EncodedPair], path: ScoringPath) -> Row:
@@ -185,7 +191,10 @@ def row_of(pairs: Sequence[EncodedPair], path: ScoringPath) -> Row:
         tokens = 2 * len(pairs) * longest
         scored = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
         return Row(tokens, scored, tokens, tokens * longest, 2 * len(pairs) * (longest - starts))
-    packed: Any = pack(pairs)
+    return _packed_row(pack(pairs), path)
+
+
+def _packed_row(packed: PackedRow, path: Kind) -> Row:
     stretches = list(Packing(packed.tree, path).stretches())
     if path == "segments":
         stretches = [(even_queries(queries), even_keys(keys)) for queries, keys in stretches]

@@ -6,6 +6,13 @@ from typing import Literal, NamedTuple
 CPU_TOKENS = 1024
 """On a CPU longer rows gain little, and memory grows with them: eight HH pairs in two rows took half the memory of
 one row, and 0.95 (float32) or 1.09 (bfloat16) of its time (benchmarks/results)."""
+FEWEST_CPU_TOKENS = 512
+"""Where all pairs are short, rows of this take half the memory of 1,024."""
+TREE_SHARE = 1 / 8
+"""Of a machine's memory that a row's activations may take where a longer row spares reading something twice. Of all memory and
+not of what is free: a run that is resumed has the rows that it had."""
+NUMBERS_A_TOKEN = 32
+"""Activations that a layer keeps of a token, in numbers of 32 bits, as a multiple of the hidden size (benchmarks/results)."""
 MOST_TOKENS = 16384
 """On a GPU neither: at 8192 tokens the dequantization of an 8B base is 2 % of a step."""
 FEWEST_TOKENS = 1024
@@ -26,6 +33,20 @@ class RowPlan(NamedTuple):
     above: int | None
     """Rows of more tokens recompute; None where that is as the recipe says."""
     offloads: bool
+
+
+def cpu_rows(longest: int, memory: int, *, hidden: int, layers: int) -> tuple[int, int]:
+    """Return the most tokens of a row on a CPU, and of one that spares reading something twice.
+
+    Args:
+        longest: tokens of the longest pair alone, for which there has to be memory anyway.
+        memory: bytes that the machine, or the container, has.
+        hidden: size of the base's hidden states.
+        layers: of the base.
+    """
+    tokens = max(FEWEST_CPU_TOKENS, min(longest, CPU_TOKENS))
+    fitting = int(TREE_SHARE * memory / (4 * NUMBERS_A_TOKEN * hidden * layers))
+    return tokens, max(tokens, min(fitting, MOST_TOKENS))
 
 
 def plan_rows(

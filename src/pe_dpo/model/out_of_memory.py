@@ -1,7 +1,9 @@
-"""Memory that ran out, in all the words of torch and the libraries below it."""
+"""Memory that ran out, in all the words of torch and the libraries below it; and how much a machine has."""
 
 import errno
+from pathlib import Path
 
+import psutil
 import torch
 
 SPELLINGS = (
@@ -27,3 +29,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(spelling in str(error) for spelling in SPELLINGS)
+
+
+def host_memory() -> int:
+    """Return the bytes of the machine's memory, or what a container may take of it."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or none with a limit
+        return total

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.estimate.rows import CPU_TOKENS, FEWEST_TOKENS, SHARE_OF_FREE, Keeping, plan_rows
+from pe_dpo.data.pairs import EncodedPair, all_tokens
+from pe_dpo.estimate.rows import FEWEST_TOKENS, SHARE_OF_FREE, Keeping, cpu_rows, plan_rows
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.model.base import checkpoint_activations
-from pe_dpo.model.out_of_memory import is_out_of_memory
+from pe_dpo.model.out_of_memory import host_memory, is_out_of_memory
 
 OPTIMIZER_BYTES = 12
 """Per trained parameter: gradient and Adam's two averages in float32, which are not there yet."""
@@ -89,7 +89,8 @@ def plan_memory(
 ) -> tuple[int, Recomputation]:
     """Return the most tokens of one row, and which rows recompute their activations.
 
-    Where a few pairs are too long to be kept, they recompute and the others do not.
+    Where a few pairs are too long to be kept, they recompute and the others do not. On a CPU the scorer also learns how long a
+    row may be that spares reading something twice.
 
     Args:
         model: A PEFT model ready to train, its activations not recomputed.
@@ -105,8 +106,15 @@ def plan_memory(
         model.get_base_model(), 0 if checkpointing is True else None, may_grow=checkpointing == "auto"
     )
     recomputation.of(1)
+    scorer.tree_budget = 0
     if scorer.device.type != "cuda":
-        return CPU_TOKENS if tokens == "auto" else tokens, recomputation
+        if tokens == "auto":
+            config = model.get_base_model().config.get_text_config()
+            longest = scorer.tokens([max(pairs, key=all_tokens)])
+            tokens, scorer.tree_budget = cpu_rows(
+                longest, host_memory(), hidden=config.hidden_size, layers=config.num_hidden_layers
+            )
+        return tokens, recomputation
     if tokens != "auto" and checkpointing != "auto":
         return tokens, recomputation
     # Two rows of about 512 and 1024 tokens, or of one and two pairs where these are longer.

@@ -63,8 +63,8 @@ def memory_record(
     card, lengths = local_card(), of_pairs(data.train, len(data.held_out), recipe)
     counted = estimate_run(recipe, card, lengths=lengths)
     setup = counted.setup._replace(path=scorer.path, recomputes_above=recomputes_above)
-    if counted.setup != setup:
-        counted = finish(recipe, setup, lengths, card)
+    if counted.setup != setup or scorer.tree_budget:
+        counted = finish(recipe, setup, lengths, card, tree_budget=scorer.tree_budget)
     measured = peak.bytes()
     record = {"counted": round(counted.peak), "of": "the GPU" if peak.is_on_gpu else "RAM"}
     if measured is not None:
