@@ -12,8 +12,12 @@ from pe_dpo.inference.scorer import choose_scorer
 from pe_dpo.model.attention import Packing, packed_attention
 from pe_dpo.objective.head import head_logprobs
 
-TREES = [((0, 40), ((40, 70), (70, 95))), ((95, 130), ((130, 131), (131, 160), (160, 200))), ((200, 257), ())]
-"""A pair, a prompt with three answers of which one is a token, and a row without a branch: 257 tokens, an odd number."""
+TREE = [
+    (0, 40, -1), (40, 60, 0), (60, 70, 1), (70, 85, 1), (85, 95, 0),
+    (95, 130, -1), (130, 131, 5), (131, 160, 5), (160, 200, 5), (200, 257, -1),
+]  # fmt: skip
+"""A prompt with an answer that forks beside another, one with three answers of which one is a token, and a text without a
+branch: 257 tokens, an odd number."""
 TOKENS = 257
 ATTENTION_TOLERANCE = 1.2e-2
 """‖out − ref‖ / ‖ref‖ of bfloat16 operands; 1e-3 to 1e-2 is usual."""
@@ -57,7 +61,7 @@ def _attend(kind: Any, tensors: list[Tensor], slope: Tensor, window: int | None)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     groups = torch.nn.Module()
     groups.num_key_value_groups = leaves[0].shape[1] // leaves[1].shape[1]
-    out, _ = packed_attention(groups, *leaves, None, packing=Packing(TREES, kind), sliding_window=window)
+    out, _ = packed_attention(groups, *leaves, None, packing=Packing(TREE, kind), sliding_window=window)
     out.backward(slope)
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 

@@ -383,13 +383,13 @@ def test_checkpointed_activations_leave_the_gradient_to_the_bit(name, dtype, mon
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list whose last number counts the calls of attention."""
-    calls, attend = [0], attention._attend
+    calls, attend = [0], attention._packed
 
     def counting(*args: Any, **options: Any) -> Tensor:
         calls[-1] += 1
         return attend(*args, **options)
 
-    monkeypatch.setattr(attention, "_attend", counting)
+    monkeypatch.setattr(attention, "_packed", counting)
     return calls
 
 
@@ -729,12 +729,12 @@ def test_a_branch_that_sees_too_little_or_too_much_is_found_and_refused(tiny_bas
 @pytest.mark.parametrize("lost", [0.5, 1.0])  # fmt: skip
 def test_a_wrong_gradient_under_right_logprobs_is_found_and_refused(llama, monkeypatch, lost):
     """Keys whose gradient is halved, or does not come through."""
-    expected, attend = logprobs(PADDED, llama, PAIRS), attention._attend
+    expected, attend = logprobs(PADDED, llama, PAIRS), attention._packed
 
     def careless(query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
         return attend(query, key.detach() if lost == 1 else key * (1 - lost) + key.detach() * lost, *args, **options)
 
-    monkeypatch.setattr(attention, "_attend", careless)
+    monkeypatch.setattr(attention, "_packed", careless)
     scorer, said = choose(llama)
     assert scorer.path == "padded"
     attention.switch_on(llama.get_base_model())
