@@ -118,11 +118,6 @@ def row_length(pair: EncodedPair) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
-def all_tokens(pair: EncodedPair) -> int:
-    """Return the tokens of the prompt and of both answers."""
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
-
-
 def common_start(rows: Sequence[np.ndarray]) -> int:
     """Return how many tokens all rows have in common at their start."""
     first, shortest = rows[0], min(map(len, rows))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pe_dpo.data import EncodedPair
-from pe_dpo.data.pairs import all_tokens
+from pe_dpo.data.encoded import lengths as sizes_of
 from pe_dpo.errors import ModelError, RecipeError
 from pe_dpo.estimate.bases import find_config
 from pe_dpo.estimate.cards import Card
@@ -368,7 +368,7 @@ def _budget(recipe: Recipe, setup: Setup, lengths: Lengths, card: Card | None) -
     if card is None:
         if asked != "auto":
             return setup, asked, 0
-        longest = row_of([max(lengths.sample, key=all_tokens)], setup.path).tokens
+        longest = row_of([lengths.sample[int(sizes_of(lengths.sample).sum(axis=1).argmax())]], setup.path).tokens
         rows = cpu_rows(longest, host_memory(), hidden=setup.shape.hidden, layers=setup.shape.layers)
         return setup, *rows
     longest = row_of([lengths.longest], setup.path).tokens

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from pe_dpo.data.pairs import EncodedPair, all_tokens
+from pe_dpo.data.encoded import lengths
+from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.estimate.rows import FEWEST_TOKENS, SHARE_OF_FREE, Keeping, cpu_rows, plan_rows
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import adapter_parameters
@@ -110,7 +111,7 @@ def plan_memory(
     if scorer.device.type != "cuda":
         if tokens == "auto":
             config = model.get_base_model().config.get_text_config()
-            longest = scorer.tokens([max(pairs, key=all_tokens)])
+            longest = scorer.tokens([pairs[int(lengths(pairs).sum(axis=1).argmax())]])
             tokens, scorer.tree_budget = cpu_rows(
                 longest, host_memory(), hidden=config.hidden_size, layers=config.num_hidden_layers
             )
