@@ -5,7 +5,8 @@
         with finishing() as signals:          # the steps of a run
             …                                 # here it is noted in signals.received, and whoever works there ends well
 
-A second SIGTERM or SIGINT ends the process at once, as it does where nobody listens.
+A second SIGTERM or SIGINT waits for no step and raises Interrupted there, too. One that comes while an exception is on its way
+ends the process at once, as it does where nobody listens.
 """
 
 import signal
@@ -44,7 +45,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.is_deferred = False
-        """Whether the first signal is noted alone."""
+        """Whether the first signal is only noted."""
         self._previous: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -69,10 +70,12 @@ class Signals:
                 del self._previous[number]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        is_first = self.received is None
+        if self.received is not None and signal.Signals(number).name in PERSISTING:
+            return
+        is_noted = self.is_deferred and self.received is None
         self.received = self.received or number
-        self.restore(but=PERSISTING)
-        if is_first and not self.is_deferred:
+        if not is_noted:
+            self.restore(but=PERSISTING)
             raise Interrupted(number, current_work())
 
 
@@ -97,7 +100,7 @@ def listening() -> Iterator[Signals]:
 
 @contextmanager
 def finishing() -> Iterator[Signals]:
-    """Within the block the first signal is noted, and nothing is raised; what came before the block counts, too."""
+    """Within the block the first signal is noted and only a second one is raised; what came before the block counts, too."""
     with listening() as signals:
         before, signals.is_deferred = signals.is_deferred, True
         try:

@@ -59,8 +59,11 @@ def test_the_first_signal_is_an_exception_that_says_what_it_met_and_the_second_e
 def test_where_a_step_is_finished_first_nothing_is_raised():
     with listening() as outer:
         with finishing() as signals:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR1):  # what follows means nothing more
+                os.kill(os.getpid(), number)
             assert (signals, signals.received) == (outer, signal.SIGUSR1)
+            with pytest.raises(Interrupted):
+                os.kill(os.getpid(), signal.SIGTERM)  # that is impatience
         outer.listen()  # it was dealt with
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGUSR1)
