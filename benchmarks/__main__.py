@@ -74,7 +74,8 @@ def _threads(options: argparse.Namespace) -> None:
     from benchmarks.threads import run_threads
 
     rounds = 1 if options.quick else options.rounds or TABLE_ROUNDS
-    run_threads(Settings("threads", rounds=rounds, is_quick=options.quick, out=options.out), tuple(options.beside))
+    settings = Settings("threads", rounds=rounds, is_quick=options.quick, out=options.out)
+    run_threads(settings, tuple(options.beside), is_alone=options.alone)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -208,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     threads = commands.add_parser("threads", help="a step on two threads, idle and beside busy processes")
     threads.set_defaults(run=_threads)
     threads.add_argument("--beside", nargs="+", type=int, default=[0, 1, 2], help="busy processes")
+    threads.add_argument("--alone", action="store_true", help="with precedence over all else on the machine; needs root")
     _add_common(threads)
     merge = commands.add_parser("merge", help="what is left of an adapter after merging, ours and others'")
     merge.add_argument("--only-cost", action="store_true", help="measure time and memory again, keep the rest of the results")
