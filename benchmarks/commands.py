@@ -10,6 +10,7 @@ any time is reported.
 """
 
 import json
+import os
 import random
 import re
 import sys
@@ -18,11 +19,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from safetensors.torch import save_file
 
-from benchmarks.models import ALPHA, BETA, LEARNING_RATE, RANK, tokenized_base
+from benchmarks.models import ALPHA, BETA, LEARNING_RATE, RANK
 from benchmarks.pairs import draw_pairs, facts, facts_lines, shared_folder
 from benchmarks.processes import BEFORE, Spent, emptied, environment, package_root, pe_dpo, run_process
 from benchmarks.results import Settings, load, save, temporary_folder
@@ -31,6 +32,8 @@ from pe_dpo.recipe import load_recipe
 from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.train import build_trainer
 
+MODEL = "hh-dialogue-4m"
+"""Small, so that 500 steps of TRL's default take minutes, and real, with a tokenizer and a template of its own."""
 HELD_OUT_SHARE = 0.05
 """The package's default, made explicit so that both sides hold out the same rows."""
 KEPT_CHECKPOINTS = 2
@@ -38,7 +41,7 @@ BETAS = (0.0125, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 LOSS_TOLERANCE = 2e-3
 """Largest difference of a step's losses, as a share: in float32, over so many steps of Adam."""
 SIZES = (1, 2, 4, 8)
-"""Of TRL's micro-batches, in the search for its best."""
+"""Of TRL's micro-batches, in the search for its best: without checkpointing, with precomputed references."""
 OURS, OLD = "ours", f"ours before ({BEFORE})"
 
 
@@ -58,20 +61,20 @@ class Case(NamedTuple):
     """A run."""
 
     title: str
+    shape: Literal["hh", "polite"]
     steps: int
     """Of one epoch."""
     pairs_per_step: int
-    model: str
     epochs: int = 1
     betas: tuple[float, ...] = ()
     """Of a sweep."""
 
 
 CASES = {
-    "train-8": Case("`train`, 8 steps of 8 pairs", 8, 8, "m8k"),
-    "train-64": Case("`train`, 64 steps of 8 pairs", 64, 8, "m8k"),
-    "train-500": Case("`train`, 500 steps of 4 pairs", 500, 4, "hh-dialogue-4m"),
-    "sweep": Case("`sweep`, 8 values of β × 3 epochs of 8 steps", 8, 8, "m8k", 3, BETAS),
+    "train-8": Case("`train`, 8 steps of 8 pairs of HH", "hh", 8, 8),
+    "train-64": Case("`train`, 64 steps of 8 pairs of HH, one epoch", "hh", 64, 8),
+    "train-500": Case("`train`, 500 steps of 4 short pairs, four epochs", "polite", 125, 4, 4),
+    "sweep": Case("`sweep`, 8 values of β × 3 epochs of 4 steps of 8 pairs of HH", "hh", 4, 8, 3, BETAS),
 }
 
 
@@ -80,14 +83,15 @@ class World:
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder = case, folder
-        rows = (shared_folder() / "data" / "hh-harmless-explicit" / "train.messages.jsonl").read_text("utf-8").splitlines()
-        self.base = tokenized_base(case.model)
+        rows = message_rows(case.shape)
+        self.base = shared_folder() / "models" / MODEL
         (folder / "all.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        everything = prepare_run(self._recipe("all.jsonl", "0")).data.train
+        os.environ["PE_DPO_CACHE"] = str(folder / "cache")  # of this process; those that are timed have their own
+        everything = list(prepare_run(self._recipe("all.jsonl", "0")).data.train)
         count = case.steps * case.pairs_per_step
         self.pairs = draw_pairs(everything, count, seeds=100)
-        taken = {id(pair) for pair in self.pairs}
-        spare = [pair for pair in everything if id(pair) not in taken and len(pair.prompt_ids) <= 512]
+        taken = {pair.where for pair in self.pairs}
+        spare = [pair for pair in everything if pair.where not in taken and len(pair.prompt_ids) <= 512]
         held_out = random.Random(0).sample(spare, ceil(HELD_OUT_SHARE * count))
         for name, some in (("train.jsonl", self.pairs), ("test.jsonl", held_out)):
             lines = [rows[int(re.search(r":(\d+)$", pair.where)[1]) - 1] for pair in some]
@@ -136,6 +140,18 @@ class World:
     def columns(self) -> dict[str, Any]:
         """Token facts for the results."""
         return {"tokens": facts(self.pairs)._asdict(), "held_out": self.held_out, **self.case._asdict()}
+
+
+def message_rows(shape: Literal["hh", "polite"]) -> list[str]:
+    """Return the lines of a file of pairs as messages: HH's, or short instructions."""
+    folder = shared_folder() / "data"
+    if shape == "hh":
+        return (folder / "hh-harmless-explicit" / "train.messages.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "rasbt-politeness" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["chosen"] != row["rejected"]]
+    turns = [(f"{row['instruction']} {row['input']}".strip(), row["chosen"], row["rejected"]) for row in rows]
+    named = [zip(("prompt", "chosen", "rejected"), ("user", "assistant", "assistant"), three, strict=True) for three in turns]
+    return [json.dumps({name: [{"role": role, "content": text}] for name, role, text in three}) for three in named]
 
 
 class Outcome(NamedTuple):
@@ -274,7 +290,7 @@ def check_losses(one: Mapping[str, Outcome]) -> dict[str, float]:
 
 def best_size(settings: CommandSettings, case: Case) -> int:
     """Return TRL's fastest micro-batch for a case, as `--screen` found it; else one pair."""
-    path = settings.out / f"commands-{settings.case}-screen.json"
+    path = settings.out / f"commands-{case.shape}-screen.json"
     if not path.is_file():
         return 1
     seconds = load(path)["cpu_seconds"]
@@ -283,12 +299,12 @@ def best_size(settings: CommandSettings, case: Case) -> int:
 
 def screen(settings: CommandSettings) -> None:
     """Time TRL without checkpointing and with precomputed references once for each size of micro-batch, and write it down."""
-    case = CASES[settings.case]._replace(steps=16, epochs=1, betas=())
+    case = CASES[settings.case]._replace(steps=8, epochs=1, betas=())
     world = World(case, temporary_folder())
     seconds = {}
     for size in SIZES:
         if case.pairs_per_step % size == 0:
             seconds[str(size)] = of_trl(world, size=size).cpu_seconds
             print(f"  {size} pairs: {seconds[str(size)]:.1f} CPU s", flush=True)
-    named = CommandSettings("commands", case=f"{settings.case}-screen", out=settings.out)
+    named = CommandSettings("commands", case=f"{case.shape}-screen", out=settings.out)
     print(save(named, {"cpu_seconds": seconds, "steps": case.steps, "pairs_per_step": case.pairs_per_step}))

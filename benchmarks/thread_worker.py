@@ -1,9 +1,9 @@
 """Wall seconds of our step on several torch threads, after a warm-up: `python -P thread_worker.py '{"threads": 2, …}'`.
 
-    threads     of torch
-    steps       that are timed
-    busy        processes that do nothing but count, started after the warm-up
-    is_alone    give this process and the busy ones precedence over all else that runs on the machine, for the timed steps alone
+threads     of torch
+steps       that are timed
+busy        processes that do nothing but count, started after the warm-up
+is_alone    give this process and the busy ones precedence over all else that runs on the machine, for the timed steps alone
 """
 
 import json

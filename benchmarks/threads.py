@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.processes import environment
 from benchmarks.results import Settings, load, save
+from pe_dpo.cli import SPINS
 
 THREADS, STEPS = 2, 3
 BESIDE = (0, 1, 2)
@@ -27,8 +28,7 @@ VARIANTS: dict[str, tuple[int, dict[str, str]]] = {
     "one thread": (1, {}),
     "as it comes": (THREADS, {}),
     "OMP_WAIT_POLICY=PASSIVE": (THREADS, {"OMP_WAIT_POLICY": "PASSIVE"}),
-    "GOMP_SPINCOUNT=1000": (THREADS, {"GOMP_SPINCOUNT": "1000"}),
-    "GOMP_SPINCOUNT=10000": (THREADS, {"GOMP_SPINCOUNT": "10000"}),
+    f"GOMP_SPINCOUNT={SPINS}, as `pe-dpo` sets it": (THREADS, {"GOMP_SPINCOUNT": SPINS}),
 }
 
 
@@ -48,7 +48,7 @@ def run_threads(settings: Settings, beside: tuple[int, ...] = BESIDE, *, is_alon
             values = [seconds for run in runs for seconds in run["wall_seconds"]]
             middle, cpu = statistics.median(values), statistics.median(run["cpu_seconds"] for run in runs)
             words = f"{middle:6.2f} ({min(values):.2f}–{max(values):.2f}), {cpu:.2f} CPU s; load {runs[0]['load']:.1f}"
-            print(f"  {name:<26} {words}", flush=True)
+            print(f"  {name:<42} {words}", flush=True)
         save(settings, {"threads": THREADS, "is_alone": is_alone, "beside": found, "openmp": openmp_runtime()})
 
 

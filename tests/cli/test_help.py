@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,3 +99,26 @@ def test_the_allocator_of_a_card_grows_its_segments_unless_it_was_told_otherwise
     printed = subprocess.run([sys.executable, "-c", program], env=given, capture_output=True, text=True, check=True).stdout
     wanted = ["expandable_segments:True", None] if theirs is None else [given.get(name) for name in names]
     assert printed.strip() == f"False {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("given", "card", "wanted"),
+    [
+        ({}, False, {"GOMP_SPINCOUNT": "5000"}),
+        ({}, True, {}),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, True, {"GOMP_SPINCOUNT": "5000"}),
+        ({"OMP_WAIT_POLICY": "active"}, False, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "7"}, False, {"GOMP_SPINCOUNT": "7"}),
+        ({"KMP_BLOCKTIME": "0"}, False, {"KMP_BLOCKTIME": "0"}),
+    ],
+)
+def test_threads_that_wait_on_a_cpu_soon_sleep_unless_they_were_told_otherwise(monkeypatch, tmp_path, given, card, wanted):
+    """Before torch is imported, and never where there is a card."""
+    from pe_dpo import cli
+
+    environ = dict(given)
+    monkeypatch.setattr(cli, "os", SimpleNamespace(environ=environ))
+    monkeypatch.setattr(cli, "GPUS", (str(tmp_path / "no-device"), *([str(tmp_path)] if card else [])))
+    monkeypatch.setattr(cli, "app", lambda: None)
+    cli.main()
+    assert {name: environ[name] for name in cli.WAITING if name in environ} == wanted
