@@ -24,7 +24,7 @@ FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOU
 NODES = {file: list(ast.walk(tree)) for file, tree in FILES.items()}
 
 LEVELS = (
-    {"errors", "hub", "links", "progress", "quantizations"},
+    {"errors", "hub", "links", "progress", "quantizations", "startup"},
     {"disk", "interruption", "log"},
     {"recipe", "metrics", "objective"},
     {"runs", "data", "model"},
@@ -142,6 +142,7 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
         "log",
         "progress",
         "interruption",
+        "startup",
     }
 
 

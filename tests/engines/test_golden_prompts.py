@@ -15,7 +15,7 @@ import pe_dpo
 from benchmarks.engines.worker import ask
 from pe_dpo.export.gguf_file import write_gguf
 from pe_dpo.export.gguf_folder import export_gguf
-from pe_dpo.export.golden import GoldenMatch, compare_answer, load_golden
+from pe_dpo.export.golden_file import GoldenMatch, compare_answer, load_golden
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 

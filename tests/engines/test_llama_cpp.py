@@ -18,7 +18,7 @@ from pe_dpo.export import gguf_file
 from pe_dpo.export.gguf_file import load_gguf, write_gguf
 from pe_dpo.export.gguf_folder import export_gguf
 from pe_dpo.export.gguf_tokenizer import LLAMA_3, QWEN_2, TEKKEN
-from pe_dpo.export.golden import load_golden
+from pe_dpo.export.golden_file import load_golden
 
 BASE = Path(pe_dpo.__file__).parent / "quickstart" / "base"
 IDS = [*range(3, 30), *range(40, 3, -3)]

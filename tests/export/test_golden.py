@@ -22,9 +22,9 @@ from pe_dpo.export.golden import (
     load_golden,
     mean_divergence,
     read_prompts,
-    save_golden,
     with_measured_near_tie,
 )
+from pe_dpo.export.golden_file import save_golden
 from pe_dpo.inference.policy import Policy
 from pe_dpo.model.base import inspect_base
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from pe_dpo.cli.golden import golden as command
 from pe_dpo.errors import UsageError
-from pe_dpo.export.golden import GoldenPrompt, save_golden
+from pe_dpo.export.golden_file import GoldenPrompt, save_golden
 from pe_dpo.export.golden_server import compare_server
 
 SAID = GoldenPrompt(

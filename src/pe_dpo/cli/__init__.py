@@ -10,6 +10,7 @@ from pathlib import Path
 
 import typer
 
+from pe_dpo import startup
 from pe_dpo.cli.audit import audit
 from pe_dpo.cli.chat import chat
 from pe_dpo.cli.check import check
@@ -72,6 +73,7 @@ app.command(cls=OnceEach)(command(chat))
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    startup.begin()
     if not os.environ.keys() & ALLOCATOR:  # torch reads it when it is imported; rows of many lengths fray a card's memory
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     if not os.environ.keys() & set(WAITING) and computes_on_cpu():  # likewise, with torch's OpenMP runtime

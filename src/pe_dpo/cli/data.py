@@ -64,12 +64,15 @@ def _lint(plan: "Recipe") -> "Lint":
     if model.base == NO_BASE:
         return lint(plan.data)
     from pe_dpo.data.template import set_template
-    from pe_dpo.model.base import answer_end_tokens, inspect_base, load_tokenizer
+    from pe_dpo.model.base import answer_end_tokens, load_tokenizer, read_config
 
     tokenizer = load_tokenizer(model.base, revision=model.revision)
     set_template(tokenizer, plan.data)
     is_tokenizer_alone = Path(model.base).is_dir() and not (Path(model.base) / "config.json").is_file()
-    context = None if is_tokenizer_alone else inspect_base(model.base, revision=model.revision).context_length
+    context = None
+    if not is_tokenizer_alone:
+        text = read_config(model.base, revision=model.revision).get_text_config()
+        context = getattr(text, "max_position_embeddings", None)
     ends = answer_end_tokens(tokenizer, model.base, revision=model.revision)
     return lint(plan.data, tokenizer=tokenizer, context_length=context, end_token_ids=ends)
 

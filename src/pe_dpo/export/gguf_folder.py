@@ -15,10 +15,10 @@ from pe_dpo.export.golden import (
     load_golden,
     mean_divergence,
     read_prompts,
-    save_golden,
     token_ids,
     with_measured_near_tie,
 )
+from pe_dpo.export.golden_file import save_golden
 from pe_dpo.export.ollama import modelfile
 from pe_dpo.inference.policy import Policy
 from pe_dpo.model.base import answer_end_tokens, inspect_base, load_base, load_tokenizer

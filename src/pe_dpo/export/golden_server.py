@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.errors import UsageError
-from pe_dpo.export.golden import GoldenMatch, GoldenPrompt, compare_answer, load_golden
+from pe_dpo.export.golden_file import GoldenMatch, GoldenPrompt, compare_answer, load_golden
 
 SECONDS = 600
 """Of one answer; a large model on a CPU is slow."""

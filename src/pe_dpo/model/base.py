@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from pe_dpo import startup
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
 from pe_dpo.model.attention import keep_soft_cap
@@ -222,6 +223,7 @@ def load_base(
     Raises:
         ModelError: the weights cannot be read, do not fit the configuration, or are not finite.
     """
+    startup.is_over()
     how = {} if info.is_prequantized else {"quantization_config": quantization_config(info.quantize, info.dtype)}
     makes_codes = is_four_bit(info.quantize) and not info.is_prequantized
     if makes_codes:
