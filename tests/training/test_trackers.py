@@ -37,14 +37,17 @@ class Wandb(ModuleType):
         super().__init__("wandb")
         self.run: Any = None
         self.runs: list[dict[str, Any]] = []
-        self.config, self.network = SimpleNamespace(update=lambda *_, **__: None, __setitem__=None), True
+        self.network = True
         self.config = type("Config", (dict,), {"update": lambda self, *_, **__: None})()
 
+    Error = ConnectionError
+    Settings = SimpleNamespace
+
     def init(self, **words: Any) -> Any:
-        if not self.network:
+        if not self.network and words.get("mode") != "offline":
             raise ConnectionError("api.wandb.ai: Name or service not known")
         self.runs.append({**words, "steps": [], "exit_code": None})
-        self.run = SimpleNamespace(_label=lambda **_: None, summary={}, finish=self.finish, name=words.get("name"))
+        self.run = SimpleNamespace(_label=lambda **_: None, summary={}, finish=self.finish, dir="wandb/files")
         return self.run
 
     def log(self, line: dict[str, Any]) -> None:
@@ -206,7 +209,7 @@ def test_somebody_elses_open_run_is_logged_into_and_stays_open(
 def test_a_tracker_that_fails_is_said_once_written_down_and_stops_nothing(
     stand_ins: SimpleNamespace, make_recipe: Callable[..., Recipe], warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that cannot begin, one that dies on the way, one that cannot end; the fourth gets everything."""
+    """One that cannot be reached, one that dies on the way, one that cannot end; the fourth gets everything."""
 
     def dies(*_: Any, **__: Any) -> None:
         raise BrokenPipeError(32, "Broken pipe")
@@ -219,16 +222,19 @@ def test_a_tracker_that_fails_is_said_once_written_down_and_stops_nothing(
     monkeypatch.setattr(stand_ins.trackio, "finish", cannot)
     recipe = make_recipe(ALL)
     run_with_trackers(recipe)
+    unreachable = (
+        "ConnectionError: api.wandb.ai: Name or service not known; recorded offline, to be sent with: wandb sync wandb/files/.."
+    )
     whys = {
-        "wandb": "step 0: ConnectionError: api.wandb.ai: Name or service not known",
+        "wandb": f"step 0: {unreachable}",
         "mlflow": "step 1: BrokenPipeError: [Errno 32] Broken pipe",
         "trackio": "step 3: ValueError: sync failed",
     }
     assert (Run(recipe.output).info.model_extra or {})["trackers"] == whys
     assert len(warned) == 3
-    why = "ConnectionError: api.wandb.ai: Name or service not known"
-    goes_on = "training goes on, and metrics.jsonl has everything"
-    assert warned[0] == f"warning: train.report_to: wandb fails at step 0 ({why}); {goes_on}"
+    goes_on = "training goes on, and metrics.jsonl has all"
+    assert warned[0] == f"warning: train.report_to: wandb fails at step 0 ({unreachable}); {goes_on}"
+    assert [(run["mode"], run["steps"]) for run in stand_ins.wandb.runs] == [("offline", [1, 2, 3])]
     assert len(list(Path(recipe.output).rglob("events.out.*"))) == 1
 
 

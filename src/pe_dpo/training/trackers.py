@@ -51,6 +51,8 @@ PROJECT = {
 }
 """Where transformers' callbacks read the name of a project; trackio's is an argument."""
 
+SECONDS = 30
+"""How long wandb may take to begin a run; 90 by default."""
 ENOUGH = 3
 """Failures in a row after which a tracker is asked no more: each may have waited for a network."""
 
@@ -151,15 +153,32 @@ class Trackers:
             callback = self._callbacks[name] = INTEGRATION_TO_CALLBACK[name]()
             run = Run(self.writer.folder).info.id or ""
             if name == "wandb" and state.is_world_process_zero and callback._wandb.run is None:
-                # Before the callback does it with what the environment said when wandb was first used in this process.
-                project = self.project or os.environ.get("WANDB_PROJECT", "huggingface")
-                name_and_id = {"name": self.run_name, "id": run, "resume": "allow"}
-                self._opened_wandb = callback._wandb.init(project=project, group=self.group, **name_and_id)
+                self._opened_wandb = self._open_wandb(callback._wandb, run)
             if name == "trackio":  # which takes a run of the same name for the same run
                 args.run_name = f"{self.run_name}-{run[:8]}"
             callback.on_init_end(args, state, control, **words)
             callback.on_train_begin(args, state, control, **words)
             args.run_name = self.run_name
+
+    def _open_wandb(self, wandb: Any, run: str) -> Any:
+        """Return an open run of wandb, offline where it cannot be reached: what is recorded there can be sent later.
+
+        Opened here, since its callback asks for what the environment said when wandb was first used in this process.
+        """
+        project = self.project or os.environ.get("WANDB_PROJECT", "huggingface")
+        words = {"project": project, "group": self.group, "name": self.run_name}
+        try:
+            return wandb.init(id=run, resume="allow", settings=wandb.Settings(init_timeout=SECONDS), **words)
+        except (wandb.Error, OSError) as error:
+            opened = wandb.init(id=f"{run}-offline", mode="offline", **words)
+            self._tell("wandb", 0, f"{describe_error(error)}; recorded offline, to be sent with: wandb sync {opened.dir}/..")
+            return opened
+
+    def _tell(self, name: str, step: int, why: str) -> None:
+        """Say and write down why a tracker failed, the first time it does."""
+        if name not in self.failures:
+            self.failures[name] = f"step {step}: {why}"
+            logger.warning(f"train.report_to: {name} fails at step {step} ({why}); training goes on, and metrics.jsonl has all")
 
     @contextmanager
     def _kept_from_training(self, name: str, *, step: int = 0, at_once: bool = False) -> Iterator[None]:
@@ -168,12 +187,7 @@ class Trackers:
             yield
         except Exception as error:  # noqa: BLE001  # of any library, and nothing that training depends on
             self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
-            if name not in self.failures:
-                self.failures[name] = f"step {step}: {describe_error(error)}"
-                logger.warning(
-                    f"train.report_to: {name} fails at step {step} ({describe_error(error)}); training goes on, and "
-                    "metrics.jsonl has everything"
-                )
+            self._tell(name, step, describe_error(error))
             if at_once or self._in_a_row[name] >= ENOUGH:
                 self._callbacks.pop(name, None)
 
@@ -183,6 +197,8 @@ class Trackers:
         wanted: dict[str, str] = {}
         if self.project is not None and name in PROJECT:
             wanted[PROJECT[name]] = self.project
+        if name in ("mlflow", "dagshub"):  # 7 by default, of which each waits twice as long as the last: four minutes
+            wanted["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         if name == "tensorboard" and "TENSORBOARD_LOGGING_DIR" in os.environ:  # else all runs would be in one folder
             wanted["TENSORBOARD_LOGGING_DIR"] = str(Path(os.environ["TENSORBOARD_LOGGING_DIR"]) / self.run_name)
         before: Mapping[str, str | None] = {key: os.environ.get(key) for key in wanted}
