@@ -25,7 +25,8 @@ from pe_dpo.recipe import (
     with_absolute_paths,
 )
 from pe_dpo.recipe.names import SHORT_NAMES
-from pe_dpo.runs.files import SWEEP_FILE
+from pe_dpo.runs.files import SWEEP_FILE, read_object
+from pe_dpo.runs.records import SWEEP, check_record
 
 _OF_THE_RUN = ("output", "train.seed")
 """Keys by which the runs of a point differ from each other."""
@@ -169,16 +170,17 @@ def read_plan(folder: str | Path) -> SweepPlan:
         UsageError: there is no readable sweep.
     """
     folder = Path(folder)
+    content = read_object(folder / SWEEP_FILE)
+    check_record(SWEEP, content or None, folder / SWEEP_FILE, remedy="restore the file, or move the folder away")
     try:
-        content = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
         text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-        points = [Point(**entry) for entry in content["points"]]
-        grids, seeds = content["grids"], content["seeds"]
-        changes = [{**point.settings, "train.seed": point.seed, "output": str(folder / point.folder)} for point in points]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"{folder}: is not the folder of a sweep ({SWEEP_FILE}: {error}); restore the file, or move the folder away"
+            f"{folder / 'recipe.yaml'}: cannot be read: {error}; restore the file, or move the folder away"
         ) from error
+    points = [Point(*(entry[key] for key in Point._fields)) for entry in content["points"]]
+    grids, seeds = content["grids"], content["seeds"]
+    changes = [{**point.settings, "train.seed": point.seed, "output": str(folder / point.folder)} for point in points]
     recipe = recipe_from_yaml(text, str(folder / "recipe.yaml"))
     overrides = ([f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in one.items()] for one in changes)
     recipes = [recipe_from_yaml(text, str(folder / "recipe.yaml"), one) for one in overrides]

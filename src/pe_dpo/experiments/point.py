@@ -102,5 +102,6 @@ def run_point(point: Point, recipe: Recipe, shared: Inputs) -> PointState:
 
 def run_metrics(folder: Path, after: Mapping[str, float]) -> dict[str, float]:
     """Return the held-out metrics of a finished run, and the KL of its sampled answers where there are some."""
-    generation = Run(folder).generation
-    return {**after, "kl": generation["kl"]["mean"]} if generation else dict(after)
+    run = Run(folder)
+    kl = run.estimate("kl") if run.generation else None
+    return {**after, "kl": kl[0]} if kl is not None else dict(after)

@@ -14,9 +14,10 @@ from pathlib import Path
 from pe_dpo.disk import write_json
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.hub import is_local, public_name
-from pe_dpo.runs.files import BASE_FILE, read_object
+from pe_dpo.runs.files import BASE_FILE
 from pe_dpo.runs.loading import loading_lines
 from pe_dpo.runs.model_card import model_card
+from pe_dpo.runs.records import read_base
 from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def write_public_adapter(folder: Path, output: Path, *, name: str) -> list[str]:
             shutil.copyfile(path, output / inside)
         else:
             left_out.add(inside.parts[0])
-    base = read_object(folder / BASE_FILE)
+    base = read_base(folder) if (folder / BASE_FILE).is_file() else {}
     if base:
         try:
             loading_lines(base)
@@ -70,7 +71,7 @@ def write_public_adapter(folder: Path, output: Path, *, name: str) -> list[str]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         named = config.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / CONFIG_FILE}: cannot be read: {error}") from error
     if named and is_local(named):
         write_json(output / CONFIG_FILE, config | {"base_model_name_or_path": None})
@@ -86,9 +87,9 @@ def _write_card(folder: Path, card: Path, name: str) -> None:
     Raises:
         UsageError: there is none.
     """
-    text, run = card.read_text(encoding="utf-8") if card.is_file() else "", Run(folder)
+    text, run = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else "", Run(folder)
     if run.exists and ("PeftModel.from_pretrained" not in text or local_path(text)):
-        base, info = read_object(folder / BASE_FILE) or run.info.base, run.info
+        base, info = read_base(folder), run.info
         said = info.describe_memory(), info.describe_skipped(), info.describe_history()
         text = model_card(run.recipe, base, info.before, info.after, *said)
         logger.info("README.md is written anew: without paths of this machine, and with the lines that load the adapter")

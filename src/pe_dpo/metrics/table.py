@@ -104,6 +104,7 @@ class Table:
 
         if not path.is_file():
             return None
+        texts = (*cls.TEXTS, "where", "prompt_key")
         try:
             with parquet.ParquetFile(path) as file:
                 there = set(file.schema_arrow.names)
@@ -113,13 +114,14 @@ class Table:
                 wanted = [name for name in cls.column_names() if name in there and (with_texts or name not in cls.TEXTS)]
                 read = file.read(columns=wanted)
                 columns: dict[str, Any] = {
-                    name: read[name].to_pylist()
-                    if name in (*cls.TEXTS, "where", "prompt_key")
-                    else np.asarray(read[name].to_numpy(), dtype=np.float64)
+                    name: read[name].to_pylist() if name in texts else np.asarray(read[name].to_numpy(), dtype=np.float64)
                     for name in wanted
                 }
-        except (OSError, ArrowException, ValueError) as error:
+        except (OSError, ArrowException, ValueError, TypeError, MemoryError) as error:
             raise UsageError(f"{path}: cannot be read: {error}; {remedy}") from error
+        odd = [name for name in texts if not all(isinstance(row, str) for row in columns.get(name, ()))]
+        if odd:
+            raise UsageError(f"{path}: {odd[0]} is no column of text; {remedy}")
         unknown = np.full(read.num_rows, np.nan)
         absent = [field.name for field in fields(cls) if field.default is not None and field.name not in columns]
         columns |= {name: unknown for name in absent if name not in cls.SETTINGS}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pe_dpo.errors import ModelError
+from pe_dpo.errors import ModelError, describe_error
 from pe_dpo.recipe.schema import MOVING_INITS
 
 REFERENCE = "reference"
@@ -32,11 +32,15 @@ def read_adapter_config(folder: str | Path) -> Any:
     try:
         with without_advice():
             config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{folder}: its adapter_config.json cannot be read: {error}") from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         raise ModelError(f"{folder}: is a {kind} adapter; only LoRA is supported")
+    for key, kinds in (("r", int), ("lora_alpha", int | float), ("bias", str), ("base_model_name_or_path", str | None)):
+        if not isinstance(getattr(config, key), kinds):
+            said = f"{key} is {getattr(config, key)!r}"[:60]
+            raise ModelError(f"{folder}: its adapter_config.json cannot be used: {said}; take another copy of the adapter")
     return config
 
 
@@ -130,8 +134,9 @@ def expected_tensors(base: nn.Module, config: Any) -> set[str]:
     try:
         with without_advice():
             model = PeftModelForCausalLM(base, deepcopy(config), adapter_name="default", low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise ModelError(f"the adapter does not fit this base: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:  # of a config that is none
+        why = describe_error(error) if not isinstance(error, ValueError) else str(error).splitlines()[0]
+        raise ModelError(f"the adapter does not fit this base: {why}") from error
     return set(get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False))
 
 

@@ -121,8 +121,7 @@ def _trained_section(run: Run, info: RunInfo) -> PageSection:
     """What was trained on what, and how."""
     recipe, settings = run.recipe, run.recipe.train
     loss, pairs, base = info.loss or describe(recipe.loss, recipe.data.pair_columns)._asdict(), info.pairs, info.base
-    further = info.model_extra or {}
-    versions = further.get("versions", {})
+    versions = info.versions
     adapter = f"LoRA, rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}, dropout {recipe.adapter.dropout:g}"
     if recipe.adapter.start is not None:
         reference = "the raw base" if recipe.adapter.reference == "base" else "a frozen copy of it"
@@ -148,7 +147,10 @@ def _trained_section(run: Run, info: RunInfo) -> PageSection:
         ("Base", described),
         ("Adapter", adapter),
         ("Data", describe_sources(recipe.data.train)),
-        ("Pairs", f"{pairs['train']} to train on, {pairs['held_out']} held out" if pairs else "not counted yet"),
+        (
+            "Pairs",
+            f"{pairs.get('train', '?')} to train on, {pairs.get('held_out', '?')} held out" if pairs else "not counted yet",
+        ),
         ("Loss", str(loss["formula"])),
         ("Equals", str(loss["equals"])),
         ("κ = γ/β", "" if loss["kappa"] is None else f"{float(loss['kappa']):g}"),  # none while γ is to be found from data
@@ -218,8 +220,8 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> PageSe
 
 
 def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> PageTable:
-    before, after, intervals = info.before, info.after, run.evaluation.get("intervals", {})
-    count = int(after["pairs"])
+    before, after, intervals = info.before, info.after, run.intervals
+    count = len(pairs) if pairs is not None else int(after.get("pairs", 0))
     changes = {}
     if pairs is not None and pairs.initial_chosen is not None and pairs.initial_rejected is not None:
         start = replace(pairs, policy_chosen=pairs.initial_chosen, policy_rejected=pairs.initial_rejected)

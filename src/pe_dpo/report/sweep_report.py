@@ -75,7 +75,7 @@ def _plan_section(sweep: SweepRecord) -> PageSection:
     recipe = sweep.recipe
     loss = describe(recipe.loss, recipe.data.pair_columns)
     info = sweep.finished[0].info if sweep.finished else RunInfo()
-    pairs, versions = info.pairs, (info.model_extra or {}).get("versions", {})
+    pairs, versions = info.pairs, info.versions
     turned: dict[str, list[str]] = {}
     for run in sweep.runs:
         for key, value in (run.row.settings if run.row else {}).items():

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pe_dpo.disk import sync, write_json
+from pe_dpo.runs.records import MANIFEST_RECORD, known
 
 MANIFEST = "MANIFEST.json"
 _PREFIX = "checkpoint-"
@@ -102,9 +103,8 @@ def unusable(
 def faults(checkpoint: Path) -> list[str]:
     """Return what is wrong with a checkpoint's files against its manifest; empty for a whole one."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        files = known(MANIFEST_RECORD, json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))["files"].items()
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
     found = []
     for name, expected in files:

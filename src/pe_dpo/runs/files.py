@@ -43,7 +43,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path}: cannot be read: {error}; restore the file, or move its folder away") from error
     if not isinstance(content, dict):
         raise RunFolderError(f"{path}: is not a JSON object; restore the file, or move its folder away")

@@ -20,6 +20,7 @@ from pe_dpo.recipe import changed_settings
 from pe_dpo.recipe.loss_section import CALIBRATED
 from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE, SWEEP_FILE, read_object, remedy
 from pe_dpo.runs.overrides import describe_overrides
+from pe_dpo.runs.records import SWEEP, check_record
 from pe_dpo.runs.run import Measurements, Run
 from pe_dpo.runs.writing import FREE_TO_CHANGE
 
@@ -113,10 +114,8 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
 def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Run]:
     """Return the finished runs of a sweep; how many are not is added to the remarks."""
     plan = read_object(folder / SWEEP_FILE)
-    try:
-        points = [Run(folder / point["folder"]) for point in plan["points"]]
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{folder / SWEEP_FILE}: is not the plan of a sweep ({error}); restore the file") from error
+    check_record(SWEEP, plan or None, folder / SWEEP_FILE, remedy="restore the file")
+    points = [Run(folder / point["folder"]) for point in plan["points"]]
     finished = [run for run in points if run.info.is_finished]
     if not finished:
         raise UsageError(f"{folder}: no run of this sweep is finished; start the same `pe-dpo sweep` again to go on with it")

@@ -15,12 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from pe_dpo.errors import RunFolderError, UsageError
 from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.recipe import Recipe, recipe_from_yaml
-from pe_dpo.runs import checkpoints
+from pe_dpo.runs import checkpoints, records
 from pe_dpo.runs.best import BEST, BEST_FILE, BestRecord
 from pe_dpo.runs.files import (
     ANSWERS_FILE,
@@ -37,7 +37,7 @@ from pe_dpo.runs.files import (
 from pe_dpo.runs.overrides import describe_overrides
 
 Numbers = Annotated[
-    dict[str, float],
+    dict[str, FiniteFloat],
     BeforeValidator(lambda found: {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else found),
 ]
 """Metrics by name; JSON's null, which is written for a number that is not finite, is one that is not there."""
@@ -75,28 +75,30 @@ class RunInfo(BaseModel):
     """starting, training, interrupted, failed or finished."""
     why: str = ""
     """Why a run failed."""
+    versions: dict[str, str] = {}
+    """Of what the result depends on."""
     hashes: Hashes = Hashes()
-    base: dict[str, Any] = {}
+    base: records.Base = {}
     """What the base was: id, revision, quantize, dtype, parameters, quantized_layers."""
-    loss: dict[str, Any] = {}
+    loss: records.LossFacts = {}
     pairs: dict[str, int] = {}
     """How many: train, held_out."""
     before: Numbers = {}
     """Held-out metrics at step 0."""
     after: Numbers = {}
     """Held-out metrics at the end."""
-    step: int = 0
+    step: Annotated[int, Field(ge=0)] = 0
     """The last optimizer step."""
-    seconds: float = 0.0
+    seconds: FiniteFloat = 0.0
     skipped_steps: list[int] = []
     """Those whose loss or gradient was not finite, so that nothing was updated by them."""
     bad_pairs: dict[str, str] = {}
     """Where the pairs of these steps lie that were to blame, and what of each was not finite."""
     remarks: list[str] | None = None
     scoring: dict[str, Any] = {}
-    memory: dict[str, Any] = {}
+    memory: records.Memory = {}
     """Bytes at the worst moment, counted and measured, and of what."""
-    mixout: dict[str, Any] = {}
+    mixout: records.MixoutFacts = {}
     overrides: list[dict[str, Any]] = []
     """What a person changed on the way: step, key, from, to; see `runs.overrides`."""
     best: BestRecord | None = None
@@ -105,7 +107,7 @@ class RunInfo(BaseModel):
     """Why the run ended before its last step."""
     resumed: list[dict[str, int | list[str]]] = []
     """Where the run went on with something that only moves the last digits changed: step, changed."""
-    calibration: dict[str, Any] = Field({}, alias="gamma_calibration")
+    calibration: records.CalibrationFacts = Field({}, alias="gamma_calibration")
     """How γ was found, where the recipe asked for that."""
 
     @property
@@ -236,17 +238,18 @@ class Measurements:
         """
         path = self.folder / EVALUATION_FILE
         content = read_object(path)
-        parts = {name: content.get(name) or {} for name in ("pairs", "generation")}
-        for name, part in parts.items():
-            if not isinstance(part, dict):
-                again = "write it again with: pe-dpo eval, or restore it"
-                raise UsageError(f"{path}: {name} is {part!r}, not an object; {again}")
-        return {**content, **parts}
+        records.check_record(records.EVALUATION, content, path, remedy="write it again with: pe-dpo eval, or restore it")
+        return {**content, **{name: content.get(name) or {} for name in ("pairs", "intervals", "generation")}}
 
     @property
     def metrics_of_pairs(self) -> dict[str, float]:
         """Means over the held-out pairs."""
         return {key: float(value) for key, value in self.evaluation["pairs"].items() if value is not None}
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % intervals of those of them that are shares."""
+        return {key: (low, high) for key, (low, high) in self.evaluation["intervals"].items() if None not in (low, high)}
 
     @property
     def generation(self) -> dict[str, Any] | None:
@@ -325,9 +328,8 @@ class Run(Measurements):
         try:
             info = RunInfo.model_validate(read_object(path))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RunFolderError(f"{path}: {where}: {first['msg']}; restore the file, or move its folder away") from error
+            fault = records.first_fault(error)
+            raise RunFolderError(f"{path}: {fault}; restore the file, or move its folder away") from error
         self.step = info.step
         return info
 
@@ -351,9 +353,14 @@ class Run(Measurements):
         """data_report.json, which names the rows that were held out; None where the run has not come to its data yet.
 
         Raises:
-            RunFolderError: it cannot be read.
+            RunFolderError: it cannot be read, or is no such report.
         """
-        return read_object(self.folder / REPORT_FILE) if self.info.hashes.data is not None else None
+        if self.info.hashes.data is None:
+            return None
+        path = self.folder / REPORT_FILE
+        report = read_object(path)
+        records.check_record(records.DATA_REPORT, report, path, remedy="restore the file, or take another copy of the run")
+        return report
 
     @property
     def kappa(self) -> float:
@@ -385,7 +392,7 @@ class Run(Measurements):
         """Yield the lines of metrics.jsonl, as they lie there and as read; a last one that a kill cut off is left out.
 
         Raises:
-            RunFolderError: a line is not JSON.
+            RunFolderError: a line is not JSON, or its step is none.
         """
         path = self.folder / METRICS_FILE
         if not path.is_file():
@@ -394,11 +401,15 @@ class Run(Measurements):
             for number, text in enumerate(file, start=1):
                 try:
                     line = json.loads(text)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     if text.endswith(b"\n"):
                         raise RunFolderError(f"{path}:{number}: is not JSON ({error}); remove that line") from error
                     continue
                 if isinstance(line, dict) and "step" in line:
+                    step = line["step"]
+                    if type(step) is not int or not 0 <= step < 1 << 53:
+                        found = f"step is {str(step)[:20]!r}, which is no step"
+                        raise RunFolderError(f"{path}:{number}: {found}; remove that line")
                     yield text, line
 
     @property
@@ -411,12 +422,12 @@ class Run(Measurements):
             return self._read[1]
         found = Logged({}, set(), [])
         for _, line in self.metric_lines():
-            step = int(line["step"])
+            step = line["step"]
             found.keys.update(line)
             if "words" in line:
                 found.remarks.append(f"step {line['step']}: {line['words']}")
             for key, value in line.items():
-                if isinstance(value, int | float):
+                if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 1000):
                     if key not in found.numbers:
                         found.numbers[key] = array("q"), array("d")
                     steps, values = found.numbers[key]

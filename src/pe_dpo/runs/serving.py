@@ -14,6 +14,8 @@ from pe_dpo.hub import is_local
 from pe_dpo.quantizations import is_four_bit
 from pe_dpo.runs.files import BASE_FILE, RUN_FILE, read_object
 from pe_dpo.runs.loading import loading_lines
+from pe_dpo.runs.records import read_base
+from pe_dpo.runs.run import Run
 
 WEIGHTS_FILE, MERGE_FILE = "adapter_model.safetensors", "merge_report.json"
 NOT = "not these: they answer as another model, without an error"
@@ -147,7 +149,7 @@ def _unmerged_in_vllm(holder: Path, there: Mapping[str, Path], place: str) -> It
         yield Step("vLLM", why, [package, serve])
         return
     packaged = there["adapter"]
-    record = read_object(packaged / BASE_FILE)
+    record = _base_of(packaged)
     words = {record["id"]: place, "FOLDER": str(packaged), "tuned=FOLDER": f"tuned={packaged}"}
     for serving in record.get("serving", ()):
         if serving["command"] is None:
@@ -184,7 +186,7 @@ def _kind(folder: Path) -> str:
 
 def _base_of(folder: Path) -> dict[str, Any]:
     """What base.json says, which every packaged adapter has, and every run but the first ones."""
-    base = read_object(folder / BASE_FILE) or read_object(folder / RUN_FILE).get("base", {})
+    base = read_base(folder)
     missing = [key for key in ("id", "quantize", "dtype") if key not in base]
     if missing:
         raise UsageError(f"{folder / BASE_FILE}: says nothing of {missing[0]}; take another copy of {folder}")
@@ -197,14 +199,14 @@ def _check_made_of(there: Mapping[str, Path]) -> None:
     Raises:
         UsageError: it was not.
     """
-    recorded = read_object(there["run"] / RUN_FILE).get("hashes", {}).get("adapter", {})
+    recorded = Run(there["run"]).info.hashes.adapter
     trained = {value for name, value in recorded.items() if name.endswith(WEIGHTS_FILE)}
     of = dict[str, set[str]]()
     for kind in ("model", "gguf"):
         if kind in there and (kind == "model" or (there[kind] / MERGE_FILE).is_file()):
             report = read_object(there[kind] / MERGE_FILE)
-            of[kind] = {report.get("adapter_sha256", ""), report.get("from_adapter_sha256", "")}
-    if "adapter" in there and read_object(there["adapter"] / BASE_FILE).get("scale", 1) == 1:
+            of[kind] = {str(report.get(key, "")) for key in ("adapter_sha256", "from_adapter_sha256")}
+    if "adapter" in there and _base_of(there["adapter"]).get("scale", 1) == 1:
         of["adapter"] = {hashlib.sha256((there["adapter"] / WEIGHTS_FILE).read_bytes()).hexdigest()}
     for kind, made in of.items():
         if trained and not made & trained:

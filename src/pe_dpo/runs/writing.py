@@ -23,6 +23,7 @@ from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_F
 from pe_dpo.runs.model_card import model_card
 from pe_dpo.runs.origins import INPUTS_FILE, ROWS_FILE
 from pe_dpo.runs.overrides import describe_overrides, refuse_settings, replayed
+from pe_dpo.runs.records import read_base
 from pe_dpo.runs.run import Run
 
 logger = logging.getLogger(__name__)
@@ -277,7 +278,7 @@ class RunWriter:
             adapter: The hashes of the adapter's files.
         """
         if self.writes:
-            base = read_object(self.folder / BASE_FILE) or Run(self.folder).info.base
+            base = read_base(self.folder)
             info = Run(self.folder).info
             said = info.describe_memory(), info.describe_skipped(), info.describe_history()
             card = model_card(recipe, base, before, after, *said)

@@ -79,7 +79,7 @@ class Monitor(TrainerCallback):
                 resumed run reads for what was not finite, is not there.
         """
         prefix = next((prefix for prefix in ("eval_", "probe_") if f"{prefix}loss" in line), None)
-        line = {key: value for key, value in line.items() if value is not None}
+        line = {key: value for key, value in line.items() if isinstance(value, int | float)}
         if prefix and step:
             self.last = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
             kind, found = "evaluations", diagnose_pairs(self.last, self.before, self.loss)
