@@ -17,6 +17,7 @@ from typing import Any
 from pe_dpo.disk import write_json
 from pe_dpo.errors import RunFolderError
 from pe_dpo.runs.files import read_object
+from pe_dpo.runs.records import INPUTS, check_record
 
 INPUTS_FILE, ROWS_FILE = "inputs.json", "rows.tsv.gz"
 
@@ -149,9 +150,11 @@ def recorded_inputs(folder: Path) -> dict[str, Any]:
     """Return what inputs.json says; an empty record for a run from before.
 
     Raises:
-        RunFolderError: it cannot be read.
+        RunFolderError: it cannot be read, or is no such record.
     """
-    return read_object(folder / INPUTS_FILE)
+    found = read_object(folder / INPUTS_FILE)
+    check_record(INPUTS, found, folder / INPUTS_FILE, remedy="restore the file, or remove it")
+    return found
 
 
 def tensor_differences(then: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -160,8 +160,12 @@ _POINT = _record({"name": str, "settings": dict[str, Any], "seed": int, "folder"
 SWEEP = _record({"points": list[_POINT], "grids": list[str], "seeds": list[int]})  # type: ignore[valid-type]
 """sweep.json."""
 
+INPUTS = _record(machine=dict[str, Any], versions=dict[str, Any])
+"""inputs.json."""
+
 Base = Annotated[dict[str, Any], BeforeValidator(partial(known, BASE))]
 LossFacts = Annotated[dict[str, Any], BeforeValidator(partial(known, LOSS))]
 Memory = Annotated[dict[str, Any], BeforeValidator(partial(known, MEMORY))]
 MixoutFacts = Annotated[dict[str, Any], BeforeValidator(partial(known, MIXOUT))]
 CalibrationFacts = Annotated[dict[str, Any], BeforeValidator(partial(known, CALIBRATION))]
+Override = Annotated[dict[str, Any], BeforeValidator(partial(known, _record({"step": int, "key": str})))]

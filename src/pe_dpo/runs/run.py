@@ -99,7 +99,7 @@ class RunInfo(BaseModel):
     memory: records.Memory = {}
     """Bytes at the worst moment, counted and measured, and of what."""
     mixout: records.MixoutFacts = {}
-    overrides: list[dict[str, Any]] = []
+    overrides: list[records.Override] = []
     """What a person changed on the way: step, key, from, to; see `runs.overrides`."""
     best: BestRecord | None = None
     """What the best evaluation came to, where the run keeps it."""

@@ -18,6 +18,7 @@ from typing import Any
 from pe_dpo.disk import disk_error, json_without_nan, matching_paths, write_atomically, write_json
 from pe_dpo.errors import RunFolderError
 from pe_dpo.recipe import Recipe, changed_settings, describe, list_sources, recipe_to_yaml
+from pe_dpo.runs.best import NEW
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints, staging_folder
 from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, RUN_FILE, read_object
 from pe_dpo.runs.model_card import model_card
@@ -99,7 +100,8 @@ class RunWriter:
     def sweep(self) -> None:
         """Remove what a killed or failed process left half-written: it may be what fills the disk."""
         if self.writes:
-            shutil.rmtree(staging_folder(self.folder), ignore_errors=True)
+            for folder in (staging_folder(self.folder), self.folder / NEW):
+                shutil.rmtree(folder, ignore_errors=True)
             for path in self.folder.rglob(".*.partial"):
                 path.unlink(missing_ok=True)
 

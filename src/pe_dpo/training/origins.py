@@ -20,7 +20,6 @@ from pe_dpo.model.base import answer_end_tokens
 from pe_dpo.model.fingerprint import arithmetic_config, parameter_fingerprints
 from pe_dpo.model.provenance import ASIDE, adapter_fingerprints, adapter_inputs
 from pe_dpo.recipe import Recipe
-from pe_dpo.runs.files import BASE_FILE, read_object
 from pe_dpo.runs.origins import (
     SHOWN,
     Row,
@@ -33,6 +32,7 @@ from pe_dpo.runs.origins import (
     tensor_differences,
 )
 from pe_dpo.runs.overrides import MACHINE, allows_rows, entries
+from pe_dpo.runs.records import read_base
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, different_settings, draws_by_forward, versions
 
@@ -128,7 +128,7 @@ class Origins:
         recorded, info = run.info.hashes.base, self.prepared.base
         if recorded is None or recorded == fingerprint:
             return
-        then, dtype = read_object(run.folder / BASE_FILE), str(info.dtype).removeprefix("torch.")
+        then, dtype = read_base(run.folder), str(info.dtype).removeprefix("torch.")
         loaded = {"quantize": info.quantize, "dtype": dtype, "device": next(model.parameters()).device.type}
         words = ", ".join(f"{key} {then[key]} → {now}" for key, now in loaded.items() if then.get(key, now) != now)
         if "tensors" not in then:
