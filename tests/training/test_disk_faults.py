@@ -81,7 +81,7 @@ def test_a_disk_that_refuses_anything_at_any_moment_costs_no_run(
 
 def test_where_not_a_byte_has_room_the_status_is_true_all_the_same(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
-    writer.update(id="x", status="training", loss={"formula": "β·Δπ"})
+    writer.update(id="x", status="training", ended="β·Δπ")
     size = (tmp_path / "run.json").stat().st_size
     (tmp_path / ".staging" / "checkpoint-3").mkdir(parents=True)
     writer.fail("nobody began")
