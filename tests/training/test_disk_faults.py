@@ -113,7 +113,7 @@ def test_whatever_ends_a_run_its_status_says_so_and_one_that_had_not_begun_is_le
     )
     before = (tmp_path / "run" / "run.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "choose_scorer", fails)
+        patch.setattr(train_module, "load_policy", fails)
         with pytest.raises(RecursionError):
             train(recipe, overwrite=True, shared=shared)
     assert (tmp_path / "run" / "run.json").read_bytes() == before
