@@ -163,6 +163,9 @@ SWEEP = _record({"points": list[_POINT], "grids": list[str], "seeds": list[int]}
 INPUTS = _record(machine=dict[str, Any], versions=dict[str, Any])
 """inputs.json."""
 
+MADE = _record(hashes=_record(adapter=dict[str, str]) | None)
+"""run.json, where nothing is asked but what the adapter is."""
+
 Base = Annotated[dict[str, Any], BeforeValidator(partial(known, BASE))]
 LossFacts = Annotated[dict[str, Any], BeforeValidator(partial(known, LOSS))]
 Memory = Annotated[dict[str, Any], BeforeValidator(partial(known, MEMORY))]

@@ -14,8 +14,7 @@ from pe_dpo.hub import is_local
 from pe_dpo.quantizations import is_four_bit
 from pe_dpo.runs.files import BASE_FILE, RUN_FILE, read_object
 from pe_dpo.runs.loading import loading_lines
-from pe_dpo.runs.records import read_base
-from pe_dpo.runs.run import Run
+from pe_dpo.runs.records import MADE, check_record, read_base
 
 WEIGHTS_FILE, MERGE_FILE = "adapter_model.safetensors", "merge_report.json"
 NOT = "not these: they answer as another model, without an error"
@@ -199,7 +198,10 @@ def _check_made_of(there: Mapping[str, Path]) -> None:
     Raises:
         UsageError: it was not.
     """
-    recorded = Run(there["run"]).info.hashes.adapter
+    path = there["run"] / RUN_FILE
+    info = read_object(path)
+    check_record(MADE, info, path, remedy="restore the file, or move its folder away")
+    recorded = (info.get("hashes") or {}).get("adapter", {})
     trained = {value for name, value in recorded.items() if name.endswith(WEIGHTS_FILE)}
     of = dict[str, set[str]]()
     for kind in ("model", "gguf"):
