@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict
 
 from pe_dpo.disk import sync
 from pe_dpo.errors import UsageError
-from pe_dpo.metrics.catalogue import METRICS
 
 BEST, BEST_FILE = "best", "best.json"
 NEW, OLD = ".best.new", ".best.old"
@@ -41,6 +40,8 @@ class BestRecord(BaseModel):
 
     def describe(self) -> str:
         """Return what the best came to, and how much of it is luck, in words."""
+        from pe_dpo.metrics.catalogue import METRICS  # which needs NumPy, and `pe-dpo serve` reads where the best lies
+
         metric = METRICS.get(self.metric)
         title, form = (metric.title, metric.form) if metric else (self.metric, ".4f")
         evaluations = f"{self.evaluations} evaluations" if self.evaluations > 1 else "1 evaluation"
