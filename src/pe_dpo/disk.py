@@ -148,7 +148,8 @@ def disk_error(error: BaseException, place: Path, *, advice: str = "") -> DiskEr
         return None
     if number == errno.ENOSPC:
         what += f" ({free / 1e6:,.1f} MB free)"
-    return DiskError(f"{where}: {what}; {remedy}" + (f"; {advice}" if advice else ""))
+    is_gone = number == errno.ENOENT  # and what was saved with it
+    return DiskError(f"{where}: {what}; {remedy}" + (f"; {advice}" if advice and not is_gone else ""))
 
 
 def check_can_be_written(place: Path, needed: int = 1, *, what: str = "", remedy: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
+from pe_dpo.training.trainer import PairTrainer
 
 
 class At(TrainerCallback):
@@ -229,13 +231,25 @@ def test_a_run_that_nohup_shields_from_the_terminal_s_end_goes_on(make_recipe):
     assert (result.interrupted_by, result.steps) == (None, 2)
 
 
+@pytest.mark.parametrize("when", ["in a step", "at the end"])
+def test_a_folder_that_is_removed_while_the_run_writes_is_a_line_and_not_made_anew(make_recipe, tmp_path, monkeypatch, when):
+    folder = tmp_path / "run"
+    recipe = make_recipe("train.max_steps=2", "train.save_every=1", "train.log_every=5")
+    if when == "at the end":
+        measure = PairTrainer.save_measurements
+        monkeypatch.setattr(PairTrainer, "save_measurements", lambda *a: shutil.rmtree(folder) or measure(*a))
+    callbacks = [Within(2, lambda model: shutil.rmtree(folder))] if when == "in a step" else []
+    with pytest.raises(TrainingError, match=r"was removed or moved while the run was writing there, and run\.json with it"):
+        train(recipe, callbacks=callbacks)
+    assert not (folder / RUN_FILE).exists()
+    assert not checkpoints(folder)
+
+
 # ---------------------------------------------------------------- what lies there already
 
 
 @pytest.mark.slow
 def test_overwriting_removes_the_old_run_only_once_the_new_one_s_base_and_adapter_are_loaded(make_recipe, tiny_base, tmp_path):
-    import shutil
-
     old = train(make_recipe("train.max_steps=1"))
     torn = tmp_path / "torn"
     shutil.copytree(tiny_base, torn)

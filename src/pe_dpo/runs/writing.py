@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.disk import disk_error, json_without_nan, matching_paths, write_atomically, write_json
-from pe_dpo.errors import RunFolderError
+from pe_dpo.errors import RunFolderError, TrainingError
 from pe_dpo.recipe import Recipe, changed_settings, describe, list_sources, recipe_to_yaml
 from pe_dpo.runs.best import NEW
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints, staging_folder
@@ -126,10 +126,24 @@ class RunWriter:
 
     def update(self, **entries: Any) -> None:
         """Set entries of run.json, atomically; one of None is taken out, and why a run failed as soon as it has not."""
+        if self._has_begun and "id" not in entries:
+            self.check_is_there()
         if self.writes:
             entries = entries if entries.get("status", "failed") == "failed" else {**entries, "why": None}
             entries = {**read_object(self.folder / RUN_FILE), **entries}
             write_json(self.folder / RUN_FILE, {key: value for key, value in entries.items() if value is not None})
+
+    def check_is_there(self) -> None:
+        """Check that nobody has taken the folder away, since what is written next would make it anew, without what it held.
+
+        Raises:
+            TrainingError: run.json is gone.
+        """
+        if self.writes and not (self.folder / RUN_FILE).is_file():
+            raise TrainingError(
+                f"{self.folder}: was removed or moved while the run was writing there, and {RUN_FILE} with it; move it back "
+                "and go on with `resume`, or start the run again"
+            )
 
     def interrupt(self, *, goes_on: bool) -> str:
         """Write down that a signal ended the run at once; return what is kept and how to go on, in words.
@@ -141,7 +155,7 @@ class RunWriter:
             return f"{self.folder}: nothing of this run was written yet; start it again"
         run, kept = Run(self.folder), checkpoints(self.folder)
         if not run.info.is_finished:
-            with suppress(OSError):  # of a folder that was removed, or a full disk
+            with suppress(OSError, TrainingError):  # of a full disk, or a folder that was removed
                 self.update(status="interrupted", step=checkpoint_step(kept[-1]) if kept else None)
         saved = f"the checkpoint of step {checkpoint_step(kept[-1])} is kept" if kept else "no step was saved yet"
         return f"{saved}; go on with: pe-dpo train {shlex.quote(str(self.folder / RECIPE_FILE))} --resume"
@@ -151,7 +165,7 @@ class RunWriter:
 
         On a disk that has no room for that the word alone takes the place of the old one, without a byte more.
         """
-        if not self.writes or not self._has_begun:
+        if not self.writes or not self._has_begun or not (self.folder / RUN_FILE).is_file():
             return
         self.sweep()
         try:

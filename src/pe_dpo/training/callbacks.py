@@ -23,7 +23,13 @@ class MetricsFile(TrainerCallback):
             self.writer.log({"step": state.global_step, **logs})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a line of the last step, whatever `logging_steps`; a run that is stopped keeps its window (`Window`)."""
+        """Ask for a line of the last step, whatever `logging_steps`; a run that is stopped keeps its window (`Window`).
+
+        Raises:
+            TrainingError: the folder was removed, and a checkpoint would make another.
+        """
+        if state.is_world_process_zero:
+            self.writer.check_is_there()
         if state.global_step >= state.max_steps:
             control.should_log = True
 
