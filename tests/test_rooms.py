@@ -24,7 +24,8 @@ FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOU
 NODES = {file: list(ast.walk(tree)) for file, tree in FILES.items()}
 
 LEVELS = (
-    {"errors", "hub", "links", "progress", "quantizations", "startup"},
+    {"hub", "links", "printable", "progress", "quantizations", "startup"},
+    {"errors"},
     {"disk", "interruption", "log"},
     {"recipe", "metrics", "objective"},
     {"runs", "data", "model"},
@@ -140,6 +141,7 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
         "links",
         "quantizations",
         "log",
+        "printable",
         "progress",
         "interruption",
         "startup",

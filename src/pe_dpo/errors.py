@@ -13,11 +13,17 @@ PeDpoError            exit 1   a run or a file failed, and the message says what
     └── RunFolderError         an output folder that is taken, locked, or of another run
 """
 
+from pe_dpo.printable import printable
+
 
 class PeDpoError(Exception):
     """Base of every error that is a message to the user rather than a fault of this program."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message, parts of which came from elsewhere: nothing in it acts in a terminal, and it has no secrets."""
+        return printable(super().__str__())
 
 
 class DataError(PeDpoError):

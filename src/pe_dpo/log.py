@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from pe_dpo.printable import printable
 from pe_dpo.progress import showing
 
 PACKAGE = logging.getLogger("pe_dpo")
@@ -19,7 +20,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        line = super().format(record)
+        line = printable(super().format(record))
         return line if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {line}"
 
 

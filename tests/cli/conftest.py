@@ -13,6 +13,9 @@ import pytest
 
 from pe_dpo.cli import main
 
+SECRET = "hf_plantedsecret0123456789"
+"""What the environment has of secrets whenever a command runs; no command shows it, and no file has it."""
+
 
 class Finished(NamedTuple):
     """What one command left."""
@@ -29,9 +32,11 @@ def pe_dpo() -> Callable[..., Finished]:
     def run(*arguments: object, columns: int = 120) -> Finished:
         out, err = io.StringIO(), io.StringIO()
         argv = ["pe-dpo", *map(str, arguments)]
-        with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, {"COLUMNS": str(columns)}):  # noqa: SIM117
+        environment = {"COLUMNS": str(columns), "HF_TOKEN": SECRET}
+        with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, environment):  # noqa: SIM117
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
                 main()
+        assert SECRET not in out.getvalue() + err.getvalue()
         return Finished(ended.value.code, out.getvalue(), err.getvalue())
 
     return run

@@ -223,3 +223,12 @@ def test_a_model_without_finite_log_probs_is_refused_and_not_shown_with_fewer_me
     done = pe_dpo("eval", folder, "--data", tiny_pairs / "test.jsonl")
     assert done.code != 0
     assert "test.jsonl:1: its log-probs under the policy are not finite (9 such pairs)" in done.err
+
+
+def test_no_file_of_a_run_or_its_package_has_a_secret_of_the_environment(trained, pe_dpo, tmp_path):
+    """Every command of these tests runs with one in the environment, see `conftest.py`."""
+    folder, _ = trained
+    assert pe_dpo("merge", folder, "--onto", "adapter", "-o", tmp_path / "package").code == 0
+    files = [path for place in (folder, tmp_path) for path in place.rglob("*") if path.is_file()]
+    assert {"run.json", "recipe.yaml", "README.md", "adapter_config.json"} <= {path.name for path in files}
+    assert not [path for path in files if b"hf_plantedsecret" in path.read_bytes()]

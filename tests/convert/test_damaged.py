@@ -1,11 +1,14 @@
 """Files that are damaged, or hold other values than a tool expects: one line says where, what, and what to do."""
 
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from pe_dpo.convert.convert import Conversion, convert
+from pe_dpo.convert.source import read_source
 from pe_dpo.errors import UsageError
 
 Converted = Callable[..., Conversion]
@@ -81,3 +84,24 @@ def test_bytes_before_the_text_and_ends_of_lines_of_windows_change_nothing(tmp_p
     path = tmp_path / "config.yaml"
     path.write_bytes(b"\xef\xbb\xbfmodel_name_or_path: a\r\ndataset_name: c\r\nuse_peft: true\r\nbeta: 0.3\r\n")
     assert convert(path).recipe.loss.beta == 0.3
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{p: *a{n - 1}, q: *a{n - 1}}}\n" for n in range(1, 40)), "more than 100,000"),
+    ("a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)), "more than 100,000 values"),
+    ("a: " + "[" * 100_000, "nested too deeply"),
+    ("a: " + "9" * 10_000, "limit"),
+    ("? [a]\n: 1", "cannot be read as YAML or JSON"),
+    ("model_name_or_path: x\n" + "".join(f"{key}: {f'${{{value}}}' * 500}\n" for key, value in pairwise("abcdefghi")), ""),
+])  # fmt: skip
+def test_settings_that_are_made_to_grow_end_at_once(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    began = time.process_time()
+    try:
+        read_source(path)
+    except UsageError as error:
+        assert said in str(error)
+    else:
+        assert not said
+    assert time.process_time() - began < 2

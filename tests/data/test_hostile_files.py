@@ -10,22 +10,19 @@ from typing import Any
 
 import pyarrow
 import pytest
+from paths_to_pairs import load_pairs
 from pyarrow import parquet
 
 from pe_dpo.data import files, text_files
 from pe_dpo.data.files import read_rows
-from pe_dpo.data.preparation import read_places
-from pe_dpo.data.report import DataReport
-from pe_dpo.data.sources import find_places
 from pe_dpo.errors import DataError
-from pe_dpo.recipe import DataSection
 
 
 def refused(path: Path, **settings: Any) -> str:
     """What is said of a file, in one line, at once and within 300 MB."""
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(DataError) as error:
-        read_places(find_places(str(path)), DataSection(train=str(path), **settings), DataReport())
+        load_pairs(path, **settings)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
     assert time.process_time() - began < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
     return str(error.value).replace(f"{path.parent}/", "")
@@ -37,9 +34,8 @@ def test_a_row_that_is_too_large_is_passed_over_without_being_kept(tmp_path: Pat
     row = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n"
     path.write_text(row * 2 + json.dumps({"prompt": "p", "chosen": "c" * 5_000_000, "rejected": "r"}) + "\n" + row)
     assert refused(path).startswith("x.jsonl:3: has 5 MB, and a row may have 4; shorten its texts, or leave it out")
-    report = DataReport()
-    assert len(read_places(find_places(str(path)), DataSection(train=str(path), bad_rows="drop"), report)[0]) == 3
-    assert len(report.dropped) == 1
+    pairs, report = load_pairs(path, bad_rows="drop")
+    assert len(pairs) == 3 and len(report.dropped) == 1
 
 
 @pytest.mark.parametrize(("row", "said"), [
@@ -81,14 +77,14 @@ def test_parquet_that_unpacks_to_gigabytes_is_one_error(tmp_path: Path, monkeypa
     monkeypatch.setattr(text_files, "_SMALL", 10_000_000)
     monkeypatch.setattr(files, "_MOST_MEMORY", 30_000_000)
     big, path = "x" * 50_000, tmp_path / "x.parquet"
-    once = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1_000, pyarrow.int32()), pyarrow.array([big]))
-    prompts = pyarrow.array(["p"] * 1_000)
+    once = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, pyarrow.int32()), pyarrow.array([big]))
+    prompts = pyarrow.array(["p"] * 300)
     table = {"prompt": prompts, "chosen": once, "rejected": prompts}
     parquet.write_table(pyarrow.table(table), path, compression="zstd", store_schema=False)
     assert path.stat().st_size < 1_000
     assert "x.parquet: unpacks to more than 10 MB, 200 times its size or more, as no data does" in refused(path)
     turns = pyarrow.StructArray.from_arrays([once, prompts], ["content", "role"])
-    one_row = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1_000], pyarrow.int32()), turns)
+    one_row = pyarrow.ListArray.from_arrays(pyarrow.array([0, 300], pyarrow.int32()), turns)
     parquet.write_table(pyarrow.table({"chosen": one_row, "rejected": one_row}), path, compression="zstd", store_schema=False)
     # Where the memory is not there that decoding it takes, it ends so (measured with 2,000 times 1 MB in one row).
     assert "unpacks to more than" in (said := refused(path)) or "alloc of size" in said

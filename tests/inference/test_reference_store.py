@@ -480,3 +480,16 @@ def test_a_store_locked_by_another_sqlite_program_is_unavailable_and_kept(path, 
         store.put(ONE, some_rows(9))
     other.close()
     assert store.get(ONE, list(some_rows(9))) == some_rows(3)
+
+
+@pytest.mark.parametrize("content", [b"alias ls=rm", b"[settings]\n" * 50])
+def test_a_file_that_is_none_by_name_and_content_is_left_as_it_was(tmp_path: Path, content: bytes) -> None:
+    """As a recipe of somebody else may name one."""
+    path = tmp_path / ".bashrc"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is no reference store by its name and content; it was left as it was"):
+        ReferenceStore(path)
+    assert path.read_bytes() == content and not list(tmp_path.glob("*damaged*"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="is a pipe, and a reference store is a file"):
+        ReferenceStore(tmp_path / "pipe")

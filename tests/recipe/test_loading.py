@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pe_dpo.errors import RecipeError
 from pe_dpo.recipe import Recipe, load_recipe, recipe_difference, recipe_from_yaml, recipe_names, recipe_to_yaml, warnings
+from pe_dpo.recipe.load import far_places
 from pe_dpo.recipe.schema import Optimizer, Schedule
 
 RECIPE = """\
@@ -234,3 +235,28 @@ def test_published_losses_are_not_warned_of(preset: str) -> None:
 def test_a_gamma_beside_a_loss_without_reference_is_taken_for_a_papers_letter(preset: str) -> None:
     (warning,) = warnings(read(f"loss={{preset: {preset}, gamma: 0.5}}"))
     assert "in the paper's letters γ is loss.margin" in warning
+
+
+def test_a_place_outside_of_the_current_folder_is_named_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(recipe_names()[0])
+
+    def named(**places: str) -> list[str]:
+        store = recipe.reference.model_copy(update={"store": places.get("store")})
+        return far_places(recipe.model_copy(update={"output": places["output"], "reference": store}))
+
+    assert named(output="runs/x") == named(output=str(tmp_path / "here" / "x")) == []
+    assert named(output="../x") == named(output="link/x") == [f"output lies outside of this folder: {tmp_path / 'x'}"]
+    assert named(output="x", store="/s.sqlite") == ["reference.store lies outside of this folder: /s.sqlite"]
+
+
+def test_a_recipe_takes_no_secret_of_the_environment_into_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
+    monkeypatch.setenv("DATA", "/data")
+    text = "model: {base: b}\ndata: {train: %s}\noutput: x"
+    assert recipe_from_yaml(text % "$DATA/a.jsonl", "x").data.train == "/data/a.jsonl"
+    with pytest.raises(RecipeError, match="takes a secret of the environment into a path") as error:
+        recipe_from_yaml(text % "$HF_TOKEN/a.jsonl", "x")
+    assert "abcdef" not in str(error.value)

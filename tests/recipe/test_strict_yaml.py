@@ -1,6 +1,7 @@
 """YAML as people mean it: the values that PyYAML gets wrong, and the constructs that a recipe has no use for."""
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -102,3 +103,23 @@ def test_a_setting_is_read_by_the_same_rules() -> None:
 def test_a_setting_is_one_value() -> None:
     with pytest.raises(RecipeError, match="--set"):
         parse_scalar("1\nother: 2", "--set")
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("train: " + "[" * 20_000, "r.yaml:1: nested too deeply: more than 50 brackets or levels"),
+    ("a:\n" + "\n".join(" " * depth + "a:" for depth in range(1, 300)), "r.yaml:51: nested too deeply"),
+    ("seed: " + "9" * 10_000, "r.yaml:1: a number of 10000 digits"),
+    ('output: "\\ud800"', r"r.yaml:1: '\ud800' within a text, which neither files nor their names take"),
+    ('output: "a\\0b"', r"r.yaml:1: '\x00' within a text"),
+    ('"\\ud800": 1', r"r.yaml:1: '\ud800' within a text"),
+    ('output: "\\U00110000"', "r.yaml: not readable as YAML: chr() arg not in range"),
+    ("a: &a [x, x]\nb: [*a, *a]", "r.yaml:1: anchors and aliases (&, *) are not used in recipes"),
+    ("a: b\n" * 300_000, "r.yaml: has more than 1,000,000 characters"),
+    ("a\x1b: b", "r.yaml: not readable as YAML"),
+])  # fmt: skip
+def test_a_recipe_that_is_made_to_break_its_reader_is_one_line_at_once(text: str, said: str) -> None:
+    began = time.process_time()
+    with pytest.raises(RecipeError) as error:
+        parse_document(text, "r.yaml")
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+    assert time.process_time() - began < 1

@@ -7,7 +7,7 @@ import pytest
 
 from pe_dpo.errors import RecipeError, RunFolderError
 from pe_dpo.runs.run import Run
-from pe_dpo.runs.writing import check_run_folder
+from pe_dpo.runs.writing import RunWriter, check_run_folder, locked
 from pe_dpo.training.train import train
 
 SHORT = ("train.max_steps=1",)
@@ -126,3 +126,28 @@ def test_tokens_that_the_model_does_not_know_are_named_before_training(make_reci
 
     with pytest.raises(ModelError, match=r"train\.jsonl:1: has token \d+, but the model knows 320 tokens"):
         train(make_recipe(f"model.base={base}"))
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "log.txt"])
+def test_a_file_that_is_a_link_out_of_the_folder_is_not_written_into(tmp_path, name):
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    with (
+        pytest.raises(RunFolderError, match=f"{name}: is a link to {tmp_path}/precious, and would be written"),
+        locked(tmp_path / "run"),
+    ):
+        pass
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_link_in_the_place_of_our_folder_is_removed_and_what_it_names_stays(make_recipe, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    recipe = make_recipe(*SHORT)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "failed"}')
+    (tmp_path / "run" / "snapshots").symlink_to(tmp_path / "precious")
+    with locked(tmp_path / "run") as folder:
+        RunWriter(folder).begin(recipe, resume=False)
+    assert not (tmp_path / "run" / "snapshots").exists() and (tmp_path / "precious" / "file").read_text() == "x"

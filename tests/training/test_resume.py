@@ -14,7 +14,7 @@ import warm_process
 from killed import KillAt, Killed
 from safetensors.torch import load_file
 
-from pe_dpo.errors import RunFolderError
+from pe_dpo.errors import RunFolderError, TrainingError
 from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoints, faults
 from pe_dpo.runs.files import RUN_FILE, read_object
@@ -120,6 +120,30 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, damage
     found, passed_over = Run(finished).resume_point()
     assert found == checkpoints(finished)[-2]
     assert str(newest) in passed_over[0]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_pickle_that_would_run_is_not_read_by_resume(make_recipe, finished, tmp_path, name):
+    """Sealed as our own are, by whoever made the folder."""
+    last, newest = checkpoints(finished)[-1], checkpoints(finished)[-2]
+    shutil.rmtree(last)
+    (finished / RUN_FILE).write_text(json.dumps(read_object(finished / RUN_FILE) | {"status": "interrupted"}))
+    torch.save({"state": Evil(tmp_path / "ran")}, newest / name)
+    content, manifest = (newest / name).read_bytes(), json.loads((newest / MANIFEST).read_text())
+    seal = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (newest / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {name: seal}}))
+    assert faults(newest) == []
+    with pytest.raises(TrainingError, match="hold more than numbers, or are damaged, and were not read"):
+        train(make_recipe(*SETTINGS), resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
 
 
 def test_a_run_without_one_whole_checkpoint_says_so(finished):

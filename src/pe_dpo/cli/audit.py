@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pe_dpo.cli import console, options
+from pe_dpo.printable import printable_json
 
 if TYPE_CHECKING:
     from pe_dpo.audit.audit import Audit
@@ -58,7 +59,7 @@ def audit(
         if not json:
             console.say(f"{len(files)} plots as PNG in {plots}")
     if json:
-        typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        typer.echo(printable_json(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False)))
         return
     reference = found.reference
     source = "run just now" if reference["was_run"] else "all from the store, the model was not run"

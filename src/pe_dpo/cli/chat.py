@@ -9,6 +9,7 @@ import typer
 
 from pe_dpo.cli import console
 from pe_dpo.interruption import Interrupted, listening
+from pe_dpo.printable import printable
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _answer_file(pair: "SideBySide", prompts: Any, output: Path | None) -> None:
     for one in answer_prompts(pair, prompts):
         found.append(one)
         if output is None:
-            console.say(f"\n{one.where}  {_printable(as_text(one.prompt))}")
+            console.say(f"\n{one.where}  {printable(as_text(one.prompt))}")
             _show_plain(one.answers)
             _show_scores(pair, one.scores)
     if output is not None:
@@ -126,7 +127,7 @@ def _talk(pair: "SideBySide", system: str | None) -> None:
         if command in ("/new", "/system"):
             system = rest.strip() or None if command == "/system" else system
             conversation = _new_conversation(pair, system)
-            console.say("a new conversation" + (f"; system turn: {_printable(system)}" if system else ""))
+            console.say("a new conversation" + (f"; system turn: {printable(system)}" if system else ""))
         elif line.startswith("/"):
             console.say(f"{command}: no such command; {COMMANDS}. Begin with a space to say it to the models.")
         elif line.strip():
@@ -166,7 +167,7 @@ def _lines() -> Iterable[str]:
         except EOFError:
             return
         if not is_person:
-            typer.echo(f"\nyou    {_printable(line)}")
+            typer.echo(f"\nyou    {printable(line)}")
         yield line
 
 
@@ -242,11 +243,4 @@ def _show_scores(pair: "SideBySide", scores: Any) -> None:
 
 
 def _shown_text(answer: "Growing") -> str:
-    return _printable(answer.text) + ("" if answer.ended else " …")
-
-
-def _printable(text: str) -> str:
-    """The text with control characters shown instead of obeyed: an answer must not move the cursor."""
-    return "".join(
-        char if char in "\n\t" or not (ord(char) < 32 or 127 <= ord(char) < 160) else f"\\x{ord(char):02x}" for char in text
-    )
+    return printable(answer.text) + ("" if answer.ended else " …")

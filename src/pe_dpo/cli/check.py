@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pe_dpo.cli import console, options
+from pe_dpo.printable import printable_json
 
 
 def check(
@@ -59,14 +60,14 @@ def check(
             "steps_per_epoch": steps,
             "estimate": takes.to_dict(),
         }
-        typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo(printable_json(json_module.dumps(found, indent=1, ensure_ascii=False)))
         return
     lines = [
         *log.lines,
         f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
         f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",
     ]
-    typer.echo("\n".join(lines))
+    console.say("\n".join(lines))
     console.show_pair(example, unit=data.report.unit, lines=1)
     if here is not None:
         typer.echo(f"ready to train: {takes.describe()}")

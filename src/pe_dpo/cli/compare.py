@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pe_dpo.cli import console
+from pe_dpo.printable import printable_json
 
 if TYPE_CHECKING:
     from pe_dpo.experiments.comparison import Comparison
@@ -45,7 +46,7 @@ def compare(
 
     found = run(list(targets), metric=metric, baseline=baseline, confidence=confidence, repeats=repeats, seed=seed)
     if json:
-        typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
+        typer.echo(printable_json(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)))
         return
 
     console.say(found.verdict)

@@ -18,6 +18,7 @@ import typer
 from pe_dpo.cli.options import in_flags
 from pe_dpo.interruption import Interrupted, listening
 from pe_dpo.log import PACKAGE, LineFormatter
+from pe_dpo.printable import printable
 from pe_dpo.progress import showing
 
 if TYPE_CHECKING:
@@ -136,12 +137,12 @@ def _logging_to(handler: logging.Handler) -> Iterator[None]:
 
 def say(line: str = "") -> None:
     """Print one line for a person."""
-    typer.echo(line)
+    typer.echo(printable(line))
 
 
 def warn(line: str) -> None:
     """Print one line of what looks off."""
-    typer.echo(f"warning: {line}")
+    typer.echo(printable(f"warning: {line}"))
 
 
 def show_lines(lines: Sequence[str], *, is_error: bool = False) -> None:
@@ -150,7 +151,7 @@ def show_lines(lines: Sequence[str], *, is_error: bool = False) -> None:
 
     screen = Console(stderr=is_error, markup=False, highlight=False, emoji=False)
     for line in lines:
-        screen.print(line)
+        screen.print(printable(line))
 
 
 def show_grid(rows: Sequence[Sequence[str]]) -> None:
@@ -161,7 +162,8 @@ def show_grid(rows: Sequence[Sequence[str]]) -> None:
 
     grid = Table.grid(padding=(0, 2, 0, 0))
     for row in rows:
-        grid.add_row("", *(Text(cell, no_wrap=True) for cell in row[:-1]), Text(row[-1], overflow="fold"))
+        *cells, last = map(printable, row)
+        grid.add_row("", *(Text(cell, no_wrap=True) for cell in cells), Text(last, overflow="fold"))
     Console().print(grid)
 
 
@@ -178,7 +180,7 @@ def show_pairs(rows: Sequence[tuple[str, str]]) -> None:
     grid.add_column(width=left, overflow="fold")
     grid.add_column(overflow="fold")
     for what, words in rows:
-        grid.add_row("", Text(what), Text(words))
+        grid.add_row("", Text(printable(what)), Text(printable(words)))
     screen.print(grid)
 
 
@@ -196,7 +198,7 @@ def show_pair(pair: "DecodedPair", *, unit: str, lines: int) -> None:
     room = lines * max(20, Console().width - 30)
 
     def fit(text: str) -> str:
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+        text = printable(re.sub(r"[\n\t]", lambda found: repr(found[0])[1:-1], text))
         if cell_len(text) <= room:
             return text
         head, tail = set_cell_size(text, room * 2 // 3), set_cell_size(text[::-1], room // 3)[::-1]
@@ -239,6 +241,7 @@ def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
     def total(widths: Sequence[int]) -> int:
         return sum(widths) + 3 * len(widths) + 1  # with a line and two spaces for each
 
+    title, header, rows = printable(title), [*map(printable, header)], [[*map(printable, row)] for row in rows]
     cells = [max((cell_len(row[at]) for row in rows), default=0) for at in range(len(header))]
     whole = [max(cell, cell_len(name)) for cell, name in zip(cells, header, strict=True)]
     folded = [max(cell, *map(cell_len, name.split()), 1) for cell, name in zip(cells, header, strict=True)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pe_dpo.cli import console, options
+from pe_dpo.printable import printable_json
 
 if TYPE_CHECKING:
     from pe_dpo.data.lint import Finding, Lint
@@ -50,7 +51,7 @@ def data(
             raise
         raise DataError(_with_flags(str(error))) from error
     if json:
-        typer.echo(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        typer.echo(printable_json(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False)))
     else:
         _show(found)
     if strict and found.needs_decision:

@@ -9,6 +9,7 @@ import typer
 
 from pe_dpo.cli import console
 from pe_dpo.errors import UsageError
+from pe_dpo.printable import printable_json
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 
@@ -69,7 +70,7 @@ def merge(
         else:
             found |= _merge(target, output, {**source, **plan, "onto": onto, "force": force}, show=not json)
     if json:
-        typer.echo(json_module.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo(printable_json(json_module.dumps(found, indent=1, ensure_ascii=False)))
 
 
 def _check_request(

@@ -17,7 +17,9 @@ from typing import Any
 
 import yaml
 
+from pe_dpo.disk import unlike_a_file
 from pe_dpo.errors import UsageError
+from pe_dpo.printable import one_line
 from pe_dpo.recipe.elsewhere import TOOLS, Tool
 from pe_dpo.recipe.strict_yaml import PlainLoader
 
@@ -42,6 +44,8 @@ _CARDS = ("num_processes", "nproc_per_node", "nproc-per-node", "NPROC_PER_NODE",
 _ON_ALL_CARDS = ("trl", "simpo", "axolotl", "llama-factory")
 """Tools that start a process on each visible card where nothing else is said."""
 _LARGEST_BYTES = 2_000_000
+_MOST_VALUES = 100_000
+_LONGEST_VALUE = 10_000
 _TOOLS = "\n".join(
     textwrap.fill(f"{tool.title:24} {tool.has}", 80, initial_indent="  ", subsequent_indent=" " * 27) for tool in TOOLS.values()
 )
@@ -102,6 +106,8 @@ def read_source(path: Path) -> TheirSettings:
     Raises:
         UsageError: It cannot be read, has no settings, or whose they are cannot be told.
     """
+    if kind := unlike_a_file(path):
+        raise UsageError(f"{path}: is {kind}; name a file of settings")
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             raise UsageError(
@@ -153,6 +159,18 @@ def read_mapping(path: Path, text: str | None = None) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read as YAML or JSON: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UsageError(f"{path}: cannot be read as YAML or JSON: it is nested too deeply") from error
+    except (ValueError, TypeError) as error:  # numbers of many digits, keys that are lists
+        raise UsageError(f"{path}: cannot be read as YAML or JSON: {one_line(error)}") from error
+    rest, count = [values], 0
+    while rest:  # an alias stands for all that it names, and may name aliases
+        value = rest.pop()
+        rest += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else []
+        count += 1
+        if count > _MOST_VALUES:
+            raise UsageError(
+                f"{path}: has more than {_MOST_VALUES:,} values with what its aliases stand for, or a part of it holds itself "
+                "(an alias, *); write them out"
+            )
     if not isinstance(values, dict):
         raise UsageError(f"{path}: holds no settings: a mapping of keys, or a line of arguments, is expected")
     return {str(key): value for key, value in values.items()}
@@ -202,7 +220,7 @@ def _interpolate(flat: dict[str, Any]) -> set[str]:
         before = dict(flat)
         for key, value in flat.items():
             if isinstance(value, str):
-                flat[key] = re.sub(r"\$\{([\w.]+)\}", value_of, value)
+                flat[key] = re.sub(r"\$\{([\w.]+)\}", value_of, value, count=20)[:_LONGEST_VALUE]
         if flat == before:
             break
     return standing_for

@@ -22,6 +22,7 @@ from pe_dpo.inference.inputs import Inputs
 from pe_dpo.interruption import Interrupted
 from pe_dpo.model.provenance import adapter_inputs
 from pe_dpo.recipe import Recipe, recipe_difference, with_absolute_paths
+from pe_dpo.recipe.load import far_places
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RUN_FILE
 from pe_dpo.runs.run import Run
@@ -55,6 +56,8 @@ def sweep(
         DiskError: the folder of the sweep cannot be written.
     """
     again = "the same sweep goes on where it was"
+    for line in far_places(plan.recipe.model_copy(update={"output": str(plan.folder)})):
+        logger.info(line)
     with locked(plan.folder), disk_errors_named(plan.folder, advice=again), _named(plan):
         plan = save_plan(plan)
         states = {point.folder: _state_on_disk(plan, point, recipe) for point, recipe in _pairs(plan)}

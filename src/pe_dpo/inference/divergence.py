@@ -65,7 +65,11 @@ def divergences(
     found, done = np.zeros((len(answers), 4)), 0
     with policy.evaluating():
         for number, rows in enumerate(_forwards(policy, prompts, answers, token_budget)):
-            ours = rows.logits(policy.model) if stored is None else torch.load(stored / f"{number}.pt").to(policy.device)
+            ours = (
+                rows.logits(policy.model)
+                if stored is None
+                else torch.load(stored / f"{number}.pt", weights_only=True).to(policy.device)
+            )
             with nullcontext() if stored else policy.reference():
                 reference = rows.logits(policy.model)
             if ours.shape != reference.shape:

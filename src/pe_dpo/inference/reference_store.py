@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from pe_dpo.disk import cache_folder
+from pe_dpo.disk import cache_folder, unlike_a_file
 from pe_dpo.errors import StoreUnavailable, UsageError
 from pe_dpo.model.fingerprint import ARITHMETIC
 
@@ -224,8 +224,12 @@ class ReferenceStore:
         Raises:
             UsageError: of another program or version.
         """
+        if kind := unlike_a_file(self.path):
+            raise UsageError(f"{self.path}: is {kind}, and a reference store is a file; name another, or leave it out")
         with self.path.open("rb") as file:
             header = file.read(100)
+        if header and not header.startswith(b"SQLite") and not self.path.name.endswith((".sqlite", ".sqlite3", ".db")):
+            raise UsageError(f"{self.path}: is no reference store by its name and content; it was left as it was; name another")
         if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
             return  # new, or no database at all, which SQLite says
         (layout,), (application,) = struct.unpack(">I", header[60:64]), struct.unpack(">I", header[68:72])

@@ -1,5 +1,6 @@
 """The model card of what a merge writes, a merged model or an adapter: where it comes from, the proof, and how to serve it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from pe_dpo.hub import is_local
 from pe_dpo.merging.behaviour import name_expected
 from pe_dpo.merging.source import Source, describe_scale
+from pe_dpo.printable import code_span
 from pe_dpo.recipe import describe_sources, with_public_names
 from pe_dpo.runs.model_card import front_matter, loading_section, training_sections
 from pe_dpo.runs.serving import model_commands
@@ -24,10 +26,10 @@ def merged_card(source: Source, report: Mapping[str, Any]) -> str:
     licence, base = _base_licence(source.base_folder), report["base"]
     recipe = None if source.recipe is None else with_public_names(source.recipe)
     adapters = "A LoRA adapter and the one under it" if source.is_over else "A LoRA adapter"
-    intro = [f"Base: `{base['id']}`, licence: {licence or 'see the base'}. {adapters}, merged in {report['dtype']}."]
+    intro = [f"Base: {code_span(base['id'])}, licence: {licence or 'see the base'}. {adapters}, merged in {report['dtype']}."]
     if is_local(source.facts.base):
         missing = "Write its name on the hub in its place, and as `base_model` of this card."
-        intro += ["", f"The base was a folder, `{base['id']}`. {missing}"]
+        intro += ["", f"The base was a folder, {code_span(base['id'])}. {missing}"]
     training = ["The adapter was not trained by pe-dpo; nothing is known here of its data and loss.", ""]
     if recipe is not None:
         data = source.run.hashes.data or "unknown"
@@ -36,7 +38,12 @@ def merged_card(source: Source, report: Mapping[str, Any]) -> str:
             source.run.before,
             source.run.after,
             title="Held-out pairs, before and after training",
-            between=["## Data", "", f"`{describe_sources(recipe.data.train)}`, sha256 of the encoded pairs `{data}`.", ""],
+            between=[
+                "## Data",
+                "",
+                f"{code_span(describe_sources(recipe.data.train))}, sha256 of the encoded pairs `{data}`.",
+                "",
+            ],
         )
     checked = "checked tensor by tensor against training" if base["was_checked"] else "not checked: there is no record of it"
     kept, (name, cause) = report["mean_kept"], name_expected(report["scale"])
@@ -103,8 +110,8 @@ def _base_licence(folder: Path) -> str | None:
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        metadata = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        metadata = yaml.safe_load(parts[1][:100_000])
+    except (yaml.YAMLError, RecursionError, ValueError):
         return None
     licence = metadata.get("license") if isinstance(metadata, dict) else None
-    return licence if isinstance(licence, str) else None
+    return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+ -]{1,60}", licence) else None

@@ -387,6 +387,8 @@ def _with_adapter(model: Any, folder: str | Path, name: str, *, is_trainable: bo
     """
     from peft import PeftModel
 
+    if not (Path(folder) / "adapter_model.safetensors").is_file():  # PEFT would look for a pickle
+        raise ModelError(f"{folder}: no adapter_model.safetensors there; only safetensors are read")
     try:
         with without_advice():
             if not isinstance(model, PeftModel):

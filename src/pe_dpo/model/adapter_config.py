@@ -1,8 +1,9 @@
 """What the configuration of a saved adapter says: of which kind it is, and which tensors it has."""
 
+import re
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from pe_dpo.errors import ModelError, describe_error
+from pe_dpo.printable import one_line
 from pe_dpo.recipe.schema import MOVING_INITS
 
 REFERENCE = "reference"
@@ -32,16 +34,59 @@ def read_adapter_config(folder: str | Path) -> Any:
     try:
         with without_advice():
             config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder}: its adapter_config.json cannot be read: {error}") from error
+    except Exception as error:  # whatever PEFT stumbles over in a file that came from elsewhere
+        raise ModelError(f"{folder}: its adapter_config.json cannot be read: {one_line(error)}") from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
-        raise ModelError(f"{folder}: is a {kind} adapter; only LoRA is supported")
-    for key, kinds in (("r", int), ("lora_alpha", int | float), ("bias", str), ("base_model_name_or_path", str | None)):
-        if not isinstance(getattr(config, key), kinds):
-            said = f"{key} is {getattr(config, key)!r}"[:60]
+        raise ModelError(f"{folder}: is a {one_line(kind)} adapter; only LoRA is supported")
+    if getattr(config, "megatron_config", None):
+        raise ModelError(
+            f"{folder}: has a megatron_config, for which PEFT would import a module that it names; take an adapter without one"
+        )
+    for name, is_right in _KINDS.items():
+        value = getattr(config, name, None)
+        if not is_right(value):
+            said = f"{name} is {one_line(repr(value), most=50)}"
             raise ModelError(f"{folder}: its adapter_config.json cannot be used: {said}; take another copy of the adapter")
     return config
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list | set | tuple) and all(isinstance(name, str) for name in value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def _is_pattern(value: Any) -> bool:
+    """Return whether a text is a pattern of names that is soon found or not, whatever the name."""
+    if not isinstance(value, str) or len(value) > 5000 or re.search(r"\)[*+{]|[*+}][*+{]", value):
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return all(len(re.findall(r"[*+]|\{\d*,", part)) <= 8 for part in re.split(r"\|(?![^(]*\))", value))
+
+
+def _are_by_pattern(value: Any) -> bool:
+    is_map = isinstance(value, Mapping)
+    return value is None or (is_map and all(_is_pattern(name) and _is_number(one) and one > 0 for name, one in value.items()))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "r": lambda value: isinstance(value, int) and 0 < value < 1_000_000,
+    "lora_alpha": _is_number,
+    "rank_pattern": _are_by_pattern,
+    "alpha_pattern": _are_by_pattern,
+    "modules_to_save": _are_names,
+    **dict.fromkeys(("target_modules", "exclude_modules"), lambda value: _are_names(value) or _is_pattern(value)),
+    "bias": lambda value: isinstance(value, str),
+    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
+    "trainable_token_indices": lambda value: value is None or isinstance(value, list | Mapping),
+}
+"""What stands in PEFT's configuration, where it does not look itself; patterns are tried on every module's name."""
 
 
 def check_adapter(folder: str | Path) -> Any:

@@ -31,6 +31,7 @@ from pe_dpo.model.adapter_config import (
     write_adapter_config,
 )
 from pe_dpo.model.tensor_files import TensorFiles
+from pe_dpo.printable import one_line
 
 _PREFIX = "base_model.model."
 _UNDERSTOOD = {
@@ -97,15 +98,15 @@ class AdapterFiles:
         unknown = sorted(key for key, value in written.items() if not hasattr(plain, key) and value and key not in _OF_OTHERS)
         if unknown:
             raise ModelError(
-                f"{self.folder / 'adapter_config.json'}: has {', '.join(unknown)}, which the installed peft does not know; "
-                "install a newer one, or merge where the adapter was trained"
+                f"{self.folder / 'adapter_config.json'}: has {one_line(', '.join(unknown))}, which the installed peft does not "
+                "know; install a newer one, or merge where the adapter was trained"
             )
         for name, value in vars(self.config).items():
             if name in _UNDERSTOOD or not hasattr(plain, name) or value == getattr(plain, name) or not value:
                 continue
             raise ModelError(
-                f"{self.folder}: was trained with {name} = {value!r}, which this version cannot merge; `onto` adapter packages "
-                "it for PEFT"
+                f"{self.folder}: was trained with {name} = {one_line(repr(value))}, which this version cannot merge; "
+                "`onto` adapter packages it for PEFT"
             )
         check_base_was_kept(self.folder, self.config)
         if self.config.use_dora and self.config.fan_in_fan_out:
@@ -338,9 +339,9 @@ def _target(key: str) -> tuple[str | None, str]:
     return name, "replacement"
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that a module's name ends with, as PEFT matches them."""
-    for pattern, value in patterns.items():
+    for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default

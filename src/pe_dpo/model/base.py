@@ -22,6 +22,7 @@ from pe_dpo.model.quantization import (
     quantization_config,
     stored_quantization,
 )
+from pe_dpo.printable import one_line
 from pe_dpo.quantizations import BYPASSED_NAMES, Quantization, is_four_bit
 
 Quantize = Quantization | Literal["auto"]
@@ -127,9 +128,16 @@ def read_config(base: str, *, revision: str | None = None) -> Any:
         raise ModelError(f"{base}: no such folder; model.base is a folder with config.json, or a hub id")
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, local_files_only=_is_local(base), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a library stumbles over in files that came from elsewhere
         nowhere = "" if Path(base).exists() else "there is no such folder here, and as a name on the hub: "
         raise _unusable(base, f"no model found there: {nowhere}", error) from error
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    named = (getattr(part, f"_{what}_implementation", None) for part in parts for what in ("attn", "experts"))
+    if any("/" in str(name) for name in named):
+        raise ModelError(
+            f"{base}: its config.json names a kernel of the hub as its attention's, which is a program and is never fetched; "
+            "leave attn_implementation out there"
+        )
     if auto_class(config) is None:
         raise ModelError(f"{base}: {config.model_type} is not a causal language model of this transformers version")
     return config
@@ -198,7 +206,7 @@ def empty_model(base: str, config: Any) -> Any:
     except ImportError as error:
         why = _first_line(error).partition(". ")[0]
         raise ModelError(f"{base}: needs a package that is not installed: {why}") from error
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+    except Exception as error:
         raise ModelError(f"{base}: its config.json describes no model that can be built: {_first_line(error)}") from error
 
 
@@ -379,7 +387,7 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(base, revision=revision, local_files_only=_is_local(base), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what the tokenizers package raises is a bare one
         raise _unusable(base, "no tokenizer found there: ", error) from error
 
 
@@ -393,8 +401,13 @@ def end_token_ids(base: str, *, revision: str | None = None) -> list[int]:
         )
     except OSError:  # many bases have no generation config
         return []
+    except Exception as error:
+        raise _unusable(base, "its generation_config.json cannot be read: ", error) from error
     ends = generation.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) for end in ends):
+        raise ModelError(f"{base}: its generation_config.json names {one_line(ends)} as ends of an answer; ids are expected")
+    return ends
 
 
 def answer_end_tokens(tokenizer: Any, base: str, *, revision: str | None = None) -> set[int]:
@@ -418,4 +431,5 @@ def needs_code(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    told = one_line(error) if type(error).__name__ == "StrictDataclassFieldValidationError" else ""
+    return told or next(iter(str(error).strip().splitlines()), "")[:300] or type(error).__name__

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pe_dpo.errors import ModelError
+from pe_dpo.printable import one_line
 
 DTYPES = {
     "F64": torch.float64,
@@ -67,20 +68,20 @@ class TensorFiles:
                 where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 if not all(isinstance(file, str) for file in where.values()):
                     raise ValueError(f"it names files by {where.values()}")
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ModelError(f"{index}: is no index of shards ({error!r}); fetch the model again") from error
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                raise ModelError(f"{index}: is no index of shards ({one_line(repr(error))}); fetch the model again") from error
         self.file_of: dict[str, Path] = {}
         """The file that holds each tensor."""
         for file in [self.folder / name for name in dict.fromkeys(where.values())] or [single]:
             try:
                 with safe_open(file, framework="pt") as opened:
                     self.file_of |= dict.fromkeys(opened.keys(), file)
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{file}: cannot be read ({error}); fetch the model again") from error
+            except (OSError, SafetensorError, ValueError) as error:  # a name that no file can have
+                raise ModelError(f"{one_line(file)}: cannot be read ({one_line(error)}); fetch the model again") from error
         lost = sorted(where.keys() - self.file_of.keys())
         if lost:
-            file = self.folder / where[lost[0]]
-            raise ModelError(f"{file}: does not have {lost[0]}, which the index says is there; fetch the model again")
+            name = one_line(self.folder / where[lost[0]])
+            raise ModelError(f"{name}: does not have {one_line(lost[0])}, which the index says is there; fetch the model again")
 
     def __iter__(self) -> Iterator[TensorInfo]:
         return (self.info(name) for name in self.file_of)
@@ -98,7 +99,7 @@ class TensorFiles:
                 tensor: Tensor = opened.get_tensor(name)
                 return tensor
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: {name} cannot be read: {error}") from error
+            raise ModelError(f"{file}: {one_line(name)} cannot be read: {one_line(error)}") from error
 
     def info(self, name: str) -> TensorInfo:
         """Return name, shape and dtype of a tensor without reading it."""
@@ -107,7 +108,7 @@ class TensorFiles:
             part = opened.get_slice(name)
             shape, dtype = part.get_shape(), part.get_dtype()
         if dtype not in DTYPES:
-            raise ModelError(f"{file}: {name} has dtype {dtype}, which this version does not know")
+            raise ModelError(f"{file}: {one_line(name)} has dtype {dtype}, which this version does not know")
         return TensorInfo(name, tuple(shape), DTYPES[dtype])
 
 

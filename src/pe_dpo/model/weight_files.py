@@ -42,7 +42,7 @@ def weight_files(folder: str | Path) -> TensorFiles:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         settings = config.get("quantization_config") or {}
         method = str(settings.get("quant_method"))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder / 'config.json'}: cannot be read ({error!r})") from error
     if not settings or stored_quantization(settings) == "int8":
         return TensorFiles(folder)

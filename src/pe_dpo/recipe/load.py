@@ -18,7 +18,7 @@ from pe_dpo.recipe.data_section import DataSource
 from pe_dpo.recipe.names import explain_unknown_key, known_keys
 from pe_dpo.recipe.schema import Recipe
 from pe_dpo.recipe.shipped import find_recipe
-from pe_dpo.recipe.strict_yaml import Dumper, KeyPath, parse_document, parse_scalar
+from pe_dpo.recipe.strict_yaml import LARGEST, Dumper, KeyPath, parse_document, parse_scalar
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -33,7 +33,8 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = find_recipe(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source}: cannot be read: {error}") from error
     return recipe_from_yaml(text, str(source), overrides, default_output=f"runs/{path.stem}")
@@ -113,6 +114,13 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     if data.template not in ("auto", "chat", "plain"):
         data = data.model_copy(update={"template": absolute(data.template)})
     return recipe.model_copy(update={"model": model, "adapter": adapter, "data": data})
+
+
+def far_places(recipe: Recipe) -> list[str]:
+    """Return a line for each place that a run writes to and that lies outside of the current folder, resolved: links too."""
+    places = {"output": recipe.output, "reference.store": recipe.reference.store}
+    here, found = Path.cwd(), {key: Path(place).resolve() for key, place in places.items() if place}
+    return [f"{key} lies outside of this folder: {place}" for key, place in found.items() if not place.is_relative_to(here)]
 
 
 def with_public_names(recipe: Recipe) -> Recipe:

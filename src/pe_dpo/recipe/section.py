@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
+from pe_dpo.printable import without_secrets
+
 LARGEST = 1e9
 """Above it a number is a slip: sums and squares of it leave the range of numbers."""
 Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
@@ -21,7 +23,10 @@ def _expanded(value: Any) -> Any:
         return value
     if "\0" in value:
         raise ValueError(f"{value!r} holds a NUL character, which no path can have")
-    value = os.path.expandvars(value) if value.startswith("$") else value
+    if value.startswith("$"):
+        value = os.path.expandvars(value)
+        if without_secrets(value) != value:
+            raise ValueError("takes a secret of the environment into a path, which would be written down; name a path")
     return str(Path(value).expanduser()) if value.startswith("~/") else value
 
 

@@ -4,6 +4,7 @@ import difflib
 import shutil
 from pathlib import Path
 
+from pe_dpo.disk import unlike_a_file
 from pe_dpo.errors import RecipeError, UsageError
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -25,6 +26,8 @@ def find_recipe(source: str | Path) -> Path:
         return path
     if path.is_dir():
         raise RecipeError(f"{source}: is a folder; a recipe is a YAML file")
+    if kind := unlike_a_file(path):
+        raise RecipeError(f"{source}: is {kind}; write the recipe into a file and name that")
     shipped = FOLDER / f"{Path(source).name.removesuffix('.yaml')}.yaml"
     if shipped.is_file() and path.parent in (Path(), Path("recipes")):
         return shipped

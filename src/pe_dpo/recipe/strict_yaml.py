@@ -10,15 +10,34 @@ from typing import Any
 import yaml
 
 from pe_dpo.errors import RecipeError
+from pe_dpo.printable import one_line
 
 KeyPath = tuple[str | int, ...]
 """The keys, and places in lists, that lead to a value."""
 
 
+_DEEPEST = 50
+LARGEST = 1_000_000
+"""Characters of a recipe; those of a large sweep have 3,000."""
+
+
 class PlainLoader(yaml.SafeLoader):
-    """Safe loader with the scalar types of YAML 1.2."""
+    """Safe loader with the scalar types of YAML 1.2, which takes no more levels than a person would write.
+
+    PyYAML's time grows with their square, and its parser in C ends the process at 200,000.
+    """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  (the name PyYAML reads)
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth > _DEEPEST:
+            mark = self.peek_event().start_mark
+            raise _NotPlainError(None, None, f"nested too deeply: more than {_DEEPEST} brackets or levels", mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -78,6 +97,8 @@ def parse_document(text: str, where: str) -> tuple[dict[str, Any], dict[KeyPath,
     Raises:
         RecipeError: It is not YAML, not a mapping, or has a repeated key, a tag, an anchor or an alias.
     """
+    if len(text) > LARGEST:
+        raise RecipeError(f"{where}: has more than {LARGEST:,} characters, and recipes have some thousand; name a recipe")
     try:
         node = yaml.compose(text, Loader=_RecipeLoader)
     except yaml.MarkedYAMLError as error:
@@ -88,6 +109,8 @@ def parse_document(text: str, where: str) -> tuple[dict[str, Any], dict[KeyPath,
         hint = _QUOTES if "alias" in str(error.context) else ""
         raise RecipeError(f"{where}:{line}: not readable as YAML: {error.problem or error.context}{hint}") from error
     except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not readable as YAML: {one_line(error)}") from error
+    except ValueError as error:  # \U with a number that is no character
         raise RecipeError(f"{where}: not readable as YAML: {error}") from error
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{where}: a recipe is a mapping of sections (model, data, loss, …); found {_kind(node)}")
@@ -116,7 +139,7 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"{where}:{line}: a key must be a plain word; found {_kind(key_node)}")
-            key = str(key_node.value)
+            key = _text(str(key_node.value), f"{where}:{line}")
             if key in values:
                 raise RecipeError(f"{where}:{line}: {key} is set twice (first on line {lines[(*path, key)]}); keep one")
             lines[(*path, key)] = line
@@ -124,17 +147,31 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, (*path, index), lines, where) for index, item in enumerate(node.value)]
+    return _scalar(node, f"{where}:{node.start_mark.line + 1}")
+
+
+def _scalar(node: yaml.Node, where: str) -> Any:
+    """Return a text, a number, true, false or nothing."""
     kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), str(node.value)
     if kind == "str":
-        return text
+        return _text(text, where)
     if kind == "null":
         return None
     if kind == "bool":
         return text.lower() == "true"
     if kind == "int":
+        if len(text) > 100:
+            raise RecipeError(f"{where}: a number of {len(text)} digits; write one that is meant")
         return int(text)
     assert kind == "float", "tags are refused before, and these are all that the resolvers give"
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _text(text: str, where: str) -> str:
+    """Return a text that files and their names can hold."""
+    if odd := re.search("[\0\ud800-\udfff]", text):
+        raise RecipeError(f"{where}: {odd[0]!a} within a text, which neither files nor their names take; leave it out")
+    return text
 
 
 def _kind(node: yaml.Node | None) -> str:

@@ -11,6 +11,7 @@ import yaml
 from pe_dpo.errors import ModelError
 from pe_dpo.hub import is_local, public_name
 from pe_dpo.metrics.catalogue import headline_rows
+from pe_dpo.printable import code_block, code_span
 from pe_dpo.recipe import Recipe, describe, describe_sources, recipe_to_yaml, with_public_names
 from pe_dpo.runs.loading import loading_lines
 
@@ -37,12 +38,12 @@ def model_card(
     """
     recipe, place = with_public_names(recipe), recipe.model.base
     intro = ["# A LoRA adapter trained on preference pairs", "", *loading_section(base)]
-    intro += [f"Trained by pe-dpo on `{describe_sources(recipe.data.train)}`."]
+    intro += [f"Trained by pe-dpo on {code_span(describe_sources(recipe.data.train))}."]
     if recipe.adapter.over:
         intro += [
             "",
-            f"It is the sum of two: `{recipe.adapter.over}`, which stayed frozen and is the reference's (in `reference/`),",
-            "and what was trained over it (in `trained/`; alone on the bare base that is another model).",
+            f"It is the sum of two: {code_span(recipe.adapter.over)}, which stayed frozen and is the reference's (in",
+            "`reference/`), and what was trained over it (in `trained/`; alone on the bare base that is another model).",
         ]
     took = [line for said in (memory and f"Training took {memory}.", skipped and f"{skipped}.") if said for line in (said, "")]
     took += [line for sentence in history for line in (sentence, "")]
@@ -58,7 +59,9 @@ def loading_section(base: Mapping[str, Any], commands: Sequence[str] = ()) -> li
         commands: that serve the adapter.
     """
     how, is_path = f"{base['quantize']}, {base['dtype']}", base.get("is_local", is_local(base["id"]))
-    words = [f"Belongs to `{public_name(base['id'])}`, loaded as in training ({how}). On other weights it is another model."]
+    words = [
+        f"Belongs to {code_span(public_name(base['id']))}, loaded as in training ({how}). On other weights it is another model."
+    ]
     if base["quantize"] != "none" and not base.get("prequantized"):
         words += [
             "**`pipeline` and `AutoPeftModelForCausalLM`, given this folder and nothing else, load the unquantized base and",
@@ -67,8 +70,8 @@ def loading_section(base: Mapping[str, Any], commands: Sequence[str] = ()) -> li
     if is_path:
         words += [
             "",
-            f"The base was a folder, `{public_name(base['id'])}`. Before others use this, write the name under which they find",
-            "it in its place: in the lines below, as `base_model` of this card, and in adapter_config.json.",
+            f"The base was a folder, {code_span(public_name(base['id']))}. Before others use this, write the name under which",
+            "they find it in its place: in the lines below, as `base_model` of this card, and in adapter_config.json.",
         ]
     try:
         python = ["```python", *loading_lines(base), "```", ""]
@@ -128,8 +131,6 @@ def training_sections(
         "",
         "## Recipe",
         "",
-        "```yaml",
-        recipe_to_yaml(recipe).rstrip(),
-        "```",
+        *code_block(recipe_to_yaml(recipe).rstrip(), "yaml"),
         "",
     ]

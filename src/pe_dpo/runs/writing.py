@@ -115,7 +115,7 @@ class RunWriter:
             return
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == RUN_FILE):  # last what tells that it is a run
             if path.name in _OURS or path.name.removeprefix("checkpoint-").isdigit() or path.suffix in _OUR_SUFFIXES:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self.update(id=uuid.uuid4().hex, status="starting")
         self.write_recipe(recipe)
 
@@ -309,7 +309,7 @@ def locked(folder: Path) -> Iterator[Path]:
     """Hold the run folder for this process; it is made if need be.
 
     Raises:
-        RunFolderError: another process holds it, or it cannot be made.
+        RunFolderError: another process holds it, or it cannot be made, or a file that is written in place is a link.
     """
     from filelock import FileLock, Timeout
 
@@ -317,6 +317,12 @@ def locked(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"cannot be made: {disk_error(error, folder) or f'{folder}: {error.strerror}'}") from error
+    linked = [path for path in (folder / name for name in (".lock", METRICS_FILE, "log.txt")) if path.is_symlink()]
+    if linked:
+        raise RunFolderError(
+            f"{linked[0]}: is a link to {linked[0].readlink()}, and would be written; put the file itself there, or choose "
+            "another `output`"
+        )
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -20,6 +20,7 @@ from pe_dpo.model.base import empty_model, lacks_bfloat16, load_tokenizer, noise
 from pe_dpo.model.provenance import template_fingerprint
 from pe_dpo.model.road import check_can_be_merged, check_has_place, files_here, loaded_size
 from pe_dpo.recipe import Recipe, describe, describe_sources, warnings
+from pe_dpo.recipe.load import far_places
 from pe_dpo.recipe.ranges import RANGES, check_ranges
 from pe_dpo.recipe.schema import AdapterSection
 from pe_dpo.training.arguments import check_optimizer, total_steps
@@ -46,6 +47,8 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     check_trackers(recipe.train.report_to)
     check_optimizer(recipe)
     for line in describe(recipe.loss, recipe.data.pair_columns).lines():
+        logger.info(line)
+    for line in far_places(recipe):
         logger.info(line)
     for line in [*warnings(recipe), *check_ranges(recipe)]:
         logger.warning(line)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -436,7 +437,13 @@ class PairTrainer(Trainer):
             remove_best(Path(self.args.output_dir))
         is_over = self.best is not None and self.best.is_over
         if checkpoint is None or (checkpoint_step(checkpoint) < step and not is_over):
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except UnpicklingError as error:  # torch's own message says how to run what is in there
+                raise TrainingError(
+                    f"{checkpoint}: its optimizer's or generators' states hold more than numbers, or are damaged, and were not "
+                    "read; remove this checkpoint and resume from the one before"
+                ) from error
             return
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._load_from_checkpoint(str(checkpoint))
