@@ -29,6 +29,7 @@ from pe_dpo.data.batches import PackedRow, pack
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.inference import scorer
 from pe_dpo.inference.rounding import OUTLYING, Rounding
+from pe_dpo.inference.scorer import NOT_PACKED
 from pe_dpo.model import attention
 from pe_dpo.model.adapter import attach_adapter
 from pe_dpo.model.attention import Packing
@@ -261,7 +262,7 @@ def run_packing(out: Path, *, names: Sequence[str] = ()) -> Path:
             wrong = [
                 fault
                 for fault, one in found.items()
-                if (one["path"] == "padded") == (fault == "as it is" and name not in NEVER)
+                if (one["path"] in NOT_PACKED) == (fault == "as it is" and name not in NEVER)
             ]
             print(f"{name:16s} head × {times}: noise {found['as it is'].get('noise', 0):.4f}", *wrong, sep="; ", flush=True)
     path = out / "packing-check.json"

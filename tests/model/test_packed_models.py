@@ -20,7 +20,7 @@ from pe_dpo.data.batches import PackedRow, pack
 from pe_dpo.data.pairs import row_length
 from pe_dpo.errors import ModelError
 from pe_dpo.inference.logprobs import packed_pair_logprobs
-from pe_dpo.inference.scorer import Scorer, choose_scorer
+from pe_dpo.inference.scorer import NOT_PACKED, Scorer, choose_scorer
 from pe_dpo.model import attention
 from pe_dpo.model.adapter import adapter_parameters, attach_adapter
 from pe_dpo.model.attention import NAME, Packing, keep_soft_cap
@@ -106,6 +106,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "lfm2": lambda: hf.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
     "qwen3.5": lambda: hf.Qwen3_5TextConfig(**HEADS_OF_16, **LINEAR),
+    "qwen3-next": lambda: hf.Qwen3NextConfig(**HEADS_OF_16, **LINEAR, **EXPERTS, shared_expert_intermediate_size=32),
+    "mamba2": lambda: hf.Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, initializer_range=0.15, num_heads=8, head_dim=16,
+        state_size=16, n_groups=1, chunk_size=16,
+    ),
     "falcon, alibi": lambda: hf.FalconConfig(
         **{key: COMMON[key] for key in COMMON if key not in ("intermediate_size", "max_position_embeddings")},
         alibi=True, new_decoder_architecture=False, multi_query=False,
@@ -122,6 +127,8 @@ ATTENTION_ONLY = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS = {
     "falcon-h1": ["q_proj", "v_proj"],
     "mamba": ["in_proj", "x_proj"],  # PEFT refuses the others
+    "mamba2": ["in_proj"],
+    "qwen3-next": ATTENTION_ONLY,
     "llama4, chunked": ATTENTION_ONLY,  # its router returns a tuple, which LoRA cannot add to
     "mixtral": ATTENTION_ONLY,  # PEFT warns of its own patterns for experts
     "qwen3-moe": ATTENTION_ONLY,
@@ -263,11 +270,15 @@ FALLS_BACK = {
     "falcon-h1": r"segments: log-probs differ from the padded ones by \S+ nats at \d+ of \d+ tokens, where .*",
     "lfm2": "segments: 1 of its 2 layers attend through transformers' attention interface",
     "qwen3.5": "segments: 1 of its 2 layers attend through transformers' attention interface",
+    "qwen3-next": "segments: 1 of its 2 layers attend through transformers' attention interface",
+    "mamba2": "segments: .*",
     "falcon, alibi": "its attention cannot be exchanged",
     "bloom": "its attention cannot be exchanged",
     "gpt-j": "its attention cannot be exchanged",
     "llama4, chunked": "segments: .* has no attribute 'last_hidden_state'",
 }
+HANDED = ("gpt-oss", "stablelm", "falcon-h1", "lfm2", "qwen3.5", "qwen3-next", "mamba2", "falcon, alibi", "bloom", "gpt-j")
+"""Models whose answers can go on from the state of their prompt: the others forget it, or look at the length of a row."""
 PACKS = [name for name in CONFIGS if name not in FALLS_BACK]
 
 
@@ -304,7 +315,7 @@ def test_a_state_beside_the_attention_is_found_in_bfloat16_too():
         for sizes in ((30, 28, 29), (42, 38, 30), (60, 30, 20), (44, 49, 37))
     ]
     scorer, said = choose(stir(attach_adapter(base, rank=4, alpha=8, targets=TARGETS["falcon-h1"])), pairs)
-    assert scorer.path == "padded"
+    assert scorer.path == "handed"
     assert re.search(r"moves (a|the rejected one's) log-prob by \S+ nats", said), said
 
 
@@ -317,14 +328,35 @@ def test_log_probs_that_depend_on_company_are_told_from_those_that_do_not(name, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FALLS_BACK)
-def test_a_model_that_cannot_be_packed_is_padded_and_says_why_in_a_line(name):
+def test_a_model_that_cannot_be_packed_says_why_in_a_line_and_reads_prompts_once_where_it_can(name):
     model = policy_of(name)
-    before, expected = implementation(model), logprobs(PADDED, model, PAIRS)
+    before, expected, slope = implementation(model), logprobs(PADDED, model, PAIRS), gradient(PADDED, model)
     scorer, said = choose(model)
-    assert scorer.path == "padded"
-    assert re.match(rf"padded rows: packed rows are not right for this model \({FALLS_BACK[name]}\)", said), said
+    assert scorer.path == ("handed" if name in HANDED else "padded")
+    path = "prompts once, states handed on" if name in HANDED else "padded rows"
+    assert re.match(rf"{path}: packed rows are not right for this model \({FALLS_BACK[name]}\)", said), said
     assert implementation(model) == before
-    assert torch.equal(logprobs(scorer, model, PAIRS), expected)
+    assert off(logprobs(scorer, model, PAIRS), expected) < (1e-6 if name in HANDED else 1e-30)
+    assert float((gradient(scorer, model) - slope).norm() / slope.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "mamba2"])
+def test_a_prompt_goes_once_through_a_model_whose_state_is_handed_on(name):
+    """Three pairs of one prompt, and answers of one token: 20 + 3 · 10 tokens, then 12 + 2 · 2."""
+    model, random = policy_of(name), np.random.default_rng(13)
+    prompt, texts = random.integers(3, VOCABULARY, 20), answers_of(random, 0, 4, 10, 7)
+    pairs = [pair(prompt, texts[a], texts[b]) for a, b in ((0, 1), (1, 2), (2, 0))]
+    pairs.append(pair(random.integers(3, VOCABULARY, 12), [2], [7]))
+    scorer = Scorer("handed", CPU, token_budget=60)
+    assert scorer.split(pairs) == [[0, 1, 2], [3]]
+    assert [scorer.tokens(pairs[:3]), scorer.tokens(pairs[3:])] == [50, 16]
+    assert off(logprobs(scorer, model, pairs), logprobs(PADDED, model, pairs)) < 1e-6
+    tokens = scorer.token_logprobs(model, pairs)
+    assert [len(one) for one in tokens] == [5, 11, 11, 8, 8, 5, 1, 1]
+    slope = gradient(PADDED, model, pairs)
+    assert float((gradient(scorer, model, pairs) - slope).norm() / slope.norm()) < 1e-5
+    checkpoint_activations(model.train())  # without a cache: the padded rows
+    assert torch.equal(logprobs(scorer, model, pairs), logprobs(PADDED, model, pairs))
 
 
 def test_positions_scaled_by_length_are_packed_where_all_pairs_are_short():
@@ -717,9 +749,9 @@ def test_a_branch_that_sees_too_little_or_too_much_is_found_and_refused(tiny_bas
     model = saved_policy(tiny_base, **options)
     damage(monkeypatch, harm)
     scorer, said = choose(model)
-    assert scorer.path == "padded"
+    assert scorer.path in NOT_PACKED
     found = re.match(
-        r"padded rows: packed rows are not right for this model "
+        r"(?:padded rows|prompts once, states handed on): packed rows are not right for this model "
         r"\(segments: log-probs differ from the padded ones by (\S+) nats at \d+ of \d+ tokens, where rounding makes (\S+)\)",
         said)  # fmt: skip
     assert found, said
@@ -736,7 +768,7 @@ def test_a_wrong_gradient_under_right_logprobs_is_found_and_refused(llama, monke
 
     monkeypatch.setattr(attention, "_packed", careless)
     scorer, said = choose(llama)
-    assert scorer.path == "padded"
+    assert scorer.path == "handed"
     attention.switch_on(llama.get_base_model())
     assert off(packed(llama, PAIRS), expected) < 1e-5
     found = re.search(r"\(segments: gradients differ from the padded ones by (\S+)\)$", said)

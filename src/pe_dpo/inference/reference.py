@@ -23,7 +23,7 @@ from pe_dpo.errors import ModelError, StoreUnavailable
 from pe_dpo.inference.policy import Policy, default_device, load_policy
 from pe_dpo.inference.reference_store import ReferenceStore, StoredLogprob, answer_key, default_store_path, reference_key
 from pe_dpo.inference.rounding import Rounding
-from pe_dpo.inference.scorer import TOKENS, Scorer, choose_scorer, possible_paths
+from pe_dpo.inference.scorer import NOT_PACKED, TOKENS, Scorer, choose_scorer, possible_paths
 from pe_dpo.model.base import BaseInfo
 from pe_dpo.model.fingerprint import (
     base_fingerprint,
@@ -119,7 +119,7 @@ class Reference:
         On a CPU packed rows have the same bits (a rounding error with many threads) in any batch, so that one pair that is off
         is enough. Elsewhere rounding moves them all, and now and then one far: what most show, by √token, counts.
         """
-        is_exact = self.scorer.device.type == "cpu" and self.scorer.path != "padded"
+        is_exact = self.scorer.device.type == "cpu" and self.scorer.path not in NOT_PACKED
         off, worst, where = [], 0.0, ""
         for index, pair in enumerate(pairs):
             for key, logprob, tokens in zip(_keys(pair), (now.chosen, now.rejected), now[2:], strict=True):

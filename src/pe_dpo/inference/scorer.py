@@ -16,10 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pe_dpo.data.batches import completion_tokens, divide, pack, pad, shared_tokens, split_by_tokens, split_into_rows
+from pe_dpo.data.batches import (
+    completion_tokens,
+    completions_of,
+    divide,
+    pack,
+    pad,
+    shared_tokens,
+    split_by_tokens,
+    split_into_rows,
+)
 from pe_dpo.data.encoded import by_length
 from pe_dpo.data.pairs import EncodedPair, common_start, row_length
 from pe_dpo.errors import ModelError, OutOfMemory
+from pe_dpo.inference.handed import handed_pair_logprobs, handed_token_logprobs, handed_tokens
 from pe_dpo.inference.logprobs import (
     concatenate,
     divided_pair_logprobs,
@@ -54,8 +64,11 @@ besides, at 16,384 as much."""
 REFUSALS = (ModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 """What a model that cannot be packed answers when it is tried; memory that runs out is another matter."""
 
-ScoringPath = Literal["padded", "segments", "varlen", "dense"]
-"""padded, or how attention over packed rows is computed (`model.attention.Kind`)."""
+ScoringPath = Literal["padded", "handed", "segments", "varlen", "dense"]
+"""padded, or padded answers to which their prompt's state is handed (`inference.handed`), or how attention over packed rows is
+computed (`model.attention.Kind`)."""
+NOT_PACKED = "padded", "handed"
+"""Paths that leave a model's attention what it was."""
 
 _Result = TypeVar("_Result")
 
@@ -90,12 +103,16 @@ class Scorer:
         """Return micro-batches as lists of indices into `pairs`, each index once, within the budget of tokens."""
         if self.path == "padded":
             return split_by_tokens(pairs, self.token_budget)
+        if self.path == "handed":
+            return _split_by_prompt(pairs, self.token_budget)
         return split_into_rows(pairs, *self._budgets())
 
     def tokens(self, pairs: Sequence[EncodedPair]) -> int:
         """Return the tokens of one micro-batch of these pairs, padding included; of the largest row where several divide it."""
         if self.path == "padded":
             return 2 * len(pairs) * max(row_length(pair) for pair in pairs)
+        if self.path == "handed":
+            return handed_tokens(pairs)
         completions, rows, _ = divide(pairs, self._budgets()[1])
         return max(completion_tokens([completions[index] for index in row]) for row in rows)
 
@@ -103,6 +120,9 @@ class Scorer:
         """Return the log-probs of one micro-batch in its order, on the model's device; with gradients where they are on."""
         if self.path == "padded":
             return pair_logprobs(model, *pad(pairs, self.device))
+        if self.path == "handed":  # what recomputes activations does so without a cache
+            recomputes = model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+            return pair_logprobs(model, *pad(pairs, self.device)) if recomputes else handed_pair_logprobs(model, pairs)
         completions, rows, edges = divide(pairs, self._budgets()[1])
         if len(rows) > 1:
             return divided_pair_logprobs(model, completions, rows, edges, kind=self.path)
@@ -120,6 +140,10 @@ class Scorer:
                 per_token, scored = completion_token_logprobs(model, *pad(pairs, self.device))
             sizes, flat = scored.sum(dim=1), per_token[scored]
             chosen, rejected = (list(range(first, first + len(pairs))) for first in (0, len(pairs)))
+        elif self.path == "handed":
+            completions, edges = completions_of(pairs)
+            tokens = [one.detach().cpu() for one in handed_token_logprobs(model, completions)]
+            return [tokens[answer] for both in edges.tolist() for answer in both]
         else:
             row = pack(pairs)
             sizes, flat = row.lengths, packed_token_logprobs(model, row, kind=self.path)
@@ -185,7 +209,7 @@ class Scorer:
     def _cannot_be_split(self, pairs: Sequence[EncodedPair]) -> bool:
         """Whether every row has one pair, or one answer, already."""
         batches = self.split(pairs)
-        if self.path == "padded" or max(map(len, batches)) == 1:
+        if self.path in NOT_PACKED or max(map(len, batches)) == 1:
             return max(map(len, batches)) == 1
         for batch in (batch for batch in batches if len(batch) > 1):
             completions, rows, _ = divide([pairs[index] for index in batch], self._budgets()[1])
@@ -228,8 +252,10 @@ def choose_scorer(
                     raise ModelError(
                         f"train.packing: packed rows are not right for this model ({reason}); set train.packing: auto"
                     )
-                if reason:
+                if reason and not _hand_over(scorer, model, probe, least):
                     logger.info(f"padded rows: packed rows are not right for this model ({reason})")
+                elif reason:
+                    logger.info(f"prompts once, states handed on: packed rows are not right for this model ({reason})")
             scorer.noise = max(scorer.noise, least)
             # Rotary scaling by the longest row, 8-bit outliers: then the shortest pair scores otherwise beside the longest.
             alone, beside = (_token_logprobs(scorer, model, some) for some in (probe[:1], [probe[0], probe[-1]]))
@@ -254,6 +280,8 @@ def possible_paths(device: str, dtype: torch.dtype, packing: bool | Literal["aut
     paths: list[ScoringPath] = []
     if packing is not False:
         paths += _kinds(torch.device(device), dtype)
+    if packing == "auto" and device == "cpu":
+        paths.append("handed")
     if packing is not True:
         paths.append("padded")
     return paths
@@ -305,6 +333,42 @@ def _pack(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], least: float
         reasons.append(f"{kind}: {refused}")
     causal_lm.set_attn_implementation(before)
     return "; ".join(reasons)
+
+
+def _hand_over(scorer: Scorer, model: Any, probe: Sequence[EncodedPair], least: float) -> bool:
+    """Let a padded scorer hand a prompt's state to its answers where that is right; return whether it is.
+
+    On a CPU alone, where one prompt at a time costs nothing: on a GPU a padded batch of several pairs has fewer kernels.
+    """
+    if scorer.device.type != "cpu":
+        return False
+    padded = [answer for pair in probe for answer in _token_logprobs(scorer, model, [pair])]
+    handed = Scorer("handed", scorer.device)
+    try:
+        rounding = _rounding(scorer, model, probe, padded, least)
+        refused = _refutation(handed, scorer, model, probe, padded, _gradient(scorer, model, probe[:2]), rounding)
+    except REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    if refused is None:
+        scorer.path, scorer.noise = "handed", rounding.noise
+    return refused is None
+
+
+def _split_by_prompt(pairs: Sequence[EncodedPair], token_budget: int) -> list[list[int]]:
+    """Return pairs of one prompt together as far as they fit, as indices, what has most tokens first."""
+    prompts: dict[bytes, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        prompts.setdefault(pair.prompt_ids.tobytes(), []).append(index)
+    batches: list[list[int]] = []
+    for members in prompts.values():
+        batches.append([])
+        for index in members:
+            if batches[-1] and handed_tokens([pairs[one] for one in (*batches[-1], index)]) > token_budget:
+                batches.append([])
+            batches[-1].append(index)
+    return sorted(batches, key=lambda batch: (-handed_tokens([pairs[index] for index in batch]), batch[0]))
 
 
 def _going_on(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
@@ -366,7 +430,7 @@ def _refutation(
                 noise = _gradient(scorer, model, probe[:2])
             if noise is None or not off <= TYPICAL * _relative(noise, padded_gradient):
                 return f"gradients differ from the padded ones by {off:.2g}"
-    return _leak(packed, model, probe, rounding)
+    return None if packed.path == "handed" else _leak(packed, model, probe, rounding)
 
 
 def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair], rounding: Rounding) -> str | None:

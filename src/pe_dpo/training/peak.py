@@ -11,7 +11,7 @@ from pe_dpo.data import PreparedData
 from pe_dpo.estimate import estimate_run, local_card
 from pe_dpo.estimate.estimate import finish
 from pe_dpo.estimate.lengths import of_pairs
-from pe_dpo.inference.scorer import Scorer
+from pe_dpo.inference.scorer import Scorer, ScoringPath
 from pe_dpo.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ def memory_record(
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=own)})
     card, lengths = local_card(), of_pairs(data.train, len(data.held_out), recipe)
     counted = estimate_run(recipe, card, lengths=lengths)
-    setup = counted.setup._replace(path=scorer.path, recomputes_above=recomputes_above)
+    path: ScoringPath = "padded" if scorer.path == "handed" else scorer.path  # at most: prompts are counted for each answer
+    setup = counted.setup._replace(path=path, recomputes_above=recomputes_above)
     if counted.setup != setup or scorer.tree_budget:
         counted = finish(recipe, setup, lengths, card, tree_budget=scorer.tree_budget)
     measured = peak.bytes()

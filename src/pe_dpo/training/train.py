@@ -20,7 +20,7 @@ from pe_dpo.errors import RunFolderError, TrainingError, describe_error
 from pe_dpo.inference.inputs import Findings, Inputs
 from pe_dpo.inference.policy import load_policy
 from pe_dpo.inference.reference import open_reference
-from pe_dpo.inference.scorer import choose_scorer
+from pe_dpo.inference.scorer import NOT_PACKED, choose_scorer
 from pe_dpo.interruption import listening
 from pe_dpo.log import quiet
 from pe_dpo.metrics.catalogue import pair_metrics
@@ -289,7 +289,7 @@ def build_trainer(
     way = f"{settings.packing} {places} {bool(mixout.layers)} {recipe.mixout.form}"
     if way in findings.scorers:
         scorer = copy(findings.scorers[way])
-        if scorer.path != "padded":
+        if scorer.path not in NOT_PACKED:
             switch_on(policy.causal_lm)
         logger.info(f"{'padded' if scorer.path == 'padded' else f'packed rows ({scorer.path})'}: as an earlier run found it")
     else:
