@@ -175,7 +175,7 @@ def rows_of(pairs: Sequence[EncodedPair], budget: int, path: ScoringPath, tree_b
         path: how pairs go through the model.
         tree_budget: tokens of a row that spares reading something twice.
     """
-    if path == "padded":
+    if path == "padded" or path == "handed":  # at most: prompts are counted for each answer
         return [row_of([pairs[index] for index in members], path) for members in split_by_tokens(pairs, budget)]
     rows = []
     for members in split_into_rows(pairs, budget, tree_budget):
@@ -186,7 +186,7 @@ def rows_of(pairs: Sequence[EncodedPair], budget: int, path: ScoringPath, tree_b
 
 def row_of(pairs: Sequence[EncodedPair], path: ScoringPath) -> Row:
     """Return what the row of some pairs takes."""
-    if path == "padded":
+    if path == "padded" or path == "handed":  # at most: prompts are counted for each answer
         longest, starts = max(map(row_length, pairs)), min(len(pair.prompt_ids) for pair in pairs)
         tokens = 2 * len(pairs) * longest
         scored = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
