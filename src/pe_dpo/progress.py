@@ -45,7 +45,7 @@ def current_work() -> str | None:
 
 
 def advance(done: int, total: int) -> None:
-    """Report that so many of all parts of the current piece of work are done."""
+    """Report that so many of all parts of the current piece of work are done; 0 are all where nobody knows their number."""
     listener, what = _listener.get(), _work.get()
     if listener is not None and what is not None:
         listener(what, done, total)

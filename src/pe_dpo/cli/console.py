@@ -338,19 +338,20 @@ def counter(*, is_silent: bool = False) -> Callable[[str, int, int], None]:
         left = (total - done) / rate if rate else 0.0
         duration = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min" if left < 6000 else f"{left / 3600:.1f} h"
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        pace = f"{done:,} of {total:,}" + (f", {speed} a second, {duration} left" if rate else "")
+        pace = (f"{done:,} of {total:,}" if total else f"{done:,}") + (f", {speed} a second" if rate else "")
+        pace += f", {duration} left" if rate and total else ""
         if is_terminal:
             if what not in bars:
                 columns = TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.fields[pace]}")
                 bars[what] = Progress(*columns, transient=True)
-                bars[what].add_task(what, total=total, pace="")
+                bars[what].add_task(what, total=total or None, pace="")
                 bars[what].start()
-            bars[what].update(bars[what].task_ids[0], completed=done, total=total, pace=pace)
-        elif now - told.setdefault(what, now) >= SECONDS_BETWEEN_LINES and done < total:
+            bars[what].update(bars[what].task_ids[0], completed=done, total=total or None, pace=pace)
+        elif now - told.setdefault(what, now) >= SECONDS_BETWEEN_LINES and (done < total or not total):
             told[what] = now
             with suppress(OSError):
                 typer.echo(f"{what}: {pace}", err=is_silent)
-        if done >= total:
+        if total and done >= total:
             begun.pop(what)
             told.pop(what, None)
             if what in bars:

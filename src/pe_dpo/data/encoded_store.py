@@ -26,6 +26,7 @@ import numpy as np
 
 from pe_dpo.data.encoded import DIGESTS, Batches, EncodedPairs, FileBatches, pairs_of
 from pe_dpo.data.report import DataReport
+from pe_dpo.disk import map_parts
 from pe_dpo.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ MOST_BYTES = 20e9
 """Of all entries together; those that were not used for longest go, never the one that was just made."""
 _TOKENS, _REPORT, _CHECKSUMS = "tokens.arrow", "report.json", "checksums.json"
 _SIDES = ("train", "held_out")
-_PART_BYTES = 1 << 22
 
 Made = tuple[EncodedPairs, EncodedPairs, DataReport]
 """Both sides, and what happened on the way."""
@@ -186,9 +186,5 @@ def _read(folder: Path, *, is_checked: bool = True) -> Made:
 
 
 def _checksum(path: Path) -> list[int]:
-    """Return size and CRC-32 of a file: against bits that fell over, not against a person."""
-    size = value = 0
-    with path.open("rb") as file:
-        while part := file.read(_PART_BYTES):
-            size, value = size + len(part), zlib.crc32(part, value)
-    return [size, value]
+    """Return size and CRC-32 of each part of a file: against bits that fell over, not against a person."""
+    return [number for part in map_parts(path, lambda part: (len(part), zlib.crc32(part))) for number in part]

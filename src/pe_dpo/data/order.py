@@ -19,9 +19,10 @@ class OptimizerBatches(Sampler[list[int]]):
     def __init__(self, keys: Sequence[Hashable], pairs_per_step: int, seed: int) -> None:
         self.pairs_per_step, self.seed, self.epoch = pairs_per_step, seed, 0
         groups: dict[Hashable, list[int]] = {}
-        for index, key in enumerate(keys):
+        for index, key in enumerate(() if isinstance(keys, range) else keys):
             groups.setdefault(key, []).append(index)
         self.groups, self.pairs = list(groups.values()), len(keys)
+        """Pairs of one key; empty where each pair is a group of its own, as many lists would take 100 MB a million."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation of an epoch."""
@@ -29,9 +30,9 @@ class OptimizerBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = [
-            index for group in torch.randperm(len(self.groups), generator=generator).tolist() for index in self.groups[group]
-        ]
+        order = torch.randperm(len(self.groups) or self.pairs, generator=generator).tolist()
+        if self.groups:
+            order = [index for group in order for index in self.groups[group]]
         for start in range(0, self.pairs, self.pairs_per_step):
             yield order[start : start + self.pairs_per_step]
 

@@ -345,7 +345,7 @@ class _Making:
                     self.pairs += len(columns.where)
                 self._write(PAIRS_PER_BATCH)
                 done += len(places_of)
-                advance(done, max(self.rows, self.read + 1))  # at least one more, as long as nobody knows
+                advance(done, max(self.rows, self.read + 1) if self.rows else 0)
             advance(done, done)
         if side == "held_out":
             _check_some_are_left(self.read - before, list_names(wanted.held_out_parts), wanted.max_length, self.report)

@@ -25,7 +25,7 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.report import list_names
 from pe_dpo.data.split import HELD_OUT_NAMES, HELD_OUT_WORDS, named_side
 from pe_dpo.data.text_files import Row
-from pe_dpo.disk import matching_paths, unlike_a_file
+from pe_dpo.disk import map_parts, matching_paths, unlike_a_file
 from pe_dpo.errors import DataError
 from pe_dpo.hub import hub_is_reachable, is_hub_name
 from pe_dpo.recipe.data_section import DataSource, Sources, list_sources
@@ -38,36 +38,35 @@ class Rows:
         read: Yields them.
         files: What holds them; empty where nothing on disk does.
         split: Which of several tables in a file they are; "" where it has one.
+        count: How many there are, where that is known; else 0.
     """
 
-    def __init__(self, read: Callable[[], Iterator[Row]], files: Sequence[Path], split: str = "") -> None:
-        self._read, self.files, self.split = read, files, split
+    def __init__(self, read: Callable[[], Iterator[Row]], files: Sequence[Path], split: str = "", count: int = 0) -> None:
+        self._read, self.files, self.split, self.count = read, files, split, count
 
     def __iter__(self) -> Iterator[Row]:
         return self._read()
 
     def fingerprint(self) -> tuple[str, int] | None:
-        """Return a sha256 over what the files hold, and about how many rows that is; None where no file holds them.
+        """Return a sha256 over what the files hold, and about how many rows that is, 0 where that is not known.
+
+        None where no file holds them.
 
         Raises:
             OSError: A file cannot be read.
         """
-        digest, lines = hashlib.sha256(f"{self.split} of {len(self.files)} files".encode()), 0
+        digest, count = hashlib.sha256(f"{self.split} of {len(self.files)} files".encode()), self.count
         for path in self.files:
-            own, size = hashlib.sha256(), 0
-            with path.open("rb") as file:
-                while part := file.read(_PART_BYTES):
-                    own.update(part)
-                    size, lines = size + len(part), lines + part.count(b"\n")
-            digest.update(f"{data_format(path)} {size} ".encode() + own.digest())
-        return (digest.hexdigest(), lines) if self.files else None
+            parts = map_parts(path, lambda part: (len(part), hashlib.sha256(part).digest(), part.count(b"\n")))
+            digest.update(f"{data_format(path)} {[size for size, _, _ in parts]} ".encode())
+            digest.update(b"".join(own for _, own, _ in parts))
+            is_lines = data_format(path) not in (None, ".json", ".parquet") and path.suffix.lower() != ".gz"
+            count += sum(lines for _, _, lines in parts) if is_lines else 0
+        return (digest.hexdigest(), count) if self.files else None
 
 
 Parts = dict[str, Rows]
 """The rows of files or splits by their names."""
-
-
-_PART_BYTES = 1 << 22
 
 
 class Place(NamedTuple):
@@ -206,6 +205,8 @@ class _Part(NamedTuple):
     """What holds them."""
     table: str = ""
     """Which of several in a file it is."""
+    rows: int = 0
+    """How many it has, where that is known."""
 
 
 def _divide(
@@ -242,7 +243,7 @@ def _divide(
         while name in taken:
             name = next(names)
         taken[name] = part.full_name
-        sides[part.split in held_out][name] = Rows(partial(part.read, name), part.files, part.table)
+        sides[part.split in held_out][name] = Rows(partial(part.read, name), part.files, part.table, part.rows)
     return Place(source, *sides, unused)
 
 
@@ -297,7 +298,7 @@ def _splits(data: Any, full_name: str, *, shown: int) -> list[_Part]:
         # Arrow files are read as they are; a table that was filtered since it was written says by its features and rows which.
         files = [Path(file["filename"]) for file in getattr(values, "cache_files", ())]
         table = f"{split}, {getattr(values, '_fingerprint', '')}, {values.features}" if files else ""
-        return _Part(split, name, shown, partial(rows, values), files, table)
+        return _Part(split, name, shown, partial(rows, values), files, table, getattr(values, "num_rows", 0))
 
     if not hasattr(data, "keys"):
         return [part(data, "train", full_name, shown)]

@@ -107,7 +107,8 @@ def _begin(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the one that reads the rows ends the others
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # which a terminal or a cluster sends to all
+        signal.signal(number, signal.SIG_IGN)  # the one that reads the rows ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None, "a process beside another one"
