@@ -106,6 +106,22 @@ def test_the_systems_own_refusal_is_known_through_every_library(tmp_path: Path) 
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_a_disk_that_is_gone_is_named_by_what_it_says_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more can be asked of it, neither what lies there nor how much is free."""
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "is_dir", lambda path: path == Path("/") or gone())
+    monkeypatch.setattr(shutil, "disk_usage", gone)
+    for number in (errno.EIO, errno.ENOSPC, errno.ENOENT):
+        error = disk_error(OSError(number, "?", str(tmp_path / "run" / "a")), tmp_path / "run")
+        assert str(error).startswith(f"{tmp_path / 'run' / 'a'}: ")
+    assert str(disk_error(OSError(errno.ENOSPC, "?"), Path("/"), name="the output")) == (
+        "the output: the disk is full; make room there"
+    )
+
+
 def test_a_folder_that_was_removed_under_ones_hands_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

@@ -115,11 +115,12 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors_named(place: Path, *, advice: str = "") -> Iterator[None]:
+def disk_errors_named(place: Path, *, name: str = "", advice: str = "") -> Iterator[None]:
     """Within the block, what the disk refuses is a `DiskError` in words, through whatever library it was asked.
 
     Args:
         place: where the block writes, named where the error says of no file.
+        name: of that place, where it is no path.
         advice: a sentence on how to go on once the fault is gone.
 
     Raises:
@@ -128,13 +129,13 @@ def disk_errors_named(place: Path, *, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = disk_error(error, place, advice=advice)
+        found = disk_error(error, place, name=name, advice=advice)
         if found is None:
             raise
         raise found from error
 
 
-def disk_error(error: BaseException, place: Path, *, advice: str = "") -> DiskError | None:
+def disk_error(error: BaseException, place: Path, *, name: str = "", advice: str = "") -> DiskError | None:
     """Return what the disk refused, and what to do about it, as an error; None where an error is not the disk's.
 
     Python says a number; libraries in Rust (safetensors, tokenizers) and Arrow write it into their text; PyTorch's writer says
@@ -142,7 +143,7 @@ def disk_error(error: BaseException, place: Path, *, advice: str = "") -> DiskEr
 
     Args:
         error: as it came from Python or a library.
-        place: as for `disk_errors_named`, as is `advice`.
+        place: as for `disk_errors_named`, as are the others.
     """
     if isinstance(error, PeDpoError):
         return None
@@ -150,24 +151,22 @@ def disk_error(error: BaseException, place: Path, *, advice: str = "") -> DiskEr
     if number is None:
         told = re.search(r"\b(?:os error|errno) (\d+)\b", text, re.IGNORECASE)
         number = int(told[1]) if told else None
-    there = _nearest_folder(place)
     named = getattr(error, "filename", None)
-    where = os.fsdecode(named) if isinstance(named, str | bytes) else str(place)
-    free = shutil.disk_usage(there).free
+    where = os.fsdecode(named) if isinstance(named, str | bytes) else name or str(place)
     if number is None and isinstance(error, RuntimeError) and "inline_container" in text:  # of torch.save, which has no number
-        number = _why_writing_fails(there)
+        number = _why_writing_fails(_nearest_folder(place))
     if number in _REFUSALS:
         what, remedy = _REFUSALS[number]
     elif number in _IN_THE_WAY:
         what, remedy = f"cannot be written: {os.strerror(number)}", "choose another place, or move away what lies there"
-    elif number == errno.ENOENT and not place.is_dir() and Path(where).absolute().is_relative_to(place.absolute()):
-        what, remedy = "was removed while it was worked in", "restore it, or begin anew"  # not just a file that nobody made
+    elif number == errno.ENOENT and not _is_folder(place) and Path(where).absolute().is_relative_to(place.absolute()):
+        what, remedy, advice = "was removed while it was worked in", "restore it, or begin anew", ""  # what was saved is gone with it
     else:
         return None
-    if number == errno.ENOSPC:
-        what += f" ({free / 1e6:,.1f} MB free)"
-    is_gone = number == errno.ENOENT  # and what was saved with it
-    return DiskError(f"{where}: {what}; {remedy}" + (f"; {advice}" if advice and not is_gone else ""))
+    if number == errno.ENOSPC and where != name:
+        with suppress(OSError):  # of a disk that does not even say that any more
+            what += f" ({shutil.disk_usage(_nearest_folder(place)).free / 1e6:,.1f} MB free)"
+    return DiskError(f"{where}: {what}; {remedy}" + (f"; {advice}" if advice else ""))
 
 
 def check_can_be_written(place: Path, needed: int = 1, *, what: str = "", remedy: str = "") -> None:
@@ -208,7 +207,14 @@ def _why_writing_fails(folder: Path) -> int:
 
 
 def _nearest_folder(place: Path) -> Path:
-    return next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.is_dir())
+    return next(folder for folder in (place.absolute(), *place.absolute().parents) if _is_folder(folder))
+
+
+def _is_folder(place: Path) -> bool:
+    try:
+        return place.is_dir()
+    except OSError:  # of a disk that is gone
+        return False
 
 
 def unlike_a_file(path: Path) -> str | None:

@@ -125,7 +125,7 @@ def test_room_for_the_checkpoints_is_looked_for_before_the_first_step(
     """A million parameters in float32 and Adam's two: 12 MB a checkpoint, two kept and one being written, 4 MB at the end."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=1 << 40, free=39_900_000))
     recipe = make_recipe()
-    with pytest.raises(DiskError, match=r"4\.0 MB with 3 checkpoints of at least 12\.0 MB at a time takes 40\.0 MB, and 39\.9"):
+    with pytest.raises(DiskError, match=r"4\.0 MB with 3 × 12\.0 MB of checkpoints at a time takes 40\.0 MB, and 39\.9"):
         check_disk(recipe, parameters=1_000_000, saves=10)
     check_disk(recipe, parameters=1_000_000, saves=10, there=1)
     check_disk(recipe, parameters=1_000_000, saves=2)

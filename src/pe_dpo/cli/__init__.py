@@ -83,7 +83,7 @@ def main() -> None:
             here = Path.cwd()
         except FileNotFoundError as error:
             raise UsageError("the working folder was removed; change to one that is there, and start again") from error
-        with disk_errors_named(here):
+        with disk_errors_named(here, name="the output"):
             app()
     except PeDpoError as error:
         print(f"error: {in_flags(str(error))}", file=sys.stderr)

@@ -124,6 +124,6 @@ def check_disk(recipe: Recipe, *, parameters: int, saves: int, there: int = 0) -
     check_can_be_written(
         Path(recipe.output),
         new * checkpoint + adapter,
-        what=f"an adapter of {adapter / 1e6:,.1f} MB with {new} checkpoints of at least {checkpoint / 1e6:,.1f} MB at a time",
+        what=f"an adapter of {adapter / 1e6:,.1f} MB with {new} × {checkpoint / 1e6:,.1f} MB of checkpoints at a time",
         remedy="make room, choose another `output`, or lower train.keep_checkpoints",
     )
