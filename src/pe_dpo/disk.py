@@ -160,7 +160,11 @@ def disk_error(error: BaseException, place: Path, *, name: str = "", advice: str
     elif number in _IN_THE_WAY:
         what, remedy = f"cannot be written: {os.strerror(number)}", "choose another place, or move away what lies there"
     elif number == errno.ENOENT and not _is_folder(place) and Path(where).absolute().is_relative_to(place.absolute()):
-        what, remedy, advice = "was removed while it was worked in", "restore it, or begin anew", ""  # what was saved is gone with it
+        what, remedy, advice = (
+            "was removed while it was worked in",
+            "restore it, or begin anew",
+            "",
+        )  # what was saved is gone with it
     else:
         return None
     if number == errno.ENOSPC and where != name:
