@@ -127,7 +127,7 @@ def test_the_best_is_evaluated_merged_talked_to_and_served(run: Path, tmp_path: 
     weight = next(one for name, one in tuned.named_parameters() if "lora_B" in name)
     assert any(torch.equal(weight, tensor) for tensor in load_file(run / "best" / FILE).values())
     commands = [step.lines for step in steps_to_serve(best_folder(run))]
-    assert any("merge" in line and f"{run.name}/best" in line for lines in commands for line in lines)
+    assert any("pe-dpo merge" in line and f"{run.name} --best" in line for lines in commands for line in lines)
 
 
 def test_a_damaged_best_is_refused_and_so_is_none(run: Path, make_recipe: Callable) -> None:

@@ -200,7 +200,9 @@ def test_an_input_that_changed_is_refused_with_what_differs(world: World, name: 
     head, *lines, end = str(found.value).splitlines()
     assert head == f"{world.run.folder}: the run started with other inputs:"
     assert len(lines) == 1 and re.search(f"^  {said}", lines[0]), lines
-    assert end == "restore them, or start anew with another `output`"
+    key = {"data": "data.train", "held_out": "data.eval"}.get(lines[0].split(":")[0].strip())
+    meant = f", name what you mean to change with `override` ({key})" if key else ""
+    assert end == f"restore them{meant}, or start anew with another `output`"
 
 
 SAID = {

@@ -287,9 +287,7 @@ def show_result(result: Any) -> None:
         prefix, how = ("regimes_per_token", ", per token") if result.reduce == "mean" else ("regimes", "")
         show_regimes(result.before, f"Before: what the reference already ranks right{how}", prefix)
         show_regimes(result.after, f"After: who flipped, and where the loss still pulls{how}", prefix)
-    for line in (result.ended, result.best):
-        if line:
-            say(f"{line[0].upper()}{line[1:]}")
+    show_lines([f"{line[0].upper()}{line[1:]}" for line in (result.ended, result.best) if line])
     for remark in result.remarks:
         warn(remark)
 

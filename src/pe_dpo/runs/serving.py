@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.hub import is_local
 from pe_dpo.quantizations import is_four_bit
+from pe_dpo.runs.best import BEST
 from pe_dpo.runs.files import BASE_FILE, RUN_FILE, read_object
 from pe_dpo.runs.loading import loading_lines
 from pe_dpo.runs.records import MADE, check_record, read_base
@@ -108,7 +109,7 @@ def _of_adapter(holder: Path, there: Mapping[str, Path]) -> Iterator[Step]:
     yield from _unmerged_in_vllm(holder, there, place)
     if base["quantize"] != "int8":
         why = "Or not merged: the adapter as a file, and the commands of the base file that it belongs to, which export prints."
-        export = ["pe-dpo", "export", str(holder), "--gguf-lora", "-o", "LORA.gguf",
+        export = ["pe-dpo", "export", *_named(holder), "--gguf-lora", "-o", "LORA.gguf",
                   *(["--base", "BASE"] if place == "BASE" else [])]  # fmt: skip
         yield Step("llama.cpp", why, [shlex.join(export)])
     try:
@@ -133,17 +134,23 @@ def _merge(base: Mapping[str, Any], holder: Path, note: str) -> Step:
         why = "What the 4-bit codes stand for and the update in one, rounded once, and verified to be what was trained."
     if base["quantize"] == "int8":
         why = "Nothing can be merged into int8 codes. On the base's own weights it is near what was trained: merge says how."
-    command = ["pe-dpo", "merge", str(holder), "-o", "TUNED", *(["--onto", "original"] if base["quantize"] == "int8" else []),
-               *(["--base", "BASE"] if note else [])]  # fmt: skip
+    onto = ["--onto", "original"] if base["quantize"] == "int8" else []
+    command = ["pe-dpo", "merge", *_named(holder), "-o", "TUNED", *onto, *(["--base", "BASE"] if note else [])]
     return Step("vLLM", f"{note}{why}", [shlex.join(command)])
+
+
+def _named(holder: Path) -> list[str]:
+    """How a command names what holds the adapter: a run's best by its run, which has pairs to verify on."""
+    of_run = holder.name == BEST and (holder.parent / RUN_FILE).is_file()
+    return [str(holder.parent), "--best"] if of_run else [str(holder)]
 
 
 def _unmerged_in_vllm(holder: Path, there: Mapping[str, Path], place: str) -> Iterator[Step]:
     """How vLLM serves the adapter on its base, which packaging finds out."""
     if "adapter" not in there:
-        package = shlex.join(["pe-dpo", "merge", str(holder), "-o", "ADAPTER", "--onto", "adapter",
+        package = shlex.join(["pe-dpo", "merge", *_named(holder), "-o", "ADAPTER", "--onto", "adapter",
                               *(["--base", "BASE"] if place == "BASE" else [])])  # fmt: skip
-        serve = shlex.join(["pe-dpo", "serve", str(holder), "ADAPTER"])
+        serve = shlex.join(["pe-dpo", "serve", *_named(holder), "ADAPTER"])
         why = "Or not merged, for several adapters on one base: packaging finds out whether vLLM loads it as it was trained."
         yield Step("vLLM", why, [package, serve])
         return

@@ -227,7 +227,8 @@ class RunWriter:
             data_report: What became of every row, where pairs changed; else None.
         """
         for line in describe_overrides(changes):
-            logger.warning(f"changed on the way: {line}; training by this recipe from the beginning will be another run")
+            logger.warning(f"changed on the way: {line}")
+        logger.warning("training by the recipe of now from the beginning will be another run")
         if data_report is not None:
             write_json(self.folder / REPORT_FILE, data_report)
         recorded = read_object(self.folder / RUN_FILE)

@@ -166,8 +166,12 @@ def _refuse(run: Run, lines: Sequence[str]) -> None:
     """Stop where there is something to refuse."""
     if lines:
         listed = "\n  ".join(lines)
+        names = {"data": "data.train", "held_out": "data.eval"}
+        free = [names[name] for name in names if any(line.startswith(f"{name}:") for line in lines)]
+        meant = f", name what you mean to change with `override` ({', '.join(free)})" if free else ""
         raise RunFolderError(
-            f"{run.folder}: the run started with other inputs:\n  {listed}\nrestore them, or start anew with another `output`"
+            f"{run.folder}: the run started with other inputs:\n  {listed}\nrestore them{meant}, or start anew with another "
+            "`output`"
         )
 
 
