@@ -22,8 +22,8 @@ from pe_dpo.inference.policy import SavedPolicy
 from pe_dpo.merging.merge import merge
 from pe_dpo.metrics.catalogue import SELECTING
 from pe_dpo.recipe.schema import SelectingMetric
-from pe_dpo.runs.best import best_folder
 from pe_dpo.runs.checkpoints import checkpoints
+from pe_dpo.runs.files import best_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.serving import steps_to_serve
 from pe_dpo.training.train import train
@@ -78,6 +78,7 @@ def test_the_best_is_kept_and_the_run_ends_when_patience_is_at_its_end(straight:
     assert max(line["step"] for line in lines(folder) if "grad_norm" in line) == info.step, "the last step is logged"
     assert (info.best.step, info.best.value, info.best.evaluations) == (best, found[best], len(found))
     card = (folder / "README.md").read_text()
+    assert f"| {found[best]:.4f} |" in (folder / "best" / "README.md").read_text()
     assert info.ended in card and f"Best loss {found[best]:.4f} at step {best}, of {len(found)} evaluations" in card
 
 
@@ -94,9 +95,13 @@ def test_killed_before_and_after_the_best_it_is_the_same_to_the_bit(
         if step == 1:  # as if it had been killed later, with a best that is not yet one in the checkpoint
             shutil.rmtree(Path(recipe.output) / "best")
             shutil.copytree(folder / "best", Path(recipe.output) / "best")
+        if step == best + 1:  # as if it had been killed while the best was replaced
+            (Path(recipe.output) / "best").rename(Path(recipe.output) / ".best.old")
+            (Path(recipe.output) / ".best.new").mkdir()
     result = train(recipe, resume=True)  # patience ended with the checkpoint: it is only read back
     assert result.steps == last
     assert lines(result.folder) == lines(folder)
+    assert not [*result.folder.glob(".best*")]
     for name in (f"best/{FILE}", "best/evaluation.json", FILE):
         assert (result.folder / name).read_bytes() == (folder / name).read_bytes(), name
     left, right = Run(result.folder).info, Run(folder).info

@@ -45,7 +45,7 @@ def export(
 ) -> None:
     """Write a model as GGUF with an Ollama Modelfile and golden prompts, checked by reading it back; or push it."""
     if best:
-        from pe_dpo.runs.best import best_folder
+        from pe_dpo.runs.files import best_folder
 
         model = best_folder(model)
     if plain:

@@ -19,7 +19,7 @@ def serve(
     ] = False,
 ) -> None:
     """Print the commands that serve it in vLLM, llama.cpp and transformers, each with its reason; start nothing."""
-    from pe_dpo.runs.best import best_folder
+    from pe_dpo.runs.files import best_folder
     from pe_dpo.runs.serving import describe_folder, steps_to_serve
 
     target = best_folder(target) if best else target

@@ -32,8 +32,7 @@ from pe_dpo.model.base import BaseInfo, answer_end_tokens, evaluating, inspect_b
 from pe_dpo.model.provenance import adapter_fingerprints, changed
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.schema import ModelSection
-from pe_dpo.runs.best import BEST_FILE, best_folder
-from pe_dpo.runs.files import read_object
+from pe_dpo.runs.files import BEST_FILE, best_folder, read_object
 from pe_dpo.runs.run import Run, RunInfo
 
 logger = logging.getLogger(__name__)

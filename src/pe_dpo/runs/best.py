@@ -13,9 +13,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from pe_dpo.disk import sync
-from pe_dpo.errors import UsageError
+from pe_dpo.runs.files import BEST
 
-BEST, BEST_FILE = "best", "best.json"
 NEW, OLD = ".best.new", ".best.old"
 
 
@@ -55,21 +54,6 @@ class BestRecord(BaseModel):
             f"{words} It was picked on the {self.pairs} pairs that measured it: about {self.luck:.4f} of it is luck, so that "
             f"{self.expected:.4f} is to be expected on others."
         )
-
-
-def best_folder(run: str | Path) -> Path:
-    """Return the folder of the best adapter that a run kept.
-
-    Raises:
-        UsageError: it kept none.
-    """
-    folder = Path(run) / BEST
-    if not (folder / BEST_FILE).is_file():
-        raise UsageError(
-            f"{run}: has no best adapter; a run keeps one with train.keep_best (say, accuracy/policy), from its first "
-            "evaluation on"
-        )
-    return folder
 
 
 def new_best(run: Path) -> Path:

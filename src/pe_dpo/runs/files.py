@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pe_dpo.errors import RunFolderError
+from pe_dpo.errors import RunFolderError, UsageError
 
 RUN_FILE, RECIPE_FILE, METRICS_FILE, BASE_FILE = "run.json", "recipe.yaml", "metrics.jsonl", "base.json"
 REPORT_FILE = "data_report.json"
 SWEEP_FILE = "sweep.json"
+BEST, BEST_FILE = "best", "best.json"
 STATE_FILE = "run_state.json"
 """In a checkpoint, what is not Trainer's: how many tokens a forward has by now."""
 PAIRS_FILE, ANSWERS_FILE, EVALUATION_FILE = "eval_pairs.parquet", "generations.parquet", "evaluation.json"
@@ -50,6 +51,21 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def best_folder(run: str | Path) -> Path:
+    """Return the folder of the best adapter that a run kept.
+
+    Raises:
+        UsageError: it kept none.
+    """
+    folder = Path(run) / BEST
+    if not (folder / BEST_FILE).is_file():
+        raise UsageError(
+            f"{run}: has no best adapter; a run keeps one with train.keep_best (say, accuracy/policy), from its first "
+            "evaluation on"
+        )
+    return folder
+
+
 def scaled_folder(run: Path, scale: float) -> Path:
     """Return where what was measured of the adapter scaled toward the reference lies.
 
@@ -67,7 +83,7 @@ def remedy(place: Path, scales: Sequence[str] = ()) -> str:
         return f"a snapshot cannot be measured again: move {place} away"
     if place.parent.name == "scaled":
         return remedy(place.parents[1], [place.name.removeprefix("a-")])
-    if place.name == "best":
+    if place.name == BEST:
         return f"measure it again with: {shlex.join(['pe-dpo', 'eval', str(place.parent), '--best'])}"
     command = ["pe-dpo", "eval", str(place), *(["--scale", ",".join(scales)] if scales else [])]
     return f"measure it again with: {shlex.join(command)}"

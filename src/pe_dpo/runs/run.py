@@ -21,9 +21,11 @@ from pe_dpo.errors import RunFolderError, UsageError
 from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 from pe_dpo.runs import checkpoints, records
-from pe_dpo.runs.best import BEST, BEST_FILE, BestRecord
+from pe_dpo.runs.best import BestRecord
 from pe_dpo.runs.files import (
     ANSWERS_FILE,
+    BEST,
+    BEST_FILE,
     EVALUATION_FILE,
     METRICS_FILE,
     PAIRS_FILE,

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.hub import is_local
 from pe_dpo.quantizations import is_four_bit
-from pe_dpo.runs.best import BEST
-from pe_dpo.runs.files import BASE_FILE, RUN_FILE, read_object
+from pe_dpo.runs.files import BASE_FILE, BEST, RUN_FILE, read_object
 from pe_dpo.runs.loading import loading_lines
 from pe_dpo.runs.records import MADE, check_record, read_base
 

@@ -300,6 +300,9 @@ class RunWriter:
             said = info.describe_memory(), info.describe_skipped(), info.describe_history()
             card = model_card(recipe, base, before, after, *said)
             write_atomically(self.folder / "README.md", card)
+            if best := Run(self.folder).best:
+                card = model_card(recipe, base, before, best.metrics_of_pairs, *said)
+                write_atomically(best.folder / "README.md", card)
             hashes = {**Run(self.folder).info.hashes.inputs, "adapter": dict(adapter)}
             outcome = {"before": dict(before), "after": dict(after), "remarks": list(remarks)}
             self.update(status="finished", step=step, **outcome, hashes=hashes)

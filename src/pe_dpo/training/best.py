@@ -23,8 +23,8 @@ from pe_dpo.metrics.bootstrap import optimism_of_best, resampled_ratios
 from pe_dpo.metrics.catalogue import METRICS, SELECTING, pair_metrics, share_intervals
 from pe_dpo.metrics.table import Floats, PairTable
 from pe_dpo.model.provenance import adapter_fingerprints
-from pe_dpo.runs.best import BEST, BEST_FILE, BestRecord, copy_links, new_best, remove_best, replace_best
-from pe_dpo.runs.files import BASE_FILE, PAIRS_FILE, read_object
+from pe_dpo.runs.best import BestRecord, copy_links, new_best, remove_best, replace_best
+from pe_dpo.runs.files import BASE_FILE, BEST, BEST_FILE, PAIRS_FILE, read_object
 from pe_dpo.runs.writing import RunWriter, save_evaluation
 
 logger = logging.getLogger(__name__)

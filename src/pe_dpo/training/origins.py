@@ -149,6 +149,8 @@ class Origins:
                 f"otherwise than when the run began: {'; '.join(self.remarks)}; the last digits may differ from here on"
             )
             writer.update(resumed=[*run.info.resumed, {"step": step, "changed": self.remarks}])
+        if not recorded_inputs(run.folder):  # a run from before they were written down: from now on there is more to compare
+            save_origins(run.folder, self.inputs, self.rows)
         changed = different_settings(run, recipe)
         changed |= {name: (run.info.hashes.inputs[name], self.hashes[name]) for name in self.words}
         if not changed:
@@ -213,11 +215,12 @@ def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     def digest(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
-    parts: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()}
     if getattr(tokenizer, "is_fast", False):
-        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
         for momentary in ("padding", "truncation", "added_tokens"):
             parts.pop(momentary, None)
+    else:
+        parts = {"vocabulary": tokenizer.get_vocab()}
     added = {token.content: str(index) for index, token in tokenizer.added_tokens_decoder.items()}
     special = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
     return {"tokens": len(tokenizer), "added tokens": added, **special, **{name: digest(part) for name, part in parts.items()}}

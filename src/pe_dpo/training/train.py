@@ -362,6 +362,8 @@ def _record_start(
             findings.tensors = findings.tensors or tensor_fingerprints(trainer.model)
             described = base_record(trainer.model, info, tokenizer, files=findings.files, tensors=findings.tensors)
             save_origins(run.folder, origins.inputs, origins.rows)
+            if origins.override:  # it was killed before it had come to its data
+                writer.write_recipe(recipe)
             writer.record_start(recipe, origins.hashes, base=described, data_report=data.report.to_dict(), pairs=pairs)
         parameters = sum(weight.numel() for weight in adapter_parameters(trainer.model))
         left = total_steps(recipe, data) - (checkpoint_step(checkpoint) if checkpoint else 0)
