@@ -108,7 +108,8 @@ def _of_adapter(holder: Path, there: Mapping[str, Path]) -> Iterator[Step]:
     yield from _unmerged_in_vllm(holder, there, place)
     if base["quantize"] != "int8":
         why = "Or not merged: the adapter as a file, and the commands of the base file that it belongs to, which export prints."
-        export = ["pe-dpo", "export", *_named(holder), "--gguf-lora", "-o", "LORA.gguf",
+        name, is_best = _named(holder)
+        export = ["pe-dpo", "export", name, *(["--best"] if is_best else []), "--gguf-lora", "-o", "LORA.gguf",
                   *(["--base", "BASE"] if place == "BASE" else [])]  # fmt: skip
         yield Step("llama.cpp", why, [shlex.join(export)])
     try:
@@ -133,23 +134,25 @@ def _merge(base: Mapping[str, Any], holder: Path, note: str) -> Step:
         why = "What the 4-bit codes stand for and the update in one, rounded once, and verified to be what was trained."
     if base["quantize"] == "int8":
         why = "Nothing can be merged into int8 codes. On the base's own weights it is near what was trained: merge says how."
-    onto = ["--onto", "original"] if base["quantize"] == "int8" else []
-    command = ["pe-dpo", "merge", *_named(holder), "-o", "TUNED", *onto, *(["--base", "BASE"] if note else [])]
+    name, is_best = _named(holder)
+    command = ["pe-dpo", "merge", name, *(["--best"] if is_best else []), "-o", "TUNED",
+               *(["--onto", "original"] if base["quantize"] == "int8" else []), *(["--base", "BASE"] if note else [])]  # fmt: skip
     return Step("vLLM", f"{note}{why}", [shlex.join(command)])
 
 
-def _named(holder: Path) -> list[str]:
-    """How a command names what holds the adapter: a run's best by its run, which has pairs to verify on."""
-    of_run = holder.name == BEST and (holder.parent / RUN_FILE).is_file()
-    return [str(holder.parent), "--best"] if of_run else [str(holder)]
+def _named(holder: Path) -> tuple[str, bool]:
+    """How a command names what holds the adapter, and whether it is a run's best: that by its run, which has held-out pairs."""
+    is_best = holder.name == BEST and (holder.parent / RUN_FILE).is_file()
+    return str(holder.parent if is_best else holder), is_best
 
 
 def _unmerged_in_vllm(holder: Path, there: Mapping[str, Path], place: str) -> Iterator[Step]:
     """How vLLM serves the adapter on its base, which packaging finds out."""
     if "adapter" not in there:
-        package = shlex.join(["pe-dpo", "merge", *_named(holder), "-o", "ADAPTER", "--onto", "adapter",
+        name, is_best = _named(holder)
+        package = shlex.join(["pe-dpo", "merge", name, *(["--best"] if is_best else []), "-o", "ADAPTER", "--onto", "adapter",
                               *(["--base", "BASE"] if place == "BASE" else [])])  # fmt: skip
-        serve = shlex.join(["pe-dpo", "serve", *_named(holder), "ADAPTER"])
+        serve = shlex.join(["pe-dpo", "serve", name, "ADAPTER", *(["--best"] if is_best else [])])
         why = "Or not merged, for several adapters on one base: packaging finds out whether vLLM loads it as it was trained."
         yield Step("vLLM", why, [package, serve])
         return
