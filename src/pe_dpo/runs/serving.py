@@ -136,7 +136,8 @@ def _merge(base: Mapping[str, Any], holder: Path, note: str) -> Step:
         why = "Nothing can be merged into int8 codes. On the base's own weights it is near what was trained: merge says how."
     name, is_best = _named(holder)
     command = ["pe-dpo", "merge", name, *(["--best"] if is_best else []), "-o", "TUNED",
-               *(["--onto", "original"] if base["quantize"] == "int8" else []), *(["--base", "BASE"] if note else [])]  # fmt: skip
+               *(["--onto", "original"] if base["quantize"] == "int8" else []),
+               *(["--base", "BASE"] if note else [])]  # fmt: skip
     return Step("vLLM", f"{note}{why}", [shlex.join(command)])
 
 
