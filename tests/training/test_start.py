@@ -20,6 +20,7 @@ from pe_dpo.training.train import train
 
 
 def start(trainer, *, policy_is_reference=True, **changes):
+    trainer.scorer.token_budget = 1024  # for all eight pairs
     return check_start(
         trainer.model,
         trainer.train_dataset[:8],
@@ -192,7 +193,7 @@ def test_what_divides_a_base_over_cards_is_refused_with_the_reason(make_trainer,
 def test_a_pair_that_is_not_finite_among_others_is_named_and_left_to_its_step(make_trainer, warned):
     trainer = make_trainer("loss.link=squared", "loss.margin=1", fresh=True)
     pairs = [replace(pair, margin=1e200 if at == 3 else 0.0) for at, pair in enumerate(trainer.train_dataset[:8])]
-    loss = replace(trainer.loss, margin_scale=1.0)
+    loss, trainer.scorer.token_budget = replace(trainer.loss, margin_scale=1.0), 1024
     check = check_start(trainer.model, pairs, trainer.scorer, loss=loss, policy_is_reference=True)
     assert (check.pairs, check.loss) == (7, 1.0)
     said = "before training, log-probs or loss are not finite for train.jsonl:4 (1 of 8 pairs that were tried); their steps"
