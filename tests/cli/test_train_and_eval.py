@@ -218,7 +218,7 @@ def test_a_model_without_finite_log_probs_is_refused_and_not_shown_with_fewer_me
 
     folder = shutil.copytree(merged, tmp_path / "broken")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][3] = torch.nan
+    tensors["model.norm.weight"][3] = 3e38  # finite, and its products are not
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     done = pe_dpo("eval", folder, "--data", tiny_pairs / "test.jsonl")
     assert done.code != 0

@@ -459,5 +459,5 @@ def test_two_runs_fill_one_store_at_once(make_recipe, make_reference, tmp_path):
 def test_the_run_writes_down_which_way_its_pairs_went_and_what_the_reference_cost(make_recipe):
     result = train(make_recipe(f"reference.store={make_recipe().output}.sqlite", "train.max_steps=1"))
     record = read_object(result.folder / RUN_FILE)
-    assert record["scoring"] == {"path": "segments", "tokens_per_forward": 1024, "reference_pairs_computed": 8 + 9}
+    assert record["scoring"] == {"path": "segments", "tokens_per_forward": 512, "reference_pairs_computed": 8 + 9}
     assert len(Run(result.folder).metrics) >= 2

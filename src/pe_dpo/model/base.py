@@ -270,7 +270,9 @@ def load_base(
     _silence(model)
     tensor = first_not_finite(model)  # also one that no pair reaches: a merge could not write it
     if tensor is not None:
-        raise ModelError(f"{tensor} of the base has values that are not finite (NaN, infinite); fetch {info.base} again")
+        raise ModelError(
+            f"{info.base}: {tensor} has values that are not finite (NaN, infinite); fetch the model again, or make it again"
+        )
     return model.requires_grad_(False).train()
 
 
