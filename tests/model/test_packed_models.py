@@ -640,8 +640,9 @@ def test_what_prompts_have_in_common_stands_once_to_the_bit(name):
 
 
 @pytest.mark.parametrize("kind", ["segments", "dense"])
-def test_gradients_come_through_a_deep_tree(llama, kind):
-    pairs = conversations()
+def test_gradients_come_through_a_deep_tree_and_the_blocks_of_long_answers(llama, kind):
+    random = np.random.default_rng(14)
+    pairs = [*conversations(), pair(random.integers(3, VOCABULARY, 30), *answers_of(random, 2, 310, 270))]
     slope = gradient(PADDED, llama, pairs)
     pack_rows(llama)
     assert float((gradient(Scorer(kind, CPU), llama, pairs) - slope).norm() / slope.norm()) < 1e-4

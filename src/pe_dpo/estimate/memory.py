@@ -130,8 +130,10 @@ class Setup(NamedTuple):
             return scores * shape.heads * (inner + 4 + (0 if inner == 4 else inner)) + inner * queries * (tokens + 2 * row.keys)
         if self.path == "varlen":
             return sums + width * (tokens * queries + 2 * row.keys * keys) + output
-        if self.path == "segments":  # its own output besides the one that is read
+        if self.path == "segments" and row.keys > 2 * tokens:  # its own output besides the one that is read
             return sums + inner * queries * 4 * tokens
+        if self.path == "segments":  # filled up to a multiple of 4 queries, and copied for it in three of four cases
+            return sums + inner * queries * (2.75 * tokens + 2 * row.keys)
         return sums + inner * queries * 3 * tokens + output
 
     def _mlp(self, row: Row) -> float:
@@ -198,8 +200,6 @@ class Setup(NamedTuple):
         shape, width = self.shape, self.width
         widest = max((max(weight.inputs, weight.outputs) for weight in shape.of_text if weight.role == "linear"), default=0)
         within = row.tokens * width * (shape.hidden + 2 * widest)
-        if self.path == "segments" and not self.recomputes(row):  # the gate's product, both factors and the activation at once
-            within *= 2
         return within + self.largest_matrix()
 
     def largest_matrix(self) -> int:
