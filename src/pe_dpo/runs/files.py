@@ -13,7 +13,7 @@ eval_pairs.parquet   held-out pairs one by one; generations.parquet sampled answ
 snapshots/step-N/    the same along the way
 scaled/a-X/          the same of the adapter scaled toward the reference, π_a = W0 + a·ΔW
 best/                the adapter of the best evaluation, with what it was measured to be (train.keep_best)
-inputs.json, rows.tsv.gz   what else determines the run, and every pair, for whoever resumes it
+inputs.json, rows.jsonl.gz   what else determines the run, and every pair, for whoever resumes it
 checkpoint-N/        to resume from
 """
 

@@ -1,7 +1,7 @@
 """What a run began with besides its recipe, written down so that a resumed run can say what is otherwise now, in words.
 
     inputs.json     processes, device, threads; template, tokenizer, end tokens, configuration of the base, adapters
-    rows.tsv.gz     every pair: side, where it stands, hashes of prompt and answers, margin, β, weight
+    rows.jsonl.gz     every pair: side, where it stands, hashes of prompt and answers, margin, β, weight
 
 What is compared by content has to be the same. What only moves the last digits (versions, threads, a card of another kind) is
 said, and recorded in the run. `training.origins` makes the record.
@@ -19,7 +19,7 @@ from pe_dpo.errors import RunFolderError
 from pe_dpo.runs.files import read_object
 from pe_dpo.runs.records import INPUTS, check_record
 
-INPUTS_FILE, ROWS_FILE = "inputs.json", "rows.tsv.gz"
+INPUTS_FILE, ROWS_FILE = "inputs.json", "rows.jsonl.gz"
 
 Row = tuple[str, str, str, str, str, str, str, str]
 """Side (train or held_out), where, hashes of prompt, chosen and rejected, margin, β, weight; empty where a pair has none."""
