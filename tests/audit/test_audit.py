@@ -272,6 +272,7 @@ def test_an_uneven_gradient_is_warned_of():
     assert "the gradient is as uneven as if" in warned(loss, reference, keys)
 
 
+@pytest.mark.slow
 def test_preferences_that_measure_length_are_warned_of():
     reference, keys = random_pairs()
     assert "Δ0 mostly measures length (correlation -0.9" in warned(LossSection(), reference, keys)
@@ -436,6 +437,7 @@ def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path, lo
     assert vars(found.by_sum) == vars(clean.by_sum)
 
 
+@pytest.mark.slow
 def test_the_audited_log_probs_are_those_that_training_uses(make_recipe, tmp_path):
     """Step 0 of training on the same pairs, held out as well: the same loss and the same share of right pairs."""
     recipe = make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.gamma=0.5x", "data.limit=9")

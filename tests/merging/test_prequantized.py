@@ -77,6 +77,7 @@ def test_codes_made_before_are_those_made_while_loading(tiny_base: Path, tmp_pat
     assert parameter_fingerprints(before) == parameter_fingerprints(now)
 
 
+@pytest.mark.slow
 def test_a_run_on_it_is_merged_onto_what_its_codes_stand_for(dynamic_run: Path, dynamic: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -121,6 +122,7 @@ def test_without_pairs_its_tensors_are_still_those_of_training(dynamic_run: Path
         merge(dynamic_run, tmp_path / "wrong", base=str(other), pairs=0)
 
 
+@pytest.mark.slow
 def test_the_original_weights_are_those_of_a_base_that_has_them(
     dynamic_run: Path, tiny_base: Path, warned: list[str], tmp_path: Path
 ) -> None:

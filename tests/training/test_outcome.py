@@ -187,6 +187,7 @@ def test_a_second_ctrl_c_ends_at_once_and_the_run_does_not_say_that_it_trains(ma
 
 
 @pytest.mark.usefixtures("_attended")
+@pytest.mark.slow
 def test_a_terminal_that_closes_may_say_so_twice(make_recipe):
     """The kernel and the shell both send SIGHUP: the second one is no order to leave without a checkpoint."""
 
@@ -219,6 +220,7 @@ def test_a_run_that_fails_gives_the_signals_back(make_recipe):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_nohup_shields_from_the_terminal_s_end_goes_on(make_recipe):
     """Nohup starts a program with SIGHUP ignored; whoever asks for that does not want the run to stop."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -13,6 +13,7 @@ from pe_dpo.runs.run import Run
 from pe_dpo.training.train import train
 
 
+@pytest.mark.slow
 def test_a_run_on_weighted_places_is_resumed_and_evaluated_on_the_same_pairs(make_recipe: Callable, tmp_path: Path) -> None:
     for name, letter in (("one", "a"), ("other", "b")):
         rows = [{"prompt": f"Number {letter}{n}?", "chosen": "Yes!", "rejected": "No."} for n in range(20)]
