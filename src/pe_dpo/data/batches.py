@@ -33,7 +33,7 @@ SHARE_THAT_JOINS = 1 / 8
 Where they have less, rows are filled evenly, and what lies in a row shares it all the same."""
 REPEATED = 8
 """A common beginning is read again after so many times its tokens, where memory allows: 64 pairs of 150 tokens under a system
-prompt of 800 take 1.07 of the tokens of a single row, and 5.3 in rows of 1,024."""
+prompt of 800 take 1.08 of the tokens of a single row, and 5.9 in rows of 1,024."""
 RECOMPUTED = 1.4
 """What the tokens of divided answers cost, whose rows but one go forward twice: measured 1.30 in two rows, 1.51 in four
 (float32, 4 × 512)."""
