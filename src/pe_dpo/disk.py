@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pe_dpo.errors import DiskError, PeDpoError
+from pe_dpo.printable import printable_json
 
 Result = TypeVar("Result")
 
@@ -64,8 +65,9 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as `write_atomically` does, indented for people, with letters as they are and null for NaN."""
-    write_atomically(path, json.dumps(json_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False))
+    """Write a JSON file as `write_atomically` does, indented for people: null for NaN, letters as they are, no secrets."""
+    text = json.dumps(json_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, printable_json(text))
 
 
 def json_without_nan(value: Any) -> Any:

@@ -38,7 +38,7 @@ def model_card(
     """
     recipe, place = with_public_names(recipe), recipe.model.base
     intro = ["# A LoRA adapter trained on preference pairs", "", *loading_section(base)]
-    intro += [f"Trained by pe-dpo on {code_span(describe_sources(recipe.data.train))}."]
+    intro += ["Trained by pe-dpo on " + code_span(describe_sources(recipe.data.train)) + "."]
     if recipe.adapter.over:
         intro += [
             "",
