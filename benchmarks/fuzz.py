@@ -313,7 +313,9 @@ def run_case(target: str, seed: int, number: int, folder: Path) -> str | None:
     except (PeDpoError, RowError) as error:
         if "\n" in str(error) and target not in ("recipe", "rows"):  # which show what to write, line by line
             return f"{type(error).__name__} of several lines: {error}"
-    except Exception:  # noqa: BLE001  (which is what is looked for)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001  (which is what is looked for; a panic in Rust is no Exception)
         return traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -186,3 +186,12 @@ def test_runs_whose_losses_differ_are_not_timed(monkeypatch):
     assert found["ours"] == pytest.approx(1e-3)
     with pytest.raises(RuntimeError, match="ours: losses differ"):
         check_losses({"TRL default": theirs, "ours": theirs._replace(losses=[[0.7, 0.5], [0.7, 0.41]])})
+
+
+def test_the_search_for_crashes_found_none():
+    """`python -m benchmarks.fuzz`, of which the crashes it found before became tests."""
+    import json
+
+    found = json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text(encoding="utf-8"))
+    assert set(found["cases"]) == {"rows", "recipe", "template", "safetensors", "adapter", "base"}
+    assert min(found["cases"].values()) >= 100 and not any(found["crashes"].values())

@@ -60,6 +60,19 @@ def test_a_damaged_tokenizer_config_is_one_line(base: Path, values: dict[str, An
     refused(load_tokenizer, base)
 
 
+def test_a_panic_of_the_tokenizers_rust_is_one_line(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is no Exception: a random search ended with it after thousands of cases."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_: Any, **__: Any) -> Any:
+        raise PanicException("range end index 18446744073709551612 out of range for slice of length 13")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    assert "its tokenizer cannot be read: range end index" in refused(load_tokenizer, base)
+
+
 def test_damaged_files_beside_it_are_one_line(base: Path) -> None:
     change(base / "tokenizer.json", model=True)
     refused(load_tokenizer, base)

@@ -23,8 +23,8 @@ JSON_LINES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".json", *JSON_LINES, ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 
-_AT_ONCE = 16
-"""Rows of Parquet that are decoded at once; 1,000 are decoded in half the time, 4 µs a row less, and 60 times the memory."""
+_AT_ONCE = 64
+"""Rows of Parquet that are decoded at once; 16 take 9 µs a row more (29 instead of 20), 1,000 16 times the memory."""
 _MOST_MEMORY = 2_000_000_000
 """Bytes that decoding them may take."""
 _PACKED = "is packed in a way that is not read; unpack it first (a text file packed as .gz is read as it is)"

@@ -391,6 +391,10 @@ def load_tokenizer(base: str, *, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(base, revision=revision, local_files_only=_is_local(base), trust_remote_code=False)
     except Exception as error:  # what the tokenizers package raises is a bare one
         raise _unusable(base, "no tokenizer found there: ", error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of its Rust, which is no Exception, and would end the process
+            raise
+        raise ModelError(f"{base}: its tokenizer cannot be read: {one_line(error)}") from None
 
 
 def end_token_ids(base: str, *, revision: str | None = None) -> list[int]:
