@@ -143,7 +143,8 @@ def test_a_folder_with_other_peoples_files_is_never_touched(pe_dpo, recipe_file,
 
 def test_an_output_below_a_file_is_refused(pe_dpo, recipe_file, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_refused(pe_dpo("train", recipe_file, "-o", tmp_path / "file" / "run"), 2, "cannot be made")
+    done = pe_dpo("train", recipe_file, "-o", tmp_path / "file" / "run")
+    assert_refused(done, 2, f"{tmp_path / 'file' / 'run'}: cannot be written: Not a directory; choose another place")
 
 
 def test_resuming_what_never_ran_is_refused(pe_dpo, recipe_file, tmp_path):

@@ -95,7 +95,12 @@ def test_pairs_are_found_again_to_the_bit_by_whoever_asks(
     there = prepare_pairs(section(path, train=[{"path": str(moved), "weight": 1.5}]), tokenizer=tokenizer())
     assert there.report.sources[0]["source"] == f"{moved} (weight 1.5)"
     assert len(encodings) == made
-    assert sorted(path.is_symlink() for path in cache.iterdir() if path.suffix != ".lock") == [False, True]
+    whole = write_lines(*rows(2), name="whole.jsonl")  # without a bad row it is all one whether such rows are dropped
+    for bad_rows, is_found in (("error", False), ("drop", True)):
+        before = len(encodings)
+        prepare_pairs(section(whole, bad_rows=bad_rows), tokenizer=tokenizer())
+        assert (len(encodings) == before) == is_found
+    assert sorted(path.is_symlink() for path in cache.iterdir() if path.suffix != ".lock") == [False] * 2 + [True] * 4
     entry = next(path for path in cache.iterdir() if path.is_dir() and not path.is_symlink())
     umask = os.umask(0)
     os.umask(umask)

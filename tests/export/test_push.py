@@ -377,7 +377,7 @@ def test_of_a_run_only_the_adapter_tokenizer_card_and_base_are_sent(hub, run, ti
     card = there["README.md"].decode()
     for line in ("model = PeftModel.from_pretrained(base, ", "tokenizer = AutoTokenizer.from_pretrained("):
         assert f"{line}'{NAME}')" in card
-    assert any(line.startswith("stays here: ") and "generations.parquet, metrics.jsonl" in line for line in logged)
+    assert any(line.startswith("stays here: ") and "generations.parquet, inputs.json, metrics.jsonl" in line for line in logged)
 
 
 def test_what_was_pushed_of_a_run_is_merged_where_its_base_lies(hub, run, tiny_base, tmp_path):

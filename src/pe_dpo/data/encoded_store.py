@@ -54,13 +54,13 @@ class EncodedStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get_or_make(self, key: str, make: Callable[[Batches], Made], also: Callable[[DataReport], str]) -> Made:
+    def get_or_make(self, key: str, make: Callable[[Batches], Made], also: Callable[[DataReport], set[str]]) -> Made:
         """Return an entry, made now if there is none.
 
         Args:
             key: Of the entry.
             make: Returns its content, having written its tokens.
-            also: Returns a further key under which what was made is to be found, or the same.
+            also: Returns the keys under which what was made is to be found.
 
         Raises:
             OSError: It cannot be written, or not be locked.
@@ -95,11 +95,11 @@ class EncodedStore:
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
             with suppress(OSError):  # what follows is for others
-                other = self.folder / also(made[2])
-                if other.is_symlink() and not other.exists():
-                    other.unlink()
-                if not other.exists():
-                    other.symlink_to(key)
+                for other in (self.folder / name for name in also(made[2]) - {key}):
+                    if other.is_symlink() and not other.exists():
+                        other.unlink()
+                    if not other.exists():
+                        other.symlink_to(key)
                 self._remove_oldest(key)
             return _read(entry, is_checked=False)
         finally:

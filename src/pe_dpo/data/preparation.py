@@ -94,7 +94,11 @@ def prepare_pairs(
     key, rows = found
     store = EncodedStore(cache_folder() / "pairs")
     try:
-        made = store.get_or_make(key(recorded), lambda batches: wanted.make(batches, rows), lambda report: key(vars(report)))
+        made = store.get_or_make(
+            key(recorded, settings.bad_rows),
+            lambda batches: wanted.make(batches, rows),
+            lambda report: wanted.names(key, report),
+        )
     except OSError as error:
         logger.warning(
             f"{store.folder}: encoded pairs cannot be kept there ({error}), so that every command and process encodes them "
@@ -145,8 +149,15 @@ class Preparation:
         if self.held_out_places is not self.places:
             self.unused += [name for place in self.places for name in place.held_out]
 
-    def identify(self) -> tuple[Callable[[Mapping[str, Any] | None], str], int] | None:
-        """Return what makes a key of a run's data report, and about how many rows there are; None where something has no name.
+    def names(self, key: Callable[[Mapping[str, Any] | None, str], str], report: DataReport) -> set[str]:
+        """Return the keys of all who would be given the same: a run that names these held-out rows, and who drops bad rows."""
+        kinds = {self.settings.bad_rows, "drop"}  # without one that is an error there is none to drop
+        return {key(rule, kind) for rule in (self.recorded, vars(report)) for kind in kinds}
+
+    def identify(self) -> tuple[Callable[[Mapping[str, Any] | None, str], str], int] | None:
+        """Return what makes keys, and about how many rows there are; None where something has no name.
+
+        It takes a run's data report, or None, and what becomes of bad rows.
 
         The key is a sha256 over all that the pairs and their report depend on, without the paths of the files, which only lines
         about them say.
@@ -168,7 +179,7 @@ class Preparation:
                 return None
             parts.append([name, found[0]])
             rows += found[1]
-        chosen = {"columns", "ignore", "score", "overlong", "bad_rows", "limit"}
+        chosen = {"columns", "ignore", "score", "overlong", "limit"}
         has_clock = "strftime_now" in str(self.tokenizer.chat_template)
         content = {
             "code": _code_fingerprint(),
@@ -188,9 +199,9 @@ class Preparation:
             "flags": [self.is_old, self.is_other, self.share, self.most],
         }
 
-        def key(recorded: Mapping[str, Any] | None) -> str:
+        def key(recorded: Mapping[str, Any] | None, bad_rows: str) -> str:
             rule = None if recorded is None else recorded.get("held_out_rows")
-            text = json.dumps([content, recorded is None, rule], sort_keys=True)
+            text = json.dumps([content, recorded is None, rule, bad_rows], sort_keys=True)
             return hashlib.sha256(text.encode()).hexdigest()
 
         return key, min(rows, settings.limit or rows)

@@ -320,7 +320,7 @@ def locked(folder: Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"cannot be made: {disk_error(error, folder) or f'{folder}: {error.strerror}'}") from error
+        raise RunFolderError(str(disk_error(error, folder) or f"{folder}: cannot be made: {error.strerror}")) from error
     linked = [path for path in (folder / name for name in (".lock", METRICS_FILE, "log.txt")) if path.is_symlink()]
     if linked:
         raise RunFolderError(
@@ -333,7 +333,7 @@ def locked(folder: Path) -> Iterator[Path]:
     except Timeout as error:
         raise RunFolderError(f"{folder}: another run is writing there; wait for it, or choose another `output`") from error
     except OSError as error:
-        raise RunFolderError(f"cannot be locked: {disk_error(error, folder) or f'{folder}: {error.strerror}'}") from error
+        raise RunFolderError(str(disk_error(error, folder) or f"{folder}: cannot be locked: {error.strerror}")) from error
     try:
         yield folder
     finally:
