@@ -1,40 +1,160 @@
-"""The READMEs' tables of speed, of merging and of mixout, from the results that lie in `results/`; a test holds them to it."""
+"""The tables of speed, of merging and of mixout, from the results that lie in `results/`; tests hold README and pages to them.
+
+docs/speed.md has a table of each command between two marks; the README the short one.
+"""
 
 import json
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ours import FULL_STACK, IN_STEP
+from benchmarks.ours import FULL_STACK
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = (
-    ("HH-shaped, float32, reference stored", "step-hh-fp32-m8k", FULL_STACK),
-    ("HH-shaped, float32, reference in the step", "step-hh-fp32-m8k", IN_STEP),
-    ("HH-shaped, bfloat16, reference stored", "step-hh-bf16-m8k", FULL_STACK),
-    ("HH-shaped, nf4, ours stored, TRL's in the step (not like for like)", "step-hh-nf4-m8k", FULL_STACK),
-    ("HH-shaped, nf4, reference in the step", "step-hh-nf4-m8k", IN_STEP),
-    ("UltraFeedback-shaped, float32, reference stored", "step-uf-fp32-m8k", FULL_STACK),
-)
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "speed.md"
+SHAPES = {
+    "hh": "HH: long prompts, short answers",
+    "uf": "UltraFeedback's lengths",
+    "uf-graph": "the same, four answers to a prompt",
+    "polite": "short instructions and answers",
+    "near": "answers that differ by a few tokens",
+    "long": "answers of 1,000 tokens",
+}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "nf4": "nf4"}
+CASES = ("train-8", "train-64", "train-500", "sweep")
+IN_README = (("hh", "fp32"), ("hh", "bf16"), ("hh", "nf4"), ("uf", "fp32"), ("uf-graph", "fp32"), ("long", "fp32"))
 
 
 def table() -> str:
-    """Return the table as markdown: times as fast, median (smallest–largest) of the ratios within rounds."""
-    lines = ["| | × TRL default | × TRL best of its grid |", "|---|---|---|"]
-    for title, file, rung in STEPS:
-        if not (RESULTS / f"{file}.json").is_file():
-            continue
-        found = _load(file)["ratios"][rung]
-        lines.append(f"| step, {title} | {_spread(found['over_trl_default'])} | {_spread(found['over_trl_best'])} |")
-    run = _load("run-hh-fp32-m8k")["ratios"]
-    for name, title in (("1 epochs", "one epoch, the reference inside"), ("3 epochs", "three epochs")):
-        over = [_spread(run[name][f"ours over {peer}"]) for peer in ("TRL default", "TRL best")]
-        lines.append(f"| plain loop of {title}, HH, float32 | {over[0]} | {over[1]} |")
-    sweep = _load("sweep-hh-fp32-m8k")["over_ours"]
-    words = f"plain loop over {len(_load('sweep-hh-fp32-m8k')['values'])} values × three epochs, HH, float32 (one pass)"
-    lines.append(f"| {words} | {sweep['TRL default']:.2f} | {sweep['TRL best']:.2f} |")
+    """Return the README's table as markdown: times as fast, median (smallest–largest) of the ratios within rounds."""
+    lines = ["| | × TRL default | × TRL best |", "|---|---|---|"]
+    rows = _load("steps")["rows"]
+    for shape, dtype in IN_README:
+        found = rows[f"{shape} {dtype}"]["ratios"]
+        for words in ("stored", "in step"):
+            over = [_spread(found[f"ours, {words} over TRL {peer}"]) for peer in ("default", "best")]
+            lines.append(f"| step, {SHAPES[shape]}, {DTYPES[dtype]}, reference {words} | {over[0]} | {over[1]} |")
+    for name in CASES:
+        found = _load(f"commands-{name}")
+        over = [_spread(found["ratios"][f"ours over TRL {peer}"]) for peer in ("default", "best")]
+        lines.append(f"| {found['title']} | {over[0]} | {over[1]} |")
     peaks = _load("step-hh-fp32-m8k")
     shares = [peaks["peak_mib"][FULL_STACK] / peaks["peak_mib"][peaks[key]] for key in ("trl_default", "trl_best")]
     lines.append(f"| peak memory of the HH step beyond the model, as a share | {shares[0]:.2f} | {shares[1]:.2f} |")
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Put every table into docs/speed.md, between its marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, made in page_tables().items():
+        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        before, found, rest = text.partition(start)
+        if not found:
+            raise SystemExit(f"{PAGE.name}: no {start.strip()}")
+        text = before + start + made + end + rest.partition(end)[2]
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def page_tables() -> dict[str, str]:
+    """Return the tables of docs/speed.md by the names of their marks."""
+    return {
+        "commands": commands_table(),
+        "steps": steps_table(),
+        "starts": starts_table(),
+        "data": data_table(),
+        "threads": threads_table(),
+    }
+
+
+def commands_table() -> str:
+    """Return whole commands, TRL's processes and ours, before and after."""
+    lines = [
+        "| | CPU s: TRL default, best | ours before → after | × TRL default: before → after | × TRL best: before → after | "
+        "peak MiB: TRL default, best, ours before → after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in CASES:
+        found = _load(f"commands-{name}")
+        old = next(side for side in found["cpu_seconds"] if side.startswith("ours before"))
+        sides = ("TRL default", "TRL best", old, "ours")
+        seconds = [f"{statistics.median(found['cpu_seconds'][side]):.0f}" for side in sides]
+        peaks = [f"{max(found['peak_mib'][side]):.0f}" for side in sides]
+        over = [
+            " → ".join(_spread(found["ratios"][f"{side} over TRL {peer}"]) for side in (old, "ours"))
+            for peer in ("default", "best")
+        ]
+        lines.append(
+            f"| {found['title']} | {seconds[0]}, {seconds[1]} | {seconds[2]} → {seconds[3]} | {over[0]} | {over[1]} | "
+            f"{peaks[0]}, {peaks[1]}, {peaks[2]} → {peaks[3]} |"
+        )
+    return "\n".join(lines)
+
+
+def steps_table() -> str:
+    """Return the steps on every shape in every dtype."""
+    lines = [
+        "| | CPU s: TRL default, best | stored: before → after | in step: before → after | stored × TRL default, best | "
+        "in step × TRL default, best |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = _load("steps")["rows"]
+    for shape, title in SHAPES.items():
+        for dtype, spelt in DTYPES.items():
+            row = rows[f"{shape} {dtype}"]
+            middle = {name: f"{statistics.median(values):.2f}" for name, values in row["cpu_seconds"].items()}
+            over = [
+                ", ".join(_spread(row["ratios"][f"ours, {words} over TRL {peer}"]) for peer in ("default", "best"))
+                for words in ("stored", "in step")
+            ]
+            both = [f"{middle[f'before, {words}']} → {middle[f'ours, {words}']}" for words in ("stored", "in step")]
+            lines.append(
+                f"| {title}, {spelt} | {middle[row['trl_default']]}, {middle[row['trl_best']]} | {both[0]} | {both[1]} | "
+                f"{over[0]} | {over[1]} |"
+            )
+    return "\n".join(lines)
+
+
+def starts_table() -> str:
+    """Return what every command takes on a run of a few steps."""
+    lines = ["| | CPU s before → after | peak MiB before → after |", "|---|---|---|"]
+    for command, sides in _load("starts")["commands"].items():
+        seconds = [f"{statistics.median(run['cpu_seconds'] for run in sides[side]):.1f}" for side in ("before", "after")]
+        peaks = [f"{max(run['peak_mib'] for run in sides[side]):.0f}" for side in ("before", "after")]
+        lines.append(f"| `pe-dpo {command}` | {' → '.join(seconds)} | {' → '.join(peaks)} |")
+    return "\n".join(lines)
+
+
+def data_table() -> str:
+    """Return what preparing pairs takes."""
+    columns = ("before", "first"), ("after", "first"), ("after", "again")
+    lines = ["| pairs | before: s (CPU s), MiB | after, the first time | after, found again |", "|---|---|---|---|"]
+    for size, sides in _load("data")["sizes"].items():
+        cells = [_prepared(sides.get(side, {}).get(turn)) for side, turn in columns]
+        lines.append(f"| {int(size):,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _prepared(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return "not run"
+    return f"{found['wall_seconds']:.1f} ({found['cpu_seconds']:.1f}), {found['peak_mib']:.0f}"
+
+
+def threads_table() -> str:
+    """Return the wall time of a step on two threads."""
+    found = _load("threads")["beside"]
+    lines = [
+        "| wall s of a step | " + " | ".join(f"beside {busy} busy" if int(busy) else "idle cores" for busy in found) + " |",
+        "|---|" + "---|" * len(found),
+    ]
+    for variant in next(iter(found.values())):
+        cells = []
+        for rows in found.values():
+            values = [seconds for run in rows[variant] for seconds in run["wall_seconds"]]
+            cells.append(_spread([statistics.median(values), min(values), max(values)]))
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -43,9 +163,10 @@ def _load(name: str) -> dict[str, Any]:
     return content
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: Sequence[float]) -> str:
+    """Median (smallest–largest), or one number where there was one round."""
     median, low, high = values
-    return f"{median:.2f} ({low:.2f}–{high:.2f})"
+    return f"{median:.2f}" if low == high else f"{median:.2f} ({low:.2f}–{high:.2f})"
 
 
 MERGE_ROWS = (

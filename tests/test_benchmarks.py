@@ -17,6 +17,39 @@ def test_the_readme_has_the_table_of_the_results(monkeypatch):
     assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_page_on_speed_has_the_tables_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.table import PAGE, page_tables
+
+    page = PAGE.read_text(encoding="utf-8")
+    for name, table in page_tables().items():
+        assert f"<!-- {name} -->\n{table}\n<!-- end -->" in page
+
+
+def test_every_step_and_command_was_checked_before_it_was_timed():
+    """Steps against float64, 16-bit ones of near-identical answers as near to it as TRL's; commands by the losses of all steps."""
+    import json
+
+    results, limits = ROOT / "benchmarks" / "results", {"fp32": 1e-4, "bf16": 2e-2, "nf4": 2e-2}
+    rows = json.loads((results / "steps.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 18
+    for name, row in rows.items():
+        shape, dtype = name.split()
+        distances, limit = row["to_float64"], limits[dtype]
+        assert row["cpu_seconds"].keys() == distances.keys()
+        theirs = max(far["gradient"] for side, far in distances.items() if side.startswith("TRL "))
+        for far in distances.values():
+            assert far["loss"] <= limit
+            assert far["gradient"] <= (max(limit, 1.1 * theirs) if shape == "near" else limit)
+    for name in ("train-8", "train-64", "train-500", "sweep"):
+        found = json.loads((results / f"commands-{name}.json").read_text(encoding="utf-8"))
+        assert found["losses_differ_by"].keys() == found["cpu_seconds"].keys()
+        assert max(found["losses_differ_by"].values()) <= 2e-3
+        for peer in ("default", "best"):
+            over = [a / b for a, b in zip(found["cpu_seconds"][f"TRL {peer}"], found["cpu_seconds"]["ours"], strict=True)]
+            assert found["ratios"][f"ours over TRL {peer}"][1:] == pytest.approx([min(over), max(over)])
+
+
 def test_the_readme_has_what_ways_of_merging_keep(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.table import merge_table
