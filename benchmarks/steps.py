@@ -88,9 +88,10 @@ def run_steps(settings: Settings, shapes: Sequence[ShapeName], dtypes: Sequence[
             save(settings, {"before": BEFORE, "rows": rows})
 
 
-def measure(shape: ShapeName, dtype: Dtype, pairs: Sequence[Any], workers: Mapping[str, Worker], rounds: int) -> dict[str, Any]:
+def measure(
+    shape: ShapeName, dtype: Dtype, pairs: Sequence[Any], truth: agreement.Outcome, workers: Mapping[str, Worker], rounds: int
+) -> dict[str, Any]:
     """Return agreement, CPU seconds of every round, and ratios of one shape in one dtype."""
-    truth = true_outcome("m8k", dtype, pairs)
     peers = screen(shape, dtype, pairs)
     outcomes = {name: peer.outcome for name, peer in peers.items()}
     file, folder = temporary_folder() / "pairs.npz", temporary_folder()
