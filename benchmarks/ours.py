@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.models import BETA, Dtype, ModelName, load_policy
+from benchmarks.pairs import LONGEST_ROW
 from pe_dpo.data.batches import pack, pad
 from pe_dpo.data.pairs import EncodedPair
-from pe_dpo.estimate.rows import CPU_TOKENS
+from pe_dpo.estimate.rows import CPU_TOKENS, cpu_rows
 from pe_dpo.inference.logprobs import packed_pair_logprobs
 from pe_dpo.inference.scorer import Scorer
 from pe_dpo.model.adapter import as_reference
 from pe_dpo.model.attention import switch_on
+from pe_dpo.model.out_of_memory import host_memory
 from pe_dpo.objective import PairLogprobs, preference_loss, token_logprobs
 from pe_dpo.objective.head import head_logprobs
 
@@ -84,6 +86,10 @@ class OurStep:
         self.model = load_policy(model, dtype)
         if rung.is_packed:
             switch_on(self.model.get_base_model())
+        config = self.model.get_base_model().config
+        PACKED.token_budget, PACKED.tree_budget = cpu_rows(
+            LONGEST_ROW, host_memory(), hidden=config.hidden_size, layers=config.num_hidden_layers
+        )
         self.pairs_per_step = len(pairs)
         self.batches = [[pairs[index] for index in batch] for batch in rung.split(pairs)]
         self.stored = [reference_of(rung.score, self.model, batch) for batch in self.batches] if rung.stores_reference else None
