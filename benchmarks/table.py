@@ -31,11 +31,13 @@ def table() -> str:
     lines = ["| | × TRL default | × TRL best |", "|---|---|---|"]
     rows = _load("steps")["rows"]
     for shape, dtype in IN_README:
+        if f"{shape} {dtype}" not in rows:
+            continue
         found = rows[f"{shape} {dtype}"]["ratios"]
         for words in ("stored", "in step"):
             over = [_spread(found[f"ours, {words} over TRL {peer}"]) for peer in ("default", "best")]
             lines.append(f"| step, {SHAPES[shape]}, {DTYPES[dtype]}, reference {words} | {over[0]} | {over[1]} |")
-    for name in CASES:
+    for name in measured_cases():
         found = _load(f"commands-{name}")
         over = [_spread(found["ratios"][f"ours over TRL {peer}"]) for peer in ("default", "best")]
         lines.append(f"| {found['title']} | {over[0]} | {over[1]} |")
@@ -43,6 +45,11 @@ def table() -> str:
     shares = [peaks["peak_mib"][FULL_STACK] / peaks["peak_mib"][peaks[key]] for key in ("trl_default", "trl_best")]
     lines.append(f"| peak memory of the HH step beyond the model, as a share | {shares[0]:.2f} | {shares[1]:.2f} |")
     return "\n".join(lines)
+
+
+def measured_cases() -> list[str]:
+    """Return the cases of `commands` that have results."""
+    return [name for name in CASES if (RESULTS / f"commands-{name}.json").is_file()]
 
 
 def write_page() -> None:
@@ -53,19 +60,21 @@ def write_page() -> None:
         before, found, rest = text.partition(start)
         if not found:
             raise SystemExit(f"{PAGE.name}: no {start.strip()}")
-        text = before + start + made + end + rest.partition(end)[2]
+        text = before + start + made + end + rest[rest.index("<!-- end -->") + len("<!-- end -->") :]
     PAGE.write_text(text, encoding="utf-8")
 
 
 def page_tables() -> dict[str, str]:
     """Return the tables of docs/speed.md by the names of their marks."""
-    return {
-        "commands": commands_table(),
-        "steps": steps_table(),
-        "starts": starts_table(),
-        "data": data_table(),
-        "threads": threads_table(),
+    made = {
+        "commands": commands_table,
+        "steps": steps_table,
+        "starts": starts_table,
+        "data": data_table,
+        "threads": threads_table,
     }
+    whole = {"starts", "data", "threads"}
+    return {name: one() for name, one in made.items() if name not in whole or (RESULTS / f"{name}.json").is_file()}
 
 
 def commands_table() -> str:
@@ -75,7 +84,7 @@ def commands_table() -> str:
         "peak MiB: TRL default, best, ours before → after |",
         "|---|---|---|---|---|---|",
     ]
-    for name in CASES:
+    for name in measured_cases():
         found = _load(f"commands-{name}")
         old = next(side for side in found["cpu_seconds"] if side.startswith("ours before"))
         sides = ("TRL default", "TRL best", old, "ours")
@@ -102,6 +111,8 @@ def steps_table() -> str:
     rows = _load("steps")["rows"]
     for shape, title in SHAPES.items():
         for dtype, spelt in DTYPES.items():
+            if f"{shape} {dtype}" not in rows:
+                continue
             row = rows[f"{shape} {dtype}"]
             middle = {name: f"{statistics.median(values):.2f}" for name, values in row["cpu_seconds"].items()}
             over = [
