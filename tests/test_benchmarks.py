@@ -27,7 +27,7 @@ def test_the_page_on_speed_has_the_tables_of_the_results(monkeypatch):
 
 
 def test_every_step_and_command_was_checked_before_it_was_timed():
-    """Steps against float64, 16-bit ones of near-identical answers as near to it as TRL's; commands by the losses of all steps."""
+    """Steps against float64, in 16 bits and of near-identical answers as near to it as TRL's; commands by all losses."""
     import json
 
     results, limits = ROOT / "benchmarks" / "results", {"fp32": 1e-4, "bf16": 2e-2, "nf4": 2e-2}
