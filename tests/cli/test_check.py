@@ -211,4 +211,4 @@ def test_check_takes_every_flag_of_train(pe_dpo):
     def flags(command):
         return {word for word in pe_dpo(command, "--help").out.replace("│", " ").split() if word.startswith("--")}
 
-    assert flags("train") - {"--resume", "--overwrite"} <= flags("check")
+    assert flags("train") - {"--resume", "--overwrite", "--override"} <= flags("check")

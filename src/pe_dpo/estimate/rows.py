@@ -7,7 +7,7 @@ CPU_TOKENS = 1024
 """On a CPU longer rows gain little, and memory grows with them: eight HH pairs in two rows took half the memory of
 one row, and 0.95 (float32) or 1.09 (bfloat16) of its time (benchmarks/results)."""
 FEWEST_CPU_TOKENS = 512
-"""Where all pairs are short, rows of this take half the memory of 1,024."""
+"""Where all pairs are short: half the activations of 1,024."""
 TREE_SHARE = 1 / 8
 """Of a machine's memory that a row's activations may take where a longer row spares reading something twice. Of all memory and
 not of what is free: a run that is resumed has the rows that it had."""
