@@ -21,5 +21,6 @@ def test_every_test_that_a_promise_names_is_there() -> None:
 def test_what_the_page_says_of_kills_is_what_was_measured() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     found = json.loads((ROOT / "benchmarks" / "results" / "crash.json").read_text(encoding="utf-8"))
-    faults = sum(len(job["faults"]) for job in found["jobs"].values())
-    assert f"**{found['kills']} kills in {sum(job['chains'] for job in found['jobs'].values())} commands, {faults} differences**" in page
+    jobs = found["jobs"].values()
+    commands, faults = sum(job["chains"] for job in jobs), sum(len(job["faults"]) for job in jobs)
+    assert f"**{found['kills']} kills of {commands} commands, {faults} differences**" in page

@@ -209,6 +209,6 @@ def test_many_rows_that_are_too_long_are_a_warning_with_the_remedy(pe_dpo, recip
 
 def test_check_takes_every_flag_of_train(pe_dpo):
     def flags(command):
-        return {word for word in pe_dpo(command, "--help").out.replace("│", " ").split() if word.startswith("--")}
+        return {word.rstrip(":") for word in pe_dpo(command, "--help").out.replace("│", " ").split() if word.startswith("--")}
 
     assert flags("train") - {"--resume", "--overwrite", "--override"} <= flags("check")

@@ -1,6 +1,7 @@
 """Many runs from one base: each is the run of `train`, and a kill costs no more than the run it cut off."""
 
 import json
+import math
 import pickle
 import signal
 import sys
@@ -24,6 +25,7 @@ from pe_dpo.experiments.point import PointState
 from pe_dpo.experiments.sweep import sweep
 from pe_dpo.inference.reference import Reference
 from pe_dpo.model import fingerprint, provenance
+from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.recipe import load_recipe
 from pe_dpo.runs.files import BASE_FILE, RUN_FILE, read_object
 from pe_dpo.runs.run import Run
@@ -126,11 +128,13 @@ def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path, monkeypa
     def fails(self, *words):
         if self.args.weight_decay == 0 and self.state.global_step == 1:
             raise IndexError("index 7 is out of bounds\nfor dimension 0")
+        if self.args.weight_decay == 0.05 and self.state.global_step == 1:
+            next(iter(adapter_parameters(self.model))).data.fill_(math.nan)
         return step(self, *words)
 
     monkeypatch.setattr(PairTrainer, "training_step", fails)
     monkeypatch.setattr(point_module, "load_base", lambda *a, **k: loads.append(1) or load(*a, **k))
-    plan = make_plan(source, [["train.weight_decay=0,1e9,0.1"]], folder=tmp_path / "sweep")
+    plan = make_plan(source, [["train.weight_decay=0,0.05,0.1"]], folder=tmp_path / "sweep")
     states = sweep(plan)
     assert [state.status for state in states] == ["failed", "failed", "finished"]
     assert states[0].why == "IndexError: index 7 is out of bounds"
