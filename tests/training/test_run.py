@@ -57,10 +57,10 @@ def test_a_run_says_what_memory_it_took_and_what_was_counted(run):
 
 def test_a_peak_is_what_was_held_at_once_above_the_start():
     peak = MemoryPeak()
-    held = [np.ones(4_000_000), np.ones(4_000_000)]
+    held = [np.ones(5_000_000), np.ones(5_000_000)]  # 40 MB: glibc maps each anew, and takes smaller ones from what it has
     held.pop()
     np.ones(1_000)
-    assert 56e6 < peak.bytes() < 80e6  # less what was freed in the meantime
+    assert 76e6 < peak.bytes() < 100e6
     assert len(held) == 1
 
 
