@@ -48,11 +48,16 @@ def kill_and_compare(kills: int, *, work: Path, seed: int = 0, names: Sequence[s
         name: {"kills": 0, "chains": 0, "faults": [], "deaths": {"a moment": 0} | dict.fromkeys(map(kind, ending.changes), 0)}
         for name, (_, ending, _) in lived.items()
     }
-    while sum(one["kills"] for one in found.values()) < kills:
-        for job in chosen:
-            left = kills - sum(one["kills"] for one in found.values())
-            if left > 0:
-                _chain(job, place, found[job.name], lived[job.name], random_, min(left, random_.randint(1, MOST_KILLS)), steps)
+    try:
+        while (done := sum(one["kills"] for one in found.values())) < kills:
+            print(f"{done} of {kills} kills, {sum(len(one['faults']) for one in found.values())} faults", flush=True)
+            for job in chosen:
+                left = kills - sum(one["kills"] for one in found.values())
+                if left > 0:
+                    share = min(left, random_.randint(1, MOST_KILLS))
+                    _chain(job, place, found[job.name], lived[job.name], random_, share, steps)
+    except KeyboardInterrupt:
+        print("interrupted: the commands that ended are kept")
     return {"kills": sum(one["kills"] for one in found.values()), "seed": seed, "jobs": found}
 
 
