@@ -183,6 +183,12 @@ def test_tools_that_are_none_are_an_error(tools: Any) -> None:
         read_tools(tools, "tools")
 
 
+@pytest.mark.parametrize(("function", "found"), [("f", "text"), (["f"], "a list"), (1.5, "the number 1.5")])
+def test_a_tool_whose_function_is_no_object_is_an_error(function: Any, found: str) -> None:
+    with pytest.raises(RowError, match=rf"column 'tools\[1\].function' is {found}; an object with name, description and"):
+        read_tools([{"name": "f"}, {"function": function}], "tools")
+
+
 def test_the_same_rows_give_the_same_ids_from_every_format(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ARROW))

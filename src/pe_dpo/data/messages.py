@@ -208,12 +208,20 @@ def read_tools(value: Any, column: str) -> list[Any] | None:
         return None
     if not isinstance(value, list):
         raise RowError(f"column '{column}' is {describe_value(value)}; a list of function descriptions is expected")
-    return [
+    tools = [
         _read_json(tool, f"{column}[{number}]", what="text that is", remedy="a function description is expected")
         if isinstance(tool, str)
         else tool
         for number, tool in enumerate(value)
     ]
+    for number, tool in enumerate(tools):
+        function = tool.get("function", {}) if isinstance(tool, Mapping) else {}
+        if not isinstance(function, Mapping):
+            raise RowError(
+                f"column '{column}[{number}].function' is {describe_value(function)}; an object with name, description and "
+                "parameters is expected"
+            )
+    return tools
 
 
 def _read_json(value: Any, place: str, *, what: str, remedy: str) -> Any:
