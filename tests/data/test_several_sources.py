@@ -97,6 +97,16 @@ def test_a_weight_repeats_whole_copies_and_a_share_of_the_prompts(weight: float,
     assert Counter(Counter(pair.where for pair in weighed).values()) == counts
 
 
+def test_a_seed_takes_the_pairs_of_other_prompts(write_lines: Callable[..., Path], tokenizer: Any) -> None:
+    """The entry in the cache is another one, too."""
+    path = str(write_lines(*(row(f"question {number}") for number in range(40))))
+    section = DataSection(train={"path": path, "weight": 0.5}, eval=0.0, max_length=99)
+    first, *others = (wheres(pe_dpo.data.prepare_pairs(section, tokenizer=tokenizer, seed=s).train) for s in (None, 0, 1, 0))
+    assert first == wheres(pe_dpo.data.prepare_pairs(section, tokenizer=tokenizer).train)
+    assert [len(one) for one in (first, *others)] == [20] * 4
+    assert others[0] == others[2] and len({tuple(one) for one in (first, *others)}) == 3
+
+
 def test_no_weight_changes_nothing() -> None:
     pairs = [EncodedPair(IDS, IDS, IDS, 0.0, f"x:{number}", "k") for number in range(3)]
     assert weigh(pairs, 1.0) == pairs

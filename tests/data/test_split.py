@@ -98,6 +98,14 @@ def test_where_no_prompts_collide_nothing_moves(keys: list[str], share: float) -
     assert (sides.train, sides.held_out, sides.left_out) == (train, held_out, [])
 
 
+def test_a_seed_holds_out_other_prompts_and_none_those_of_their_hashes() -> None:
+    pairs = [pair_of(f"{number:03}", number, str(number)) for number in range(100)]
+    sides = [[pair.prompt_key for pair in split_by_prompt(pairs, 0.2, seed=seed)[1]] for seed in (None, 0, 0, 1)]
+    assert sides[0] == [f"{number:03}" for number in range(20)]  # as ever: the smallest keys
+    assert sides[1] == sides[2] and [len(side) for side in sides] == [20] * 4
+    assert len({*sides[1]} & {*sides[3]}) < 12 and len({*sides[0]} & {*sides[1]}) < 12  # 4 of 20 by chance
+
+
 def test_the_rows_of_a_run_are_held_out_again_whatever_came_after(write_lines: Callable[..., Path], tokenizer: Any) -> None:
     first = prepare_pairs(write_lines(*map(as_text, range(20))), tokenizer=tokenizer, max_length=99, eval=0.2)
     recorded = first.report.to_dict()

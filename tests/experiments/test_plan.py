@@ -44,6 +44,23 @@ def test_every_seed_is_a_run_of_its_own(source):
     assert len({recipe.output for recipe in plan.recipes}) == 2
 
 
+def test_one_source_of_chance_is_an_axis(source, tmp_path):
+    plan = make_plan(source, [["beta=0.1,0.2", "train.seeds.order=0,1"]], folder=tmp_path / "sweep")
+    assert [recipe.train.seed_of("order") for recipe in plan.recipes] == [0, 1, 0, 1]
+    assert {recipe.train.seed_of("adapter") for recipe in plan.recipes} == {0}
+    assert names(plan)[-1] == "beta=0.2,train.seeds.order=1"
+    assert read_plan(save_plan(plan).folder).recipes == plan.recipes
+    with pytest.raises(UsageError, match="one set of pairs"):
+        make_plan(source, [["train.seeds.data=0,1"]])
+
+
+def test_seeds_that_would_be_one_run_are_refused(source):
+    fixed = [f"train.seeds.{what}=0" for what in ("order", "adapter", "masks")]
+    make_plan(source, [], overrides=fixed[1:], seeds=[0, 1])
+    with pytest.raises(UsageError, match="would be one run"):
+        make_plan(source, [], overrides=fixed, seeds=[0, 1])
+
+
 def test_the_dropout_control_is_a_twin_without_mixout(source):
     plan = make_plan(source, [["mixout=0,0.3", "gamma=0"]], dropout_control=True)
     assert names(plan) == ["gamma=0", "gamma=0,mixout=0.3", "dropout=0.3,gamma=0"]

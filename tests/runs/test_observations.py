@@ -133,6 +133,22 @@ def test_points_that_came_to_the_same_keep_their_seeds_together(tmp_path: Path) 
     assert found == [{"loss.gamma": "0.5x"}, {"loss.gamma": "0.5x"}, second, second]
 
 
+def test_runs_that_differ_in_seeds_alone_are_seeds_of_one_point(write_run: Callable[..., Path]) -> None:
+    """However a recipe says by what it drew; a source of chance that is turned alone gets a number of its own."""
+    apart = {f"train.seeds.{what}": 1 for what in ("order", "adapter", "masks")}
+    runs = [
+        write_run("plain"),
+        write_run("order", {"train.seeds.order": 3}),
+        write_run("order too", {"train.seeds.order": 3, "loss.beta": 0.2}),
+        write_run("masks", {"train.seeds.masks": 2}),
+        write_run("one", {**apart, "loss.beta": 0.2}),
+    ]
+    found, remarks = read_observations(runs)
+    beta = {"loss.beta": 0.2}
+    assert [(one.settings, one.seed) for one in found] == [({}, 0), ({}, 3), (beta, 3), ({}, 2), (beta, 1)]
+    assert remarks == ["seeds apart (train.seeds): 2 is order 0, adapter 0, masks 2; 3 is order 3, adapter 0, masks 0"]
+
+
 def test_a_run_that_is_named_twice_counts_once(tmp_path: Path) -> None:
     sweep = fake_runs.write_sweep(tmp_path / "sweep", [{}], pairs=30, prompts=20, seeds=(0,), snapshots=0, steps=2)
     (sweep / "here").mkdir()

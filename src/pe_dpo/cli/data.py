@@ -63,7 +63,7 @@ def _lint(plan: "Recipe") -> "Lint":
 
     model = plan.model
     if model.base == NO_BASE:
-        return lint(plan.data)
+        return lint(plan.data, seed=plan.train.seeds.data)
     from pe_dpo.data.template import set_template
     from pe_dpo.model.base import answer_end_tokens, load_tokenizer, read_config
 
@@ -75,7 +75,8 @@ def _lint(plan: "Recipe") -> "Lint":
         text = read_config(model.base, revision=model.revision).get_text_config()
         context = getattr(text, "max_position_embeddings", None)
     ends = answer_end_tokens(tokenizer, model.base, revision=model.revision)
-    return lint(plan.data, tokenizer=tokenizer, context_length=context, end_token_ids=ends)
+    seed = plan.train.seeds.data
+    return lint(plan.data, tokenizer=tokenizer, context_length=context, end_token_ids=ends, seed=seed)
 
 
 def _with_flags(message: str) -> str:

@@ -167,6 +167,7 @@ def lint(
     tokenizer: Any = None,
     context_length: int | None = None,
     end_token_ids: Collection[int] = (),
+    seed: int | None = None,
 ) -> Lint:
     """Return what is found in the data that the section of a recipe names; no bad row stops it.
 
@@ -175,6 +176,7 @@ def lint(
         tokenizer: Of the model; None to look at characters.
         context_length: The most tokens that the model takes, if it has a bound.
         end_token_ids: Further ids that end an answer; see `prepare_pairs`.
+        seed: Of the prompts that are held out; see `prepare_pairs`.
 
     Raises:
         DataError: As `prepare_pairs`, where not a single row can be used.
@@ -189,6 +191,7 @@ def lint(
         tokenizer=Characters() if tokenizer is None else tokenizer,
         context_length=context_length,
         end_token_ids=end_token_ids,
+        seed=seed,
     )
     if tokenizer is None:
         data.report.unit = "characters"

@@ -68,6 +68,7 @@ def prepare_pairs(
     end_token_ids: Collection[int] = (),
     only: str | None = None,
     recorded: Mapping[str, Any] | None = None,
+    seed: int | None = None,
 ) -> PreparedData:
     """Return the pairs that the data section of a recipe asks for, training and held out, as token ids.
 
@@ -80,13 +81,20 @@ def prepare_pairs(
         recorded: The data report of a run whose held-out rows are held out again, see `split.divide`, and whose date a
             template with a clock writes; None to begin anew. A run from before reports named these rows is read as it was:
             every token of an answer is scored, and what its template leaves out is counted alone.
+        seed: Of the prompts that a held-out share and a weight below 1 take, `train.seeds.data`; None for their hashes alone.
 
     Raises:
         DataError: The data cannot be found, read, understood or encoded, nothing of it is left, or `max_length` exceeds the
             model's context.
     """
     wanted = Preparation(
-        settings, tokenizer, context_length=context_length, end_token_ids=end_token_ids, only=only, recorded=recorded
+        settings,
+        tokenizer,
+        context_length=context_length,
+        end_token_ids=end_token_ids,
+        only=only,
+        recorded=recorded,
+        seed=seed,
     )
     found = wanted.identify()
     if found is None:
@@ -120,6 +128,7 @@ class Preparation:
         end_token_ids: Collection[int],
         only: str | None,
         recorded: Mapping[str, Any] | None,
+        seed: int | None = None,
     ) -> None:
         """Find the data; see `prepare_pairs`."""
         if only is not None:
@@ -131,7 +140,7 @@ class Preparation:
                 f"data.max_length: {settings.max_length} tokens, but the model's context is {context_length}; lower it"
             )
         self.settings, self.tokenizer, self.is_other, self.recorded = settings, tokenizer, only is not None, recorded
-        self.context_length, self.end_token_ids = context_length, end_token_ids
+        self.context_length, self.end_token_ids, self.seed = context_length, end_token_ids, seed
         self.max_length = settings.max_length or min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
         part_names: dict[str, str] = {}
         self.places = _find_again(settings.train, recorded or {}, part_names)
@@ -196,7 +205,7 @@ class Preparation:
             ],
             "parts": parts,
             "unused": self.unused,
-            "flags": [self.is_old, self.is_other, self.share, self.most],
+            "flags": [self.is_old, self.is_other, self.share, self.most, self.seed],
         }
 
         def key(recorded: Mapping[str, Any] | None, bad_rows: str) -> str:
@@ -245,6 +254,7 @@ class Preparation:
             most=self.most,
             recorded=self.recorded,
             digests=encoded.numbers(DIGESTS[0]),
+            seed=self.seed,
         )
         train, held_out, left_out, report.held_out_rows = sides
         if left_out:
@@ -259,7 +269,8 @@ class Preparation:
                 report.remarks.append(f"no pair is held out: {why}; name other held-out data to measure what is learned")
         place_of = train.numbers("place")
         kept = [train[place_of == number] for number in range(len(self.places))]
-        weighed: list[Any] = [weigh(pairs, place.source.weight) for place, pairs in zip(self.places, kept, strict=True)]
+        both = zip(self.places, kept, strict=True)
+        weighed: list[Any] = [weigh(pairs, place.source.weight, self.seed) for place, pairs in both]
         for place, before, trained_on in zip(self.places, kept, weighed, strict=True):
             source = describe_sources(place.source)
             report.sources.append({"source": source, "pairs": len(before), "trained_on": len(trained_on)})

@@ -23,7 +23,7 @@ from pe_dpo.data.files import FOREIGN_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, check_r
 from pe_dpo.data.json_files import number_rows, read_json_splits
 from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.data.report import list_names
-from pe_dpo.data.split import HELD_OUT_NAMES, HELD_OUT_WORDS, named_side
+from pe_dpo.data.split import HELD_OUT_NAMES, HELD_OUT_WORDS, named_side, seeded
 from pe_dpo.data.text_files import Row
 from pe_dpo.disk import map_parts, matching_paths, unlike_a_file
 from pe_dpo.errors import DataError
@@ -104,21 +104,22 @@ def find_places(
     return places
 
 
-def weigh(pairs: Sequence[EncodedPair], weight: float) -> Sequence[EncodedPair]:
+def weigh(pairs: Sequence[EncodedPair], weight: float, seed: int | None = None) -> Sequence[EncodedPair]:
     """Return the pairs as often as a weight says: 2 gives each twice, 0.5 those of half of the prompts, 2.5 both.
 
-    Which prompts a fraction takes is a matter of their hashes, so it depends on no seed and on no order of rows.
+    Which prompts a fraction takes is a matter of their hashes, so it depends on no order of rows.
 
     Args:
         pairs: Of one place, to train on.
         weight: At least the pairs of one prompt are kept.
+        seed: Hashed with the prompts; None for the prompts alone.
     """
     whole, fraction = divmod(weight, 1.0)
     every = np.arange(len(pairs))
     repeated = [every] * int(whole)
     if fraction:
         keys = column(pairs, "prompt_key")
-        ranked = sorted({*keys}, key=lambda key: hashlib.sha256(key.encode()).digest())
+        ranked = sorted({*keys}, key=lambda key: hashlib.sha256(seeded(key, seed).encode()).digest())
         kept = {*ranked[: max(round(fraction * len(ranked)), 0 if whole else 1)]}
         repeated.append(every[[key in kept for key in keys]] if len(keys) else every)
     return take(pairs, np.concatenate([every[:0], *repeated]))

@@ -6,6 +6,7 @@
 A group is on one side, under the smallest of its keys, so that pairs whose keys share no ids lie as they lay before.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,7 @@ def divide(
     most: int | None = None,
     recorded: Mapping[str, Any] | None = None,
     digests: np.ndarray | None = None,
+    seed: int | None = None,
 ) -> Sides:
     """Return pairs to train on and pairs held out, with no prompt on both sides.
 
@@ -70,6 +72,7 @@ def divide(
             older one names no rows; its pairs are split as then, where prompts were told apart as their rows say them. Where
             a row is not there any more, under its name, the pairs are split anew: the same data in another file give the same.
         digests: Of both, see `join_prompts`.
+        seed: Of the prompts that a share takes, see `split_by_prompt`.
     """
     is_old = recorded is not None and recorded.get("held_out_rows") is None
     pairs: Any = encoded + brought  # type: ignore[operator]  # both lists, or both of one table
@@ -80,7 +83,7 @@ def divide(
     names = column(pairs[side], "where") if recorded is not None else []
     is_held_out = np.zeros(count, dtype=bool)
     if recorded is None or is_old or not rows <= {*names}:
-        taken = _held_out_prompts(keys[:own], share, most)
+        taken = _held_out_prompts(keys[:own], share, most, seed)
         is_held_out[:own] = [key in taken for key in keys[:own]]
         trained = {key for key in keys[:own] if key not in taken} if own < count else set()
         is_held_out[own:] = [key not in trained for key in keys[own:]]
@@ -125,31 +128,37 @@ def join_prompts(pairs: Sequence[EncodedPair], digests: np.ndarray | None = None
 
 
 def split_by_prompt(
-    encoded: Sequence[EncodedPair], share: float, most: int | None = None
+    encoded: Sequence[EncodedPair], share: float, most: int | None = None, seed: int | None = None
 ) -> tuple[Sequence[EncodedPair], Sequence[EncodedPair]]:
     """Return pairs to train on and pairs held out, each in the order of the rows, with no prompt on both sides.
 
     Args:
         encoded: All pairs.
         share: Of the pairs to hold out, in [0, 1). Prompts are taken in the order of their hashes until it is reached,
-            so the split depends on no seed and no row order. A prompt with so many pairs that it would take more than
+            so the split depends on no row order. A prompt with so many pairs that it would take more than
             twice the share, and more than half of what is left, stays to train on; one prompt always does.
         most: Pairs at most, of which a prompt that would exceed them is left to training; None for no bound. Where each prompt
             has more, the one of the fewest pairs is held out.
+        seed: Hashed with the prompts, so that another one holds out others; None for the prompts alone.
     """
     keys = column(encoded, "prompt_key")
-    taken = _held_out_prompts(keys, share, most)
+    taken = _held_out_prompts(keys, share, most, seed)
     is_taken = np.array([key in taken for key in keys], dtype=bool)
     return take(encoded, np.flatnonzero(~is_taken)), take(encoded, np.flatnonzero(is_taken))
 
 
-def _held_out_prompts(keys: Sequence[str], share: float, most: int | None) -> set[str]:
+def seeded(key: str, seed: int | None) -> str:
+    """Return by what a prompt takes its place among others when some are drawn: its own key, or a hash of seed and key."""
+    return key if seed is None else hashlib.blake2b(f"{seed} {key}".encode(), digest_size=16).hexdigest()
+
+
+def _held_out_prompts(keys: Sequence[str], share: float, most: int | None, seed: int | None) -> set[str]:
     """Return the prompts that a share of pairs with these keys holds out, see `split_by_prompt`."""
     wanted = share * len(keys) if most is None else min(share * len(keys), most)
     counts = Counter(keys) if wanted else Counter()
     taken: set[str] = set()
     pairs_taken = 0
-    for key in sorted(counts):
+    for key in sorted(counts, key=lambda key: seeded(key, seed)):
         if pairs_taken >= wanted or len(taken) == len(counts) - 1:
             break
         if pairs_taken + counts[key] > max(2 * share * len(keys), 1) and 2 * counts[key] > len(keys) - pairs_taken:

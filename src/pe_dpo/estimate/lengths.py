@@ -75,7 +75,13 @@ def encoded_lengths(recipe: Recipe, *, context_length: int | None) -> Lengths:
     tokenizer = load_tokenizer(base, revision=revision)
     set_template(tokenizer, recipe.data)
     ends = answer_end_tokens(tokenizer, base, revision=revision)
-    data = prepare_pairs(recipe.data, tokenizer=tokenizer, context_length=context_length, end_token_ids=ends)
+    data = prepare_pairs(
+        recipe.data,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        end_token_ids=ends,
+        seed=recipe.train.seeds.data,
+    )
     return of_pairs(data.train, len(data.held_out), recipe)
 
 
@@ -90,7 +96,7 @@ def of_pairs(train: Sequence[EncodedPair], held_out: int, recipe: Recipe) -> Len
     from pe_dpo.data.order import OptimizerBatches
 
     keys = column(train, "prompt_key") if recipe.train.prompts_together else range(len(train))
-    batches = OptimizerBatches(keys, recipe.train.pairs_per_step, recipe.train.seed)
+    batches = OptimizerBatches(keys, recipe.train.pairs_per_step, recipe.train.seed_of("order"))
     sample = [train[index] for _, batch in zip(range(STEPS), batches, strict=False) for index in batch]
     return Lengths(sample, len(train), held_out, f"the pairs of {describe_sources(recipe.data.train)}, encoded")
 

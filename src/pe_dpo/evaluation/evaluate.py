@@ -192,6 +192,7 @@ def _held_out_pairs(
         end_token_ids=answer_end_tokens(tokenizer, section.base, revision=section.revision),
         only=data,
         recorded=None if data else Run(saved.folder).data_report,
+        seed=recipe.train.seeds.data,
     )
     prepared.report.tell(logger)
     pairs = prepared.train if data else prepared.held_out

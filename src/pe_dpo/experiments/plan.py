@@ -86,6 +86,7 @@ def make_plan(
     """
     overrides = list(overrides)
     base = with_absolute_paths(load_recipe(source, overrides))
+    _check_seeds(base, seeds)
     place = Path(folder or f"{base.output}-sweep")
     combinations = [changes for grid in grids or [[]] for changes in _product(grid)]
     found: dict[str, Point] = {}
@@ -129,6 +130,14 @@ def make_plan(
     if faults:
         raise RecipeError("some points of the grid cannot be trained:\n" + "\n".join(faults))
     return SweepPlan(place, base, [" ".join(grid) for grid in grids], list(seeds), list(found.values()), recipes)
+
+
+def _check_seeds(recipe: Recipe, seeds: Sequence[int]) -> None:
+    if len(seeds) > 1 and None not in [getattr(recipe.train.seeds, what) for what in ("order", "adapter", "masks")]:
+        raise UsageError(
+            "`seeds` counts train.seed up, and train.seeds says order, adapter and masks already, so that all runs of a point "
+            "would be one run; leave what is to vary out of train.seeds"
+        )
 
 
 def save_plan(plan: SweepPlan) -> SweepPlan:
@@ -204,7 +213,7 @@ def _product(grid: Sequence[str]) -> list[list[str]]:
             )
         if key in _OF_THE_RUN:
             raise UsageError(f"`grids` {entry}: {name} is set by the sweep itself; seeds are named with `seeds`")
-        if key.split(".")[0] in _SHARED:
+        if key.split(".")[0] in _SHARED or key == "train.seeds.data":
             raise UsageError(f"`grids` {entry}: a sweep has one base and one set of pairs; make a sweep for each {key}")
         if key in axes:
             raise UsageError(f"`grids` {' '.join(grid)}: {key} is there twice; name all of its values once, as {name}=A,B")

@@ -62,6 +62,7 @@ def read_inputs(recipe: Recipe, *, recorded: Mapping[str, Any] | None = None) ->
         context_length=base.context_length,
         end_token_ids=answer_end_tokens(tokenizer, recipe.model.base, revision=recipe.model.revision),
         recorded=recorded,
+        seed=recipe.train.seeds.data,
     )
     size = base.config.get_text_config().vocab_size
     for pairs in (data.train, data.held_out):

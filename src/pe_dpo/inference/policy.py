@@ -242,7 +242,7 @@ def _to_train(base: Any, recipe: Recipe) -> Any:
             exclude=adapter.exclude,
             init="gaussian" if adapter.init == "gaussian" else "default",
             rslora=adapter.rslora,
-            seed=recipe.train.seed,
+            seed=recipe.train.seed_of("adapter"),
         )
     if adapter.over:
         model = lay_under(model, adapter.over)

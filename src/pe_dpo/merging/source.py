@@ -224,6 +224,7 @@ class Source:
             end_token_ids=end_token_ids(found.section.base, revision=found.section.revision),
             only=data,
             recorded=None if data else Run(self.folder).data_report,
+            seed=self.recipe.train.seeds.data if self.recipe else None,
         )
         pairs = prepared.train if data else prepared.held_out
         recorded = None if data else self.run.hashes.held_out

@@ -26,13 +26,13 @@ SHORT_NAMES = {
 """Short name: dotted key. They are flags of `train` and `quickstart`, and axes of `sweep`."""
 
 
-def known_keys() -> list[str]:
-    """Return every dotted key of a recipe."""
+def known_keys(section: type[BaseModel] = Recipe) -> list[str]:
+    """Return every dotted key of a recipe, or of a section of one."""
     keys = []
-    for name, field in Recipe.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            keys += [f"{name}.{key}" for key in section.model_fields]
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += [f"{name}.{key}" for key in known_keys(inner)]
         else:
             keys.append(name)
     return keys

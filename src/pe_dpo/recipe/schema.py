@@ -14,7 +14,7 @@ from pe_dpo.links import link_named
 from pe_dpo.quantizations import Quantization
 from pe_dpo.recipe.data_section import DataSection
 from pe_dpo.recipe.loss_section import LossSection
-from pe_dpo.recipe.section import Count, Fraction, Location, NonNegative, Positive, Section
+from pe_dpo.recipe.section import Count, Fraction, Location, NonNegative, Positive, Section, Seed
 
 MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings, in small letters, of initialisations that change the base weights, so that the reference is not the base."""
@@ -192,6 +192,19 @@ class GenerationSection(Section):
         return scales
 
 
+class SeedsSection(Section):
+    """What is drawn by another seed than train.seed, so that one source of chance can be turned while the others stay."""
+
+    data: Seed | None = Field(
+        None,
+        description="Which prompts a held-out share and a weight below 1 take; default: by the hashes of the prompts alone, "
+        "whatever train.seed.",
+    )
+    order: Seed | None = Field(None, description="The order of the pairs; default: train.seed.")
+    adapter: Seed | None = Field(None, description="The adapter that training starts from; default: train.seed.")
+    masks: Seed | None = Field(None, description="What mixout or dropout leaves out; default: train.seed.")
+
+
 class TrainSection(Section):
     """The optimizer's side. Micro-batches are found from a token budget; accumulation is derived, never typed."""
 
@@ -223,7 +236,8 @@ class TrainSection(Section):
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = Field(1.0, description="0 for no clipping.")
     gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: only if memory asks for it.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
+    seeds: SeedsSection = SeedsSection()
     eval_every: Count | None = Field(None, description="Steps between evaluations; default: a tenth of the run.")
     save_every: Count | None = Field(None, description="Steps between checkpoints; default: a tenth of the run.")
     save_minutes: NonNegative = Field(
@@ -277,6 +291,11 @@ class TrainSection(Section):
         if warmup >= 1 and warmup != int(warmup):
             raise ValueError(f"{warmup:g} is neither a share of the steps (below 1) nor a number of steps")
         return warmup
+
+    def seed_of(self, what: Literal["order", "adapter", "masks"]) -> int:
+        """Return the seed of one source of chance: its own, else the run's."""
+        own: int | None = getattr(self.seeds, what)
+        return self.seed if own is None else own
 
 
 class ReferenceSection(Section):

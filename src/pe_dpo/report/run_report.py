@@ -160,7 +160,8 @@ def _trained_section(run: Run, info: RunInfo) -> PageSection:
         ("Pairs per step", str(settings.pairs_per_step)),
         ("Steps", (str(info.step) + (f", in {info.seconds:.0f} s" if info.seconds else "")) if info.step else ""),
         ("Memory", info.describe_memory()),
-        ("Seed", str(settings.seed)),
+        ("Seed", ", ".join([str(settings.seed), *(f"{what} {own}" for what, own in settings.seeds if own is not None)])),
+        ("Made with", info.describe_machine()),
         ("γ from data", f"{found.get('asked')}: γ = {found['gamma']:.4g}{within}" if found else ""),
         (
             "Versions",

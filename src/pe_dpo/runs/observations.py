@@ -6,6 +6,7 @@ with held-out pairs one by one and, where answers were sampled, KL and whatever 
 trainer_state.json gives means of the last evaluation alone.
 """
 
+import itertools
 import math
 import re
 import shlex
@@ -18,6 +19,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.recipe import changed_settings
 from pe_dpo.recipe.loss_section import CALIBRATED
+from pe_dpo.recipe.schema import SeedsSection
 from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE, SWEEP_FILE, read_object, remedy
 from pe_dpo.runs.overrides import describe_overrides
 from pe_dpo.runs.records import SWEEP, check_record
@@ -26,7 +28,7 @@ from pe_dpo.runs.writing import FREE_TO_CHANGE
 
 TRL_FILE = "trainer_state.json"
 
-_SAME_POINT = ("train.seed", "loss.preset", *FREE_TO_CHANGE)
+_SAME_POINT = ("train.seed", *(f"train.seeds.{key}" for key in SeedsSection.model_fields), "loss.preset", *FREE_TO_CHANGE)
 """Settings that do not make another point: what a preset says is in the other keys."""
 
 
@@ -36,6 +38,7 @@ class Observation(NamedTuple):
     settings: dict[str, Any]
     """Dotted recipe key: value, where it is turned away from the base recipe."""
     seed: int
+    """By which all was drawn: train.seed; where train.seeds has sources of chance apart, a number for what they are."""
     step: int
     is_final: bool
     """Whether it is the end of a run, as it is."""
@@ -84,7 +87,8 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
     owner: dict[tuple[str, int], str] = {}
     first = Path(targets[0])
     named = Run(first) if (first / SWEEP_FILE).is_file() else next(iter(runs.values()), None)
-    for run in runs.values():
+    seeds = _number_seeds(list(runs.values()), remarks)
+    for run, seed in zip(runs.values(), seeds, strict=True):
         if not run.info.is_finished:
             raise UsageError(
                 f"{run.folder}: is not finished (status {run.info.status}); finish it with "
@@ -94,11 +98,11 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
         settings = _settings(named, run)
         remarks += [f"{run.folder}: changed on the way: {line}" for line in describe_overrides(run.info.overrides)]
         # Runs of equal settings and seed are told apart by their folders: in a sweep by those of their points.
-        if owner.setdefault((repr(settings), run.recipe.train.seed), str(run.folder)) != str(run.folder):
+        if owner.setdefault((repr(settings), seed), str(run.folder)) != str(run.folder):
             settings = {**settings, "run": re.sub(r"[/\\]seed-\d+$", "", str(run.folder))}
         if skipped := run.info.describe_skipped():
             remarks.append(f"{run.folder}: {skipped}")
-        states = list(_observations_of_run(run, settings, remarks))
+        states = list(_observations_of_run(run, settings, seed, remarks))
         ends.append((run, states[0]))
         observations += states
     _check_comparable(ends)
@@ -124,6 +128,28 @@ def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Run]:
     return finished
 
 
+def _number_seeds(runs: Sequence[Run], remarks: list[str]) -> list[int]:
+    """Return by which seed each run drew; one whose order, adapter and masks have seeds of their own gets a number of its own.
+
+    Runs that drew alike have the same number, however their recipes say it; the remarks tell what stands behind the others.
+    """
+    drawn = []
+    for run in runs:
+        train = run.recipe.train
+        drawn.append((train.seed_of("order"), train.seed_of("adapter"), train.seed_of("masks"), train.seeds.data))
+    numbers = {one: one[0] for one in drawn if one[0] == one[1] == one[2] and one[3] is None}
+    free = itertools.count(max(numbers.values(), default=-1) + 1)
+    told = []
+    for one in sorted({*drawn} - {*numbers}, key=lambda one: (*one[:3], -1 if one[3] is None else one[3])):
+        numbers[one] = next(free)
+        order, adapter, masks, data = one
+        split = "" if data is None else f", data {data}"
+        told.append(f"{numbers[one]} is order {order}, adapter {adapter}, masks {masks}{split}")
+    if told:
+        remarks.append(f"seeds apart (train.seeds): {'; '.join(told)}")
+    return [numbers[one] for one in drawn]
+
+
 def _settings(named: Run, run: Run) -> dict[str, Any]:
     """Return what a run turns away from the recipe of the first one.
 
@@ -146,7 +172,7 @@ def _settings(named: Run, run: Run) -> dict[str, Any]:
     return dict(sorted(settings.items()))
 
 
-def _observations_of_run(run: Run, settings: dict[str, Any], remarks: list[str]) -> Iterator[Observation]:
+def _observations_of_run(run: Run, settings: dict[str, Any], seed: int, remarks: list[str]) -> Iterator[Observation]:
     """Yield the end of a run, its snapshots, and its end at other scales.
 
     Those that were not measured as the end was are left out, and the remarks say how many, and what to do where that helps.
@@ -159,7 +185,7 @@ def _observations_of_run(run: Run, settings: dict[str, Any], remarks: list[str])
         pairs, answers = state.pairs(with_texts=False), state.answers(with_texts=False)
         found = Observation(
             settings=settings,
-            seed=run.recipe.train.seed,
+            seed=seed,
             step=state.step,
             is_final=state is run,
             run=str(run.folder),

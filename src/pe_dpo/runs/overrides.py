@@ -11,6 +11,7 @@ from typing import Any
 
 from pe_dpo.errors import UsageError
 from pe_dpo.recipe import SHORT_NAMES, known_keys
+from pe_dpo.recipe.schema import SeedsSection
 
 MACHINE = "machine"
 """Named as a key, it lets processes and the kind of device change also where what dropout or mixout draws depends on them."""
@@ -19,6 +20,7 @@ _SHAPE = "what the checkpoint holds belongs to adapters of another shape or scal
 _BASE = "the adapter belongs to the weights that it was trained on, as they were loaded"
 _REFERENCE = "the reference would be another model than at the beginning"
 _POSITION = "where the run stands in its data is counted in steps of it, so that some pairs would come twice and others never"
+_DRAWN = "the run has drawn by it from the beginning on, and would be neither run"
 _TEMPLATE = "the adapter would be trained on prompts of two forms, and is served with one"
 _PLACES = ("model.base", "data.train", "data.eval", "output", "reference.store")
 _REFUSED = {
@@ -26,6 +28,7 @@ _REFUSED = {
     **{f"adapter.{key}": _SHAPE for key in ("rank", "alpha", "rslora", "targets", "exclude", "init", "bias")},
     **{f"adapter.{key}": _REFERENCE for key in ("start", "over", "reference")},
     **{f"train.{key}": _POSITION for key in ("pairs_per_step", "seed", "prompts_together")},
+    **{f"train.seeds.{key}": _DRAWN for key in SeedsSection.model_fields},
     **{f"data.{key}": _TEMPLATE for key in ("template", "template_args", "template_date")},
     "train.optimizer": "the state in the checkpoint is that of the other optimizer",
 }

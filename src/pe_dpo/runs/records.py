@@ -125,6 +125,7 @@ BASE = _record(
 """base.json, and what run.json says of the base."""
 LOSS = _record({"formula": str, "equals": str, "kappa": _Number}, notes=list[str])
 MEMORY = _record({"counted": FiniteFloat, "of": str}, measured=FiniteFloat)
+MADE_WITH = _record(commit=str, cpu=str, threads=int)
 MIXOUT = _record(margin_noise=_Number)
 CALIBRATION = _record({"asked": str | FiniteFloat, "gamma": FiniteFloat}, interval=_Ends | None)
 
@@ -169,6 +170,7 @@ MADE = _record(hashes=_record(adapter=dict[str, str]) | None)
 Base = Annotated[dict[str, Any], BeforeValidator(partial(known, BASE))]
 LossFacts = Annotated[dict[str, Any], BeforeValidator(partial(known, LOSS))]
 Memory = Annotated[dict[str, Any], BeforeValidator(partial(known, MEMORY))]
+MadeWith = Annotated[dict[str, Any], BeforeValidator(partial(known, MADE_WITH))]
 MixoutFacts = Annotated[dict[str, Any], BeforeValidator(partial(known, MIXOUT))]
 CalibrationFacts = Annotated[dict[str, Any], BeforeValidator(partial(known, CALIBRATION))]
 Override = Annotated[dict[str, Any], BeforeValidator(partial(known, _record({"step": int, "key": str})))]

@@ -79,6 +79,8 @@ class RunInfo(BaseModel):
     """Why a run failed."""
     versions: dict[str, str] = {}
     """Of what the result depends on."""
+    made_with: records.MadeWith = {}
+    """The package's commit, where it ran from a checkout, the CPU's name and the threads."""
     hashes: Hashes = Hashes()
     base: records.Base = {}
     """What the base was: id, revision, quantize, dtype, parameters, quantized_layers."""
@@ -116,6 +118,14 @@ class RunInfo(BaseModel):
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
         return self.status == "finished"
+
+    def describe_machine(self) -> str:
+        """Return CPU, threads and the package's commit in words; empty for a run that does not say them."""
+        found = self.made_with
+        threads = "" if "threads" not in found else f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+        commit, changed, _ = str(found.get("commit", "")).partition("-dirty")
+        said = commit and f"pe-dpo at {commit[:12]}{' with changes' if changed else ''}"
+        return ", ".join(filter(None, (str(found.get("cpu", "")), threads, said)))
 
     def describe_skipped(self) -> str:
         """Return which steps were skipped and for which pairs, in words; empty where none was."""

@@ -21,6 +21,7 @@ from pe_dpo.recipe import Recipe, changed_settings, describe, list_sources, reci
 from pe_dpo.runs.best import NEW
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints, staging_folder
 from pe_dpo.runs.files import BASE_FILE, EVALUATION_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, RUN_FILE, read_object
+from pe_dpo.runs.machine import made_with
 from pe_dpo.runs.model_card import model_card
 from pe_dpo.runs.origins import INPUTS_FILE, ROWS_FILE
 from pe_dpo.runs.overrides import describe_overrides, refuse_settings, replayed
@@ -263,6 +264,7 @@ class RunWriter:
         write_json(self.folder / REPORT_FILE, data_report)
         self.update(
             versions=versions(),
+            made_with=made_with(),
             hashes=dict(hashes),
             base={key: base[key] for key in ("id", "revision", "quantize", "dtype", "parameters", "quantized_layers")},
             reference_card={

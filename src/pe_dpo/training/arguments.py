@@ -36,7 +36,8 @@ def training_arguments(recipe: Recipe, data: PreparedData) -> Any:
         optim=settings.optimizer,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
+        seed=settings.seed_of("masks"),  # what torch draws in training is dropout alone
+        data_seed=settings.seed_of("order"),
         eval_strategy="steps",
         eval_steps=settings.eval_every or tenth,
         save_strategy="steps",

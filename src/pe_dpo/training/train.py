@@ -280,9 +280,9 @@ def build_trainer(
     info, tokenizer, data, base, known = prepared
     settings, findings = recipe.train, known or Findings()
     args = training_arguments(recipe, data)
-    set_seed(settings.seed)
+    set_seed(settings.seed_of("masks"))
     policy = load_policy(recipe, base=base, info=info, tokenizer=tokenizer, device=args.device)
-    mixout = attach_mixout(policy.model, recipe.mixout.p, seed=settings.seed, form=recipe.mixout.form)
+    mixout = attach_mixout(policy.model, recipe.mixout.p, seed=settings.seed_of("masks"), form=recipe.mixout.form)
 
     # What is tried before the first step depends on these alone: B = 0, and neither dropout nor mixout is on.
     places = recipe.adapter.model_dump_json(exclude={"rank", "alpha", "rslora", "init", "dropout"})

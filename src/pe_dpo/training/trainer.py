@@ -70,7 +70,8 @@ class PairTrainer(Trainer):
         reference: π0's log-probs of the pairs; it knows the policy that is trained, and the scorer of both.
         loss: What is trained on, with its γ as a number.
         data: Encoded pairs to train on and to evaluate on; without the latter some of the former are monitored, as `probe_…`.
-        args: Trainer's; `per_device_train_batch_size` is the pairs per optimizer step over all processes together.
+        args: Trainer's; `per_device_train_batch_size` is the pairs per optimizer step over all processes together, `data_seed`
+            the seed of their order.
         keep_checkpoints: How many to keep.
         prompts_together: Whether pairs of one prompt share an optimizer step, so that its answers are scored once.
         starts_at_reference: Whether π = π0 at step 0, so that the training pairs' log-probs of then are known.
@@ -160,7 +161,8 @@ class PairTrainer(Trainer):
         """Return the indices of each optimizer step's pairs."""
         pairs = self.train_dataset
         keys = column(pairs, "prompt_key") if self.prompts_together else range(len(pairs))
-        return OptimizerBatches(keys, self.args.per_device_train_batch_size, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return OptimizerBatches(keys, self.args.per_device_train_batch_size, seed)
 
     def training_step(self, model: Any, inputs: list[EncodedPair], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run forward and backward over one optimizer step's pairs; return the step's loss, detached.
