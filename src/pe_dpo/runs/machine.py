@@ -43,7 +43,7 @@ def package_commit(package: Path) -> str | None:
 
     try:
         commit = answer("rev-parse", "HEAD", "HEAD:./__init__.py").split()[0]
-        changed = answer("status", "--porcelain", "--untracked-files=no", "--", ".")
+        changed = answer("status", "-s", "-uno", ".")
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError, IndexError):
         return None
     return f"{commit}-dirty" if changed.strip() else commit
