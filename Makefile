@@ -15,7 +15,8 @@ TOKENIZERS = deepseek_v3 gemma gemma3 llama2 llama3_1 llama3_2 mistral_nemo qwen
 ENGINES = $(or $(PE_DPO_ENGINES),.engines)
 ENGINE_NAMES = ctranslate2 go_template mistralrs transformers4 transformers_serve
 
-.PHONY: quickstart test check test-lowest test-newest tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
+STUDIES = study-learning study-explicit study-luck
+.PHONY: quickstart test check test-lowest test-newest $(STUDIES) tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/pe-dpo quickstart
@@ -31,6 +32,11 @@ check: $(VENV)/installed-test
 # pinned, asks for newer datasets than the floor.
 test-lowest test-newest: test-%:
 	$(MAKE) check VENV=$(VENV)-$* CONSTRAINTS=constraints-$*.txt TEST_EXTRAS=test,trackers,ray,engines
+
+# The experiments of docs/study-gamma-vs-mixout.md, part two: about an hour of one core each; started again they go on.
+$(STUDIES): study-%: $(VENV)/installed
+	$(BIN)/python -m benchmarks.vale_study run $*
+	$(BIN)/python -m benchmarks.vale_study collect $*
 
 tokenizers: $(VENV)/installed-test $(TOKENIZERS:%=.tokenizers/%/tokenizer.json)
 	$(PYTEST) tests/data/test_real_tokenizers.py $(PYTEST_ARGS)
