@@ -160,7 +160,6 @@ class Outcome(NamedTuple):
     """What a contestant took, and the loss of every step, run after run."""
 
     cpu_seconds: float
-    wall_seconds: float
     peak_mib: float
     losses: list[list[float]]
 
@@ -202,7 +201,6 @@ def content_of(world: World, rounds: Sequence[Mapping[str, Outcome]], agreement:
         "losses_differ_by": agreement,
         "cpu_seconds": seconds,
         "peak_mib": {name: [one[name].peak_mib for one in rounds] for name in names},
-        "wall_seconds": {name: [one[name].wall_seconds for one in rounds] for name in names},
         "ratios": {f"{name} over {peer}": list(ratio(seconds, name, peer)) for name in (OURS, OLD) for peer in peers},
     }
 
@@ -221,12 +219,12 @@ def of_ours(world: World, root: Path) -> Outcome:
     variables = environment(root, PE_DPO_CACHE=str(folder / "cache"))
     if not world.case.betas:
         spent = run_process(pe_dpo("train", str(world.recipe), "-o", str(folder / "run")), variables, folder)
-        return Outcome(*spent, [losses_of_ours(folder / "run")])
+        return Outcome(spent.cpu_seconds, spent.peak_mib, [losses_of_ours(folder / "run")])
     grid = "beta=" + ",".join(map(str, world.case.betas))
     command = pe_dpo("sweep", str(world.recipe), "--grid", grid, "--prompts", "0", "-o", str(folder / "sweep"))
     spent = run_process(command, variables, folder)
     runs = {load_recipe(path).loss.beta: path.parent for path in folder.glob("sweep/**/recipe.yaml")}
-    return Outcome(*spent, [losses_of_ours(runs[beta]) for beta in world.case.betas])
+    return Outcome(spent.cpu_seconds, spent.peak_mib, [losses_of_ours(runs[beta]) for beta in world.case.betas])
 
 
 def losses_of_ours(folder: Path) -> list[float]:
@@ -272,10 +270,8 @@ def of_trl(world: World, *, size: int) -> Outcome:
         state = load(folder / f"beta-{beta}" / "trainer_state.json")
         losses.append([line["loss"] for line in state["log_history"] if "loss" in line])
     more = max(0, len(case.betas) - len(spent))  # the first has the cold cache of data sets, the others are like the last
-    cpu, wall = (
-        sum(getattr(s, key) for s in spent) + more * getattr(spent[-1], key) for key in ("cpu_seconds", "wall_seconds")
-    )
-    return Outcome(cpu, wall, max(s.peak_mib for s in spent), losses)
+    cpu = sum(one.cpu_seconds for one in spent) + more * spent[-1].cpu_seconds
+    return Outcome(cpu, max(one.peak_mib for one in spent), losses)
 
 
 def check_losses(one: Mapping[str, Outcome]) -> dict[str, float]:

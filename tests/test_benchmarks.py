@@ -214,7 +214,7 @@ def test_runs_whose_losses_differ_are_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.commands import Outcome, check_losses
 
-    theirs = Outcome(1.0, 1.0, 1.0, [[0.7, 0.5], [0.7, 0.4]])
+    theirs = Outcome(1.0, 1.0, [[0.7, 0.5], [0.7, 0.4]])
     found = check_losses({"TRL default": theirs, "ours": theirs._replace(losses=[[0.7, 0.5005], [0.7, 0.4]])})
     assert found["ours"] == pytest.approx(1e-3)
     with pytest.raises(RuntimeError, match="ours: losses differ"):
