@@ -92,8 +92,9 @@ class World:
         everything = list(prepare_run(self._recipe("all.jsonl", "0")).data.train)
         count = case.steps * case.pairs_per_step
         self.pairs = draw_pairs(everything, count, seeds=100)
-        taken = {pair.where for pair in self.pairs}
-        spare = [pair for pair in everything if pair.where not in taken and len(pair.prompt_ids) <= 512]
+        taken = {pair.prompt_key for pair in self.pairs}
+        by_prompt = {pair.prompt_key: pair for pair in everything}.values()
+        spare = [pair for pair in by_prompt if pair.prompt_key not in taken and len(pair.prompt_ids) <= 512]
         held_out = random.Random(0).sample(spare, ceil(HELD_OUT_SHARE * count))
         for name, some in (("train.jsonl", self.pairs), ("test.jsonl", held_out)):
             lines = [rows[int(re.search(r":(\d+)$", pair.where)[1]) - 1] for pair in some]
