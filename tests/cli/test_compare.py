@@ -24,7 +24,8 @@ def test_the_verdict_comes_first_and_all_runs_after(pe_dpo, sweep):
     assert "on the line" in done.out
     table = done.out[done.out.index("20 measured policies") :]
     assert sum(bool(re.search(r"│ +[01] │", line)) for line in table.splitlines()) == 20  # a line for each, with its seed
-    assert "smallest difference that these runs find with 80 % power" in done.out
+    assert "smallest difference that the verdict finds among 2 comparisons (Holm) with 80 % power, of 2 seeds: " in done.out
+    assert "; one comparison by itself: " in done.out
     assert "best of 5 points" in done.out
 
 

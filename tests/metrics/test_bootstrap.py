@@ -194,6 +194,33 @@ def test_resampling_seeds_and_reading_off_quantiles_would_err_four_times_as_ofte
     assert np.mean(np.array(ours) < 0.05) < 0.08
 
 
+def test_what_one_seed_shows_is_no_difference_where_others_have_several() -> None:
+    """100 experiments without a difference: six arms of three seeds, three of one, whose prompts are all that they know.
+
+    Tested like the others, one of the lone arms is told apart in 4 of 5 experiments; left out, Holm keeps its 5 %.
+    """
+    per_seed, replicates = per_seed_and_replicates(np.random.default_rng(4), 900, 3, 40, (1.0, 1.0, 1.0))
+
+    def experiment(number: int) -> list[Effect]:
+        arms, seeds = range(9 * number, 9 * number + 9), [3] * 6 + [1] * 3
+        return [
+            bootstrap.effect(per_seed[one, :count], replicates[:, one, :count], clusters=40)
+            for one, count in zip(arms, seeds, strict=True)
+        ]
+
+    found = [experiment(number) for number in range(100)]
+    before = [bootstrap.holm(np.array([one.p for one in arms])) for arms in found]
+    assert np.mean([adjusted.min() < 0.05 for adjusted in before]) > 0.7
+    tested = [bootstrap.tested_together(arms) for arms in found]
+    assert np.mean([any(one and one.p_adjusted < 0.05 for one in arms) for arms in tested]) <= 0.05 + 2.33 * 0.0218
+    lone = tested[0][-1]
+    assert lone is not None
+    assert lone.estimate == found[0][-1].estimate
+    assert np.isnan([lone.low, lone.high, lone.p, lone.p_adjusted]).all()
+    alone = bootstrap.tested_together([arms[-1] for arms in found])  # where all have one seed, each is tested as it is
+    assert not any(one is None or math.isnan(one.p_adjusted) for one in alone)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 def test_standard_errors_are_those_of_repeated_experiments(parts: tuple[float, float, float]) -> None:

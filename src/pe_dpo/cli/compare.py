@@ -21,6 +21,11 @@ METRIC = (
 _BESIDE = ("accuracy/shift", "accuracy/policy", "rewards/accuracies", "win_rate")
 """Metrics in the table of all runs, whichever is compared."""
 BASELINE = "What others are held against: beta, mixout, lr, a dotted key, step (early stopping), scale (of adapters)."
+CONTRAST = (
+    'A question beside those of the sweep, as "mixout against beta within 2": its points averaged, then tested. Repeatable. '
+    "Sweeps of several data sets are averaged too."
+)
+EQUIVALENT = "Points of a share (or units) that count as no difference: say what lies within them, too."
 
 
 def compare(
@@ -30,6 +35,8 @@ def compare(
     confidence: Annotated[float, typer.Option(help="Confidence of the intervals and of the verdict.")] = 0.95,
     repeats: Annotated[int, typer.Option(help="Replicates of the bootstrap.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    contrast: Annotated[list[str] | None, typer.Option(help=CONTRAST)] = None,
+    equivalent: Annotated[float | None, typer.Option(help=EQUIVALENT)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what can and cannot be told apart between runs: paired, at equal KL, all runs shown.
@@ -41,22 +48,34 @@ def compare(
     pairs whose preference moved towards the chosen answer, does not, though it is what γ = β trains towards; accuracy/policy,
     the share ranked right, is what γ = 0 trains towards, and the lengths of answers decide most of it. A win rate knows nothing
     of the loss.
+
+    Where a sweep carries contrasts, the verdict is about those alone: few questions named beforehand find smaller differences
+    than all points at once.
     """
     from pe_dpo.experiments.compare import compare as run
+    from pe_dpo.experiments.summary import power_lines
 
-    found = run(list(targets), metric=metric, baseline=baseline, confidence=confidence, repeats=repeats, seed=seed)
+    found = run(
+        list(targets),
+        metric=metric,
+        baseline=baseline,
+        confidence=confidence,
+        repeats=repeats,
+        seed=seed,
+        contrasts=contrast or (),
+        equivalent=equivalent,
+    )
     if json:
         typer.echo(printable_json(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)))
         return
 
     console.say(found.verdict)
+    _show_contrasts(found)
     _show_arms(found)
     _show_direct(found)
     _show_runs(found)
-    if found.power is not None:
-        unit = " points" if found.is_share else ""
-        smallest = found.power.smallest_found * (100 if found.is_share else 1)
-        console.say(f"smallest difference that these runs find with 80 % power: {smallest:.3g}{unit}")
+    for line in power_lines(found):
+        console.say(line)
     if found.best is not None:
         best = found.best
         console.say(
@@ -65,6 +84,27 @@ def compare(
         )
     for remark in found.remarks:
         console.warn(f"{remark}")
+
+
+def _show_contrasts(found: "Comparison") -> None:
+    """Each contrast over its points, and over each data set where there are several."""
+    rows = []
+    for one in found.contrasts:
+        effects = {one.name: one.effect, **{f"  on {name}": effect for name, effect in one.by_data_set.items()}}
+        for name, effect in effects.items():
+            if effect is None:
+                rows.append([name, "not compared", *[""] * 4])
+                continue
+            scale, form = (100, "+.1f") if found.is_share else (1, "+.3g")
+            inner = f"{scale * effect.inner_low:{form}} to {scale * effect.inner_high:{form}}"
+            within = ["", ""] if math.isnan(effect.margin) else [inner, _number(effect.p_equivalent_adjusted, ".3f")]
+            rows.append([name, *_difference_cells(found, effect), *within])
+    if not rows:
+        return
+    level = 1 - found.confidence
+    header = ["contrast", found.metric, f"{100 * found.confidence:g} % CI", "p (Holm)"]
+    header += [f"{100 * (1 - 2 * level):g} % CI", "p of equivalence"] if any(row[4] for row in rows) else []
+    console.show_table("contrasts, tested by themselves", header, [row[: len(header)] for row in rows])
 
 
 def _show_arms(found: "Comparison") -> None:
@@ -94,7 +134,9 @@ def _show_direct(found: "Comparison") -> None:
         if arm.direct is None:
             continue
         kl, changed = arm.direct_kl, arm.mcnemar
-        of_kl = ["", ""] if kl is None else [f"{kl.estimate:+.3f}", f"{kl.low:+.3f} to {kl.high:+.3f}"]
+        of_kl = ["", ""]
+        if kl is not None:
+            of_kl = [f"{kl.estimate:+.3f}", "one seed" if math.isnan(kl.low) else f"{kl.low:+.3f} to {kl.high:+.3f}"]
         pairs = "" if changed is None else f"{changed['gained']:.0f}, {changed['lost']:.0f} (p {changed['p']:.3f})"
         rows.append([arm.name, *_difference_cells(found, arm.direct), *of_kl, pairs])
     if not rows:
@@ -109,8 +151,8 @@ def _show_direct(found: "Comparison") -> None:
 def _difference_cells(found: "Comparison", one: "Effect") -> list[str]:
     """Estimate, interval, adjusted p."""
     scale, form = (100, "+.1f") if found.is_share else (1, "+.3g")
-    interval = f"{scale * one.low:{form}} to {scale * one.high:{form}}"
-    return [f"{scale * one.estimate:{form}}", interval, f"{one.p_adjusted:.3f}"]
+    interval = "one seed" if math.isnan(one.low) else f"{scale * one.low:{form}} to {scale * one.high:{form}}"
+    return [f"{scale * one.estimate:{form}}", interval, _number(one.p_adjusted, ".3f")]
 
 
 def _show_runs(found: "Comparison") -> None:

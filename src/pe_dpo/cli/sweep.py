@@ -38,6 +38,10 @@ def sweep(
         str | None,
         typer.Option("--scale-control", help="Measure every adapter scaled toward the reference too: 0.5,0.75. No training."),
     ] = None,
+    contrast: Annotated[
+        list[str] | None,
+        typer.Option(help='What will be tested, named before it is run: "mixout against beta within 2". Repeatable.'),
+    ] = None,
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="ray: on several GPUs or machines.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="With ray: runs at once.")] = None,
     set_: options.Settings = None,
@@ -69,6 +73,7 @@ def sweep(
         overrides=[*measure, *(set_ or [])],
         seeds=range(base.train.seed, base.train.seed + seeds),
         dropout_control=dropout_control,
+        contrasts=contrast or (),
     )
 
     if plan_only and as_json:

@@ -17,6 +17,7 @@ after the smallest step every pair has moved, and a line from ½ would flatter w
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import numpy as np
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments import summary
 from pe_dpo.experiments.comparison import FREE_CONTROLS, SCALE, STEP, Arm, Best, Comparison, Power, RunRow, is_end
-from pe_dpo.experiments.resampled import Resampled, Setting, paired_seeds, settings_of
+from pe_dpo.experiments.contrasts import Contrast, find_contrasts, named_contrasts, over_data_sets
+from pe_dpo.experiments.resampled import Differences, Resampled, Setting, paired_seeds, settings_of
 from pe_dpo.metrics import bootstrap
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
@@ -33,7 +35,7 @@ from pe_dpo.metrics.estimates import mcnemar
 from pe_dpo.metrics.table import Floats
 from pe_dpo.recipe import known_keys
 from pe_dpo.recipe.names import SHORT_NAMES
-from pe_dpo.runs.observations import Observation, read_observations
+from pe_dpo.runs.observations import Observation, base_recipe, data_sets, read_observations
 
 POINTS = 0.02
 """The difference of a share for which the needed pairs are told."""
@@ -47,8 +49,13 @@ def compare(
     repeats: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
+    contrasts: Sequence[str] = (),
+    equivalent: float | None = None,
 ) -> Comparison:
     """Return what can and cannot be told apart between runs.
+
+    Where contrasts were named, with the sweep or here, the verdict is about them alone. Sweeps of several data sets are
+    compared each by itself then, and their contrasts are averaged.
 
     Args:
         targets: run folders, sweep folders, TRL's trainer_state.json; see `observations.read_observations`.
@@ -59,9 +66,13 @@ def compare(
         repeats: replicates of the bootstrap.
         seed: of the bootstrap.
         confidence: of intervals; 1 − it is the level at which Holm-adjusted p speak in the verdict.
+        contrasts: questions beside those that a sweep carries, see `contrasts.read_contrast`.
+        equivalent: what counts as no difference, in points of a share or units of another metric: then it is said too what lies
+            within it (two one-sided tests).
 
     Raises:
-        UsageError: a target, the metric or the baseline is nothing that can be compared, or runs do not belong together.
+        UsageError: a target, the metric, the baseline or a contrast is nothing that can be compared, or runs do not belong
+            together.
     """
     if repeats < 100:
         raise UsageError(f"`repeats` {repeats}: a bootstrap needs at least 100 replicates, better 10,000")
@@ -69,9 +80,64 @@ def compare(
         raise UsageError(f"`confidence` {confidence:g}: must be at least 0.5 and less than 1, as 0.95")
     if seed < 0:
         raise UsageError(f"`seed` {seed}: must be 0 or more")
+    if equivalent is not None and not 0 < equivalent < math.inf:
+        raise UsageError(f"`equivalent` {equivalent:g}: must be above 0, as 2 for two points")
     if not targets:
         raise UsageError("nothing to compare: name run folders, or the folder of a sweep")
     axis = check_names(metric, baseline)
+    named, of_plans = named_contrasts(targets, contrasts)
+    compare_one = partial(
+        _compare_data_set,
+        baseline=axis,
+        contrasts=named,
+        repeats=repeats,
+        seed=seed,
+        confidence=confidence,
+        equivalent=equivalent,
+    )
+    sets = data_sets(targets) if named else []
+    if len(sets) < 2:
+        found = compare_one(targets, metric=metric)
+    else:
+        by_name: dict[str, Comparison] = {}
+        for one in sets:
+            name = str(one[0]) if any(one[0].resolve().name == Path(other).name for other in by_name) else one[0].resolve().name
+            by_name[name] = compare_one(one, metric=metric)
+            metric = by_name[name].metric
+        first = next(iter(by_name.values()))
+        found = replace(
+            first,
+            seeds=min(one.seeds for one in by_name.values()),
+            pairs=sum(one.pairs for one in by_name.values()),
+            runs=[run for one in by_name.values() for run in one.runs],
+            arms=[],
+            prompts=sum(one.prompts for one in by_name.values()),
+            kl_prompts=sum(one.kl_prompts for one in by_name.values()),
+            power=None,
+            best=None,
+            contrasts=over_data_sets(by_name, named, equivalent=equivalent),
+            remarks=[f"{name}: {remark}" for name, one in by_name.items() for remark in one.remarks],
+        )
+        found = replace(found, verdict=summary.verdict(found))
+    nothing = [one.text for one in found.contrasts if not one.points and not one.left_out and one.after is None]
+    if nothing:
+        raise UsageError(f"`contrasts` {nothing[0]}: no run that is compared is a point of one of its sides; name others")
+    return replace(found, remarks=[*found.remarks, *of_plans])
+
+
+def _compare_data_set(
+    targets: Sequence[str | Path],
+    *,
+    metric: str | None,
+    baseline: str,
+    contrasts: Sequence[Contrast],
+    repeats: int,
+    seed: int,
+    confidence: float,
+    equivalent: float | None,
+) -> Comparison:
+    """Compare runs that were measured on the same held-out pairs; arguments as `compare`, the baseline as a dotted key."""
+    axis = baseline
     observations, left_out = read_observations(targets)
     ours = [one for one in observations if one.source == "pe-dpo"]
     is_scored = bool(ours) and all(why_missing(METRICS["win_rate"], one) is None for one in ours)
@@ -93,6 +159,7 @@ def compare(
         unit=chosen.kind.removesuffix("s"),
         repeats=repeats,
         confidence=confidence,
+        equivalent=equivalent,
         runs=[_run_row(one, name) for one in observations],
         remarks=[
             *left_out,
@@ -112,7 +179,10 @@ def compare(
         settings = [one for one in settings if STEP not in one.settings or set(one.settings) == {STEP}]
         settings = sorted(settings, key=lambda one: SCALE in one.settings)
         line = [one for one in settings if set(one.settings) <= {axis}]
-        arms, power, best = find_arms(resampled, settings, line, chosen, seed=seed, confidence=confidence)
+        margin = math.nan if equivalent is None else equivalent / 100 if chosen.is_share else equivalent
+        arms, power, best = find_arms(resampled, settings, line, chosen, seed=seed, confidence=confidence, margin=margin)
+        base = base_recipe(targets)
+        assert base is not None, "there are runs"
         found = replace(
             found,
             baseline=summary.hyperparameter_name(axis),
@@ -122,6 +192,9 @@ def compare(
             kl_prompts=resampled.kl_prompts,
             power=power,
             best=best,
+            contrasts=find_contrasts(
+                resampled, settings, contrasts, base, metric=chosen, confidence=confidence, equivalent=equivalent
+            ),
         )
         found = replace(found, remarks=[*found.remarks, *remarks, *summary.arm_remarks(found)])
     return replace(found, verdict=summary.verdict(found))
@@ -166,6 +239,7 @@ def find_arms(
     *,
     seed: int,
     confidence: float,
+    margin: float = math.nan,
 ) -> tuple[list[Arm], Power | None, Best | None]:
     """Return what settings come to: arms, what it takes to tell them apart, and the best of them.
 
@@ -176,23 +250,23 @@ def find_arms(
         metric: that was measured.
         seed: of drawn seeds.
         confidence: of intervals.
+        margin: what counts as no difference at equal KL; NaN where equivalence is not asked.
     """
     base = next((one for one in settings if not one.settings), settings[0])
     rows = len(resampled.observations[settings[0].columns[0]].rows(metric.kind) or ())
     one_row = 1 / rows if metric.is_share else 0.0
 
-    def effects(differences: Sequence[tuple[Floats, Floats] | None], one_row: float) -> list[Effect | None]:
+    def effects(differences: Sequence[Differences | None], one_row: float, margin: float = math.nan) -> list[Effect | None]:
         found = [
-            bootstrap.effect(*one, clusters=resampled.prompts, one_row=one_row, confidence=confidence)
-            if one is not None and len(one[0])
+            bootstrap.effect(one.observed, one.replicates, clusters=resampled.prompts, one_row=one_row, confidence=confidence)
+            if one is not None and one.seeds
             else None
             for one in differences
         ]
-        adjusted = bootstrap.holm(np.array([math.nan if one is None else one.p for one in found]))
-        return [one and replace(one, p_adjusted=float(p)) for one, p in zip(found, adjusted, strict=True)]
+        return bootstrap.tested_together(found, confidence=confidence, margins=[margin] * len(found))
 
     at_equal_kl = [None if one in line else resampled.against_line(one, line) for one in settings]
-    matched = effects([one and one[:2] for one in at_equal_kl], one_row)
+    matched = effects(at_equal_kl, one_row, margin)
     direct = effects([None if one == base else resampled.against(one, base) for one in settings], one_row)
     direct_kl = effects([None if one == base else resampled.against(one, base, of_kl=True) for one in settings], 0.0)
     most_seeds = max(len(one.by_seed) for one in settings)
@@ -201,8 +275,7 @@ def find_arms(
     front = _front(resampled, settings, values, draws, metric.direction)
     arms = []
     for index, one in enumerate(settings):
-        own, (_, _, compared, gap) = resampled.values[one.columns], at_equal_kl[index] or (None, None, 0, math.nan)
-        found = matched[index]
+        own, on_line, found = resampled.values[one.columns], at_equal_kl[index], matched[index]
         arms.append(
             Arm(
                 name=summary.setting_name(one.settings),
@@ -215,28 +288,46 @@ def find_arms(
                 root_kl=float(resampled.roots[one.columns].mean()),
                 matched=found,
                 seeds_in_range=len(found.per_seed) if found else 0,
-                seeds_compared=compared,
-                gap=gap,
+                seeds_compared=on_line.compared if on_line else 0,
+                gap=on_line.gap if on_line else math.nan,
+                seeds_on_chord=on_line.on_chord if on_line else 0,
                 direct=direct[index],
                 direct_kl=direct_kl[index],
                 mcnemar=_mcnemar(resampled, one, base, metric),
                 pareto=float(front[index]),
             )
         )
-    power, known = None, [one for one in (matched if any(matched) else direct) if one is not None]
-    if known:  # an average: one comparison alone does not know how much its few seeds scatter
-        seeds = max(one.errors.runs for one in known)
-        parts = np.mean([one.errors[:4] for one in known if one.errors.runs == seeds], axis=0).tolist()
-        errors = known[0].errors._replace(**dict(zip(bootstrap.Errors._fields, parts, strict=False)), runs=seeds)
-        power = Power(
-            unit=metric.kind.removesuffix("s"),
-            pairs=rows,
-            seeds=seeds,
-            needed=rows * bootstrap.prompts_needed(errors, POINTS, confidence=confidence) if metric.is_share else math.nan,
-            smallest_found=bootstrap.smallest_found(errors, confidence=confidence),
-            seed_sd=(errors.seeds * seeds) ** 0.5,
-        )
+    tested = [one for one in (matched if any(matched) else direct) if one is not None and not math.isnan(one.p)]
+    power = find_power(tested, metric, rows=rows, confidence=confidence) if tested else None
     return arms, power, _best(arms, values, metric.direction)
+
+
+def find_power(tested: Sequence[Effect], metric: Metric[Any], *, rows: int, confidence: float) -> Power:
+    """Return what it takes to tell 2 points apart, by the average error of those with most seeds.
+
+    Args:
+        tested: effects that are tested together, at least one. One alone does not know how much its few seeds scatter.
+        metric: that was measured.
+        rows: pairs or answers of one run.
+        confidence: of intervals.
+    """
+    seeds, count = max(one.errors.runs for one in tested), len(tested)
+    parts = np.mean([one.errors[:4] for one in tested if one.errors.runs == seeds], axis=0).tolist()
+    errors = tested[0].errors._replace(**dict(zip(bootstrap.Errors._fields, parts, strict=False)), runs=seeds)
+    more = errors.with_runs(seeds + 2) if seeds > 1 else None
+    return Power(
+        unit=metric.kind.removesuffix("s"),
+        pairs=rows,
+        seeds=seeds,
+        comparisons=count,
+        needed=rows * bootstrap.prompts_needed(errors, POINTS, confidence=confidence, comparisons=count)
+        if metric.is_share
+        else math.nan,
+        smallest_found=bootstrap.smallest_found(errors, confidence=confidence),
+        smallest_in_verdict=bootstrap.smallest_found(errors, confidence=confidence, comparisons=count),
+        with_two_more=bootstrap.smallest_found(more, confidence=confidence, comparisons=count) if more else math.nan,
+        seed_sd=(errors.seeds * seeds) ** 0.5,
+    )
 
 
 def _run_row(one: Observation, name: str) -> RunRow:

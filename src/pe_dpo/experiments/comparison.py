@@ -71,13 +71,16 @@ class Arm:
     root_kl: float
     """Mean over seeds of √KL."""
     matched: Effect | None
-    """Minus the baseline at equal KL, over the seeds in range; None for the baseline itself, and where no seed is in range."""
+    """Minus the baseline at equal KL, over the seeds in range; None for the baseline itself, and where no seed is in range. Of
+    one seed where others have several it has neither interval nor p."""
     seeds_in_range: int
     seeds_compared: int
     """Seeds that the baseline has too, in its range or not."""
     gap: float
     """By how much the metric differs between the baseline's two neighbours in KL, mean over seeds. The straight line between
     them is wrong by less, if the truth is monotone there. NaN where nothing is matched."""
+    seeds_on_chord: int
+    """Seeds that were held against the straight line from the reference at KL 0 to the baseline's first observation."""
     direct: Effect | None
     """Minus the base recipe, each at its own KL; None for the base recipe itself."""
     direct_kl: Effect | None
@@ -91,17 +94,24 @@ class Arm:
 
 @dataclass(frozen=True)
 class Power:
-    """What it takes to tell 2 points apart, in a comparison of average error."""
+    """What it takes to tell 2 points apart, in a comparison of average error, at the level that the verdict uses."""
 
     unit: str
     """pair or answer."""
     pairs: int
     """How many there are."""
     seeds: int
+    comparisons: int
+    """That are tested together: Holm's first step asks each for that part of the level."""
     needed: float
-    """Pairs for 80 % power with as many seeds; infinite where their spread hides 2 points, NaN if the metric is no share."""
+    """Pairs for 80 % power in the verdict with as many seeds; infinite where their spread hides 2 points, NaN if the metric
+    is no share."""
     smallest_found: float
-    """Difference that these runs show with 80 % power."""
+    """Difference that one of these comparisons, tested alone, shows with 80 % power."""
+    smallest_in_verdict: float
+    """Difference that the verdict says with 80 % power: after Holm's correction for all comparisons."""
+    with_two_more: float
+    """The same with two more seeds; NaN with one seed, whose spread is not known."""
     seed_sd: float
     """Of the difference, between seeds, apart from what their prompts bring in; NaN with one seed."""
 
@@ -117,6 +127,27 @@ class Best:
     """By how much being picked makes it look better than it is."""
     corrected: float
     """What to expect of it on other prompts and seeds."""
+
+
+@dataclass(frozen=True)
+class NamedContrast:
+    """A contrast that was named in words, over its points and, where there are several, over data sets."""
+
+    text: str
+    """As it was named."""
+    name: str
+    """In words: "mixout (mean of 3 points) minus β at equal KL"."""
+    points: list[str]
+    """Names of those that it is the mean of: those that can be compared in every seed that it counts."""
+    left_out: list[str]
+    """Names of its other points."""
+    is_at_equal_kl: bool
+    effect: Effect | None
+    """None where nothing could be compared."""
+    after: int | None
+    """Runs that were finished when it was named; None where that was not recorded, since it was named for this comparison."""
+    by_data_set: dict[str, Effect] = field(default_factory=dict)
+    """Of a contrast over several data sets: the effect in each, not adjusted."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +184,19 @@ class Comparison:
     """Prompts with sampled answers."""
     power: Power | None = None
     best: Best | None = None
+    contrasts: list[NamedContrast] = field(default_factory=list)
+    """Where there are any, they are what the verdict speaks of, and all other differences are exploration."""
+    equivalent: float | None = None
+    """What counts as no difference, in points of a share, or in units of the metric."""
     remarks: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it: numbers that are not finite become null."""
         found: dict[str, Any] = json_without_nan(asdict(self))
-        for arm in found["arms"]:
-            for effect in (arm["matched"], arm["direct"], arm["direct_kl"]):
-                if effect is not None:
-                    del effect["errors"]  # what its interval and p are made of
+        effects = [arm[key] for arm in found["arms"] for key in ("matched", "direct", "direct_kl")]
+        for contrast in found["contrasts"]:
+            effects += [contrast["effect"], *contrast["by_data_set"].values()]
+        for effect in effects:
+            if effect is not None:
+                del effect["errors"]  # what its interval and p are made of
         return found

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pe_dpo.disk import write_atomically, write_json
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
+from pe_dpo.experiments.contrasts import check_contrasts, contrasts_hash
 from pe_dpo.recipe import (
     Recipe,
     changed_settings,
@@ -27,6 +28,7 @@ from pe_dpo.recipe import (
 from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.files import SWEEP_FILE, read_object
 from pe_dpo.runs.records import SWEEP, check_record
+from pe_dpo.runs.run import Run
 
 _OF_THE_RUN = ("output", "train.seed")
 """Keys by which the runs of a point differ from each other."""
@@ -58,6 +60,10 @@ class SweepPlan(NamedTuple):
     points: list[Point]
     recipes: list[Recipe]
     """Of the points, in their order; `output` is the run's folder."""
+    contrasts: dict[str, int] = {}  # noqa: RUF012 (never written to)
+    """The questions that the sweep is run for, see `contrasts`: how many of its runs were finished when each was named."""
+    late_seeds: dict[int, int] = {}  # noqa: RUF012
+    """Seeds that were added after runs had finished: how many had."""
 
 
 def make_plan(
@@ -68,6 +74,7 @@ def make_plan(
     overrides: Iterable[str] = (),
     seeds: Sequence[int] = (0,),
     dropout_control: bool = False,
+    contrasts: Sequence[str] = (),
 ) -> SweepPlan:
     """Return the points of a sweep, each checked as a recipe; nothing is written.
 
@@ -79,10 +86,11 @@ def make_plan(
         overrides: "section.key=value" for every point.
         seeds: values of train.seed.
         dropout_control: for every point with mixout a twin with `adapter.dropout` of the same size instead.
+        contrasts: what will be tested, in words; see `contrasts.read_contrast`. Points that lie in the folder already count.
 
     Raises:
         RecipeError: a key or value that cannot be, or points that cannot be trained, all of them listed.
-        UsageError: a grid changes what a sweep shares: base, data or output.
+        UsageError: a grid changes what a sweep shares: base, data or output; or a contrast has no points.
     """
     overrides = list(overrides)
     base = with_absolute_paths(load_recipe(source, overrides))
@@ -129,7 +137,10 @@ def make_plan(
             recipes.append(point.model_copy(update={"output": str(place / run), "train": train}))
     if faults:
         raise RecipeError("some points of the grid cannot be trained:\n" + "\n".join(faults))
-    return SweepPlan(place, base, [" ".join(grid) for grid in grids], list(seeds), list(found.values()), recipes)
+    there = read_plan(place).recipes if contrasts and (place / SWEEP_FILE).is_file() else []
+    named = dict.fromkeys(check_contrasts(contrasts, [*there, *recipes], base), 0)
+    grids_in_words = [" ".join(grid) for grid in grids]
+    return SweepPlan(place, base, grids_in_words, list(seeds), list(found.values()), recipes, named)
 
 
 def _check_seeds(recipe: Recipe, seeds: Sequence[int]) -> None:
@@ -156,18 +167,31 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
                 + "\n  ".join(difference)
             )
         known = {point.folder for point in plan.points}
+        finished = sum(Run(plan.folder / point.folder).info.is_finished for point in old.points)
+        late = {seed: finished for seed in plan.seeds if finished and seed not in old.seeds}
         kept = [pair for pair in zip(old.points, old.recipes, strict=True) if pair[0].folder not in known]
         plan = plan._replace(
             grids=[*old.grids, *(grid for grid in plan.grids if grid not in old.grids)],
             seeds=sorted({*old.seeds, *plan.seeds}),
             points=[*(point for point, _ in kept), *plan.points],
             recipes=[*(recipe for _, recipe in kept), *plan.recipes],
+            contrasts={**old.contrasts, **{text: finished for text in plan.contrasts if text not in old.contrasts}},
+            late_seeds={**old.late_seeds, **late},
         )
     elif plan.folder.is_dir() and {path.name for path in plan.folder.iterdir()} - {".lock", "recipe.yaml"}:
         raise RunFolderError(f"{plan.folder}: is not empty and not a sweep of pe-dpo; choose another `folder`")
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(plan.folder / "recipe.yaml", recipe_to_yaml(plan.recipe))
-    content = {"grids": plan.grids, "seeds": plan.seeds, "points": [point._asdict() for point in plan.points]}
+    content: dict[str, Any] = {
+        "grids": plan.grids,
+        "seeds": plan.seeds,
+        "points": [point._asdict() for point in plan.points],
+    }
+    if plan.contrasts:
+        content["contrasts"] = [{"contrast": text, "after": finished} for text, finished in plan.contrasts.items()]
+        content["contrasts_sha256"] = contrasts_hash(plan.contrasts)
+    if plan.late_seeds:
+        content["late_seeds"] = [{"seed": seed, "after": finished} for seed, finished in plan.late_seeds.items()]
     write_json(path, content)
     return plan
 
@@ -193,7 +217,9 @@ def read_plan(folder: str | Path) -> SweepPlan:
     recipe = recipe_from_yaml(text, str(folder / "recipe.yaml"))
     overrides = ([f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in one.items()] for one in changes)
     recipes = [recipe_from_yaml(text, str(folder / "recipe.yaml"), one) for one in overrides]
-    return SweepPlan(folder, recipe, grids, seeds, points, recipes)
+    contrasts = {entry["contrast"]: entry["after"] for entry in content.get("contrasts", [])}
+    late = {entry["seed"]: entry["after"] for entry in content.get("late_seeds", [])}
+    return SweepPlan(folder, recipe, grids, seeds, points, recipes, contrasts, late)
 
 
 def _product(grid: Sequence[str]) -> list[list[str]]:

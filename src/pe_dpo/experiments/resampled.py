@@ -31,6 +31,23 @@ class Setting(NamedTuple):
         return list(self.by_seed.values())
 
 
+class Differences(NamedTuple):
+    """What the metric is more at one setting than at another, or than on a line, seed by seed."""
+
+    seeds: list[int]
+    """Those in which both are known and, against a line, in its range; of the first setting, where the two share none."""
+    observed: Floats
+    """(S,), and S may be 0."""
+    replicates: Floats
+    """(repeats, S)."""
+    compared: int
+    """Seeds that both have, in range or not."""
+    gap: float = np.nan
+    """Of a line: by how much the metric differs between the two ends of the piece that was used, mean over seeds."""
+    on_chord: int = 0
+    """Of a line: seeds that lie between the reference at KL 0 and its first observation."""
+
+
 def settings_of(observations: Sequence[Observation]) -> list[Setting]:
     """Return the settings in the order of their first observation; see `with_state` for snapshots and scales."""
     found: dict[str, Setting] = {}
@@ -103,19 +120,16 @@ class Resampled:
         self.prompts, self.kl_prompts = len(keys), len(answered)
         """Clusters that were resampled, and those with sampled answers."""
 
-    def against(self, one: Setting, other: Setting, *, of_kl: bool = False) -> tuple[Floats, Floats]:
-        """Return what the metric, or the KL, is more at one setting than at another, for the seeds in which both have it.
-
-        Returns:
-            The differences of S seeds, (S,), and their replicates, (repeats, S); S may be 0.
-        """
+    def against(self, one: Setting, other: Setting, *, of_kl: bool = False) -> Differences:
+        """Return what the metric, or the KL, is more at one setting than at another, for the seeds in which both have it."""
         observed, replicates = (self.kl, self.kl_replicates) if of_kl else (self.values, self.value_replicates)
-        columns = [(one.by_seed[seed], other.by_seed[twin]) for seed, twin in paired_seeds(one.by_seed, other.by_seed)]
-        known = [pair for pair in columns if not np.isnan(observed[list(pair)]).any()]
-        ours, theirs = [pair[0] for pair in known], [pair[1] for pair in known]
-        return observed[ours] - observed[theirs], replicates[:, ours] - replicates[:, theirs]
+        pairs = paired_seeds(one.by_seed, other.by_seed)
+        columns = [(seed, one.by_seed[seed], other.by_seed[twin]) for seed, twin in pairs]
+        known = [column for column in columns if not np.isnan(observed[list(column[1:])]).any()]
+        seeds, ours, theirs = ([column[part] for column in known] for part in range(3))
+        return Differences(seeds, observed[ours] - observed[theirs], replicates[:, ours] - replicates[:, theirs], len(columns))
 
-    def against_line(self, one: Setting, line: Sequence[Setting]) -> tuple[Floats, Floats, int, float]:
+    def against_line(self, one: Setting, line: Sequence[Setting]) -> Differences:
         """Return what the metric is more at one setting than on the line at the same √KL, for the seeds in range.
 
         In replicates, in which a line may end a little earlier than as observed, its last observation stands for it.
@@ -123,10 +137,6 @@ class Resampled:
         Args:
             one: a setting that is not on the line.
             line: settings that make it.
-
-        Returns:
-            As `against`; how many seeds could be compared, in range or not; by how much the metric differs between the two ends
-            of the piece of line that was used, mean over seeds, NaN where no seed is in range.
         """
         on_line: dict[int, list[int]] = {}
         for other in line:
@@ -135,7 +145,8 @@ class Resampled:
                     on_line.setdefault(seed, []).append(column)
         known = [seed for seed, column in one.by_seed.items() if not np.isnan(self.kl[column])]
         pairs = paired_seeds(known, on_line)
-        differences, replicates, gaps = [], [np.empty((len(self.value_replicates), 0))], []
+        seeds, differences, replicates, gaps = [], [], [np.empty((len(self.value_replicates), 0))], []
+        on_chord = 0
         for seed, twin in pairs:
             column, (roots, values, root_replicates, value_replicates) = one.by_seed[seed], self._knots(on_line[twin])
             at = self.roots[column]
@@ -143,12 +154,14 @@ class Resampled:
             if np.isnan(there):
                 continue
             resampled = interpolate(root_replicates, value_replicates, self.root_replicates[:, column], nearest=True)
+            seeds.append(seed)
             differences.append(self.values[column] - there)
             replicates.append((self.value_replicates[:, column] - resampled)[:, None])
             right = int(np.clip(np.searchsorted(roots, at), min(1, len(roots) - 1), len(roots) - 1))
             gaps.append(abs(values[right] - values[max(0, right - 1)]))
+            on_chord += bool(at < self.roots[on_line[twin]].min())
         gap = float(np.mean(gaps)) if gaps else np.nan
-        return np.array(differences), np.concatenate(replicates, axis=1), len(pairs), gap
+        return Differences(seeds, np.array(differences), np.concatenate(replicates, axis=1), len(pairs), gap, on_chord)
 
     def _knots(self, columns: Sequence[int]) -> tuple[Floats, Floats, Floats, Floats]:
         """The line of one seed as K observations of different √KL: (K,) roots and values, (repeats, K) of both resampled.

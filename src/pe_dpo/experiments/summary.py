@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from math import inf, isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, is_end
+from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, Power, is_end
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import Metric
 from pe_dpo.recipe.names import SHORT_NAMES
@@ -63,16 +63,21 @@ def counted(count: int, what: str) -> str:
 
 
 def verdict(found: Comparison) -> str:
-    """Return what can and cannot be told apart, in sentences."""
-    matched = [(arm, arm.matched) for arm in found.arms if arm.matched is not None]
-    direct = [(arm, arm.direct) for arm in found.arms if arm.direct is not None and is_end(arm.settings)]
-    if not found.arms:
+    """Return what can and cannot be told apart, in sentences: of the contrasts where there are any, else of the arms."""
+    matched = [(arm, arm.matched) for arm in found.arms if _is_tested(arm.matched)]
+    direct = [(arm, arm.direct) for arm in found.arms if _is_tested(arm.direct) and is_end(arm.settings)]
+    if found.contrasts:
+        sentences = _contrast_sentences(found)
+    elif not found.arms:
         return "Nothing can be paired: TRL's logs have means alone. All runs are in the table."
-    if not matched and not direct:
+    elif not matched and not direct:
         ends = listed([arm.name for arm in found.arms if is_end(arm.settings)])
         return f"There is nothing to compare: {ends} is all that was run."
-    if matched:
+    elif matched:
         sentences = [_sentence(found, matched, "At equal KL, ", f" {found.baseline}")]
+        same = [(arm, one) for arm, one in matched if not isnan(one.p_equivalent)]
+        if same:
+            sentences.append(_equivalence(found, same))
         names = [arm.name for arm in found.arms if not arm.is_baseline and not arm.seeds_in_range and arm.seeds_compared]
         if names:
             outside, verb = listed(names), "lies" if len(names) == 1 else "lie"
@@ -85,20 +90,98 @@ def verdict(found: Comparison) -> str:
         sentences = [_sentence(found, direct, f"Each at its own KL{why}, ", f" {base}")]
     if found.seeds == 1:
         sentences.append("With one seed this holds for these runs, not yet for others of the same settings")
-    if found.power is not None and found.is_share:
-        power, unit = found.power, f"{found.power.unit}s"
-        caution = ", the spread between seeds not counted" if isnan(power.seed_sd) else ""
-        if power.needed == inf:
-            sentences.append(
-                f"No number of {unit} tells 2 points apart with {counted(power.seeds, 'seed')}, between which differences "
-                f"scatter by {100 * power.seed_sd:.1f} points (standard deviation): more seeds would"
-            )
-        elif power.needed <= power.pairs:
-            sentences.append(f"{power.pairs:,} {unit} are enough to tell 2 points apart{caution}")
-        else:
-            about = f"{float(f'{power.needed:.2g}'):,.0f}"
-            sentences.append(f"Telling 2 points apart takes about {about} {unit}, with as many seeds{caution}")
+    if found.power is not None and found.is_share and not found.contrasts:
+        sentences.append(_needed(found.power))
     return ". ".join(sentences) + "."
+
+
+def _needed(power: Power) -> str:
+    """What it takes to tell 2 points apart in the verdict."""
+    unit = f"{power.unit}s"
+    caution = ", the spread between seeds not counted" if isnan(power.seed_sd) else ""
+    if power.needed == inf:
+        return (
+            f"No number of {unit} tells 2 points apart with {counted(power.seeds, 'seed')}, between which differences "
+            f"scatter by {100 * power.seed_sd:.1f} points (standard deviation): more seeds would"
+        )
+    if power.needed <= power.pairs:
+        return f"{power.pairs:,} {unit} are enough to tell 2 points apart{caution}"
+    return f"Telling 2 points apart takes about {float(f'{power.needed:.2g}'):,.0f} {unit}, with as many seeds{caution}"
+
+
+def power_lines(found: Comparison) -> list[str]:
+    """Return which differences such runs find with 80 % power: in the verdict, alone, and with two more seeds."""
+    power = found.power
+    if power is None or isnan(power.smallest_found):
+        return []
+    unit, scale = (" points", 100) if found.is_share else ("", 1)
+    together = f" among {power.comparisons} comparisons (Holm)" if power.comparisons > 1 else ""
+    lines = [
+        f"smallest difference that the verdict finds{together} with 80 % power, of {counted(power.seeds, 'seed')}: "
+        f"{scale * power.smallest_in_verdict:.3g}{unit}"
+    ]
+    if power.comparisons > 1:
+        lines[0] += f"; one comparison by itself: {scale * power.smallest_found:.3g}{unit}"
+    if not isnan(power.with_two_more):
+        lines.append(f"with two more seeds the verdict would find {scale * power.with_two_more:.3g}{unit}")
+    return lines
+
+
+def _is_tested(one: Effect | None) -> TypeGuard[Effect]:
+    return one is not None and not isnan(one.p)
+
+
+def _contrast_sentences(found: Comparison) -> list[str]:
+    """What each contrast came to, and how it came to be asked."""
+    late = [one for one in found.contrasts if one.after != 0]
+    when = "named before any run was finished" if not late else "some of them named after runs were finished"
+    if len(late) == len(found.contrasts):
+        when = "named after runs were finished"
+    several = len(found.contrasts) > 1
+    about = f"{len(found.contrasts)} contrasts" if several else "One contrast"
+    sentences = [f"{about} on {found.metric}, {when}{', tested together by themselves (Holm)' if several else ''}"]
+    for one in found.contrasts:
+        result = one.effect
+        name = one.name[:1].upper() + one.name[1:] if one.name[:1].isascii() else one.name
+        if result is None:
+            sentences.append(f"{name}: nothing could be compared")
+            continue
+        over = f"{counted(len(one.by_data_set), 'data set')}, " if one.by_data_set else ""
+        seeds = result.errors.runs if one.by_data_set else len(result.per_seed)
+        judged = "rests on one seed and is not tested"
+        if _is_tested(result):
+            is_apart = result.p_adjusted < 1 - found.confidence
+            judged = f"{'a difference' if is_apart else 'not told apart'} (p {fmt_p(result.p_adjusted)})"
+        if not isnan(result.p_equivalent):
+            is_within = result.p_equivalent_adjusted < 1 - found.confidence
+            margin = f"{100 * result.margin:g} points" if found.is_share else f"{result.margin:g}"
+            judged += (
+                f", {'within' if is_within else 'not shown to be within'} {margin} (p {fmt_p(result.p_equivalent_adjusted)})"
+            )
+        sentences.append(
+            f"{name}: {amount(found, result.estimate)} ({_interval(found, result)}, {over}{counted(seeds, 'seed')}): {judged}"
+        )
+    return sentences
+
+
+def fmt_p(p: float) -> str:
+    """Return a p with two digits: "0.031", "< 0.001"."""
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def amount(found: Comparison, value: float) -> str:
+    """Return a difference in points of a share, or in the metric's units, with its sign."""
+    return f"{_sign(100 * value, '.1f')} points" if found.is_share else _sign(value, ".3g")
+
+
+def _equivalence(found: Comparison, arms: Sequence[tuple[Arm, Effect]]) -> str:
+    """Which arms are shown to be as good as the line, and which are not."""
+    level, margin = 1 - found.confidence, arms[0][1].margin
+    size = f"{100 * margin:g} points" if found.is_share else f"{margin:g}"
+    within = [arm.name for arm, one in arms if one.p_equivalent_adjusted < level]
+    if not within:
+        return f"None is shown to be within {size} of {found.baseline} (two one-sided tests, Holm)"
+    return f"Within {size} of {found.baseline} (two one-sided tests, Holm): {listed(within)}; the others are not shown to be"
 
 
 def metric_remarks(metric: Metric[Any], *, measured: int, lacking: int, why: str | None, logs: int) -> list[str]:
@@ -133,14 +216,33 @@ def arm_remarks(found: Comparison) -> list[str]:
         remarks.append(f"KL comes from {found.kl_prompts} prompts; more generation.prompts would make the match surer")
     if found.seeds == 1:
         remarks.append("one seed: intervals and p hold for these runs, the spread between seeds is not in them")
-    elif any(one and len(one.per_seed) == 1 for arm in found.arms for one in (arm.matched, arm.direct)):
-        remarks.append("where one seed alone could be compared, the spread between seeds is not in the interval")
+    alone = [arm.name for arm in found.arms for one in (arm.matched, arm.direct) if one and isnan(one.p)]
+    if alone:
+        remarks.append(
+            f"{listed(list(dict.fromkeys(alone)))}: compared in one seed where others have several; shown without interval and "
+            "p, and in neither Holm's correction nor the verdict"
+        )
     unknown = [arm.name for arm in found.arms if isnan(arm.kl)]
     if unknown and found.kl_prompts:
         remarks.append(
             f"{listed(unknown)}: no sampled answers for some or all seeds, and without a KL nothing is matched; ask "
             "for them with generation.prompts, or with pe-dpo eval"
         )
+    remarks += _line_remarks(found)
+    for contrast in found.contrasts:
+        if contrast.left_out:
+            remarks.append(
+                f"{contrast.text}: the mean leaves out {listed(contrast.left_out)}, which could not be compared in all of its "
+                "seeds"
+            )
+        if contrast.after:
+            remarks.append(f"{contrast.text}: named after {counted(contrast.after, 'run')} had finished")
+    return remarks
+
+
+def _line_remarks(found: Comparison) -> list[str]:
+    """What makes differences at equal KL less sure."""
+    remarks = []
     outside: dict[tuple[int, int], list[str]] = {}
     for arm in found.arms:
         if arm.seeds_in_range < arm.seeds_compared:
@@ -151,12 +253,19 @@ def arm_remarks(found: Comparison) -> list[str]:
         f"{counted(compared, 'seed')}; nothing is extrapolated"
         for (missed, compared), names in outside.items()
     ]
-    matched = [(arm.name, arm.matched) for arm in found.arms if arm.matched]
+    matched = [(arm.name, arm.matched) for arm in found.arms if _is_tested(arm.matched)]
     lone = [name for name, one in matched if one.p < 1 - found.confidence <= one.p_adjusted]
     if lone:
         remarks.append(
             f"{listed(lone)}: the interval by itself leaves 0 out, but among {len(matched)} comparisons that happens "
             "too easily by chance (Holm)"
+        )
+    chord = [arm.name for arm in found.arms if arm.seeds_on_chord]
+    if chord:
+        remarks.append(
+            f"{listed(chord)}: nearer to the reference than any {found.baseline} that was run, and so held against a straight "
+            "line from the reference itself, from which the true curve may bend away; run values of "
+            f"{found.baseline} that stay nearer to it"
         )
     wide = [arm.name for arm in found.arms if arm.matched and arm.gap > arm.matched.high - arm.matched.low]
     if wide:
@@ -167,13 +276,14 @@ def arm_remarks(found: Comparison) -> list[str]:
     return remarks
 
 
+def _interval(found: Comparison, one: Effect) -> str:
+    factor, form = (100, ".1f") if found.is_share else (1, ".3g")
+    return f"{100 * found.confidence:g} % CI {_sign(factor * one.low, form)} to {_sign(factor * one.high, form)}"
+
+
 def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Effect]], before: str, after: str) -> str:
     """Which arms differ from what `after` says, and which do not."""
     level, is_share = 1 - found.confidence, found.is_share
-
-    def interval(one: Effect) -> str:
-        factor, form = (100, ".1f") if is_share else (1, ".3g")
-        return f"{100 * found.confidence:g} % CI {_sign(factor * one.low, form)} to {_sign(factor * one.high, form)}"
 
     def sample(one: Effect) -> str:
         return f"{counted(len(one.per_seed), 'seed')}, {counted(found.pairs, found.unit)}"
@@ -183,10 +293,10 @@ def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Effect]], before: str
     if same:
         largest = max((one for _, one in same), key=lambda one: abs(one.estimate))
         what = "difference" if len(same) == 1 else "largest difference"
-        size = f"{_sign(100 * largest.estimate, '.1f')} points" if is_share else _sign(largest.estimate, ".3g")
         parts.append(
-            f"{listed([arm.name for arm, _ in same])} cannot be told apart from{after} on {found.metric} ({what} {size}, "
-            f"{interval(largest)}, {sample(largest)})"
+            f"{listed([arm.name for arm, _ in same])} cannot be told apart from{after} on {found.metric} "
+            f"({what} {amount(found, largest.estimate)}, "
+            f"{_interval(found, largest)}, {sample(largest)})"
         )
     # Arms that are worse come first; where neither is good they are lower and higher.
     below, above = {1: ("worse", "better"), -1: ("better", "worse"), 0: ("lower", "higher")}[found.direction]
@@ -196,7 +306,7 @@ def _sentence(found: Comparison, arms: Sequence[tuple[Arm, Effect]], before: str
             continue
         than = "" if same else f" than{after} on {found.metric}"
         sizes = [f"{100 * abs(one.estimate):.1f} points" if is_share else f"{abs(one.estimate):.3g}" for _, one in group]
-        amounts = [f"by {size} ({interval(one)})" for size, (_, one) in zip(sizes, group, strict=True)]
+        amounts = [f"by {size} ({_interval(found, one)})" for size, (_, one) in zip(sizes, group, strict=True)]
         if not parts:
             amounts[0] = f"{amounts[0][:-1]}, {sample(group[0][1])})"
         names = [arm.name for arm, _ in group]

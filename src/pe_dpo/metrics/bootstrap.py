@@ -20,7 +20,8 @@ Source:
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,10 +44,12 @@ class Errors(NamedTuple):
     """V_together, as far as it was seen in V_seeds."""
     seeds: float
     """V_seeds − V_together: more prompts do not make it smaller. NaN with one seed."""
-    clusters: int
-    """C."""
+    clusters: float
+    """C; of several data sets together, what their degrees of freedom come to."""
     runs: int
     """S."""
+    seed_freedom: float = 0
+    """Degrees of freedom of V_seeds; 0 stands for S − 1."""
 
     def variance(self, more: float = 1.0) -> float:
         """Return the variance of the mean, had there been `more` times the prompts."""
@@ -58,10 +61,25 @@ class Errors(NamedTuple):
         prompt_t = -special.stdtrit(self.clusters * more - 1, level / 2)
         squared = prompt_t**2 * self.prompts / more
         if not math.isnan(self.seeds):
-            seed_t = -special.stdtrit(self.runs - 1, level / 2)
+            seed_t = -special.stdtrit(self.seed_freedom or self.runs - 1, level / 2)
             both = seed_t**2 * (self.seeds + self.together / more) + prompt_t**2 * self.alone / more
             squared = max(squared, both)
         return float(squared**0.5)
+
+    def level(self, size: float) -> float:
+        """Return the level at which an interval reaches just as far as `size`: the two-sided p of an estimate of that size."""
+        smallest = 1e-12
+        if size > 0 and self.half_width(smallest) <= size:
+            return smallest
+        if size > 0 and self.half_width(1 - smallest) < size:
+            return math.exp(optimize.brentq(lambda level: self.half_width(math.exp(level)) - size, math.log(smallest), 0.0))
+        return 1.0
+
+    def with_runs(self, runs: int) -> "Errors":
+        """Return what the errors would be, had there been so many seeds; more than one were run."""
+        fewer = self.runs / runs
+        together, freedom = fewer * self.together, self.seed_freedom and self.seed_freedom + runs - self.runs
+        return Errors(self.alone + together, self.alone, together, fewer * self.seeds, self.clusters, runs, freedom)
 
 
 @dataclass(frozen=True)
@@ -74,12 +92,21 @@ class Effect:
     p: float
     """Two-sided, of no difference; not adjusted for other comparisons."""
     p_adjusted: float
-    """By Holm, over all effects that were tested together; NaN where that was not done."""
+    """By Holm, over all effects that were tested together; NaN where it was not tested."""
     standard_error: float
     seed_sd: float
     """Standard deviation between seeds; NaN with one seed, whose spread is in neither interval nor p."""
     per_seed: list[float]
     errors: Errors
+    margin: float = math.nan
+    """What counts as no difference; NaN where that was not asked."""
+    inner_low: float = math.nan
+    inner_high: float = math.nan
+    """The interval that lies within ± margin where the p of equivalence is below the level: 90 % for a level of 5 %."""
+    p_equivalent: float = math.nan
+    """Of a difference as large as the margin or larger: the larger of two one-sided p."""
+    p_equivalent_adjusted: float = math.nan
+    """By Holm, as `p_adjusted`."""
 
 
 def cluster_weights(random: np.random.Generator, repeats: int, clusters: int) -> Floats:
@@ -157,22 +184,105 @@ def effect(per_seed: Floats, replicates: Floats, *, clusters: int, one_row: floa
         together, seeds = min(together, observed), max(0.0, observed - together)
     errors = Errors(prompts, alone, together, seeds, clusters, seeds_count)
     half = errors.half_width(1 - confidence)
-
-    # p is the level at which an interval reaches just to 0.
-    smallest, size, p = 1e-12, abs(estimate), 1.0
-    if size > 0 and errors.half_width(smallest) <= size:
-        p = smallest
-    elif size > 0 and errors.half_width(1 - smallest) < size:
-        p = math.exp(optimize.brentq(lambda level: errors.half_width(math.exp(level)) - size, math.log(smallest), 0.0))
     return Effect(
         estimate=estimate,
         low=estimate - half,
         high=estimate + half,
-        p=p,
+        p=errors.level(abs(estimate)),
         p_adjusted=math.nan,
         standard_error=errors.variance() ** 0.5,
         seed_sd=float(np.std(per_seed, ddof=1)) if seeds_count > 1 else math.nan,
         per_seed=per_seed.tolist(),
+        errors=errors,
+    )
+
+
+def tested_together(
+    found: Sequence[Effect | None], *, confidence: float = 0.95, margins: Sequence[float] | None = None
+) -> list[Effect | None]:
+    """Return effects with their p adjusted for their number (Holm), of difference and of equivalence.
+
+    One that rests on a single seed is no test where others rest on several: its interval would hold for that run alone and
+    look surer than theirs. It keeps its estimate and has neither interval nor p.
+
+    Args:
+        found: what is tested together; None is what could not be measured.
+        confidence: 1 − it is the level.
+        margins: of each, what counts as no difference; NaN for one that is not asked for equivalence.
+
+    Source:
+        Schuirmann 1987, "A comparison of the two one-sided tests procedure", for equivalence. No difference and a difference
+        beyond the margin cannot both be true, so that each of the two families keeps its level by itself.
+    """
+    several = any(one is not None and len(one.per_seed) > 1 for one in found)
+    tested: list[Effect | None] = []
+    for one, margin in zip(found, margins or [math.nan] * len(found), strict=True):
+        if one is None:
+            tested.append(None)
+        elif several and len(one.per_seed) == 1:
+            tested.append(replace(one, low=math.nan, high=math.nan, p=math.nan, standard_error=math.nan))
+        elif math.isnan(margin):
+            tested.append(one)
+        else:
+            beyond, half = margin - abs(one.estimate), one.errors.half_width(2 * (1 - confidence))
+            one_sided = one.errors.level(abs(beyond)) / 2
+            tested.append(
+                replace(
+                    one,
+                    margin=margin,
+                    inner_low=one.estimate - half,
+                    inner_high=one.estimate + half,
+                    p_equivalent=one_sided if beyond > 0 else 1 - one_sided,
+                )
+            )
+    adjusted = holm(np.array([math.nan if one is None else one.p for one in tested]))
+    equivalent = holm(np.array([math.nan if one is None else one.p_equivalent for one in tested]))
+    return [
+        one and replace(one, p_adjusted=float(p), p_equivalent_adjusted=float(other))
+        for one, p, other in zip(tested, adjusted, equivalent, strict=True)
+    ]
+
+
+def mean_effect(found: Sequence[Effect], *, confidence: float = 0.95) -> Effect:
+    """Return the mean of the same difference over independent data sets, each counted alike.
+
+    Variances are added; the degrees of freedom of the sum are Satterthwaite's. What is said is said of these data sets.
+
+    Args:
+        found: of each data set.
+        confidence: of the interval.
+
+    Source:
+        Satterthwaite 1946, "An approximate distribution of estimates of variance components".
+    """
+    count = len(found)
+    parts = np.array([one.errors[:4] for one in found]) / count**2
+    prompts, alone, together, seeds = parts.sum(0).tolist()
+
+    def freedom(variances: Floats, of_each: Sequence[float]) -> float:
+        squares = float((variances**2 / np.array(of_each)).sum())
+        return float(variances.sum()) ** 2 / squares if squares > 0 else float(sum(of_each))
+
+    runs = [one.errors.seed_freedom or one.errors.runs - 1 for one in found]
+    errors = Errors(
+        prompts,
+        alone,
+        together,
+        seeds,
+        1 + freedom(parts[:, 0], [one.errors.clusters - 1 for one in found]),
+        sum(one.errors.runs for one in found),
+        0 if math.isnan(seeds) else freedom(parts[:, 2] + parts[:, 3], runs),
+    )
+    estimate, half = float(np.mean([one.estimate for one in found])), errors.half_width(1 - confidence)
+    return Effect(
+        estimate=estimate,
+        low=estimate - half,
+        high=estimate + half,
+        p=errors.level(abs(estimate)),
+        p_adjusted=math.nan,
+        standard_error=errors.variance() ** 0.5,
+        seed_sd=float(np.mean([one.seed_sd**2 for one in found])) ** 0.5,
+        per_seed=[value for one in found for value in one.per_seed],
         errors=errors,
     )
 
@@ -209,7 +319,9 @@ def holm(p: Floats) -> Floats:
     return adjusted
 
 
-def smallest_found(errors: Errors, *, more: float = 1.0, confidence: float = 0.95, power: float = 0.8) -> float:
+def smallest_found(
+    errors: Errors, *, more: float = 1.0, confidence: float = 0.95, power: float = 0.8, comparisons: int = 1
+) -> float:
     """Return the difference that a comparison with such errors finds with a chance of `power`.
 
     Args:
@@ -217,11 +329,14 @@ def smallest_found(errors: Errors, *, more: float = 1.0, confidence: float = 0.9
         more: how many times as many prompts it shall have.
         confidence: of its interval.
         power: the chance.
+        comparisons: that are tested together; Holm's first step asks each for that part of the level.
     """
-    return errors.half_width(1 - confidence, more) + errors.half_width(2 * (1 - power), more)
+    return errors.half_width((1 - confidence) / comparisons, more) + errors.half_width(2 * (1 - power), more)
 
 
-def prompts_needed(errors: Errors, difference: float, *, confidence: float = 0.95, power: float = 0.8) -> float:
+def prompts_needed(
+    errors: Errors, difference: float, *, confidence: float = 0.95, power: float = 0.8, comparisons: int = 1
+) -> float:
     """Return how many times as many prompts such a comparison needs to find a difference; infinite where seeds hide it.
 
     Args:
@@ -229,10 +344,12 @@ def prompts_needed(errors: Errors, difference: float, *, confidence: float = 0.9
         difference: to be found.
         confidence: of the interval.
         power: chance to find it.
+        comparisons: that are tested together.
     """
 
     def short(log_more: float) -> float:
-        return smallest_found(errors, more=math.exp(log_more), confidence=confidence, power=power) - difference
+        more = math.exp(log_more)
+        return smallest_found(errors, more=more, confidence=confidence, power=power, comparisons=comparisons) - difference
 
     fewest, most = math.log(3 / errors.clusters), math.log(1e9)
     if short(most) >= 0:

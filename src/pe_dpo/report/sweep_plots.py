@@ -233,9 +233,10 @@ def equal_kl_section(comparison: Comparison) -> PageSection:
     if matched:
         rows = [(arm.name, _difference(comparison, arm, arm.matched)) for arm in comparison.arms if not arm.is_baseline]
         apart = sum(found.p_adjusted < 1 - comparison.confidence for found in matched)
+        tested = sum(not math.isnan(found.p) for found in matched)
         caption = (
             f"{comparison.metric} minus {comparison.baseline} at the same √KL, mean over seeds with {interval} over "
-            f"prompts and seeds; ticks are seeds. Filled: told apart after Holm's correction ({apart} of {len(matched)}). "
+            f"prompts and seeds; ticks are seeds. Filled: told apart after Holm's correction ({apart} of {tested}). "
             f"Never extrapolated: arms whose √KL {comparison.baseline} did not reach have no difference."
         )
         return PageSection("equal-kl", title, plots=rows_plots("matched", rows, unit, caption, level=0.0))

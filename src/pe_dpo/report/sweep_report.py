@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.experiments.comparison import Comparison, RunRow
-from pe_dpo.experiments.summary import counted, hyperparameter_name
+from pe_dpo.experiments.summary import hyperparameter_name, power_lines
 from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.style import fmt
@@ -51,6 +51,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
             measures_section(sweep, comparison),
             _arms_section(sweep, comparison),
         ]
+        sections[1:1] = [_contrasts_section(comparison)] if comparison.contrasts else []
     sections += [_runs_section(sweep), _limits_section(sweep)]
     records: list[dict[str, Any]] = []  # of results.jsonl; what is not known is null
     for run in sweep.runs:
@@ -95,6 +96,40 @@ def _plan_section(sweep: SweepRecord) -> PageSection:
     return PageSection("plan", "What was run", facts=[row for row in rows if row[1]], folded=folded)
 
 
+def _contrasts_section(comparison: Comparison) -> PageSection:
+    """The questions that the sweep was run for."""
+    scale, form = (100, "+.1f") if comparison.is_share else (1, "+.3g")
+    rows = []
+    for one in comparison.contrasts:
+        found = one.effect
+        cells = ["not compared", "–", "–", "–", "–"]
+        if found is not None:
+            ends = [
+                fmt(scale * value, form) for value in (found.estimate, found.low, found.high, found.inner_low, found.inner_high)
+            ]
+            cells = [
+                f"{ends[0]} (one seed)" if math.isnan(found.low) else f"{ends[0]} [{ends[1]}, {ends[2]}]",
+                fmt(found.p_adjusted, ".2g"),
+                fmt(scale * found.margin, "g"),
+                "–" if math.isnan(found.margin) else f"[{ends[3]}, {ends[4]}]",
+                fmt(found.p_equivalent_adjusted, ".2g"),
+            ]
+        named = "not with the sweep" if one.after is None else f"after {one.after} runs" if one.after else "before any run"
+        rows.append([one.name, *cells, named])
+    level = 100 * (1 - comparison.confidence)
+    unit = ", points" if comparison.is_share else ""
+    header = ["contrast", f"{comparison.metric}{unit}", "p (Holm)", "margin", f"{100 - 2 * level:g} % interval"]
+    table = PageTable(
+        "contrasts",
+        f"{len(rows)} contrasts, tested by themselves",
+        [*header, "p of equivalence (Holm)", "named"],
+        rows,
+        f"Each is the mean over its points, seed by seed, with {100 - level:g} % interval. Equivalence: two one-sided tests; "
+        "the difference is shown to be smaller than the margin where their interval lies within it.",
+    )
+    return PageSection("contrasts", "What was asked beforehand", tables=[table])
+
+
 def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     """The table of arms: effect at equal KL, KL, accuracy, length, entropy, cost."""
     base = next((arm for arm in comparison.arms if not arm.settings), None)
@@ -110,7 +145,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         if arm.matched is not None:
             numbers = (arm.matched.estimate, arm.matched.low, arm.matched.high)
             estimate, low, high = (fmt(100 * value, "+.1f") if comparison.is_share else fmt(value, "+.3g") for value in numbers)
-            effect = f"{estimate} [{low}, {high}]"
+            effect = f"{estimate} (one seed)" if math.isnan(arm.matched.low) else f"{estimate} [{low}, {high}]"
         spread = "" if math.isnan(arm.value_sd) else f" ± {fmt(arm.value_sd, form)}"
         rows.append([
             arm.name,
@@ -213,13 +248,8 @@ def _limits_section(sweep: SweepRecord) -> PageSection:
         "policy writes by itself is in KL, length and, where a scorer was given, win rate."
     ]
     comparison = sweep.comparison
-    power = comparison.power if comparison else None
-    if comparison and power and not math.isnan(power.smallest_found):
-        size = f"{100 * power.smallest_found:.1f} points" if comparison.is_share else f"{power.smallest_found:.3g}"
-        sentences.append(
-            f"With {counted(power.pairs, power.unit)} and {counted(power.seeds, 'seed')} a true difference of {size} would be "
-            "found with 80 % power; smaller ones may be there unseen."
-        )
+    if comparison:
+        sentences += [f"{line[:1].upper()}{line[1:]}; smaller ones may be there unseen." for line in power_lines(comparison)]
     if comparison and comparison.best:
         best = comparison.best
         value, optimism, corrected = (

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from pe_dpo.errors import UsageError
 from pe_dpo.metrics.table import AnswerTable, PairTable
-from pe_dpo.recipe import changed_settings
+from pe_dpo.recipe import Recipe, changed_settings
 from pe_dpo.recipe.loss_section import CALIBRATED
 from pe_dpo.recipe.schema import SeedsSection
 from pe_dpo.runs.files import RECIPE_FILE, RUN_FILE, SWEEP_FILE, read_object, remedy
@@ -95,7 +95,7 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
                 f"pe-dpo train {shlex.quote(str(run.folder / RECIPE_FILE))} --resume, or leave it out"
             )
         assert named is not None
-        settings = _settings(named, run)
+        settings = settings_between(_asked_recipe(named), _asked_recipe(run), kappa=run.info.loss.get("kappa"))
         remarks += [f"{run.folder}: changed on the way: {line}" for line in describe_overrides(run.info.overrides)]
         # Runs of equal settings and seed are told apart by their folders: in a sweep by those of their points.
         if owner.setdefault((repr(settings), seed), str(run.folder)) != str(run.folder):
@@ -113,6 +113,55 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
             f"{others[0]}: was trained on other pairs than {known[0][0]} (so were {len(others)} runs of {len(runs)})"
         )
     return observations + peers, remarks
+
+
+def settings_between(base: Recipe, point: Recipe, *, kappa: float | None = None) -> dict[str, Any]:
+    """Return what a point turns away from a base recipe: dotted key: value.
+
+    γ counts as a multiple of β, so that turning β alone leaves it where it is.
+
+    Args:
+        base: with γ as it was asked for.
+        point: the same.
+        kappa: γ/β as trained; None where that is not known beyond the recipe.
+    """
+    settings = {
+        key: now
+        for key, (_, now) in changed_settings(base, point).items()
+        if key not in (*_SAME_POINT, "loss.gamma") and key.split(".")[0] not in ("model", "generation", "reference")
+    }
+    gamma, kappa = point.loss.gamma, point.loss.kappa if kappa is None else kappa
+    if isinstance(gamma, str) and CALIBRATED.match(gamma):
+        settings |= {"loss.gamma": gamma} if gamma != base.loss.gamma else {}
+    elif kappa is not None:
+        base_kappa = math.nan if base.loss.kappa is None else base.loss.kappa
+        if not math.isclose(kappa, base_kappa, rel_tol=1e-9, abs_tol=1e-9):
+            settings["loss.gamma"] = f"{kappa:.6g}x"
+    return dict(sorted(settings.items()))
+
+
+def base_recipe(targets: Sequence[str | Path]) -> Recipe | None:
+    """Return the recipe that `read_observations` holds settings against, or None where there are logs of TRL alone.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    first = Path(targets[0])
+    runs = (
+        [first] if (first / SWEEP_FILE).is_file() else [place for place in map(Path, targets) if (place / RUN_FILE).is_file()]
+    )
+    return _asked_recipe(Run(runs[0])) if runs else None
+
+
+def data_sets(targets: Sequence[str | Path]) -> list[list[Path]]:
+    """Return targets by what their runs are measured on: those of one base and one set of held-out pairs together."""
+    found: dict[tuple[Any, ...], list[Path]] = {}
+    for target in map(Path, targets):
+        sweep = (target / SWEEP_FILE).is_file()
+        runs = _runs_of_sweep(target, []) if sweep else [Run(target)] if (target / RUN_FILE).is_file() else []
+        known = runs[0].info.hashes.inputs if runs else {}
+        found.setdefault(tuple(known.get(key) for key in ("base", "held_out")), []).append(target)
+    return list(found.values())
 
 
 def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Run]:
@@ -150,26 +199,9 @@ def _number_seeds(runs: Sequence[Run], remarks: list[str]) -> list[int]:
     return [numbers[one] for one in drawn]
 
 
-def _settings(named: Run, run: Run) -> dict[str, Any]:
-    """Return what a run turns away from the recipe of the first one.
-
-    γ counts as a multiple of β, so that turning β alone leaves it where it is.
-    """
-    base = named.recipe.model_copy(update={"loss": named.recipe.loss.model_copy(update={"gamma": named.asked_gamma})})
-    settings = {
-        key: now
-        for key, (_, now) in changed_settings(base, run.recipe).items()
-        if key not in _SAME_POINT and key.split(".")[0] not in ("model", "generation", "reference")
-    }
-    settings.pop("loss.gamma", None)
-    gamma, kappa = run.asked_gamma, run.info.loss.get("kappa")
-    if isinstance(gamma, str) and CALIBRATED.match(gamma):
-        settings |= {"loss.gamma": gamma} if gamma != base.loss.gamma else {}
-    elif kappa is not None:
-        base_kappa = math.nan if base.loss.is_calibrated else base.loss.gamma_value / base.loss.beta
-        if not math.isclose(kappa, base_kappa, rel_tol=1e-9, abs_tol=1e-9):
-            settings["loss.gamma"] = f"{kappa:.6g}x"
-    return dict(sorted(settings.items()))
+def _asked_recipe(run: Run) -> Recipe:
+    """A run's recipe with γ as it was asked for."""
+    return run.recipe.model_copy(update={"loss": run.recipe.loss.model_copy(update={"gamma": run.asked_gamma})})
 
 
 def _observations_of_run(run: Run, settings: dict[str, Any], seed: int, remarks: list[str]) -> Iterator[Observation]:

@@ -158,7 +158,14 @@ DATA_REPORT = _record(
 MANIFEST_RECORD = _record({"files": dict[str, _record({"bytes": int, "sha256": str})]}, inputs=dict[str, str | None])  # type: ignore[misc]
 """MANIFEST.json of a checkpoint."""
 _POINT = _record({"name": str, "settings": dict[str, Any], "seed": int, "folder": Annotated[str, AfterValidator(_is_below)]})
-SWEEP = _record({"points": list[_POINT], "grids": list[str], "seeds": list[int]})  # type: ignore[valid-type]
+_NAMED = _record({"contrast": str, "after": int})
+_LATE = _record({"seed": int, "after": int})
+SWEEP = _record(
+    {"points": list[_POINT], "grids": list[str], "seeds": list[int]},  # type: ignore[valid-type]
+    contrasts=list[_NAMED],  # type: ignore[valid-type]
+    contrasts_sha256=str,
+    late_seeds=list[_LATE],  # type: ignore[valid-type]
+)
 """sweep.json."""
 
 INPUTS = _record(machine=dict[str, Any], versions=dict[str, Any])

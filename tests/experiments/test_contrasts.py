@@ -1,0 +1,179 @@
+"""Contrasts: what their words mean, which points they average, and that they are tested by themselves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fake_runs
+import numpy as np
+import pytest
+
+from pe_dpo.errors import UsageError
+from pe_dpo.experiments.compare import compare
+from pe_dpo.experiments.comparison import Comparison
+from pe_dpo.experiments.contrasts import contrasts_hash, largest_block, matching, read_contrast
+from pe_dpo.experiments.plan import make_plan, read_plan, save_plan
+from pe_dpo.metrics.bootstrap import holm
+from pe_dpo.recipe import recipe_from_yaml
+
+POINTS: list[dict[str, Any]] = [
+    {},
+    {"loss.beta": 0.025},
+    {"loss.beta": 0.4},
+    {"mixout.p": 0.3},
+    {"mixout.p": 0.5},
+    {"loss.gamma": "0x"},
+]
+MIXOUT, GAMMA = "mixout against beta within 5", "gamma=0 against base"
+
+
+def write(folder: Path, seed: int) -> Path:
+    options: dict[str, Any] = {"pairs": 120, "prompts": 60, "snapshots": 0, "steps": 2, "scored": False, "seed": seed}
+    return fake_runs.write_sweep(folder, POINTS, quality={"gamma=0x": 0.7}, **options)
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two data sets, the same points; the second world has other pairs."""
+    folder = tmp_path_factory.mktemp("contrasts")
+    first, second = write(folder / "first", 0), write(folder / "second", 5)
+    for record in second.rglob("run.json"):
+        content = json.loads(record.read_text())
+        content["hashes"]["held_out"] = "e" * 64
+        record.write_text(json.dumps(content))
+    return [first, second]
+
+
+@pytest.fixture(scope="module")
+def found(sweeps: list[Path]) -> Comparison:
+    return compare(sweeps[:1], metric="accuracy/shift", repeats=300, contrasts=[MIXOUT, GAMMA])
+
+
+def test_a_contrast_is_the_mean_over_its_points_seed_by_seed_and_tested_among_contrasts_alone(found: Comparison) -> None:
+    arms = {one.name: one for one in found.arms}
+    mixout, gamma = found.contrasts
+    assert mixout.effect is not None
+    assert gamma.effect is not None
+    points = [arms[name].matched for name in ("mixout 0.3", "mixout 0.5")]
+    assert mixout.points == ["mixout 0.3", "mixout 0.5"]
+    assert mixout.effect.per_seed == pytest.approx(np.mean([one.per_seed for one in points], axis=0).tolist(), abs=1e-12)
+    assert gamma.effect.per_seed == pytest.approx(arms["γ = 0"].direct.per_seed, abs=1e-12)
+    assert gamma.effect.p == pytest.approx(arms["γ = 0"].direct.p)
+    of_both = holm(np.array([mixout.effect.p, gamma.effect.p]))
+    assert [mixout.effect.p_adjusted, gamma.effect.p_adjusted] == pytest.approx(of_both.tolist())
+    begin = "2 contrasts on accuracy/shift, named after runs were finished, tested together by themselves (Holm). "
+    assert found.verdict.startswith(f"{begin}Mixout (mean of 2 points) minus β at equal KL: ")
+    assert "γ = 0 minus the base recipe: " in found.verdict
+
+
+def test_equivalence_is_two_one_sided_tests_and_their_interval(found: Comparison) -> None:
+    """Within 5 points if the 90 % interval is, whatever the p; NaN for the contrast that does not ask."""
+    mixout, gamma = (one.effect for one in found.contrasts)
+    assert mixout is not None
+    assert gamma is not None
+    half = mixout.errors.half_width(0.1)
+    assert (mixout.inner_low, mixout.inner_high) == pytest.approx((mixout.estimate - half, mixout.estimate + half))
+    assert (mixout.p_equivalent < 0.05) == (max(-mixout.inner_low, mixout.inner_high) < 0.05)
+    level = 2 * mixout.p_equivalent  # at which one end of the interval is the margin
+    assert abs(mixout.estimate) + mixout.errors.half_width(level) == pytest.approx(0.05, rel=1e-6)
+    assert np.isnan([gamma.margin, gamma.p_equivalent, gamma.p_equivalent_adjusted]).all()
+
+
+def test_contrasts_of_two_data_sets_are_averaged(sweeps: list[Path], found: Comparison) -> None:
+    """Each data set counts alike; variances add, and Satterthwaite's degrees of freedom with them."""
+    both = compare(sweeps, metric="accuracy/shift", repeats=300, contrasts=[MIXOUT, GAMMA])
+    alone = [found.contrasts[1].effect, both.contrasts[1].by_data_set["second"]]
+    assert alone[0] is not None
+    pooled = both.contrasts[1].effect
+    assert pooled is not None
+    assert pooled.estimate == pytest.approx((alone[0].estimate + alone[1].estimate) / 2)
+    seeds = [one.errors.seeds + one.errors.together for one in alone]
+    assert pooled.errors.seeds + pooled.errors.together == pytest.approx(sum(seeds) / 4)
+    assert pooled.errors.seed_freedom == pytest.approx(sum(seeds) ** 2 / (seeds[0] ** 2 / 2 + seeds[1] ** 2 / 2))
+    assert both.arms == []
+    assert "2 data sets, 6 seeds" in both.verdict
+    with pytest.raises(UsageError, match="other held-out pairs"):
+        compare(sweeps, metric="accuracy/shift", repeats=300)
+
+
+def test_what_counts_as_a_point() -> None:
+    """γ as a multiple of β, a value of the base recipe is no change, a key alone stands for all of its values."""
+    base = recipe_from_yaml("model: {base: a/b}\ndata: {train: pairs}\noutput: x\nloss: {beta: 2, gamma: 1x}", "test")
+    settings: list[dict[str, Any]] = [{}, {"loss.beta": 8.0}, {"loss.gamma": "0x"}, {"loss.gamma": "0.5x"}]
+    settings += [{"loss.beta": 8.0, "loss.gamma": "0x"}, {"loss.gamma": "0x", "mixout.p": 0.5}, {"mixout.p": 0.5}, {"step": 20}]
+
+    def points(text: str, *, of_right: bool = False) -> list[int]:
+        contrast = read_contrast(text)
+        side = contrast.right if of_right else contrast.left
+        return matching(side, settings, base, is_line=of_right and contrast.is_at_equal_kl)
+
+    assert points("gamma=0,1 against base") == [2, 3]  # 1 is half of β
+    assert points("gamma=0x beta=2,8") == [2, 4]
+    assert points("mixout") == [6]
+    assert points("gamma=0 mixout against gamma=0 beta") == [5]
+    assert points("gamma=0 mixout against gamma=0 beta", of_right=True) == [2, 4]
+    assert points("mixout", of_right=True) == [0, 1]
+    assert points("gamma=0 against base", of_right=True) == [0]
+    assert points("step=20 against beta") == points("step") == [7]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mixtout", "mixtout is neither base, step, scale, a hyperparameter"),
+        ("mixout against beta within two", "within two is no size"),
+        ("mixout= against beta", "mixout= names no value"),
+        ("mixout mixout=0.3", "mixout is there twice"),
+        ("gamma=0 against beta mixout", "a line of equal KL is made of the values of one key"),
+        ("  ", "is empty"),
+    ],
+)
+def test_words_that_are_no_contrast_are_refused(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        read_contrast(text)
+
+
+def test_every_seed_has_the_same_points() -> None:
+    """3 points in 3 seeds beat 4 points in 2; of equal blocks the one with more seeds."""
+    assert largest_block([{0, 1, 2}, {0, 1, 2}, {0, 1}, {0, 1, 2}]) == ([0, 1, 3], [0, 1, 2])
+    assert largest_block([{0, 1}, {0}]) == ([0], [0, 1])
+    assert largest_block([set(), set()]) == ([], [])
+
+
+def test_contrasts_are_kept_with_their_hash_and_later_ones_and_seeds_are_recorded_as_such(tmp_path: Path) -> None:
+    """Named with the plan: after 0 runs. Named again when six of twelve had finished: after six, as the seeds then added."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {base: a/base}\ndata: {train: pairs}\n")
+    grids, folder = [["mixout=0.3"], ["beta=0.4"]], tmp_path / "sweep"
+    with pytest.raises(UsageError, match=r"mixout=0.5: the plan has no point of mixout.p=0.5"):
+        make_plan(recipe, grids, folder=folder, contrasts=["mixout=0.5"])
+    save_plan(make_plan(recipe, [*grids, ["beta=0.1"]], folder=folder, seeds=[0, 1], contrasts=["mixout"]))
+    kept = json.loads((folder / "sweep.json").read_text())
+    assert kept["contrasts"] == [{"contrast": "mixout", "after": 0}]
+
+    for point in read_plan(folder).points:
+        fake_runs.write_run(
+            folder / point.folder, point.settings, fake_runs.make_world(30, 20), seed=point.seed, snapshots=0, steps=2
+        )
+    later = make_plan(recipe, grids, folder=folder, seeds=[0, 1, 2], contrasts=["beta=0.4 against base", "mixout"])
+    save_plan(later)
+    plan = read_plan(folder)
+    assert plan.contrasts == {"mixout": 0, "beta=0.4 against base": 6}
+    assert plan.late_seeds == {2: 6}
+    assert json.loads((folder / "sweep.json").read_text())["contrasts_sha256"] == contrasts_hash({"mixout": 0})
+    assert kept["contrasts_sha256"] == contrasts_hash({"mixout": 0})
+    found = compare([folder], metric="accuracy/shift", repeats=100)
+    assert [one.after for one in found.contrasts] == [0, 6]
+    assert found.verdict.startswith("2 contrasts on accuracy/shift, some of them named after runs were finished")
+    assert "beta=0.4 against base: named after 6 runs had finished" in found.remarks
+    assert any(remark.endswith("seed 2 was added after 6 runs had finished; a look before that decision makes p smaller than "
+                               "they are") for remark in found.remarks)  # fmt: skip
+    content = json.loads((folder / "sweep.json").read_text())
+    content["contrasts"][0]["contrast"] = "mixout=0.3"
+    (folder / "sweep.json").write_text(json.dumps(content))
+    assert any("not those of its hash" in remark for remark in compare([folder], metric="accuracy/shift", repeats=100).remarks)
+
+
+def test_a_contrast_without_points_is_refused(sweeps: list[Path]) -> None:
+    with pytest.raises(UsageError, match="dropout: no run that is compared is a point of one of its sides"):
+        compare(sweeps[:1], metric="accuracy/shift", repeats=100, contrasts=["dropout"])
