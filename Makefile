@@ -35,8 +35,8 @@ test-lowest test-newest: test-%:
 
 # The experiments of docs/study-gamma-vs-mixout.md, part two: about an hour of one core each; started again they go on.
 $(STUDIES): study-%: $(VENV)/installed
-	$(BIN)/python -m benchmarks.vale_study run $*
-	$(BIN)/python -m benchmarks.vale_study collect $*
+	$(BIN)/python -m benchmarks.study run $*
+	$(BIN)/python -m benchmarks.study collect $*
 
 tokenizers: $(VENV)/installed-test $(TOKENIZERS:%=.tokenizers/%/tokenizer.json)
 	$(PYTEST) tests/data/test_real_tokenizers.py $(PYTEST_ARGS)

@@ -229,6 +229,14 @@ def test_c10_a_hinge_leaves_exactly_one_half_of_the_pairs_out(kappa, right):
     assert torch.equal(active, (reference > 0) == right)
 
 
+def test_c10_a_large_gamma_all_but_silences_a_third_of_the_pairs_under_the_logistic_loss():
+    """κ = 5: σ(8Z) < 0.05 ⇔ Z < −log(19)/8, so Φ(−0.368) = 35.6 % of the pairs; as many pull with more than 0.95."""
+    reference = SPREAD * torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = at_the_reference(reference, beta=BETA, gamma=5 * BETA).weight
+    assert (weight < 0.05).double().mean().item() == pytest.approx(0.356, abs=0.006)
+    assert (weight > 0.95).double().mean().item() == pytest.approx(0.356, abs=0.006)
+
+
 # ---------------------------------------------------------------- C11: where it ends
 
 
@@ -284,6 +292,27 @@ def test_c11_the_distance_from_the_reference_is_least_at_one_kappa_and_grows_fro
     assert min(distance, key=distance.__getitem__) == best
     assert 0 < best < 2
     assert distance[best] < distance[2.0] < distance[4.0]
+
+
+def test_c11_where_the_reward_goes_with_the_reference_the_distance_only_rises():
+    """π0 = (.7, .2, .1) and r = 2·log π0 at β = ½: π* ∝ π0^(κ + 4), so κ* = −3, and from κ = 0 on KL only grows."""
+    log_ref = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log()
+    distance = [kl(torch.log_softmax((kappa + 4) * log_ref, 0), log_ref) for kappa in (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)]
+    assert distance == sorted(distance)
+    assert distance[0] > 0.1
+    assert kl(torch.log_softmax((-3 + 4) * log_ref, 0), log_ref) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("answers", "share"), [(3, 0.26), (10, 0.125)])
+def test_c11_in_some_random_worlds_the_distance_begins_by_rising(answers, share):
+    """log π0 and r standard normal, β = ½: the slope of KL(π*‖π0) at κ = 0 is Cov(log π0, log π* − log π0) under π*."""
+    draws = torch.Generator().manual_seed(0)
+    log_ref, reward = (torch.randn(10_000, answers, dtype=torch.float64, generator=draws) for _ in range(2))
+    log_ref, best = log_ref.log_softmax(1), (reward / 0.5).log_softmax(1)
+    p = best.exp()
+    centred = log_ref - (p * log_ref).sum(1, keepdim=True)
+    slope = (p * centred * (best - log_ref)).sum(1)
+    assert (slope >= 0).double().mean().item() == pytest.approx(share, abs=0.015)
 
 
 def test_c11_a_large_gamma_sharpens_the_reference():

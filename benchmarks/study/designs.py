@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.vale_study.vale import MOST_TOKENS, make_start, write_held_out, write_pairs
+from benchmarks.study.vale import MOST_TOKENS, make_start, write_held_out, write_pairs
 from pe_dpo.experiments.plan import SweepPlan, make_plan
 from pe_dpo.quickstart.demo import BASE
 

@@ -15,13 +15,15 @@ import pyarrow
 import pyarrow.parquet
 
 from benchmarks.results import machine
-from benchmarks.vale_study.designs import Part, parts
-from benchmarks.vale_study.vale import question_of, reference_worth, worth
+from benchmarks.study.designs import Part, parts
+from benchmarks.study.vale import question_of, reference_worth, worth
 from pe_dpo.experiments.sweep import sweep
 from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.runs.run import Measurements, Run
 
 REFERENCE_SAMPLES = 64
+NUMBERS = Path(__file__).resolve().parents[1] / "results" / "study" / "vale"
+"""Where they are kept."""
 
 
 def run(name: str, folder: Path) -> None:
@@ -32,7 +34,7 @@ def run(name: str, folder: Path) -> None:
         print(f"{name}/{part.name}: {finished} of {len(states)} runs are finished", flush=True)
 
 
-def collect(name: str, folder: Path, out: Path) -> None:
+def collect(name: str, folder: Path, out: Path = NUMBERS) -> None:
     """Write the numbers of all finished runs of an experiment, without a text.
 
     Raises:
@@ -61,7 +63,7 @@ def collect(name: str, folder: Path, out: Path) -> None:
     shared["initial_delta"] = {part: known for part, known in initial.items() if known != initial[next(iter(initial))]}
     out.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / f"{name}.parquet", compression="zstd")
-    content = {"command": f"python -m benchmarks.vale_study collect {name}", "machine": machine(), **shared}
+    content = {"command": f"python -m benchmarks.study collect {name}", "machine": machine(), **shared}
     (out / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
     print(f"{len(rows)} states of {name}")
 

@@ -1,15 +1,10 @@
-"""The raw results of a sweep in three files without any text, and back: what `docs/study-gamma-vs-mixout.md` was made from.
+"""The raw results of a sweep on real pairs in three files without any text, and back.
 
-    python -m benchmarks.study pack SWEEP FOLDER       numbers of every run, snapshot and scaled adapter; no prompts, no answers
-    python -m benchmarks.study unpack FOLDER SWEEP     a folder that `pe-dpo compare` and `pe-dpo report` read
-    python -m benchmarks.study table SWEEP METRIC …    each point: KL, and each metric with its difference at equal KL
-
-Log-probs are kept in float32 (1e-5 nats here); losses, scores and rewards are computed from them again.
+`pack` keeps the numbers of every run, snapshot and scaled adapter; `unpack` makes a folder of them that `pe-dpo compare` and
+`pe-dpo report` read. Log-probs are kept in float32 (1e-5 nats here); losses, scores and rewards are computed from them again.
 """
 
-import argparse
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,32 +80,6 @@ def unpack(folder: Path, sweep: Path) -> None:
             pq.write_table(answers.append_column("prompt", empty).append_column("answer", empty), state / ANSWERS_FILE)
 
 
-def table(sweep: Path, metrics: list[str]) -> str:
-    """Return a Markdown table of all points: √KL, and each metric with its paired difference from the β dial at equal KL."""
-    from pe_dpo import compare
-
-    found = [compare([sweep], metric=metric) for metric in metrics]
-    head = "".join(f" {one.metric} | at equal KL |" for one in found)
-    lines = [f"| point | seeds | KL |{head}", "|---|---|---|" + "---|---|" * len(found)]
-    for arms in zip(*(one.arms for one in found), strict=True):
-        first = arms[0]
-        cells = "".join(f" {100 * arm.value:.1f} | {_at_equal_kl(arm)} |" for arm in arms)
-        lines.append(f"| {first.name} | {len(first.seeds)} | {first.kl:.2f} |{cells}")
-    verdicts = [f"- `{one.metric}`: {one.verdict}" for one in found]
-    return "\n".join([*lines, "", *verdicts])
-
-
-def _at_equal_kl(arm: Any) -> str:
-    if arm.is_baseline:
-        return "the line"
-    if arm.matched is None:
-        return "out of range"
-    known = arm.matched
-    star = "**" if known.p_adjusted < 0.05 else ""
-    partly = "" if arm.seeds_in_range == len(arm.seeds) else f" ({arm.seeds_in_range} of {len(arm.seeds)} seeds)"
-    return f"{star}{100 * known.estimate:+.1f} [{100 * known.low:+.1f}, {100 * known.high:+.1f}]{star}{partly}"
-
-
 def _states(run: Path) -> Iterator[Path]:
     yield run
     yield from sorted(run.glob("snapshots/*"))
@@ -169,23 +138,3 @@ def _relative(content: Any, sweep: Path) -> Any:
     for place in {str(sweep.resolve()), str(sweep)}:
         text = text.replace(f"{place}/", "")
     return json.loads(text)
-
-
-def main() -> None:
-    """Run one command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", choices=["pack", "unpack", "table"])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", nargs="+")
-    options = parser.parse_args()
-    if options.command == "table":
-        print(table(options.source, options.target))
-    elif options.command == "pack":
-        pack(options.source, Path(options.target[0]))
-    else:
-        shutil.rmtree(options.target[0], ignore_errors=True)
-        unpack(options.source, Path(options.target[0]))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,102 @@
+"""Does an explicit pull do what the reference does: true win rates at equal KL, draw by draw, against the β dial."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.study.contrasts import contrast_table, contrasts
+from benchmarks.study.measured import Measured, State, kappa
+from pe_dpo.metrics.table import Floats
+
+WITHIN = 2.0
+"""Points of true win rate."""
+
+
+def is_dial(state: State, key: str, of_reference: float) -> bool:
+    """Return whether a state turns this key alone, or nothing, beside γ."""
+    return (
+        kappa(state) == of_reference and state.is_end and state.scale is None and set(state.settings) - {"loss.gamma"} <= {key}
+    )
+
+
+ARMS: dict[str, Callable[[State], bool]] = {
+    "mixout (γ = β)": lambda one: is_dial(one, "mixout.p", 1) and "mixout.p" in one.settings,
+    "mixout with γ = 0": lambda one: is_dial(one, "mixout.p", 0) and "mixout.p" in one.settings,
+    "stops (γ = β)": lambda one: kappa(one) == 1 and one.scale is None and not one.is_end,
+    "scales (γ = β)": lambda one: kappa(one) == 1 and one.scale is not None,
+}
+"""The four that were named."""
+OTHERS: dict[str, Callable[[State], bool]] = {
+    "dropout (γ = β)": lambda one: is_dial(one, "adapter.dropout", 1) and "adapter.dropout" in one.settings,
+    "dropout with γ = 0": lambda one: is_dial(one, "adapter.dropout", 0) and "adapter.dropout" in one.settings,
+    "β with γ = 0": lambda one: is_dial(one, "loss.beta", 0) and one.part.startswith("ends"),
+    "stops with γ = 0": lambda one: kappa(one) == 0 and one.scale is None and not one.is_end,
+    "scales with γ = 0": lambda one: kappa(one) == 0 and one.scale is not None,
+}
+
+
+def at_equal_kl(measured: Measured, is_in: Callable[[State], bool]) -> tuple[Floats, int, int]:
+    """Return differences from the β dial, one a draw; how many states lie within its KLs; and how many there are.
+
+    Straight lines over √KL join the dial's values of one draw; a draw of which no state lies within its KLs has no difference.
+    """
+    differences, inside, total = [], 0, 0
+    for draw in sorted({one.draw for one in measured.states}):
+        of_draw = [one for one in measured.states if one.draw == draw]
+        dial = [one for one in of_draw if is_dial(one, "loss.beta", 1) and one.part.startswith("ends")]
+        knots = sorted((one.kl.mean() ** 0.5, measured.win(one)) for one in dial)
+        roots, wins = np.array(knots).T
+        found = []
+        for one in of_draw:
+            if is_in(one):
+                total += 1
+                at = one.kl.mean() ** 0.5
+                if roots[0] <= at <= roots[-1]:
+                    found.append(measured.win(one) - float(np.interp(at, roots, wins)))
+        inside += len(found)
+        if found:
+            differences.append(float(np.mean(found)))
+    return np.array(differences), inside, total
+
+
+def named(measured: Measured) -> str:
+    """Return the four contrasts at equal KL, and whether they are within 2 points."""
+    four = contrasts({f"{name} − β": at_equal_kl(measured, is_in)[0] for name, is_in in ARMS.items()})
+    return contrast_table(four, unit="points", scale=100, within=WITHIN)
+
+
+def others(measured: Measured) -> str:
+    """Return the same of arms that were not named; adjusted among themselves, for description."""
+    found = {f"{name} − β": at_equal_kl(measured, is_in)[0] for name, is_in in OTHERS.items()}
+    return contrast_table(
+        contrasts({name: values for name, values in found.items() if len(values) > 2}), unit="points", scale=100, within=WITHIN
+    )
+
+
+def dials_table(measured: Measured) -> str:
+    """Return every setting: KL, true win rate and share of held-out pairs ranked right, mean over draws."""
+    groups: dict[tuple[str, str], list[State]] = {}
+    for one in measured.states:
+        keys = {key: value for key, value in one.settings.items() if key != "loss.gamma"}
+        if one.part.startswith("along") and one.is_end and one.scale is None:
+            continue  # the same as the ends' own
+        key, value = next(iter(keys.items())) if keys else ("loss.beta", 0.2)
+        name = {"loss.beta": "β", "mixout.p": "mixout", "adapter.dropout": "dropout"}[key]
+        words = f"{name} {value:g}"
+        if one.scale is not None:
+            words = f"scaled to {one.scale:g}"
+        elif not one.is_end:
+            words = f"stopped at step {one.step}"
+        groups.setdefault((words, "β" if kappa(one) else "0"), []).append(one)
+    lines = ["| | γ = β: KL | win | ranked right | γ = 0: KL | win | ranked right |", "|---|---|---|---|---|---|---|"]
+    for words in dict.fromkeys(words for words, _ in groups):
+        cells = []
+        for gamma in ("β", "0"):
+            states = groups.get((words, gamma), [])
+            if not states:
+                cells += ["", "", ""]
+                continue
+            kl, win = np.mean([one.kl.mean() for one in states]), 100 * np.mean([measured.win(one) for one in states])
+            cells += [f"{kl:.2f}", f"{win:.1f}", f"{100 * np.mean([(one.delta > 0).mean() for one in states]):.1f}"]
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""The sweeps on real pairs: which pairs moved, by what π0 says of them; and every point against the β dial at equal KL."""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet
+
+from benchmarks.study.packed import unpack
+from benchmarks.study.run import NUMBERS
+from pe_dpo.experiments.comparison import Arm, Comparison, is_end
+from pe_dpo.metrics.table import Floats
+
+DATA = ("politeness", "harmless")
+BETAS, KAPPAS = (0.5, 2.0, 8.0), (0.0, 0.5, 1.0, 2.0)
+METRICS = ("accuracy/shift_per_token", "accuracy/policy_per_token")
+
+
+class Moved(NamedTuple):
+    """Shares of held-out pairs of which the preference per token moved toward chosen, one a seed."""
+
+    right: Floats
+    """Among those that π0 ranks right."""
+    wrong: Floats
+
+
+@cache
+def moved(data: str) -> dict[tuple[float, float], Moved]:
+    """Return what moved by (β, κ) of the grid, at the end of runs."""
+    folder = NUMBERS.parent / data
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    pairs = pyarrow.parquet.read_table(folder / "pairs.parquet")
+    rows: dict[str, list[int]] = {}
+    for number, place in enumerate(pairs["folder"].to_pylist()):
+        rows.setdefault(place, []).append(number)
+    deltas = [
+        (pairs[f"{model}_chosen"].to_numpy() / pairs["chosen_lengths"].to_numpy())
+        - (pairs[f"{model}_rejected"].to_numpy() / pairs["rejected_lengths"].to_numpy())
+        for model in ("policy", "reference")
+    ]
+    found: dict[tuple[float, float], list[tuple[float, float]]] = {}
+    for point in plan["sweep"]["points"]:
+        settings = point["settings"]
+        if set(settings) <= {"loss.beta", "loss.gamma"} and point["folder"] in rows:
+            gamma, beta = settings.get("loss.gamma", "1x"), settings.get("loss.beta", 2.0)
+            of_reference = float(gamma.removesuffix("x")) if isinstance(gamma, str) else gamma / beta
+            policy, reference = (delta[rows[point["folder"]]] for delta in deltas)
+            shares = [float((policy > reference)[among].mean()) for among in (reference > 0, reference < 0)]
+            found.setdefault((beta, of_reference), []).append((shares[0], shares[1]))
+    return {key: Moved(*np.array(shares).T) for key, shares in found.items()}
+
+
+def gap(shares: Moved) -> Floats:
+    """Return moved where π0 is wrong, minus moved where it is right, one a seed."""
+    return shares.wrong - shares.right
+
+
+def moved_table(data: str) -> str:
+    """Return moved where π0 is right / wrong for every β and κ, and the gap of each seed below, in points."""
+    lines = ["| β | " + " | ".join(f"κ = {one:g}" for one in KAPPAS) + " |", "|---|" + "---|" * len(KAPPAS)]
+    for beta in BETAS:
+        cells = []
+        for of_reference in KAPPAS:
+            shares = moved(data)[beta, of_reference]
+            gaps = ", ".join(f"{one:+.0f}".replace("-", "−") for one in 100 * gap(shares))
+            cells.append(f"**{100 * shares.right.mean():.0f} / {100 * shares.wrong.mean():.0f}** ({gaps})")
+        lines.append(f"| {beta:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@cache
+def compared(data: str, metric: str) -> Comparison:
+    """Return what the tool says of all points of a data set."""
+    from pe_dpo import compare
+
+    with tempfile.TemporaryDirectory() as place:
+        unpack(NUMBERS.parent / data, Path(place) / data)
+        return compare([Path(place) / data], metric=metric)
+
+
+def points_table(data: str) -> str:
+    """Return every point: KL, and each metric with its paired difference from the β dial at equal KL, in points."""
+    found = [compared(data, metric) for metric in METRICS]
+    head = " | ".join(f"{one.metric.split('/')[1].split('_')[0]} | at equal KL" for one in found)
+    lines = [f"| point | KL | {head} |", "|---|---|" + "---|---|" * len(found)]
+    for arms in zip(*(one.arms for one in found), strict=True):
+        cells = " | ".join(f"{100 * arm.value:.1f} | {_at_equal_kl(arm)}" for arm in arms)
+        lines.append(f"| {arms[0].name} | {arms[0].kl:.2f} | {cells} |")
+    return "\n".join(lines)
+
+
+def _at_equal_kl(arm: Any) -> str:
+    assert isinstance(arm, Arm)
+    if arm.is_baseline:
+        return "the line"
+    if arm.matched is None:
+        return "out of range"
+    known = arm.matched
+    star = "**" if known.p_adjusted < 0.05 and len(known.per_seed) > 1 else ""
+    partly = "" if arm.seeds_in_range == len(arm.seeds) else f" ({arm.seeds_in_range} of {len(arm.seeds)} seeds)"
+    values = f"{100 * known.estimate:+.1f} [{100 * known.low:+.1f}, {100 * known.high:+.1f}]".replace("-", "−")
+    return f"{star}{values}{star}{partly}"
+
+
+def facts(data: str) -> dict[str, str]:
+    """Return the numbers that the page's sentences take from a data set, as they stand there."""
+    found = compared(data, METRICS[0])
+    runs = [one for one in found.runs if one.is_final and one.scale is None]
+    values = np.array([one.value for one in runs])
+    of_reference = np.array([float(str(one.settings.get("loss.gamma", "1x")).removesuffix("x")) for one in runs])
+    roots = np.sqrt([one.kl for one in runs])
+    by_kappa = np.array([values[of_reference == one].mean() for one in of_reference])
+    explained = np.corrcoef(roots, values)[0, 1] ** 2, by_kappa.var() / values.var()
+    deviations = [100 * arm.value_sd for arm in found.arms if is_end(arm.settings)]
+    drift = {(key, value): arm.kl for arm in found.arms for key, value in arm.settings.items() if len(arm.settings) == 1}
+    over = [100 * (drift["adapter.dropout", p] / drift["mixout.p", p] - 1) for p in (0.3, 0.5, 0.7, 0.9)]
+    doubled = next(arm.direct_kl for arm in found.arms if arm.settings == {"loss.gamma": "2x"})
+    assert doubled is not None, "answers were sampled"
+    shortened = [
+        arm.matched
+        for arm in found.arms
+        if arm.matched is not None and not arm.is_baseline and arm.settings.get("loss.gamma", "1x") == "1x"
+    ]
+    beyond = sum(one.low > 0 or one.high < 0 for one in shortened)
+    grid = moved(data)
+    falls = np.concatenate([gap(grid[beta, 0.0]) - gap(grid[beta, 2.0]) for beta in BETAS])
+    without = [(grid[beta, 0.0], grid[beta, 1.0]) for beta in (2.0, 8.0)]
+    fewer = [100 * (both.right - none.right).mean() for none, both in without]
+    more = [100 * (none.wrong - both.wrong).mean() for none, both in without]
+    return {
+        "fall of the gap from κ = 0 to 2": f"{100 * falls.min():.0f} to {100 * falls.max():.0f}",
+        "γ = 0 moves fewer that π0 has right": f"{min(fewer):.0f} to {max(fewer):.0f}",
+        "γ = 0 moves more that π0 has wrong": f"{min(more):.0f} to {max(more):.0f}",
+        "explained by √KL and by κ": f"{explained[0]:.2f} and {explained[1]:.2f}",
+        "sd between seeds": f"{min(deviations):.1f} to {max(deviations):.1f}",
+        "KL of dropout over mixout": f"{min(over):.0f} to {max(over):.0f} %".replace("-", "−"),
+        "KL of γ = 2β over γ = β": f"{doubled.estimate:+.1f} [{doubled.low:+.1f}, {doubled.high:+.1f}]".replace("-", "−"),
+        "intervals without 0": f"{beyond} of {len(shortened)}",
+    }
