@@ -1,4 +1,4 @@
-"""The study: its page holds what the kept numbers come to, and what makes numbers of them is right where the answer is known."""
+"""The study: its page holds what the kept numbers come to; what makes numbers of them is right where the answer is known."""
 
 import itertools
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_the_page_has_the_tables_and_the_numbers_of_its_sentences():
 
 
 def test_contrasts_err_as_often_as_they_say_and_holm_adjusts_those_that_were_named_together():
-    """4,000 draws of eight differences without a mean: 5 % of intervals leave 0 out; of a mean of d, 5 % are called within d."""
+    """4,000 draws of eight differences: 5 % of intervals leave a mean of 0 out; of a mean of d, 5 % are called within d."""
     random = np.random.default_rng(0)
     values = random.normal(0, 1, (4000, 8))
     found = [contrasts({"one": row})[0] for row in values]
@@ -68,7 +68,7 @@ def a_state(beta: float, win: float, root_kl: float, **settings: float) -> State
 
 
 def test_at_equal_kl_is_read_off_straight_lines_over_root_kl_and_never_beyond_them(monkeypatch):
-    """The dial wins 0.5 at √KL 1 and 0.75 at 3, so 0.625 at 2: mixout's 0.75 there is 12.5 points above; at 4 it has no match."""
+    """The dial wins 0.5 at √KL 1, 0.75 at 3, so 0.625 at 2: mixout's 0.75 there is 12.5 points above; at 4 nothing is."""
     measured = Measured.__new__(Measured)
     measured.shared = {"reference_worth": [[0.5, 0.0, 0.5]] * 4}
     measured.states = [
