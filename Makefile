@@ -16,7 +16,7 @@ ENGINES = $(or $(PE_DPO_ENGINES),.engines)
 ENGINE_NAMES = ctranslate2 go_template mistralrs transformers4 transformers_serve
 
 STUDIES = study-learning study-explicit study-luck
-.PHONY: quickstart test check test-lowest test-newest $(STUDIES) tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
+.PHONY: quickstart test check docs dist test-lowest test-newest $(STUDIES) tokenizers engines engine-vllm $(ENGINE_NAMES:%=engine-%) lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/pe-dpo quickstart
@@ -73,6 +73,10 @@ $(ENGINES)/go_template/installed: benchmarks/engines/go_template/main.go
 	GO111MODULE=off go build -o $(@D)/go_template $<
 	touch $@
 
+# The site of docs/, in build/site/index.html; a warning is an error, and nothing is fetched while it is built.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -E -d build/doctrees docs build/site
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,6 +90,15 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(TEST_EXTRAS)]"
 	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[docs]"
+	touch $@
+
+# A source distribution and a wheel, in dist/.
+dist: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs build dist

@@ -32,8 +32,11 @@ def main() -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
-    from benchmarks.table import table
+    from benchmarks import support
+    from benchmarks.table import table, write_page
 
+    write_page()
+    support.write_page()
     print(table())
 
 
@@ -250,9 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--seconds", type=float, default=520, help="of all checks together")
     card.add_argument("--out", type=Path, default=RESULTS / "gpu")
     card.add_argument("--check", help=argparse.SUPPRESS)
-    commands.add_parser("table", help="write docs/speed.md and print the README's table, from the results").set_defaults(
-        run=_table
-    )
+    commands.add_parser(
+        "table", help="write docs/speed.md and docs/support.md and print the README's table, from the results"
+    ).set_defaults(run=_table)
     drawn = commands.add_parser("plot", help="draw the results of `step`, `merge`, `worlds` or `mixout` again")
     drawn.set_defaults(run=lambda options: print(_plot(options.file)))
     drawn.add_argument("file", type=Path)

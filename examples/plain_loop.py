@@ -28,50 +28,32 @@ def rows(pairs: list[EncodedPair]) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return ids, attention, answers
 
 
-def batches(pairs: list[EncodedPair], size: int, epochs: int, seed: int) -> Iterator[list[EncodedPair]]:
-    """The pairs of each optimizer step, shuffled anew every epoch."""
-    for epoch in range(epochs):
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        for start in range(0, len(pairs), size):
-            yield [pairs[index] for index in order[start : start + size]]
-
-
-def train(
-    model: torch.nn.Module,
-    pairs: list[EncodedPair],
-    *,
-    beta: float = 0.1,
-    gamma: float = 0.1,
-    learning_rate: float = 1e-3,
-    pairs_per_step: int = 8,
-    epochs: int = 2,
-    seed: int = 0,
-) -> Iterator[float]:
+def train(model, pairs, *, beta=0.1, gamma=0.1, learning_rate=1e-3, pairs_per_step=8, epochs=2, seed=0) -> Iterator[float]:
     """Train the adapter of a PEFT model; yield the loss of every step."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     steps = epochs * -(-len(pairs) // pairs_per_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for batch in batches(pairs, pairs_per_step, epochs, seed):
-        ids, attention, answers = rows(batch)
-        policy = completion_logprobs(model, ids, attention, answers).logprob.chunk(2)  # adapters on: the policy
-        with torch.no_grad(), model.disable_adapter():  # adapters off: the reference
-            reference = completion_logprobs(model, ids, attention, answers).logprob.chunk(2)
-        loss = preference_loss(*policy, *reference, beta=beta, gamma=gamma).loss.mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        yield loss.item()
+    for epoch in range(epochs):
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        for start in range(0, len(pairs), pairs_per_step):
+            ids, attention, answers = rows([pairs[index] for index in order[start : start + pairs_per_step]])
+            policy = completion_logprobs(model, ids, attention, answers).logprob.chunk(2)  # adapters on: the policy
+            with torch.no_grad(), model.disable_adapter():  # adapters off: the reference
+                reference = completion_logprobs(model, ids, attention, answers).logprob.chunk(2)
+            loss = preference_loss(*policy, *reference, beta=beta, gamma=gamma).loss.mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            yield loss.item()
 
 
 if __name__ == "__main__":
     base, data = sys.argv[1:3]
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    policy = get_peft_model(plain, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    settings = DataSection(train=data, max_length=512)
-    found = prepare_pairs(settings, tokenizer=AutoTokenizer.from_pretrained(base))
-    for step, loss in enumerate(train(policy, found.train), start=1):
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    found = prepare_pairs(DataSection(train=data, max_length=512), tokenizer=AutoTokenizer.from_pretrained(base))
+    for step, loss in enumerate(train(get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora), found.train), 1):
         print(f"step {step}  loss {loss:.4f}")

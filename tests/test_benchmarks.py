@@ -227,3 +227,28 @@ def test_the_search_for_crashes_found_none():
     found = json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text(encoding="utf-8"))
     assert set(found["cases"]) == {"rows", "recipe", "template", "safetensors", "adapter", "base"}
     assert min(found["cases"].values()) >= 100 and not any(found["crashes"].values())
+
+
+def test_the_page_of_what_works_with_what_has_the_tables_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.results import load
+    from benchmarks.support import KINDS, PAGE, page_tables
+
+    page = PAGE.read_text(encoding="utf-8")
+    tables = page_tables()
+    for name, table in tables.items():
+        assert f"<!-- {name} -->\n{table}\n<!-- end -->" in page
+    rows = load(ROOT / "benchmarks" / "results" / "architectures.json")["rows"]
+    kinds = [line.split(" | ") for line in tables["bases"].splitlines()[2:]]
+    assert [cells[0].strip("| ") for cells in kinds] == list(KINDS)
+    assert sum(int(cells[1]) for cells in kinds) == len(rows)
+    refused = [name for name, row in rows.items() if row["found"]["nf4"]["check"]["code"]]
+    assert ["`" + name + "`" for name in refused] == [cells[4] for cells in kinds if cells[4] != "–"]
+
+
+def test_the_page_on_merging_has_what_ways_of_merging_keep(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.table import merge_table
+
+    page = (ROOT / "docs" / "explanation" / "merging.md").read_text(encoding="utf-8")
+    assert f"<!-- merge -->\n{merge_table()}\n<!-- end -->" in page

@@ -51,10 +51,16 @@ def put_table(page: Path, table: str) -> None:
     page.write_text(f"{before}{START}{table}{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
+def artefact_name(row: Mapping[str, Any]) -> str:
+    """Return what was given to the engine, and how."""
+    name = ARTEFACTS.get(row["artefact"], row["artefact"])
+    if not row["as_in"]:
+        return name
+    return str(row["as_in"]) if row["artefact"] == "base" else f"{name}, {row['as_in']}"
+
+
 def _cells(engine: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    artefact = ARTEFACTS.get(row["artefact"], row["artefact"])
-    if row["as_in"]:
-        artefact = row["as_in"] if row["artefact"] == "base" else f"{artefact}, {row['as_in']}"
+    artefact = artefact_name(row)
     if "failed" in row:
         return (engine, artefact, "", "", "", "", "", row["failed"])
     difference = f"{row['difference']:.1e}" if "difference" in row else "–"

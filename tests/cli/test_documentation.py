@@ -1,0 +1,256 @@
+"""What the documentation shows works: the tutorial runs, every other command line is parsed, recipes and imports are there."""
+
+import ast
+import importlib
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+import yaml
+
+from pe_dpo.cli import app
+from pe_dpo.cli.options import OnceEach
+from pe_dpo.errors import PeDpoError
+from pe_dpo.recipe import PRESETS, Recipe, recipe_from_yaml
+from pe_dpo.recipe.loss_section import LossSection
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", "benchmarks/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+CLICK = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""The errors of typer's parser, of click's own class or of typer's copy."""
+
+
+class Block(NamedTuple):
+    """Code on a page."""
+
+    where: str
+    language: str
+    lines: list[str]
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Yield the code blocks of a page: fenced ones, also in lists, and indented ones."""
+    name, language, lines, indented, start = page.relative_to(ROOT), None, [], [], 0
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        fence = re.match(r"\s*```([\w{}-]*)", line)
+        if fence and language not in (None, ""):
+            yield Block(f"{name}:{start}", language.strip(), lines)
+            language, lines = None, []
+        elif fence:
+            language, lines, start = fence[1] or " ", [], number + 1
+        elif language is not None:
+            lines.append(line)
+        elif line.startswith("    "):
+            indented = [*indented, line.strip()]
+            continue
+        if indented:
+            yield Block(f"{name}:{number - len(indented)}", "indented", indented)
+            indented = []
+
+
+EVERY_BLOCK = [block for page in PAGES for block in blocks(page)]
+
+
+def command_lines(block: Block) -> Iterator[str]:
+    """Yield the lines that are commands, with those that go on below them; what stands behind two spaces is said of them."""
+    for line in re.sub(r"\s*\\\n\s*", " ", "\n".join(block.lines)).splitlines():
+        if line.strip().startswith(("pe-dpo ", "torchrun ", "make ", "python ", "pip ")):
+            yield re.split(r"\s{2,}", line.strip())[0]
+
+
+SHOWN = [(block.where, line) for block in EVERY_BLOCK for line in command_lines(block)]
+IN_TEXT = [
+    (str(page.relative_to(ROOT)), " ".join(line.split()))
+    for page in PAGES
+    for line in re.findall(r"(?<!`)`(pe-dpo [^`]+)`(?!`)", page.read_text(encoding="utf-8"))
+]
+
+
+def refusal(words: list[str]) -> str:
+    """Return what the command line says to these words before anything is run; nothing where it takes them."""
+    command = typer.main.get_command(app)
+    name, rest = words[0], words[1:]
+    if name in ("--help", "--version", "COMMAND"):
+        return ""
+    if name not in command.commands:
+        return f"no command {name}"
+    command = command.commands[name]
+    if hasattr(command, "commands") and rest:
+        name, *rest = rest
+        if name not in command.commands:
+            return f"no command {name}"
+        command = command.commands[name]
+    try:
+        command.make_context(name, list(rest))
+    except (CLICK, PeDpoError) as error:
+        return getattr(error, "message", "") or str(error)
+    return ""
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(SHOWN) > 60 and len(IN_TEXT) > 40
+    assert refusal(["train", "my.yaml", "--nonsense"]) and refusal(["trains"]) and refusal(["recipes", "shows", "dpo"])
+    assert refusal(["train", "my.yaml", "--resume"]) == ""
+    assert issubclass(OnceEach, typer.core.TyperCommand)
+
+
+def test_every_command_line_that_a_page_shows_is_taken() -> None:
+    """A flag that is renamed and not renamed here fails; `…` stands for what a reader puts in."""
+    found = []
+    for where, line in SHOWN:
+        words = shlex.split(line, comments=True)
+        if words[0] == "torchrun":
+            words = words[words.index("pe_dpo") :]
+        if words[0] in ("pe-dpo", "pe_dpo") and (said := refusal(words[1:])):
+            found.append(f"{where}: {line}: {said}")
+    assert found == []
+
+
+def test_every_command_that_a_sentence_names_is_taken() -> None:
+    """There, what a command needs may be left out."""
+    found = []
+    for where, line in IN_TEXT:
+        said = refusal(shlex.split(line.replace("(", "").replace(")", ""))[1:])
+        if said and not re.search(r"[Mm]issing (argument|option|parameter)|requires an argument|^'?\w+'?$", said):
+            found.append(f"{where}: {line}: {said}")
+    assert found == []
+
+
+def test_every_target_extra_and_benchmark_that_a_page_names_is_there(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    from benchmarks.__main__ import _parser
+
+    measures = _parser()._subparsers._group_actions[0].choices
+    found = []
+    for where, line in [*SHOWN, *IN_TEXT]:
+        words = shlex.split(line, comments=True)
+        if words[0] == "make" and words[1] not in makefile:
+            found.append(f"{where}: {line}")
+        if words[0] == "pip":
+            found += [f"{where}: {line}" for extra in re.findall(r"pe-dpo\[([\w,]+)\]", line) if extra not in extras]
+        if words[:3] == ["python", "-m", "benchmarks"] and words[3] not in measures:
+            found.append(f"{where}: {line}")
+        if words[0] == "python" and words[1].endswith(".py") and not (ROOT / words[1]).is_file():
+            found.append(f"{where}: {line}")
+    assert found == []
+
+
+def test_every_recipe_that_a_page_shows_is_one() -> None:
+    """A part of one, too; a base and data are put in where the block leaves them out."""
+    shown = [block for block in EVERY_BLOCK if block.language == "yaml" and "papers.md" not in block.where]
+    assert len(shown) > 5
+    for block in shown:
+        indent = len(block.lines[0]) - len(block.lines[0].lstrip())
+        text = "\n".join(line[indent:] for line in block.lines)
+        sections = yaml.safe_load(text)
+        assert set(sections) <= set(Recipe.model_fields), block.where
+        if "base" not in (sections.get("model") or {}):
+            text += "\nmodel: {base: some-base}"
+        if "train" not in (sections.get("data") or {}):
+            text = (
+                re.sub(r"(?m)^data: \{", "data: {train: pairs.jsonl, ", text)
+                if "data" in sections
+                else f"{text}\ndata: {{train: pairs.jsonl}}"
+            )
+        recipe_from_yaml(text, block.where, ["output=runs/shown"])
+
+
+def test_each_paper_is_the_recipe_of_its_preset() -> None:
+    """Every preset with its source, and two ways to write it that are one loss; `tools/reference.py --write` makes the page."""
+    import reference
+
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert f"{reference.BEGIN}{reference.papers()}{reference.END}" in page
+    parts = re.findall(r"## (.+)\n\n(.+)\n\n```yaml\n(.+)\n# the same as\n(.+)\n```", page)
+    assert [(title, source) for title, source, *_ in parts] == [(one.title, f"{one.source}.") for one in PRESETS.values()]
+    for _, _, named, written in parts:
+        one, other = (LossSection.model_validate(yaml.safe_load(text)["loss"]) for text in (named, written))
+        assert one.model_dump(exclude={"preset"}) == other.model_dump(exclude={"preset"})
+
+
+def test_every_python_block_compiles_and_imports_what_is_there() -> None:
+    shown = [block for block in EVERY_BLOCK if block.language == "python"]
+    assert len(shown) > 5
+    for block in shown:
+        indent = len(block.lines[0]) - len(block.lines[0].lstrip())
+        tree = ast.parse("\n".join(line[indent:] for line in block.lines).replace("…", "..."), block.where)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "pe_dpo":
+                module = importlib.import_module(node.module)
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == [], block.where
+
+
+def test_the_reference_has_every_key_command_and_metric() -> None:
+    """Told from the models and the command line, and not from the tables that are made of them."""
+    import reference
+
+    from pe_dpo.metrics.catalogue import METRICS
+
+    keys, options = reference.recipe_keys(), reference.commands()
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    wanted = [
+        f"| `{name}.{key}` |" if hasattr(section, "model_fields") else f"| `{name}` |"
+        for name, section in sections.items()
+        for key in getattr(section, "model_fields", {"": None})
+    ]
+    assert len(wanted) > 70 and [row for row in wanted if row not in keys] == []
+    command = typer.main.get_command(app)
+    flags = [flag for one in command.commands.values() for option in one.params for flag in option.opts if flag[0] == "-"]
+    assert [flag for flag in flags if f"`{flag}`" not in options and flag != "--help"] == []
+    assert [name for name in command.commands if f"## pe-dpo {name}" not in options] == []
+    assert [key for key in METRICS if f"| `{key}` |" not in reference.metrics()] == []
+
+
+def test_every_page_stands_in_the_table_of_contents_and_every_link_leads_somewhere() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    listed = {
+        line
+        for tree in re.findall(r"```\{toctree\}\n(.*?)```", index, re.S)
+        for line in tree.splitlines()
+        if line[:1].isalpha()
+    }
+    pages = {page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert listed == pages - {"index"}
+    found = []
+    for page in [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "gpu" / "README.md"]:
+        text = re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8"))
+        for link in re.findall(r"\]\(([^)\s:#]+)", text):
+            if not (page.parent / link).exists():
+                found.append(f"{page.relative_to(ROOT)}: {link}")
+    assert found == []
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_it_stands(pe_dpo, recipe_file, tiny_base, tiny_pairs, tmp_path, monkeypatch) -> None:
+    """Its commands in their order, on a tiny base in the place of the embedded and of Qwen's; what it loads answers.
+
+    The export is parsed alone: it writes tokenizers of families that the tiny one is not of.
+    """
+    monkeypatch.chdir(tmp_path)
+    assert pe_dpo("train", recipe_file, "-o", "runs/quickstart").code == 0
+    shown = list(blocks(TUTORIAL))
+    (recipe,) = ("\n".join(block.lines) for block in shown if block.language == "yaml")
+    recipe = recipe.replace("Qwen/Qwen3-0.6B", str(tiny_base)).replace("pairs_per_step: 64", "pairs_per_step: 4, max_steps: 1")
+    (tmp_path / "my.yaml").write_text(recipe, encoding="utf-8")
+    (tmp_path / "pairs.jsonl").write_text((tiny_pairs / "train.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    lines = [line for block in shown for line in command_lines(block) if line.startswith("pe-dpo ") and "export" not in line]
+    assert len(lines) == 10
+    for line in lines:
+        done = pe_dpo(*shlex.split(line, comments=True)[1:])
+        assert done.code == 0, (line, done.err)
+        if line.startswith("pe-dpo merge"):
+            assert "serves what was trained" in done.out
+    assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()
+    (program,) = ("\n".join(block.lines) for block in shown if block.language == "python")
+    found: dict[str, object] = {}
+    exec(compile(program, str(TUTORIAL), "exec"), found)
+    assert found["answer"].shape[1] > found["prompt"]["input_ids"].shape[1]
