@@ -1,6 +1,7 @@
 """`pe-dpo eval` on sampled answers: KL to the reference, win rates, and what is written where."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -65,6 +66,20 @@ def test_answers_outlive_a_scorer_that_fails(pe_dpo, run, tmp_path):
     answers = table_of(run / "generations.parquet")
     assert (answers.num_rows, set(answers.column_names)) == (10, ANSWERS_COLUMNS)
     assert json.loads((run / "evaluation.json").read_text())["generation"]["kl"]["mean"] > 0
+
+
+@pytest.mark.slow
+def test_a_trained_run_outlives_its_scorer_and_what_will_run_is_said_before(pe_dpo, recipe_file, by_length, tmp_path):
+    (tmp_path / "fails.py").write_text("def score(prompts, answers):\n    raise RuntimeError('out of credits')\n")
+    short = ("--set", "train.max_steps=1", "--set", "generation.prompts=3", "--set", "generation.max_new_tokens=4")
+    failed = pe_dpo("train", recipe_file, "-o", tmp_path / "run", *short, "--scorer", f"{tmp_path / 'fails.py'}:score")
+    assert failed.code != 0 and "RuntimeError: out of credits; judge it with: pe-dpo eval" in failed.err
+    said = f"answers are judged by the function score of {tmp_path / 'fails.py'}, whose Python runs here"
+    assert failed.out.splitlines()[0] == said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert "reference_answer" in table_of(tmp_path / "run" / "generations.parquet").column_names
+    checked = pe_dpo("check", recipe_file, "--scorer", "no_such_module:score")
+    assert "sampled answers would be judged by the function score of the module no_such_module" in checked.out
 
 
 @pytest.mark.slow
@@ -221,7 +236,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(pe_dpo, run, argu
     done = pe_dpo("eval", run, *arguments)
     assert done.code == 2
     assert words in " ".join(done.err.split())
-    assert done.out == ""
+    assert re.sub(r"answers are judged by the function .*\n", "", done.out) == ""  # which is said before it is imported
 
 
 def test_eval_says_how_to_measure_kl_when_nothing_was_sampled(pe_dpo, run):

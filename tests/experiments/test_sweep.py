@@ -18,15 +18,20 @@ import yaml
 from safetensors.torch import load_file
 
 from pe_dpo.errors import DiskError, RunFolderError, UsageError
+from pe_dpo.evaluation import judged_runs
+from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.experiments import on_ray
 from pe_dpo.experiments import point as point_module
+from pe_dpo.experiments.compare import compare
 from pe_dpo.experiments.plan import Point, make_plan, save_plan
 from pe_dpo.experiments.point import PointState
 from pe_dpo.experiments.sweep import sweep
 from pe_dpo.inference.reference import Reference
+from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.model import fingerprint, provenance
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.recipe import load_recipe
+from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.files import BASE_FILE, RUN_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter, locked
@@ -38,13 +43,16 @@ from pe_dpo.training.trainer import PairTrainer
 @pytest.fixture
 def source(tiny_base, tiny_pairs, tmp_path):
     """A recipe of three steps, in a file."""
-    path = tmp_path / "tiny.yaml"
+    return write_source(tmp_path / "tiny.yaml", tiny_base, tiny_pairs)
+
+
+def write_source(path, tiny_base, tiny_pairs):
     path.write_text(
         f"model: {{base: '{tiny_base}', quantize: none}}\n"
         "adapter: {rank: 4, alpha: 8}\n"
         f"data: {{train: '{tiny_pairs}'}}\n"
         "train: {max_steps: 3, pairs_per_step: 8, learning_rate: 1.0e-2, warmup: 0, eval_every: 3, save_every: 3}\n"
-        f"reference: {{store: '{tmp_path / 'store.sqlite'}'}}\n"
+        f"reference: {{store: '{path.with_name('store.sqlite')}'}}\n"
     )
     return path
 
@@ -413,14 +421,80 @@ def test_a_run_that_another_process_writes_is_left_alone(source, tmp_path):
         assert read_object(folder / RUN_FILE) == {"status": "training"}
 
 
+SCORER = """
+from pathlib import Path
+
+def fails(prompts, answers):
+    raise RuntimeError("out of credits")
+
+def score(prompts, answers):
+    assert all(prompt.startswith("Number ") for prompt in prompts)
+    with Path(__file__).with_name("asked").open("a") as file:
+        file.write(f"{len(answers)} ")
+    return [sum(answer.encode()) for answer in answers]
+"""
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_base, tiny_pairs, tmp_path_factory):
+    """A sweep of two points with answers at their ends, a snapshot and a scale, how it stood, and a file of scorers."""
+    folder = tmp_path_factory.mktemp("sampled")
+    (folder / "judges.py").write_text(SCORER)
+    write_source(folder / "tiny.yaml", tiny_base, tiny_pairs)
+    measured = ["train.max_steps=2", "generation.prompts=5", "generation.max_new_tokens=4", "generation.snapshots=1"]
+    measured += ["generation.scales=[0.5]"]
+    plan = make_plan(folder / "tiny.yaml", [["gamma=0,1x"]], folder=folder / "sweep", overrides=measured)
+    return plan, sweep(plan), folder / "judges.py"
+
+
 @pytest.mark.slow
-def test_the_outcome_of_a_point_has_its_kl_where_answers_were_sampled(source, tmp_path):
-    measured = ["generation.prompts=4", "generation.max_new_tokens=4"]
-    plan = make_plan(source, [["gamma=1x"]], folder=tmp_path / "sweep", overrides=measured)
-    first, again = sweep(plan), sweep(plan)
-    written = json.loads((Path(plan.recipes[0].output) / "evaluation.json").read_text())
+def test_the_outcome_of_a_point_has_its_kl_where_answers_were_sampled(sampled):
+    plan, first, _ = sampled
+    again, written = sweep(plan), json.loads((Path(plan.recipes[0].output) / "evaluation.json").read_text())
     assert first[0].metrics["kl"] == again[0].metrics["kl"] == written["generation"]["kl"]["mean"] > 0
     assert written["pairs"] == read_object(Path(plan.recipes[0].output) / RUN_FILE)["after"]
+
+
+@pytest.mark.slow
+def test_a_scorer_judges_points_snapshots_and_scales_against_answers_that_are_drawn_once(sampled, monkeypatch):
+    """What it fails of is the points' failure and loses nothing; the same sweep judges what is there, and trains nothing."""
+    plan, _, judges = sampled
+    draws, real = [], judged_runs._draw
+    monkeypatch.setattr(judged_runs, "_draw", lambda *given: draws.append(1) or real(*given))
+    monkeypatch.setattr(point_module, "train", lambda *a, **k: pytest.fail("a finished run was trained again"))
+    failed = sweep(plan, scorer=f"{judges}:fails")
+    assert [state.status for state in failed] == ["failed"] * 2
+    why = f"it is trained and measured, and was not judged: `scorer` {judges}:fails: RuntimeError: out of credits"
+    assert failed[0].why == why and Run(plan.recipes[0].output).info.is_finished
+
+    states, folders = sweep(plan, scorer=f"{judges}:score"), [Path(recipe.output) for recipe in plan.recipes]
+    assert [state.status for state in states] == ["finished"] * 2 and draws == [1]
+    asked = judges.with_name("asked").read_text().split()
+    assert asked == ["5"] * 7  # ends, snapshots and scales of two runs, and π0's answers once
+    tables = [state.answers() for run in map(Run, folders) for state in (run, *run.snapshots, *run.scaled)]
+    for table in tables:
+        assert table.reference_answer == tables[0].reference_answer
+        assert table.score.tolist() == [sum(answer.encode()) for answer in table.answer]
+        assert table.reference_score.tolist() == [sum(answer.encode()) for answer in table.reference_answer]
+    wins = [METRICS["win_rate"](tables[at]) for at in (0, 3)]
+    assert [state.metrics["win_rate"] for state in states] == wins
+    observed = compare([plan.folder], repeats=100)
+    assert (observed.metric, len(observed.runs)) == ("win_rate", 6)
+
+    evaluated = evaluate(folders[1], scorer=f"{judges}:score", generation=GenerationSection(scales=[]))  # which draws all of it again
+    assert evaluated.generation["win_rate"] == Run(folders[1]).generation["win_rate"]
+    assert evaluated.drift.table.reference_answer == tables[3].reference_answer
+    sweep(plan, scorer=f"{judges}:score")  # nothing is left to judge
+    assert len(judges.with_name("asked").read_text().split()) == len(asked) + 2  # of eval
+
+
+def test_a_scorer_without_answers_or_that_is_not_there_stops_before_anything_runs(source, tmp_path):
+    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
+    with pytest.raises(UsageError, match=r"say how many prompts to ask: generation\.prompts"):
+        sweep(plan, scorer="operator:eq")
+    with pytest.raises(UsageError, match=r"there is no file nowhere\.py"):
+        sweep(plan, scorer="nowhere.py:score")
+    assert not plan.folder.exists()
 
 
 def test_states_go_between_processes():

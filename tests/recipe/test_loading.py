@@ -260,3 +260,8 @@ def test_a_recipe_takes_no_secret_of_the_environment_into_a_path(monkeypatch: py
     with pytest.raises(RecipeError, match="takes a secret of the environment into a path") as error:
         recipe_from_yaml(text % "$HF_TOKEN/a.jsonl", "x")
     assert "abcdef" not in str(error.value)
+
+
+def test_no_recipe_names_a_program_that_is_run():
+    with pytest.raises(RecipeError, match=r"generation\.scorer: unknown key: no recipe names a program that is run; give it to"):
+        read("generation.scorer=judge.py:score")

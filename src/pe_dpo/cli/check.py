@@ -22,6 +22,7 @@ def check(
     seed: options.Seed = None,
     output: options.Output = None,
     set_: options.Settings = None,
+    scorer: options.Scorer = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Check recipe, loss, reference, base and data; exit 1 with the reason where training could not work."""
@@ -38,10 +39,12 @@ def check(
     from pe_dpo.estimate import estimate_run, find_card, local_card
     from pe_dpo.estimate.cards import DEFAULT
     from pe_dpo.estimate.lengths import of_pairs
+    from pe_dpo.evaluation.judge import describe_scorer
     from pe_dpo.model.road import files_here, loaded_size
     from pe_dpo.training.preparation import prepare_run
 
     base, tokenizer, data, *_ = prepare_run(plan)
+    judged = describe_scorer(scorer) if scorer else ""
     example = decode_pair(middle_pair(data.train), tokenizer)
     reference = plan.adapter.describe_reference()
     steps = -(-len(data.train) // plan.train.pairs_per_step)
@@ -58,6 +61,7 @@ def check(
             "data": data.report.to_dict(),
             "example": example._asdict(),
             "steps_per_epoch": steps,
+            **({"scorer": judged} if judged else {}),
             "estimate": takes.to_dict(),
         }
         typer.echo(printable_json(json_module.dumps(found, indent=1, ensure_ascii=False)))
@@ -66,6 +70,7 @@ def check(
         *log.lines,
         f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
         f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",
+        *([f"sampled answers would be judged by {judged}"] if judged else []),
     ]
     console.say("\n".join(lines))
     console.show_pair(example, unit=data.report.unit, lines=1)

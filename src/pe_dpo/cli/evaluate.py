@@ -28,10 +28,7 @@ def evaluate(
         str | None,
         typer.Option(help="Measure a run's adapter scaled toward the reference too: 0.5,0.75 or none; default: its recipe's."),
     ] = None,
-    scorer: Annotated[
-        str | None,
-        typer.Option(help="Judges answers against the base's: module:function, file.py:function, or a reward model."),
-    ] = None,
+    scorer: options.Scorer = None,
     best: Annotated[
         bool, typer.Option("--best", help="Of a run: the adapter of its best evaluation (train.keep_best).")
     ] = False,

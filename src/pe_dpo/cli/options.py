@@ -30,6 +30,12 @@ LearningRate = Annotated[str | None, typer.Option("--lr", help="Learning rate.")
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the pairs.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of adapter, data order and dropout.")]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder of the run.")]
+Scorer = Annotated[
+    str | None,
+    typer.Option(
+        "--scorer", help="Judges sampled answers against the base's: module:function, file.py:function, or a reward model."
+    ),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key: --set section.key=value. Repeatable.")]
 
 _NAMES = ("base", "data", "scorer", "prompts", "pairs", "max_new_tokens", "quantize", "onto", "dtype", "sft", "scale",

@@ -42,6 +42,7 @@ def sweep(
         list[str] | None,
         typer.Option(help='What will be tested, named before it is run: "mixout against beta within 2". Repeatable.'),
     ] = None,
+    scorer: options.Scorer = None,
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="ray: on several GPUs or machines.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="With ray: runs at once.")] = None,
     set_: options.Settings = None,
@@ -89,7 +90,7 @@ def sweep(
     from pe_dpo.interruption import listening
 
     if as_json:
-        states, found = run(plan, engine=engine, workers=workers), []
+        states, found = run(plan, engine=engine, workers=workers, scorer=scorer), []
         for state in states:  # JSON has no number that is not finite
             metrics = {key: value if math.isfinite(value) else None for key, value in state.metrics.items()}
             told = {"point": state.point._asdict(), "status": state.status, "seconds": state.seconds, "metrics": metrics}
@@ -97,7 +98,7 @@ def sweep(
         console.say(json.dumps(found))
     else:
         with _Progress() as progress:
-            states = run(plan, engine=engine, workers=workers, tell=progress)
+            states = run(plan, engine=engine, workers=workers, scorer=scorer, tell=progress)
         _say_what_is_next(states, str(plan.folder))
     with listening() as signals:
         if signals.received:
@@ -151,7 +152,8 @@ def _outcome(state: Any) -> str:
     if state.status != "finished":
         return str(state.status)
     kl = f", KL {state.metrics['kl']:.3g}" if "kl" in state.metrics else ""
-    return f"accuracy/shift {state.metrics['accuracy/shift']:.3f}{kl}" if state.metrics else "finished"
+    won = f", win rate {state.metrics['win_rate']:.3f}" if "win_rate" in state.metrics else ""
+    return f"accuracy/shift {state.metrics['accuracy/shift']:.3f}{kl}{won}" if state.metrics else "finished"
 
 
 def _table(states: Sequence[Any], caption: str, width: int) -> Any:

@@ -21,6 +21,7 @@ def train(
     epochs: options.Epochs = None,
     seed: options.Seed = None,
     output: options.Output = None,
+    scorer: options.Scorer = None,
     set_: options.Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     override: Annotated[
@@ -41,11 +42,26 @@ def train(
     plan = load_recipe(recipe, turned)
 
     console.start()
+    from pe_dpo.evaluation.judged_runs import Judge
     from pe_dpo.training.train import train as run
 
+    is_first = os.environ.get("RANK", "0") == "0"
+    judge = Judge(scorer) if scorer and is_first else None
+    if judge:
+        judge.check([plan])
     result = run(plan, resume=resume, overwrite=overwrite, override=meant, callbacks=[console.progress_callback()])
     console.show_result(result)
-    if os.environ.get("RANK", "0") == "0":
+    if judge and result.interrupted_by is None:
+        from pe_dpo.errors import UsageError
+        from pe_dpo.runs.run import Run
+
+        for _, why in judge.judge([Run(result.folder)]):
+            if why:
+                again = shlex.join(["pe-dpo", "eval", str(result.folder), "--scorer", str(scorer)])
+                raise UsageError(f"{result.folder}: is trained and measured, and was not judged: {why}; judge it with: {again}")
+            won = Run(result.folder).estimate("win_rate")
+            console.say(f"win rate against the reference, by {scorer}: {won[0]:.3f}" if won else "no answer was sampled")
+    if is_first:
         from pe_dpo.runs.files import BASE_FILE, read_object
 
         quoted, quantize = shlex.quote(str(result.folder)), read_object(result.folder / BASE_FILE).get("quantize", "none")

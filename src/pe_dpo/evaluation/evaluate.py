@@ -130,7 +130,7 @@ def evaluate(
     score_answers = open_scorer(scorer, device=default_device()) if scorer else None
 
     tokenizer, info = saved.tokenizer(), saved.inspect()
-    pairs = _held_out_pairs(saved, recipe, tokenizer, info.context_length, data)
+    pairs = held_out_pairs(saved, recipe, tokenizer, info.context_length, data)
     work = _Measuring(saved, recipe, pairs, Questions(pairs, recipe.generation, seed=seed), tokenizer, is_judged=bool(scorer))
     if saved.adapter is not None:
         work.measure_adapter(info)
@@ -176,7 +176,7 @@ def _recipe(saved: SavedPolicy, data: str | None, generation: GenerationSection 
     return recipe
 
 
-def _held_out_pairs(
+def held_out_pairs(
     saved: SavedPolicy, recipe: Recipe, tokenizer: Any, context_length: int | None, data: str | None
 ) -> Sequence[EncodedPair]:
     """Return the pairs that a run held out, or those of `data`.

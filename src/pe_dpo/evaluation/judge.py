@@ -8,6 +8,7 @@ A scorer is a Python function (prompts, answers) → scores, higher is better, n
 
 import importlib
 import importlib.util
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -42,9 +43,20 @@ PRIOR = (10.0, 2.5)
 
 CONFIDENCE = 0.95
 
+logger = logging.getLogger(__name__)
+
+
+def describe_scorer(name: str) -> str:
+    """Return what a scorer of this name runs, in words; nothing of it is run, nor imported, for that."""
+    found = FUNCTION.match(name)
+    if found is None:
+        return f"the reward model {name}: its weights alone, none of its Python"
+    place = str(Path(found["module"]).resolve()) if found["module"].endswith(".py") else f"the module {found['module']}"
+    return f"the function {found['function']} of {place}, whose Python runs here"
+
 
 def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
-    """Return the scorer of this name; a reward model is read at its first call.
+    """Return the scorer of this name, after saying what it runs; a reward model is read at its first call.
 
     Args:
         name: `package.module:function`, `file.py:function`, or path or hub id of a reward model.
@@ -54,6 +66,7 @@ def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
         UsageError: no such module, file or function, or it is not a function.
         ModelError: no such model, or not one with a single label.
     """
+    logger.info(f"answers are judged by {describe_scorer(name)}")
     found = FUNCTION.match(name)
     if found is None:
         return _RewardModel(name, device)
@@ -95,10 +108,10 @@ def judge(
     texts = [text for text, _ in reference]
     return replace(
         answers,
-        score=_scores(name, scorer, asked, list(answers.answer or ())),
+        score=answer_scores(name, scorer, asked, list(answers.answer or ())),
         reference_answer=texts,
         reference_tokens=np.asarray([tokens for _, tokens in reference]),
-        reference_score=_scores(name, scorer, asked, texts),
+        reference_score=answer_scores(name, scorer, asked, texts),
     )
 
 
@@ -195,7 +208,12 @@ def length_controlled(wins: np.ndarray, longer: np.ndarray, prompts: Sequence[st
     return found
 
 
-def _scores(name: str, scorer: AnswerScorer, prompts: list[Text], answers: list[str]) -> np.ndarray:
+def answer_scores(name: str, scorer: AnswerScorer, prompts: list[Text], answers: list[str]) -> np.ndarray:
+    """Return what a scorer makes of answers.
+
+    Raises:
+        UsageError: it does not return one finite number per answer.
+    """
     returned = scorer(prompts, answers)
     try:
         scores = [float(score) for score in returned]

@@ -35,7 +35,8 @@ class PointState(NamedTuple):
     status: Literal["waiting", "running", "finished", "failed", "interrupted"]
     seconds: float = 0.0
     metrics: Mapping[str, float] = {}
-    """Held-out metrics of a finished run, see `metrics.catalogue.pair_metrics`, and `kl` where answers were sampled."""
+    """Held-out metrics of a finished run, see `metrics.catalogue.pair_metrics`; `kl` where answers were sampled, and `win_rate`
+    where they were judged."""
     why: str = ""
     """Of a failed one."""
     leaves_doubts: bool = False
@@ -101,7 +102,7 @@ def run_point(point: Point, recipe: Recipe, shared: Inputs) -> PointState:
 
 
 def run_metrics(folder: Path, after: Mapping[str, float]) -> dict[str, float]:
-    """Return the held-out metrics of a finished run, and the KL of its sampled answers where there are some."""
+    """Return the held-out metrics of a finished run, with KL and win rate of its sampled answers where there are some."""
     run = Run(folder)
-    kl = run.estimate("kl") if run.generation else None
-    return {**after, "kl": kl[0]} if kl is not None else dict(after)
+    sampled = {name: run.estimate(name) for name in ("kl", "win_rate")} if run.generation else {}
+    return {**after, **{name: found[0] for name, found in sampled.items() if found is not None}}

@@ -15,6 +15,7 @@ from typing import Literal
 
 from pe_dpo.disk import disk_errors_named
 from pe_dpo.errors import RunFolderError
+from pe_dpo.evaluation.judged_runs import Judge
 from pe_dpo.experiments.on_ray import run_on_ray
 from pe_dpo.experiments.plan import Point, SweepPlan, save_plan
 from pe_dpo.experiments.point import PointState, run_metrics, run_point, share
@@ -39,6 +40,7 @@ def sweep(
     *,
     engine: Engine = "local",
     workers: int | None = None,
+    scorer: str | None = None,
     tell: Callable[[Sequence[PointState]], None] = lambda states: None,
 ) -> list[PointState]:
     """Run all points of a plan that are not finished, and return how every point stands.
@@ -47,15 +49,20 @@ def sweep(
         plan: from `make_plan`; points that lie in its folder already are joined to it.
         engine: "local" in this process; "ray" on the GPUs and machines of a Ray cluster, or on this one.
         workers: with ray, how many runs at once; default: one per GPU, else one.
-        tell: called with all points at the beginning, and whenever a run begins or ends.
+        scorer: judges what was sampled of every run against π0's answers, when the runs are done, in this process; what it
+            fails of is that point's failure and loses nothing: the same sweep judges it again.
+        tell: called with all points at the beginning, and whenever a run begins, ends or was judged.
 
     Raises:
         RunFolderError: the folder is not this sweep's, is in use, or holds a run of other settings or other pairs.
-        UsageError: ray is asked for and not installed.
+        UsageError: ray is asked for and not installed, or the scorer is not there or has nothing to judge.
         DataError, ModelError: the base or the pairs cannot be used at all.
         DiskError: the folder of the sweep cannot be written.
     """
     again = "the same sweep goes on where it was"
+    judge = Judge(scorer) if scorer else None
+    if judge:
+        judge.check(plan.recipes)
     for line in far_places(plan.recipe.model_copy(update={"output": str(plan.folder)})):
         logger.info(line)
     with locked(plan.folder), disk_errors_named(plan.folder, advice=again), _named(plan):
@@ -72,7 +79,15 @@ def sweep(
             states[state.point.folder] = state
             tell(list(states.values()))
             if state.status == "interrupted":
-                break
+                return list(states.values())
+        ended = {plan.folder / folder: state for folder, state in states.items() if state.status == "finished"}
+        for run, why in judge.judge([Run(folder) for folder in ended]) if judge else ():
+            point, seconds = ended[run.folder].point, ended[run.folder].seconds
+            state = PointState(point, "finished", seconds, run_metrics(run.folder, run.info.after))
+            if why:
+                state = PointState(point, "failed", seconds, why=f"it is trained and measured, and was not judged: {why}")
+            states[point.folder] = state
+            tell(list(states.values()))
         return list(states.values())
 
 

@@ -43,6 +43,8 @@ def explain_unknown_key(path: tuple[str | int, ...]) -> str:
     key = str(path[-1])
     if path[:2] in (("data", "train"), ("data", "eval")):
         return f"unknown key; a place has {', '.join(DataSource.model_fields)}"
+    if key == "scorer":
+        return "unknown key: no recipe names a program that is run; give it to train, sweep or eval as `scorer`"
     names = {dotted.rsplit(".", 1)[-1]: dotted for dotted in known_keys()}
     other = key_elsewhere(key)
     if other and key not in names:
