@@ -481,7 +481,8 @@ def test_a_scorer_judges_points_snapshots_and_scales_against_answers_that_are_dr
     observed = compare([plan.folder], repeats=100)
     assert (observed.metric, len(observed.runs)) == ("win_rate", 6)
 
-    evaluated = evaluate(folders[1], scorer=f"{judges}:score", generation=GenerationSection(scales=[]))  # which draws all of it again
+    again = GenerationSection(scales=[])
+    evaluated = evaluate(folders[1], scorer=f"{judges}:score", generation=again)  # which draws all of it anew
     assert evaluated.generation["win_rate"] == Run(folders[1]).generation["win_rate"]
     assert evaluated.drift.table.reference_answer == tables[3].reference_answer
     sweep(plan, scorer=f"{judges}:score")  # nothing is left to judge

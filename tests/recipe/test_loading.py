@@ -263,5 +263,5 @@ def test_a_recipe_takes_no_secret_of_the_environment_into_a_path(monkeypatch: py
 
 
 def test_no_recipe_names_a_program_that_is_run():
-    with pytest.raises(RecipeError, match=r"generation\.scorer: unknown key: no recipe names a program that is run; give it to"):
+    with pytest.raises(RecipeError, match=r"generation\.scorer: unknown key: no recipe names a program that is run"):
         read("generation.scorer=judge.py:score")
