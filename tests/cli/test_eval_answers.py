@@ -78,6 +78,8 @@ def test_a_trained_run_outlives_its_scorer_and_what_will_run_is_said_before(pe_d
     assert failed.out.splitlines()[0] == said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
     assert "reference_answer" in table_of(tmp_path / "run" / "generations.parquet").column_names
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card.count("Moved toward chosen (by summed log-probs): ") == 1 and " that π0 ranks right" in card
     checked = pe_dpo("check", recipe_file, "--scorer", "no_such_module:score")
     assert "sampled answers would be judged by the function score of the module no_such_module" in checked.out
 

@@ -147,6 +147,10 @@ def test_win_rates_are_compared_where_answers_were_scored(sweep: Path, tmp_path:
     assert (found.metric, found.unit, found.reference) == ("win_rate", "answer", 0.5)
     unscored = fake_runs.write_sweep(tmp_path / "s", [{}, {"loss.beta": 0.4}], pairs=30, prompts=20, steps=2, scored=False)
     assert compare([unscored], repeats=200).metric == "accuracy/shift"
+    per_token = [{"loss.reduce": "mean"}, {"loss.reduce": "mean", "loss.beta": 0.4}]
+    of_means = fake_runs.write_sweep(tmp_path / "m", per_token, pairs=30, prompts=20, steps=2, snapshots=0, scored=False)
+    assert compare([of_means], repeats=200).metric == "accuracy/shift_per_token"
+    assert compare([unscored, of_means], repeats=200).metric == "accuracy/shift"  # which all have, and none is about
     with pytest.raises(
         UsageError, match=r"`metric` win_rate: .* has no score, reference_score of its answers; give pe-dpo eval"
     ):

@@ -15,6 +15,7 @@ from pe_dpo.report.page import to_html
 from pe_dpo.report.run_report import report_run
 from pe_dpo.report.style import to_svg
 from pe_dpo.report.write import write_report
+from pe_dpo.runs.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +114,17 @@ def test_sampled_answers_are_those_of_the_evaluation(whole_run, page) -> None:
     assert float(mean) == pytest.approx(generation["kl"]["mean"], abs=6e-5)
     assert float(error) == pytest.approx(generation["kl"]["standard_error"], abs=6e-5)
     assert _number(rows["tokens of an answer"]) == pytest.approx(generation["tokens"]["mean"], abs=6e-3)
+
+
+def test_shares_are_apart_by_what_the_reference_ranks_right(whole_run, page) -> None:
+    table = Run(whole_run).pairs()
+    start, moved = table.delta("reference"), table.shift()
+    row = page.tables["sides"][0]
+    assert row[0] == "moved toward chosen, by π0"
+    assert [_number(cell) for cell in row[1::2]] == [(start > 0).sum(), (start < 0).sum()]
+    assert [float(cell[:5]) for cell in row[2::2]] == pytest.approx(
+        [(moved[start > 0] > 0).mean(), (moved[start < 0] > 0).mean()], abs=6e-4
+    )
 
 
 def test_what_was_trained_is_said(page) -> None:

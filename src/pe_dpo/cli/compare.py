@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 TARGETS = "Run folders, the folder of a sweep, or logs of TRL (trainer_state.json)."
 METRIC = (
-    "accuracy/shift, accuracy/policy, win_rate, nll/chosen_per_token, …; default: win_rate where scored, else accuracy/shift."
+    "accuracy/shift, accuracy/policy, win_rate, nll/chosen_per_token, …; default: win_rate where scored, "
+    "else accuracy/shift (per token where the loss is)."
 )
 _BESIDE = ("accuracy/shift", "accuracy/policy", "rewards/accuracies", "win_rate")
 """Metrics in the table of all runs, whichever is compared."""

@@ -98,9 +98,30 @@ def _check_request(target: Path, quantize: str | None, pairs: Path | None, outpu
 
 
 def _report(found: "Evaluation") -> dict[str, Any]:
+    from pe_dpo.disk import json_without_nan
+    from pe_dpo.metrics.sides import RANKINGS, shares_by_side
+
     generation = {} if found.generation is None else {"generation": found.generation}
     scaled = {"scaled": {f"{scale:g}": _report(one) for scale, one in found.scaled.items()}} if found.scaled else {}
-    return {"kind": found.kind, "metrics": found.metrics, "intervals": found.intervals, **generation, **scaled}
+    sides: dict[str, Any] = {}
+    for by in RANKINGS:
+        for key, parts in shares_by_side(found.scored, by).items():
+            sides.setdefault(f"by_{by}", {})[key] = {side: json_without_nan(part._asdict()) for side, part in parts.items()}
+    return {"kind": found.kind, "metrics": found.metrics, "intervals": found.intervals, **sides, **generation, **scaled}
+
+
+def _show_sides(found: "Evaluation") -> None:
+    """Every share apart by what the reference ranks right and wrong, and by what the policy does."""
+    from pe_dpo.metrics.catalogue import METRICS
+    from pe_dpo.metrics.sides import RANKINGS, shares_by_side
+
+    for by, name in RANKINGS.items():
+        shares = shares_by_side(found.scored, by)
+        counts = [f"{name} {side} ({part.pairs})" for side, part in next(iter(shares.values()), {}).items()]
+        rows = [[METRICS[key].title, *(part.describe() for part in parts.values())] for key, parts in shares.items()]
+        if rows:
+            way = "per token" if found.scored.reduce == "mean" else "by summed log-probs"
+            console.show_table(f"Shares where {name} ranks right and where wrong, {way}", ["", *counts], rows)
 
 
 def _show(found: "Evaluation") -> None:
@@ -112,6 +133,7 @@ def _show(found: "Evaluation") -> None:
     console.show_table(f"{len(found.pairs)} held-out pairs ({found.kind})", ["", "value", "95 % Wilson interval"], rows)
     console.show_regimes(found.metrics, "By summed log-probs (these mostly measure length)")
     console.show_regimes(found.metrics, "By log-probs per token", "regimes_per_token")
+    _show_sides(found)
     if found.generation is not None:
         _show_generation(found.generation)
     if found.scaled:

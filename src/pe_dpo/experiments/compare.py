@@ -59,7 +59,8 @@ def compare(
 
     Args:
         targets: run folders, sweep folders, TRL's trainer_state.json; see `observations.read_observations`.
-        metric: one of `metrics.COMPARED`; by default `win_rate` where all answers were scored, else `accuracy/shift`.
+        metric: one of `metrics.COMPARED`; by default `win_rate` where all answers were scored, else `accuracy/shift`, per token
+            where all losses are (`reduce: mean`).
         baseline: the hyperparameter whose runs make the line of equal KL: a short name ("beta"), a dotted recipe key, "step"
             for the snapshots of the base recipe, or "scale" for its adapter scaled toward the reference. Snapshots, else
             scales, also serve where only one value of the hyperparameter was run.
@@ -141,7 +142,8 @@ def _compare_data_set(
     observations, left_out = read_observations(targets)
     ours = [one for one in observations if one.source == "pe-dpo"]
     is_scored = bool(ours) and all(why_missing(METRICS["win_rate"], one) is None for one in ours)
-    name = metric or ("win_rate" if is_scored else "accuracy/shift" if ours else "rewards/accuracies")
+    way = "_per_token" if ours and all(one.pairs is None or one.pairs.reduce == "mean" for one in ours) else ""
+    name = metric or ("win_rate" if is_scored else f"accuracy/shift{way}" if ours else "rewards/accuracies")
     chosen = METRICS[name]
     usable = [one for one in ours if why_missing(chosen, one) is None]
     if ours and not usable:

@@ -12,6 +12,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.metrics.estimates import mean_change, wilson_interval
 from pe_dpo.metrics.quadrants import clustered_transitions
+from pe_dpo.metrics.sides import RANKINGS, shares_by_side
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
@@ -189,6 +190,8 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> PageSe
     else:
         again = f"pe-dpo train {shlex.quote(str(run.folder / 'recipe.yaml'))} --resume"
         missing.append(f"the run has not reached its end; go on with `{again}`")
+    if pairs is not None and (table := _sides_table(pairs)):
+        tables.append(table)
     generation = run.evaluation["generation"]
     if generation:
         known = [(title, form, estimate) for key, title, form in OF_ANSWERS if (estimate := run.estimate(key))]
@@ -247,6 +250,23 @@ def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> PageT
     return PageTable(
         "before-after", f"{count} held-out pairs before and after training", ["", "before", "after", "change"], rows
     )
+
+
+def _sides_table(pairs: PairTable) -> PageTable | None:
+    """Every share apart by what π0 ranks right and wrong, and by what the policy does."""
+    found = {name: shares_by_side(pairs, by) for by, name in RANKINGS.items()}
+    shares = [(name, key, parts) for name, metrics in found.items() for key, parts in metrics.items()]
+    rows = [
+        [f"{METRICS[key].title}, by {name}", *(cell for part in parts.values() for cell in (str(part.pairs), part.describe()))]
+        for name, key, parts in shares
+    ]
+    note = (
+        "A share of all pairs averages both sides, which may move apart. Brackets are 95 % Wilson intervals for as many "
+        "independent pairs as those of the prompts are worth; ties of the ranking are on neither side."
+    )
+    way = "log-probs per token" if pairs.reduce == "mean" else "summed log-probs"
+    caption = f"Where π0, and where the policy π, ranks a pair right or wrong, by {way}"
+    return PageTable("sides", caption, ["", "right", "of these", "wrong", "of these"], rows, note) if rows else None
 
 
 def _with_error(value: float, error: float, form: str) -> str:

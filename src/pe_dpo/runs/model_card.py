@@ -24,6 +24,7 @@ def model_card(
     memory: str = "",
     skipped: str = "",
     history: Sequence[str] = (),
+    sides: str = "",
 ) -> str:
     """Return the card of a run as markdown with the metadata that hubs read.
 
@@ -35,6 +36,7 @@ def model_card(
         memory: what training took, in words.
         skipped: which steps it did not take, in words.
         history: what was otherwise on the way, a sentence each.
+        sides: the share that moved toward chosen where π0 is right and where it is wrong, in a sentence.
     """
     recipe, place = with_public_names(recipe), recipe.model.base
     intro = ["# A LoRA adapter trained on preference pairs", "", *loading_section(base)]
@@ -47,7 +49,7 @@ def model_card(
         ]
     took = [line for said in (memory and f"Training took {memory}.", skipped and f"{skipped}.") if said for line in (said, "")]
     took += [line for sentence in history for line in (sentence, "")]
-    sections = training_sections(recipe, before, after, title="Held-out pairs", between=took)
+    sections = training_sections(recipe, before, after, title="Held-out pairs", between=took, below=sides)
     return "\n".join([*front_matter(place, library="peft"), *intro, "", *sections])
 
 
@@ -107,6 +109,7 @@ def training_sections(
     *,
     title: str,
     between: Sequence[str] = (),
+    below: str = "",
 ) -> list[str]:
     """Return the lines of the sections on loss, held-out pairs and recipe.
 
@@ -116,6 +119,7 @@ def training_sections(
         after: those at the end; empty where nothing was held out, and one sentence says so.
         title: of the section on held-out pairs.
         between: lines between loss and held-out pairs.
+        below: a sentence below the table of held-out pairs.
     """
     table = ["No pairs were held out."]
     if after:
@@ -129,6 +133,7 @@ def training_sections(
         "",
         *table,
         "",
+        *([below, ""] if below else []),
         "## Recipe",
         "",
         *code_block(recipe_to_yaml(recipe).rstrip(), "yaml"),

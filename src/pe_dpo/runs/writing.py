@@ -17,6 +17,7 @@ from typing import Any
 
 from pe_dpo.disk import disk_error, json_without_nan, matching_paths, write_atomically, write_json
 from pe_dpo.errors import RunFolderError, TrainingError
+from pe_dpo.metrics.sides import describe_sides
 from pe_dpo.recipe import Recipe, changed_settings, describe, list_sources, recipe_to_yaml
 from pe_dpo.runs.best import NEW
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints, staging_folder
@@ -300,7 +301,8 @@ class RunWriter:
             base = read_base(self.folder)
             info = Run(self.folder).info
             said = info.describe_memory(), info.describe_skipped(), info.describe_history()
-            card = model_card(recipe, base, before, after, *said)
+            pairs = Run(self.folder).pairs(with_texts=False) if after else None
+            card = model_card(recipe, base, before, after, *said, sides=describe_sides(pairs) if pairs else "")
             write_atomically(self.folder / "README.md", card)
             if best := Run(self.folder).best:
                 card = model_card(recipe, base, before, best.metrics_of_pairs, *said)
