@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.data.pairs import Text
-from pe_dpo.errors import UsageError, describe_error
+from pe_dpo.errors import PeDpoError, UsageError, describe_error
 from pe_dpo.evaluation.evaluate import held_out_pairs
 from pe_dpo.evaluation.judge import answer_scores, open_scorer, prompts_as_written, win_rate
 from pe_dpo.inference.drift import Questions
@@ -157,7 +157,7 @@ def _give_reference_answers(runs: Sequence[Run], waiting: dict[Path, list[Measur
                 said = _draw(*policies[asked.base, asked.over], asked)
             else:
                 said = list(zip(known[asked].reference_answer or (), known[asked].reference_tokens or (), strict=True))
-        except Exception as error:  # noqa: BLE001  # a base that is not there any more, say; other runs may have another
+        except PeDpoError as error:  # a base that is not there any more, say; other runs may have another
             faults |= {run.folder: describe_error(error) for run, _ in states}
             continue
         for _, state in states:
