@@ -302,7 +302,7 @@ def test_the_list_has_every_metric_that_is_one_number(four):
 
 def test_shares_of_independent_pairs_get_an_interval(four):
     """Not so what is matched on length, whose slope all pairs share, and shares that are not of pairs ranked right."""
-    found = share_intervals(pair_metrics(four, is_fixed_set=True), 4)
+    found = share_intervals(pair_metrics(four, is_fixed_set=True))
     policy = {"accuracy/policy", "accuracy/policy_per_token", "accuracy/implicit", "rewards/accuracies"}
     reference = {"accuracy/reference", "accuracy/reference_per_token", "accuracy/shift", "accuracy/shift_per_token"}
     assert found.keys() >= policy | reference

@@ -128,7 +128,7 @@ def _show(found: "Evaluation") -> None:
     rows = [
         [key, f"{value:.4f}", "[{:.3f}, {:.3f}]".format(*found.intervals[key]) if key in found.intervals else ""]
         for key, value in found.metrics.items()
-        if not key.startswith("regimes") and key != "pairs"
+        if not key.startswith(("regimes", "pairs"))
     ]
     console.show_table(f"{len(found.pairs)} held-out pairs ({found.kind})", ["", "value", "95 % Wilson interval"], rows)
     console.show_regimes(found.metrics, "By summed log-probs (these mostly measure length)")

@@ -174,9 +174,10 @@ def _compare(target: Path, place: Path | None, settings: dict[str, Any], plan: d
     with open_source(target, **settings) as source:
         candidates = compare_merges(source, work=place, **plan)
     pairs, scale = len(source.pairs), source.scale
+    prompts = len({pair.prompt_key for pair in source.pairs})  # as if the pairs of each were all alike: never too narrow
     rows = []
     for name, found, kept in candidates:
-        low, high = wilson_interval(found.accuracy, pairs)
+        low, high = wilson_interval(found.accuracy, prompts)
         relative = "–" if found.relative_kl is None else f"{found.relative_kl:.1e}"
         accuracy = f"{found.accuracy:.3f} [{low:.2f}, {high:.2f}]"
         share = "–" if kept is None else f"{kept:.3f}"

@@ -351,7 +351,7 @@ class _Measuring:
             scored=scored,
             pairs=self.pairs,
             metrics=metrics,
-            intervals=share_intervals(metrics, len(scored)),
+            intervals=share_intervals(metrics),
             tokenizer=self.tokenizer,
             drift=drift,
             generation=generation,

@@ -31,7 +31,7 @@ from pe_dpo.experiments.resampled import Differences, Resampled, Setting, paired
 from pe_dpo.metrics import bootstrap
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
-from pe_dpo.metrics.estimates import mcnemar
+from pe_dpo.metrics.estimates import cluster_sums, sign_flip_test
 from pe_dpo.metrics.table import Floats
 from pe_dpo.recipe import known_keys
 from pe_dpo.recipe.names import SHORT_NAMES
@@ -258,19 +258,23 @@ def find_arms(
     rows = len(resampled.observations[settings[0].columns[0]].rows(metric.kind) or ())
     one_row = 1 / rows if metric.is_share else 0.0
 
-    def effects(differences: Sequence[Differences | None], one_row: float, margin: float = math.nan) -> list[Effect | None]:
+    def effects(
+        differences: Sequence[Differences | None], clusters: int, one_row: float = 0.0, margin: float = math.nan
+    ) -> list[Effect | None]:
         found = [
-            bootstrap.effect(one.observed, one.replicates, clusters=resampled.prompts, one_row=one_row, confidence=confidence)
-            if one is not None and one.seeds
+            bootstrap.effect(one.observed, one.replicates, clusters=clusters, one_row=one_row, confidence=confidence)
+            if one is not None and one.seeds and clusters > 1  # one prompt says nothing of others
             else None
             for one in differences
         ]
         return bootstrap.tested_together(found, confidence=confidence, margins=[margin] * len(found))
 
+    prompts = resampled.prompts
     at_equal_kl = [None if one in line else resampled.against_line(one, line) for one in settings]
-    matched = effects(at_equal_kl, one_row, margin)
-    direct = effects([None if one == base else resampled.against(one, base) for one in settings], one_row)
-    direct_kl = effects([None if one == base else resampled.against(one, base, of_kl=True) for one in settings], 0.0)
+    matched = effects(at_equal_kl, prompts, one_row, margin)
+    direct = effects([None if one == base else resampled.against(one, base) for one in settings], prompts, one_row)
+    of_kl = [None if one == base else resampled.against(one, base, of_kl=True) for one in settings]
+    direct_kl = effects(of_kl, resampled.kl_prompts)
     most_seeds = max(len(one.by_seed) for one in settings)
     draws = np.random.default_rng([seed, 1]).random((len(resampled.value_replicates), most_seeds))
     values = resampled.over_seeds(settings, draws)
@@ -386,15 +390,16 @@ def _front(resampled: Resampled, settings: Sequence[Setting], values: Floats, dr
 
 
 def _mcnemar(resampled: Resampled, one: Setting, base: Setting, metric: Metric[Any]) -> dict[str, float] | None:
-    """Pairs gained and lost against the base, of one run each."""
+    """Pairs gained and lost against the base, of one run each; those of a prompt are one draw."""
     twins = paired_seeds(one.by_seed, base.by_seed)
     if not metric.is_share or metric.kind != "pairs" or not twins or len(one.by_seed) > 1 or one == base:
         return None
-    tables = (resampled.observations[column].pairs for column in (one.by_seed[twins[0][0]], base.by_seed[twins[0][1]]))
+    tables = [resampled.observations[column].pairs for column in (one.by_seed[twins[0][0]], base.by_seed[twins[0][1]])]
     assert metric.numerator is not None, "what is compared has rows"
     ours, theirs = (metric.numerator(table) for table in tables)
-    gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
-    return {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+    moved = np.sign(ours - theirs)
+    p = sign_flip_test(cluster_sums(moved, tables[0].prompt_key if tables[0] else ()).astype(int).tolist())
+    return {"gained": int((moved > 0).sum()), "lost": int((moved < 0).sum()), "p": p}
 
 
 def _best(arms: Sequence[Arm], values: Floats, direction: int | None) -> Best | None:

@@ -86,8 +86,8 @@ class Arm:
     direct_kl: Effect | None
     """The same of the KL, nats per answer."""
     mcnemar: dict[str, float] | None
-    """With one seed and a metric of 0 and 1: pairs gained and lost against the base recipe, and McNemar's exact p, which takes
-    pairs as independent."""
+    """With one seed and a metric of 0 and 1: pairs gained and lost against the base recipe, and McNemar's exact p with the
+    pairs of a prompt as one draw."""
     pareto: float
     """Share of replicates in which no other arm has as small a KL and as good a value; NaN without KL or direction."""
 

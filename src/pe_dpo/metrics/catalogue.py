@@ -19,7 +19,15 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from pe_dpo.metrics.estimates import clustered_ratio, correlation, length_slope, right, share_right, wilson_interval
+from pe_dpo.metrics.estimates import (
+    clustered_ratio,
+    correlation,
+    length_slope,
+    pairs_worth,
+    right,
+    share_right,
+    wilson_interval,
+)
 from pe_dpo.metrics.quadrants import WAYS, effective_pairs, preference, quadrant_metrics, saturation, transitions
 from pe_dpo.metrics.table import AnswerTable, Floats, PairTable, Table
 
@@ -219,6 +227,8 @@ METRICS = {metric.key: metric for metric in _ALL}
 prompts."""
 COMPARED = {key: metric for key, metric in METRICS.items() if metric.direction is not None}
 """Those that runs can be compared on."""
+WORTH = "pairs_worth/"
+"""Before the key of a share: how many independent pairs would tell it as well as the pairs that share prompts do."""
 SELECTING = {one.key: way for one in _OF_PAIRS if one.numerator is not None and (way := one.better or one.direction)}
 """Which way is better, by the key of each metric that the best evaluation of a run can be picked by (`recipe.schema`)."""
 
@@ -239,6 +249,7 @@ def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, f
         is_fixed_set: whether these are pairs that are measured again and again. Then there are too the mean loss, transitions
             since step 0 (McNemar), quadrants between answers as if of equal length (`regimes_length_matched`), and how the
             shift Δπ − Δ0 moves with the length difference. Where step 0 is not known, the policy started at the reference.
+            Where pairs share prompts, `pairs_worth/…` says of each share how many independent pairs would tell it as well.
     """
     if is_fixed_set and table.has_reference and not table.knows("initial_chosen"):
         table = table.since(None)
@@ -246,9 +257,15 @@ def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, f
     for metric in _OF_PAIRS:
         if table.knows(*metric.needs) and (is_fixed_set or not metric.of_fixed_set):
             found[metric.key] = metric(table)
+    if is_fixed_set and len(set(table.prompt_key)) < len(table):
+        for metric in _OF_PAIRS:
+            is_share = metric.is_share or metric.key == "displacement/chosen_fell"
+            if metric.key in found and metric.numerator is not None and is_share:
+                found[f"{WORTH}{metric.key}"] = pairs_worth(metric.numerator(table), table.prompt_key)
     if table.has_reference and is_fixed_set:
         for way in WAYS:
-            changes = transitions(*(preference(table, model, way) for model in ("initial", "policy")))
+            before, now = (preference(table, model, way) for model in ("initial", "policy"))
+            changes = transitions(before, now, table.prompt_key)
             found |= quadrant_metrics(table, way) | {f"{way}/transitions/{name}": value for name, value in changes.items()}
     elif table.has_reference:
         # Of few pairs, means by token say little: what counts is where the pairs and the weight are.
@@ -257,10 +274,20 @@ def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, f
     return {key: value for key, value in found.items() if not math.isnan(value)}
 
 
-def share_intervals(metrics: Mapping[str, float], pairs: int) -> dict[str, tuple[float, float]]:
-    """Return 95 % Wilson intervals of the metrics that are shares of independent pairs; see `wilson_interval`."""
+def share_interval(metrics: Mapping[str, float], key: str) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share among metrics of pairs, of which some may share prompts.
+
+    Args:
+        metrics: as `pair_metrics` returns them of a fixed set.
+        key: of the share.
+    """
+    return wilson_interval(metrics[key], metrics.get(f"{WORTH}{key}", metrics["pairs"]))
+
+
+def share_intervals(metrics: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Return 95 % Wilson intervals of the metrics that are shares of pairs ranked right; see `share_interval`."""
     shares = [metric.key for metric in _OF_PAIRS if metric.is_share and metric.numerator is not None]
-    return {key: wilson_interval(metrics[key], pairs) for key in shares if key in metrics}
+    return {key: share_interval(metrics, key) for key in shares if key in metrics}
 
 
 def headline_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:
@@ -270,7 +297,7 @@ def headline_rows(before: Mapping[str, float], after: Mapping[str, float]) -> li
         if metric.is_headline and metric.key in before and metric.key in after:
             cells = [format(metrics[metric.key], metric.form) for metrics in (before, after)]
             if metric.is_share:
-                ends = (wilson_interval(metrics[metric.key], int(after["pairs"])) for metrics in (before, after))
+                ends = (share_interval({"pairs": after["pairs"], **metrics}, metric.key) for metrics in (before, after))
                 cells = [f"{cell} [{low:.3f}, {high:.3f}]" for cell, (low, high) in zip(cells, ends, strict=True)]
             rows.append([metric.title, *cells])
     return rows

@@ -24,12 +24,12 @@ def share_right(preference: ArrayLike) -> float:
     return float(values.mean()) if values.size else math.nan
 
 
-def wilson_interval(share: float, pairs: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(share: float, pairs: float, confidence: float = 0.95) -> tuple[float, float]:
     """Return the Wilson score interval of a share of `pairs` independent pairs.
 
     Args:
         share: in [0, 1]; ties counted ½ are fine.
-        pairs: how many; 0 gives (0, 1).
+        pairs: how many, or how many independent ones they are worth; 0 gives (0, 1).
         confidence: of the interval, two-sided.
 
     Source:
@@ -41,6 +41,39 @@ def wilson_interval(share: float, pairs: int, confidence: float = 0.95) -> tuple
     centre = (share + z * z / (2 * pairs)) / (1 + z * z / pairs)
     half = z / (1 + z * z / pairs) * (share * (1 - share) / pairs + z * z / (4 * pairs * pairs)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pairs_worth(values: ArrayLike, prompt_keys: Sequence[Hashable], confidence: float = 0.95) -> float:
+    """Return how many independent pairs tell a share as well as these, of which some share prompts, do.
+
+        N / deff · (t_{N−1} / t_{C−1})²      deff = C/(C−1) Σ_c r_c² / (N/(N−1) Σ_i r_i²),  r_i = value − share, r_c: their sum
+
+    N where every prompt has one pair, C prompts where the pairs of each are all alike, and never more than N.
+
+    Args:
+        values: 1, ½ or 0 of each pair, (N,); NaN is no pair.
+        prompt_keys: (N,).
+        confidence: of the interval that it is for: few prompts tell their own spread badly.
+
+    Source:
+        Kish 1965, "Survey sampling", for the design effect; Korn & Graubard 1998, "Confidence intervals for proportions with
+        small expected number of positive counts estimated from survey data", for the effective size with Student's quantiles.
+    """
+    from scipy.special import stdtrit  # dear to import
+
+    column = np.asarray(values, dtype=np.float64)
+    known = np.flatnonzero(~np.isnan(column)).tolist()
+    column, prompt_keys = column[known], [prompt_keys[row] for row in known]
+    pairs, prompts = len(known), len(set(prompt_keys))
+    if prompts in (0, 1, pairs):
+        return float(prompts)
+    apart = column - column.mean()
+    squares = float((apart**2).sum())
+    if squares == 0:
+        return float(prompts)
+    effect = prompts / (prompts - 1) * float((cluster_sums(apart, prompt_keys) ** 2).sum()) * (pairs - 1) / pairs / squares
+    level = (1 - confidence) / 2
+    return pairs / max(1.0, effect) * float(stdtrit(pairs - 1, level) / stdtrit(prompts - 1, level)) ** 2
 
 
 def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable]) -> dict[str, float | None]:
@@ -112,6 +145,8 @@ def sign_flip_test(sums: Sequence[int]) -> float:
 
     With one pair per prompt this is McNemar's exact test; pairs of one prompt change sides together, so that they are one draw.
 
+    Where a sum takes more than 10⁸ steps to enumerate, its normal limit (half a step off) stands for it.
+
     Args:
         sums: D_c, whole numbers; zeros do not count.
 
@@ -120,6 +155,11 @@ def sign_flip_test(sums: Sequence[int]) -> float:
     """
     sizes = [abs(int(number)) for number in sums if number]
     total = sum(sizes)
+    if total == len(sizes):
+        return mcnemar(sum(number > 0 for number in sums), sum(number < 0 for number in sums))
+    if total * len(sizes) > 100_000_000:
+        size = (abs(int(sum(sums))) - math.gcd(*sizes)) / math.sqrt(sum(size * size for size in sizes))
+        return min(1.0, math.erfc(size / math.sqrt(2)))
     chances = np.zeros(2 * total + 1)
     chances[total] = 1.0
     for size in sizes:

@@ -90,20 +90,27 @@ def quadrants(
     return found
 
 
-def transitions(before: ArrayLike, now: ArrayLike) -> dict[str, float]:
+def transitions(before: ArrayLike, now: ArrayLike, prompt_keys: Sequence[str] | None = None) -> dict[str, float]:
     """Return how many pairs changed sides between two rankings, and whether more did so one way than the other.
 
     Args:
         before: Δ of one ranking, say that at step 0, (N,).
         now: Δ of the other.
+        prompt_keys: (N,), where pairs share prompts.
 
     Returns:
-        `kept`, `gained`, `lost`, `not_yet`: counts of pairs; one that is tied on either side is in none. `p_value`: see
-        `mcnemar`, 1 when none changed; each pair counts as an independent one.
+        `kept`, `gained`, `lost`, `not_yet`: counts of pairs; one that is tied on either side is in none. `p_value`: McNemar's
+        exact test with the pairs of a prompt as one draw (`sign_flip_test`), 1 when none changed; without prompts each pair
+        counts as an independent one.
     """
-    counts = np.bincount(_cells(now, before), minlength=len(QUADRANTS) + 1).tolist()
+    cells = _cells(now, before)
+    counts = np.bincount(cells, minlength=len(QUADRANTS) + 1).tolist()
     names = ("kept", "gained", "lost", "not_yet")
-    return {**dict(zip(names, counts, strict=False)), "p_value": mcnemar(counts[1], counts[2])}
+    p_value = mcnemar(counts[1], counts[2])
+    if prompt_keys is not None and len(set(prompt_keys)) < len(prompt_keys):
+        moved = (cells == names.index("gained")) * 1.0 - (cells == names.index("lost"))
+        p_value = sign_flip_test(cluster_sums(moved, prompt_keys).astype(int).tolist())
+    return {**dict(zip(names, counts, strict=False)), "p_value": p_value}
 
 
 def clustered_transitions(before: Floats, now: Floats, prompt_keys: Sequence[str]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from pe_dpo.metrics.catalogue import WORTH
 from pe_dpo.metrics.estimates import wilson_interval
 from pe_dpo.metrics.quadrants import QUADRANTS
 from pe_dpo.metrics.table import PairTable
@@ -38,6 +39,8 @@ class Line(NamedTuple):
     """Whether it is of training windows: thin and pale, since other pairs are seen in each; else a line with markers."""
     errors: Sequence[float] | None = None
     """Half-widths of intervals; NaN where unknown."""
+    key: str = ""
+    """Of the metric."""
 
 
 def over_steps(lines: Sequence[Line], ylabel: str, *, level: float | None = None) -> Figure:
@@ -183,7 +186,8 @@ def learning_section(run: Run) -> PageSection:
         level, bars = (None, "") if name == "loss" else (0.5, "")
         for at, line in enumerate(lines if level else []):
             if not line.is_training:
-                intervals = [wilson_interval(share, int(pairs.get(step, 0))) for step, share in zip(*line.curve, strict=True)]
+                worth = pairs | dict(zip(*run.curve(f"watched/{WORTH}{line.key}"), strict=True))
+                intervals = [wilson_interval(share, worth.get(step, 0)) for step, share in zip(*line.curve, strict=True)]
                 lines[at] = line._replace(errors=[(high - low) / 2 for low, high in intervals])
                 bars = " Bars: 95 %, of each step by itself; between steps the pairs are the same."
         ends = "; ".join(f"{line.label}: {line.curve.values[0]:.3f} → {line.curve.values[-1]:.3f}" for line in lines)
@@ -246,4 +250,4 @@ def _lines(run: Run, key: str, label: str, colour: str, marker: str) -> list[Lin
     training, probe = run.curve(key), run.curve(f"watched/{key}")
     lines = [Line(f"{label}, training", training, colour, is_training=True)] if training.steps else []
     where = "held out" if run.has_held_out else "watched"
-    return lines + ([Line(f"{label}, {where}", probe, colour, marker)] if probe.steps else [])
+    return lines + ([Line(f"{label}, {where}", probe, colour, marker, key=key)] if probe.steps else [])

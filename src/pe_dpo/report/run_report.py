@@ -10,7 +10,7 @@ import yaml
 
 from pe_dpo.errors import UsageError
 from pe_dpo.metrics.catalogue import METRICS
-from pe_dpo.metrics.estimates import mean_change, wilson_interval
+from pe_dpo.metrics.estimates import mean_change, pairs_worth, wilson_interval
 from pe_dpo.metrics.quadrants import clustered_transitions
 from pe_dpo.metrics.sides import RANKINGS, shares_by_side
 from pe_dpo.metrics.table import PairTable
@@ -226,13 +226,18 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> PageSe
 def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> PageTable:
     before, after, intervals = info.before, info.after, run.intervals
     count = len(pairs) if pairs is not None else int(after.get("pairs", 0))
-    changes = {}
+    changes, worth = {}, {}
     if pairs is not None and pairs.initial_chosen is not None and pairs.initial_rejected is not None:
         start = replace(pairs, policy_chosen=pairs.initial_chosen, policy_rejected=pairs.initial_rejected)
         for key in ("accuracy/policy", "accuracy/policy_per_token", "displacement/chosen", "displacement/rejected"):
             numerator = METRICS[key].numerator
             assert numerator is not None, "it has rows"
             changes[key] = mean_change(numerator(pairs) - numerator(start), pairs.prompt_key)
+        worth = {  # before and after, where pairs share prompts
+            key: [pairs_worth(metric.numerator(table), pairs.prompt_key) for table in (start, pairs)]
+            for key, metric in METRICS.items()
+            if metric.is_share and metric.kind == "pairs" and metric.numerator is not None and pairs.knows(*metric.needs)
+        }
     rows = []
     for key, metric in METRICS.items():
         if key not in after or key not in before or not (metric.is_headline or key in BESIDE):
@@ -240,7 +245,9 @@ def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> PageT
         form, signed = metric.form, f"+{metric.form}"
         cells = [fmt(before[key], form), fmt(after[key], form), fmt(after[key] - before[key], signed)]
         if metric.is_share:
-            ends = wilson_interval(before[key], count), intervals.get(key) or wilson_interval(after[key], count)
+            were, are = worth.get(key, (count, count))
+            kept = None if key in worth else intervals.get(key)
+            ends = wilson_interval(before[key], were), kept or wilson_interval(after[key], are)
             for at, (low, high) in enumerate(ends):
                 cells[at] += f" [{fmt(low, form)}, {fmt(high, form)}]"
         _, low, high = changes.get(key, (nan, nan, nan))

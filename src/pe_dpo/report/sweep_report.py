@@ -7,6 +7,7 @@ from typing import Any
 
 from pe_dpo.experiments.comparison import Comparison, RunRow
 from pe_dpo.experiments.summary import hyperparameter_name, power_lines
+from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.style import fmt
@@ -153,6 +154,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
             str(len(arm.seeds)),
             f"{fmt(arm.value, form)}{spread}",
             fmt(arm.kl, ".4f"),
+            _kl_difference(arm.direct_kl),
             effect,
             f"{arm.seeds_in_range} of {arm.seeds_compared}" if arm.seeds_compared else "–",
             fmt(arm.matched.p_adjusted, ".2g") if arm.matched else "–",
@@ -165,7 +167,18 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
             fmt(sum(seconds) / len(seconds) if seconds else math.nan, ".0f"),
         ])  # fmt: skip
     unit = ", points" if comparison.is_share else ""
-    header = ["arm", "no.", "seeds", comparison.metric, "KL, nats", f"Δ at equal KL{unit}", "in range", "p (Holm)", "Pareto"]
+    header = [
+        "arm",
+        "no.",
+        "seeds",
+        comparison.metric,
+        "KL, nats",
+        "Δ KL",
+        f"Δ at equal KL{unit}",
+        "in range",
+        "p (Holm)",
+        "Pareto",
+    ]
     header += ["acc. π", "acc. π / token", *(["win rate"] if has_wins else [])]
     table = PageTable(
         "arms",
@@ -175,10 +188,18 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         f"{comparison.metric}: {comparison.title}; ± is the standard deviation between seeds. Δ at equal KL: minus "
         f"{comparison.baseline} at the same √KL, with {100 * comparison.confidence:g} % interval, never extrapolated; in "
         "range: for how many seeds. Pareto: share of replicates in which no other arm has as small a KL and as good a value. "
-        "acc. π: share of held-out pairs with Δπ > 0. Δ tokens: against the base recipe. Seconds: of training, mean. "
+        "acc. π: share of held-out pairs with Δπ > 0. Δ KL and Δ tokens: against the base recipe. Seconds: of training, mean. "
         "– stands for what was not measured.",
     )
     return PageSection("arms-table", "Arms", tables=[table])
+
+
+def _kl_difference(found: Effect | None) -> str:
+    """How much further than the base recipe an arm went, with its interval."""
+    if found is None:
+        return "–"
+    interval = "(one seed)" if math.isnan(found.low) else f"[{fmt(found.low, '+.2f')}, {fmt(found.high, '+.2f')}]"
+    return f"{fmt(found.estimate, '+.2f')} {interval}"
 
 
 def _mean(rows: Sequence[RunRow], key: str) -> float:

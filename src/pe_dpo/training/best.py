@@ -95,7 +95,7 @@ class KeepBest(TrainerCallback):
         self.trainer.save_policy(place)
         shutil.copyfile(run / BASE_FILE, place / BASE_FILE)
         table.save(place / PAIRS_FILE)
-        save_evaluation(place, metrics, share_intervals(metrics, len(table)))
+        save_evaluation(place, metrics, share_intervals(metrics))
         value = {"metric": self.metric.key, "step": self.steps[-1], "value": float(self.values[-1])}
         write_json(place / BEST_FILE, {**value, "adapter": adapter_fingerprints(place)})
         replace_best(run)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from pe_dpo.links import link_named
-from pe_dpo.metrics.estimates import wilson_interval
+from pe_dpo.metrics.catalogue import share_interval
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe import Recipe
 from pe_dpo.recipe.describe import preference_names
@@ -82,7 +82,7 @@ def _diagnose_likelihoods(metrics: Metrics, before: Metrics, loss: LossSection) 
         fell = metrics["displacement/chosen_fell"]
         lower = f"loss.rejected_weight below {min(1, loss.rejected_weight):g}"
         turn = f"raise loss.sft_weight or set {lower}" if loss.sft_weight else f"loss.sft_weight or {lower} counteracts it"
-        if wilson_interval(fell, int(metrics["pairs"]))[0] > 0.5:
+        if share_interval(metrics, "displacement/chosen_fell")[0] > 0.5:
             found["both_fell"] = (
                 f"both answers became less likely than under the reference (chosen {chosen:.2f}, rejected {rejected:.2f} "
                 f"nats; {fell:.0%} of the chosen fell): likelihood moved elsewhere; {turn}"

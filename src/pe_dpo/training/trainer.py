@@ -380,7 +380,7 @@ class PairTrainer(Trainer):
         if drift:
             drift.table.save(folder / ANSWERS_FILE)
         metrics = pair_metrics(scored, is_fixed_set=True)
-        save_evaluation(folder, metrics, share_intervals(metrics, len(scored)), drift.summary() if drift else None)
+        save_evaluation(folder, metrics, share_intervals(metrics), drift.summary() if drift else None)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
