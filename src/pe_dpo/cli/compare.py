@@ -26,6 +26,7 @@ CONTRAST = (
     'A question beside those of the sweep, as "mixout against beta within 2": its points averaged, then tested. Repeatable. '
     "Sweeps of several data sets are averaged too."
 )
+POOL_SEEDS = "Take the variance between seeds from all points at equal KL together (moderated t), where they scatter alike."
 EQUIVALENT = "Points of a share (or units) that count as no difference: say what lies within them, too."
 
 
@@ -38,6 +39,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     contrast: Annotated[list[str] | None, typer.Option(help=CONTRAST)] = None,
     equivalent: Annotated[float | None, typer.Option(help=EQUIVALENT)] = None,
+    pool_seeds: Annotated[bool, typer.Option("--pool-seeds", help=POOL_SEEDS)] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what can and cannot be told apart between runs: paired, at equal KL, all runs shown.
@@ -65,6 +67,7 @@ def compare(
         seed=seed,
         contrasts=contrast or (),
         equivalent=equivalent,
+        pool_seeds=pool_seeds,
     )
     if json:
         typer.echo(printable_json(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)))

@@ -32,6 +32,7 @@ from pe_dpo.metrics import bootstrap
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
 from pe_dpo.metrics.estimates import cluster_sums, sign_flip_test
+from pe_dpo.metrics.seed_variance import pooled_over, with_pooled_seeds
 from pe_dpo.metrics.table import Floats
 from pe_dpo.recipe import known_keys
 from pe_dpo.recipe.names import SHORT_NAMES
@@ -51,6 +52,7 @@ def compare(
     confidence: float = 0.95,
     contrasts: Sequence[str] = (),
     equivalent: float | None = None,
+    pool_seeds: bool = False,
 ) -> Comparison:
     """Return what can and cannot be told apart between runs.
 
@@ -70,6 +72,8 @@ def compare(
         contrasts: questions beside those that a sweep carries, see `contrasts.read_contrast`.
         equivalent: what counts as no difference, in points of a share or units of another metric: then it is said too what lies
             within it (two one-sided tests).
+        pool_seeds: take the variance between seeds from all points at equal KL together where their variances look as if they
+            could, see `metrics.seed_variance`; contrasts keep their own.
 
     Raises:
         UsageError: a target, the metric, the baseline or a contrast is nothing that can be compared, or runs do not belong
@@ -95,6 +99,7 @@ def compare(
         seed=seed,
         confidence=confidence,
         equivalent=equivalent,
+        pool_seeds=pool_seeds,
     )
     sets = data_sets(targets) if named else []
     if len(sets) < 2:
@@ -136,6 +141,7 @@ def _compare_data_set(
     seed: int,
     confidence: float,
     equivalent: float | None,
+    pool_seeds: bool,
 ) -> Comparison:
     """Compare runs that were measured on the same held-out pairs; arguments as `compare`, the baseline as a dotted key."""
     axis = baseline
@@ -182,7 +188,9 @@ def _compare_data_set(
         settings = sorted(settings, key=lambda one: SCALE in one.settings)
         line = [one for one in settings if set(one.settings) <= {axis}]
         margin = math.nan if equivalent is None else equivalent / 100 if chosen.is_share else equivalent
-        arms, power, best = find_arms(resampled, settings, line, chosen, seed=seed, confidence=confidence, margin=margin)
+        arms, power, best = find_arms(
+            resampled, settings, line, chosen, seed=seed, confidence=confidence, margin=margin, pool_seeds=pool_seeds
+        )
         base = base_recipe(targets)
         assert base is not None, "there are runs"
         found = replace(
@@ -198,6 +206,8 @@ def _compare_data_set(
                 resampled, settings, contrasts, base, metric=chosen, confidence=confidence, equivalent=equivalent
             ),
         )
+        if pool_seeds:
+            remarks.append(summary.pool_remark([arm.matched for arm in arms]))
         found = replace(found, remarks=[*found.remarks, *remarks, *summary.arm_remarks(found)])
     return replace(found, verdict=summary.verdict(found))
 
@@ -242,6 +252,7 @@ def find_arms(
     seed: int,
     confidence: float,
     margin: float = math.nan,
+    pool_seeds: bool = False,
 ) -> tuple[list[Arm], Power | None, Best | None]:
     """Return what settings come to: arms, what it takes to tell them apart, and the best of them.
 
@@ -253,6 +264,7 @@ def find_arms(
         seed: of drawn seeds.
         confidence: of intervals.
         margin: what counts as no difference at equal KL; NaN where equivalence is not asked.
+        pool_seeds: take the seed variance of differences at equal KL from all of them, where that is plausible.
     """
     base = next((one for one in settings if not one.settings), settings[0])
     rows = len(resampled.observations[settings[0].columns[0]].rows(metric.kind) or ())
@@ -267,6 +279,9 @@ def find_arms(
             else None
             for one in differences
         ]
+        pooled = pooled_over(found) if pool_seeds and differences is at_equal_kl else None  # direct differences share no line
+        if pooled and pooled.is_plausible:
+            found = [one and with_pooled_seeds(one, pooled, confidence=confidence) for one in found]
         return bootstrap.tested_together(found, confidence=confidence, margins=[margin] * len(found))
 
     prompts = resampled.prompts
@@ -319,7 +334,8 @@ def find_power(tested: Sequence[Effect], metric: Metric[Any], *, rows: int, conf
     """
     seeds, count = max(one.errors.runs for one in tested), len(tested)
     parts = np.mean([one.errors[:4] for one in tested if one.errors.runs == seeds], axis=0).tolist()
-    errors = tested[0].errors._replace(**dict(zip(bootstrap.Errors._fields, parts, strict=False)), runs=seeds)
+    one_of_them = next(one.errors for one in tested if one.errors.runs == seeds)
+    errors = one_of_them._replace(**dict(zip(bootstrap.Errors._fields, parts, strict=False)))
     more = errors.with_runs(seeds + 2) if seeds > 1 else None
     return Power(
         unit=metric.kind.removesuffix("s"),

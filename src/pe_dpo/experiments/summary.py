@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, Power, is_end
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import Metric
+from pe_dpo.metrics.seed_variance import FEWEST_ARMS, FEWEST_SEEDS, pooled_over
 from pe_dpo.recipe.names import SHORT_NAMES
 
 FEW_PROMPTS = 20
@@ -238,6 +239,33 @@ def arm_remarks(found: Comparison) -> list[str]:
         if contrast.after:
             remarks.append(f"{contrast.text}: named after {counted(contrast.after, 'run')} had finished")
     return remarks
+
+
+def pool_remark(matched: Sequence[Effect | None]) -> str:
+    """Return whether the variance between seeds was pooled over points at equal KL, and why.
+
+    Args:
+        matched: their effects.
+    """
+    pooled = pooled_over(matched)
+    if pooled is None:
+        return (
+            f"the variance between seeds is each point's own: it takes {FEWEST_ARMS} points and {FEWEST_SEEDS} seeds at equal "
+            "KL to pool it"
+        )
+    what = f"of {pooled.arms} points with {pooled.seeds} seeds"
+    if not pooled.is_plausible:
+        return (
+            f"the variance between seeds is each point's own: the variances {what} are not as a scaled inverse χ² has them "
+            f"(p {fmt_p(pooled.fit_p)}), so that pooling would mislead"
+        )
+    prior = (
+        "do not differ by more than chance" if pooled.freedom == inf else f"differ as a prior of {pooled.freedom:.1f} df has"
+    )
+    return (
+        f"the variance between seeds is pooled: the variances {what} {prior} (fit: p {fmt_p(pooled.fit_p)}); since points "
+        f"scatter together, they give {pooled.pooled_freedom:.1f} degrees of freedom instead of {pooled.seeds - 1}"
+    )
 
 
 def _line_remarks(found: Comparison) -> list[str]:
