@@ -31,7 +31,12 @@ def recipe_keys() -> str:
             top.append(_key_row(name, field, schema, needed=name not in ("output",)))
             continue
         needed = section.get("required", [])
-        rows = [_key_row(f"{name}.{key}", one, schema, needed=key in needed) for key, one in section["properties"].items()]
+        rows = []
+        for key, one in section["properties"].items():
+            inner = _resolve(one, schema).get("properties", {})  # a section of its own, such as train.seeds
+            rows += [_key_row(f"{name}.{key}.{below}", part, schema, needed=False) for below, part in inner.items()]
+            if not inner:
+                rows.append(_key_row(f"{name}.{key}", one, schema, needed=key in needed))
         parts.append(f"## {name}\n\n{section['description']}\n\n" + table(("key", "values", "default", "what it is"), rows))
     parts.append("## The run's folder\n\n" + table(("key", "values", "default", "what it is"), top))
     places = schema["$defs"]["DataSource"]
@@ -184,7 +189,7 @@ def _kind(field: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if field.get("type") == "object":
         return f"names, each with: {_kind(field.get('additionalProperties', {}), schema)}"
     words = "a date" if field.get("format") == "date" else SCALARS[field["type"]]
-    bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field and abs(field[key]) != 1e9]
+    bounds = [f"{sign} {field[key]:g}" for key, sign in BOUNDS.items() if key in field and abs(field[key]) < 1e9]
     return " ".join((words, ", ".join(bounds))).strip()
 
 

@@ -103,8 +103,13 @@ class DataSection(Section):
         description="Of an answer of several turns: score all of the assistant's turns, its last one alone, or everything, the "
         "user's words included, as the first runs did.",
     )
-    overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
-    bad_rows: Literal["error", "drop"] = "error"
+    overlong: Literal["drop", "truncate_prompt", "error"] = Field(
+        "drop",
+        description="Pairs above max_length: left out and counted; the prompt's beginning cut, answers whole; or an error.",
+    )
+    bad_rows: Literal["error", "drop"] = Field(
+        "error", description="Malformed rows: stop with file and line, or are left out, counted and named."
+    )
     limit: Count | None = Field(None, description="Read only this many rows, for a try.")
 
     @property

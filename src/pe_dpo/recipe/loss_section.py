@@ -23,21 +23,26 @@ class LossSection(Section):
     """z = β·Δπ − γ·max(Δ0, floor) − m, link(z), Δ = log p(chosen) − λ·log p(rejected); see `pe-dpo recipes show`."""
 
     preset: str = Field("dpo", description=f"One of {', '.join(PRESETS)}; every other key overrides it.")
-    beta: Positive = 0.1
+    beta: Positive = Field(0.1, description="Weight of the policy.")
     gamma: float | str = Field(
         "1x",
         description='Weight of the reference: a number, a multiple of beta such as "0.5x", or found from the reference\'s '
         "log-probs before training: auto (a Platt scale), balance:S (share S of the gradient on pairs that the reference ranks "
         "right), scale:G (γ·Δ0 has spread G).",
     )
-    margin: Finite = 0.0
-    link: LinkName = "logistic"
+    margin: Finite = Field(
+        0.0, description="Constant that is subtracted from the score: how much better a chosen answer has to be."
+    )
+    link: LinkName = Field("logistic", description="Loss of a score z: −log σ(z), max(0, −z), or z².")
     reduce: Literal["sum", "mean"] = Field("sum", description="Log-probs of an answer: summed, or per token.")
-    reference_floor: Finite | None = None
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    label_smoothing_mode: Literal["conservative", "unbiased"] = "conservative"
-    sft_weight: NonNegative = 0.0
-    length_penalty: Finite = 0.0
+    reference_floor: Finite | None = Field(None, description="Lower bound of Δ0; 0 is HyPO.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="Assumed chance ε that a label is wrong.")
+    label_smoothing_mode: Literal["conservative", "unbiased"] = Field(
+        "conservative",
+        description="(1−ε)·f(z) + ε·f(z′), or ((1−ε)·f(z) − ε·f(z′))/(1−2ε); z′ is of the pair with its labels swapped.",
+    )
+    sft_weight: NonNegative = Field(0.0, description="Weight of the negative log-likelihood per token of the chosen answer.")
+    length_penalty: Finite = Field(0.0, description="α of R-DPO: α·(|chosen| − |rejected|) is added to the score.")
     rejected_weight: Positive = Field(
         1.0,
         description="λ of DPO-Shift, on the rejected answer's log-probs under policy and reference; below 1 the likelihood of "

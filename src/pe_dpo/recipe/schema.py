@@ -65,10 +65,12 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """The trained part: LoRA in float32. Defaults r = 16, alpha = 2r, no dropout: as QLoRA and Zephyr's DPO recipes."""
 
-    rank: Annotated[int, Field(ge=1, le=16384)] = 16
+    rank: Annotated[int, Field(ge=1, le=16384)] = Field(16, description="r, the rank of the update.")
     alpha: Positive = Field(32.0, description="The update is scaled by alpha / rank; default: 2 * rank.")
     rslora: bool = Field(False, description="Scale by alpha / √rank instead (rank-stabilized LoRA, arXiv 2312.03732).")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the adapter's inputs that is left out, drawn for each token; done as asked."
+    )
     targets: Literal["all-linear", "attention", "mlp"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear",
         description="all-linear (every linear layer of the language model but head, routers and experts), attention or mlp "
@@ -208,7 +210,7 @@ class SeedsSection(Section):
 class TrainSection(Section):
     """The optimizer's side. Micro-batches are found from a token budget; accumulation is derived, never typed."""
 
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = Field(1.0, description="Passes over the pairs.")
     max_steps: Count | None = Field(None, description="Stop after this many optimizer steps, whatever the epochs.")
     learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(
         2.0e-5, description="Ten times what full fine-tuning takes, as usual for LoRA."
@@ -233,10 +235,10 @@ class TrainSection(Section):
         default_factory=dict, description="Arguments of the schedule, such as {min_lr_rate: 0.1} for cosine_with_min_lr."
     )
     warmup: NonNegative = Field(0.1, description="Share of the steps (as Zephyr's DPO recipe), or steps where it is 1 or more.")
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegative = Field(0.0, description="Of AdamW and its kin, on the adapter's weights.")
     max_grad_norm: NonNegative = Field(1.0, description="0 for no clipping.")
     gradient_checkpointing: Literal["auto"] | bool = Field("auto", description="auto: only if memory asks for it.")
-    seed: Seed = 0
+    seed: Seed = Field(0, description="Of adapter, order of the pairs and masks, where `seeds` says no other.")
     seeds: SeedsSection = SeedsSection()
     eval_every: Count | None = Field(None, description="Steps between evaluations; default: a tenth of the run.")
     save_every: Count | None = Field(None, description="Steps between checkpoints; default: a tenth of the run.")
