@@ -83,11 +83,13 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	@echo "installing pe-dpo with PyTorch and transformers into $(VENV): once, a few minutes, most of them PyTorch's download"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
+	@echo "installing what the tests need into $(VENV): once, a minute or two"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(TEST_EXTRAS)]"
 	touch $@
 

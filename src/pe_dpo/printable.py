@@ -63,3 +63,8 @@ def _secrets(environment: frozenset[tuple[str, str]]) -> list[str]:
     named = {value for name, value in environment if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET}
     secret = [value for value in named if not re.fullmatch(r"/[\w./-]*|\d+", value)]  # where one lies, and how many
     return sorted(secret, key=len, reverse=True)
+
+
+def counted(count: int, what: str) -> str:
+    """Return "1 seed", "3 seeds"."""
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"

@@ -266,6 +266,24 @@ def test_scores_that_spread_too_wide_are_warned_of():
     assert "use reduce: mean" not in warned(LossSection(gamma="9x", beta=2.0, reduce="mean"), reference, keys)
 
 
+def test_what_endangers_the_result_most_is_what_is_recommended_first():
+    """No gradient before everything, swapped labels before a wide spread; without either, to train, with what speaks for it."""
+    reference, keys = random_pairs()
+    swapped = reference._replace(rejected=reference.rejected + 12)
+    dead = audited(LossSection(link="hinge", margin=0.0), swapped, keys)
+    assert dead.recommendation.startswith("do this first: set margin > 0, or gamma different from beta; since no pair has a")
+    wide = audited(LossSection(reduce="mean", gamma="9x", beta=2.0), swapped, keys)
+    assert wide.recommendation.startswith("do this first: look whether chosen and rejected are swapped")
+    assert [("swapped" in line, "δ = " in line) for line in wide.warnings[:2]] == [(True, False), (False, True)]
+    plain = audited(LossSection(reduce="mean"), reference, keys)
+    wrong = plain.recipe.weight_wrong
+    assert plain.recommendation.startswith(
+        "train it as it is; since at step 0 100% of the pairs pull, and those that the reference ranks wrong have "
+        f"{wrong:.0%} of the gradient"
+    )
+    assert json.loads(json.dumps(plain.to_dict()))["recommendation"] == plain.recommendation
+
+
 def test_an_uneven_gradient_is_warned_of():
     reference, keys = random_pairs()
     loss = LossSection(beta=1.0, gamma=0.0, margin=-30.0)

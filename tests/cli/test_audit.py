@@ -16,14 +16,14 @@ def audited(pe_dpo, recipe_file, tmp_path_factory):
 def test_the_tables_tell_reference_loss_and_gamma(audited):
     done, _ = audited
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("loss    −log σ(z),  z = 0.1·Δπ − 0.1·Δ0,")
+    assert done.out.startswith("read 33 rows: ")
     for words in (
         "π0: the base, adapters off, quantize none, float32; log-probs ",
         "What the reference prefers: 24 pairs to train on, 24 prompts",
         "right at equal length",
         "of the pairs are right by one of the two and not by the other",
         "What Δ0 (summed) tells of the labels",
-        "What the loss makes of it: β 0.1, Δ0 summed, times in 1/(2β²)",
+        "What the loss makes of it, by κ = γ/β: β 0.1, Δ0 summed, times in 1/(2β²)",
         "recipe: 1x",
         "90% of the wrong pairs have flipped by",
         "γ from these data",
@@ -89,7 +89,7 @@ def test_what_cannot_be_is_one_message(pe_dpo, recipe_file, arguments, code, mes
 def test_check_and_show_cope_with_a_gamma_that_is_still_to_be_found(pe_dpo, recipe_file):
     done = pe_dpo("check", recipe_file, "--gamma", "auto")
     assert (done.code, done.err) == (0, "")
-    assert "κ = γ/β known once γ is" in done.out
+    assert "loss: generalized DPO, beta 0.1, gamma auto (found from the data); formula:" in done.out
     assert "reference: the base, adapters off" in done.out.splitlines()
     found = json.loads(pe_dpo("check", recipe_file, "--gamma", "balance:0.5", "--json").out)
     assert found["loss"]["kappa"] is None

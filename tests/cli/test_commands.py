@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pe_dpo as package
-from pe_dpo.cli.console import show_result
+from pe_dpo.cli.held_out import show_result
 from pe_dpo.export.gguf_tokenizer import refuse
 from pe_dpo.runs.files import remedy
 from pe_dpo.runs.serving import model_commands

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -34,6 +35,33 @@ def test_the_dials_people_turn_most_are_flags(pe_dpo, command):
 def test_the_first_page_names_every_command(pe_dpo):
     page = pe_dpo("--help").out
     assert all(f"\n  {command[0]} " in page for command in COMMANDS if len(command) == 1)
+
+
+def test_every_command_is_listed_whole_and_its_help_ends_with_one_line_that_works(pe_dpo):
+    """At 80 columns; that a line works is here that each of its words is read: a run of the quickstart is not made for it."""
+    from typer.main import get_command
+
+    from pe_dpo.cli import app
+
+    page, group = pe_dpo("--help", columns=80).out, get_command(app)
+    assert "…" not in page and "..." not in page.partition("Commands:")[2]
+    assert all(re.search(rf"^  {name}  +\S.*\w$", page, re.MULTILINE) for name in group.commands)
+    for name, command in group.commands.items():
+        for path, one in [
+            ((name,), command),
+            *(((name, inner), two) for inner, two in getattr(command, "commands", {}).items()),
+        ]:
+            example = pe_dpo(*path, "--help", columns=80).out.rstrip().splitlines()[-1].removeprefix("  Example: ")
+            words = shlex.split(example.partition(" > ")[0])
+            assert words[: 1 + len(path)] == ["pe-dpo", *path] or words[:2] == ["pe-dpo", name]
+            if not getattr(one, "commands", None):
+                one.make_context(name, words[1 + len(path) :]).close()
+
+
+def test_the_version_is_told(pe_dpo):
+    from pe_dpo import __version__
+
+    assert pe_dpo("--version") == (0, f"pe-dpo {__version__}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [

@@ -143,7 +143,7 @@ def test_train_and_eval_show_whole_tables(at_80_columns, recipe_file, tmp_path) 
     scorer.write_text("def score(prompts, answers):\n    return [len(answer) for answer in answers]\n")
     sampled = ("--prompts", 8, "--max-new-tokens", 4, "--scale", "0.5", "--scorer", f"{scorer}:score")
     shown, out = at_80_columns("eval", tmp_path / "run", *sampled)
-    assert "rewards/accuracies" in out
+    assert "reward accuracy" in out
     assert len(shown) == 6
 
 

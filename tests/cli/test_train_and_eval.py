@@ -1,6 +1,7 @@
 """`pe-dpo train` and `pe-dpo eval` on the tiny world: what they print, and that what is evaluated is what was trained."""
 
 import json
+import re
 import shutil
 
 import pyarrow.parquet
@@ -49,11 +50,12 @@ def test_train_says_what_it_does_and_what_came_of_it(trained):
     folder, done = trained
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0].startswith("loss    −log σ(z),  z = 0.1·Δπ − 0.1·Δ0,")
+    assert lines[0] == "read 33 rows: train.jsonl (24), test.jsonl (9)"
+    assert "loss: DPO, beta 0.1, gamma 0.1; formula: pe-dpo recipes show RECIPE" in lines
     assert "24 pairs to train on, 9 held out (test.jsonl)" in lines
     assert any(line.startswith("step 0: max |log π − log π0| 0, loss 0.6931") for line in lines)
-    assert any(line.startswith("step 2/2  loss ") for line in lines)
-    assert "9 held-out pairs (95 % Wilson intervals)" in done.out
+    assert any(re.fullmatch(r"step 2/2  loss \d\.\d{4}  reward accuracy [01]\.\d\d  \d+ s", line) for line in lines)
+    assert "What training changed on 9 held-out pairs (95 % Wilson intervals)" in lines
     assert lines[-2:] == [
         f"the adapter lies in {folder}; next: pe-dpo merge {folder} -o MODEL",
         f"how it is loaded and served: pe-dpo serve {folder}",
@@ -150,13 +152,24 @@ def test_eval_gives_shares_an_interval_that_holds_them(evaluated):
         assert 0 <= low <= evaluated["metrics"][key] <= high <= 1
 
 
-def test_eval_as_text_shows_metrics_and_regimes(pe_dpo, trained, evaluated):
+def test_eval_of_a_run_prints_the_tables_that_train_printed_word_for_word(pe_dpo, trained):
     done = pe_dpo("eval", trained[0])
     assert (done.code, done.err) == (0, "")
-    assert "9 held-out pairs (run)" in done.out
-    assert f"{evaluated['metrics']['loss']:.4f}" in done.out
-    for title in ("accuracy/policy", "By summed log-probs", "By log-probs per token", "only the policy ranks right (gained)"):
-        assert title in done.out
+    first, last = "What training changed on 9 held-out pairs", "the adapter lies in"
+    tables = trained[1].out[trained[1].out.index(first) : trained[1].out.index(last)]
+    tables = tables.partition("warning: ")[0]
+    assert tables in done.out
+    for words in ("before", "after", "moved toward chosen", "reward accuracy", "only the policy ranks right (gained)"):
+        assert words in tables
+
+
+def test_eval_of_what_is_no_run_stands_beside_its_reference(pe_dpo, adapter, tiny_base, tiny_pairs, evaluated):
+    """Whose Δ is the policy's Δ at step 0: 9 pairs of which it ranks as many right as run.json says."""
+    done = pe_dpo("eval", adapter, "--data", tiny_pairs / "test.jsonl", "--base", tiny_base)
+    (header,) = (line for line in done.out.splitlines() if "reference" in line and "adapter" in line and "┃" in line)
+    assert [cell.strip() for cell in header.split("┃")[1:-1]] == ["", "reference", "adapter"]
+    (loss,) = (line for line in done.out.splitlines() if line.startswith("│ loss "))
+    assert [cell.strip() for cell in loss.split("│")[2:-1]] == ["0.6931", f"{evaluated['metrics']['loss']:.4f}"]
 
 
 def test_eval_writes_every_pair_when_asked(pe_dpo, trained, tmp_path, evaluated):

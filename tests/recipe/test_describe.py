@@ -201,3 +201,15 @@ def test_any_loss_can_be_described_and_kappa_is_gamma_over_beta(loss: dict[str, 
 @given(beta=st.floats(1e-6, 1e6), kappa=st.floats(0, 1e3))
 def test_a_multiple_of_beta_is_kappa(beta: float, kappa: float) -> None:
     assert describe(LossSection(beta=beta, gamma=f"{kappa!r}x")).kappa == pytest.approx(kappa, rel=1e-12)
+
+
+def test_one_line_has_the_name_the_numbers_and_where_the_formula_stands():
+    lines = [name_loss(loss) for loss in (
+        LossSection(), LossSection(gamma="0.5x"), LossSection(preset="ipo"), LossSection(sft_weight=1, margin=2, gamma="auto"),
+    )]  # fmt: skip
+    assert [line.removesuffix("; formula: pe-dpo recipes show RECIPE") for line in lines] == [
+        "loss: DPO, beta 0.1, gamma 0.1",
+        "loss: generalized DPO, beta 0.1, gamma 0.05",
+        "loss: IPO, beta 0.1, gamma 0.1, margin 0.5",
+        "loss: none that was published, beta 0.1, gamma auto (found from the data), margin 2",
+    ]

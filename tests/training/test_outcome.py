@@ -202,13 +202,15 @@ def test_a_terminal_that_closes_may_say_so_twice(make_recipe):
 
 def test_a_terminal_that_is_gone_does_not_keep_the_last_checkpoint_from_being_saved(make_recipe, monkeypatch):
     from pe_dpo.cli import console
+    from pe_dpo.cli.live import progress_callback
 
-    def gone(line=""):
+    def gone(line="", **options):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("typer.echo", gone)
-    with console._logging_to(console.Terminal(is_silent=False)):
-        result = train(make_recipe("train.max_steps=2"), callbacks=[console.progress_callback()])
+    terminal = console.Terminal(is_silent=False)
+    with console._logging_to(terminal):
+        result = train(make_recipe("train.max_steps=2"), callbacks=[progress_callback(terminal.live)])
     assert (result.folder / "checkpoint-2").is_dir()
 
 

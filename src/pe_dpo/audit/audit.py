@@ -22,7 +22,7 @@ from pe_dpo.audit.calibration import Calibration, calibrate_loss
 from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, Forecast, forecast
 from pe_dpo.audit.label_fit import LabelFit
 from pe_dpo.audit.quantization_error import QuantizationError, quantization_error
-from pe_dpo.audit.warnings import SMALLEST_RELIABILITY, warnings
+from pe_dpo.audit.warnings import SMALLEST_RELIABILITY, recommendation, warnings
 from pe_dpo.data.encoded import column
 from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
@@ -178,8 +178,10 @@ class Audit:
         """For KAPPAS, everything else as in the recipe."""
         self.curve = [self.forecast(kappa * loss.beta) for kappa in CURVE]
         self.quantization_error: QuantizationError | None = None
+        self.recommendation = recommendation(self)
+        """The one thing to do before training, with its reason."""
         self.warnings = warnings(self)
-        """What looks off, in words, each with what to turn."""
+        """What looks off, in words, each with what to turn; what endangers the result most comes first."""
 
     @property
     def ranking(self) -> ReferenceAccuracy:
@@ -215,6 +217,7 @@ class Audit:
                 for asked, way in self.ways.items()
             ],
             "noise": error and asdict(error),
+            "recommendation": self.recommendation,
             "warnings": self.warnings,
             "flip_quantiles": FLIP_QUANTILES,
             "agreements": AGREEMENTS,

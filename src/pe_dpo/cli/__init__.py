@@ -7,9 +7,11 @@ run, 2 usage.
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+import pe_dpo
 from pe_dpo import startup
 from pe_dpo.cli.audit import audit
 from pe_dpo.cli.chat import chat
@@ -44,31 +46,60 @@ waited for; none at all (OMP_WAIT_POLICY=PASSIVE) cost 1.7 times a step on idle 
 GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """Devices of the drivers of NVIDIA, of Windows' Linux, and of AMD."""
 
+COMMANDS = (
+    (quickstart, "quickstart", "Train and explain a first run: embedded, offline, half a minute", "--gamma 0.5x"),
+    (convert, "convert", "Make a recipe of another tool's configuration", "trl_config.yaml -o recipe.yaml"),
+    (data, "data", "Show what a data set trains, and all that looks off in it", "--recipe runs/quickstart/recipe.yaml"),
+    (estimate, "estimate", "Say how much memory and time a run takes on a card", "qwen3-4b-dpo --gpu 'RTX 4090'"),
+    (check, "check", "Check recipe, base and data before training; exit 1 with why", "runs/quickstart/recipe.yaml"),
+    (audit, "audit", "Say what to do before training: what the reference knows of it", "runs/quickstart/recipe.yaml"),
+    (train, "train", "Train an adapter by a recipe", "runs/quickstart/recipe.yaml -o runs/other --gamma 0.5x"),
+    (evaluate, "eval", "Measure a run, an adapter or a merged model on held-out pairs", "runs/quickstart --prompts 64"),
+    (
+        sweep,
+        "sweep",
+        "Train a grid of settings from one base, with seeds",
+        "runs/quickstart/recipe.yaml --grid gamma=0,1x -o sweep",
+    ),
+    (compare, "compare", "Say which runs can be told apart, at equal KL", "sweep"),
+    (report, "report", "Show a run or a sweep on one page, with plots", "runs/quickstart"),
+    (merge, "merge", "Merge adapter and base into one model, and prove it", "runs/quickstart -o model"),
+    (export, "export", "Write a model as GGUF, with a Modelfile for Ollama", "model -o model-gguf --gguf q8_0"),
+    (serve, "serve", "Print the commands that serve it in vLLM, llama.cpp and others", "runs/quickstart"),
+    (golden, "golden", "Ask a server the golden prompts of an export", "model-gguf http://127.0.0.1:8080"),
+    (chat, "chat", "Talk to base and tuned model side by side", "runs/quickstart"),
+)
+"""Every command with its name, what the list of commands says of it, and arguments that show it: most are for what
+`pe-dpo quickstart` has left."""
+
 app = typer.Typer(
     name="pe-dpo",
     help="Fine-tune a language model on preference pairs, on one GPU.",
+    epilog="Example: pe-dpo quickstart",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command(cls=OnceEach)(command(quickstart))
-app.add_typer(recipes, name="recipes")
-app.command(cls=OnceEach)(command(convert))
-app.command(cls=OnceEach)(command(data))
-app.command(cls=OnceEach)(command(estimate))
-app.command(cls=OnceEach)(command(check))
-app.command(cls=OnceEach)(command(audit))
-app.command(cls=OnceEach)(command(train))
-app.command("eval", cls=OnceEach)(command(evaluate))
-app.command(cls=OnceEach)(command(sweep))
-app.command(cls=OnceEach)(command(compare))
-app.command(cls=OnceEach)(command(report))
-app.command(cls=OnceEach)(command(merge))
-app.command(cls=OnceEach)(command(export))
-app.command(cls=OnceEach)(command(serve))
-app.command(cls=OnceEach)(command(golden))
-app.command(cls=OnceEach)(command(chat))
+for _function, _name, _words, _arguments in COMMANDS:
+    _example = f"Example: pe-dpo {_name} {_arguments}"
+    app.command(_name, cls=OnceEach, short_help=_words, epilog=_example)(command(_function))
+app.add_typer(recipes, name="recipes", short_help="List, show and copy recipes and named losses; the schema")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"pe-dpo {pe_dpo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of no command."""
 
 
 def main() -> None:

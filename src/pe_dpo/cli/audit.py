@@ -35,7 +35,8 @@ def audit(
 ) -> None:
     """Tell, before training, what the reference does to these pairs under this loss, and which γ the data suggest."""
     from pe_dpo.errors import UsageError
-    from pe_dpo.recipe import describe, load_recipe, warnings
+    from pe_dpo.recipe import load_recipe, warnings
+    from pe_dpo.recipe.describe import name_loss
 
     set_ = [*(set_ or []), *([] if limit is None else [f"data.limit={limit}"])]
     turned = options.overrides(set_, loss=loss, beta=beta, gamma=gamma, margin=margin, link=link, mixout=mixout)
@@ -46,11 +47,6 @@ def audit(
     console.start(is_silent=json)
     from pe_dpo.audit.audit import audit as run
 
-    if not json:
-        for line in describe(plan.loss, plan.data.pair_columns).lines():
-            console.say(line)
-        for line in warnings(plan):
-            console.warn(line)
     found = run(plan, with_quantization_error=four_bit_noise)
     if plots is not None:
         from pe_dpo.report.audit_plots import save_audit_plots
@@ -63,15 +59,16 @@ def audit(
         return
     reference = found.reference
     source = "run just now" if reference["was_run"] else "all from the store, the model was not run"
+    console.say(name_loss(plan.loss))
     console.say(f"π0: {reference['is']}, quantize {reference['quantize']}, {reference['dtype']}; log-probs {source}")
+    console.show_lines([f"\n{found.recommendation}\n"])
     _show_ranking(found)
     _show_label_fit(found)
     _show_forecasts(found)
     _show_ways(found)
     if found.quantization_error is not None:
         _show_quantization_error(found.quantization_error)
-    for line in found.warnings:
-        console.warn(f"{line}")
+    console.show_lines([f"warning: {line}" for line in (*warnings(plan), *found.warnings)])
 
 
 def _show_ranking(found: "Audit") -> None:
@@ -121,7 +118,8 @@ def _show_forecasts(found: "Audit") -> None:
     header = ["", f"recipe: {asked}", *(f"κ = {one.kappa:g}" for one in found.kappas)]
     how = "summed" if found.loss.reduce == "sum" else "per token"
     own = "" if found.terms.beta is None else " and each pair's own"
-    console.show_table(f"What the loss makes of it: β {found.loss.beta:g}{own}, Δ0 {how}, times in 1/(2β²)", header, rows)
+    title = f"What the loss makes of it, by κ = γ/β: β {found.loss.beta:g}{own}, Δ0 {how}, times in 1/(2β²)"
+    console.show_table(title, header, rows)
     console.say()
 
 
@@ -136,7 +134,7 @@ def _show_ways(found: "Audit") -> None:
         shares = [_share(at.weight_right), _share(at.effective), _share(at.saturated)]
         rows.append([asked, number, f"{at.kappa:.3g}", f"{at.delta:.3g}", *shares, _time(at.flip_times[1])])
     header = ["gamma: …", "γ", "κ", "δ", "on ranked right", "effective", "saturated", "median flip"]
-    console.show_table("γ from these data", header, rows)
+    console.show_table("γ from these data: what can be written as gamma, and what it would do", header, rows)
     for asked, way in found.ways.items():
         if isinstance(way, str):
             console.say(f"{asked}: {way}")
@@ -153,7 +151,8 @@ def _show_label_fit(found: "Audit") -> None:
         ["accuracy [95 %], ties ½", f"{fit.accuracy:.3f} {_interval(fit.accuracy_interval, '.3f')}"],
     ]
     how = "summed" if found.loss.reduce == "sum" else "per token"
-    console.show_table(f"What Δ0 ({how}) tells of the labels", ["", ""], rows)
+    console.show_table(f"What Δ0 ({how}) tells of the labels: whether the reference knows them", ["", ""], rows)
+    console.say()
 
 
 def _show_quantization_error(error: "QuantizationError") -> None:

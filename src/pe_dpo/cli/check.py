@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from pe_dpo.cli import console, options
-from pe_dpo.printable import printable_json
+from pe_dpo.printable import counted, printable_json
 
 
 def check(
@@ -69,7 +69,7 @@ def check(
     lines = [
         *log.lines,
         f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
-        f"{steps} optimizer steps an epoch of {plan.train.pairs_per_step} pairs",
+        f"{counted(steps, 'optimizer step')} an epoch of {plan.train.pairs_per_step} pairs",
         *([f"sampled answers would be judged by {judged}"] if judged else []),
     ]
     console.say("\n".join(lines))

@@ -3,11 +3,9 @@
 import logging
 import os
 import re
-import shlex
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from signal import SIGINT
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from pe_dpo.cli.live import LiveLines
 from pe_dpo.cli.options import in_flags
 from pe_dpo.interruption import Interrupted, listening
 from pe_dpo.log import PACKAGE, LineFormatter
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
     from pe_dpo.data.decoded import DecodedPair
 
-SECONDS_BETWEEN_LINES = 30.0
-"""Where there is no terminal for a bar."""
 NARROWEST = 18
 """Characters to which the names of a table's rows may fold before columns have to go below."""
 
@@ -53,7 +50,8 @@ def start(*, is_silent: bool = False) -> "Terminal":
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     handler = Terminal(is_silent)
     _until_the_command_ends.enter_context(_logging_to(handler))
-    _until_the_command_ends.enter_context(showing(counter(is_silent=is_silent)))
+    _until_the_command_ends.callback(handler.live.stop)
+    _until_the_command_ends.enter_context(showing(handler.live.count))
     return handler
 
 
@@ -110,6 +108,8 @@ class Terminal(logging.Handler):
         super().__init__(logging.INFO)
         self.setFormatter(LineFormatter())
         self.is_silent = is_silent
+        self.live = LiveLines(is_silent=is_silent)
+        """Shows how far work is that takes long."""
         self.lines: list[str] = []
         self.warnings: list[str] = []
 
@@ -119,7 +119,7 @@ class Terminal(logging.Handler):
         if record.levelno >= logging.WARNING:
             self.warnings.append(in_flags(record.getMessage()))
         if not self.is_silent:
-            with suppress(OSError):  # as in `progress_callback`
+            with suppress(OSError):  # as in `LiveLines.say`
                 typer.echo(self.lines[-1])
 
 
@@ -265,136 +265,3 @@ def make_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
         for row in rows:
             tables[-1].add_row(*(Text(row[column]) for column in part))
     return Group(*([Text(title, style="bold")] if title else []), *tables)
-
-
-def show_result(result: Any) -> None:
-    """Print what a run came to, from the main process; leave with 128 + signal when it was interrupted.
-
-    Args:
-        result: a `training.run.TrainResult`.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if result.interrupted_by is not None:
-        again = f"pe-dpo train {shlex.quote(str(result.folder / 'recipe.yaml'))} --resume"
-        say(f"stopped by a signal after step {result.steps}, checkpoint saved; go on with: {again}")
-        raise typer.Exit(128 + result.interrupted_by)
-    if result.after:
-        from pe_dpo.metrics.catalogue import headline_rows
-
-        title = f"{int(result.after['pairs'])} held-out pairs (95 % Wilson intervals)"
-        show_table(title, ["", "before", "after"], headline_rows(result.before, result.after))
-        prefix, how = ("regimes_per_token", ", per token") if result.reduce == "mean" else ("regimes", "")
-        show_regimes(result.before, f"Before: what the reference already ranks right{how}", prefix)
-        show_regimes(result.after, f"After: who flipped, and where the loss still pulls{how}", prefix)
-    show_lines([f"{line[0].upper()}{line[1:]}" for line in (result.ended, result.best) if line])
-    for remark in result.remarks:
-        warn(remark)
-
-
-def show_regimes(metrics: Mapping[str, float], title: str, prefix: str = "regimes") -> None:
-    """Print the 2×2 table of policy right/wrong × reference right/wrong: pairs, and share of the gradient weight."""
-    from pe_dpo.metrics.quadrants import QUADRANT_TITLES
-
-    if f"{prefix}/ties" not in metrics:
-        return
-    rows = []
-    for name, words in QUADRANT_TITLES.items():
-        pairs, share = metrics[f"{prefix}/{name}/pairs"], metrics[f"{prefix}/{name}/weight_share"]
-        rows.append([words, f"{pairs:.0f}", f"{share:.1%}"])
-    if metrics[f"{prefix}/ties"]:
-        rows.append(["ties", f"{metrics[f'{prefix}/ties']:.0f}", ""])
-    show_table(title, ["pairs that …", "pairs", "share of gradient weight"], rows)
-
-
-def counter(*, is_silent: bool = False) -> Callable[[str, int, int], None]:
-    """Return a function (what, done, in all) that shows how far something long is, how quick, and how long it still takes.
-
-    A bar in a terminal, and a line now and then elsewhere.
-
-    Args:
-        is_silent: whether the output is for a program: then lines go to stderr.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    is_terminal = Console().is_terminal
-    bars: dict[str, Progress] = {}
-    begun: dict[str, tuple[float, int]] = {}
-    told: dict[str, float] = {}
-
-    def stop() -> None:
-        for bar in bars.values():
-            bar.stop()
-
-    _until_the_command_ends.callback(stop)
-
-    def count(what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        began, before = begun.setdefault(what, (now, done))
-        rate = (done - before) / max(now - began, 1e-3)
-        left = (total - done) / rate if rate else 0.0
-        duration = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min" if left < 6000 else f"{left / 3600:.1f} h"
-        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        pace = (f"{done:,} of {total:,}" if total else f"{done:,}") + (f", {speed} a second" if rate else "")
-        pace += f", {duration} left" if rate and total else ""
-        if is_terminal:
-            if what not in bars:
-                columns = TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.fields[pace]}")
-                bars[what] = Progress(*columns, transient=True)
-                bars[what].add_task(what, total=total or None, pace="")
-                bars[what].start()
-            bars[what].update(bars[what].task_ids[0], completed=done, total=total or None, pace=pace)
-        elif now - told.setdefault(what, now) >= SECONDS_BETWEEN_LINES and (done < total or not total):
-            told[what] = now
-            with suppress(OSError):
-                typer.echo(f"{what}: {pace}", err=is_silent)
-        if total and done >= total:
-            begun.pop(what)
-            told.pop(what, None)
-            if what in bars:
-                bars.pop(what).stop()
-
-    return count
-
-
-def progress_callback() -> Any:
-    """Return a Trainer callback that shows how far a run is: a live bar in a terminal, a line a tenth elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from transformers import TrainerCallback
-
-    class ShowProgress(TrainerCallback):
-        """Shows loss, policy accuracy, reward margin and speed."""
-
-        def __init__(self) -> None:
-            self.bar: Progress | None = None
-            self.task: Any = None
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if Console().is_terminal and state.is_world_process_zero:
-                columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                           TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
-                self.bar = Progress(*columns)
-                self.bar.start()
-                _until_the_command_ends.callback(self.bar.stop)
-                self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if not state.is_world_process_zero or not logs or "loss" not in logs:
-                return
-            text = (
-                f"loss {logs['loss']:.4f}  accuracy {logs['accuracy/policy']:.2f}  "
-                f"reward margin {logs['rewards/margins']:.3f}  {logs['tokens_per_second']:.0f} tokens/s"
-            )
-            if self.bar is not None:
-                self.bar.update(self.task, completed=state.global_step, description=text)
-            elif state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == state.max_steps:
-                with suppress(OSError):  # a terminal that is gone (SIGHUP) must not keep the last checkpoint from being saved
-                    say(f"step {state.global_step}/{state.max_steps}  {text}")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.bar is not None:
-                self.bar.stop()
-
-    return ShowProgress()

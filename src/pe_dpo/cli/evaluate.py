@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pe_dpo.cli import console, options
+from pe_dpo.printable import counted
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def evaluate(
         return
     _show(found)
     if folder(found) is not None:
-        console.say(f"written to {folder(found)}")
+        console.say(f"written to {folder(found)}: evaluation.json has all {len(found.metrics)} metrics")
     if found.generation is None and found.metrics.get("accuracy/reference") is not None:
         console.say("to measure KL(π‖π0) on sampled answers: --prompts 100")
 
@@ -107,7 +108,8 @@ def _report(found: "Evaluation") -> dict[str, Any]:
     for by in RANKINGS:
         for key, parts in shares_by_side(found.scored, by).items():
             sides.setdefault(f"by_{by}", {})[key] = {side: json_without_nan(part._asdict()) for side, part in parts.items()}
-    return {"kind": found.kind, "metrics": found.metrics, "intervals": found.intervals, **sides, **generation, **scaled}
+    measured = {"metrics": found.metrics, "before": found.before, "intervals": found.intervals}
+    return {"kind": found.kind, **measured, **sides, **generation, **scaled}
 
 
 def _show_sides(found: "Evaluation") -> None:
@@ -125,14 +127,10 @@ def _show_sides(found: "Evaluation") -> None:
 
 
 def _show(found: "Evaluation") -> None:
-    rows = [
-        [key, f"{value:.4f}", "[{:.3f}, {:.3f}]".format(*found.intervals[key]) if key in found.intervals else ""]
-        for key, value in found.metrics.items()
-        if not key.startswith(("regimes", "pairs"))
-    ]
-    console.show_table(f"{len(found.pairs)} held-out pairs ({found.kind})", ["", "value", "95 % Wilson interval"], rows)
-    console.show_regimes(found.metrics, "By summed log-probs (these mostly measure length)")
-    console.show_regimes(found.metrics, "By log-probs per token", "regimes_per_token")
+    from pe_dpo.cli.held_out import show_change
+
+    columns = ("before", "after") if found.kind == "run" else ("reference", found.kind)
+    show_change(found.before, found.metrics, reduce=found.scored.reduce, columns=columns)
     _show_sides(found)
     if found.generation is not None:
         _show_generation(found.generation)
@@ -164,7 +162,8 @@ def _show_generation(generation: dict[str, Any]) -> None:
         ["answers that ended", f"{generation['ended']:.1%}", ""],
         ["distinct tokens, pairs of tokens", f"{generation['distinct_1']:.3f}, {generation['distinct_2']:.3f}", ""],
     ]
-    count = f"{generation['prompts']} held-out prompts × {generation['samples']} sampled answers"
+    prompts, samples = generation["prompts"], generation["samples"]
+    count = f"{counted(prompts, 'held-out prompt')} × {counted(samples, 'sampled answer')}"
     console.show_table(f"{count}, at most {generation['max_new_tokens']} tokens", ["", "value", "standard error"], rows)
     if "win_rate" in generation:
         won, rows = generation["win_rate"], []

@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
-recipes = typer.Typer(help="List, show and copy recipes; losses and the schema.", no_args_is_help=True)
+recipes = typer.Typer(
+    help="List, show and copy recipes; losses and the schema.", epilog="Example: pe-dpo recipes list", no_args_is_help=True
+)
 
 
-@recipes.command("list")
+@recipes.command("list", epilog="Example: pe-dpo recipes list")
 def list_recipes() -> None:
     """List the recipes, with their hardware."""
     from pe_dpo.recipe import recipe_header, recipe_names
@@ -21,7 +23,7 @@ def list_recipes() -> None:
         _say(f"{name:24}{recipe_header(name).splitlines()[0]}", indent=24)
 
 
-@recipes.command()
+@recipes.command(short_help="Show a recipe or a named loss, with its formula", epilog="Example: pe-dpo recipes show dpo")
 def show(name: Annotated[str, typer.Argument(help="A recipe, shipped or your own, or a named loss.")]) -> None:
     """Show a recipe, or a named loss: the effective formula, κ = γ/β, and the published name that it equals."""
     from pe_dpo.errors import UsageError
@@ -40,7 +42,7 @@ def show(name: Annotated[str, typer.Argument(help="A recipe, shipped or your own
         _say(line, indent=8)
 
 
-@recipes.command()
+@recipes.command(short_help="List the named losses, with papers", epilog="Example: pe-dpo recipes losses")
 def losses() -> None:
     """List the named losses with their formulas and papers, and what other tools call them."""
     from pe_dpo.recipe import PRESETS
@@ -57,7 +59,7 @@ def losses() -> None:
         _say(f"    {formula(loss).partition(',  Δ = ')[0].removesuffix(', summed over tokens')}{per_token}", indent=6)
 
 
-@recipes.command()
+@recipes.command(epilog="Example: pe-dpo recipes copy qwen3-0.6b-dpo mine.yaml")
 def copy(
     name: Annotated[str, typer.Argument(help="A shipped recipe.")],
     to: Annotated[Path, typer.Argument(help="A file, or a folder.")] = Path(),
@@ -69,7 +71,7 @@ def copy(
     typer.echo(f"copied to {copied}\nput your own data and base in, then: pe-dpo check {shlex.quote(str(copied))}")
 
 
-@recipes.command()
+@recipes.command(epilog="Example: pe-dpo recipes schema > recipe.schema.json")
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     from pe_dpo.recipe import Recipe

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pe_dpo.cli import console
+from pe_dpo.printable import counted
 
 
 def report(
@@ -31,4 +32,4 @@ def report(
     console.say(written.verdict)
     for line in written.missing:
         console.say(f"not in it: {line}")
-    console.say(f"{page}; {len(written.plots)} plots as PNG and table.md in {folder}")
+    console.say(f"{page}; {counted(len(written.plots), 'plot')} as PNG and table.md in {folder}")

@@ -41,7 +41,9 @@ def train(
     )  # fmt: skip
     plan = load_recipe(recipe, turned)
 
-    console.start()
+    terminal = console.start()
+    from pe_dpo.cli.held_out import show_result
+    from pe_dpo.cli.live import progress_callback
     from pe_dpo.evaluation.judged_runs import Judge
     from pe_dpo.training.train import train as run
 
@@ -49,8 +51,9 @@ def train(
     judge = Judge(scorer) if scorer and is_first else None
     if judge:
         judge.check([plan])
-    result = run(plan, resume=resume, overwrite=overwrite, override=meant, callbacks=[console.progress_callback()])
-    console.show_result(result)
+    shown = [progress_callback(terminal.live)]
+    result = run(plan, resume=resume, overwrite=overwrite, override=meant, callbacks=shown)
+    show_result(result)
     if judge and result.interrupted_by is None:
         from pe_dpo.errors import UsageError
         from pe_dpo.runs.run import Run

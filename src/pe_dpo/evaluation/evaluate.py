@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pe_dpo.data import EncodedPair, data_hash, prepare_pairs
 from pe_dpo.disk import TEMPORARY, disk_errors_named
 from pe_dpo.errors import UsageError
@@ -56,6 +58,8 @@ class Evaluation:
     pairs: Sequence[EncodedPair]
     metrics: dict[str, float]
     """See `pair_metrics`."""
+    before: dict[str, float]
+    """The same of the policy at step 0; of what is no run, of the reference. Empty where neither is known."""
     intervals: dict[str, tuple[float, float]]
     """95 % Wilson intervals of the metrics that are shares."""
     tokenizer: Any
@@ -335,6 +339,13 @@ class _Measuring:
         if self.saved.recipe is not None and initial is not None:
             known = initial.with_initial(scored)
             scored = known or (scored.since(None) if self.recipe.policy_starts_as_reference else scored)
+        before: dict[str, float] = {}
+        start = scored if scored.knows("initial_chosen") or self.reference is None else scored.since(None)
+        if start.initial_chosen is not None and start.initial_rejected is not None:
+            sides = torch.tensor(start.initial_chosen), torch.tensor(start.initial_rejected)
+            first = policy._replace(chosen=sides[0].to(policy.chosen), rejected=sides[1].to(policy.rejected))
+            table = pair_table(self.pairs, first, self.reference, loss(first, self.reference, *pair_terms(self.pairs)), loss)
+            before = pair_metrics(table.since(table), is_fixed_set=True)
         generation = None
         if drift is not None:
             generation = drift.summary()
@@ -351,6 +362,7 @@ class _Measuring:
             scored=scored,
             pairs=self.pairs,
             metrics=metrics,
+            before=before,
             intervals=share_intervals(metrics),
             tokenizer=self.tokenizer,
             drift=drift,

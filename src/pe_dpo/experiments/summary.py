@@ -9,6 +9,7 @@ from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, Pow
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import Metric
 from pe_dpo.metrics.seed_variance import FEWEST_ARMS, FEWEST_SEEDS, pooled_over
+from pe_dpo.printable import counted
 from pe_dpo.recipe.names import SHORT_NAMES
 
 FEW_PROMPTS = 20
@@ -56,11 +57,6 @@ def listed(names: Sequence[str]) -> str:
     """Return "a, b and c"; of many the first ones, and how many more."""
     names = [*names[:_MOST_NAMES], f"{len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES + 1 else list(names)
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
-
-
-def counted(count: int, what: str) -> str:
-    """Return "1 seed", "3 seeds"."""
-    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def verdict(found: Comparison) -> str:

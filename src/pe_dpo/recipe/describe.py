@@ -1,11 +1,12 @@
 """A loss in words: its effective formula, κ = γ/β, and the published name that it equals."""
 
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from pe_dpo.links import link_named
 from pe_dpo.recipe.loss_section import LossSection
-from pe_dpo.recipe.presets import PRESETS
+from pe_dpo.recipe.presets import PRESETS, Preset
 
 
 class LossDescription(NamedTuple):
@@ -24,6 +25,15 @@ class LossDescription(NamedTuple):
         return [f"loss    {self.formula}", f"κ = γ/β {kappa}", f"equals  {self.equals}", *self.notes]
 
 
+def name_loss(loss: LossSection) -> str:
+    """Return a loss as one line: the first name under which it was published, its numbers, and where the rest stands."""
+    preset = next(iter(_published(loss)), None)
+    name = "none that was published" if preset is None else re.split(" with |, | \\(", preset.title)[0]
+    gamma = f"{loss.gamma} (found from the data)" if loss.is_calibrated else f"{loss.gamma_value:g}"
+    numbers = [f"beta {loss.beta:g}", f"gamma {gamma}", *([f"margin {loss.margin:g}"] if loss.margin else [])]
+    return f"loss: {name}, {', '.join(numbers)}; formula: pe-dpo recipes show RECIPE"
+
+
 def describe(loss: LossSection, pair_columns: Collection[str] = ()) -> LossDescription:
     """Return the effective formula, κ, and the published name of a loss.
 
@@ -31,11 +41,7 @@ def describe(loss: LossSection, pair_columns: Collection[str] = ()) -> LossDescr
         loss: a checked loss section; `Recipe.loss`, or `LossSection(preset="simpo")`.
         pair_columns: which of beta and weight each pair has of its own, see `DataSection.pair_columns`.
     """
-    names = [
-        f"{preset.title} ({preset.source})"
-        for preset in PRESETS.values()
-        if _form(LossSection.model_validate(preset.values)) == _form(loss)
-    ]
+    names = [f"{preset.title} ({preset.source})" for preset in _published(loss)]
     notes = []
     if loss.label_smoothing:
         moves = "" if loss.rejected_weight == 1 else f", and {loss.rejected_weight:g} is on the other answer"
@@ -109,6 +115,11 @@ _DELTA = {
     "sum": "log p(chosen) − log p(rejected), summed over tokens",
     "mean": "log p(chosen)/|chosen| − log p(rejected)/|rejected|, per token",
 }
+
+
+def _published(loss: LossSection) -> list[Preset]:
+    """The named losses of the form of this one."""
+    return [preset for preset in PRESETS.values() if _form(LossSection.model_validate(preset.values)) == _form(loss)]
 
 
 def _form(loss: LossSection) -> tuple[object, ...]:

@@ -19,7 +19,8 @@ from pe_dpo.model.adapter_targets import find_targets
 from pe_dpo.model.base import empty_model, lacks_bfloat16, load_tokenizer, noise_of
 from pe_dpo.model.provenance import template_fingerprint
 from pe_dpo.model.road import check_can_be_merged, check_has_place, files_here, loaded_size
-from pe_dpo.recipe import Recipe, describe, describe_sources, warnings
+from pe_dpo.recipe import Recipe, describe_sources, warnings
+from pe_dpo.recipe.describe import name_loss
 from pe_dpo.recipe.load import far_places
 from pe_dpo.recipe.ranges import RANGES, check_ranges
 from pe_dpo.recipe.schema import AdapterSection
@@ -46,15 +47,15 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     """
     check_trackers(recipe.train.report_to)
     check_optimizer(recipe)
-    for line in describe(recipe.loss, recipe.data.pair_columns).lines():
-        logger.info(line)
-    for line in far_places(recipe):
-        logger.info(line)
-    for line in [*warnings(recipe), *check_ranges(recipe)]:
-        logger.warning(line)
+    suspicious = [*warnings(recipe), *check_ranges(recipe)]
     for folder in filter(None, (recipe.adapter.start, recipe.adapter.over)):
         check_can_be_trained_on(folder)
     prepared = shared or read_inputs(recipe, recorded=recorded)
+    prepared.data.report.tell(logger)
+    for line in (name_loss(recipe.loss), *far_places(recipe)):
+        logger.info(line)
+    for line in suspicious:
+        logger.warning(line)
     _check_adapters(recipe.adapter, prepared)
     if recipe.loss.margin_scale and not any(column(prepared.data.train, "margin")):
         raise DataError(
@@ -63,7 +64,6 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
         )
     if all(weight == 0 for weight in column(prepared.data.train, "weight")):
         raise DataError(f"{describe_sources(recipe.data.train)}: all pairs have weight 0, so that nothing would be learned")
-    prepared.data.report.tell(logger)
     _check_numbers(recipe, prepared)
     if recipe.mixout.p:
         from pe_dpo.training.mixing import mixout_warnings

@@ -204,7 +204,9 @@ def _train(
 
         def measure(step: int) -> None:
             place = writer.folder / "snapshots" / f"step-{step:06d}"
-            trainer.save_measurements(place, trainer.score_monitored(), generation)
+            scored = trainer.score_monitored()
+            with progress("sampling"):
+                trainer.save_measurements(place, scored, generation)
 
         trainer.add_callback(Snapshots(points, measure))
     try:

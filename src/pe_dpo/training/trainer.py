@@ -42,6 +42,7 @@ from pe_dpo.model.fixed import fixed_weights
 from pe_dpo.model.provenance import base_folder
 from pe_dpo.model.tokenizer_files import Files, tokenizer_files, write_files
 from pe_dpo.objective import Loss, PairLogprobs, PreferenceLoss
+from pe_dpo.progress import progress
 from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.best import remove_best
 from pe_dpo.runs.checkpoints import checkpoint_step, commit_checkpoint, staging_folder
@@ -349,7 +350,7 @@ class PairTrainer(Trainer):
         world, rank = self.args.world_size, self.args.process_index
         if len(self.monitored) < world:
             world, rank = 1, 0
-        with self.keeping_what_was_saved():
+        with self.keeping_what_was_saved(), progress("scoring, held-out pairs" if self.held_out else "scoring, watched pairs"):
             mine = score(self.monitored[rank::world])
         if world == 1:
             return mine
