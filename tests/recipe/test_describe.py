@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import describe
+from pe_dpo.recipe.describe import name_loss
 from pe_dpo.recipe.loss_section import LossSection
 
 SUMMED = "log p(chosen) − log p(rejected), summed over tokens"
