@@ -72,11 +72,22 @@ def test_the_caption_has_the_ends_of_the_lines(plots, metrics) -> None:
 
 
 def test_bars_of_an_accuracy_are_wilsons(plots, metrics) -> None:
-    """By hand: z·√(p(1−p)/n + z²/4n²) / (1 + z²/n) of 60 pairs."""
+    """By hand, of 60 pairs: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), not as far up as down, never beyond 0 and 1."""
     _, shares = written(metrics, "eval_rewards/accuracies")
     z, n = 1.959964, 60
-    expected = [z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) for p in shares]
-    assert error_bars(plots["reward-accuracy"]) == pytest.approx(expected, rel=1e-5)
+    (axes,) = plots["reward-accuracy"].figure.axes
+    (segments,) = [part.get_segments() for part in axes.collections]
+    halves = [z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) for p in shares]
+    for sign, at in ((-1, 0), (1, 1)):
+        ends = [(p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for p, half in zip(shares, halves, strict=True)]
+        assert [segment[at][1] for segment in segments] == pytest.approx(ends, rel=1e-5)
+    assert axes.get_ylim() == plots["policy-accuracy"].figure.axes[0].get_ylim() == (0, 1)
+
+
+def test_a_run_is_told_loss_first_then_where_likelihood_went(plots) -> None:
+    """As papers on DPO have it; six areas come later."""
+    assert list(plots)[:4] == ["loss", "displacement", "reward-accuracy", "policy-accuracy"]
+    assert list(plots).index("regimes-pairs-sum") > 3
 
 
 def test_stacked_areas_are_shares_of_the_pairs(plots, metrics) -> None:
@@ -161,7 +172,7 @@ def test_a_run_that_wrote_nothing_says_of_every_part_why_it_is_not_there(run) ->
     assert content.plots == []
     missing = {section.name: section.missing for section in content.sections if section.missing}
     assert set(missing) == {section.name for section in content.sections} - {"trained"}
-    for name in ("regimes", "movement", "learning"):
+    for name in ("regimes", "learning"):
         assert missing[name] == ["the run wrote no metrics yet (metrics.jsonl)."]
 
 

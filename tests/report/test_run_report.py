@@ -107,6 +107,26 @@ def test_six_pairs_that_change_sides_are_more_than_chance_and_five_are_not(run, 
     assert words in report_run(run).verdict
 
 
+@pytest.mark.parametrize(("fallen", "is_fall"), [(37, False), (38, True)])
+def test_the_headline_says_that_most_chosen_answers_fell_before_how_many_pairs_are_in_order(
+    run, set_columns, fallen: int, is_fall: bool
+) -> None:
+    """Wilson's lower end is above a half for 38 of 60 (0.507), not for 37 (0.490). They fall by 60 nats in all: 1.0 a pair."""
+    mean = 60 / fallen
+    start, zero, keys = [1.0 if index < 30 else -1.0 for index in range(60)], [0.0] * 60, [f"{index}" for index in range(60)]
+    chosen = [-mean if index < fallen else 0.0 for index in range(60)]
+    set_columns(
+        run, policy_chosen=chosen, policy_rejected=[-9.0] * 60, reference_chosen=zero, reference_rejected=zero,
+        initial_chosen=start, initial_rejected=zero, prompt_key=keys,
+    )  # fmt: skip
+    verdict, fall = report_run(run).verdict, (
+        "63% of the chosen answers became less likely than under the reference: on average they fell by 1.0 nats, and the "
+        "rejected ones fell by 9.0. Of 60 held-out pairs"
+    )  # fmt: skip
+    assert verdict.startswith(fall if is_fall else "Of 60 held-out pairs")
+    assert verdict.endswith(f"the ranking {'more often right' if is_fall else 'better'}, by more than chance would.")
+
+
 def test_sampled_answers_are_those_of_the_evaluation(whole_run, page) -> None:
     generation = json.loads((whole_run / "evaluation.json").read_text())["generation"]
     rows = {row[0]: row[1] for row in page.tables["sampled"]}
@@ -245,7 +265,7 @@ def test_a_run_without_texts_says_how_to_get_them(run, set_columns) -> None:
 def test_ties_are_counted_apart(run, set_columns) -> None:
     set_columns(run, policy_chosen=lambda old: [-5.0, *old[1:]], policy_rejected=lambda old: [-5.0, *old[1:]])
     section = _sections(run)["preferences"]
-    assert "1 more pairs are tied" in next(plot for plot in section.plots if plot.name == "transitions-sum").caption
+    assert "1 more pair is tied" in next(plot for plot in section.plots if plot.name == "transitions-sum").caption
 
 
 def test_a_single_pair_is_enough(run, set_columns, parse) -> None:
@@ -330,10 +350,12 @@ def test_the_strength_that_mixout_had_is_shown(run, set_record) -> None:
     assert "; a mask moves a score by 0.31 of what training moved it" in dict(trained.facts)["Mixout"]
 
 
-def test_remarks_come_first(run, set_record) -> None:
+def test_alarms_come_first(run, set_record, parse) -> None:
     set_record(run, remarks=["both answers became less likely <i>"])
     content = report_run(run)
-    assert "Warning: both answers became less likely <i>" in content.remarks
+    assert content.alarms == ["Warning: both answers became less likely <i>"]
+    page = parse(to_html(content))
+    assert page.by_tag["p"][0] == content.alarms[0]
     assert "Nothing looked off" not in " ".join(content.remarks)
 
 

@@ -53,6 +53,8 @@ def test_what_a_run_is_made_with_is_said_in_words() -> None:
     assert {"cpu", "threads"} <= set(made_with()) and made_with()["threads"] == torch.get_num_threads()
     assert cpu_name()
     said = {"commit": "a" * 40 + "-dirty", "cpu": "Some CPU @ 2 GHz", "threads": 2}
-    assert RunInfo(made_with=said).describe_machine() == "Some CPU @ 2 GHz, 2 threads, pe-dpo at aaaaaaaaaaaa with changes"
+    assert (
+        RunInfo(made_with=said).describe_machine() == "Some CPU @ 2 GHz, 2 threads, commit aaaaaaaaaaaa of pe-dpo with changes"
+    )
     assert RunInfo(made_with={"threads": 1}).describe_machine() == "1 thread"
     assert RunInfo().describe_machine() == ""

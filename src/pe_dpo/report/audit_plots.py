@@ -54,7 +54,7 @@ def audit_figures(found: "Audit") -> dict[str, Figure]:
         ):
             axes.plot(kappas, [getattr(at, name) for at in found.curve], dashes, color=colour, label=words)
         _mark_recipe(axes, found)
-        axes.set_ylim(-0.02, 1.05)
+        axes.set_ylim(0, 1)
     histogram = _preference_histogram(found, preference)
     return {"preference": histogram, "length": length, "weights": weights, "flips": _flip_times(found)}
 

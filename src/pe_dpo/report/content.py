@@ -53,6 +53,8 @@ class PageSection(NamedTuple):
     """Titles and plain texts that are shown on request, as a recipe."""
     missing: Sequence[str] = ()
     """What could be here, why it is not, and which command gives it."""
+    is_folded: bool = False
+    """Whether it is shown on request only: what one does not read first."""
 
 
 class Page(NamedTuple):
@@ -63,8 +65,10 @@ class Page(NamedTuple):
     verdict: str
     """The finding, in one sentence of plain words; it comes first."""
     remarks: Sequence[str]
-    """The sentences after it: what else is found, what looks off."""
+    """The sentences after it: what else is found."""
     sections: Sequence[PageSection]
+    alarms: Sequence[str] = ()
+    """What looks off, the gravest first; it stands right below the verdict."""
     records: Sequence[dict[str, Any]] = ()
     """What JSON can hold of it, an object per line of results.jsonl."""
 

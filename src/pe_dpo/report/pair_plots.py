@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from pe_dpo.metrics.estimates import correlation, correlation_interval, length_slope
 from pe_dpo.metrics.quadrants import QUADRANTS
 from pe_dpo.metrics.table import Floats, Model, PairTable
+from pe_dpo.printable import counted
 from pe_dpo.report.content import PageSection, Plot
 from pe_dpo.report.run_curves import sampling_command
 from pe_dpo.report.style import (
@@ -40,7 +41,7 @@ def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, M
     """
     title = "Policy against reference, pair by pair"
     if pairs is None:
-        return PageSection("preferences", title, missing=[NO_PAIRS])
+        return PageSection("preferences", title, missing=[NO_PAIRS], is_folded=True)
     plots, missing = [], []
     if pairs.has_reference:
         plots += _preference_scatters(run, pairs)
@@ -51,7 +52,8 @@ def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, M
         missing.append("the policy's log-probs at the start were not kept, so who changed sides is not known; train again.")
     for per_token, found in sides.items():
         by = "log-probs per token" if per_token else "summed log-probs"
-        tied = f" {found['tied']} more pairs are tied at the start or the end." if found["tied"] else ""
+        more = counted(int(found["tied"]), "more pair")
+        tied = f" {more} {'is' if found['tied'] == 1 else 'are'} tied at the start or the end." if found["tied"] else ""
         words = f"{found['kept']} kept, {found['gained']} gained, {found['lost']} lost, {found['not_yet']} still wrong"
         cells = (
             (0, 0, found["kept"], "kept", BLUE),
@@ -89,7 +91,7 @@ def preference_section(run: Run, pairs: PairTable | None, sides: Mapping[bool, M
         "A pair lies on the solid line when its score z is 0: above it the loss is (nearly) content, below it pulls. On the "
         "dashed line the policy prefers what the reference prefers, to the nat.",
     ]
-    return PageSection("preferences", title, sentences if plots else [], plots=plots, missing=missing)
+    return PageSection("preferences", title, sentences if plots else [], plots=plots, missing=missing, is_folded=True)
 
 
 def _preference_scatters(run: Run, pairs: PairTable) -> list[Plot]:
@@ -210,7 +212,7 @@ def length_section(run: Run, pairs: PairTable | None) -> PageSection:
                 f"Scatter of the shift of Δπ against the length difference of the answers. {words}",
             )
         )
-    return PageSection("length", "Length", sentences, plots=plots, missing=missing)
+    return PageSection("length", "Length", sentences, plots=plots, missing=missing, is_folded=True)
 
 
 def length_scatter(difference: Floats, preference: Floats, ylabel: str, label: str) -> Figure:

@@ -37,19 +37,20 @@ class Line(NamedTuple):
     marker: str = MARKERS[0]
     is_training: bool = False
     """Whether it is of training windows: thin and pale, since other pairs are seen in each; else a line with markers."""
-    errors: Sequence[float] | None = None
-    """Half-widths of intervals; NaN where unknown."""
+    intervals: Sequence[tuple[float, float]] | None = None
+    """Both ends at each step; NaN where unknown."""
     key: str = ""
     """Of the metric."""
 
 
-def over_steps(lines: Sequence[Line], ylabel: str, *, level: float | None = None) -> Figure:
+def over_steps(lines: Sequence[Line], ylabel: str, *, level: float | None = None, is_share: bool = False) -> Figure:
     """Return metrics over optimizer steps.
 
     Args:
         lines: at least one with at least one point.
         ylabel: what is on the y axis, with its unit.
         level: where to draw a thin line that means "nothing", as 0 or ½.
+        is_share: whether the axis is that of a share, from 0 to 1.
     """
     with panel("optimizer step", ylabel, has_whole_x=True) as (figure, axes):
         if level is not None:
@@ -60,9 +61,13 @@ def over_steps(lines: Sequence[Line], ylabel: str, *, level: float | None = None
                 continue
             marker = line.marker if len(line.curve.steps) <= 40 else ""
             axes.plot(*line.curve, color=line.colour, marker=marker, label=line.label)
-            if line.errors is not None:
-                errors = np.nan_to_num(np.asarray(line.errors))
-                axes.errorbar(*line.curve, yerr=errors, color=line.colour, fmt="none", capsize=2.5, linewidth=1)
+            if line.intervals is not None:
+                ends = np.nan_to_num(np.abs(np.transpose(line.intervals) - np.asarray(line.curve.values)))
+                axes.errorbar(*line.curve, yerr=ends, color=line.colour, fmt="none", capsize=2.5, linewidth=1)
+        if is_share:
+            axes.set_ylim(0, 1)
+            for artist in (*axes.lines, *axes.collections):  # a marker at 1 is whole
+                artist.set_clip_on(False)
     return figure
 
 
@@ -102,14 +107,14 @@ def regime_section(run: Run, pairs: PairTable | None) -> PageSection:
                 )
             )
     if not plots:
-        return PageSection("regimes", title, missing=[_no_regimes(run, pairs)])
+        return PageSection("regimes", title, missing=[_no_regimes(run, pairs)], is_folded=True)
     sentences = [
         "Every pair is in one of four quadrants: policy π right or wrong, reference π0 right or wrong (right: chosen is "
         "likelier than rejected). The share of pairs says where they are, the share of gradient weight where the loss still "
         "pulls. By summed log-probs the quadrants mostly measure length, so they are shown per token too, and with the "
         "reference's slope on length taken off both preferences.",
     ]
-    return PageSection("regimes", title, sentences, plots=plots)
+    return PageSection("regimes", title, sentences, plots=plots, is_folded=True)
 
 
 def _quadrant_shares(run: Run, prefix: str, pairs: str, kind: str) -> tuple[list[int], dict[str, list[float]]]:
@@ -135,66 +140,75 @@ def sampling_command(run: Run) -> str:
     return shlex.join(["pe-dpo", "eval", str(run.folder), "--prompts", "64", *(["--data", "FILE"] if has_no_pairs else [])])
 
 
-def movement_section(run: Run, pairs: PairTable | None) -> PageSection:
-    """Return how far the likelihood of chosen and rejected answers moved from the reference, over steps."""
-    title = "Where the likelihood went"
-    lines = [
-        *_lines(run, "displacement/chosen", "chosen", BLUE, MARKERS[0]),
-        *_lines(run, "displacement/rejected", "rejected", VERMILLION, MARKERS[1]),
-    ]
-    if not any(len(line.curve.steps) > 1 for line in lines):
-        return PageSection("movement", title, missing=[_no_regimes(run, pairs)])
-    ends = ", ".join(f"{line.label} {fmt(line.curve.values[-1], '+.2f')} nats" for line in lines)
-    fell = run.curve("watched/displacement/chosen_fell").values
-    plot = Plot(
-        "displacement",
-        over_steps(lines, "log π − log π0, nats per answer", level=0),
-        "Mean change of the log-prob of chosen and rejected answers against the reference. If both fall, likelihood went to "
-        f"answers that are in no pair. At the end: {ends}"
-        + (f"; {fell[-1]:.0%} of the held-out chosen answers became less likely than under π0." if fell else "."),
-        f"Lines over steps of log π − log π0 of chosen and rejected answers; at the end {ends}.",
-    )
-    return PageSection("movement", title, plots=[plot])
+def learning_section(run: Run, pairs: PairTable | None) -> PageSection:
+    """Return over steps the loss, where the likelihood of both answers went, and accuracies: of training and of held-out pairs.
 
-
-def learning_section(run: Run) -> PageSection:
-    """Return loss and accuracies over steps, on training windows and on the fixed held-out pairs."""
-    loss = _lines(run, "loss", "loss", BLUE, MARKERS[0])
-    reward = _lines(run, "rewards/accuracies", "accuracy", GREEN, MARKERS[2])
+    Args:
+        run: whose curves they are.
+        pairs: held out, if any.
+    """
+    counts = dict(zip(*run.curve("watched/pairs"), strict=True))
     policy = _lines(run, "accuracy/policy", "summed", PURPLE, MARKERS[2])
     policy += _lines(run, "accuracy/policy_per_token", "per token", BLUE, MARKERS[3])
     policy = [line for line in policy if not line.is_training] or policy
-    pairs = dict(zip(*run.curve("watched/pairs"), strict=True))
-    plots = []
-    for name, ylabel, lines, words in (
-        ("loss", "loss per pair", loss, "Loss. Thin: pairs of each step; marked: the same held-out pairs every time."),
+    plots, missing = [], []
+    for name, ylabel, level, lines, words in (
+        (
+            "loss",
+            "loss per pair",
+            None,
+            _lines(run, "loss", "loss", BLUE, MARKERS[0]),
+            "Loss. Thin: pairs of each step; marked: the same held-out pairs every time.",
+        ),
+        (
+            "displacement",
+            "log π − log π0, nats per answer",
+            0.0,
+            [
+                *_lines(run, "displacement/chosen", "chosen", BLUE, MARKERS[0]),
+                *_lines(run, "displacement/rejected", "rejected", VERMILLION, MARKERS[1]),
+            ],
+            "Where the likelihood went: mean change of the log-prob of chosen and rejected answers against the reference, the "
+            "figure known from papers on DPO. If both fall, likelihood went to answers that are in no pair.",
+        ),
         (
             "reward-accuracy",
             "share of pairs",
-            reward,
+            0.5,
+            _lines(run, "rewards/accuracies", "accuracy", GREEN, MARKERS[2]),
             "Reward accuracy: share of pairs whose chosen answer has the larger implicit reward.",
         ),
         (
             "policy-accuracy",
             "share of pairs",
+            0.5,
             policy,
             "Accuracy of the policy itself: share of pairs with Δπ > 0, by summed log-probs and per token.",
         ),
     ):
-        if not lines:
+        is_share, bars = level == 0.5, ""
+        if not lines or (name == "displacement" and not any(len(line.curve.steps) > 1 for line in lines)):
+            missing += [_no_regimes(run, pairs)] if name == "displacement" else []
             continue
-        level, bars = (None, "") if name == "loss" else (0.5, "")
-        for at, line in enumerate(lines if level else []):
+        for at, line in enumerate(lines if is_share else []):
             if not line.is_training:
-                worth = pairs | dict(zip(*run.curve(f"watched/{WORTH}{line.key}"), strict=True))
-                intervals = [wilson_interval(share, worth.get(step, 0)) for step, share in zip(*line.curve, strict=True)]
-                lines[at] = line._replace(errors=[(high - low) / 2 for low, high in intervals])
+                worth = counts | dict(zip(*run.curve(f"watched/{WORTH}{line.key}"), strict=True))
+                ends = [wilson_interval(share, worth.get(step, 0)) for step, share in zip(*line.curve, strict=True)]
+                lines[at] = line._replace(intervals=ends)
                 bars = " Bars: 95 %, of each step by itself; between steps the pairs are the same."
-        ends = "; ".join(f"{line.label}: {line.curve.values[0]:.3f} → {line.curve.values[-1]:.3f}" for line in lines)
-        words = f"{words} First → last: {ends}."
-        plots.append(Plot(name, over_steps(lines, ylabel, level=level), f"{words}{bars}", f"Lines over steps. {words}"))
-    missing = [] if plots else ["the run wrote no metrics yet (metrics.jsonl)."]
-    return PageSection("learning", "Loss and accuracy", plots=plots, missing=missing)
+        form = "+.2f" if name == "displacement" else ".3f"
+        first_last = "; ".join(
+            f"{line.label}: {fmt(line.curve.values[0], form)} → {fmt(line.curve.values[-1], form)}" for line in lines
+        )
+        words = f"{words} First → last: {first_last}."
+        fell = run.curve("watched/displacement/chosen_fell").values
+        if name == "displacement" and fell:
+            words += f" {fell[-1]:.0%} of the held-out chosen answers became less likely than under π0."
+        figure = over_steps(lines, ylabel, level=level, is_share=is_share)
+        plots.append(Plot(name, figure, f"{words}{bars}", f"Lines over steps. {words}"))
+    if not plots:
+        missing = ["the run wrote no metrics yet (metrics.jsonl)."]
+    return PageSection("learning", "Loss, likelihood and accuracy over the steps", plots=plots, missing=missing)
 
 
 def drift_section(run: Run) -> PageSection:
@@ -236,13 +250,14 @@ def drift_section(run: Run) -> PageSection:
         )
     elif len(kl) == 1:
         missing.append("the way between start and end was not measured; set generation.snapshots (say 4) and train again.")
-    return PageSection("drift", "Distance from the reference", plots=plots, missing=missing)
+    return PageSection("drift", "Distance from the reference", plots=plots, missing=missing, is_folded=not plots)
 
 
 def _measured_line(label: str, found: Sequence[tuple[int, float, float]], colour: str, marker: str) -> Line:
     """The line through steps, means and their standard errors."""
     steps, means, errors = (list(column) for column in zip(*found, strict=True))
-    return Line(label, Curve(steps, means), colour, marker, errors=[1.96 * error for error in errors])
+    ends = [(mean - 1.96 * error, mean + 1.96 * error) for mean, error in zip(means, errors, strict=True)]
+    return Line(label, Curve(steps, means), colour, marker, intervals=ends)
 
 
 def _lines(run: Run, key: str, label: str, colour: str, marker: str) -> list[Line]:

@@ -17,7 +17,7 @@ from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.pair_plots import NO_PAIRS, length_section, preference_section
-from pe_dpo.report.run_curves import drift_section, learning_section, movement_section, regime_section, sampling_command
+from pe_dpo.report.run_curves import drift_section, learning_section, regime_section, sampling_command
 from pe_dpo.report.style import fmt
 from pe_dpo.runs.run import Run, RunInfo
 
@@ -64,14 +64,14 @@ def report_run(folder: Path) -> Page:
             "Nothing can be said of pairs that this run was not trained on: none were held out, or they were not measured."
         )
     else:
-        verdict = _describe_sides(sides[is_mean], len(pairs), per_token=is_mean)
-        remarks.append(_describe_sides(sides[not is_mean], len(pairs), per_token=not is_mean))
+        fall = _describe_fall(pairs)
+        verdict = fall + _describe_sides(sides[is_mean], len(pairs), per_token=is_mean, fell=bool(fall))
+        remarks.append(_describe_sides(sides[not is_mean], len(pairs), per_token=not is_mean, fell=bool(fall)))
     kl = run.estimate("kl")
     if kl is not None:
         error = "" if isnan(kl[1]) else f" ± {kl[1]:.2g} (standard error)"
         remarks.append(f"On its own answers the policy is KL(π‖π0) = {kl[0]:.3g}{error} nats per answer from the reference.")
     remarks += info.describe_history()
-    remarks += [f"Warning: {remark}" for remark in run.remarks]
     if info.is_finished and not run.remarks:
         remarks.append("Nothing looked off at the end of training.")
 
@@ -87,29 +87,47 @@ def report_run(folder: Path) -> Page:
         "set data.eval and train again, or measure it on other pairs with `pe-dpo eval RUN --data FILE`"
     )
     sections = [
-        _trained_section(run, info),
         _outcome_section(run, info, pairs),
+        learning_section(run, pairs),
+        drift_section(run),
+        PageSection("limits", "What this cannot show", limits, missing=[no_pairs] if pairs is None else []),
+        _texts_section(run, pairs),
         regime_section(run, pairs),
         preference_section(run, pairs, sides),
-        movement_section(run, pairs),
-        learning_section(run),
-        drift_section(run),
         length_section(run, pairs),
-        _texts_section(run, pairs),
-        PageSection("limits", "What this cannot show", limits, missing=[no_pairs] if pairs is None else []),
+        _trained_section(run, info),
     ]
-    return Page(f"Run {folder.resolve().name}", verdict, remarks, sections)
+    alarms = [f"Warning: {remark}" for remark in run.remarks]
+    return Page(f"Run {folder.resolve().name}", verdict, remarks, sections, alarms)
 
 
-def _describe_sides(found: dict[str, float], pairs: int, *, per_token: bool) -> str:
-    """How many pairs changed sides, and whether more did so one way than the other, in a sentence."""
+def _describe_fall(pairs: PairTable) -> str:
+    """That most of the chosen answers became less likely, by how much, beside the rejected ones; empty where they did not."""
+    if not pairs.has_reference:
+        return ""
+    fell, chosen, rejected = (METRICS[f"displacement/{name}"](pairs) for name in ("chosen_fell", "chosen", "rejected"))
+    if not (chosen < 0 and wilson_interval(fell, len(pairs))[0] > 0.5):
+        return ""
+    other = f"fell by {fmt(-rejected, '.1f')}" if rejected < 0 else f"rose by {fmt(rejected, '.1f')}"
+    return (
+        f"{fell:.0%} of the chosen answers became less likely than under the reference: on average they fell by "
+        f"{fmt(-chosen, '.1f')} nats, and the rejected ones {other}. "
+    )
+
+
+def _describe_sides(found: dict[str, float], pairs: int, *, per_token: bool, fell: bool) -> str:
+    """How many pairs changed sides, and whether more did so one way than the other, in a sentence.
+
+    Where the chosen answers fell, more pairs in the right order are not called better.
+    """
     by = "Δ per token" if per_token else "Δ of summed log-probs"
     gained, lost, p = found["gained"], found["lost"], found["p_value"]
     if gained + lost + found["tied"] == 0:
         return f"No held-out pair changed sides ({pairs} pairs, {by}): the policy ranks them as it did before training."
     told = "this cannot be told from chance"
     if p < 0.05:
-        told = f"training made the ranking {'better' if found['change'] > 0 else 'worse'}, by more than chance would"
+        way = ("more often right" if fell else "better") if found["change"] > 0 else "worse"
+        told = f"training made the ranking {way}, by more than chance would"
     change, low, high = (fmt(100 * found[name], "+.1f") for name in ("change", "low", "high"))
     interval = "" if isnan(found["low"]) else f", 95 % interval {low} to {high}"
     return (
@@ -173,7 +191,7 @@ def _trained_section(run: Run, info: RunInfo) -> PageSection:
     for title, values in (("Versions", versions), ("Hashes (sha256)", info.hashes.model_dump(exclude_defaults=True))):
         if values:
             folded.append((title, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000).rstrip()))
-    return PageSection("trained", "What was trained", facts=[row for row in rows if row[1]], folded=folded)
+    return PageSection("trained", "What was trained", facts=[row for row in rows if row[1]], folded=folded, is_folded=True)
 
 
 def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> PageSection:
@@ -284,17 +302,17 @@ def _texts_section(run: Run, pairs: PairTable | None) -> PageSection:
     """The pairs that training moved most in the right direction, and most in the wrong one."""
     title = "Best and worst pairs"
     if pairs is None or not pairs.knows("initial_chosen"):
-        return PageSection("texts", title, missing=[NO_PAIRS])
+        return PageSection("texts", title, missing=[NO_PAIRS], is_folded=True)
     if pairs.prompt is None or pairs.chosen is None or pairs.rejected is None:
         again = f"the texts of the pairs were not kept with them; write them with `pe-dpo eval {shlex.quote(str(run.folder))}`"
-        return PageSection("texts", title, missing=[again])
+        return PageSection("texts", title, missing=[again], is_folded=True)
     per_token = pairs.reduce == "mean"
     unit = "nats per token" if per_token else "nats"
     start, now = (pairs.delta(model, per_token=per_token) for model in ("initial", "policy"))
     order = np.argsort(start - now, kind="stable")
     count = min(SHOWN_PAIRS, len(order) // 2)
     if not count:
-        return PageSection("texts", title, missing=["one held-out pair is neither best nor worst."])
+        return PageSection("texts", title, missing=["one held-out pair is neither best nor worst."], is_folded=True)
     exhibits = []
     for word, indices in (("Best", order[:count]), ("Worst", order[::-1][:count])):
         for rank, index in enumerate(indices, start=1):
@@ -308,4 +326,4 @@ def _texts_section(run: Run, pairs: PairTable | None) -> PageSection:
         f"Held-out pairs by how far Δπ moved since the start ({unit}): the {count} that gained most, then the {count} that "
         "lost most or gained least."
     )
-    return PageSection("texts", title, [sentence], exhibits=exhibits)
+    return PageSection("texts", title, [sentence], exhibits=exhibits, is_folded=True)

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pe_dpo.experiments.comparison import SCALE, Arm, Comparison, is_end
@@ -70,7 +71,7 @@ def frontier_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         frontier(sweep, comparison, arms, numbered),
         f"{comparison.title[:1].upper()}{comparison.title[1:]}. Large: arms, mean over seeds, with 95 % intervals both "
         f"ways{numbers}. Small: every run.{scaled} Dark line: {comparison.baseline}, against which others are held. "
-        "An arm above it gets more for its KL, if the intervals allow to say so; bars may leave the panel.",
+        "An arm above it gets more for its KL, if the intervals allow to say so; a bar with an arrow goes on beyond the panel.",
         f"Scatter of {len(arms)} arms, {ends}, {comparison.metric} from {lowest:.3g} to {highest:.3g}.",
         is_wide=True,
     )
@@ -90,7 +91,7 @@ def frontier(sweep: SweepRecord, comparison: Comparison, arms: Mapping[int, Arm]
     snapshots = [(_root(row.kl), row.value) for row in known if not row.is_final and row.scale is None]
     line = sorted((arm.root_kl, arm.value) for arm in arms.values() if arm.is_baseline)
     line = line if math.isnan(comparison.reference) else [(0.0, comparison.reference), *line]
-    dots, bars = [*line, *snapshots], []
+    dots, looks = [*line, *snapshots], dict[int, dict[str, Any]]()
     with panel("√KL(π‖π0), √nats", comparison.metric, height=4.3, columns=3) as (figure, axes):
         if snapshots:
             x, y = np.transpose(snapshots)
@@ -107,45 +108,66 @@ def frontier(sweep: SweepRecord, comparison: Comparison, arms: Mapping[int, Arm]
                 axes.scatter(x, y, s=9, color=colour, alpha=0.4, linewidths=0)
             dots += runs
             alpha, size, height = (0.3, 5, 2.5) if kind == SCALED else (0.8, 6, 4.0)  # controls are behind the others
-            for number, arm in members.items():
-                root, value = sweep.crosses[number - 1]
-                cross = [[(end, arm.value) for end in (root.low, root.high)]] if root else []
-                cross += [[(arm.root_kl, end) for end in (value.low, value.high)]] if value else []
-                for bar in cross:
-                    x, y = np.transpose(bar)
-                    axes.plot(x, y, color=colour, linewidth=1.1, alpha=alpha, zorder=height / 2)
-                    bars += bar
+            looks |= {number: {"color": colour, "alpha": alpha, "zorder": height / 2} for number in members}
             x, y = np.transpose([(arm.root_kl, arm.value) for arm in members.values()])
             axes.plot(x, y, marker, color=colour, markersize=size, zorder=height, label=plain(kind, 28))
         x, y = np.transpose([*dots, *((arm.root_kl, arm.value) for arm in arms.values())])
-        x_ends, y_ends = np.reshape(bars, (-1, 2)).T
-        axes.set_xlim(0, _span(x, x_ends)[1])
-        axes.set_ylim(_span(y, y_ends))
-        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-        places = {
-            number: ((arm.root_kl - left) / (right - left) * _PANEL[0], (arm.value - bottom) / (top - bottom) * _PANEL[1])
-            for number, arm in arms.items()
-        }
-        taken = list(places.values())
-        for number in numbered:  # where neither another arm nor another number is near, if there is such a place
-            x, y = places[number]
-            others = [other for other in taken if other != (x, y)] or [(x + 99, y)]
-            room = [min(math.dist((x + dx, y + dy), other) for other in others) for dx, dy in _BESIDE]
-            dx, dy = _BESIDE[max(range(len(room)), key=lambda at: min(room[at], _ENOUGH))]
-            taken.append((x + dx, y + dy))
-            place = (arms[number].root_kl, arms[number].value)
-            text = axes.annotate(str(number), place, (dx, dy), textcoords="offset points", zorder=5)
-            text.set(fontsize=7.5, ha="center", va="center")
+        axes.set_xlim(0, _span(x, [end for number in looks for end in _ends(sweep, number, 0)])[1])
+        axes.set_ylim(_span(y, [end for number in looks for end in _ends(sweep, number, 1)], is_share=comparison.is_share))
+        for number, look in looks.items():
+            _draw_cross(axes, arms[number], [_ends(sweep, number, way) for way in (0, 1)], look, is_share=comparison.is_share)
+        _draw_numbers(axes, arms, numbered)
     return figure
 
 
-def _span(points: Floats, bars: Floats) -> tuple[float, float]:
-    """Ends of an axis with all points on it, and of the ends of bars what does not flatten the rest."""
+def _ends(sweep: SweepRecord, number: int, way: int) -> tuple[float, float]:
+    """Both ends of an arm's interval: of √KL (0) or of the metric (1); NaN without one."""
+    found = sweep.crosses[number - 1][way]
+    return (found.low, found.high) if found else (math.nan, math.nan)
+
+
+def _draw_cross(axes: Axes, arm: Arm, ends: Sequence[tuple[float, float]], look: dict[str, Any], *, is_share: bool) -> None:
+    """Draw both intervals of an arm within the panel; where one goes on beyond it, an arrow says so."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    root, (low, high) = ends[0], np.clip(ends[1], 0.0, 1.0) if is_share else ends[1]
+    axes.plot(np.clip(root, left, right), [arm.value] * 2, linewidth=1.1, **look)
+    axes.plot([arm.root_kl] * 2, np.clip((low, high), bottom, top), linewidth=1.1, **look)
+    for is_beyond, x, y, arrow in (
+        (root[1] > right, right, arm.value, ">"),
+        (low < bottom, arm.root_kl, bottom, "v"),
+        (high > top, arm.root_kl, top, "^"),
+    ):
+        if is_beyond:
+            axes.plot([x], [y], arrow, markersize=4, clip_on=False, **look)
+
+
+def _draw_numbers(axes: Axes, arms: Mapping[int, Arm], numbered: Sequence[int]) -> None:
+    """Write beside each arm its number, where neither another arm nor another number is near, if there is such a place."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    places = {
+        number: ((arm.root_kl - left) / (right - left) * _PANEL[0], (arm.value - bottom) / (top - bottom) * _PANEL[1])
+        for number, arm in arms.items()
+    }
+    taken = list(places.values())
+    for number in numbered:
+        x, y = places[number]
+        others = [other for other in taken if other != (x, y)] or [(x + 99, y)]
+        room = [min(math.dist((x + dx, y + dy), other) for other in others) for dx, dy in _BESIDE]
+        dx, dy = _BESIDE[max(range(len(room)), key=lambda at: min(room[at], _ENOUGH))]
+        taken.append((x + dx, y + dy))
+        place = (arms[number].root_kl, arms[number].value)
+        text = axes.annotate(str(number), place, (dx, dy), textcoords="offset points", zorder=5)
+        text.set(fontsize=7.5, ha="center", va="center")
+
+
+def _span(points: Floats, bars: Sequence[float], *, is_share: bool = False) -> tuple[float, float]:
+    """Ends of an axis with all points on it, and of the bars what does not flatten the rest; a share's within 0 and 1."""
     low, high = min(points), max(points)
     room = 0.6 * (high - low) or 0.1 * abs(high) or 1.0
     known = [end for end in bars if math.isfinite(end)]
     edge = 0.05 * (high - low + room)
-    return max(low - room, min([low, *known]) - edge), min(high + room, max([high, *known]) + edge)
+    ends = max(low - room, min([low, *known]) - edge), min(high + room, max([high, *known]) + edge)
+    return (max(ends[0], 0.0), min(ends[1], 1.0)) if is_share else ends
 
 
 # ---------------------------------------------------------------- a row for each arm
@@ -169,7 +191,14 @@ Rows = Sequence[tuple[str, Sequence[Mark] | str]]
 
 
 def rows_plots(
-    name: str, rows: Rows, xlabel: str, caption: str, *, level: float | None = None, legend: Mapping[str, Look] | None = None
+    name: str,
+    rows: Rows,
+    xlabel: str,
+    caption: str,
+    *,
+    level: float | None = None,
+    legend: Mapping[str, Look] | None = None,
+    is_share: bool = False,
 ) -> list[Plot]:
     """Return arms one below the other, in as many plots as it takes, all with the same axis.
 
@@ -180,6 +209,7 @@ def rows_plots(
         caption: of every plot.
         level: where a vertical line stands for "no difference", or for the reference.
         legend: what the marks are, where there are several kinds.
+        is_share: whether they are shares, which end at 0 and 1.
     """
     marks = [mark for _, found in rows if not isinstance(found, str) for mark in found]
     values = [value for mark in marks for value in (mark.centre, mark.low, mark.high, *mark.seeds)]
@@ -214,7 +244,7 @@ def rows_plots(
             for label, (colour, marker) in (legend or {}).items():
                 axes.plot([], [], color=colour, marker=marker, linestyle="none", label=plain(label, 28))
             axes.set_ylim(len(part) - 0.4, -0.6)
-            axes.set_xlim(low - room, high + room)
+            axes.set_xlim(*((max(low - room, 0), min(high + room, 1)) if is_share else (low - room, high + room)))
             axes.set_yticks(range(len(part)), [plain(label.replace(" with ", ", "), 40) for label, _ in part])
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="y", visible=False)
@@ -284,8 +314,9 @@ def seeds_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     spreads = sorted(arm.value_sd for arm in comparison.arms if not math.isnan(arm.value_sd))
     words = f" Standard deviation between seeds: median {spreads[len(spreads) // 2]:.3g}." if spreads else ""
     caption = f"{comparison.metric} of every run (ticks) and the mean of each arm.{words}"
-    level = None if math.isnan(comparison.reference) else comparison.reference
-    plots = rows_plots("seeds", rows, comparison.metric, caption, level=level) if rows else []
+    level, plots = None if math.isnan(comparison.reference) else comparison.reference, []
+    if rows:
+        plots = rows_plots("seeds", rows, comparison.metric, caption, level=level, is_share=comparison.is_share)
     return PageSection("seeds", "Spread between seeds", plots=plots, missing=missing)
 
 

@@ -41,19 +41,19 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
         counts = ", ".join(f"{rest.count(status)} {status}" for status in dict.fromkeys(rest))
         finished = len(sweep.runs) - len(rest)
         standing = f"Of {len(sweep.runs)} planned runs {finished} are finished; {counts}. All are named below."
-    remarks = [f"Warning: {remark.removesuffix('.')}." for remark in (comparison.remarks if comparison else [])]
-    sections = [_plan_section(sweep)]
+    alarms = [f"Warning: {remark.removesuffix('.')}." for remark in (comparison.remarks if comparison else [])]
+    sections = []
     if comparison is not None:
         sections += [
-            frontier_section(sweep, comparison),
-            equal_kl_section(comparison),
-            kappa_section(sweep),
-            seeds_section(sweep, comparison),
-            measures_section(sweep, comparison),
             _arms_section(sweep, comparison),
+            equal_kl_section(comparison),
+            frontier_section(sweep, comparison),
+            seeds_section(sweep, comparison),
+            kappa_section(sweep),
+            measures_section(sweep, comparison),
         ]
-        sections[1:1] = [_contrasts_section(comparison)] if comparison.contrasts else []
-    sections += [_runs_section(sweep), _limits_section(sweep)]
+        sections[:0] = [_contrasts_section(comparison)] if comparison.contrasts else []
+    sections += [_limits_section(sweep), _runs_section(sweep), _plan_section(sweep)]
     records: list[dict[str, Any]] = []  # of results.jsonl; what is not known is null
     for run in sweep.runs:
         measured = {"kl": run.row.kl, **run.row.metrics} if run.row else {}
@@ -70,7 +70,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
             "metrics": {key: value for key, value in measured.items() if math.isfinite(value)},
         })  # fmt: skip
     verdict = comparison.verdict if comparison else f"Nothing can be compared yet: {sweep.why_not}."
-    return Page(f"Sweep {folder.resolve().name}", verdict, [standing, *remarks], sections, records)
+    return Page(f"Sweep {folder.resolve().name}", verdict, [standing], sections, alarms, records)
 
 
 def _plan_section(sweep: SweepRecord) -> PageSection:
@@ -78,6 +78,7 @@ def _plan_section(sweep: SweepRecord) -> PageSection:
     loss = describe(recipe.loss, recipe.data.pair_columns)
     info = sweep.finished[0].info if sweep.finished else RunInfo()
     pairs, versions = info.pairs, info.versions
+    seeds = sorted({run.seed for run in sweep.runs})
     turned: dict[str, list[str]] = {}
     for run in sweep.runs:
         for key, value in (run.row.settings if run.row else {}).items():
@@ -89,12 +90,12 @@ def _plan_section(sweep: SweepRecord) -> PageSection:
         ("Base recipe's loss", loss.formula),
         ("Equals", loss.equals),
         ("Hyperparameters varied", "; ".join(f"{name} {', '.join(dict.fromkeys(values))}" for name, values in turned.items())),
-        ("Seeds", ", ".join(map(str, sorted({run.seed for run in sweep.runs})))),
+        ("Seeds", f"{len(seeds)} ({', '.join(map(str, seeds))})"),
         ("Runs", str(len(sweep.runs))),
         ("Versions", ", ".join(f"{key} {value}" for key, value in versions.items() if key != "platform")),
     ]
     folded = [("Base recipe", recipe_to_yaml(recipe).rstrip())]
-    return PageSection("plan", "What was run", facts=[row for row in rows if row[1]], folded=folded)
+    return PageSection("plan", "What was run", facts=[row for row in rows if row[1]], folded=folded, is_folded=True)
 
 
 def _contrasts_section(comparison: Comparison) -> PageSection:
@@ -260,7 +261,7 @@ def _runs_section(sweep: SweepRecord) -> PageSection:
             why = f" ({run.info.why})" if run.info.why else ""
             place = run.folder.relative_to(sweep.folder)
             missing.append(f"{place}: {run.info.status}{why}; start the same `pe-dpo sweep` again to go on with it.")
-    return PageSection("runs-table", "All runs", tables=tables, missing=missing)
+    return PageSection("runs-table", "All runs", tables=tables, missing=missing, is_folded=not missing)
 
 
 def _limits_section(sweep: SweepRecord) -> PageSection:

@@ -124,7 +124,7 @@ class RunInfo(BaseModel):
         found = self.made_with
         threads = "" if "threads" not in found else f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
         commit, changed, _ = str(found.get("commit", "")).partition("-dirty")
-        said = commit and f"pe-dpo at {commit[:12]}{' with changes' if changed else ''}"
+        said = commit and f"commit {commit[:12]} of pe-dpo{' with changes' if changed else ''}"
         return ", ".join(filter(None, (str(found.get("cpu", "")), threads, said)))
 
     def describe_skipped(self) -> str:
