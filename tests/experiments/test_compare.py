@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 import pe_dpo
 from pe_dpo.errors import UsageError
+from pe_dpo.experiments import summary
 from pe_dpo.experiments.compare import compare
 from pe_dpo.experiments.comparison import Comparison
 
@@ -132,6 +134,29 @@ def test_p_are_adjusted_over_all_points_that_were_compared(found: Comparison) ->
 def test_the_front_has_the_planted_winner_and_not_what_it_beats(found: Comparison) -> None:
     assert arm(found, "γ = 2β").pareto > 0.9
     assert all(0 <= one.pareto <= 1 for one in found.arms)
+
+
+def test_a_tie_has_no_best_and_a_share_at_its_end_says_what_to_use_instead(found: Comparison) -> None:
+    """300 pairs, so that one of them is 0.0033: 0.9967 is within one pair, 0.996 is not."""
+
+    def with_values(value: float) -> Comparison:
+        arms = [replace(one, value=value) for one in found.arms]
+        return replace(found, arms=arms, best=replace(found.best, value=value, optimism=0.0, corrected=value))
+
+    whole = with_values(1.0)
+    first, rest = summary.verdict(whole).split(". ", 1)
+    assert first == (
+        "accuracy/shift is exhausted: each of the 7 points has all 300 pairs right, so that none can be ahead on it; compare "
+        "on accuracy/policy or accuracy/policy_per_token or accuracy/shift_per_token instead"
+    )
+    assert rest == summary.verdict(found)
+    assert "all but one of 300 pairs, or more, right" in summary.verdict(with_values(1 - 1 / 300))
+    assert "exhausted" not in summary.verdict(with_values(0.996)) + summary.verdict(found)
+    names = "β = 0.4, the base recipe" if whole.arms[0].name == "β = 0.4" else whole.arms[0].name
+    line = summary.best_line(whole)
+    assert line.startswith(f"no point is best on accuracy/shift: {names}") and line.endswith(" are tied at 1.000, of 7 points")
+    assert "luck" not in line
+    assert summary.best_line(found).startswith("best of 7 points on accuracy/shift: γ = 2β, 0.")
 
 
 def test_the_best_is_named_with_its_luck(found: Comparison) -> None:

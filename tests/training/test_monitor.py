@@ -192,6 +192,15 @@ def test_at_the_end_stands_what_is_so_then_and_what_was_said_on_the_way(monitor)
     assert monitor.conclude(metrics(2.0, -5.0), has_moved=True)[0].startswith("step 20: both answers became less likely")
 
 
+def test_what_cost_most_of_the_result_is_said_first_whatever_was_found_first(monitor):
+    """50 and 60 nats over 20 tokens and a loss that rose: collapsed, fallen and overfitted in one; what is over comes last."""
+    monitor.said = {"dead": (5, "no pair pulls any more")}
+    said = [line.split()[0] for line in monitor.conclude(metrics(-60.0, -50.0), has_moved=False)]
+    assert said == ["nothing", "the", "both", "the", "step"]
+    chosen, loss = (line for line in monitor.conclude(metrics(-60.0, -50.0), has_moved=False) if line.startswith("the "))
+    assert chosen.startswith("the chosen answers lost 3.00 nats per token") and loss.startswith("the loss of the watched")
+
+
 def test_without_held_out_pairs_the_last_look_is_what_stands_at_the_end(monitor):
     monitor.look(10, {key.replace("eval_", "probe_"): value for key, value in evaluation(-1.0, -5.0).items()})
     assert len(monitor.conclude({}, has_moved=True)) == 1

@@ -56,7 +56,7 @@ def compare(
     than all points at once.
     """
     from pe_dpo.experiments.compare import compare as run
-    from pe_dpo.experiments.summary import power_lines
+    from pe_dpo.experiments.summary import best_line, power_lines
 
     found = run(
         list(targets),
@@ -81,11 +81,7 @@ def compare(
     for line in power_lines(found):
         console.say(line)
     if found.best is not None:
-        best = found.best
-        console.say(
-            f"best of {best.points} points: {best.name}, {best.value:.4f}; {best.optimism:.4f} of that is the luck of being "
-            f"picked, so expect {best.corrected:.4f}"
-        )
+        console.say(best_line(found))
     for remark in found.remarks:
         console.warn(f"{remark}")
 

@@ -30,6 +30,8 @@ def report(
     page, folder = output or target / "report.html", figures or target / "report"
     written = write_report(target, page, folder, metric=metric, baseline=baseline)
     console.say(written.verdict)
+    for line in written.alarms:
+        console.warn(line.removeprefix("Warning: "))
     for line in written.missing:
         console.say(f"not in it: {line}")
     console.say(f"{page}; {counted(len(written.plots), 'plot')} as PNG and table.md in {folder}")

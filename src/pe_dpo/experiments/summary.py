@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, Power, is_end
 from pe_dpo.metrics.bootstrap import Effect
-from pe_dpo.metrics.catalogue import Metric
+from pe_dpo.metrics.catalogue import COMPARED, Metric
 from pe_dpo.metrics.seed_variance import FEWEST_ARMS, FEWEST_SEEDS, pooled_over
 from pe_dpo.printable import counted
 from pe_dpo.recipe.names import SHORT_NAMES
@@ -25,6 +25,8 @@ _WORDS = {
     STEP: "early stopping",
     SCALE: "scaling",
 }
+TIE = 1e-9
+"""Up to which two values are the same number, computed in another order."""
 _MOST_NAMES = 6
 """In one sentence; the rest is counted."""
 
@@ -89,7 +91,50 @@ def verdict(found: Comparison) -> str:
         sentences.append("With one seed this holds for these runs, not yet for others of the same settings")
     if found.power is not None and found.is_share and not found.contrasts:
         sentences.append(_needed(found.power))
-    return ". ".join(sentences) + "."
+    return ". ".join([*filter(None, [exhaustion(found)]), *sentences]) + "."
+
+
+def exhaustion(found: Comparison) -> str:
+    """Return that a share is at its end for all points, so that nothing can differ on it, and what to use instead; else ""."""
+    ends = [arm for arm in found.arms if is_end(arm.settings)]
+    if not (found.is_share and found.pairs and len(ends) > 1 and min(arm.value for arm in ends) >= 1 - 1 / found.pairs - TIE):
+        return ""
+    measured = [run.metrics for run in found.runs if run.is_final]
+    others = [
+        key
+        for key, metric in COMPARED.items()
+        if key != found.metric
+        and metric.direction
+        and not metric.caution
+        and measured
+        and all(key in one and not (metric.is_share and one[key] >= 1 - 1 / found.pairs - TIE) for one in measured)
+    ]
+    instead = " or ".join(others[:3]) or "win_rate, with a scorer for the sampled answers, or harder pairs"
+    are_all = min(arm.value for arm in ends) > 1 - TIE
+    right = (
+        f"all {counted(found.pairs, found.unit)}" if are_all else f"all but one of {counted(found.pairs, found.unit)}, or more,"
+    )
+    return (
+        f"{found.metric} is exhausted: each of the {len(ends)} points has {right} right, so that none can be ahead on it; compare "
+        f"on {instead} instead"
+    )
+
+
+def best_line(found: Comparison) -> str:
+    """Return which point is best and how much of its lead is luck, or that the best are tied; empty where none was sought."""
+    best, form = found.best, ".3f" if found.is_share else ".4g"
+    if best is None:
+        return ""
+    tied = [
+        arm.name for arm in found.arms if is_end(arm.settings) and abs(arm.value - best.value) <= TIE * max(1, abs(best.value))
+    ]
+    if len(tied) > 1:
+        return f"no point is best on {found.metric}: {listed(tied)} are tied at {best.value:{form}}, of {best.points} points"
+    luck = f"{best.optimism:{form}}" if float(f"{best.optimism:{form}}") else f"{best.optimism:.1g}"
+    return (
+        f"best of {best.points} points on {found.metric}: {best.name}, {best.value:{form}}; {luck} of that is the luck of "
+        f"being picked, so expect {best.corrected:{form}}"
+    )
 
 
 def _needed(power: Power) -> str:

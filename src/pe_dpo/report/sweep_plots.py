@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pe_dpo.experiments.comparison import SCALE, Arm, Comparison, is_end
 from pe_dpo.experiments.summary import hyperparameter_name, setting_name
@@ -227,6 +228,7 @@ def rows_plots(
         height = 0.95 + 0.26 * len(part) + (0.25 if legend else 0.0)
         with panel("", "", width=WIDTH, height=height, columns=3) as (figure, axes):
             axes.set_xlabel(xlabel, loc="right")  # a long one has room below the names
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
             if level is not None:
                 axes.axvline(level, color=QUIET, linewidth=1)
             for at, (_, found) in enumerate(part):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.experiments.comparison import Comparison, RunRow
-from pe_dpo.experiments.summary import hyperparameter_name, power_lines
+from pe_dpo.experiments.summary import best_line, hyperparameter_name, power_lines
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
@@ -272,15 +272,8 @@ def _limits_section(sweep: SweepRecord) -> PageSection:
     comparison = sweep.comparison
     if comparison:
         sentences += [f"{line[:1].upper()}{line[1:]}; smaller ones may be there unseen." for line in power_lines(comparison)]
-    if comparison and comparison.best:
-        best = comparison.best
-        value, optimism, corrected = (
-            format(number, ".3f" if comparison.is_share else ".4g") for number in (best.value, best.optimism, best.corrected)
-        )
-        sentences.append(
-            f"The best of {best.points} points on {comparison.metric} is {best.name} with {value}; having been picked, it is "
-            f"expected to be {optimism} less good than it looks: {corrected}."
-        )
+    if comparison and (line := best_line(comparison)):
+        sentences.append(f"{line[:1].upper()}{line[1:]}.")
     missing = []
     if len({run.seed for run in sweep.runs}) == 1:
         missing.append("how much seeds matter: every point has one seed; add some with `pe-dpo sweep … --seeds 3`.")

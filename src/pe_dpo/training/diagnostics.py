@@ -11,6 +11,12 @@ from pe_dpo.recipe.loss_section import LossSection
 
 Metrics = Mapping[str, float]
 
+GRAVEST_FIRST = (
+    "frozen", "collapsed", "both_fell", "overfitted", "dead", "concentrated", "saturated", "satisfied_early", "length_drift",
+)  # fmt: skip
+"""The names of what is looked for, by how much of the result each can cost: first a run that came to nothing or did harm, then
+one that learned less than it could, then what it learned beside the point."""
+
 FEWEST_PAIRS = 30
 """Correlations and shares of pairs say nothing of fewer."""
 

@@ -17,7 +17,7 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter
-from pe_dpo.training.diagnostics import diagnose_pairs, diagnose_window
+from pe_dpo.training.diagnostics import GRAVEST_FIRST, diagnose_pairs, diagnose_window
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Monitor(TrainerCallback):
         return new
 
     def conclude(self, after: Mapping[str, float], *, has_moved: bool) -> list[str]:
-        """Return all remarks on a run that has ended: what is so at its end, and what was said on the way.
+        """Return all remarks on a run that has ended: what is so at its end, the gravest first, then what was said on the way.
 
         Args:
             after: The metrics of the monitored pairs now; empty: those of the last evaluation.
@@ -108,4 +108,4 @@ class Monitor(TrainerCallback):
                 "metrics.jsonl"
             )
         earlier = [f"step {step}: {text}" for name, (step, text) in self.said.items() if name not in final]
-        return [*earlier, *final.values()]
+        return [*(final[name] for name in sorted(final, key=GRAVEST_FIRST.index)), *earlier]

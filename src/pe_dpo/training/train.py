@@ -222,8 +222,8 @@ def _train(
         last = evaluated[1] if evaluated and evaluated[0] == trainer.state.global_step else trainer.score_monitored()
     after = pair_metrics(last, is_fixed_set=True) if last else {}
     updates = [weight for name, weight in trainer.model.named_parameters() if f"lora_B.{POLICY}" in name]
-    remarks += monitor.conclude(after, has_moved=any(bool(weight.any()) for weight in updates))
-    remarks += filter(None, [Run(writer.folder).info.describe_skipped()])
+    concluded = monitor.conclude(after, has_moved=any(bool(weight.any()) for weight in updates))
+    remarks = [*concluded, *filter(None, [Run(writer.folder).info.describe_skipped()]), *remarks]
     step = trainer.state.global_step
     best = trainer.best.summary(before) if trainer.best else None
     ended = trainer.best.describe_end() if trainer.best else ""
