@@ -115,8 +115,8 @@ def exhaustion(found: Comparison) -> str:
         f"all {counted(found.pairs, found.unit)}" if are_all else f"all but one of {counted(found.pairs, found.unit)}, or more,"
     )
     return (
-        f"{found.metric} is exhausted: each of the {len(ends)} points has {right} right, so that none can be ahead on it; compare "
-        f"on {instead} instead"
+        f"{found.metric} is exhausted: each of the {len(ends)} points has {right} right, so that none can be ahead on it; "
+        f"compare on {instead} instead"
     )
 
 
