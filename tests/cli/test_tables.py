@@ -144,7 +144,7 @@ def test_train_and_eval_show_whole_tables(at_80_columns, recipe_file, tmp_path) 
     sampled = ("--prompts", 8, "--max-new-tokens", 4, "--scale", "0.5", "--scorer", f"{scorer}:score")
     shown, out = at_80_columns("eval", tmp_path / "run", *sampled)
     assert "reward accuracy" in out
-    assert len(shown) == 6
+    assert len(shown) == 8
 
 
 def test_audit_shows_whole_tables_and_the_gamma_that_one_has_to_type(at_80_columns, recipe_file) -> None:
