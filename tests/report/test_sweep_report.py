@@ -85,7 +85,7 @@ def test_every_run_is_in_the_table_with_its_own_numbers(sweep, page) -> None:
         moved = now - (pairs["reference_chosen"] - pairs["reference_rejected"])
         assert (int(row["seed"]), row["status"], int(row["steps"])) == (point["seed"], "finished", 6)
         assert _float(row["accuracy/shift"]) == pytest.approx((moved > 0).mean(), abs=6e-5)
-        assert _float(row["acc. π"]) == pytest.approx((now > 0).mean(), abs=6e-4)
+        assert _float(row["accuracy, summed log-probs"]) == pytest.approx((now > 0).mean(), abs=6e-4)
         assert _float(row["loss"]) == pytest.approx(record["after"]["loss"], abs=6e-5)
         assert _float(row["KL, nats"]) == pytest.approx(_kl_by_prompt(run), abs=6e-5)
         assert _float(row["seconds"]) == round(record["seconds"])

@@ -169,6 +169,7 @@ def _package(target: Path, output: Path, settings: dict[str, Any], *, show: bool
 def _compare(target: Path, place: Path | None, settings: dict[str, Any], plan: dict[str, Any], *, show: bool) -> dict[str, Any]:
     from pe_dpo.merging.compare import compare_merges
     from pe_dpo.merging.source import describe_scale, open_source
+    from pe_dpo.metrics.catalogue import METRICS
     from pe_dpo.metrics.estimates import wilson_interval
 
     with open_source(target, **settings) as source:
@@ -183,7 +184,8 @@ def _compare(target: Path, place: Path | None, settings: dict[str, Any], plan: d
         share = "–" if kept is None else f"{kept:.3f}"
         rows.append([name, accuracy, f"{found.shift:+.4f}", relative, f"{found.nll:.4f}", share])
     if show:
-        header = ["", "accuracy", "shift", "rel. KL", "NLL", "ΔW kept"]
+        titles = METRICS["accuracy/policy"].title, METRICS["nll/chosen_per_token"].title
+        header = ["", titles[0], "preference shift, nats a pair", "relative KL", titles[1], "update kept"]
         scaled = f", {describe_scale(scale)}" if scale != 1 else ""
         console.show_table(f"{pairs} held-out pairs{scaled} (95 % Wilson intervals; nats)", header, rows)
     return {"scale": scale, "compared": [{"name": name, **found.to_dict(), "kept": kept} for name, found, kept in candidates]}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from pe_dpo.metrics.catalogue import WORTH
+from pe_dpo.metrics.catalogue import METRICS, WORTH
 from pe_dpo.metrics.estimates import wilson_interval
 from pe_dpo.metrics.quadrants import QUADRANTS
 from pe_dpo.metrics.table import PairTable
@@ -173,14 +173,14 @@ def learning_section(run: Run, pairs: PairTable | None) -> PageSection:
         ),
         (
             "reward-accuracy",
-            "share of pairs",
+            METRICS["rewards/accuracies"].title,
             0.5,
             _lines(run, "rewards/accuracies", "accuracy", GREEN, MARKERS[2]),
             "Reward accuracy: share of pairs whose chosen answer has the larger implicit reward.",
         ),
         (
             "policy-accuracy",
-            "share of pairs",
+            "accuracy",
             0.5,
             policy,
             "Accuracy of the policy itself: share of pairs with Δπ > 0, by summed log-probs and per token.",

@@ -8,6 +8,7 @@ from typing import Any
 from pe_dpo.experiments.comparison import Comparison, RunRow
 from pe_dpo.experiments.summary import best_line, hyperparameter_name, power_lines
 from pe_dpo.metrics.bootstrap import Effect
+from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.style import fmt
@@ -20,6 +21,9 @@ from pe_dpo.report.sweep_plots import (
 )
 from pe_dpo.report.sweep_record import SweepRecord
 from pe_dpo.runs.run import RunInfo
+
+ACCURACIES = ("accuracy/policy", "accuracy/policy_per_token")
+"""Metrics in the tables of arms and of runs, whichever is compared."""
 
 
 def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "beta") -> Page:
@@ -160,7 +164,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
             f"{arm.seeds_in_range} of {arm.seeds_compared}" if arm.seeds_compared else "–",
             fmt(arm.matched.p_adjusted, ".2g") if arm.matched else "–",
             fmt(arm.pareto, ".2f"),
-            *(fmt(_mean(measured, key), ".3f") for key in ("accuracy/policy", "accuracy/policy_per_token")),
+            *(fmt(_mean(measured, key), ".3f") for key in ACCURACIES),
             *([fmt(_mean(measured, "win_rate"), ".3f")] if has_wins else []),
             fmt(tokens, ".2f"),
             fmt(tokens - base_tokens, "+.2f"),
@@ -180,7 +184,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         "p (Holm)",
         "Pareto",
     ]
-    header += ["acc. π", "acc. π / token", *(["win rate"] if has_wins else [])]
+    header += [*(METRICS[key].title for key in ACCURACIES), *(["win rate"] if has_wins else [])]
     table = PageTable(
         "arms",
         f"{len(rows)} arms, means over seeds",
@@ -189,7 +193,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         f"{comparison.metric}: {comparison.title}; ± is the standard deviation between seeds. Δ at equal KL: minus "
         f"{comparison.baseline} at the same √KL, with {100 * comparison.confidence:g} % interval, never extrapolated; in "
         "range: for how many seeds. Pareto: share of replicates in which no other arm has as small a KL and as good a value. "
-        "acc. π: share of held-out pairs with Δπ > 0. Δ KL and Δ tokens: against the base recipe. Seconds: of training, mean. "
+        "Accuracy: share of held-out pairs with Δπ > 0. Δ KL, Δ tokens: against the base recipe. Seconds: of training, mean. "
         "– stands for what was not measured.",
     )
     return PageSection("arms-table", "Arms", tables=[table])
@@ -211,8 +215,8 @@ def _mean(rows: Sequence[RunRow], key: str) -> float:
 def _runs_section(sweep: SweepRecord) -> PageSection:
     """The table of all runs, of their earlier and scaled states, and the names of those that are not finished."""
     metric = sweep.comparison.metric if sweep.comparison else "accuracy/policy"
-    header = ["run", "seed", "status", "steps", metric, "KL, nats", "acc. π", "acc. π / token", "loss", "tokens", "entropy"]
-    header.append("seconds")
+    header = ["run", "seed", "status", "steps", metric, "KL, nats", *(METRICS[key].title for key in ACCURACIES)]
+    header += ["loss", "tokens", "entropy", "seconds"]
     rows = []
     for run in sweep.runs:
         kl = run.row.kl if run.row else math.nan
@@ -224,7 +228,7 @@ def _runs_section(sweep: SweepRecord) -> PageSection:
             str(run.info.step or "–"),
             fmt(value, ".4f"),
             fmt(kl, ".4f"),
-            *(fmt(run.measured(key), ".3f") for key in ("accuracy/policy", "accuracy/policy_per_token")),
+            *(fmt(run.measured(key), ".3f") for key in ACCURACIES),
             fmt(run.measured("loss"), ".4f"),
             fmt(run.measured("tokens"), ".2f"),
             fmt(run.measured("entropy_per_token"), ".3f"),
