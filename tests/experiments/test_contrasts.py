@@ -7,13 +7,15 @@ from typing import Any
 import fake_runs
 import numpy as np
 import pytest
+from scipy import stats
 
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments.compare import compare
 from pe_dpo.experiments.comparison import Comparison
 from pe_dpo.experiments.contrasts import contrasts_hash, largest_block, matching, read_contrast
+from pe_dpo.experiments.design import designs
 from pe_dpo.experiments.plan import make_plan, read_plan, save_plan
-from pe_dpo.metrics.bootstrap import holm
+from pe_dpo.metrics.bootstrap import Errors, holm, smallest_found
 from pe_dpo.recipe import recipe_from_yaml
 
 POINTS: list[dict[str, Any]] = [
@@ -79,6 +81,7 @@ def test_equivalence_is_two_one_sided_tests_and_their_interval(found: Comparison
     assert np.isnan([gamma.margin, gamma.p_equivalent, gamma.p_equivalent_adjusted]).all()
 
 
+@pytest.mark.slow
 def test_contrasts_of_two_data_sets_are_averaged(sweeps: list[Path], found: Comparison) -> None:
     """Each data set counts alike; variances add, and Satterthwaite's degrees of freedom with them."""
     both = compare(sweeps, metric="accuracy/shift", repeats=300, contrasts=[MIXOUT, GAMMA])
@@ -140,6 +143,7 @@ def test_every_seed_has_the_same_points() -> None:
     assert largest_block([set(), set()]) == ([], [])
 
 
+@pytest.mark.slow
 def test_contrasts_are_kept_with_their_hash_and_later_ones_and_seeds_are_recorded_as_such(tmp_path: Path) -> None:
     """Named with the plan: after 0 runs. Named again when six of twelve had finished: after six, as the seeds then added."""
     recipe = tmp_path / "recipe.yaml"
@@ -168,12 +172,53 @@ def test_contrasts_are_kept_with_their_hash_and_later_ones_and_seeds_are_recorde
     assert "beta=0.4 against base: named after 6 runs had finished" in found.remarks
     assert any(remark.endswith("seed 2 was added after 6 runs had finished; a look before that decision makes p smaller than "
                                "they are") for remark in found.remarks)  # fmt: skip
+    with pytest.raises(UsageError, match="dropout: no run that is compared is a point of one of its sides"):
+        compare([folder], metric="accuracy/shift", repeats=100, contrasts=["dropout"])
     content = json.loads((folder / "sweep.json").read_text())
     content["contrasts"][0]["contrast"] = "mixout=0.3"
     (folder / "sweep.json").write_text(json.dumps(content))
     assert any("not those of its hash" in remark for remark in compare([folder], metric="accuracy/shift", repeats=100).remarks)
 
 
-def test_a_contrast_without_points_is_refused(sweeps: list[Path]) -> None:
-    with pytest.raises(UsageError, match="dropout: no run that is compared is a point of one of its sides"):
-        compare(sweeps[:1], metric="accuracy/shift", repeats=100, contrasts=["dropout"])
+@pytest.mark.slow
+def test_a_plan_says_what_it_will_find(sweeps: list[Path], found: Comparison, tmp_path: Path) -> None:
+    """By hand for stated variances; from a sweep that was run, what compare says of it."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {base: a/base}\ndata: {train: pairs}\n")
+    grids, folder = [["beta=0.025,0.4"], ["mixout=0.3,0.5"], ["gamma=0"]], tmp_path / "new"
+    plan = make_plan(recipe, grids, folder=folder, seeds=[0, 1, 2], contrasts=["mixout"])
+    (_, of_300, _), words, comparisons = designs(plan)
+    alone, together, seeds = 0.06 / 300, 0.07 / 900, 0.01**2 / 3
+    errors = Errors(alone + together, alone, together, seeds, 300, 3)
+    assert (of_300.pairs, comparisons) == (300, 1)
+    assert of_300.alone == of_300.in_verdict == pytest.approx(smallest_found(errors), rel=1e-3)
+    assert words.startswith("a share; two runs rank 6% of the pairs differently in every seed")
+    open_plan = make_plan(recipe, grids, folder=folder, seeds=[0, 1, 2])
+    designed, words, comparisons = designs(open_plan, like=sweeps[0])
+    assert comparisons == 3
+    assert words == f"variances of {sweeps[0]}: 3 seeds, 120 pairs, {found.power.comparisons} comparisons"  # type: ignore[union-attr]
+    assert designed[0].alone == pytest.approx(found.power.smallest_found, rel=0.05)  # type: ignore[union-attr]
+    assert designed[0].with_two_more < designed[0].in_verdict
+    single, _, _ = designs(make_plan(recipe, grids, folder=folder))
+    assert np.isnan([single[0].alone, single[0].in_verdict]).all()
+    assert single[0].with_two_more > 0
+
+
+def test_power_is_that_of_the_verdict(found: Comparison) -> None:
+    """t of three seeds at .05 over the number of comparisons, by hand; without correction, and with two more seeds."""
+    power = found.power
+    assert power is not None
+    arms = [one.matched.errors for one in found.arms if one.matched and one.matched.errors.runs == 3]
+    prompts, alone, together, seeds = np.mean([one[:4] for one in arms], axis=0)
+    clusters, comparisons = arms[0].clusters, sum(one.matched is not None for one in found.arms)
+
+    def half(level: float, runs: int) -> float:
+        few, many = (stats.t.ppf(1 - level / 2, df) ** 2 for df in (runs - 1, clusters - 1))
+        fewer = 3 / runs
+        both = few * fewer * (seeds + together) + many * alone
+        return max(many * (alone + fewer * (prompts - alone if runs == 3 else together)), both) ** 0.5
+
+    assert power.comparisons == comparisons
+    assert power.smallest_found == pytest.approx(half(0.05, 3) + half(0.4, 3), rel=1e-6)
+    assert power.smallest_in_verdict == pytest.approx(half(0.05 / comparisons, 3) + half(0.4, 3), rel=1e-6)
+    assert power.with_two_more == pytest.approx(half(0.05 / comparisons, 5) + half(0.4, 5), rel=1e-6)

@@ -17,6 +17,7 @@ def experiments(random: np.random.Generator, arms: int, seeds: int, together: fl
     return sizes * (math.sqrt(together) * common + math.sqrt(1 - together) * own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "together"), [(3, 0.0), (3, 0.9), (5, 0.9)])
 def test_arms_that_scatter_together_are_called_different_in_at_most_five_percent(seeds: int, together: float) -> None:
     """A moderated t with d0 + d degrees of freedom, as limma has it for independent genes, errs in 8 to 17 % at .9."""

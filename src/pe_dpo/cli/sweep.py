@@ -5,11 +5,15 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pe_dpo.cli import console, options
+
+if TYPE_CHECKING:
+    from pe_dpo.experiments.plan import SweepPlan
 
 
 def sweep(
@@ -46,7 +50,12 @@ def sweep(
     engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="ray: on several GPUs or machines.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="With ray: runs at once.")] = None,
     set_: options.Settings = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="List the runs and stop.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="List the runs, say what they will be able to tell apart, and stop.")
+    ] = False,
+    like: Annotated[
+        Path | None, typer.Option(help="With --plan: the sweep whose variances are assumed; default: this one's, if run.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome, or the plan, as JSON.")] = False,
 ) -> None:
     """Train every point of a grid from one base with one reference pass; started again, it goes on where it was."""
@@ -83,6 +92,7 @@ def sweep(
     if plan_only:
         rows = [[point.name, str(point.seed)] for point in plan.points]
         console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
+        _show_design(plan, like)
         return
 
     console.start(is_silent=as_json)
@@ -105,6 +115,29 @@ def sweep(
             raise typer.Exit(128 + signals.received)
     if any(state.status != "finished" for state in states):
         raise typer.Exit(1)
+
+
+def _show_design(plan: "SweepPlan", like: Path | None) -> None:
+    """The questions with their hash, and what the design finds."""
+    from pe_dpo.experiments.contrasts import contrasts_hash
+    from pe_dpo.experiments.design import designs
+
+    if plan.contrasts:
+        console.show_table("contrasts", ["tested by themselves"], [[text] for text in plan.contrasts])
+        console.say(f"SHA-256 of the contrasts: {contrasts_hash(plan.contrasts)}")
+    found, words, comparisons = designs(plan, like=like)
+    seeds = len(plan.seeds)
+    together = f"; {comparisons} comparisons together (Holm)" if comparisons > 1 else ""
+    title = f"smallest difference found with 80 % power, points{together}\nassumed: {words}"
+    rows = []
+    for one in found:
+        sizes = one.alone, one.in_verdict, one.with_two_more
+        rows.append([f"{one.pairs:,}", *("" if math.isnan(size) else f"{100 * size:.1f}" for size in sizes)])
+    counted = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    header = ["held-out pairs", f"one test, {counted}", f"verdict, {counted}", f"verdict, {seeds + 2} seeds"]
+    console.show_table(title, header, rows)
+    if seeds == 1:
+        console.warn("one seed: what runs of other seeds would show is in no interval; a verdict takes --seeds 3, better 5")
 
 
 class _Progress:

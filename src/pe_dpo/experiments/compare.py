@@ -348,6 +348,7 @@ def find_power(tested: Sequence[Effect], metric: Metric[Any], *, rows: int, conf
         smallest_found=bootstrap.smallest_found(errors, confidence=confidence),
         smallest_in_verdict=bootstrap.smallest_found(errors, confidence=confidence, comparisons=count),
         with_two_more=bootstrap.smallest_found(more, confidence=confidence, comparisons=count) if more else math.nan,
+        errors=errors,
         seed_sd=(errors.seeds * seeds) ** 0.5,
     )
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pe_dpo.disk import json_without_nan
-from pe_dpo.metrics.bootstrap import Effect
+from pe_dpo.metrics.bootstrap import Effect, Errors
 
 STEP, SCALE, RUN = "step", "scale", "run"
 """Settings that are no recipe keys: where a run was stopped early, what its adapter was scaled by, and the folder of a run that
@@ -112,6 +112,8 @@ class Power:
     """Difference that the verdict says with 80 % power: after Holm's correction for all comparisons."""
     with_two_more: float
     """The same with two more seeds; NaN with one seed, whose spread is not known."""
+    errors: Errors
+    """Of an average comparison."""
     seed_sd: float
     """Of the difference, between seeds, apart from what their prompts bring in; NaN with one seed."""
 
@@ -193,6 +195,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it: numbers that are not finite become null."""
         found: dict[str, Any] = json_without_nan(asdict(self))
+        if found["power"] is not None:
+            del found["power"]["errors"]
         effects = [arm[key] for arm in found["arms"] for key in ("matched", "direct", "direct_kl")]
         for contrast in found["contrasts"]:
             effects += [contrast["effect"], *contrast["by_data_set"].values()]

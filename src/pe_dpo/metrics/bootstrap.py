@@ -324,6 +324,9 @@ def smallest_found(
 ) -> float:
     """Return the difference that a comparison with such errors finds with a chance of `power`.
 
+    The errors count as known. That few seeds tell theirs by chance costs little but where the level is very small: with three
+    seeds and 23 comparisons the chance is 68 % instead of 80 %, with five seeds, or four comparisons, 76 to 80 %.
+
     Args:
         errors: of one that was made.
         more: how many times as many prompts it shall have.
