@@ -17,8 +17,10 @@ import pyarrow.parquet
 from benchmarks.results import machine
 from benchmarks.study.designs import Part, parts
 from benchmarks.study.vale import question_of, reference_worth, worth
+from pe_dpo.experiments.plan import read_plan
 from pe_dpo.experiments.sweep import sweep
 from pe_dpo.metrics.table import AnswerTable, PairTable
+from pe_dpo.runs.files import SWEEP_FILE
 from pe_dpo.runs.run import Measurements, Run
 
 REFERENCE_SAMPLES = 64
@@ -44,9 +46,11 @@ def collect(name: str, folder: Path, out: Path = NUMBERS) -> None:
     shared: dict[str, Any] | None = None
     initial: dict[str, list[float]] = {}
     for part in parts(name):
-        plan = part.plan(folder / name)
-        for point in plan.points:
-            trained = Run(plan.folder / point.folder)
+        sweep_folder = folder / name / part.name / "sweep"
+        if not (sweep_folder / SWEEP_FILE).is_file():
+            continue
+        for point in read_plan(sweep_folder).points:
+            trained = Run(sweep_folder / point.folder)
             if not trained.info.is_finished:
                 continue
             for state in _states(trained):

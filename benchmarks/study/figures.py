@@ -1,0 +1,138 @@
+"""The figures of part two: who learns, and what it is worth; the post's table along training; the pull at equal KL."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.study import explicit
+from benchmarks.study.learning import LOGISTIC, arm, ends
+from benchmarks.study.measured import Measured, kappa
+from pe_dpo.report.style import BLUE, BROWN, GREEN, ORANGE, PURPLE, QUIET, SKY, VERMILLION, style
+
+COLOURS = {0.0: VERMILLION, 0.5: ORANGE, 1.0: GREEN, 2.0: SKY, 4.0: BLUE, 8.0: PURPLE}
+BINS = 8
+CELLS = {"both right": BLUE, "only π right": SKY, "only π0 right": ORANGE, "both wrong": VERMILLION}
+
+
+def draw(measured: Measured, folder: Path) -> list[Path]:
+    """Draw the figures of one experiment as PNG into a folder, and return their paths."""
+    with style():
+        made = {
+            "learning": {"who-learns": _who_learns, "table-along": _table_along},
+            "explicit": {"explicit-pull": _explicit_pull},
+        }
+        paths = []
+        for name, of_it in made.get(measured.name, {}).items():
+            paths.append(folder / f"{name}.png")
+            of_it(measured).savefig(paths[-1], dpi=130)
+        return paths
+
+
+def _who_learns(measured: Measured) -> Figure:
+    """How far pairs moved by what π0 says of them; and where the policy ends: KL and true win rate."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    found = {value: states for (link, value), states in ends(measured, "from-reference").items() if link == LOGISTIC}
+    order = np.argsort(measured.reference)
+    groups = np.array_split(order, BINS)
+    at = [measured.reference[group].mean() for group in groups]
+    left.axvspan(min(at) - 0.4, 0, color=VERMILLION, alpha=0.06, lw=0)
+    left.axvspan(0, max(at) + 0.4, color=BLUE, alpha=0.06, lw=0)
+    for value, states in found.items():
+        moves = np.array([[(one.delta - measured.reference)[group].mean() for group in groups] for one in states])
+        left.plot(at, moves.mean(axis=0), "o-", color=COLOURS[value], label=f"κ = {value:g}")
+        low, high = moves.min(axis=0), moves.max(axis=0)
+        left.fill_between(at, low, high, color=COLOURS[value], alpha=0.15, lw=0)
+    left.axhline(0, color=QUIET, lw=0.8)
+    left.set(xlim=(min(at) - 0.4, max(at) + 0.4), xlabel="what the reference says of a pair: Δ0, nats")
+    left.set(ylabel="how far training moved it toward chosen, nats", title="γ decides which pairs learn")
+    left.text(0.01, 0.02, "π0 ranks it wrong", transform=left.transAxes, color=VERMILLION)
+    left.text(0.99, 0.02, "π0 ranks it right", transform=left.transAxes, color=BLUE, ha="right")
+    left.legend(title="γ = κ·β", frameon=False)
+    means = []
+    for value, states in found.items():
+        kl, win = [one.kl.mean() for one in states], [100 * measured.win(one) for one in states]
+        right.plot(kl, win, ".", color=COLOURS[value], alpha=0.5)
+        means.append((np.mean(kl), np.mean(win)))
+        right.plot(*means[-1], "o", color=COLOURS[value], ms=9)
+        right.annotate(f"κ = {value:g}", means[-1], xytext=(8, 4), textcoords="offset points", color=COLOURS[value])
+    right.plot(*np.transpose(means), color=QUIET, lw=0.8, zorder=0)
+    right.set(xlabel="KL(π‖π0) of its answers, nats", ylabel="true win rate against π0, %", title="and what that is worth")
+    return figure
+
+
+def _table_along(measured: Measured) -> Figure:
+    """Shares of the four cells over the steps, from a start that is courteous and wrong, for three κ."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, value in zip(axes, (0.0, 1.0, 4.0), strict=True):
+        along: dict[int, list[list[float]]] = {}
+        for one in measured.states:
+            if one.part == "from-courteous" and arm(one) == (LOGISTIC, value):
+                along.setdefault(one.step, []).append(_cells(one.delta, measured.reference))
+                along.setdefault(0, []).append(_cells(measured.initial(one), measured.reference))
+        steps = sorted(along)
+        shares = 100 * np.array([np.mean(along[step], axis=0) for step in steps]).T
+        axis.stackplot(steps, shares, labels=CELLS, colors=CELLS.values(), alpha=0.85)
+        axis.set(title=f"κ = {value:g}", xlabel="step", xlim=(0, steps[-1]), ylim=(0, 100))
+    axes[0].set_ylabel("held-out pairs, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _cells(policy: np.ndarray, reference: np.ndarray) -> list[float]:
+    right, known = policy > 0, reference > 0
+    return [float(cell.mean()) for cell in (right & known, right & ~known, ~right & known, ~right & ~known)]
+
+
+def _explicit_pull(measured: Measured) -> Figure:
+    """True win rate over KL: the β dial, and what else pulls toward π0; γ = β and γ = 0."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axis, of_reference, title in zip(figure.subplots(1, 2, sharey=True), (1.0, 0.0), ("γ = β", "γ = 0"), strict=True):
+        _dials(axis, measured, of_reference)
+        axis.set(xlabel="√KL(π‖π0), √nats", title=title)
+        axis.axhline(50, color=QUIET, lw=0.8)
+    figure.axes[0].set_ylabel("true win rate against π0, %")
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def _dials(axis: Axes, measured: Measured, of_reference: float) -> None:
+    dials = {"β": ("loss.beta", GREEN, "o-"), "mixout": ("mixout.p", BLUE, "s--"), "dropout": ("adapter.dropout", SKY, "v:")}
+    for name, (key, colour, line) in dials.items():
+        of_dial = [one for one in measured.states if explicit.is_dial(one, key, of_reference) and one.part.startswith("ends")]
+        settings = {repr(one.settings.get(key)): None for one in of_dial if key == "loss.beta" or key in one.settings}
+        _line(
+            axis,
+            measured,
+            [[one for one in of_dial if repr(one.settings.get(key)) == which] for which in settings],
+            colour,
+            line,
+            name,
+        )
+    along = [one for one in measured.states if one.part.startswith("along") and kappa(one) == of_reference]
+    ends_of = [one for one in along if one.is_end]
+    stops = sorted({one.step for one in along if one.scale is None})
+    _line(
+        axis,
+        measured,
+        [[one for one in along if one.scale is None and one.step == step] for step in stops],
+        VERMILLION,
+        "D-",
+        "stopping early",
+    )
+    scales = sorted({one.scale for one in along if one.scale is not None})
+    _line(
+        axis, measured, [*([one for one in along if one.scale == scale] for scale in scales), ends_of], BROWN, "X-", "scaling"
+    )
+
+
+def _line(axis: Axes, measured: Measured, groups: list[list], colour: str, line: str, name: str) -> None:
+    points = sorted(
+        (np.mean([one.kl.mean() ** 0.5 for one in group]), 100 * np.mean([measured.win(one) for one in group]))
+        for group in groups
+    )
+    axis.plot(*np.transpose(points), line, color=colour, label=name, ms=6)
