@@ -4,12 +4,14 @@ docs/speed.md has a table of each command between two marks; the README the shor
 """
 
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ours import FULL_STACK
+from pe_dpo.recipe import find_recipe
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "speed.md"
@@ -23,7 +25,9 @@ SHAPES = {
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "nf4": "nf4"}
 CASES = ("train-8", "train-64", "train-500", "sweep")
-IN_README = (("hh", "fp32"), ("hh", "bf16"), ("hh", "nf4"), ("uf", "fp32"), ("uf-graph", "fp32"), ("long", "fp32"))
+IN_README = (("hh", "nf4"), ("uf", "fp32"), ("uf-graph", "fp32"), ("long", "fp32"))
+COMMANDS_IN_README = ("train-64", "sweep")
+RECIPES_IN_README = ("qwen3-0.6b-dpo", "qwen3-4b-dpo", "llama-3.1-8b-simpo", "gemma-2-9b-simpo")
 
 
 def table() -> str:
@@ -37,13 +41,23 @@ def table() -> str:
         for words in ("stored", "in step"):
             over = [_spread(found[f"ours, {words} over TRL {peer}"]) for peer in ("default", "best")]
             lines.append(f"| step, {SHAPES[shape]}, {DTYPES[dtype]}, reference {words} | {over[0]} | {over[1]} |")
-    for name in measured_cases():
+    for name in COMMANDS_IN_README:
         found = _load(f"commands-{name}")
         over = [_spread(found["ratios"][f"ours over TRL {peer}"]) for peer in ("default", "best")]
         lines.append(f"| {found['title']} | {over[0]} | {over[1]} |")
     peaks = _load("step-hh-fp32-m8k")
     shares = [peaks["peak_mib"][FULL_STACK] / peaks["peak_mib"][peaks[key]] for key in ("trl_default", "trl_best")]
     lines.append(f"| peak memory of the HH step beyond the model, as a share | {shares[0]:.2f} | {shares[1]:.2f} |")
+    return "\n".join(lines)
+
+
+def sizes_table() -> str:
+    """Return what the headers of some shipped recipes say, which `tools/recipe_headers.py` writes from their estimates."""
+    lines = ["| recipe | the smallest usual card | at least | hours on an RTX 4090 |", "|---|---|---|---|"]
+    for name in RECIPES_IN_README:
+        header = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
+        card, kind, needed, hours = re.findall(r"One (\d+ GB) GPU; ([^,]+), ([\d.]+ GB) at least; (.*) on an RTX", header)[0]
+        lines.append(f"| `{name}`, {kind} | {card} | {needed} | {hours} |")
     return "\n".join(lines)
 
 

@@ -48,11 +48,11 @@ def test_every_step_and_command_was_checked_before_it_was_timed():
             assert found["ratios"][f"ours over TRL {peer}"][1:] == pytest.approx([min(over), max(over)])
 
 
-def test_the_readme_has_what_ways_of_merging_keep(monkeypatch):
+def test_the_readme_has_what_the_headers_of_recipes_say_of_cards_and_hours(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.table import merge_table
+    from benchmarks.table import sizes_table
 
-    assert merge_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- sizes -->\n{sizes_table()}\n<!-- end -->" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_result_was_checked_for_agreement_before_it_was_timed():
