@@ -9,9 +9,11 @@ from benchmarks.study.measured import Measured
 from benchmarks.study.run import NUMBERS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "study-gamma-vs-mixout.md"
-REAL: dict[str, Callable[[], str]] = {f"{data}-moved": partial(real.moved_table, data) for data in real.DATA} | {
-    f"{data}-points": partial(real.points_table, data) for data in real.DATA
-}
+REAL: dict[str, Callable[[], str]] = (
+    {f"{data}-moved": partial(real.moved_table, data) for data in real.DATA}
+    | {f"{data}-points": partial(real.points_table, data) for data in real.DATA}
+    | {"pooled": real.pooled_table}
+)
 VALE: dict[str, dict[str, Callable[[Measured], str]]] = {
     "learning": {
         "learning-named": lambda one: "\n\n".join(learning.named(one)),

@@ -17,6 +17,7 @@ from pe_dpo.metrics.table import Floats
 DATA = ("politeness", "harmless")
 BETAS, KAPPAS = (0.5, 2.0, 8.0), (0.0, 0.5, 1.0, 2.0)
 METRICS = ("accuracy/shift_per_token", "accuracy/policy_per_token")
+CELLS = tuple((data, metric) for data in DATA for metric in METRICS)
 
 
 class Moved(NamedTuple):
@@ -71,20 +72,47 @@ def moved_table(data: str) -> str:
     return "\n".join(lines)
 
 
+DIALS = ("mixout", "dropout", "scale", "step")
+WITHIN = 2
+
+
 @cache
-def compared(data: str, metric: str) -> Comparison:
-    """Return what the tool says of all points of a data set."""
+def compared(data: str, metric: str, *, is_pooled: bool = False) -> Comparison:
+    """Return what the tool says of all points of a data set, or of each dial's points together."""
     from pe_dpo import compare
 
+    questions = [f"{dial} against beta within {WITHIN}" for dial in DIALS] if is_pooled else []
     with tempfile.TemporaryDirectory() as place:
         unpack(NUMBERS.parent / data, Path(place) / data)
-        return compare([Path(place) / data], metric=metric)
+        return compare([Path(place) / data], metric=metric, contrasts=questions)
+
+
+def pooled_table() -> str:
+    """Return each dial's points together against the β dial at equal KL: points, 95 % CI, and whether within 2."""
+    lines = [
+        "| all of a dial, minus β at equal KL | " + " | ".join(f"{data}, {_name(metric)}" for data, metric in CELLS) + " |"
+    ]
+    lines.append("|---|" + "---|" * len(CELLS))
+    found = [compared(data, metric, is_pooled=True).contrasts for data, metric in CELLS]
+    for number, dial in enumerate(DIALS):
+        cells = []
+        for contrasts in found:
+            effect = contrasts[number].effect
+            assert effect is not None, "every dial has points within β's KLs"
+            words = f"{100 * effect.estimate:+.1f} [{100 * effect.low:+.1f}, {100 * effect.high:+.1f}]".replace("-", "−")
+            cells.append(f"{words}{', within 2' if effect.p_equivalent < 0.05 else ''}")
+        lines.append(f"| {dial} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _name(metric: str) -> str:
+    return metric.split("/")[1].split("_")[0]
 
 
 def points_table(data: str) -> str:
     """Return every point: KL, and each metric with its paired difference from the β dial at equal KL, in points."""
     found = [compared(data, metric) for metric in METRICS]
-    head = " | ".join(f"{one.metric.split('/')[1].split('_')[0]} | at equal KL" for one in found)
+    head = " | ".join(f"{_name(one.metric)} | at equal KL" for one in found)
     lines = [f"| point | KL | {head} |", "|---|---|" + "---|---|" * len(found)]
     for arms in zip(*(one.arms for one in found), strict=True):
         cells = " | ".join(f"{100 * arm.value:.1f} | {_at_equal_kl(arm)}" for arm in arms)
@@ -130,7 +158,11 @@ def facts(data: str) -> dict[str, str]:
     without = [(grid[beta, 0.0], grid[beta, 1.0]) for beta in (2.0, 8.0)]
     fewer = [100 * (both.right - none.right).mean() for none, both in without]
     more = [100 * (none.wrong - both.wrong).mean() for none, both in without]
+    powers = [power for metric in METRICS if (power := compared(data, metric).power) is not None]
     return {
+        "smallest difference that the verdict finds": " and ".join(f"{100 * one.smallest_in_verdict:.0f}" for one in powers),
+        "that one test finds": " and ".join(f"{100 * one.smallest_found:.1f}" for one in powers),
+        "and with two more seeds": " and ".join(f"{100 * one.with_two_more:.1f}" for one in powers),
         "fall of the gap from κ = 0 to 2": f"{100 * falls.min():.0f} to {100 * falls.max():.0f}",
         "γ = 0 moves fewer that π0 has right": f"{min(fewer):.0f} to {max(fewer):.0f}",
         "γ = 0 moves more that π0 has wrong": f"{min(more):.0f} to {max(more):.0f}",
