@@ -1,4 +1,4 @@
-"""The figures of part two: who learns, and what it is worth; the post's table along training; the pull at equal KL."""
+"""The figures: who learns, and what it is worth; the post's table along training; the pull at equal KL."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.study import explicit
+from benchmarks.study import explicit, real
 from benchmarks.study.learning import LOGISTIC, arm, ends
 from benchmarks.study.measured import Measured, kappa
 from pe_dpo.report.style import BLUE, BROWN, GREEN, ORANGE, PURPLE, QUIET, SKY, VERMILLION, style
@@ -28,6 +28,27 @@ def draw(measured: Measured, folder: Path) -> list[Path]:
             paths.append(folder / f"{name}.png")
             of_it(measured).savefig(paths[-1], dpi=130)
         return paths
+
+
+def draw_who_moves(path: Path) -> None:
+    """Draw, for the real pairs at β = 2, which share moved toward chosen by what π0 says of them; one line for each κ."""
+    with style():
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        for axis, data in zip(figure.subplots(1, 2, sharey=True), real.DATA, strict=True):
+            for (beta, of_reference), found in sorted(real.grid_ends(data).items()):
+                if beta != 2:
+                    continue
+                groups = np.array_split(np.argsort(found[0].reference), 6)
+                at = [found[0].reference[group].mean() for group in groups]
+                shares = 100 * np.array([[(one.policy > one.reference)[group].mean() for group in groups] for one in found])
+                colour = COLOURS[of_reference]
+                axis.plot(at, shares.mean(axis=0), "o-", color=colour, label=f"κ = {of_reference:g}")
+                axis.fill_between(at, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.15, lw=0)
+            axis.axvline(0, color=QUIET, lw=0.8)
+            axis.set(title=data, ylim=(0, 100), xlabel="← π0 ranks it wrong      Δ0 per token, nats      π0 ranks it right →")
+        figure.axes[0].set_ylabel("held-out pairs moved toward chosen, %")
+        figure.axes[0].legend(title="γ = κ·β", loc="lower left")
+        figure.savefig(path, dpi=130)
 
 
 def _who_learns(measured: Measured) -> Figure:

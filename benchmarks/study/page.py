@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.study import explicit, learning, luck, real
+from benchmarks.study import explicit, figures, learning, luck, real
 from benchmarks.study.measured import Measured
 from benchmarks.study.run import NUMBERS
 
@@ -41,7 +41,7 @@ def tables() -> dict[str, str]:
 
 
 def write_page() -> None:
-    """Put every table into the page.
+    """Put every table into the page, and draw its figures beside it.
 
     Raises:
         ValueError: the page has no place for one of them.
@@ -54,3 +54,7 @@ def write_page() -> None:
         before, _, rest = text.partition(start)
         text = before + start + made + end + rest[rest.index("<!-- end -->") + len("<!-- end -->") :]
     PAGE.write_text(text, encoding="utf-8")
+    figures.draw_who_moves(PAGE.parent / "study" / "who-moves.png")
+    for experiment in VALE:
+        if (NUMBERS / f"{experiment}.json").is_file():
+            figures.draw(Measured(experiment), PAGE.parent / "study")

@@ -28,9 +28,16 @@ class Moved(NamedTuple):
     wrong: Floats
 
 
+class End(NamedTuple):
+    """The held-out pairs at the end of one run: preferences per token, nats."""
+
+    policy: Floats
+    reference: Floats
+
+
 @cache
-def moved(data: str) -> dict[tuple[float, float], Moved]:
-    """Return what moved by (β, κ) of the grid, at the end of runs."""
+def grid_ends(data: str) -> dict[tuple[float, float], list[End]]:
+    """Return the ends of runs by (β, κ) of the grid, one a seed."""
     folder = NUMBERS.parent / data
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     pairs = pyarrow.parquet.read_table(folder / "pairs.parquet")
@@ -42,16 +49,25 @@ def moved(data: str) -> dict[tuple[float, float], Moved]:
         - (pairs[f"{model}_rejected"].to_numpy() / pairs["rejected_lengths"].to_numpy())
         for model in ("policy", "reference")
     ]
-    found: dict[tuple[float, float], list[tuple[float, float]]] = {}
+    found: dict[tuple[float, float], list[End]] = {}
     for point in plan["sweep"]["points"]:
         settings = point["settings"]
         if set(settings) <= {"loss.beta", "loss.gamma"} and point["folder"] in rows:
             gamma, beta = settings.get("loss.gamma", "1x"), settings.get("loss.beta", 2.0)
             of_reference = float(gamma.removesuffix("x")) if isinstance(gamma, str) else gamma / beta
-            policy, reference = (delta[rows[point["folder"]]] for delta in deltas)
-            shares = [float((policy > reference)[among].mean()) for among in (reference > 0, reference < 0)]
-            found.setdefault((beta, of_reference), []).append((shares[0], shares[1]))
-    return {key: Moved(*np.array(shares).T) for key, shares in found.items()}
+            found.setdefault((beta, of_reference), []).append(End(*(delta[rows[point["folder"]]] for delta in deltas)))
+    return found
+
+
+@cache
+def moved(data: str) -> dict[tuple[float, float], Moved]:
+    """Return what moved by (β, κ) of the grid, at the end of runs."""
+    return {
+        key: Moved(
+            *(np.array([(one.policy > one.reference)[one.reference * side > 0].mean() for one in ends]) for side in (1, -1))
+        )
+        for key, ends in grid_ends(data).items()
+    }
 
 
 def gap(shares: Moved) -> Floats:
