@@ -44,6 +44,9 @@ def test_single_runs_are_compared_too(pe_dpo, sweep):
     done = pe_dpo("compare", *runs, "--metric", "accuracy/policy", "--repeats", 500)
     assert done.code == 0
     assert "minus the base recipe, each at its own KL" in done.out
+    apart = pe_dpo("compare", *runs, "--by", "reference", "--repeats", 100).out
+    assert "accuracy/shift where π0 ranks right and where wrong (by summed log-probs),\nin points with 95 % intervals" in apart
+    assert "wrong − right" in apart and "minus base's" in apart
     assert "warning: one seed" in done.out
 
 

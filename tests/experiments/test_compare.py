@@ -15,6 +15,8 @@ from pe_dpo.errors import UsageError
 from pe_dpo.experiments import summary
 from pe_dpo.experiments.compare import compare
 from pe_dpo.experiments.comparison import Comparison
+from pe_dpo.experiments.sides import compare_sides
+from pe_dpo.runs.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,50 @@ def test_planted_differences_are_found_and_said(found: Comparison) -> None:
     assert "2 points apart" in better
 
 
+@pytest.mark.slow
+def test_a_metric_is_told_apart_by_what_the_reference_ranks_right(sweep: Path) -> None:
+    """Both sides, the gap and the difference of gaps are those of the runs' own tables, seed by seed."""
+    found = compare_sides([sweep], metric="accuracy/shift", repeats=400, by="reference")
+
+    def shares(name: str, seed: int) -> tuple[float, float]:
+        table = Run(sweep / "runs" / name / f"seed-{seed}").pairs()
+        assert table is not None
+        moved, start = table.shift() > 0, table.delta("reference")
+        return float(moved[start > 0].mean()), float(moved[start < 0].mean())
+
+    base = [shares("base", seed) for seed in range(3)]
+    better = next(one for one in found.points if one.name == "γ = 2β")
+    ours = [shares("gamma=2x", seed) for seed in range(3)]
+    assert better.right.per_seed == pytest.approx([right for right, _ in ours])
+    assert better.wrong.per_seed == pytest.approx([wrong for _, wrong in ours])
+    assert better.gap.per_seed == pytest.approx([wrong - right for right, wrong in ours])
+    gaps = [(wrong - right) - (other - one) for (right, wrong), (one, other) in zip(ours, base, strict=True)]
+    assert better.gap_direct.per_seed == pytest.approx(gaps)
+    assert better.gap.low < better.gap.estimate < better.gap.high
+    assert (better.seeds, found.points[0].gap_direct, found.per_token) == ([0, 1, 2], None, False)
+    assert better.pairs == found.points[0].pairs and sum(better.pairs.values()) == 300
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert "errors" not in written["points"][0]["right"]
+
+
+def test_by_policy_each_run_has_its_own_sides_and_answers_have_none(tmp_path: Path) -> None:
+    sweep = fake_runs.write_sweep(
+        tmp_path / "s", [{}, {"loss.beta": 0.4}], seeds=(0,), pairs=30, prompts=20, steps=2, snapshots=0
+    )
+    found = compare_sides([sweep], repeats=100, by="policy")
+    assert found.metric == "accuracy/shift"
+    for one, name in zip(found.points, ("base", "beta=0.4"), strict=True):
+        table = Run(sweep / "runs" / name / "seed-0").pairs()
+        assert table is not None
+        moved, now = table.shift() > 0, table.delta("policy")
+        assert one.pairs == {"right": (now > 0).sum(), "wrong": (now < 0).sum()}
+        assert (one.right.estimate, one.wrong.estimate) == pytest.approx((moved[now > 0].mean(), moved[now < 0].mean()))
+    with pytest.raises(UsageError, match="`by` policy: parts held-out pairs, and win_rate is of sampled answers"):
+        compare_sides([sweep], metric="win_rate", by="policy")
+    with pytest.raises(UsageError, match="`by` base: must be one of reference, policy"):
+        compare_sides([sweep], by="base")  # type: ignore[arg-type]
+
+
 def test_all_runs_are_shown(sweep: Path, found: Comparison) -> None:
     assert len(found.runs) == 7 * 3 * 3
     assert sum(run.is_final for run in found.runs) == 21
@@ -173,9 +219,10 @@ def test_win_rates_are_compared_where_answers_were_scored(sweep: Path, tmp_path:
     unscored = fake_runs.write_sweep(tmp_path / "s", [{}, {"loss.beta": 0.4}], pairs=30, prompts=20, steps=2, scored=False)
     assert compare([unscored], repeats=200).metric == "accuracy/shift"
     per_token = [{"loss.reduce": "mean"}, {"loss.reduce": "mean", "loss.beta": 0.4}]
-    of_means = fake_runs.write_sweep(tmp_path / "m", per_token, pairs=30, prompts=20, steps=2, snapshots=0, scored=False)
-    assert compare([of_means], repeats=200).metric == "accuracy/shift_per_token"
-    assert compare([unscored, of_means], repeats=200).metric == "accuracy/shift"  # which all have, and none is about
+    small: dict[str, Any] = {"pairs": 30, "prompts": 20, "steps": 1, "snapshots": 0, "seeds": (0,), "scored": False}
+    of_means = fake_runs.write_sweep(tmp_path / "m", per_token, **small)
+    assert compare([of_means], repeats=100).metric == "accuracy/shift_per_token"
+    assert compare([unscored, of_means], repeats=100).metric == "accuracy/shift"
     with pytest.raises(
         UsageError, match=r"`metric` win_rate: .* has no score, reference_score of its answers; give pe-dpo eval"
     ):

@@ -68,7 +68,7 @@ def test_pairs_of_a_prompt_count_once_in_the_interval() -> None:
     copies = once.take(np.repeat(np.arange(20), 10))
     one, ten = (shares_by_side(table, "reference")["accuracy/shift"]["right"] for table in (once, copies))
     assert (one.pairs, ten.pairs) == (12, 120)
-    assert ten.share == one.share and ten.high - ten.low == pytest.approx(one.high - one.low, rel=0.1)
+    assert ten.share == one.share and 1 <= (ten.high - ten.low) / (one.high - one.low) < 1.2
 
 
 def test_an_empty_side_and_a_reference_that_was_not_run_are_said() -> None:

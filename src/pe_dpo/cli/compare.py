@@ -3,7 +3,7 @@
 import json as json_module
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -12,7 +12,9 @@ from pe_dpo.printable import printable_json
 
 if TYPE_CHECKING:
     from pe_dpo.experiments.comparison import Comparison
+    from pe_dpo.experiments.sides import Sides
     from pe_dpo.metrics.bootstrap import Effect
+    from pe_dpo.metrics.sides import By
 
 TARGETS = "Run folders, the folder of a sweep, or logs of TRL (trainer_state.json)."
 METRIC = (
@@ -27,6 +29,7 @@ CONTRAST = (
     "Sweeps of several data sets are averaged too."
 )
 POOL_SEEDS = "Take the variance between seeds from all points at equal KL together (moderated t), where they scatter alike."
+BY = "reference or policy: tell the metric apart where that model ranks a pair right and where wrong, with the gap."
 EQUIVALENT = "Points of a share (or units) that count as no difference: say what lies within them, too."
 
 
@@ -39,6 +42,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     contrast: Annotated[list[str] | None, typer.Option(help=CONTRAST)] = None,
     equivalent: Annotated[float | None, typer.Option(help=EQUIVALENT)] = None,
+    by: Annotated[str | None, typer.Option(help=BY)] = None,
     pool_seeds: Annotated[bool, typer.Option("--pool-seeds", help=POOL_SEEDS)] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -57,6 +61,7 @@ def compare(
     """
     from pe_dpo.experiments.compare import compare as run
     from pe_dpo.experiments.summary import best_line, power_lines
+    from pe_dpo.metrics.catalogue import METRICS
 
     found = run(
         list(targets),
@@ -69,12 +74,23 @@ def compare(
         equivalent=equivalent,
         pool_seeds=pool_seeds,
     )
+    sides = None
+    if by is not None:
+        from pe_dpo.experiments.sides import compare_sides
+
+        asked = metric or (None if METRICS[found.metric].kind == "answers" else found.metric)
+        sides = compare_sides(list(targets), by=cast("By", by), metric=asked, repeats=repeats, seed=seed, confidence=confidence)
     if json:
-        typer.echo(printable_json(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)))
+        parts = {"sides": sides.to_dict()} if sides else {}
+        typer.echo(
+            printable_json(json_module.dumps({**found.to_dict(), **parts}, indent=1, ensure_ascii=False, allow_nan=False))
+        )
         return
 
     console.say(found.verdict)
     _show_contrasts(found)
+    if sides:
+        _show_sides(sides)
     _show_arms(found)
     _show_direct(found)
     _show_runs(found)
@@ -105,6 +121,33 @@ def _show_contrasts(found: "Comparison") -> None:
     header = ["contrast", found.metric, f"{100 * found.confidence:g} % CI", "p (Holm)"]
     header += [f"{100 * (1 - 2 * level):g} % CI", "p of equivalence"] if any(row[4] for row in rows) else []
     console.show_table("contrasts, tested by themselves", header, [row[: len(header)] for row in rows])
+
+
+def _show_sides(found: "Sides") -> None:
+    """Each point where the reference, or the policy, ranks right and where wrong, and the gap."""
+    from pe_dpo.metrics.sides import RANKINGS, SIDES
+
+    scale, form, ends = (100, ".1f", ".0f") if found.is_share else (1, ".3g", ".3g")
+
+    def cell(one: "Effect | None", sign: str = "") -> str:
+        if one is None:
+            return "–"
+        interval = "one seed" if math.isnan(one.low) else f"{scale * one.low:{sign}{ends}}, {scale * one.high:{sign}{ends}}"
+        return f"{scale * one.estimate:{sign}{form}} [{interval}]"
+
+    name, rows, names = RANKINGS[found.by], [], []
+    for side in SIDES:
+        counts = {round(point.pairs[side], 1) for point in found.points}
+        names.append(f"{name} {side}{f' ({counts.pop():g})' if len(counts) == 1 else ''}")
+    for point in found.points:
+        more = ["", ""]
+        if point.gap_direct is not None:
+            more = [cell(point.gap_direct, "+"), _number(point.gap_direct.p_adjusted, ".3f")]
+        rows.append([point.name, cell(point.right), cell(point.wrong), cell(point.gap, "+"), *more])
+    way = "per token" if found.per_token else "by summed log-probs"
+    unit = "in points with" if found.is_share else "with"
+    title = f"{found.metric} where {name} ranks right and where wrong ({way}),\n{unit} {100 * found.confidence:g} % intervals"
+    console.show_table(title, ["point", *names, "wrong − right", "minus base's", "p (Holm)"], rows)
 
 
 def _show_arms(found: "Comparison") -> None:

@@ -40,7 +40,7 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key
 
 _NAMES = ("base", "data", "scorer", "prompts", "pairs", "max_new_tokens", "quantize", "onto", "dtype", "sft", "scale",
           "allow_base_mismatch", "output", "resume", "overwrite", "override", "best", "seeds", "engine", "metric", "baseline",
-          "repeats", "confidence", "seed", "gpu", "tokens")  # fmt: skip
+          "by", "repeats", "confidence", "seed", "gpu", "tokens")  # fmt: skip
 _FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMES} | {
     "folder": "--output",
     "grids": "--grid",

@@ -13,8 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pe_dpo.metrics.catalogue import METRICS, Metric
-from pe_dpo.metrics.estimates import wilson_interval
-from pe_dpo.metrics.reference_accuracy import independent_pairs
+from pe_dpo.metrics.estimates import pairs_worth, wilson_interval
 from pe_dpo.metrics.table import PairTable
 
 By = Literal["reference", "policy"]
@@ -39,9 +38,16 @@ class SideShare(NamedTuple):
         return "–" if math.isnan(self.share) else f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def of_side(table: PairTable, by: By, side: str) -> PairTable | None:
-    """Return the pairs that a model ranks right, or wrong; None where there are none."""
-    sign = np.sign(table.delta(by, per_token=table.reduce == "mean"))
+def of_side(table: PairTable, by: By, side: str, *, per_token: bool | None = None) -> PairTable | None:
+    """Return the pairs that a model ranks right, or wrong; None where there are none.
+
+    Args:
+        table: Of all pairs.
+        by: Whose ranking it is.
+        side: One of SIDES.
+        per_token: Whether by log-probs per token; None for as the loss has them.
+    """
+    sign = np.sign(table.delta(by, per_token=table.reduce == "mean" if per_token is None else per_token))
     rows = np.flatnonzero(sign == (1 if side == "right" else -1))
     return table.take(rows) if len(rows) else None
 
@@ -84,7 +90,4 @@ def _share(metric: Metric[PairTable], part: PairTable | None) -> SideShare:
         return SideShare(0, math.nan, math.nan, math.nan)
     assert metric.numerator is not None, "a share has rows"
     share = metric(part)
-    count = len(part)
-    if len({*part.prompt_key}) < count:
-        count = independent_pairs(metric.numerator(part), part.prompt_key)
-    return SideShare(len(part), share, *wilson_interval(share, count))
+    return SideShare(len(part), share, *wilson_interval(share, pairs_worth(metric.numerator(part), part.prompt_key)))
