@@ -12,7 +12,7 @@ from pe_dpo.printable import printable_json
 
 if TYPE_CHECKING:
     from pe_dpo.experiments.comparison import Comparison
-    from pe_dpo.experiments.sides import Sides
+    from pe_dpo.experiments.sides import SideComparison
     from pe_dpo.metrics.bootstrap import Effect
     from pe_dpo.metrics.sides import By
 
@@ -123,7 +123,7 @@ def _show_contrasts(found: "Comparison") -> None:
     console.show_table("contrasts, tested by themselves", header, [row[: len(header)] for row in rows])
 
 
-def _show_sides(found: "Sides") -> None:
+def _show_sides(found: "SideComparison") -> None:
     """Each point where the reference, or the policy, ranks right and where wrong, and the gap."""
     from pe_dpo.metrics.sides import RANKINGS, SIDES
 

@@ -45,7 +45,7 @@ class SidePoint:
 
 
 @dataclass(frozen=True)
-class Sides:
+class SideComparison:
     """What `compare_sides` found."""
 
     by: By
@@ -73,7 +73,7 @@ def compare_sides(
     repeats: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
-) -> Sides:
+) -> SideComparison:
     """Return a metric of runs, apart by what the reference or the policy ranks right and wrong.
 
     Args:
@@ -105,7 +105,7 @@ def compare_sides(
         settings = sorted(settings, key=lambda one: SCALE in one.settings)
         found = find_sides(usable, settings, chosen, by, per_token=per_token, repeats=repeats, seed=seed, confidence=confidence)
         points += [replace(one, name=f"{Path(name).name}: {one.name}") for one in found] if len(read) > 1 else found
-    return Sides(by, per_token, chosen.key, chosen.is_share, confidence, points)
+    return SideComparison(by, per_token, chosen.key, chosen.is_share, confidence, points)
 
 
 def find_sides(
