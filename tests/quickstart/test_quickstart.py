@@ -3,6 +3,7 @@
 import pytest
 from world import is_right, manners
 
+from pe_dpo.cli import console
 from pe_dpo.quickstart.demo import PAIRS, compare_answers, quickstart_recipe
 from pe_dpo.training.train import train
 
@@ -17,6 +18,25 @@ def test_the_recipe_stands_on_nothing_but_the_package_and_finds_a_free_folder(tm
     (runs / "quickstart").mkdir(parents=True)
     assert quickstart_recipe(runs=runs).output == str(runs / "quickstart-2")
     assert quickstart_recipe(["output=elsewhere"], runs=runs).output == "elsewhere"
+
+
+@pytest.mark.parametrize("remark", ["both answers became less likely than under the reference (…)", "saturated: …"])
+def test_the_command_explains_the_warning_with_which_it_ends_and_names_what_comes_next(monkeypatch, tmp_path, capsys, remark):
+    from pe_dpo.cli.quickstart import quickstart
+    from pe_dpo.quickstart import demo
+    from pe_dpo.training import train as room
+
+    folder = tmp_path / "a run"
+    result = room.TrainResult(folder, {}, {}, room.StartCheck(1, 0.0, 0.0, 0.0), 64, None, [remark])
+    monkeypatch.setattr(room, "train", lambda recipe, callbacks: result)
+    monkeypatch.setattr(demo, "quickstart_recipe", lambda overrides: None)
+    monkeypatch.setenv("COLUMNS", "80")
+    with console._until_the_command_ends:
+        quickstart()
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("no failure of this one" in said and "loss.sft_weight=0.1" in said) == remark.startswith("both answers")
+    assert said.index(f"warning: {remark}") < said.index("the run lies in")
+    assert all(f"pe-dpo {command} '{folder}'" in said for command in ("report", "merge", "serve"))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from pe_dpo.errors import ModelError, TrainingError
+from pe_dpo.progress import showing
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
@@ -208,10 +209,11 @@ def test_a_terminal_that_is_gone_does_not_keep_the_last_checkpoint_from_being_sa
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("typer.echo", gone)
-    terminal = console.Terminal(is_silent=False)
-    with console._logging_to(terminal):
+    terminal, work = console.Terminal(is_silent=False), set()
+    with console._logging_to(terminal), showing(lambda what, done, total: work.add(what)):
         result = train(make_recipe("train.max_steps=2"), callbacks=[progress_callback(terminal.live)])
     assert (result.folder / "checkpoint-2").is_dir()
+    assert "scoring, held-out pairs" in work  # else nothing would be shown while they are
 
 
 def test_a_run_that_fails_gives_the_signals_back(make_recipe):

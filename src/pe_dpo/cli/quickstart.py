@@ -59,9 +59,10 @@ def quickstart(
     if any(BOTH_FELL in remark for remark in result.remarks):
         console.show_lines([EXPLANATION])
     console.say(f"the run lies in {result.folder} ({time.perf_counter() - started:.0f} s); next:")
-    console.show_grid([
-        [f"pe-dpo report {quoted}", "all of this with plots, on a page"],
-        [f"pe-dpo merge {quoted} -o MODEL", "one model, proved to be what was trained"],
-        ["pe-dpo quickstart --gamma 0 --margin 1", "another loss"],
-        [f"pe-dpo serve {quoted}", "how it is loaded and served"],
-    ])  # fmt: skip
+    for command, words in (
+        (f"pe-dpo report {quoted}", "all of this with plots, on a page"),
+        (f"pe-dpo merge {quoted} -o MODEL", "one model, proved to be what was trained"),
+        ("pe-dpo quickstart --gamma 0 --margin 1", "another loss"),
+        (f"pe-dpo serve {quoted}", "how it is loaded and served"),
+    ):
+        console.say(f"  {command:<40}  # {words}")
