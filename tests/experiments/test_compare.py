@@ -144,7 +144,9 @@ def test_by_policy_each_run_has_its_own_sides_and_answers_have_none(tmp_path: Pa
     sweep = fake_runs.write_sweep(
         tmp_path / "s", [{}, {"loss.beta": 0.4}], seeds=(0,), pairs=30, prompts=20, steps=2, snapshots=0
     )
-    found = compare_sides([sweep], repeats=100, by="policy")
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl" / "trainer_state.json").write_text('{"log_history": [{"eval_loss": 0.7, "step": 2}]}')
+    found = compare_sides([sweep, tmp_path / "trl"], repeats=100, by="policy")  # a log of TRL has no pairs, and no part in it
     assert found.metric == "accuracy/shift"
     for one, name in zip(found.points, ("base", "beta=0.4"), strict=True):
         table = Run(sweep / "runs" / name / "seed-0").pairs()

@@ -15,6 +15,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.report.page import to_html
 from pe_dpo.report.sweep_report import report_sweep
 from pe_dpo.report.write import write_report
+from pe_dpo.runs.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +57,14 @@ def _float(text: str) -> float:
 
 def _sections(content):
     return {section.name: section for section in content.sections}
+
+
+def test_each_arm_is_told_apart_by_what_the_reference_ranks_right(sweep, page) -> None:
+    row = next(row for row in page.tables["sides"] if row[0] == "γ = 2β")
+    tables = [Run(sweep / "runs" / "gamma=2x" / f"seed-{seed}").pairs() for seed in range(3)]
+    for cell, is_side in zip(row[1:3], (lambda delta: delta > 0, lambda delta: delta < 0), strict=True):
+        shares = [(table.shift()[is_side(table.delta("reference"))] > 0).mean() for table in tables]
+        assert _float(cell.split(" [")[0]) == pytest.approx(100 * sum(shares) / 3, abs=0.06)
 
 
 def test_a_whole_sweep_misses_nothing_and_begins_with_the_verdict_of_compare(sweep, written) -> None:

@@ -99,12 +99,14 @@ def compare_sides(
     points: list[SidePoint] = []
     for name, observations in read.items():
         usable = [one for one in observations if one.pairs and one.pairs.has_reference and why_missing(chosen, one) is None]
-        if not usable:
-            raise UsageError(f"{name}: has no held-out pairs one by one with {chosen.key}; measure them with pe-dpo eval")
+        if not usable:  # logs of TRL, say, which have means alone
+            continue
         settings = [one for one in settings_of(usable) if STEP not in one.settings or set(one.settings) == {STEP}]
         settings = sorted(settings, key=lambda one: SCALE in one.settings)
         found = find_sides(usable, settings, chosen, by, per_token=per_token, repeats=repeats, seed=seed, confidence=confidence)
         points += [replace(one, name=f"{Path(name).name}: {one.name}") for one in found] if len(read) > 1 else found
+    if not points:
+        raise UsageError(f"`by` {by}: no run has held-out pairs one by one with {chosen.key}; measure them with pe-dpo eval")
     return SideComparison(by, per_token, chosen.key, chosen.is_share, confidence, points)
 
 

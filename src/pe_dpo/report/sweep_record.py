@@ -98,7 +98,8 @@ class SweepRecord:
             run = folder / point.folder
             row = rows.get(str(run))
             name = row.name if row else setting_name(point.settings)
-            self.runs.append(PlannedRun(name, point.seed, run, info, row, kappas.get(str(run), math.nan)))
+            seed = point.seed if row is None or row.seed is None else row.seed
+            self.runs.append(PlannedRun(name, seed, run, info, row, kappas.get(str(run), math.nan)))
 
     @property
     def finished(self) -> list[PlannedRun]:

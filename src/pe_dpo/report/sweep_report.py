@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pe_dpo.errors import UsageError
 from pe_dpo.experiments.comparison import Comparison, RunRow
+from pe_dpo.experiments.sides import compare_sides
 from pe_dpo.experiments.summary import best_line, hyperparameter_name, power_lines
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS
@@ -19,7 +21,7 @@ from pe_dpo.report.sweep_plots import (
     measures_section,
     seeds_section,
 )
-from pe_dpo.report.sweep_record import SweepRecord
+from pe_dpo.report.sweep_record import REPEATS, SweepRecord
 from pe_dpo.runs.run import RunInfo
 
 ACCURACIES = ("accuracy/policy", "accuracy/policy_per_token")
@@ -50,6 +52,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
     if comparison is not None:
         sections += [
             _arms_section(sweep, comparison),
+            _sides_section(folder, comparison),
             equal_kl_section(comparison),
             frontier_section(sweep, comparison),
             seeds_section(sweep, comparison),
@@ -210,6 +213,47 @@ def _kl_difference(found: Effect | None) -> str:
 def _mean(rows: Sequence[RunRow], key: str) -> float:
     values = [row.metrics.get(key, math.nan) for row in rows]
     return sum(values) / len(values) if values else math.nan
+
+
+def _sides_section(folder: Path, comparison: Comparison) -> PageSection:
+    """The metric of each arm where the reference ranks a pair right and where it ranks it wrong."""
+    title = "Where the reference is right, and where it is wrong"
+    metric = comparison.metric if METRICS[comparison.metric].kind == "pairs" else None
+    try:
+        found = compare_sides([folder], by="reference", metric=metric, repeats=REPEATS, confidence=comparison.confidence)
+    except UsageError as error:
+        return PageSection("sides", title, missing=[str(error)])
+    scale, form = (100, ".1f") if found.is_share else (1, ".3g")
+
+    def cell(one: Effect | None, sign: str = "") -> str:
+        if one is None:
+            return "–"
+        value, low, high = (fmt(scale * number, f"{sign}{form}") for number in (one.estimate, one.low, one.high))
+        return f"{value} (one seed)" if math.isnan(one.low) else f"{value} [{low}, {high}]"
+
+    rows = []
+    for one in found.points:
+        p = "–" if one.gap_direct is None else fmt(one.gap_direct.p_adjusted, ".2g")
+        rows.append([one.name, cell(one.right), cell(one.wrong), cell(one.gap, "+"), cell(one.gap_direct, "+"), p])
+    counts = found.points[0].pairs
+    way = "log-probs per token" if found.per_token else "summed log-probs"
+    table = PageTable(
+        "sides",
+        f"{found.metric}{', points,' if found.is_share else ''} by what π0 ranks right and wrong ({way})",
+        [
+            "arm",
+            f"π0 right ({counts['right']:g})",
+            f"π0 wrong ({counts['wrong']:g})",
+            "wrong − right",
+            "minus base's",
+            "p (Holm)",
+        ],
+        rows,
+        "One share of all pairs averages both sides, which may move apart. Means over seeds, with "
+        f"{100 * found.confidence:g} % intervals over prompts and seeds; the gap and its difference from the base recipe's are "
+        "paired by seed and prompt.",
+    )
+    return PageSection("sides", title, tables=[table])
 
 
 def _runs_section(sweep: SweepRecord) -> PageSection:
