@@ -38,3 +38,28 @@ def test_where_all_runs_failed_no_comparison_is_advised(pe_dpo, recipe_file, tmp
     assert "failed: runs/base/seed-0: " in done.out
     assert "1 of 1 runs failed; the same command again tries them once more" in done.out
     assert "pe-dpo compare" not in done.out
+
+
+@pytest.mark.slow
+def test_a_plan_shows_its_contrasts_and_what_it_will_find(pe_dpo, recipe_file, tmp_path):
+    """On a screen of 80 columns; a contrast without points is an error before anything is run."""
+    command = ("sweep", recipe_file, "--grid", "beta=0.1,0.2", "--also", "mixout=0.3", "-o", tmp_path / "sweep", "--plan")
+    done = pe_dpo(*command, "--seeds", 3, "--contrast", "mixout against beta within 2")
+    assert done.code == 0
+    assert "mixout against beta within 2" in done.out
+    assert "SHA-256 of the contrasts: " in done.out
+    lines = done.out.splitlines()
+    assert next(line for line in lines if line.startswith("│ 300")).split() == [
+        "│",
+        "300",
+        "│",
+        "7.0",
+        "│",
+        "7.0",
+        "│",
+        "4.9",
+        "│",
+    ]
+    missing = pe_dpo(*command, "--contrast", "dropout=0.5 against beta")
+    assert missing.code != 0
+    assert "the plan has no point of adapter.dropout=0.5" in missing.err

@@ -71,6 +71,11 @@ def test_the_reference_begins_the_line_where_the_metric_comes_near_it(sweep: Pat
     expected = early["pairs"]["accuracy/policy"] - np.interp(at, [0, end], ends)
     assert arm(by_policy, "early stopping at step 2").matched.per_seed[0] == pytest.approx(expected, abs=1e-12)
     assert by_policy.reference == nearest["pairs"]["accuracy/reference"]
+    assert arm(by_policy, "early stopping at step 2").seeds_on_chord >= 1
+    assert any(
+        remark.startswith("early stopping at step 2") and "held against a straight line from the reference itself" in remark
+        for remark in by_policy.remarks
+    )
     by_shift = compare([sweep], metric="accuracy/shift", repeats=200)
     assert math.isnan(by_shift.reference)
 

@@ -66,6 +66,9 @@ def test_a_contrast_is_the_mean_over_its_points_seed_by_seed_and_tested_among_co
     begin = "2 contrasts on accuracy/shift, named after runs were finished, tested together by themselves (Holm). "
     assert found.verdict.startswith(f"{begin}Mixout (mean of 2 points) minus β at equal KL: ")
     assert "γ = 0 minus the base recipe: " in found.verdict
+    assert found.power is not None
+    assert found.power.comparisons == 2
+    assert found.power.smallest_in_verdict > found.power.smallest_found
 
 
 def test_equivalence_is_two_one_sided_tests_and_their_interval(found: Comparison) -> None:
@@ -181,7 +184,7 @@ def test_contrasts_are_kept_with_their_hash_and_later_ones_and_seeds_are_recorde
 
 
 @pytest.mark.slow
-def test_a_plan_says_what_it_will_find(sweeps: list[Path], found: Comparison, tmp_path: Path) -> None:
+def test_a_plan_says_what_it_will_find(sweeps: list[Path], tmp_path: Path) -> None:
     """By hand for stated variances; from a sweep that was run, what compare says of it."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {base: a/base}\ndata: {train: pairs}\n")
@@ -194,18 +197,22 @@ def test_a_plan_says_what_it_will_find(sweeps: list[Path], found: Comparison, tm
     assert of_300.alone == of_300.in_verdict == pytest.approx(smallest_found(errors), rel=1e-3)
     assert words.startswith("a share; two runs rank 6% of the pairs differently in every seed")
     open_plan = make_plan(recipe, grids, folder=folder, seeds=[0, 1, 2])
+    power = compare(sweeps[:1]).power
+    assert power is not None
     designed, words, comparisons = designs(open_plan, like=sweeps[0])
     assert comparisons == 3
-    assert words == f"variances of {sweeps[0]}: 3 seeds, 120 pairs, {found.power.comparisons} comparisons"  # type: ignore[union-attr]
-    assert designed[0].alone == pytest.approx(found.power.smallest_found, rel=0.05)  # type: ignore[union-attr]
-    assert designed[0].with_two_more < designed[0].in_verdict
+    assert words == f"variances of {sweeps[0]}: 3 seeds, 120 pairs, {power.comparisons} comparisons"
+    assert comparisons == power.comparisons
+    assert (designed[0].alone, designed[0].in_verdict) == pytest.approx((power.smallest_found, power.smallest_in_verdict))
+    assert designed[0].with_two_more == pytest.approx(power.with_two_more)
     single, _, _ = designs(make_plan(recipe, grids, folder=folder))
     assert np.isnan([single[0].alone, single[0].in_verdict]).all()
     assert single[0].with_two_more > 0
 
 
-def test_power_is_that_of_the_verdict(found: Comparison) -> None:
+def test_power_is_that_of_the_verdict(sweeps: list[Path]) -> None:
     """t of three seeds at .05 over the number of comparisons, by hand; without correction, and with two more seeds."""
+    found = compare(sweeps[:1], metric="accuracy/shift", repeats=300)
     power = found.power
     assert power is not None
     arms = [one.matched.errors for one in found.arms if one.matched and one.matched.errors.runs == 3]

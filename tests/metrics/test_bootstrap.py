@@ -221,6 +221,37 @@ def test_what_one_seed_shows_is_no_difference_where_others_have_several() -> Non
     assert not any(one is None or math.isnan(one.p_adjusted) for one in alone)
 
 
+def test_a_difference_of_the_margin_is_called_equivalent_in_at_most_five_percent() -> None:
+    """300 experiments of five seeds whose true difference is the margin, above or below; one without a difference is found."""
+    per_seed, replicates = per_seed_and_replicates(np.random.default_rng(5), 300, 5, 60, (0.2, 1.0, 1.0))
+    margin = 0.5
+
+    def equivalent(shift: float) -> float:
+        found = [bootstrap.effect(per_seed[one] + shift, replicates[:, one] + shift, clusters=60) for one in range(300)]
+        tested = [bootstrap.tested_together([one], margins=[margin])[0] for one in found]
+        return float(np.mean([one is not None and one.p_equivalent < 0.05 for one in tested]))
+
+    assert equivalent(margin) <= 0.05 + 2.33 * math.sqrt(0.05 * 0.95 / 300)
+    assert equivalent(-margin) <= 0.05 + 2.33 * math.sqrt(0.05 * 0.95 / 300)
+    assert equivalent(0.0) > 0.5
+
+
+def test_the_mean_over_data_sets_errs_in_at_most_five_percent() -> None:
+    """200 pairs of data sets without a difference, three seeds each, one of which scatters thrice as much."""
+    parts = (1.0, 1.0, 1.0)
+    sets = [per_seed_and_replicates(np.random.default_rng(seed), 200, 3, 40, parts) for seed in (6, 7)]
+    false = []
+    for one in range(200):
+        effects = [
+            bootstrap.effect(size * per_seed[one], size * replicates[:, one], clusters=40)
+            for size, (per_seed, replicates) in zip((1.0, 3.0), sets, strict=True)
+        ]
+        pooled = bootstrap.mean_effect(effects)
+        assert 2 <= pooled.errors.seed_freedom <= 4
+        false.append(pooled.p < 0.05)
+    assert np.mean(false) <= 0.05 + 2.33 * math.sqrt(0.05 * 0.95 / 200)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 def test_standard_errors_are_those_of_repeated_experiments(parts: tuple[float, float, float]) -> None:

@@ -193,6 +193,12 @@ def _compare_data_set(
         )
         base = base_recipe(targets)
         assert base is not None, "there are runs"
+        answers = find_contrasts(
+            resampled, settings, contrasts, base, metric=chosen, confidence=confidence, equivalent=equivalent
+        )
+        asked = [one.effect for one in answers if one.effect is not None and not math.isnan(one.effect.p)]
+        if asked:
+            power = find_power(asked, chosen, rows=found.pairs, confidence=confidence)
         found = replace(
             found,
             baseline=summary.hyperparameter_name(axis),
@@ -202,9 +208,7 @@ def _compare_data_set(
             kl_prompts=resampled.kl_prompts,
             power=power,
             best=best,
-            contrasts=find_contrasts(
-                resampled, settings, contrasts, base, metric=chosen, confidence=confidence, equivalent=equivalent
-            ),
+            contrasts=answers,
         )
         if pool_seeds:
             remarks.append(summary.pool_remark([arm.matched for arm in arms]))

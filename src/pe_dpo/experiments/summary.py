@@ -157,13 +157,14 @@ def power_lines(found: Comparison) -> list[str]:
     if power is None or isnan(power.smallest_found):
         return []
     unit, scale = (" points", 100) if found.is_share else ("", 1)
-    together = f" among {power.comparisons} comparisons (Holm)" if power.comparisons > 1 else ""
+    what = "contrasts" if found.contrasts else "comparisons"
+    together = f" among {power.comparisons} {what} (Holm)" if power.comparisons > 1 else ""
     lines = [
         f"smallest difference that the verdict finds{together} with 80 % power, of {counted(power.seeds, 'seed')}: "
         f"{scale * power.smallest_in_verdict:.3g}{unit}"
     ]
     if power.comparisons > 1:
-        lines[0] += f"; one comparison by itself: {scale * power.smallest_found:.3g}{unit}"
+        lines[0] += f"; one {what.removesuffix('s')} by itself: {scale * power.smallest_found:.3g}{unit}"
     if not isnan(power.with_two_more):
         lines.append(f"with two more seeds the verdict would find {scale * power.with_two_more:.3g}{unit}")
     return lines
