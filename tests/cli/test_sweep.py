@@ -49,17 +49,8 @@ def test_a_plan_shows_its_contrasts_and_what_it_will_find(pe_dpo, recipe_file, t
     assert "mixout against beta within 2" in done.out
     assert "SHA-256 of the contrasts: " in done.out
     lines = done.out.splitlines()
-    assert next(line for line in lines if line.startswith("│ 300")).split() == [
-        "│",
-        "300",
-        "│",
-        "7.0",
-        "│",
-        "7.0",
-        "│",
-        "4.9",
-        "│",
-    ]
+    row = next(line for line in lines if line.startswith("│ 300"))
+    assert row.replace("│", "").split() == ["300", "7.0", "7.0", "5.0"]
     missing = pe_dpo(*command, "--contrast", "dropout=0.5 against beta")
     assert missing.code != 0
     assert "the plan has no point of adapter.dropout=0.5" in missing.err
