@@ -40,6 +40,12 @@ def _table(options: argparse.Namespace) -> None:
     print(table())
 
 
+def _claims(options: argparse.Namespace) -> None:
+    from benchmarks.claims import write
+
+    print(write())
+
+
 def _commands(options: argparse.Namespace) -> None:
     from benchmarks.commands import CommandSettings, run_commands, screen
 
@@ -253,6 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--seconds", type=float, default=520, help="of all checks together")
     card.add_argument("--out", type=Path, default=RESULTS / "gpu")
     card.add_argument("--check", help=argparse.SUPPRESS)
+    commands.add_parser("claims", help="write results/claims.json: every stated number with its source").set_defaults(
+        run=_claims
+    )
     commands.add_parser(
         "table", help="write docs/speed.md and docs/support.md and print the README's table, from the results"
     ).set_defaults(run=_table)

@@ -1,6 +1,7 @@
 """The study: its page holds what the kept numbers come to; what makes numbers of them is right where the answer is known."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,16 @@ PAGE = (Path(__file__).parents[1] / "docs" / "study-gamma-vs-mixout.md").read_te
 
 
 @pytest.mark.slow
-def test_the_page_has_the_tables_and_the_numbers_of_its_sentences():
+def test_the_page_has_the_tables_and_the_numbers_of_its_sentences_and_every_page_the_claims_that_are_kept_as_data():
+    from benchmarks.claims import FILE, ROOT, claims
     from benchmarks.study import real
     from benchmarks.study.page import tables
 
+    kept = json.loads(FILE.read_text(encoding="utf-8"))
+    assert kept == [one._asdict() for one in claims()]
+    assert len({one["id"] for one in kept}) == len(kept)
+    pages = {one["page"]: (ROOT / one["page"]).read_text(encoding="utf-8") for one in kept}
+    assert [one["id"] for one in kept if one["text"] not in " ".join(pages[one["page"]].split())] == []
     for name, table in tables().items():
         assert f"<!-- {name} -->\n{table}\n<!-- end -->" in PAGE, name
     words = " ".join(PAGE.split())

@@ -40,6 +40,21 @@ def tables() -> dict[str, str]:
     return made
 
 
+def source_of(name: str) -> str:
+    """Return the file with the command and the machine of a table's numbers, relative to the results."""
+    experiment = next((one for one, of_it in VALE.items() if name in of_it), None)
+    return (
+        f"study/vale/{experiment}.json"
+        if experiment
+        else f"study/{'harmless' if 'harmless' in name else 'politeness'}/plan.json"
+    )
+
+
+def facts() -> dict[str, dict[str, str]]:
+    """Return the numbers that the page's sentences take from each data set, as they stand there."""
+    return {data: real.facts(data) for data in real.DATA}
+
+
 def write_page() -> None:
     """Put every table into the page, and draw its figures beside it.
 

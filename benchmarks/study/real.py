@@ -128,7 +128,7 @@ def _name(metric: str) -> str:
 def points_table(data: str) -> str:
     """Return every point: KL, and each metric with its paired difference from the β dial at equal KL, in points."""
     found = [compared(data, metric) for metric in METRICS]
-    head = " | ".join(f"{_name(one.metric)} | at equal KL" for one in found)
+    head = " | ".join(f"{_name(one.metric)} | {_name(one.metric)} at equal KL" for one in found)
     lines = [f"| point | KL | {head} |", "|---|---|" + "---|---|" * len(found)]
     for arms in zip(*(one.arms for one in found), strict=True):
         cells = " | ".join(f"{100 * arm.value:.1f} | {_at_equal_kl(arm)}" for arm in arms)
