@@ -37,7 +37,7 @@ exclude_patterns = ["study/*"]
 html_theme = "furo"
 html_title = f"pe-dpo {release}"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
 

@@ -148,7 +148,7 @@ def test_every_target_extra_and_benchmark_that_a_page_names_is_there(monkeypatch
 def test_every_recipe_that_a_page_shows_is_one() -> None:
     """A part of one, too; a base and data are put in where the block leaves them out."""
     shown = [block for block in EVERY_BLOCK if block.language == "yaml" and "papers.md" not in block.where]
-    assert len(shown) > 5
+    assert len(shown) > 2
     for block in shown:
         indent = len(block.lines[0]) - len(block.lines[0].lstrip())
         text = "\n".join(line[indent:] for line in block.lines)
@@ -180,7 +180,7 @@ def test_each_paper_is_the_recipe_of_its_preset() -> None:
 
 def test_every_python_block_compiles_and_imports_what_is_there() -> None:
     shown = [block for block in EVERY_BLOCK if block.language == "python"]
-    assert len(shown) > 5
+    assert len(shown) > 2
     for block in shown:
         indent = len(block.lines[0]) - len(block.lines[0].lstrip())
         tree = ast.parse("\n".join(line[indent:] for line in block.lines).replace("…", "..."), block.where)
