@@ -148,7 +148,8 @@ class _Progress:
         from rich.live import Live
 
         self.live = Live(refresh_per_second=2) if Console().is_terminal else None
-        self.seen: set[str] = set()
+        self.seen: set[tuple[str, str]] = set()
+        """Folders and outcomes that were told."""
         self.before: int | None = None
         self.began = time.perf_counter()
 
@@ -164,7 +165,7 @@ class _Progress:
     def __call__(self, states: Sequence[Any]) -> None:
         """Show all points as they are now."""
         ended = [state for state in states if state.status in ("finished", "failed")]
-        self.before = len(ended) if self.before is None else self.before
+        is_first, self.before = self.before is None, len(ended) if self.before is None else self.before
         done, todo, left = len(ended) - self.before, len(states) - len(ended), ""
         if done and todo:
             minutes = (time.perf_counter() - self.began) / done * todo / 60
@@ -173,9 +174,9 @@ class _Progress:
         caption = f"{len(ended)} of {len(states)} runs{f', {failed} failed' if failed else ''}{left}"
         if self.live:
             self.live.update(_table(states, caption, self.live.console.width))
-        new = [state for state in ended if state.point.folder not in self.seen]
-        self.seen.update(state.point.folder for state in new)
-        if not self.live and self.seen and len(ended) > self.before:
+        new = [state for state in ended if (state.point.folder, _outcome(state)) not in self.seen]  # judged, it has another
+        self.seen.update((state.point.folder, _outcome(state)) for state in new)
+        if not self.live and not is_first:
             for state in new:
                 console.say(f"{state.point.folder}: {_outcome(state)}, {state.seconds:.0f} s; {caption}")
 

@@ -24,6 +24,7 @@ from pe_dpo.inference.drift import Questions
 from pe_dpo.inference.policy import Policy, SavedPolicy, default_device, load_policy
 from pe_dpo.inference.sampling import answer_text
 from pe_dpo.inference.scorer import TOKENS, choose_scorer
+from pe_dpo.log import quiet
 from pe_dpo.metrics.table import AnswerTable, Floats
 from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.progress import progress
@@ -171,7 +172,8 @@ def _load(run: Run) -> tuple[Policy, Any]:
     saved = SavedPolicy(run.folder)
     tokenizer, info = saved.tokenizer(), saved.inspect()
     assert saved.recipe is not None, "it is a run"
-    pairs = held_out_pairs(saved, saved.recipe, tokenizer, info.context_length, None)
+    with quiet():  # the run has said it
+        pairs = held_out_pairs(saved, saved.recipe, tokenizer, info.context_length, None)
     policy = load_policy(saved, info=info, tokenizer=tokenizer)
     saved.check_base(info, base_fingerprint(policy.model))
     return policy, pairs
