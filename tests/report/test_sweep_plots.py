@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from pe_dpo.experiments.compare import compare
+from pe_dpo.report.sweep_record import SweepRecord
 from pe_dpo.report.sweep_report import report_sweep
 
 pytestmark = pytest.mark.slow
@@ -56,6 +57,22 @@ def test_an_arm_on_the_frontier_is_where_the_comparison_has_it(plots, compared) 
     dial = sorted((arm.root_kl, arm.value) for arm in compared.arms if arm.is_baseline)
     assert np.transpose(lines["baseline"].get_data()).tolist() == [[0.0, compared.reference], *map(list, dial)]
     assert {text.get_text() for text in axes.texts} == {"1", "2", "3", "4", "5"}
+
+
+def test_all_of_a_share_is_within_its_axes_which_end_at_0_and_1(sweep, plots) -> None:
+    """Every line, bars with their ends, of the frontier and of the seeds; intervals of three seeds reach beyond 1 here."""
+    crosses = [value for _, value in SweepRecord(sweep, metric="accuracy/policy").crosses if value]
+    assert len(crosses) == 5
+    for name, way in (("frontier", "y"), ("frontier", "x"), ("seeds", "x")):
+        (axes,) = plots[name].figure.axes
+        low, high = getattr(axes, f"get_{way}lim")()
+        ends = np.concatenate([np.asarray(getattr(line, f"get_{way}data")(), float) for line in axes.lines])
+        known = ends[np.isfinite(ends)]
+        assert low <= known.min() <= known.max() <= high
+        assert way != "y" or 0 <= low < high <= 1
+    (axes,) = plots["frontier"].figure.axes
+    tops = {line.get_marker() for line in axes.lines if line.get_ydata()[0] == axes.get_ylim()[1]}
+    assert any(cross.high > axes.get_ylim()[1] for cross in crosses) == ("^" in tops)
 
 
 def test_every_run_is_a_dot_on_the_frontier(plots, compared) -> None:

@@ -51,6 +51,15 @@ def _rows(page, name: str) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
+def test_the_decision_comes_first_and_what_was_run_last(written) -> None:
+    content, _ = written
+    names = [section.name for section in content.sections]
+    assert names[:3] == ["arms-table", "equal-kl", "frontier"] and names[-2:] == ["runs-table", "plan"]
+    assert [section.name for section in content.sections if section.is_folded] == ["runs-table", "plan"]
+    assert dict(content.sections[-1].facts)["Seeds"] == "3 (0, 1, 2)"
+    assert all(alarm.startswith("Warning: ") for alarm in content.alarms) and len(content.alarms) > 0
+
+
 def _float(text: str) -> float:
     return float(text.replace("−", "-"))
 

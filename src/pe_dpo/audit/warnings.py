@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from pe_dpo.printable import counted
 from pe_dpo.recipe.describe import preference_names
 
 if TYPE_CHECKING:
@@ -114,5 +115,10 @@ def _doubts(audit: "Audit") -> list[Found]:
             "keep gamma where it is, or audit more pairs",
         ))  # fmt: skip
     if audit.prompts < FEW_PROMPTS:
-        found.append((f"{audit.prompts} prompts are few, so all intervals are rough", "audit on more pairs"))
+        found.append(
+            (
+                f"{counted(audit.prompts, 'prompt')} {'is' if audit.prompts == 1 else 'are'} few, so all intervals are rough",
+                "audit on more pairs",
+            )
+        )
     return found

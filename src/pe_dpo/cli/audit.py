@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pe_dpo.cli import console, options
-from pe_dpo.printable import printable_json
+from pe_dpo.printable import counted, printable_json
 
 if TYPE_CHECKING:
     from pe_dpo.audit.audit import Audit
@@ -53,7 +53,7 @@ def audit(
 
         files = save_audit_plots(found, plots)
         if not json:
-            console.say(f"{len(files)} plots as PNG in {plots}")
+            console.say(f"{counted(len(files), 'plot')} as PNG in {plots}")
     if json:
         typer.echo(printable_json(json_module.dumps(found.to_dict(), indent=1, ensure_ascii=False)))
         return
@@ -84,7 +84,7 @@ def _show_ranking(found: "Audit") -> None:
         row("… by the median deviation", lambda one: f"{one.robust_spread:.4g}"),
         row("correlation with |chosen| − |rejected|", lambda one: f"{one.length_correlation:.3f}"),
     ]
-    title = f"What the reference prefers: {found.pairs:,} pairs to train on, {found.prompts:,} prompts"
+    title = f"What the reference prefers: {counted(found.pairs, 'pair')} to train on, {counted(found.prompts, 'prompt')}"
     console.show_table(title, ["", "summed", "per token"], rows)
     console.say(f"{found.disagreement:.1%} of the pairs are right by one of the two and not by the other\n")
 

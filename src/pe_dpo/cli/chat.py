@@ -9,7 +9,7 @@ import typer
 
 from pe_dpo.cli import console
 from pe_dpo.interruption import Interrupted, listening
-from pe_dpo.printable import printable
+from pe_dpo.printable import counted, printable
 from pe_dpo.quantizations import QUANTIZATIONS, QUANTIZATIONS_IN_WORDS
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _answer_file(pair: "SideBySide", prompts: Any, output: Path | None) -> None:
             _show_scores(pair, one.scores)
     if output is not None:
         files = save_answers(found, output, loss=pair.loss)
-        console.say(f"{len(found)} prompts answered by base and tuned model: {files[0]}, {files[1]}")
+        console.say(f"{counted(len(found), 'prompt')} answered by base and tuned model: {files[0]}, {files[1]}")
     same = sum(one.answers["base"].ids == one.answers["tuned"].ids for one in found)
     gaps = {side: sum(one.scores[side].gap for one in found) / len(found) for side in ("base", "tuned")}
     console.say(

@@ -69,7 +69,7 @@ def check(
     lines = [
         *log.lines,
         f"reference: {reference}{'' if plan.loss.uses_reference else '; never run, since gamma is 0'}",
-        f"{counted(steps, 'optimizer step')} an epoch of {plan.train.pairs_per_step} pairs",
+        f"{counted(steps, 'optimizer step')} an epoch of {counted(plan.train.pairs_per_step, 'pair')}",
         *([f"sampled answers would be judged by {judged}"] if judged else []),
     ]
     console.say("\n".join(lines))

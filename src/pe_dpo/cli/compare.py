@@ -167,7 +167,8 @@ def _show_arms(found: "Comparison") -> None:
         rows.append([arm.name, *numbers, *matched, _number(100 * arm.pareto, ".0f", " %")])
     interval = f"{100 * found.confidence:g} % CI"
     header = ["point", "√KL", "value", "sd", "at equal KL", interval, "p (Holm)", "sd at equal KL", "on front"]
-    console.show_table(title, header, rows)
+    known = [at for at in range(len(header)) if at == 0 or any(row[at] for row in rows)]  # none could be matched, or one seed
+    console.show_table(title, [header[at] for at in known], [[row[at] for at in known] for row in rows])
 
 
 def _show_direct(found: "Comparison") -> None:

@@ -12,6 +12,7 @@ from pe_dpo.data import messages
 from pe_dpo.data.encoded import EncodedPairs, lengths, same_answers, same_prompts
 from pe_dpo.data.pairs import RowError
 from pe_dpo.errors import DataError
+from pe_dpo.printable import counted
 
 NAMED_ROWS = 20
 """Of the rows that something happened to, so many are named in files and errors."""
@@ -188,14 +189,14 @@ class DataReport:
         """Return for people what was read, how, and what there is of it, one fact a line; nothing about single rows."""
         files = list_names([f"{name} ({rows:,})" for name, rows in self.files.items()])
         unused = f"; not used: {list_names(self.unused_files)}" if self.unused_files else ""
-        lines = [f"read {self.rows_read:,} rows: {files}{unused}"]
+        lines = [f"read {counted(self.rows_read, 'row')}: {files}{unused}"]
         lines += [f"understood as {self.shape}"] if self.shape else []
         lines += [f"columns not read: {messages.list_names(self.unread_columns)}"] if self.unread_columns else []
         if self.template:
             clock = f", which writes the date: {self.template_date} here and whenever this run is evaluated"
             lines.append(f"written with {self.template}{clock if self.template_date else ''}")
         if self.kept:
-            lines.append(f"{self.kept:,} pairs to train on, {self.held_out:,} held out ({self.held_out_from})")
+            lines.append(f"{counted(self.kept, 'pair')} to train on, {self.held_out:,} held out ({self.held_out_from})")
         if any(len(self.sources) > 1 or source["pairs"] != source["trained_on"] for source in self.sources):
             trained = list_names([f"{one['trained_on']:,} of {one['pairs']:,} from {one['source']}" for one in self.sources])
             lines.append(f"pairs to train on: {trained}")

@@ -52,7 +52,8 @@ def audit_figures(found: "Audit") -> dict[str, Figure]:
             ("weight_wrong", VERMILLION, "--", "gradient where π0 is wrong"),
             ("effective", QUIET, ":", "effective share of pairs"),
         ):
-            axes.plot(kappas, [getattr(at, name) for at in found.curve], dashes, color=colour, label=words)
+            shares = [getattr(at, name) for at in found.curve]
+            axes.plot(kappas, shares, dashes, color=colour, label=words, clip_on=False)  # whole at 0 and 1 too
         _mark_recipe(axes, found)
         axes.set_ylim(0, 1)
     histogram = _preference_histogram(found, preference)

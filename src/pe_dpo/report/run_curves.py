@@ -254,9 +254,9 @@ def drift_section(run: Run) -> PageSection:
 
 
 def _measured_line(label: str, found: Sequence[tuple[int, float, float]], colour: str, marker: str) -> Line:
-    """The line through steps, means and their standard errors."""
+    """The line through steps, means and their standard errors, of what cannot be below 0."""
     steps, means, errors = (list(column) for column in zip(*found, strict=True))
-    ends = [(mean - 1.96 * error, mean + 1.96 * error) for mean, error in zip(means, errors, strict=True)]
+    ends = [(max(0.0, mean - 1.96 * error), mean + 1.96 * error) for mean, error in zip(means, errors, strict=True)]
     return Line(label, Curve(steps, means), colour, marker, intervals=ends)
 
 
