@@ -3,14 +3,16 @@
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import fake_runs
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from pyarrow import parquet
 
 from pe_dpo.experiments.compare import compare
-from pe_dpo.report.sweep_record import SweepRecord
+from pe_dpo.report import sweep_plots
 from pe_dpo.report.sweep_report import report_sweep
 
 pytestmark = pytest.mark.slow
@@ -59,20 +61,30 @@ def test_an_arm_on_the_frontier_is_where_the_comparison_has_it(plots, compared) 
     assert {text.get_text() for text in axes.texts} == {"1", "2", "3", "4", "5"}
 
 
-def test_all_of_a_share_is_within_its_axes_which_end_at_0_and_1(sweep, plots) -> None:
-    """Every line, bars with their ends, of the frontier and of the seeds; intervals of three seeds reach beyond 1 here."""
-    crosses = [value for _, value in SweepRecord(sweep, metric="accuracy/policy").crosses if value]
-    assert len(crosses) == 5
+def test_all_of_a_share_is_within_its_axes_and_these_within_0_and_1(plots) -> None:
+    """Every line, bars with their ends, of the frontier and of the seeds."""
     for name, way in (("frontier", "y"), ("frontier", "x"), ("seeds", "x")):
         (axes,) = plots[name].figure.axes
         low, high = getattr(axes, f"get_{way}lim")()
-        ends = np.concatenate([np.asarray(getattr(line, f"get_{way}data")(), float) for line in axes.lines])
+        lines = [line for line in axes.lines if line.get_transform() == axes.transData]  # not those that span the panel
+        ends = np.concatenate([np.asarray(getattr(line, f"get_{way}data")(), float) for line in lines])
         known = ends[np.isfinite(ends)]
+        assert len(known) > 10
         assert low <= known.min() <= known.max() <= high
-        assert way != "y" or 0 <= low < high <= 1
-    (axes,) = plots["frontier"].figure.axes
-    tops = {line.get_marker() for line in axes.lines if line.get_ydata()[0] == axes.get_ylim()[1]}
-    assert any(cross.high > axes.get_ylim()[1] for cross in crosses) == ("^" in tops)
+        assert (name == "frontier" and way == "x") or 0 <= low < high <= 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "arrows", "bar"),
+    [((0.62, 0.68), [], (0.62, 0.68)), ((0.5, 0.9), ["v", "^"], (0.6, 0.7)), ((0.65, 1.2), ["^"], (0.65, 0.7))],
+)
+def test_a_bar_that_goes_on_beyond_the_panel_ends_there_with_an_arrow(ends, arrows, bar) -> None:
+    axes = Figure().add_subplot()
+    axes.set(xlim=(0, 1), ylim=(0.6, 0.7))
+    sweep_plots._draw_cross(axes, SimpleNamespace(root_kl=0.5, value=0.66), [(0.4, 0.6), ends], {"color": "k"}, is_share=True)
+    across, up, *marks = axes.lines
+    assert list(across.get_xdata()) == [0.4, 0.6] and list(up.get_ydata()) == pytest.approx(bar)
+    assert [mark.get_marker() for mark in marks] == arrows
 
 
 def test_every_run_is_a_dot_on_the_frontier(plots, compared) -> None:
