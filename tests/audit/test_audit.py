@@ -329,6 +329,7 @@ def test_flips_beyond_any_run_are_warned_of():
     reference, keys = random_pairs()
     wide = reference._replace(chosen=20 * reference.chosen, rejected=20 * reference.rejected)
     assert "times as long to flip as with gamma 0" in warned(LossSection(), wide, keys)
+    assert "; use reduce: mean, or set reference_floor: 0" in warned(LossSection(), wide, keys)  # sd(Δ0) is above 1/β
 
 
 def test_few_prompts_are_warned_of():

@@ -81,11 +81,14 @@ def _dangers(audit: "Audit") -> list[Found]:
             "all",
             "bring gamma closer to beta, or lower both",
         ))  # fmt: skip
+    # With a spread like this each other γ would leave the gradient to one side.
+    is_wide = audit.loss.reduce == "sum" and audit.loss.beta * audit.ranking.spread > LARGEST_DELTA
+    lower = "use reduce: mean" if is_wide else "lower gamma"
     if not plan.never_flips > 0.5 and slower > SLOWEST_FLIP:
         found.append((
             f"half of the pairs that the reference ranks wrong take {slower:.0e} times as long to flip as with gamma 0, longer "
             "than any run",
-            f"lower gamma{', or set reference_floor: 0' if weight == 1 else ''}",
+            f"{lower}{', or set reference_floor: 0' if weight == 1 else ''}",
         ))  # fmt: skip
     return found
 

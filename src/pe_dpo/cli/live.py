@@ -81,9 +81,11 @@ class LiveLines:
         if self._screen is None:
             self._screen = Progress(WholeLine(), transient=True)
             self._screen.start()
-        if what not in self._tasks:
-            self._tasks[what] = self._screen.add_task(what, total=None, words=words, has_bar=done is not None)
-        self._screen.update(self._tasks[what], completed=done or 0, total=total or None, words=words)
+        how: dict[str, Any] = {"completed": done or 0, "total": total or None, "words": words}
+        if what in self._tasks:
+            self._screen.update(self._tasks[what], **how)
+        else:
+            self._tasks[what] = self._screen.add_task(what, **how, has_bar=done is not None)
 
     def tell(self, what: str, line: str) -> None:
         """Print a line where there is no terminal, unless one was printed for this work within the last half minute."""

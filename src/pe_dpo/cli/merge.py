@@ -135,7 +135,7 @@ def _show_held_out(report: dict[str, Any]) -> None:
         columns = [report["held_out"], *([report["noise_floor"]] if report["noise_floor"] else [])]
         rows.append([title, *("–" if one is None or one[key] is None else shape.format(one[key]) for one in columns)])
     pairs, moved = counted(report["held_out_pairs"], "held-out pair"), report["held_out"]["shift_trained"]
-    title = f"What it keeps of training, on {pairs}; {name} shift {moved:+.4f} nats a pair"
+    title = f"What it keeps of training, on {pairs}; {name} shift {moved:+.4f} nats"
     header = ["", "merged", *([f"{name}, {report['noise_floor_is']}"] if report["noise_floor"] else [])]
     console.show_table(title, header, rows)
     change = report["against_the_quantized_base"]
