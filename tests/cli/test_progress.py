@@ -1,11 +1,12 @@
 """How far long work is, told without a terminal."""
 
+import logging
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 
-from pe_dpo.cli import live
+from pe_dpo.cli import console, live
 
 
 def test_without_a_terminal_a_line_every_half_minute_says_how_far_how_quick_and_how_long(
@@ -81,3 +82,14 @@ def test_the_line_of_a_run_without_a_terminal_comes_every_half_minute_also_betwe
     steps = [int(line.partition("/")[0].removeprefix("step ")) for line in said]
     assert max(after - before for before, after in pairwise(steps)) <= 4
     assert said[-1] == "step 100/100  loss 0.0102  reward accuracy 0.50  17 min"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_long_line_is_folded_between_words_in_a_terminal_and_whole_in_a_file(monkeypatch, capsys, is_terminal):
+    monkeypatch.setenv("COLUMNS", "30")
+    handler = console.Terminal(is_silent=False)
+    handler.live.is_terminal = is_terminal
+    handler.emit(logging.LogRecord("pe_dpo", logging.WARNING, "", 0, "both answers became less likely than before", (), None))
+    said = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    folded = ["warning: both answers became", "less likely than before"]
+    assert said == (folded if is_terminal else [" ".join(folded)])

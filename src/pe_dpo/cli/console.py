@@ -120,7 +120,10 @@ class Terminal(logging.Handler):
             self.warnings.append(in_flags(record.getMessage()))
         if not self.is_silent:
             with suppress(OSError):  # as in `LiveLines.say`
-                typer.echo(self.lines[-1])
+                if self.live.is_terminal:
+                    show_lines([self.lines[-1]])  # between words; a file has each line whole
+                else:
+                    typer.echo(self.lines[-1])
 
 
 @contextmanager

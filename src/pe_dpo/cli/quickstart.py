@@ -53,16 +53,17 @@ def quickstart(
     result = train(recipe, callbacks=[progress_callback(terminal.live)])
     show_result(result)
     for question, expected, base, tuned in compare_answers(recipe, count=3) if result.after else []:
-        console.say(f"\nquestion  {question}\nchosen    {expected}\nbase      {base}\ntuned     {tuned}")
+        console.say()
+        console.show_grid([["question", question], ["chosen", expected], ["base", base], ["tuned", tuned]])
     quoted = shlex.quote(str(result.folder))
     console.say()
     if any(BOTH_FELL in remark for remark in result.remarks):
-        console.show_lines([EXPLANATION])
+        console.show_lines([f"{EXPLANATION}\n"])
     console.say(f"the run lies in {result.folder} ({time.perf_counter() - started:.0f} s); next:")
     for command, words in (
         (f"pe-dpo report {quoted}", "all of this with plots, on a page"),
-        (f"pe-dpo merge {quoted} -o MODEL", "one model, proved to be what was trained"),
+        (f"pe-dpo merge {quoted} -o MODEL", "one model, with a proof"),
         ("pe-dpo quickstart --gamma 0 --margin 1", "another loss"),
         (f"pe-dpo serve {quoted}", "how it is loaded and served"),
     ):
-        console.say(f"  {command:<40}  # {words}")
+        console.say(f"  {command:<38}  # {words}")
