@@ -19,6 +19,7 @@ from pe_dpo.experiments.comparison import Arm, Power
 from pe_dpo.experiments.resampled import Resampled, settings_of
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS
+from pe_dpo.metrics.estimates import mcnemar
 from pe_dpo.metrics.table import AnswerTable, PairTable
 from pe_dpo.runs.observations import Observation
 
@@ -192,3 +193,19 @@ def test_two_points_are_found_with_the_pairs_that_are_said_to_be_needed() -> Non
     large = small._replace(pairs=round(needed), prompts=round(needed * 2 / 3))
     found = [matched(experiment(random, large, seeds=[0], **{"γ = 0.5β": 0.02}))["γ = 0.5β"].p < 0.05 for _ in range(100)]
     assert 0.65 < np.mean(found) < 0.93
+
+
+def test_mcnemars_test_takes_the_pairs_of_a_prompt_as_one_draw() -> None:
+    """100 experiments of 15 prompts with 8 pairs that nearly always change sides together, and no change on the whole."""
+    random, single, clustered = np.random.default_rng(7), [], []
+    for _ in range(100):
+        shifts = [np.tile(random.normal(0, 1, 15), 8) + random.normal(0, 0.2, 120) for _ in range(2)]
+        runs = [
+            observation(settings, 0, shift, np.ones(15)) for settings, shift in zip(({}, {"run": "b"}), shifts, strict=True)
+        ]
+        changed = findings(runs)[0][1].mcnemar
+        assert changed is not None
+        clustered.append(changed["p"] < 0.05)
+        single.append(mcnemar(int(changed["gained"]), int(changed["lost"])) < 0.05)
+    assert np.mean(single) > 0.3
+    assert np.mean(clustered) <= most(0.05, 100)

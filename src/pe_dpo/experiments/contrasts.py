@@ -294,7 +294,8 @@ def find_contrasts(
 
 
 def _words(contrast: Contrast, points: Sequence[str]) -> str:
-    left = points[0] if len(points) == 1 else f"{_side_words(contrast.left)} (mean of {len(points)} points)"
+    left = points[0] if len(points) == 1 else _side_words(contrast.left)
+    left += f" (mean of {len(points)} points)" if len(points) > 1 else ""
     return f"{left} minus {_side_words(contrast.right)}{' at equal KL' if contrast.is_at_equal_kl else ''}"
 
 

@@ -319,7 +319,8 @@ def _limits_section(sweep: SweepRecord) -> PageSection:
     ]
     comparison = sweep.comparison
     if comparison:
-        sentences += [f"{line[:1].upper()}{line[1:]}; smaller ones may be there unseen." for line in power_lines(comparison)]
+        lines = [f"{line[:1].upper()}{line[1:]}." for line in power_lines(comparison)]
+        sentences += [*lines, "Smaller ones may be there unseen."] if lines else []
     if comparison and (line := best_line(comparison)):
         sentences.append(f"{line[:1].upper()}{line[1:]}.")
     missing = []
