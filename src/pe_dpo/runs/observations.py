@@ -154,14 +154,21 @@ def base_recipe(targets: Sequence[str | Path]) -> Recipe | None:
 
 
 def data_sets(targets: Sequence[str | Path]) -> list[list[Path]]:
-    """Return targets by what their runs are measured on: those of one base and one set of held-out pairs together."""
+    """Return targets by what their runs are measured on: those of one base and one set of held-out pairs together.
+
+    Logs of TRL, which do not say it, are with the first.
+    """
     found: dict[tuple[Any, ...], list[Path]] = {}
+    logs = []
     for target in map(Path, targets):
         sweep = (target / SWEEP_FILE).is_file()
-        runs = _runs_of_sweep(target, []) if sweep else [Run(target)] if (target / RUN_FILE).is_file() else []
-        known = runs[0].info.hashes.inputs if runs else {}
+        if not sweep and not (target / RUN_FILE).is_file():
+            logs.append(target)
+            continue
+        known = (_runs_of_sweep(target, []) if sweep else [Run(target)])[0].info.hashes.inputs
         found.setdefault(tuple(known.get(key) for key in ("base", "held_out")), []).append(target)
-    return list(found.values())
+    first, *others = found.values() or [[]]
+    return [[*first, *logs], *others]
 
 
 def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Run]:
