@@ -7,6 +7,7 @@ of papers lies in docs/papers.md as it is, and `--write` writes it anew.
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -61,7 +62,10 @@ def commands() -> str:
             needed = "**needed**" if one.required else ""
             rows.append((shown, takes or "–", " ".join(filter(None, (_cell(getattr(one, "help", "") or ""), needed)))))
         options = table(("argument or option", "takes", "what it does"), rows) if rows else ""
-        parts.append(f"## {name}\n\n{_cell(command.help)}\n\n{options}")
+        said = [_cell(paragraph) for paragraph in command.help.split("\n\n")]
+        if command.epilog:
+            said.append(f"```text\n{command.epilog.strip().removeprefix('Example: ')}\n```")
+        parts.append("\n\n".join((f"## {name}", *said, options)))
     return "\n".join(parts)
 
 
@@ -137,16 +141,35 @@ def scripts() -> str:
     )
 
 
+BESIDE = (
+    "pe_dpo.data.prepare_pairs",
+    "pe_dpo.data.EncodedPair",
+    "pe_dpo.inference.policy.load_policy",
+    "pe_dpo.objective.Loss",
+    "pe_dpo.metrics.table.PairTable",
+    "pe_dpo.metrics.catalogue.Metric",
+    "pe_dpo.metrics.estimates.mean_change",
+)
+"""Names that scripts of one's own may want beside the public ones."""
+
+
 def api() -> str:
     """Return the directives by which Sphinx documents every public name of the package."""
     import pe_dpo
 
-    parts = []
-    for name in pe_dpo.__all__:
-        kind = "class" if inspect.isclass(getattr(pe_dpo, name)) else "function"
-        members = "   :members:\n" if kind == "class" else ""
-        parts.append(f"## {name}\n\n```{{eval-rst}}\n.. auto{kind}:: pe_dpo.{name}\n{members}```\n")
-    return "\n".join(parts)
+    return "\n".join(f"## {name}\n\n{_autodoc(f'pe_dpo.{name}')}" for name in pe_dpo.__all__)
+
+
+def beside() -> str:
+    """Return the directives for names that are not frozen."""
+    return "\n".join(_autodoc(name) for name in BESIDE)
+
+
+def _autodoc(name: str) -> str:
+    module, _, last = name.rpartition(".")
+    is_class = inspect.isclass(getattr(import_module(module), last))
+    kind, members = ("class", "   :members:\n") if is_class else ("function", "")
+    return f"```{{eval-rst}}\n.. auto{kind}:: {name}\n{members}```\n"
 
 
 def every_command() -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -214,7 +237,7 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("<", "\\<").replace("*", "\\*")
 
 
-PARTS = {one.__name__: one for one in (recipe_keys, recipes, commands, metrics, errors, scripts, api, papers)}
+PARTS = {one.__name__: one for one in (recipe_keys, recipes, commands, metrics, errors, scripts, api, beside, papers)}
 
 PAGE = Path(__file__).parents[1] / "docs" / "papers.md"
 BEGIN, END = "<!-- papers -->\n", "\n<!-- end -->\n"

@@ -229,6 +229,16 @@ def test_every_page_stands_in_the_table_of_contents_and_every_link_leads_somewhe
     assert found == []
 
 
+def test_pages_quote_of_quickstart_what_its_picture_shows() -> None:
+    picture = (ROOT / "docs" / "_static" / "quickstart.svg").read_text(encoding="utf-8")
+    starts = ("accuracy, summed", "reward accuracy ", "chosen, nats", "rejected, nats")
+    shown = [block for page in (TUTORIAL, ROOT / "docs" / "reading-a-run.md") for block in blocks(page)]
+    quoted = [line for block in shown for line in block.lines if line.startswith(starts)]
+    numbers = [number for line in quoted for number in re.findall(r"-?\d+\.\d+", re.sub(r"\[.*?\]", "", line))]
+    assert (len(quoted), len(numbers)) == (8, 16)
+    assert [number for number in numbers if number not in picture] == []
+
+
 LIGHT = ("recipes list", "recipes losses", "estimate", "serve", "sweep", "data pairs.jsonl", "data --recipe")
 """Beginnings of commands that load no weights; a sweep is listed, not run."""
 
