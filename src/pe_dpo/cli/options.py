@@ -46,6 +46,9 @@ _FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMES} | {
     "grids": "--grid",
     "overrides": "--set",
     "scales": "--scale",
+    "contrasts": "--contrast",
+    "equivalent": "--equivalent",
+    "like": "--like",
 }
 """The arguments of the library that its messages name in backticks, and the flags with which a person gives them."""
 

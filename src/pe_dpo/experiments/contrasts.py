@@ -301,7 +301,11 @@ def _words(contrast: Contrast, points: Sequence[str]) -> str:
 
 def _side_words(side: Side) -> str:
     """A side in words: "mixout = 0.3, 0.5 with γ = 0"."""
-    fixed = [f"{hyperparameter_name(key)} = {', '.join(values)}" for key, values in side.values.items()]
+    fixed = []
+    for key, values in side.values.items():
+        if key == "loss.gamma":
+            values = ["β" if value == "1x" else re.sub(r"x$", "β", value) for value in values]
+        fixed.append(f"{hyperparameter_name(key)} = {', '.join(values)}")
     return " with ".join([*map(hyperparameter_name, side.free), *fixed]) or "the base recipe"
 
 
