@@ -159,6 +159,9 @@ def test_eval_of_a_run_prints_the_tables_that_train_printed_word_for_word(pe_dpo
     tables = trained[1].out[trained[1].out.index(first) : trained[1].out.index(last)]
     tables = tables.partition("warning: ")[0]
     assert tables in done.out
+    said = " ".join(done.out.split())
+    for remark in json.loads((trained[0] / "run.json").read_text())["remarks"]:
+        assert f"warning: {remark}" in said
     for words in ("before", "after", "moved toward chosen", "reward accuracy", "only the policy ranks right (gained)"):
         assert words in tables
 

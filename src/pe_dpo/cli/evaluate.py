@@ -76,6 +76,12 @@ def evaluate(
         typer.echo(json_module.dumps(_report(found), indent=1))
         return
     _show(found)
+    if found.kind == "run":  # whose loss is known, as its warnings ask
+        from pe_dpo.runs.run import Run
+        from pe_dpo.training.diagnostics import GRAVEST_FIRST, diagnose_pairs
+
+        remarks = diagnose_pairs(found.metrics, found.before, Run(target).recipe.loss)
+        console.show_lines([f"warning: {remarks[name]}" for name in sorted(remarks, key=GRAVEST_FIRST.index)])
     if folder(found) is not None:
         console.say(f"written to {folder(found)}: evaluation.json has all {len(found.metrics)} metrics")
     if found.generation is None and found.metrics.get("accuracy/reference") is not None:
