@@ -164,7 +164,7 @@ def test_compare_shows_whole_tables(at_80_columns, tmp_path) -> None:
 
 def test_a_plan_of_a_sweep_is_a_whole_table(at_80_columns, recipe_file, tmp_path) -> None:
     shown, _ = at_80_columns("sweep", recipe_file, "--grid", "beta=0.1,0.2", "--plan", "-o", tmp_path / "sweep")
-    assert len(shown) == 1
+    assert len(shown) == 2
 
 
 @pytest.mark.slow
