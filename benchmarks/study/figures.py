@@ -25,6 +25,8 @@ def draw(measured: Measured, folder: Path) -> list[Path]:
         }
         paths = []
         for name, of_it in made.get(measured.name, {}).items():
+            if name == "table-along" and not ends(measured, "from-courteous"):
+                continue
             paths.append(folder / f"{name}.png")
             of_it(measured).savefig(paths[-1], dpi=130)
         return paths
@@ -78,7 +80,8 @@ def _who_learns(measured: Measured) -> Figure:
         right.plot(kl, win, ".", color=COLOURS[value], alpha=0.5)
         means.append((np.mean(kl), np.mean(win)))
         right.plot(*means[-1], "o", color=COLOURS[value], ms=9)
-        right.annotate(f"κ = {value:g}", means[-1], xytext=(8, 4), textcoords="offset points", color=COLOURS[value])
+        beside = {0.0: (-14, 10), 0.5: (-10, -18)}.get(value, (8, 4))
+        right.annotate(f"κ = {value:g}", means[-1], xytext=beside, textcoords="offset points", color=COLOURS[value])
     right.plot(*np.transpose(means), color=QUIET, lw=0.8, zorder=0)
     right.set(xlabel="KL(π‖π0) of its answers, nats", ylabel="true win rate against π0, %", title="and what that is worth")
     return figure

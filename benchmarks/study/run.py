@@ -37,7 +37,7 @@ def run(name: str, folder: Path) -> None:
 
 
 def collect(name: str, folder: Path, out: Path = NUMBERS) -> None:
-    """Write the numbers of all finished runs of an experiment, without a text.
+    """Write the numbers of all finished sweeps of an experiment, without a text.
 
     Raises:
         ValueError: states were measured on other pairs or prompts than the first one.
@@ -49,10 +49,11 @@ def collect(name: str, folder: Path, out: Path = NUMBERS) -> None:
         sweep_folder = folder / name / part.name / "sweep"
         if not (sweep_folder / SWEEP_FILE).is_file():
             continue
-        for point in read_plan(sweep_folder).points:
-            trained = Run(sweep_folder / point.folder)
-            if not trained.info.is_finished:
-                continue
+        points = [(point, Run(sweep_folder / point.folder)) for point in read_plan(sweep_folder).points]
+        if not all(trained.info.is_finished for _, trained in points):
+            print(f"{name}/{part.name}: is not finished and is left out")
+            continue
+        for point, trained in points:
             for state in _states(trained):
                 pairs, answers = _tables(state)
                 if shared is None:
