@@ -102,7 +102,8 @@ def _of_table(
                 if any(letter.isdigit() for letter in cell):
                     aim = aims.get((cells[0], column))
                     reached = None if aim is None else float(cell.split()[0]) >= aim
-                    row = cells[0] if number == 1 else f"{number}/{cells[0]}"
+                    first = cells[0] if made.count(f"\n| {cells[0]} |") <= 1 else f"{cells[0]}, {head[1]} {cells[1]}"
+                    row = first if number == 1 else f"{number}/{first}"
                     one = _claim(f"{name}/{row}/{column}", page, cell, sources.get(cells[0], source), status=status)
                     yield one._replace(aim=aim, is_reached=reached)
 
