@@ -121,7 +121,11 @@ def _show_design(plan: "SweepPlan", like: Path | None) -> None:
     """The questions with their hash, and what the design finds."""
     from pe_dpo.experiments.contrasts import contrasts_hash
     from pe_dpo.experiments.design import designs
+    from pe_dpo.experiments.plan import read_plan
+    from pe_dpo.runs.files import SWEEP_FILE
 
+    if (plan.folder / SWEEP_FILE).is_file():  # what was asked before is tested, too
+        plan = plan._replace(contrasts={**plan.contrasts, **read_plan(plan.folder).contrasts})
     if plan.contrasts:
         console.show_table("contrasts", ["tested by themselves"], [[text] for text in plan.contrasts])
         console.say(f"SHA-256 of the contrasts: {contrasts_hash(plan.contrasts)}")
