@@ -65,6 +65,9 @@ def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
         return lead(path.read_text(encoding="utf-8"), path.parent, here)
 
     text = PAGE.sub(whole_page, lead(source[0], here, here))
+    first, *parts = re.split(r"(?m)^(?=# )", text.removeprefix("# "))
+    if parts and "```" not in text:  # a page in parts is one page in the list of pages
+        text = "# " + first + "".join(re.sub(r"(?m)^#", "##", part) for part in parts)
     source[0] = GENERATED.sub(lambda mark: reference.PARTS[mark[1]](), text)
 
 
