@@ -1,7 +1,7 @@
 """Records what a command shows in a terminal of 80 columns, as it stands when it has ended, and writes it as SVG.
 
 `python tools/record_terminal.py docs/_static/quickstart.svg -- pe-dpo quickstart` (needs `pip install pyte rich`). Lines before
-`--from TEXT` are left out, as what a library says while it is loaded.
+`--from TEXT` and from `--until TEXT` on are left out.
 """
 
 import argparse
@@ -77,17 +77,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--from", dest="first", default="", help="the first line that is shown begins with it")
+    parser.add_argument("--until", dest="last", help="the first line that is not shown begins with it")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
     lines = as_text(record(options.command))
     start = next((number for number, line in enumerate(lines) if line.plain.startswith(options.first)), 0)
+    after = (number for number, line in enumerate(lines) if options.last and line.plain.startswith(options.last))
+    shown = lines[start : next(after, len(lines))]
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
-        for line in lines[start:]:
+        for line in shown:
             console.print(line, soft_wrap=True)
     title = " ".join(["$", Path(options.command[0]).name, *options.command[1:]])
     options.picture.write_text(console.export_svg(title=title), encoding="utf-8")
-    print(f"{options.picture}: {len(lines) - start} lines", file=sys.stderr)
+    print(f"{options.picture}: {len(shown)} lines", file=sys.stderr)
 
 
 if __name__ == "__main__":
