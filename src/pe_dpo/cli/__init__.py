@@ -47,7 +47,7 @@ GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """Devices of the drivers of NVIDIA, of Windows' Linux, and of AMD."""
 
 COMMANDS = (
-    (quickstart, "quickstart", "Train and explain a first run: embedded, offline, half a minute", "--gamma 0.5x"),
+    (quickstart, "quickstart", "Train and explain a first run: embedded, offline, about a minute", "--gamma 0.5x"),
     (convert, "convert", "Make a recipe of another tool's configuration", "trl_config.yaml -o recipe.yaml"),
     (data, "data", "Show what a data set trains, and all that looks off in it", "--recipe runs/quickstart/recipe.yaml"),
     (estimate, "estimate", "Say how much memory and time a run takes on a card", "qwen3-4b-dpo --gpu 'RTX 4090'"),

@@ -28,7 +28,7 @@ def quickstart(
     output: options.Output = None,
     set_: options.Settings = None,
 ) -> None:
-    """Train, evaluate and explain a run on an embedded model and data: offline, about half a minute on a CPU."""
+    """Train, evaluate and explain a run on an embedded model and data: offline, about a minute on a CPU."""
     from pe_dpo.quickstart.demo import compare_answers, quickstart_recipe
 
     started = time.perf_counter()
@@ -39,7 +39,7 @@ def quickstart(
     recipe = quickstart_recipe(turned)
     terminal = console.start()
     console.show_lines([
-        "a model of 1.4 M parameters, which is in this package, learns to answer politely from 1,000 pairs: half a minute on "
+        "a model of 1.4 M parameters, which is in this package, learns to answer politely from 1,000 pairs: about a minute on "
         "a CPU, nothing is downloaded"
     ])  # fmt: skip
     import torch
