@@ -52,9 +52,9 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
     if comparison is not None:
         sections += [
             _arms_section(sweep, comparison),
-            _sides_section(folder, comparison),
             equal_kl_section(comparison),
             frontier_section(sweep, comparison),
+            _sides_section(folder, comparison),
             seeds_section(sweep, comparison),
             kappa_section(sweep),
             measures_section(sweep, comparison),
