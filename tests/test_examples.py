@@ -80,6 +80,7 @@ def test_the_metric_stands_in_front_of_the_report(run):
     assert page.index("right by more than a nat") < page.index("What this cannot show")
 
 
+@pytest.mark.slow
 def test_mixout_at_one_is_the_base_and_at_zero_plain_lora(tiny_base):
     """Texts come round after three steps: under p = 1 the base answers, whose loss stays; without mixout it is learned."""
     script = example("mixout_anywhere")

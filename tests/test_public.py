@@ -5,6 +5,7 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import pe_dpo
@@ -40,11 +41,13 @@ def loaded_by(statement: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
 
 
+@pytest.mark.slow
 def test_importing_the_package_and_reading_a_run_load_no_torch() -> None:
     assert loaded_by("import pe_dpo") & {"torch", "numpy", "pydantic", "yaml"} == set()
     assert "torch" not in loaded_by("from pe_dpo import Run, load_recipe; Run('nowhere').info")
 
 
+@pytest.mark.slow
 def test_reports_and_comparisons_load_no_torch() -> None:
     modules = "pe_dpo.experiments.compare, pe_dpo.report.write, pe_dpo.report.sweep_report, pe_dpo.report.run_report"
     assert "torch" not in loaded_by(f"import {modules}")

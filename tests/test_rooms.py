@@ -101,6 +101,7 @@ def imported_when_run(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 @pytest.mark.parametrize("package", [ROOT, Path(__file__).parents[1] / "benchmarks"], ids=["pe_dpo", "benchmarks"])
+@pytest.mark.slow
 def test_no_two_modules_need_each_other(package: Path) -> None:
     """An import inside a function counts: it only puts off the question which of the two is below the other."""
     paths = {".".join(path.relative_to(package.parent).with_suffix("").parts): path for path in package.rglob("*.py")}
@@ -148,6 +149,7 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
     }
 
 
+@pytest.mark.slow
 def test_a_comparison_and_a_report_need_neither_torch_nor_training() -> None:
     """Transitively, in a process of its own: what a room imports may import more."""
     modules = [f"pe_dpo.{file.removesuffix('.py').replace('/', '.')}" for file in FILES if room(file) == "report"]

@@ -119,5 +119,6 @@ def found() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.slow
 def test_the_package_is_not_divided_more_finely_than_it_was(name: str, found: dict[str, float]) -> None:
     assert found[name] <= LIMITS[name]

@@ -390,6 +390,7 @@ def test_every_part_of_the_adapter_moved(run: Run) -> None:
     assert [name for name, weight in weights.items() if "lora_B" in name and not weight.any()] == []
 
 
+@pytest.mark.slow
 def test_the_run_is_finished_after_two_steps(run: Run) -> None:
     assert (run.record["status"], run.record["step"]) == ("finished", 2)
 

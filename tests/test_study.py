@@ -33,6 +33,7 @@ def test_the_page_has_the_tables_and_the_numbers_of_its_sentences_and_every_page
             assert value in words, (data, name, value)
 
 
+@pytest.mark.slow
 def test_contrasts_err_as_often_as_they_say_and_holm_adjusts_those_that_were_named_together():
     """4,000 draws of eight differences: 5 % of intervals leave a mean of 0 out; of a mean of d, 5 % are called within d."""
     random = np.random.default_rng(0)

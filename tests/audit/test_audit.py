@@ -168,6 +168,7 @@ def test_the_audit_tells_four_kappas_with_all_else_as_in_the_recipe():
     assert found.recipe.gamma == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_a_loss_per_token_is_audited_per_token():
     """Dividing by lengths beforehand and auditing sums of one token gives the same outlooks, scales and correlations."""
     reference, keys = random_pairs()
@@ -266,6 +267,7 @@ def test_scores_that_spread_too_wide_are_warned_of():
     assert "use reduce: mean" not in warned(LossSection(gamma="9x", beta=2.0, reduce="mean"), reference, keys)
 
 
+@pytest.mark.slow
 def test_what_endangers_the_result_most_is_what_is_recommended_first():
     """No gradient before everything, swapped labels before a wide spread; without either, to train, with what speaks for it."""
     reference, keys = random_pairs()
@@ -325,6 +327,7 @@ def test_a_hinge_that_leaves_most_wrong_pairs_is_warned_of():
     assert "stay wrong for good" in warned(LossSection(preset="rso", margin=0.1), reference, keys)
 
 
+@pytest.mark.slow
 def test_flips_beyond_any_run_are_warned_of():
     reference, keys = random_pairs()
     wide = reference._replace(chosen=20 * reference.chosen, rejected=20 * reference.rejected)

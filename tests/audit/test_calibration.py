@@ -143,6 +143,7 @@ def test_the_interval_is_that_of_resampling_one_prompt_at_a_time():
     assert found.interval == pytest.approx(np.quantile(scales, (0.025, 0.975)).tolist(), abs=0.12 * width)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_scale_as_often_as_it_says(monkeypatch):
     """95 % of 200 data sets of 150 pairs, give or take 3 standard errors (1.5 points each) and the percentiles' own bias."""
     monkeypatch.setattr(label_fit, "REPLICATES", 200)

@@ -112,6 +112,7 @@ def test_greedy_answers_are_those_of_transformers_generate(pair, side):
     assert [answer.text for answer in found] == wanted
 
 
+@pytest.mark.slow
 def test_taking_turns_changes_no_answer(pair, monkeypatch):
     """With no time for a turn, sides change after every token."""
     monkeypatch.setattr("pe_dpo.chat.side_by_side.SECONDS_PER_TURN", 0)
@@ -486,6 +487,7 @@ TRICKY = st.text(st.sampled_from("`~|#>-=*_[]()<!\\ \t\nab&;1."), max_size=30)
 
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(st.tuples(TRICKY, TRICKY, TRICKY), min_size=1, max_size=3))
+@pytest.mark.slow
 def test_no_text_can_break_the_markdown(texts):
     """A Markdown parser of its own finds each text whole, and the headings and tables of the report only."""
     with tempfile.TemporaryDirectory() as folder:

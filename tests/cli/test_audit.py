@@ -33,6 +33,7 @@ def test_the_tables_tell_reference_loss_and_gamma(audited):
         assert words in done.out
 
 
+@pytest.mark.slow
 def test_the_table_has_one_column_for_the_recipe_and_one_for_each_kappa(audited):
     (header,) = [line for line in audited[0].out.splitlines() if "recipe: 1x" in line]
     assert [cell.strip() for cell in header.split("┃")[2:-1]] == ["recipe: 1x", "κ = 0", "κ = 0.5", "κ = 1", "κ = 2"]
@@ -58,6 +59,7 @@ def test_json_is_all_that_is_printed(pe_dpo, recipe_file):
     assert [one["kappa"] for one in found["kappas"]] == [0, 0.5, 1, 2]
 
 
+@pytest.mark.slow
 def test_noise_has_a_table_of_its_own(pe_dpo, recipe_file):
     done = pe_dpo("audit", recipe_file, "--four-bit-noise")
     assert done.code == 0

@@ -78,6 +78,7 @@ def test_a_hopeless_mixout_is_pointed_at_as_json_too(pe_dpo, recipe_file):
     assert few_units.startswith("mixout.p 0.9 keeps 6.4 of the 64 input units of the narrowest layer on average")
 
 
+@pytest.mark.slow
 def test_an_adapter_to_start_from_is_named_as_the_reference(pe_dpo, recipe_file, trained):
     start = ["--set", f"adapter.start={trained[0]}", "--set", "adapter.reference=adapter"]
     assert f"reference: a frozen copy of {trained[0]}" in pe_dpo("check", recipe_file, *start).out.splitlines()

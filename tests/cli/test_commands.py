@@ -59,11 +59,13 @@ def commands(text):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_is_merged_by_the_command_that_training_ends_with(pe_dpo, recipe_file, tmp_path):
     done = pe_dpo("train", recipe_file, "-o", tmp_path / NAME)
     assert ["pe-dpo", "merge", str(tmp_path / NAME), "-o", "MODEL"] in commands(done.out)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_gone_on_with_by_the_command_that_it_ends_with(renamed, capsys):
     import typer
 

@@ -15,6 +15,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fake_runs.write_sweep(folder, settings, pairs=40, prompts=30, snapshots=1, steps=4, seeds=(0, 1))
 
 
+@pytest.mark.slow
 def test_the_verdict_comes_first_and_all_runs_after(pe_dpo, sweep):
     done = pe_dpo("compare", sweep, "--metric", "accuracy/shift", "--repeats", 500)
     assert (done.code, done.err) == (0, "")
@@ -29,6 +30,7 @@ def test_the_verdict_comes_first_and_all_runs_after(pe_dpo, sweep):
     assert re.search(r"\nno point is best on accuracy/shift: .* and .* are tied at 0\.663, of 5 points\n", done.out)
 
 
+@pytest.mark.slow
 def test_json_has_everything(pe_dpo, sweep):
     done = pe_dpo("compare", sweep, "--json", "--repeats", 500)
     found = json.loads(done.out)

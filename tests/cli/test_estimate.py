@@ -10,6 +10,7 @@ NAME = "llama-3.1-8b-dpo-norm"
 
 
 @pytest.mark.parametrize("gpu", ["24GB", "8GB", "H200", "cpu"])
+@pytest.mark.slow
 def test_it_fits_one_screen_of_80_columns(pe_dpo, gpu):
     done = pe_dpo("estimate", NAME, "--gpu", gpu, columns=80)
     lines = done.out.splitlines()
@@ -18,6 +19,7 @@ def test_it_fits_one_screen_of_80_columns(pe_dpo, gpu):
     assert len(lines) <= 24
 
 
+@pytest.mark.slow
 def test_it_says_the_parts_the_rows_and_the_hours(pe_dpo):
     out = pe_dpo("estimate", NAME, "--gpu", "RTX 4090").out
     assert "meta-llama/Llama-3.1-8B-Instruct: 8.03 B parameters, nf4, bfloat16, rank 16" in out
@@ -28,6 +30,7 @@ def test_it_says_the_parts_the_rows_and_the_hours(pe_dpo):
     assert "83% of 165.2 TFLOP/s" in out
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_lists_what_would_help(pe_dpo):
     done = pe_dpo("estimate", NAME, "--gpu", "8GB")
     assert done.code == 1
@@ -37,6 +40,7 @@ def test_what_does_not_fit_lists_what_would_help(pe_dpo):
     assert "elsewhere: RTX 3090" in done.out
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_reference_that_is_not_used_nor_of_codes_that_are_not_there(pe_dpo):
     """The held-out 1,000 pairs have two answers of 120 bytes each in the store."""
     out = pe_dpo("estimate", "qwen3-0.6b-mixout-ready", "--gpu", "24GB").out
@@ -46,6 +50,7 @@ def test_nothing_is_said_of_a_reference_that_is_not_used_nor_of_codes_that_are_n
     assert "note: sizes of the base are those that the package keeps, as its files are not\n  here" in out
 
 
+@pytest.mark.slow
 def test_the_keys_of_json_are_the_documented_ones(pe_dpo):
     found = json.loads(pe_dpo("estimate", NAME, "--gpu", "H200", "--json").out)
     text = (Path(__file__).parents[2] / "docs" / "estimate.md").read_text(encoding="utf-8").partition("## JSON")[2]

@@ -110,6 +110,7 @@ def test_eval_of_a_run_writes_what_it_measured_into_the_run(pe_dpo, run, by_leng
     assert f"written to {run}" in done.out
 
 
+@pytest.mark.slow
 def test_the_text_of_pairs_is_written_beside_their_numbers(pe_dpo, run):
     assert pe_dpo("eval", run).code == 0
     row = table_of(run / "eval_pairs.parquet").to_pylist()[0]

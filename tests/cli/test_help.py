@@ -37,6 +37,7 @@ def test_the_first_page_names_every_command(pe_dpo):
     assert all(f"\n  {command[0]} " in page for command in COMMANDS if len(command) == 1)
 
 
+@pytest.mark.slow
 def test_every_command_is_listed_whole_and_its_help_ends_with_one_line_that_works(pe_dpo):
     """At 80 columns; that a line works is here that each of its words is read: a run of the quickstart is not made for it."""
     from typer.main import get_command

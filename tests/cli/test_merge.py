@@ -55,6 +55,7 @@ def test_what_a_server_needs_lies_in_the_merged_folder(merged, tiny_base):
     assert not [path for path in folder.parent.iterdir() if path != folder]
 
 
+@pytest.mark.slow
 def test_the_merged_model_answers_in_plain_transformers_as_the_trained_one(merged, quantized):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,6 +75,7 @@ def test_the_merged_model_answers_in_plain_transformers_as_the_trained_one(merge
     assert torch.equal(*answers)
 
 
+@pytest.mark.slow
 def test_eval_of_the_merged_model_finds_what_eval_of_the_run_found(pe_dpo, merged, quantized, tiny_pairs):
     found = [
         json.loads(pe_dpo("eval", target, "--data", tiny_pairs / "test.jsonl", "--json").out)["metrics"]

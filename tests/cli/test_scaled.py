@@ -16,6 +16,7 @@ def run(trained, tmp_path):
     return shutil.copytree(trained[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_eval_writes_what_it_measured_at_each_scale_and_shows_it(pe_dpo, run):
     done = pe_dpo("eval", run, "--scale", "0.5,0.75", *SAMPLING)
     assert (done.code, done.err) == (0, "")
@@ -27,6 +28,7 @@ def test_eval_writes_what_it_measured_at_each_scale_and_shows_it(pe_dpo, run):
     assert "…" not in rest  # in the 80 columns of a test, no title is cut, so that each column can be told
 
 
+@pytest.mark.slow
 def test_as_json_the_scales_stand_beside_the_rest(pe_dpo, run, tmp_path):
     done = pe_dpo("eval", run, "--scale", "0.5", *SAMPLING, "--json", "-o", tmp_path / "out")
     found = json.loads(done.out)

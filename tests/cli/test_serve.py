@@ -61,6 +61,7 @@ def parts(out):
 NOT = "not these: they answer as another model, without an error"
 
 
+@pytest.mark.slow
 def test_a_run_is_merged_first_and_its_adapter_loaded_as_in_training(pe_dpo, run, tiny_base):
     done = pe_dpo("serve", run, columns=80)
     assert (done.code, done.err) == (0, "")

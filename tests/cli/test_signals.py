@@ -78,6 +78,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize(("place", "name", "number", "status", "words"), STAGES)
+@pytest.mark.slow
 def test_a_signal_outside_of_a_run_s_steps(
     pe_dpo, recipe_file, tmp_path, signal_at, monkeypatch, place, name, number, status, words
 ):

@@ -55,6 +55,7 @@ def assert_whole(lines, header, rows, names):
     ),
     st.integers(50, 130),
 )
+@pytest.mark.slow
 def test_everything_is_whole_and_on_the_screen_whatever_its_width(table, width) -> None:
     header, rows = table
     lines = printed(width, "title", header, rows)

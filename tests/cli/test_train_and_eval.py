@@ -68,6 +68,7 @@ def test_train_leaves_a_finished_run_of_the_steps_that_were_asked_for(trained):
     assert run["pairs"] == {"train": 24, "held_out": 9}
 
 
+@pytest.mark.slow
 def test_training_the_run_s_own_recipe_again_gives_the_same_adapter(pe_dpo, trained, tmp_path):
     done = pe_dpo("train", trained[0] / "recipe.yaml", "-o", tmp_path / "again")
     assert done.code == 0
@@ -104,6 +105,7 @@ def test_mixout_is_a_dial_of_train_and_check(pe_dpo, recipe_file, tmp_path):
     assert "mixout.p: found 1" in refused.err
 
 
+@pytest.mark.slow
 def test_the_optimizer_s_dials_reach_the_run(pe_dpo, recipe_file, tmp_path):
     done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--lr", "3e-4", "--seed", 5, "--set", "train.max_steps=1")
     assert done.code == 0
@@ -113,6 +115,7 @@ def test_the_optimizer_s_dials_reach_the_run(pe_dpo, recipe_file, tmp_path):
     assert "  learning_rate: 0.0003\n" in recipe
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run(pe_dpo, recipe_file, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)
@@ -124,6 +127,7 @@ def test_overwrite_replaces_a_run(pe_dpo, recipe_file, trained, tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_trains_no_further(pe_dpo, recipe_file, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder)

@@ -219,6 +219,7 @@ def test_a_name_that_the_hub_does_not_know_is_an_error(monkeypatch: pytest.Monke
         find_places("owner/name")
 
 
+@pytest.mark.slow
 def test_importing_the_data_room_imports_nothing_heavy() -> None:
     code = "import sys, pe_dpo.data; print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

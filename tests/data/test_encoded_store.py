@@ -246,6 +246,7 @@ def test_other_processes_make_the_same_of_pairs(
     assert sum(encodings) == 77
 
 
+@pytest.mark.slow
 def test_the_first_fault_is_that_of_the_rows_however_pairs_are_encoded(
     write_lines: Callable[..., Path], cache: Path, beside: None
 ) -> None:
@@ -261,6 +262,7 @@ def test_the_first_fault_is_that_of_the_rows_however_pairs_are_encoded(
     assert not [entry for entry in cache.iterdir() if entry.suffix != ".lock"]
 
 
+@pytest.mark.slow
 def test_pairs_are_encoded_to_the_end_where_another_process_is_killed(
     write_lines: Callable[..., Path], cache: Path, beside: None, warned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_messages_and_tools_are_looked_at_without_a_tokenizer(look: Callable[...
     assert pair.rejected["end"] == "␃"
 
 
+@pytest.mark.slow
 def test_looking_without_a_tokenizer_loads_neither_torch_nor_transformers(write_lines: Callable[..., Path]) -> None:
     program = (
         "import sys; from pe_dpo.cli import main\n"

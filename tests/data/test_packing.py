@@ -175,12 +175,14 @@ def contexts(row):
 
 
 @given(any_pairs, st.booleans())
+@pytest.mark.slow
 def test_positions_count_what_a_token_has_read(pairs, share):
     row = pack(pairs, share=share)
     assert row.position_ids[0].tolist() == [len(read) - 1 for read in contexts(row)]
 
 
 @given(any_pairs, st.booleans())
+@pytest.mark.slow
 def test_every_token_of_every_answer_is_predicted_once_from_all_before_it(pairs, share):
     row = pack(pairs, share=share)
     read = contexts(row)
@@ -203,6 +205,7 @@ def test_an_answer_to_a_prompt_stands_once_however_many_pairs_it_is_in(pairs):
 
 
 @given(any_pairs)
+@pytest.mark.slow
 def test_the_tokens_of_a_row_are_known_without_packing_it(pairs):
     assert shared_tokens(pairs) == pack(pairs).input_ids.numel()
 
@@ -218,6 +221,7 @@ budgets = st.integers(1, 60)
 
 
 @given(any_pairs, budgets)
+@pytest.mark.slow
 def test_every_pair_is_in_one_row_and_rows_are_in_the_order_of_the_data(pairs, budget):
     rows = split_into_rows(pairs, budget)
     assert sorted(index for row in rows for index in row) == list(range(len(pairs)))
@@ -226,6 +230,7 @@ def test_every_pair_is_in_one_row_and_rows_are_in_the_order_of_the_data(pairs, b
 
 @given(any_pairs, budgets)
 @example([pair([1], [1], [1]), pair([1], [1], [1, 1]), pair([1], [1], [1] * 5), pair([1], [2, 1], [2, 1, 1, 1])], 9)
+@pytest.mark.slow
 def test_no_row_exceeds_the_budget_but_of_one_pair_or_answer(pairs, budget):
     for row in split_into_rows(pairs, budget):
         completions, parts, edges = divide([pairs[index] for index in row], budget)
@@ -239,6 +244,7 @@ def test_no_row_exceeds_the_budget_but_of_one_pair_or_answer(pairs, budget):
 
 
 @given(any_pairs, budgets, st.permutations([1, 2, 3]))
+@pytest.mark.slow
 def test_rows_do_not_depend_on_which_tokens_they_are_on_margins_or_on_names(pairs, budget, other):
     name = np.array([0, *other])
     renamed = [

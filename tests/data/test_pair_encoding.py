@@ -261,6 +261,7 @@ TEXT = st.text(alphabet="abc \né中", min_size=1, max_size=12)
 
 @given(prompt=TEXT, chosen=TEXT, rejected=TEXT)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
 def test_prompt_and_answer_decode_to_the_text_that_was_tokenized(prompt: str, chosen: str, rejected: str) -> None:
     chatml = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>"
     for tokenizer, form in ((PLAIN, "<s>{}{}<e>"), (CHAT, chatml)):

@@ -61,6 +61,7 @@ def test_no_setting_makes_other_codes_of_a_base_that_comes_as_codes(on_8_gb):
     assert of_made == ["model.quantize: nf4", *of_comes]
 
 
+@pytest.mark.slow
 def test_nf4_and_recomputation_are_named_where_they_are_off():
     recipe = load_recipe(NAME, ["model.quantize=none", "train.gradient_checkpointing=false", "data.max_length=512"])
     found = estimate_run(recipe, find_card("12GB"))
@@ -74,6 +75,7 @@ def test_nf4_and_recomputation_are_named_where_they_are_off():
     assert saved["train.optimizer: adamw_bnb_8bit"] == pytest.approx(41_943_040 * (8 - 2.1), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_reference_costs_a_pass_over_each_pair_once_or_in_every_step():
     lengths = made_up_lengths(load_recipe(NAME), (170, 320, 320), pairs=12_800, held_out=0)
     card = find_card("H200")
@@ -89,6 +91,7 @@ def test_the_reference_costs_a_pass_over_each_pair_once_or_in_every_step():
     assert without.seconds == pytest.approx(200 * without.step.seconds)
 
 
+@pytest.mark.slow
 def test_a_run_over_an_adapter_counts_both(tmp_path):
     """The frozen one has rank 4 on q_proj of two layers: 2 · 4 · (4096 + 4096) numbers."""
     import json
@@ -170,6 +173,7 @@ def test_a_time_is_said_for_people(seconds, words):
     assert duration(seconds) == words
 
 
+@pytest.mark.slow
 def test_a_pair_that_is_longer_than_what_fits_recomputes_alone():
     """On 16 GB the longest pairs recompute and the others do not: rows are filled up to what fits."""
     found = estimate_run(load_recipe(NAME), find_card("16GB"))

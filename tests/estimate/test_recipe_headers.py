@@ -13,6 +13,7 @@ LINE = re.compile(
 
 
 @pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.slow
 def test_a_recipe_s_header_is_its_estimate(name: str) -> None:
     """Memory to 3 %, hours to 10 %: the line need not be written anew for every refinement."""
     line = LINE.fullmatch(recipe_header(name).splitlines()[0])

@@ -95,6 +95,7 @@ def test_nothing_is_extrapolated(tmp_path: Path) -> None:
     assert found.verdict.startswith("At equal KL, mixout 0.3 cannot be told apart")
 
 
+@pytest.mark.slow
 def test_a_point_that_some_seeds_have_out_of_range_is_compared_on_the_others(tmp_path: Path) -> None:
     """Seed 2 of β = 0.025 did not get as far as γ = 0 of that seed."""
     settings = [{}, {"loss.beta": 0.025}, {"loss.beta": 0.4}, {"loss.gamma": "0x"}]
@@ -165,6 +166,7 @@ def test_by_policy_each_run_has_its_own_sides_and_answers_have_none(tmp_path: Pa
         compare_sides([sweep], by="base")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_all_runs_are_shown(sweep: Path, found: Comparison) -> None:
     assert len(found.runs) == 7 * 3 * 3
     assert sum(run.is_final for run in found.runs) == 21
@@ -236,6 +238,7 @@ def test_win_rates_are_compared_where_answers_were_scored(sweep: Path, tmp_path:
         compare([unscored], metric="win_rate")
 
 
+@pytest.mark.slow
 def test_a_single_beta_is_replaced_by_early_stopping_and_said(tmp_path: Path) -> None:
     sweep = fake_runs.write_sweep(tmp_path / "s", [{}, {"mixout.p": 0.3}], pairs=60, prompts=40, snapshots=3, steps=8)
     found = compare([sweep], metric="accuracy/shift", repeats=200)
@@ -250,6 +253,7 @@ def test_a_single_beta_is_replaced_by_early_stopping_and_said(tmp_path: Path) ->
     assert any("only one value of β was run" in remark for remark in found.remarks)
 
 
+@pytest.mark.slow
 def test_another_dial_can_make_the_line(sweep: Path) -> None:
     found = compare([sweep], metric="accuracy/shift", baseline="gamma", repeats=200)
     assert found.baseline == "γ"
@@ -287,6 +291,7 @@ def test_points_of_the_line_alone_are_compared_directly(tmp_path: Path) -> None:
     assert ", 3 seeds, 200 pairs)" in found.verdict
 
 
+@pytest.mark.slow
 def test_reward_accuracy_is_compared_with_a_warning(sweep: Path) -> None:
     found = compare([sweep], metric="rewards/accuracies", repeats=200)
     assert any("contains the β and γ that each arm was trained with" in remark for remark in found.remarks)
@@ -314,6 +319,7 @@ def test_logs_of_trl_stand_beside_and_are_not_compared(sweep: Path, tmp_path: Pa
     assert alone.verdict == "Nothing can be paired: TRL's logs have means alone. All runs are in the table."
 
 
+@pytest.mark.slow
 def test_the_answer_is_the_same_each_time_and_valid_json(sweep: Path, found: Comparison) -> None:
     again = compare([sweep], metric="accuracy/shift", repeats=1000)
     text = json.dumps(again.to_dict(), allow_nan=False)

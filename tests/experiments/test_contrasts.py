@@ -51,6 +51,7 @@ def found(sweeps: list[Path]) -> Comparison:
     return compare(sweeps[:1], metric="accuracy/shift", repeats=300, contrasts=[MIXOUT, GAMMA])
 
 
+@pytest.mark.slow
 def test_a_contrast_is_the_mean_over_its_points_seed_by_seed_and_tested_among_contrasts_alone(found: Comparison) -> None:
     arms = {one.name: one for one in found.arms}
     mixout, gamma = found.contrasts

@@ -67,6 +67,7 @@ def test_names_say_what_was_scaled() -> None:
     assert setting_name({"loss.rejected_weight": 0.95}) == "λ = 0.95"
 
 
+@pytest.mark.slow
 def test_every_point_has_its_scaled_arms_after_those_that_were_trained(found: Comparison) -> None:
     trained = ["the base recipe", "early stopping at step 3", "β = 0.025", "β = 0.4", "γ = 0", "mixout 0.5"]
     names = [name for name in trained if not name.startswith("early")]

@@ -181,6 +181,7 @@ def test_whatever_a_point_raises_is_its_own_failure(source, tmp_path, monkeypatc
         assert [state.status for state in sweep(plan)] == ["failed"] * 2
 
 
+@pytest.mark.slow
 def test_a_point_that_cannot_begin_leaves_its_recipe_and_the_reason(source, tmp_path):
     """Nor does it hold up the others where it is the first."""
     plan = make_plan(source, [["adapter.targets=[no_such_layer],[q_proj]"]], folder=tmp_path / "sweep")

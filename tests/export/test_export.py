@@ -72,6 +72,7 @@ def test_a_chat_template_that_is_none_of_blocks_is_left_to_ollama(tmp_path: Path
     assert "REQUIRES 0.30.0\n" in written and "TEMPLATE " not in written
 
 
+@pytest.mark.slow
 def test_a_copy_that_answers_otherwise_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pe_dpo.export import gguf_file
 

@@ -49,6 +49,7 @@ def golden(world: tuple[Any, Any]) -> list[GoldenPrompt]:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_answers_are_those_of_generate_and_log_probs_those_of_one_forward(world: Any, golden: list[GoldenPrompt]) -> None:
     model, tokenizer = world
     for question, one in zip(QUESTIONS, golden, strict=True):

@@ -85,6 +85,7 @@ def test_mxfp4_becomes_what_it_stands_for(tmp_path: Path) -> None:
     assert torch.equal(loaded["model.layers.0.mlp.experts.down_proj"], wanted["model.layers.0.mlp.experts.down_proj"])
 
 
+@pytest.mark.slow
 def test_a_base_of_pickled_tensors_is_trained_and_merged(tiny_base: Path, tiny_recipe: Callable, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")

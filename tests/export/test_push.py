@@ -358,6 +358,7 @@ RUN_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "b
              "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_of_a_run_only_the_adapter_tokenizer_card_and_base_are_sent(hub, run, tiny_base, logged):
     """No pair, no sampled answer, no path: not in a file, and not in the name of one."""
     at_home = {path.relative_to(run).parts[0] for path in run.rglob("*")} - set(RUN_FILES)

@@ -125,6 +125,7 @@ def with_another_base(make_recipe, tiny_base, folder, change):
     return make_recipe(f"model.base={copy}", output="other")
 
 
+@pytest.mark.slow
 def test_one_changed_weight_is_another_reference(filled, make_reference, make_recipe, tiny_base, tmp_path):
     _, pairs = filled
 
@@ -156,6 +157,7 @@ def test_a_rotary_base_that_was_edited_in_the_configuration_is_another_reference
     assert computed_again(make_reference, recipe=recipe) == len(pairs)
 
 
+@pytest.mark.slow
 def test_a_changed_template_misses_and_a_changed_row_misses_alone(
     filled, make_reference, make_recipe, tiny_base, tiny_pairs, tmp_path
 ):
@@ -303,6 +305,7 @@ def test_a_store_that_cannot_forget_is_given_up_and_the_run_goes_on(filled, make
     assert lines[0] == "warning: going on without the reference store: disk is full"
 
 
+@pytest.mark.slow
 def test_a_log_prob_that_is_not_finite_is_not_stored_and_its_row_is_named_by_the_step(make_recipe, monkeypatch, tmp_path):
     compute = Reference._compute
 
@@ -317,6 +320,7 @@ def test_a_log_prob_that_is_not_finite_is_not_stored_and_its_row_is_named_by_the
     assert len(record["skipped_steps"]) == 1
 
 
+@pytest.mark.slow
 def test_where_log_probs_depend_on_company_the_reference_is_scored_in_the_policys(make_reference):
     """int8: outliers are those of the batch."""
     reference, pairs = make_reference("model.quantize=int8")
@@ -325,6 +329,7 @@ def test_where_log_probs_depend_on_company_the_reference_is_scored_in_the_policy
     assert reference.computed == 8
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_store_that_cannot_be_and_says_so(make_reference, tmp_path, warned: list[str]):
     (tmp_path / "file").write_text("")
     lines = warned
@@ -456,6 +461,7 @@ def test_two_runs_fill_one_store_at_once(make_recipe, make_reference, tmp_path):
     assert computed_again(make_reference, path=store) == 0
 
 
+@pytest.mark.slow
 def test_the_run_writes_down_which_way_its_pairs_went_and_what_the_reference_cost(make_recipe):
     result = train(make_recipe(f"reference.store={make_recipe().output}.sqlite", "train.max_steps=1"))
     record = read_object(result.folder / RUN_FILE)

@@ -346,6 +346,7 @@ def test_a_second_damaged_file_gets_a_name_of_its_own(path):
     assert contents == [b"garbage 1", b"garbage 2"]
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_inside_a_value_is_never_returned_and_begins_the_store_anew(tmp_path, whole):
     row = next(row for row in some_rows(120).values() if row.tokens == 17)
     place = whole.index(struct.pack("<dq", row.logprob, row.tokens))

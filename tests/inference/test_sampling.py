@@ -146,6 +146,7 @@ def test_an_answer_does_not_depend_on_order_or_batches_or_company(tiny):
     assert ids_of(draw(tiny, prompts[3:5], names[3:5])) == together[3:5]
 
 
+@pytest.mark.slow
 def test_regrouping_changes_nothing(tiny, monkeypatch):
     """Never, as soon as one has ended, and when it pays; also where answers of different lengths come together again."""
     prompts = prompts_of_many_lengths(12)
@@ -236,6 +237,7 @@ def test_answers_are_cut_where_the_context_ends(tiny):
     assert [len(answer.ids) for answer in draw(tiny, prompts, tokens=24)] == [6, 1, 24]
 
 
+@pytest.mark.slow
 def test_a_model_that_begins_and_ends_with_the_same_token_answers(shared):
     """BOS = EOS = the only padding there is: a prompt that begins with it has not ended, an answer does with it."""
     folder = str(shared / "models" / "hh-dialogue-4m")
@@ -274,6 +276,7 @@ def test_a_model_whose_attention_is_switched_to_packed_rows_says_the_same(tiny):
     assert ids_of(draw(tiny, prompts)) == before
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_in_bfloat16_draws_from_its_own_distribution(tiny_base):
     """Rounding moves log-probs by up to 0.05 nats per √token; the draw itself is made in float64."""
     model = load_base(inspect_base(str(tiny_base), quantize="none", dtype="bfloat16"))

@@ -145,6 +145,7 @@ def test_a_layer_dropped_from_the_adapter_is_refused_by_name(run: Path, out: Pat
 
 @BOTH_WAYS
 @pytest.mark.parametrize("part", "AB")
+@pytest.mark.slow
 def test_half_an_update_is_refused_by_name(run: Path, out: Path, pairs: int, part: str) -> None:
     rewrite(run / "adapter_model.safetensors", lambda it: it.pop(f"{KEY}.lora_{part}.weight"))
     with refused(out, ModelError, f"{run}: 1 tensors of the adapter are missing", f"{KEY}.lora_{part}.weight", "another copy"):
@@ -447,6 +448,7 @@ class DamagingWriter(TensorWriter):
 
 
 @BOTH_WAYS
+@pytest.mark.slow
 def test_a_byte_that_does_not_read_back_from_disk_is_refused(
     nf4_run: Path, out: Path, pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -636,6 +638,7 @@ def test_what_is_refused_exits_1_with_one_error_and_no_traceback(
     assert len(errors) == 1 and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_two_merges_into_one_place_at_a_time_are_refused(
     nf4_run: Path, out: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -797,6 +800,7 @@ def test_two_merges_are_the_same_byte_for_byte(nf4_run: Path, merged: Path, tmp_
     assert files_of(again) == files_of(merged)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_every_bit_of_stochastic_rounding(nf4_run: Path, tmp_path: Path) -> None:
     def weights(name: str, seed: int) -> dict[str, torch.Tensor]:
         done = merge(nf4_run, tmp_path / name, pairs=0, dtype="bf16", rounding="stochastic", seed=seed)
@@ -829,6 +833,7 @@ def test_an_evaluation_on_the_cpu_does_not_change_the_merge(
     assert files_of(again) == files_of(merged)
 
 
+@pytest.mark.slow
 def test_a_base_that_was_repacked_is_refused_by_layer(nf4_run: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the guard off, on a CPU that repacks; on another one the mark that repacking leaves is set by hand."""
     load, repacks = unmerged_module.load_base, has_repacking()

@@ -95,6 +95,7 @@ def test_a_run_on_it_is_merged_onto_what_its_codes_stand_for(dynamic_run: Path, 
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_codes_say_how_the_base_of_a_foreign_adapter_is_loaded(
     dynamic_run: Path, dynamic: Path, tiny_base: Path, tiny_pairs: Path, tmp_path: Path
 ) -> None:

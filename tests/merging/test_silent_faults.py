@@ -72,6 +72,7 @@ def test_another_alpha_written_into_a_finished_run_is_refused(run: Path, tmp_pat
         merge(run, tmp_path / "out", pairs=9)
 
 
+@pytest.mark.slow
 def test_another_name_for_the_base_in_a_finished_run_is_none_of_the_adapters_business(run: Path, tmp_path: Path) -> None:
     path = run / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere/moved"}))

@@ -238,6 +238,7 @@ def test_an_adapter_that_took_something_out_of_its_base_is_not_packaged(bases: d
         (None, "quantize none$"),
     ],
 )
+@pytest.mark.slow
 def test_nothing_shows_the_base_of_an_adapter_that_was_not_trained_here(
     named: str | None, words: str, bases: dict[str, Path], tiny_pairs: Path, tmp_path: Path, warned: list[str]
 ) -> None:
@@ -298,6 +299,7 @@ def test_two_adapters_become_one_for_servers_that_load_only_one(
     assert held_out is not None and held_out.shift_kept == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_adapters_merge_into_one_model(
     stacked: Callable[[], torch.Tensor], bases: dict[str, Path], tiny_pairs: Path, tmp_path: Path
 ) -> None:

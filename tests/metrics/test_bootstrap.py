@@ -221,6 +221,7 @@ def test_what_one_seed_shows_is_no_difference_where_others_have_several() -> Non
     assert not any(one is None or math.isnan(one.p_adjusted) for one in alone)
 
 
+@pytest.mark.slow
 def test_a_difference_of_the_margin_is_called_equivalent_in_at_most_five_percent() -> None:
     """300 experiments of five seeds whose true difference is the margin, above or below; one without a difference is found."""
     per_seed, replicates = per_seed_and_replicates(np.random.default_rng(5), 300, 5, 60, (0.2, 1.0, 1.0))

@@ -60,6 +60,7 @@ def test_a_row_goes_to_the_device_in_one_copy_and_nobody_waits(far_away, kind):
     assert traffic(far_away, kind).copies == {("cpu", "meta"): 1}
 
 
+@pytest.mark.slow
 def test_one_kernel_or_one_mask_takes_half_the_kernels_of_a_call_for_each_answer(far_away):
     """And with more pairs to a row less: 7,109, 7,784 and 39,557 for 16 pairs at 8B."""
     varlen, dense, segments = (traffic(far_away, kind).kernels for kind in ("varlen", "dense", "segments"))

@@ -304,6 +304,7 @@ def test_these_models_do_look_at_their_prompts(name):
     assert float(moved[lengths > 1].median()) > 0.1
 
 
+@pytest.mark.slow
 def test_a_state_beside_the_attention_is_found_in_bfloat16_too():
     """It moves a pair by less than the rounding that is allowed; a stranger must not move it at all."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,6 +143,7 @@ def test_scaling_beta_gamma_and_margin_scales_a_hinge_loss(batch, beta, gamma, m
 
 @PROPERTY
 @given(batches(), betas, gammas, margins, links, reductions, smoothings)
+@pytest.mark.slow
 def test_a_pair_does_not_see_its_batch(batch, beta, gamma, margin, link, reduce, smoothing):
     options = {"beta": beta, "gamma": gamma, "margin": margin, "link": link, "reduce": reduce, **smoothing}
     together = preference_loss(**batch, **options)

@@ -67,6 +67,7 @@ def test_a_turn_ends_with_the_eos_that_generation_stops_at(tokenizer, model):
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
 
 
+@pytest.mark.slow
 def test_the_base_speaks_the_language_of_the_vale(tokenizer, model):
     # Measured 1.598 on 1,000 dialogues; a uniform guess among 1,024 tokens would be 1,024.
     assert make_base.perplexity(model, make_base.encode(tokenizer, world.corpus(100, 1))) < 1.7

@@ -20,6 +20,7 @@ def audited(pairs=300, loss=None, spread=4.0, same_length=False):
     return Audit(reference, loss or LossSection(gamma="0.9x"), PairTerms(zeros), keys)
 
 
+@pytest.mark.slow
 def test_bars_are_on_one_side_of_zero_and_count_the_pairs_that_are_shown():
     found = audited()
     (axes,) = audit_figures(found)["preference"].axes
@@ -31,6 +32,7 @@ def test_bars_are_on_one_side_of_zero_and_count_the_pairs_that_are_shown():
     assert inside >= 0.98 * found.pairs
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_the_curve_and_the_recipe_is_marked():
     found = audited()
     (axes,) = audit_figures(found)["weights"].axes
@@ -39,6 +41,7 @@ def test_shares_are_those_of_the_curve_and_the_recipe_is_marked():
     assert lines["this recipe, κ = 0.9"].get_xdata()[0] == pytest.approx(0.9)
 
 
+@pytest.mark.slow
 def test_flip_times_rise_with_kappa():
     (axes,) = audit_figures(audited())["flips"].axes
     half = next(line for line in axes.lines if line.get_label() == "50% have flipped")

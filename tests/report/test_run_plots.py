@@ -176,6 +176,7 @@ def test_a_run_that_wrote_nothing_says_of_every_part_why_it_is_not_there(run) ->
         assert missing[name] == ["the run wrote no metrics yet (metrics.jsonl)."]
 
 
+@pytest.mark.slow
 def test_a_failed_run_shows_how_far_it_came_and_why_it_failed(run, set_record) -> None:
     set_record(run, status="failed", why="the loss is not finite", after=None)
     text = (run / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -64,6 +64,7 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("quantize", ["nf4", "nf4-single", "fp4", "fp4-single", "int8", "none"])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.slow
 def test_the_lines_load_what_training_had(quantize: str, tiny_base: Path, adapter: Path) -> None:
     info = inspect_base(str(tiny_base), quantize=quantize)  # type: ignore[arg-type]
     trained = load_base(info)
@@ -149,6 +150,7 @@ def run(tiny_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path
     return train(recipe).folder
 
 
+@pytest.mark.slow
 def test_a_run_s_card_loads_its_policy_and_what_asks_for_the_folder_alone_does_not(run: Path, tiny_base: Path) -> None:
     """The quiet fault: without a word, 0.17 nats a token off here (1.5 on another base), of which PEFT's files say nothing."""
     from peft import AutoPeftModelForCausalLM

@@ -23,6 +23,7 @@ def test_a_run_json_of_somebody_else_does_not_make_a_folder_ours(make_recipe, tm
     assert (tmp_path / "run" / "src" / "precious.py").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_overwriting_never_removes_the_adapter_that_the_run_starts_from(make_recipe):
     first = train(make_recipe(*SHORT))
     with pytest.raises(RunFolderError, match=r"adapter\.start lies in the output folder"):
@@ -31,6 +32,7 @@ def test_overwriting_never_removes_the_adapter_that_the_run_starts_from(make_rec
     assert (first.folder / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_overwriting_never_removes_the_data(make_recipe, tiny_pairs, tmp_path):
     first = train(make_recipe(*SHORT))
     shutil.copytree(tiny_pairs, first.folder / "data")
@@ -53,6 +55,7 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_read(make_recipe
         train(make_recipe("model.base=nowhere/at/all"))
 
 
+@pytest.mark.slow
 def test_a_run_that_came_while_the_pairs_were_prepared_is_not_removed(make_recipe, monkeypatch):
     from pe_dpo.training import train as run
 
@@ -101,6 +104,7 @@ def test_an_unknown_tracker_is_refused_before_the_folder_is_made(make_recipe, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_still_learns(make_recipe):
     """A tenth of one step rounds up to one step of warm-up, which would leave a learning rate of zero."""
     result = train(make_recipe("train.pairs_per_step=64", "train.epochs=1", "train.warmup=0.1"))
@@ -109,6 +113,7 @@ def test_a_run_of_one_step_still_learns(make_recipe):
     assert result.after["loss"] < result.before["loss"]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_did_not_move_is_remarked_without_held_out_pairs_too(make_recipe):
     result = train(make_recipe("data.eval=0", "loss.preset=rso", "loss.margin=-1000", *SHORT))
     assert result.after == {}

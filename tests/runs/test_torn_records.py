@@ -147,6 +147,7 @@ def test_what_is_whole_is_read(sweep: Path) -> None:
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**32))
+@pytest.mark.slow
 def test_whatever_happened_to_a_record_a_line_is_all_that_comes_out(sweep: Path, seed: int) -> None:
     moment = random.Random(seed)
     files = [path for path in sorted(sweep.rglob("*")) if path.suffix in (".json", ".jsonl", ".yaml", ".parquet")]

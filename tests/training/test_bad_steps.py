@@ -54,6 +54,7 @@ def trace(folder):
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in Run(folder).metrics]
 
 
+@pytest.mark.slow
 def test_a_step_with_a_bad_row_is_skipped_and_its_pairs_are_named_and_counted_everywhere(straight):
     lines, record = Run(straight).metrics, read_object(straight / RUN_FILE)
     assert {line["step"]: line["skipped"] for line in lines if "skipped" in line} == SKIPPED
@@ -128,6 +129,7 @@ def bad_trainer(tiny_recipe, tmp_path_factory):
     return module.build_trainer(recipe, module.prepare_run(recipe))
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_a_bad_step_changes_nothing_of_what_is_found(bad_trainer, monkeypatch):
     trainer = bad_trainer
     logprobs, budget = type(trainer.scorer).logprobs, trainer.scorer.token_budget
@@ -163,6 +165,7 @@ def test_a_step_that_another_process_finds_bad_is_skipped_here_too(bad_trainer, 
     assert all(parameter.grad is None for parameter in adapter_parameters(trainer.model))
 
 
+@pytest.mark.slow
 def test_as_many_bad_steps_in_a_row_as_the_recipe_says_stop_the_run(make_recipe, tmp_path):
     recipe = make_recipe("train.max_steps=6", "train.bad_steps=2", "train.save_every=1", "train.eval_every=100")
     with pytest.raises(

@@ -135,6 +135,7 @@ def test_the_best_is_evaluated_merged_talked_to_and_served(run: Path, tmp_path: 
     assert any("pe-dpo merge" in line and f"{run.name} --best" in line for lines in commands for line in lines)
 
 
+@pytest.mark.slow
 def test_a_damaged_best_is_refused_and_so_is_none(run: Path, make_recipe: Callable) -> None:
     shutil.copy(run / FILE, run / "best" / FILE)
     with pytest.raises(ModelError, match=rf"best/{FILE}: is not what training wrote"):

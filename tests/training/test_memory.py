@@ -47,6 +47,7 @@ def out_of_memory_beyond(trainer, tokens, monkeypatch, error=None, recomputed=0)
         MemoryError(),
     ],
 )
+@pytest.mark.slow
 def test_a_step_out_of_memory_is_done_with_smaller_rows_and_gives_the_same_gradient(make_trainer, monkeypatch, warned, error):
     trainer = make_trainer()
     pairs = trainer.train_dataset[:8]
@@ -85,6 +86,7 @@ def test_memory_that_runs_out_inside_of_what_runs_out_leaves_the_pairs_their_tur
     assert tried == [4, 1]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_begun_again_draws_the_dropout_of_its_first_try(make_trainer, monkeypatch):
     settings = ("adapter.dropout=0.3", "train.tokens_per_microbatch=150")
     undisturbed, disturbed = make_trainer(*settings), make_trainer("adapter.dropout=0.3", "train.tokens_per_microbatch=300")
@@ -128,6 +130,7 @@ def test_what_is_no_lack_of_memory_is_not_taken_for_it(make_trainer, monkeypatch
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_rows_above_a_number_of_tokens_recompute_their_activations_and_no_others(make_trainer):
     trainer = make_trainer("train.tokens_per_microbatch=150")
     pairs = trainer.train_dataset[:8]
@@ -144,6 +147,7 @@ def test_rows_above_a_number_of_tokens_recompute_their_activations_and_no_others
     assert torch.equal(gradient(trainer), wanted)
 
 
+@pytest.mark.slow
 def test_a_pair_that_does_not_fit_alone_recomputes_and_draws_the_dropout_of_its_first_try(make_trainer, monkeypatch, warned):
     settings = ("adapter.dropout=0.3", "train.tokens_per_microbatch=1")
     undisturbed, disturbed = make_trainer(*settings), make_trainer(*settings)

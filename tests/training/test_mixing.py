@@ -46,6 +46,7 @@ def test_p_rises_over_the_first_steps_and_stays(make_recipe, drawn):
 
 
 @pytest.mark.parametrize(("warmup", "steps", "first"), [(0.96, 5, 0.1), (0.9, 1, 0.5)])
+@pytest.mark.slow
 def test_the_last_step_has_all_of_p_however_long_the_rise(make_trainer, warmup, steps, first):
     """It is the p that run.json names, and that the noise of the masks is measured at."""
     trainer = make_trainer(ON, f"mixout.warmup={warmup}", f"train.max_steps={steps}")
@@ -90,11 +91,13 @@ def test_more_mixout_is_more_noise(make_recipe):
     assert strong > 2 * weak > 0
 
 
+@pytest.mark.slow
 def test_a_plain_run_has_nothing_of_mixout(make_recipe):
     run = train(make_recipe("train.max_steps=1")).folder
     assert "mixout" not in json.loads((run / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_not_measured(make_recipe):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -105,6 +108,7 @@ def test_an_interrupted_run_is_not_measured(make_recipe):
     assert "mixout" not in json.loads((run / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_layer_that_learns_past_its_mask_ends_the_run(make_recipe, monkeypatch):
     class Unmixed(InBaseDtype):
         def __new__(cls, *arguments):

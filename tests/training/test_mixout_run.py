@@ -40,6 +40,7 @@ def micro_batches(trainer, pairs, at_once):
 
 
 @pytest.mark.parametrize("packing", ["auto", "false"])
+@pytest.mark.slow
 def test_a_step_has_one_gradient_however_it_is_split(make_trainer, packing):
     trainer = make_trainer(ON, f"train.packing={packing}")
     pairs = trainer.train_dataset[:8]
@@ -48,6 +49,7 @@ def test_a_step_has_one_gradient_however_it_is_split(make_trainer, packing):
     assert (single - whole).norm() <= 1e-6 * whole.norm()
 
 
+@pytest.mark.slow
 def test_a_mask_per_micro_batch_would_give_another_gradient(make_trainer, monkeypatch):
     """So that the test above can fail."""
     trainer = make_trainer(ON)
@@ -91,6 +93,7 @@ def test_packed_and_padded_rows_agree_under_one_draw(make_trainer):
     assert torch.allclose(packed.rejected, padded.rejected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_change_neither_loss_nor_gradient(make_trainer):
     plain, trainer = make_trainer(ON), make_trainer(ON, "train.gradient_checkpointing=true")
     one, other = (loss_and_gradient(each, each.train_dataset[:6]) for each in (plain, trainer))
@@ -98,6 +101,7 @@ def test_checkpointed_activations_change_neither_loss_nor_gradient(make_trainer)
     assert torch.equal(one[1], other[1])
 
 
+@pytest.mark.slow
 def test_every_optimizer_step_is_a_draw_of_its_own(make_trainer):
     trainer = make_trainer(ON, "train.max_steps=3")
     pairs, gradients = trainer.train_dataset[:8], []
@@ -139,6 +143,7 @@ def test_p_0_is_the_run_without_mixout_and_p_above_0_is_another(make_recipe):
     assert any(not torch.equal(runs["half"][name], tensor) for name, tensor in runs["none"].items())
 
 
+@pytest.mark.slow
 def test_evaluation_between_steps_is_that_of_the_plain_adapter(make_trainer):
     mixed, plain = make_trainer(ON), make_trainer()
     assert mixed.model.training

@@ -245,6 +245,7 @@ def test_a_run_says_a_remark_once_and_keeps_it_with_its_step(wrong_way):
     assert any(remark.startswith("the loss of the watched pairs is above") for remark in run.remarks)
 
 
+@pytest.mark.slow
 def test_every_line_of_metrics_is_json_without_a_nan(wrong_way):
     """Python reads NaN, other readers do not."""
 

@@ -52,6 +52,7 @@ def test_a_short_last_step_still_counts_each_pair_once(make_trainer):
     assert sorted(pair.where for batch in batches for pair in batch) == sorted(p.where for p in trainer.train_dataset)
 
 
+@pytest.mark.slow
 def test_pairs_of_one_prompt_share_a_step_if_the_recipe_says_so(make_trainer, tmp_path):
     import json
 
@@ -108,6 +109,7 @@ def test_the_policy_step_runs_the_reference_in_every_step(make_trainer):
     assert seen == [True, False] * 2
 
 
+@pytest.mark.slow
 def test_a_whole_run_at_gamma_zero_asks_for_the_reference_of_the_held_out_pairs_alone(make_recipe, monkeypatch):
     from pe_dpo.inference.reference import Reference
     from pe_dpo.training.train import train
@@ -126,6 +128,7 @@ def test_hinge_pairs_beyond_the_margin_add_nothing_to_the_gradient(make_trainer)
     assert not gradient.any()
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_where_the_recipe_wants_that(make_trainer):
     trainer = make_trainer("train.bad_steps=1")
     weight = adapter_parameters(trainer.model)[0]
@@ -157,6 +160,7 @@ def test_checkpointed_activations_change_neither_loss_nor_gradient(make_trainer)
     assert torch.equal(checkpointed[1], plain[1])
 
 
+@pytest.mark.slow
 def test_adapter_dropout_is_done_and_not_set_to_zero(make_trainer):
     pairs = make_trainer().train_dataset[:4]
     trainer = make_trainer("adapter.dropout=0.5")

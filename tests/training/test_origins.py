@@ -192,6 +192,7 @@ def edit_machine(at: World, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.slow
 def test_an_input_that_changed_is_refused_with_what_differs(world: World, name: str) -> None:
     change, said = REFUSED[name]
     change(world)
@@ -272,6 +273,7 @@ def test_what_a_person_means_to_change_is_changed_and_recorded(world: World, war
     assert info.hashes.data == Run(folder).inputs["data"] != info.overrides[3]["from"]
 
 
+@pytest.mark.slow
 def test_another_learning_rate_leaves_the_averages_of_adam_where_they_are(world: World) -> None:
     """What the optimizer knows of the gradients stays; only what the recipe says of it changes."""
     seen = []

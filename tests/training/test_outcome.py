@@ -63,12 +63,14 @@ def test_a_gamma_out_of_scale_is_said_before_the_first_step(make_recipe, setting
     assert f"over the {pairs}" in warnings[0]
 
 
+@pytest.mark.slow
 def test_a_gamma_in_scale_is_not_spoken_of(make_recipe, logged: list[str]):
     said = logged
     train(make_recipe("train.max_steps=1"))
     assert not any("sd(Δ0)" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_trainable_parameter_is_refused_before_training(make_recipe, monkeypatch, tmp_path):
     """Older PEFT froze the trained adapter when it loaded the frozen copy: nothing was trained, and nothing was said."""
     from peft import PeftModel
@@ -174,6 +176,7 @@ def test_a_signal_finishes_the_step_and_saves(make_recipe, number):
 
 
 @pytest.mark.usefixtures("_attended")
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_and_the_run_does_not_say_that_it_trains(make_recipe, tmp_path):
     def impatient(model):
         os.kill(os.getpid(), signal.SIGINT)
@@ -201,6 +204,7 @@ def test_a_terminal_that_closes_may_say_so_twice(make_recipe):
     assert (result.folder / "checkpoint-2").is_dir()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone_does_not_keep_the_last_checkpoint_from_being_saved(make_recipe, monkeypatch):
     from pe_dpo.cli import console
     from pe_dpo.cli.live import progress_callback
@@ -216,6 +220,7 @@ def test_a_terminal_that_is_gone_does_not_keep_the_last_checkpoint_from_being_sa
     assert "scoring, held-out pairs" in work  # else nothing would be shown while they are
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_gives_the_signals_back(make_recipe):
     """Else Ctrl-C between two runs of a sweep would be swallowed by the run that failed."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)
@@ -238,6 +243,7 @@ def test_a_run_that_nohup_shields_from_the_terminal_s_end_goes_on(make_recipe):
 
 
 @pytest.mark.parametrize("when", ["in a step", "at the end"])
+@pytest.mark.slow
 def test_a_folder_that_is_removed_while_the_run_writes_is_a_line_and_not_made_anew(make_recipe, tmp_path, monkeypatch, when):
     folder = tmp_path / "run"
     recipe = make_recipe("train.max_steps=2", "train.save_every=1", "train.log_every=5")

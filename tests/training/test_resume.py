@@ -103,6 +103,7 @@ def test_the_metrics_of_lost_steps_are_written_once(make_recipe, straight, tmp_p
     "name",
     ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "MANIFEST.json"],
 )
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, damage, name):
     newest = checkpoints(finished)[-1]
     victim = newest / name
@@ -123,6 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, damage
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+@pytest.mark.slow
 def test_a_pickle_that_would_run_is_not_read_by_resume(make_recipe, finished, tmp_path, name):
     """Sealed as our own are, by whoever made the folder."""
     last, newest = checkpoints(finished)[-1], checkpoints(finished)[-2]
@@ -257,6 +259,7 @@ def test_a_run_from_before_runs_had_an_id_is_resumed_and_its_new_checkpoints_too
     assert_same_run(train(recipe, resume=True).folder, straight)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_an_id_is_none_of_a_run_that_has_one(make_recipe, finished, logged: list[str]):
     manifest = json.loads((finished / "checkpoint-6" / "MANIFEST.json").read_text())
     del manifest["inputs"]

@@ -44,6 +44,7 @@ def test_a_run_leaves_everything_that_others_need(run):
     assert not any(name.startswith(".staging") or name.endswith(".partial") for name in names)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_memory_it_took_and_what_was_counted(run):
     """115,008 weights of the base in float32, an adapter of 9,728 with gradient and two averages, and a row's activations."""
     memory = Run(run.folder).info.memory
@@ -149,6 +150,7 @@ def test_evaluating_the_run_gives_the_numbers_that_training_ended_with(run):
     assert low <= run.after["accuracy/policy"] <= high
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_whose_data_changed_is_refused(tiny_recipe, tiny_pairs, tmp_path):
     pairs = shutil.copytree(tiny_pairs, tmp_path / "pairs")
     result = train(tiny_recipe(tmp_path / "run", f"data.train={pairs}", "train.max_steps=1"))
@@ -192,6 +194,7 @@ def test_held_out_pairs_are_on_disk_one_by_one(run):
     assert sum(row["loss"] for row in table) / 9 == pytest.approx(run.after["loss"])
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_merged_model_are_evaluated_like_the_run(run, tiny_base, tiny_pairs, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -250,6 +253,7 @@ def test_a_tracker_of_transformers_gets_the_metrics(make_recipe):
     assert "train/rewards/margins" in found.Tags()["scalars"]
 
 
+@pytest.mark.slow
 def test_a_scale_of_gamma_that_leaves_the_reference_behind_is_remarked(make_recipe):
     result = train(make_recipe("loss.beta=2.0", "loss.gamma=0.2x", "train.max_steps=1"))
     assert any(remark.startswith("δ = (γ−β)·sd(Δ0)") for remark in result.remarks)

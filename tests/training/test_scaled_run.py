@@ -62,6 +62,7 @@ def test_a_run_measures_its_adapter_at_each_scale(run):
         assert pairs["policy_chosen"] != whole["policy_chosen"]
 
 
+@pytest.mark.slow
 def test_kl_falls_with_the_scale(run):
     half, more = (kl_of(scaled_folder(run, scale)) for scale in SCALES)
     assert 0 < half < more < kl_of(run)
@@ -105,6 +106,7 @@ def test_a_run_that_started_from_an_adapter_is_evaluated_as_it_was_measured(run,
     assert 0 < kl_of(scaled_folder(again, 0.5)) < kl_of(again)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_it_measured_goes_on(run, make_recipe):
     folder = Path(shutil.copytree(run, make_recipe().output))
     recipe = make_recipe(*MEASURED)
@@ -117,6 +119,7 @@ def test_a_run_that_was_killed_before_it_measured_goes_on(run, make_recipe):
     assert contents(folder) == contents(run)
 
 
+@pytest.mark.slow
 def test_a_run_started_anew_leaves_no_old_measurements(run, make_recipe):
     shutil.copytree(run, make_recipe().output)
     folder = train(make_recipe("train.max_steps=1"), overwrite=True).folder
@@ -145,6 +148,7 @@ def test_out_of_memory_at_a_scale_begins_it_again_with_smaller_rows(run, make_re
         assert ours.equals(theirs)
 
 
+@pytest.mark.slow
 def test_without_held_out_pairs_nothing_is_measured_and_the_run_says_so(make_recipe, logged: list[str]):
     lines = logged
     folder = train(make_recipe(*MEASURED, "data.eval=0", "train.max_steps=1")).folder

@@ -133,6 +133,7 @@ def test_shapes_that_no_block_divides_are_mixed_as_a_whole(elements, d_in, d_out
         assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_the_blocks_size_changes_no_mask_and_results_by_rounding_alone(make_policy, elements):
     def outcome(count):
         elements(count)

@@ -56,6 +56,7 @@ def expectations(preference, row, u):
 
 
 @pytest.mark.parametrize("preference", [of_entries, of_columns, of_elements])
+@pytest.mark.slow
 def test_expected_losses_and_gradients_over_all_masks_are_the_closed_forms(rows, preference):
     assert len(rows) == 9
     for row in rows:
@@ -66,6 +67,7 @@ def test_expected_losses_and_gradients_over_all_masks_are_the_closed_forms(rows,
         assert gradient == pytest.approx(row["grad_at_1"], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_mean_over_draws_of_a_layer_comes_to_the_closed_form(rows):
     """As a user would train it: a linear layer over the two logits' indicator inputs, a draw per step."""
     row, draws = rows[4], 2500
