@@ -98,9 +98,15 @@ def compared(data: str, metric: str, *, is_pooled: bool = False) -> Comparison:
     from pe_dpo import compare
 
     questions = [f"{dial} against beta within {WITHIN}" for dial in DIALS] if is_pooled else []
-    with tempfile.TemporaryDirectory() as place:
-        unpack(NUMBERS.parent / data, Path(place) / data)
-        return compare([Path(place) / data], metric=metric, contrasts=questions)
+    return compare([Path(_unpacked(data).name) / data], metric=metric, contrasts=questions)
+
+
+@cache
+def _unpacked(data: str) -> tempfile.TemporaryDirectory[str]:
+    """The sweep of a data set in a folder that is there until the process ends."""
+    place = tempfile.TemporaryDirectory()
+    unpack(NUMBERS.parent / data, Path(place.name) / data)
+    return place
 
 
 def pooled_table() -> str:

@@ -34,5 +34,5 @@ def test_a_run_on_weighted_places_is_resumed_and_evaluated_on_the_same_pairs(mak
     assert report["kept"] == run.info.pairs["train"] == one["trained_on"] + other["trained_on"]
     assert run.info.pairs["held_out"] == 8 == len(set(report["held_out_rows"]))
     assert evaluate(recipe.output)
-    facts = dict(report_run(run.folder).sections[0].facts)
+    facts = {name: value for section in report_run(run.folder).sections for name, value in section.facts}
     assert facts["Data"] == f"{tmp_path}/one.jsonl (weight 0.5), {tmp_path}/oth*.jsonl (weight 2)"
