@@ -146,6 +146,17 @@ def test_a_metric_is_told_apart_by_what_the_reference_ranks_right(sweep: Path) -
     assert "errors" not in written["points"][0]["right"]
 
 
+def test_the_interval_of_a_side_s_share_stays_where_a_share_can_be(tmp_path: Path) -> None:
+    """Two seeds of a few pairs: Student's interval with one degree of freedom reaches beyond 0 and 1; that of a gap may."""
+    sweep = fake_runs.write_sweep(
+        tmp_path / "s", [{}, {"loss.gamma": 0.0}], seeds=(0, 1), pairs=16, prompts=16, steps=2, snapshots=0
+    )
+    found = compare_sides([sweep], metric="accuracy/shift", by="reference", repeats=100)
+    ends = [(side.low, side.high) for point in found.points for side in (point.right, point.wrong) if side is not None]
+    assert ends and all(0 <= low <= high <= 1 for low, high in ends)
+    assert any(end == (0, 1) or 0.0 in end or 1.0 in end for end in ends)  # else nothing reached beyond
+
+
 def test_by_policy_each_run_has_its_own_sides_and_answers_have_none(tmp_path: Path) -> None:
     sweep = fake_runs.write_sweep(
         tmp_path / "s", [{}, {"loss.beta": 0.4}], seeds=(0,), pairs=30, prompts=20, steps=2, snapshots=0

@@ -149,6 +149,12 @@ def find_sides(
         one_row = 1 / rows if metric.is_share else 0.0
         return bootstrap.effect(observed, replicates, clusters=clusters, one_row=one_row, confidence=confidence)
 
+    def possible(found: Effect | None) -> Effect | None:
+        """With few seeds an interval of a share would go beyond 0 and 1, where the share cannot be."""
+        if found is None or not metric.is_share:
+            return found
+        return replace(found, low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
+
     # Of each setting, seed by seed: the columns of both sides, where both have the metric.
     columns = {
         id(one): {
@@ -179,8 +185,8 @@ def find_sides(
                     side: float(np.mean([pairs[at * count + column] for column in one.columns]))
                     for at, side in enumerate(SIDES)
                 },
-                right=effect(value[right], replicates[:, right], right),
-                wrong=effect(value[wrong], replicates[:, wrong], wrong),
+                right=possible(effect(value[right], replicates[:, right], right)),
+                wrong=possible(effect(value[wrong], replicates[:, wrong], wrong)),
                 gap=gap,
                 gap_direct=None,
             )
