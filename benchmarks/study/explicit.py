@@ -88,7 +88,10 @@ def dials_table(measured: Measured) -> str:
         elif not one.is_end:
             words = f"stopped at step {one.step}"
         groups.setdefault((words, "β" if kappa(one) else "0"), []).append(one)
-    lines = ["| | γ = β: KL | win | ranked right | γ = 0: KL | win | ranked right |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | γ = β: KL | γ = β: win | γ = β: right | γ = 0: KL | γ = 0: win | γ = 0: right |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for words in dict.fromkeys(words for words, _ in groups):
         cells = []
         for gamma in ("β", "0"):
