@@ -19,6 +19,9 @@ import torch
 
 from benchmarks.models import Dtype, ModelName
 from benchmarks.pairs import ShapeName
+from pe_dpo.runs.machine import cpu_name
+
+CPU = Path("/proc/cpuinfo")
 
 PACKAGES = (
     "pe-dpo",
@@ -56,8 +59,8 @@ class Settings:
 def machine() -> dict[str, Any]:
     """Return the facts without which a number says nothing."""
     return {
-        "cpu": _cpu_model(),
-        "avx512_bf16": "avx512_bf16" in _cpu_text(),
+        "cpu": cpu_name(),
+        "avx512_bf16": CPU.is_file() and "avx512_bf16" in CPU.read_text(encoding="utf-8"),
         "logical_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -108,16 +111,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_text() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _cpu_model() -> str:
-    names = [line.split(":", 1)[1].strip() for line in _cpu_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

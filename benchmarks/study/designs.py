@@ -24,9 +24,9 @@ BETAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 RATES, SCALES, STOPS = (0.3, 0.6, 0.9), (0.25, 0.5, 0.75), 5
 LUCK_DRAWS, LUCK_SEEDS = 4, 4
 LUCK_LOSSES = {
-    "dpo": (False, ["loss.gamma=1x"]),
-    "margin": (False, ["loss.gamma=0", "loss.margin=1"]),
-    "shuffled": (True, ["loss.gamma=1x"]),
+    "dpo": (False, ["gamma=1x"]),
+    "margin": (False, ["gamma=0", "margin=1"]),
+    "shuffled": (True, ["gamma=1x"]),
 }
 """Arm: (whether labels are shuffled, settings)."""
 
@@ -85,8 +85,8 @@ def parts(name: str) -> Iterator[Part]:
         ]
         along = {"train": {"epochs": 2}, "generation": {"snapshots": 3}}
         for start in (False, True):
-            name = "from-courteous" if start else "from-reference"
-            yield Part(name, 1000, 0, arms, list(LEARNING_SEEDS), along, has_start=start)
+            start_name = "from-courteous" if start else "from-reference"
+            yield Part(start_name, 1000, 0, arms, list(LEARNING_SEEDS), along, has_start=start)
     elif name == "explicit":
         betas, rates = (",".join(map(str, values)) for values in (BETAS, RATES))
         ends = [[f"beta={betas}"], [f"beta={betas}", "gamma=0"]]
@@ -100,7 +100,5 @@ def parts(name: str) -> Iterator[Part]:
         along = {"train": {"epochs": 4}, "generation": {"snapshots": 2}}
         for draw in range(LUCK_DRAWS):
             for arm, (is_shuffled, settings) in LUCK_LOSSES.items():
-                grid = ["beta=0.1,0.5,2", "lr=1e-3,2e-3", *(one.removeprefix("loss.") for one in settings)]
-                yield Part(
-                    f"{arm}-{draw}", 300, draw, [grid], list(range(LUCK_SEEDS)), along, shuffled=is_shuffled
-                )  # fmt: skip
+                grid = ["beta=0.1,0.5,2", "lr=1e-3,2e-3", *settings]
+                yield Part(f"{arm}-{draw}", 300, draw, [grid], list(range(LUCK_SEEDS)), along, shuffled=is_shuffled)

@@ -61,16 +61,20 @@ def at_equal_kl(measured: Measured, is_in: Callable[[State], bool]) -> tuple[Flo
 
 def named(measured: Measured) -> str:
     """Return the four contrasts at equal KL, and whether they are within 2 points."""
-    four = contrasts({f"{name} − β": at_equal_kl(measured, is_in)[0] for name, is_in in ARMS.items()})
-    return contrast_table(four, unit="points", scale=100, within=WITHIN)
+    return _against_the_dial(measured, ARMS)
 
 
 def others(measured: Measured) -> str:
     """Return the same of arms that were not named; adjusted among themselves, for description."""
-    found = {f"{name} − β": at_equal_kl(measured, is_in)[0] for name, is_in in OTHERS.items()}
-    return contrast_table(
-        contrasts({name: values for name, values in found.items() if len(values) > 2}), unit="points", scale=100, within=WITHIN
-    )
+    return _against_the_dial(measured, OTHERS)
+
+
+def _against_the_dial(measured: Measured, arms: dict[str, Callable[[State], bool]]) -> str:
+    differences = {}
+    for name, is_in in arms.items():
+        values, inside, total = at_equal_kl(measured, is_in)
+        differences[f"{name} − β, {inside} of {total} states in range"] = values
+    return contrast_table(contrasts(differences), unit="points", scale=100, within=WITHIN)
 
 
 def dials_table(measured: Measured) -> str:

@@ -1,6 +1,7 @@
 """The figures: who learns, and what it is worth; the post's table along training; the pull at equal KL."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study import explicit, real
 from benchmarks.study.learning import LOGISTIC, arm, ends
-from benchmarks.study.measured import Measured, kappa
+from benchmarks.study.measured import Measured, State, kappa
 from pe_dpo.report.style import BLUE, BROWN, GREEN, ORANGE, PURPLE, QUIET, SKY, VERMILLION, style
 
 COLOURS = {0.0: VERMILLION, 0.5: ORANGE, 1.0: GREEN, 2.0: SKY, 4.0: BLUE, 8.0: PURPLE}
@@ -25,8 +26,6 @@ def draw(measured: Measured, folder: Path) -> list[Path]:
         }
         paths = []
         for name, of_it in made.get(measured.name, {}).items():
-            if name == "table-along" and not ends(measured, "from-courteous"):
-                continue
             paths.append(folder / f"{name}.png")
             of_it(measured).savefig(paths[-1], dpi=130)
         return paths
@@ -125,38 +124,28 @@ def _explicit_pull(measured: Measured) -> Figure:
 
 
 def _dials(axis: Axes, measured: Measured, of_reference: float) -> None:
-    dials = {"β": ("loss.beta", GREEN, "o-"), "mixout": ("mixout.p", BLUE, "s--"), "dropout": ("adapter.dropout", SKY, "v:")}
-    for name, (key, colour, line) in dials.items():
-        of_dial = [one for one in measured.states if explicit.is_dial(one, key, of_reference) and one.part.startswith("ends")]
-        settings = {repr(one.settings.get(key)): None for one in of_dial if key == "loss.beta" or key in one.settings}
-        _line(
-            axis,
-            measured,
-            [[one for one in of_dial if repr(one.settings.get(key)) == which] for which in settings],
-            colour,
-            line,
-            name,
-        )
+    """One line for each way to pull, through the means over draws of what it was set to."""
+    ends_of = [one for one in measured.states if one.part.startswith("ends")]
     along = [one for one in measured.states if one.part.startswith("along") and kappa(one) == of_reference]
-    ends_of = [one for one in along if one.is_end]
-    stops = sorted({one.step for one in along if one.scale is None})
-    _line(
-        axis,
-        measured,
-        [[one for one in along if one.scale is None and one.step == step] for step in stops],
-        VERMILLION,
-        "D-",
-        "stopping early",
-    )
-    scales = sorted({one.scale for one in along if one.scale is not None})
-    _line(
-        axis, measured, [*([one for one in along if one.scale == scale] for scale in scales), ends_of], BROWN, "X-", "scaling"
-    )
+    stops = [one for one in along if one.scale is None]
+    scaled = [one for one in along if one.scale is not None or one.is_end]
 
+    def turned(key: str) -> list[tuple[Any, State]]:
+        of_dial = [one for one in ends_of if explicit.is_dial(one, key, of_reference)]
+        return [(one.settings.get(key), one) for one in of_dial if key == "loss.beta" or key in one.settings]
 
-def _line(axis: Axes, measured: Measured, groups: list[list], colour: str, line: str, name: str) -> None:
-    points = sorted(
-        (np.mean([one.kl.mean() ** 0.5 for one in group]), 100 * np.mean([measured.win(one) for one in group]))
-        for group in groups
-    )
-    axis.plot(*np.transpose(points), line, color=colour, label=name, ms=6)
+    for name, colour, line, states in (
+        ("β", GREEN, "o-", turned("loss.beta")),
+        ("mixout", BLUE, "s--", turned("mixout.p")),
+        ("dropout", SKY, "v:", turned("adapter.dropout")),
+        ("stopping early", VERMILLION, "D-", [(one.step, one) for one in stops]),
+        ("scaling", BROWN, "X-", [(one.scale, one) for one in scaled]),
+    ):
+        groups: dict[Any, list[State]] = {}
+        for value, one in states:
+            groups.setdefault(value, []).append(one)
+        means = [
+            (np.mean([one.kl.mean() ** 0.5 for one in group]), 100 * np.mean([measured.win(one) for one in group]))
+            for group in groups.values()
+        ]
+        axis.plot(*np.transpose(sorted(means)), line, color=colour, label=name, ms=6)

@@ -108,6 +108,22 @@ class Effect:
     p_equivalent_adjusted: float = math.nan
     """By Holm, as `p_adjusted`."""
 
+    @classmethod
+    def known_to(cls, errors: Errors, estimate: float, *, confidence: float, seed_sd: float, per_seed: list[float]) -> "Effect":
+        """Return an effect with the interval and the p that its errors give it, not adjusted."""
+        half = errors.half_width(1 - confidence)
+        return cls(
+            estimate=estimate,
+            low=estimate - half,
+            high=estimate + half,
+            p=errors.level(abs(estimate)),
+            p_adjusted=math.nan,
+            standard_error=errors.variance() ** 0.5,
+            seed_sd=seed_sd,
+            per_seed=per_seed,
+            errors=errors,
+        )
+
 
 def cluster_weights(random: np.random.Generator, repeats: int, clusters: int) -> Floats:
     """Return how often each cluster is drawn when as many as there are are drawn with replacement: (repeats, clusters)."""
@@ -183,18 +199,8 @@ def effect(per_seed: Floats, replicates: Floats, *, clusters: int, one_row: floa
         alone, observed = prompts - together, float(per_seed.var(ddof=1)) / seeds_count
         together, seeds = min(together, observed), max(0.0, observed - together)
     errors = Errors(prompts, alone, together, seeds, clusters, seeds_count)
-    half = errors.half_width(1 - confidence)
-    return Effect(
-        estimate=estimate,
-        low=estimate - half,
-        high=estimate + half,
-        p=errors.level(abs(estimate)),
-        p_adjusted=math.nan,
-        standard_error=errors.variance() ** 0.5,
-        seed_sd=float(np.std(per_seed, ddof=1)) if seeds_count > 1 else math.nan,
-        per_seed=per_seed.tolist(),
-        errors=errors,
-    )
+    seed_sd = float(np.std(per_seed, ddof=1)) if seeds_count > 1 else math.nan
+    return Effect.known_to(errors, estimate, confidence=confidence, seed_sd=seed_sd, per_seed=per_seed.tolist())
 
 
 def tested_together(
@@ -273,17 +279,12 @@ def mean_effect(found: Sequence[Effect], *, confidence: float = 0.95) -> Effect:
         sum(one.errors.runs for one in found),
         0 if math.isnan(seeds) else freedom(parts[:, 2] + parts[:, 3], runs),
     )
-    estimate, half = float(np.mean([one.estimate for one in found])), errors.half_width(1 - confidence)
-    return Effect(
-        estimate=estimate,
-        low=estimate - half,
-        high=estimate + half,
-        p=errors.level(abs(estimate)),
-        p_adjusted=math.nan,
-        standard_error=errors.variance() ** 0.5,
+    return Effect.known_to(
+        errors,
+        float(np.mean([one.estimate for one in found])),
+        confidence=confidence,
         seed_sd=float(np.mean([one.seed_sd**2 for one in found])) ** 0.5,
         per_seed=[value for one in found for value in one.per_seed],
-        errors=errors,
     )
 
 

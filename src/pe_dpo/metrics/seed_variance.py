@@ -18,7 +18,6 @@ Source:
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -110,15 +109,7 @@ def with_pooled_seeds(found: Effect, pooled: SeedVariance, *, confidence: float 
         observed = (prior + own * observed) / (pooled.freedom + own)
     together = min(max(0.0, errors.prompts - errors.alone), observed)
     errors = errors._replace(together=together, seeds=observed - together, seed_freedom=pooled.pooled_freedom)
-    half = errors.half_width(1 - confidence)
-    return replace(
-        found,
-        low=found.estimate - half,
-        high=found.estimate + half,
-        p=errors.level(abs(found.estimate)),
-        standard_error=errors.variance() ** 0.5,
-        errors=errors,
-    )
+    return Effect.known_to(errors, found.estimate, confidence=confidence, seed_sd=found.seed_sd, per_seed=found.per_seed)
 
 
 def pooled_over(found: Sequence[Effect | None]) -> SeedVariance | None:
