@@ -3,6 +3,7 @@
 import pytest
 
 from pe_dpo.data.dialogues import messages_from_transcript, split_dialogues, split_transcripts
+from pe_dpo.data.rendering import answer_turns
 
 ASK = "\n\nHuman: Hi\n\nAssistant:"
 
@@ -46,3 +47,20 @@ def test_whole_dialogues_whose_user_turns_part_go_back_to_the_last_shared_answer
 def test_equal_dialogues_keep_their_last_answer_apart_from_the_prompt() -> None:
     dialogue = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"})
     assert split_dialogues(dialogue, dialogue) == (dialogue[:1], dialogue[1:], dialogue[1:])
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n", "\n\n"])
+@pytest.mark.parametrize(
+    ("answer", "turns"),
+    [
+        (" yes", [("assistant", "yes")]),
+        ("Human: is a word", [("assistant", "Human: is a word")]),
+        ("yes\n\nHuman: and\n\nAssistant: no", [("assistant", "yes"), ("user", "and"), ("assistant", "no")]),
+    ],
+)
+def test_an_answer_is_divided_at_tags_behind_an_empty_line_alone(answer, turns, space):
+    """An empty line that ends the prompt makes a tag of what the answer begins with."""
+    if space == "\n\n" and answer.startswith("Human:"):
+        turns = [("assistant", ""), ("user", "is a word")]
+    found = answer_turns(f"\n\nHuman: a\n\nAssistant:{space}", answer)
+    assert [(turn["role"], turn["content"]) for turn in found] == turns

@@ -97,6 +97,8 @@ class Encoder:
         self.lengths: list[int] = []
         """Tokens of every pair so far, before those that are too long were left out or cut."""
         self.end = eos if eos is not None else min(self.ends, default=None)
+        self._borders = [tokenizer.decode(ids) for ids in (self.prefix, *([end] for end in self.ends))]
+        """The text with which another begins, and those with which an answer ends."""
         begin = f"beginning with {tokenizer.decode(self.begin)}" if self.begin else "without a BOS token"
         own = settings.template not in ("auto", "chat", "plain")
         chat = f"the chat template {settings.template}" if own else "the tokenizer's chat template"
@@ -299,8 +301,7 @@ class Encoder:
         own = self.tokenizer.chat_template
         if self.control_tokens is None or own:
             return False
-        begin = self.tokenizer.decode(self.prefix)
-        ends = tuple(self.tokenizer.decode([end]) for end in self.ends)
+        begin, *ends = self._borders
         texts = [str(pair.prompt).removeprefix(begin)]
         for answer in (str(pair.chosen).rstrip(), str(pair.rejected).rstrip()):
             texts.append(next((answer.removesuffix(end) for end in ends if answer.endswith(end)), answer))
@@ -403,7 +404,7 @@ class Encoder:
             tail = answer[last + 1 :]
             if not len(tail) or not self.tokenizer.decode(tail.tolist()).strip():
                 return answer[: last + 1]
-        return answer if self.end is None else np.append(answer, np.int32(self.end))
+        return answer if self.end is None else np.concatenate((answer, np.array([self.end], dtype=np.int32)))
 
     def _fit(self, encoded: Sequence[EncodedPair], report: DataReport) -> list[EncodedPair]:
         """Return the pairs that fit `max_length`, some of them with the beginning of their prompt cut after the BOS."""

@@ -288,7 +288,10 @@ def answer_turns(prompt: Text, answer: Text) -> Turns:
     if not isinstance(answer, str):
         return answer
     if isinstance(prompt, str) and is_open_transcript(prompt) and answer:
-        return messages_from_transcript(prompt, answer)[len(messages_from_transcript(prompt, "")) :]
+        said = prompt[prompt.rindex(ASSISTANT_TAG) + len(ASSISTANT_TAG) :] + answer
+        if "\n\nHuman:" in said or ASSISTANT_TAG in said:
+            return messages_from_transcript(prompt, answer)[len(messages_from_transcript(prompt, "")) :]
+        answer = said.strip()  # as nearly every answer is: one turn
     return ({"role": "assistant", "content": answer},)
 
 

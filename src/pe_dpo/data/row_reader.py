@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
 from typing import Any
 
@@ -111,12 +111,13 @@ class RowReader:
             beta=read_pair_number(row, self.shape.columns, "beta"),
             weight=read_pair_number(row, self.shape.columns, "weight"),
         )
-        self._note_suspicious(row, sides, where)
-        self._account_for_unread(given, row, sides, where)
+        differences, scores = compare_scores(row)
+        self._note_suspicious(row, sides, differences, where)
+        self._account_for_unread(given, row, sides, scores, where)
         return pair
 
-    def _note_suspicious(self, row: Values, sides: Sides, where: str) -> None:
-        """Note what is suspicious in a row that is used."""
+    def _note_suspicious(self, row: Values, sides: Sides, differences: Sequence[float], where: str) -> None:
+        """Note what is suspicious in a row that is used; `differences` are those of its scores."""
         prompt = sides[0]
         texts = [row[name] for name in self.shape.required if isinstance(row[name], str)]
         if any(map(holds_messages, texts)):
@@ -134,16 +135,15 @@ class RowReader:
             for one, next_one in turns
         ):
             self.noted["history with a blank turn, or two user turns in a row"].append(where)
-        differences, _ = compare_scores(row)
         if min([0.0, *differences]) < 0:
             self.noted["scores that contradict the labels"].append(where)
         elif 0 in differences:
             self.noted["scores that are equal"].append(where)
 
-    def _account_for_unread(self, given: Values, row: Values, sides: Sides, where: str) -> None:
-        """Keep the names of the columns that were not read; refuse those that matter."""
+    def _account_for_unread(self, given: Values, row: Values, sides: Sides, scores: Set[str], where: str) -> None:
+        """Keep the names of the columns that were not read, nor as `scores`; refuse those that matter."""
         required, column = self.shape.required, self.shape.column
-        read = {*compare_scores(row)[1], *required, "margin", "history", "tools", "chat_template_kwargs"}
+        read = {*scores, *required, "margin", "history", "tools", "chat_template_kwargs"}
         read |= {"beta", "weight"} & self.shape.columns.keys()
         columns = {*map(column, read), *([self.shape.winner.column] if self.shape.winner else [])}
         rest = {name: cell for name, cell in given.items() if name not in columns and name.strip() and carries(cell)}

@@ -90,7 +90,7 @@ def compare_scores(row: Mapping[str, Any]) -> tuple[list[float], set[str]]:
     Returns:
         Differences that contradict the order of the answers are negative; a margin counts where it is.
     """
-    pairs = [pair for pair in _PAIRS if row.keys() >= {*pair}]
+    pairs = [(one, other) for one, other in _PAIRS if one in row and other in row]
     scores = [(row[one], row[other]) for one, other in pairs]
     both = {kind for kind in _KINDS if isinstance(row.get(kind), Mapping) and row[kind].keys() >= {"chosen", "rejected"}}
     scores += [(row[kind]["chosen"], row[kind]["rejected"]) for kind in both]
