@@ -225,9 +225,8 @@ def test_a_class_name_means_one_thing() -> None:
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
-BORDERS = {"evaluation/judged_runs.py", "experiments/point.py", "experiments/on_ray.py", "training/trackers.py"}
-"""Behind which anybody's code runs, once in each file: what it raises is the failure of one run of a sweep, or of a tracker, or
-of a run that a scorer was to judge."""
+BORDERS = {"experiments/point.py", "experiments/on_ray.py", "training/trackers.py"}
+"""Behind which anybody's code runs, once in each file: what it raises is the failure of one run of a sweep, or of a tracker."""
 
 
 def test_no_error_is_swallowed_blindly_but_at_a_border() -> None:

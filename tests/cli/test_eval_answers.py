@@ -80,8 +80,8 @@ def test_a_trained_run_outlives_its_scorer_and_what_will_run_is_said_before(pe_d
     assert "reference_answer" in table_of(tmp_path / "run" / "generations.parquet").column_names
     card = (tmp_path / "run" / "README.md").read_text()
     assert card.count("Moved toward chosen (by summed log-probs): ") == 1 and " that π0 ranks right" in card
-    checked = pe_dpo("check", recipe_file, "--scorer", "no_such_module:score")
-    assert "sampled answers would be judged by the function score of the module no_such_module" in checked.out
+    checked = pe_dpo("check", recipe_file, *short, "--scorer", "operator:eq")
+    assert "sampled answers would be judged by the function eq of the module operator" in checked.out
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_sampling_from_a_merged_model_without_a_reference_is_refused(pe_dpo, tin
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--scorer", "operator:eq"), "say how many prompts to ask: --prompts 100"),
+        (("--scorer", "operator:eq"), "of eval and sweep: --prompts 100"),
         (("--prompts", 3, "--scorer", "no_such_module_here:score"), "install it, or name a file"),
         (("-o", "/nowhere/at/all"), "there is no folder /nowhere/at; make it first"),
     ],

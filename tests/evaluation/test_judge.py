@@ -9,9 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from pe_dpo.errors import ModelError, UsageError
-from pe_dpo.evaluation.judge import judge, length_controlled, open_scorer, prompts_as_written, win_rate
+from pe_dpo.evaluation.judge import check_scorer, judge, length_controlled, open_scorer, prompts_as_written, win_rate
 from pe_dpo.metrics.table import AnswerTable
 from pe_dpo.recipe.data_section import DataSection
+from pe_dpo.recipe.schema import GenerationSection
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 WORDS = ("[UNK]", "user", "assistant", "good", "bad", "question")
@@ -68,6 +69,19 @@ def test_a_function_in_a_module_scores():
 def test_a_scorer_that_is_not_there_is_named(tmp_path, name, words):
     with pytest.raises(UsageError, match=words):
         open_scorer(name.format(tmp=tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "words"),
+    [
+        ("operator:eq", 0, "say how many prompts to ask: generation.prompts=100"),
+        ("none.py:score", 3, "there is no file none.py"),
+        ("no_such_module_here:score", 3, "No module named 'no_such_module_here'"),
+    ],
+)
+def test_a_scorer_that_cannot_judge_is_found_before_anything_of_it_is_run(name, prompts, words):
+    with pytest.raises(UsageError, match=words):
+        check_scorer(name, [GenerationSection(prompts=3), GenerationSection(prompts=prompts)])
 
 
 def test_what_is_no_function_is_taken_for_a_model(tmp_path):

@@ -39,12 +39,12 @@ def check(
     from pe_dpo.estimate import estimate_run, find_card, local_card
     from pe_dpo.estimate.cards import DEFAULT
     from pe_dpo.estimate.lengths import of_pairs
-    from pe_dpo.evaluation.judge import describe_scorer
+    from pe_dpo.evaluation.judge import check_scorer
     from pe_dpo.model.road import files_here, loaded_size
     from pe_dpo.training.preparation import prepare_run
 
+    judged = check_scorer(scorer, [plan.generation]) if scorer else ""
     base, tokenizer, data, *_ = prepare_run(plan)
-    judged = describe_scorer(scorer) if scorer else ""
     example = decode_pair(middle_pair(data.train), tokenizer)
     reference = plan.adapter.describe_reference()
     steps = -(-len(data.train) // plan.train.pairs_per_step)

@@ -48,9 +48,7 @@ def train(
     from pe_dpo.training.train import train as run
 
     is_first = os.environ.get("RANK", "0") == "0"
-    judge = Judge(scorer) if scorer and is_first else None
-    if judge:
-        judge.check([plan])
+    judge = Judge(scorer, [plan]) if scorer and is_first else None
     shown = [progress_callback(terminal.live)]
     result = run(plan, resume=resume, overwrite=overwrite, override=meant, callbacks=shown)
     show_result(result)

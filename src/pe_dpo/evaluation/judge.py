@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pe_dpo.metrics.estimates import clustered_mean, right, wilson_interval
 from pe_dpo.metrics.table import AnswerTable
 from pe_dpo.model.base import NEEDS_CODE, needs_code
 from pe_dpo.recipe.data_section import DataSection
+from pe_dpo.recipe.schema import GenerationSection
 
 AnswerScorer = Callable[[list[Text], list[str]], Sequence[float]]
 """Prompts (text, or messages with `role` and `content`) and as many answers → their scores."""
@@ -46,27 +47,50 @@ CONFIDENCE = 0.95
 logger = logging.getLogger(__name__)
 
 
-def describe_scorer(name: str) -> str:
-    """Return what a scorer of this name runs, in words; nothing of it is run, nor imported, for that."""
+def check_scorer(name: str, generations: Iterable[GenerationSection]) -> str:
+    """Return what a scorer of this name runs, in words, after checking that it is there and will have something to judge.
+
+    Nothing of it is run, nor imported, for that.
+
+    Args:
+        name: see `open_scorer`.
+        generations: what each of the runs samples that it is to judge.
+
+    Raises:
+        UsageError: a run samples no answers, or there is no such file or module.
+    """
+    if not all(generation.prompts for generation in generations):
+        raise UsageError(
+            f"`scorer` {name}: judges sampled answers, and none are sampled; say how many prompts to ask: "
+            "generation.prompts=100 (of eval and sweep: `prompts` 100)"
+        )
     found = FUNCTION.match(name)
     if found is None:
         return f"the reward model {name}: its weights alone, none of its Python"
-    place = str(Path(found["module"]).resolve()) if found["module"].endswith(".py") else f"the module {found['module']}"
-    return f"the function {found['function']} of {place}, whose Python runs here"
+    module, function = found["module"], found["function"]
+    if not module.endswith(".py"):
+        root = module.partition(".")[0]
+        if importlib.util.find_spec(root) is None:
+            raise UsageError(f"`scorer` {name}: No module named {root!r}; install it, or name a file: path/to/file.py:function")
+        return f"the function {function} of the module {module}, whose Python runs here"
+    if not Path(module).is_file():
+        raise UsageError(f"`scorer` {name}: there is no file {module}")
+    return f"the function {function} of {Path(module).resolve()}, whose Python runs here"
 
 
-def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
-    """Return the scorer of this name, after saying what it runs; a reward model is read at its first call.
+def open_scorer(name: str, generations: Iterable[GenerationSection] = (), *, device: torch.device | str) -> AnswerScorer:
+    """Return the scorer of this name, checked by `check_scorer`, after saying what it runs; a model is read at its first call.
 
     Args:
         name: `package.module:function`, `file.py:function`, or path or hub id of a reward model.
+        generations: what each of the runs samples that it is to judge.
         device: for a reward model.
 
     Raises:
-        UsageError: no such module, file or function, or it is not a function.
+        UsageError: see `check_scorer`; or no such module or function, or it is not a function.
         ModelError: no such model, or not one with a single label.
     """
-    logger.info(f"answers are judged by {describe_scorer(name)}")
+    logger.info(f"answers are judged by {check_scorer(name, generations)}")
     found = FUNCTION.match(name)
     if found is None:
         return _RewardModel(name, device)
@@ -76,8 +100,6 @@ def open_scorer(name: str, *, device: torch.device | str) -> AnswerScorer:
             loaded = importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise UsageError(f"`scorer` {name}: {error}; install it, or name a file: path/to/file.py:function") from error
-    elif not Path(module).is_file():
-        raise UsageError(f"`scorer` {name}: there is no file {module}")
     else:
         spec = importlib.util.spec_from_file_location(Path(module).stem, module)
         assert spec is not None and spec.loader is not None, "a .py file has a loader"

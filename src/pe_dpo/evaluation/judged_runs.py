@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pe_dpo.data.pairs import Text
 from pe_dpo.errors import PeDpoError, UsageError, describe_error
@@ -25,7 +26,7 @@ from pe_dpo.inference.policy import Policy, SavedPolicy, default_device, load_po
 from pe_dpo.inference.sampling import answer_text
 from pe_dpo.inference.scorer import TOKENS, choose_scorer
 from pe_dpo.log import quiet
-from pe_dpo.metrics.table import AnswerTable, Floats
+from pe_dpo.metrics.table import AnswerTable, Floats, Texts
 from pe_dpo.model.fingerprint import base_fingerprint
 from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe
@@ -55,23 +56,18 @@ class Judge:
 
     Args:
         name: Of the scorer; what it runs is said, then it is opened, see `judge.open_scorer`.
+        recipes: Of the runs.
+
+    Raises:
+        UsageError, ModelError: see `judge.open_scorer`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, recipes: Sequence[Recipe]) -> None:
         self.name = name
-        self._scorer = open_scorer(name, device=default_device())
+        self._scorer = open_scorer(name, [recipe.generation for recipe in recipes], device=default_device())
         self._prompts: dict[str, dict[str, Text]] = {}
-        self._scores: dict[Asked, Floats] = {}
-        """Of π0's answers."""
-
-    def check(self, recipes: Sequence[Recipe]) -> None:
-        """Check that there is going to be something to judge.
-
-        Raises:
-            UsageError: a recipe samples no answers.
-        """
-        if any(not recipe.generation.prompts for recipe in recipes):
-            raise UsageError(f"`scorer` {self.name}: judges sampled answers; say how many prompts to ask: generation.prompts")
+        self._scores: dict[tuple[tuple[str, ...], tuple[str, ...]], Floats] = {}
+        """Of π0's answers, by the keys of their prompts and their texts."""
 
     def judge(self, runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
         """Yield each run with why it could not be judged; empty where all that was sampled of it is judged now.
@@ -86,9 +82,9 @@ class Judge:
                 for state in () if why else waiting[run.folder]:
                     with progress("judging answers"):
                         self._judge_state(run, state)
-            except Exception as error:  # whatever a scorer raises, it is this run's own and the others go on
-                why = f"`scorer` {self.name}: {describe_error(error)}"
-                logger.debug("what the scorer raised", exc_info=True)
+            except PeDpoError as error:  # a scorer's fault, or prompts that are not there any more; the others go on
+                why = describe_error(error)
+                logger.debug("why a run could not be judged", exc_info=True)
             yield run, why
 
     def _has_judged(self, state: Measurements) -> bool:
@@ -100,15 +96,31 @@ class Judge:
         assert table.reference_answer is not None, "they were given to it"
         if (key := data.model_dump_json()) not in self._prompts:
             self._prompts[key] = prompts_as_written(data)
-        prompts, asked = [self._prompts[key][prompt] for prompt in table.prompt_key], _asked(run, state, table)
-        if asked not in self._scores:
-            self._scores[asked] = answer_scores(self.name, self._scorer, prompts, list(table.reference_answer))
-        scores = answer_scores(self.name, self._scorer, prompts, list(table.answer or ()))
-        table = replace(table, score=scores, reference_score=self._scores[asked])
+        if not self._prompts[key].keys() >= set(table.prompt_key):
+            raise UsageError("its answers were sampled to prompts that its data do not have any more; restore the data")
+        prompts = [self._prompts[key][prompt] for prompt in table.prompt_key]
+        known = tuple(table.prompt_key), tuple(table.reference_answer)  # π0 may have drawn other answers on another machine
+        if known not in self._scores:
+            self._scores[known] = self._score(prompts, list(table.reference_answer))
+        scores = self._score(prompts, list(table.answer or ()))
+        table = replace(table, score=scores, reference_score=self._scores[known])
         table.save(state.folder / ANSWERS_FILE)
-        known = state.evaluation
-        judged = {**known["generation"], "win_rate": {"scorer": self.name, **win_rate(table)}}
-        save_evaluation(state.folder, known["pairs"], known["intervals"], judged)
+        measured = state.evaluation
+        judged = {**measured["generation"], "win_rate": {"scorer": self.name, **win_rate(table)}}
+        save_evaluation(state.folder, measured["pairs"], measured["intervals"], judged)
+
+    def _score(self, prompts: list[Text], answers: list[str]) -> Floats:
+        """Return what the scorer makes of answers.
+
+        Raises:
+            UsageError: it raises an error of its own, or does not return one finite number per answer.
+        """
+        try:
+            return answer_scores(self.name, self._scorer, prompts, answers)
+        except PeDpoError:
+            raise
+        except Exception as error:  # anybody's code
+            raise UsageError(f"`scorer` {self.name}: {describe_error(error)}") from error
 
 
 def _states(run: Run) -> list[Measurements]:
@@ -136,7 +148,7 @@ def _asked(run: Run, state: Measurements, table: AnswerTable) -> Asked:
 
 def _give_reference_answers(runs: Sequence[Run], waiting: dict[Path, list[Measurements]]) -> dict[Path, str]:
     """Write π0's answers beside those of every state that waits for them; return by folder why some have none."""
-    known: dict[Asked, AnswerTable] = {}
+    known: dict[Asked, tuple[Texts, NDArray[Any]]] = {}
     lacking: defaultdict[Asked, list[tuple[Run, Measurements]]] = defaultdict(list)
     for run in runs:
         its = {state.folder for state in waiting[run.folder]}
@@ -144,7 +156,7 @@ def _give_reference_answers(runs: Sequence[Run], waiting: dict[Path, list[Measur
             table = _answers(state)
             asked = _asked(run, state, table)
             if table.reference_answer is not None and table.reference_tokens is not None:
-                known.setdefault(asked, table)
+                known.setdefault(asked, (table.reference_answer, table.reference_tokens))
             elif state.folder in its:
                 lacking[asked].append((run, state))
     faults: dict[Path, str] = {}
@@ -155,14 +167,12 @@ def _give_reference_answers(runs: Sequence[Run], waiting: dict[Path, list[Measur
                 if (asked.base, asked.over) not in policies:
                     policies.clear()  # one base in memory at a time
                     policies[asked.base, asked.over] = _load(states[0][0])
-                said = _draw(*policies[asked.base, asked.over], asked)
-            else:
-                said = list(zip(known[asked].reference_answer or (), known[asked].reference_tokens or (), strict=True))
+                known[asked] = _draw(*policies[asked.base, asked.over], asked)
         except PeDpoError as error:  # a base that is not there any more, say; other runs may have another
             faults |= {run.folder: describe_error(error) for run, _ in states}
             continue
+        texts, tokens = known[asked]
         for _, state in states:
-            texts, tokens = [text for text, _ in said], np.asarray([count for _, count in said])
             replace(_answers(state), reference_answer=texts, reference_tokens=tokens).save(state.folder / ANSWERS_FILE)
     return faults
 
@@ -179,8 +189,8 @@ def _load(run: Run) -> tuple[Policy, Any]:
     return policy, pairs
 
 
-def _draw(policy: Policy, pairs: Any, asked: Asked) -> list[tuple[str, int]]:
-    """Return what π0 answers, text and tokens each.
+def _draw(policy: Policy, pairs: Any, asked: Asked) -> tuple[Texts, NDArray[Any]]:
+    """Return what π0 answers, and the tokens of each.
 
     Raises:
         UsageError: the prompts are not those of these pairs.
@@ -193,4 +203,4 @@ def _draw(policy: Policy, pairs: Any, asked: Asked) -> list[tuple[str, int]]:
     scorer = choose_scorer(policy.model, pairs, packing=False, token_budget=TOKENS)
     with progress("sampling, reference"), policy.reference():
         said = scorer.within_memory(questions.pairs, lambda: questions.answers(policy, token_budget=scorer.token_budget))
-    return [(answer_text(policy.tokenizer, answer.ids), len(answer.ids)) for answer in said]
+    return [answer_text(policy.tokenizer, answer.ids) for answer in said], np.asarray([len(answer.ids) for answer in said])

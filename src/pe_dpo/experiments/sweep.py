@@ -60,9 +60,7 @@ def sweep(
         DiskError: the folder of the sweep cannot be written.
     """
     again = "the same sweep goes on where it was"
-    judge = Judge(scorer) if scorer else None
-    if judge:
-        judge.check(plan.recipes)
+    judge = Judge(scorer, plan.recipes) if scorer else None
     for line in far_places(plan.recipe.model_copy(update={"output": str(plan.folder)})):
         logger.info(line)
     with locked(plan.folder), disk_errors_named(plan.folder, advice=again), _named(plan):
