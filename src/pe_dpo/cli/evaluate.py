@@ -80,7 +80,8 @@ def evaluate(
         from pe_dpo.runs.run import Run
         from pe_dpo.training.diagnostics import GRAVEST_FIRST, diagnose_pairs
 
-        remarks = diagnose_pairs(found.metrics, found.before, Run(target).recipe.loss)
+        before = found.before if found.before_of == "start" else {}
+        remarks = diagnose_pairs(found.metrics, before, Run(target).recipe.loss)
         console.show_lines([f"warning: {remarks[name]}" for name in sorted(remarks, key=GRAVEST_FIRST.index)])
     if folder(found) is not None:
         console.say(f"written to {folder(found)}: evaluation.json has all {len(found.metrics)} metrics")
@@ -114,7 +115,8 @@ def _report(found: "Evaluation") -> dict[str, Any]:
     for by in RANKINGS:
         for key, parts in shares_by_side(found.scored, by).items():
             sides.setdefault(f"by_{by}", {})[key] = {side: json_without_nan(part._asdict()) for side, part in parts.items()}
-    measured = {"metrics": found.metrics, "before": found.before, "intervals": found.intervals}
+    before = {"before": found.before, "before_of": found.before_of}
+    measured = {"metrics": found.metrics, **before, "intervals": found.intervals}
     return {"kind": found.kind, **measured, **sides, **generation, **scaled}
 
 
@@ -135,7 +137,7 @@ def _show_sides(found: "Evaluation") -> None:
 def _show(found: "Evaluation") -> None:
     from pe_dpo.cli.held_out import show_change
 
-    columns = ("before", "after") if found.kind == "run" else ("reference", found.kind)
+    columns = ("before", "after") if found.before_of == "start" else ("reference", found.kind)
     show_change(found.before, found.metrics, reduce=found.scored.reduce, columns=columns)
     _show_sides(found)
     if found.generation is not None:

@@ -54,7 +54,8 @@ def show_change(
     console.show_table(title, header, rows)
     prefix, how = ("regimes_per_token", ", per token") if reduce == "mean" else ("regimes", "")
     if before:
-        show_quadrants(before, f"Before: what the reference already ranks right{how}", prefix)
+        when = "Before: what" if columns[0] == "before" else "What"
+        show_quadrants(before, f"{when} the reference already ranks right{how}", prefix)
     show_quadrants(after, f"After: who flipped, and where the loss still pulls{how}", prefix)
 
 

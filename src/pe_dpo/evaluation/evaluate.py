@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -59,7 +59,9 @@ class Evaluation:
     metrics: dict[str, float]
     """See `pair_metrics`."""
     before: dict[str, float]
-    """The same of the policy at step 0; of what is no run, of the reference. Empty where neither is known."""
+    """The same of `before_of`; empty where there is no reference."""
+    before_of: Literal["start", "reference"]
+    """The policy at step 0, where that is known: of a run that began at its reference or has written these pairs at step 0."""
     intervals: dict[str, tuple[float, float]]
     """95 % Wilson intervals of the metrics that are shares."""
     tokenizer: Any
@@ -129,9 +131,7 @@ def evaluate(
     recipe = _recipe(saved, data, generation)
     if recipe.generation.prompts and saved.adapter is None and base is None:
         raise UsageError(f"{target}: is a whole model; its answers are measured against a reference: name it with `base`")
-    if scorer and not recipe.generation.prompts:
-        raise UsageError(f"`scorer` {scorer}: judges sampled answers; say how many prompts to ask: `prompts` 100")
-    score_answers = open_scorer(scorer, device=default_device()) if scorer else None
+    score_answers = open_scorer(scorer, [recipe.generation], device=default_device()) if scorer else None
 
     tokenizer, info = saved.tokenizer(), saved.inspect()
     pairs = held_out_pairs(saved, recipe, tokenizer, info.context_length, data)
@@ -336,9 +336,11 @@ class _Measuring:
             logger.info("no reference given (`base`): rewards and loss are those of gamma = 0")
         out = loss(policy, self.reference, *pair_terms(self.pairs))
         scored = pair_table(self.pairs, policy, self.reference, out, loss)
+        starts_as_reference = self.saved.recipe is not None and self.recipe.policy_starts_as_reference
         if self.saved.recipe is not None and initial is not None:
             known = initial.with_initial(scored)
-            scored = known or (scored.since(None) if self.recipe.policy_starts_as_reference else scored)
+            scored = known or (scored.since(None) if starts_as_reference else scored)
+        is_start = scored.knows("initial_chosen") or starts_as_reference
         before: dict[str, float] = {}
         start = scored if scored.knows("initial_chosen") or self.reference is None else scored.since(None)
         if start.initial_chosen is not None and start.initial_rejected is not None:
@@ -363,6 +365,7 @@ class _Measuring:
             pairs=self.pairs,
             metrics=metrics,
             before=before,
+            before_of="start" if is_start else "reference",
             intervals=share_intervals(metrics),
             tokenizer=self.tokenizer,
             drift=drift,
