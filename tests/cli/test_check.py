@@ -24,7 +24,7 @@ def test_check_tells_loss_base_reference_shape_and_steps(pe_dpo, recipe_file):
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0] == "read 33 rows: train.jsonl (24), test.jsonl (9)"
-    assert "loss: DPO, beta 0.1, gamma 0.1; formula: pe-dpo recipes show RECIPE" in lines
+    assert "loss: DPO, beta 0.1, gamma 0.1, margin 0, link logistic, reduce sum; formula: pe-dpo recipes show RECIPE" in lines
     assert "base: 0.1 M parameters, in 32 bits: 0.00 GB; context 256" in lines
     assert "reference: the base, adapters off" in lines
     assert "understood as prompt (text), chosen and rejected (text)" in lines
@@ -60,7 +60,7 @@ def test_a_loss_without_reference_is_said_to_need_none(pe_dpo, recipe_file):
     lines = pe_dpo("check", recipe_file, "--gamma", 0, "--margin", 1).out.splitlines()
     assert "reference: the base, adapters off; never run, since gamma is 0" in lines
     assert next(line for line in lines if line.startswith("loss: ")).endswith(
-        ", beta 0.1, gamma 0, margin 1; formula: pe-dpo recipes show RECIPE"
+        ", beta 0.1, gamma 0, margin 1, link logistic, reduce sum; formula: pe-dpo recipes show RECIPE"
     )
 
 

@@ -51,7 +51,7 @@ def test_train_says_what_it_does_and_what_came_of_it(trained):
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
     assert lines[0] == "read 33 rows: train.jsonl (24), test.jsonl (9)"
-    assert "loss: DPO, beta 0.1, gamma 0.1; formula: pe-dpo recipes show RECIPE" in lines
+    assert "loss: DPO, beta 0.1, gamma 0.1, margin 0, link logistic, reduce sum; formula: pe-dpo recipes show RECIPE" in lines
     assert "24 pairs to train on, 9 held out (test.jsonl)" in lines
     assert any(line.startswith("step 0: max |log π − log π0| 0, loss 0.6931") for line in lines)
     assert any(re.fullmatch(r"step 2/2  loss \d\.\d{4}  reward accuracy [01]\.\d\d  \d+ s", line) for line in lines)

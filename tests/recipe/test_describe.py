@@ -204,13 +204,16 @@ def test_a_multiple_of_beta_is_kappa(beta: float, kappa: float) -> None:
     assert describe(LossSection(beta=beta, gamma=f"{kappa!r}x")).kappa == pytest.approx(kappa, rel=1e-12)
 
 
-def test_one_line_has_the_name_the_numbers_and_where_the_formula_stands():
+def test_one_line_has_the_name_what_the_loss_is_made_of_and_where_the_formula_stands():
     lines = [name_loss(loss) for loss in (
-        LossSection(), LossSection(gamma="0.5x"), LossSection(preset="ipo"), LossSection(sft_weight=1, margin=2, gamma="auto"),
+        LossSection(), LossSection(gamma="0.5x"), LossSection(preset="ipo"), LossSection(preset="simpo"),
+        LossSection(sft_weight=1, margin=2, gamma="auto", label_smoothing=0.1),
     )]  # fmt: skip
     assert [line.removesuffix("; formula: pe-dpo recipes show RECIPE") for line in lines] == [
-        "loss: DPO, beta 0.1, gamma 0.1",
-        "loss: generalized DPO, beta 0.1, gamma 0.05",
-        "loss: IPO, beta 0.1, gamma 0.1, margin 0.5",
-        "loss: none that was published, beta 0.1, gamma auto (found from the data), margin 2",
+        "loss: DPO, beta 0.1, gamma 0.1, margin 0, link logistic, reduce sum",
+        "loss: generalized DPO, beta 0.1, gamma 0.05, margin 0, link logistic, reduce sum",
+        "loss: IPO, beta 0.1, gamma 0.1, margin 0.5, link squared, reduce mean",
+        "loss: SimPO, beta 2, gamma 0, margin 1, link logistic, reduce mean",
+        "loss: no published one, beta 0.1, gamma auto (found from the data), margin 2, link logistic, reduce sum, "
+        "label_smoothing 0.1, sft_weight 1",
     ]

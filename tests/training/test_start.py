@@ -241,3 +241,9 @@ def test_settings_of_the_steps_that_so_many_pairs_make_meaningless_are_pointed_a
         "warning: train.warmup: 50 lets the learning rate rise for 4 of 4 steps; a tenth is usual",
         "warning: train.pairs_per_step: 64 is more than the 24 pairs that there are: a step is an epoch",
     ]
+
+
+def test_what_a_recipe_says_by_itself_is_pointed_at_before_the_data_are_read(make_recipe, tmp_path, warned):
+    with pytest.raises(DataError):
+        prepare_run(make_recipe(f"data.train={tmp_path / 'nowhere.jsonl'}", "loss.gamma=0"))
+    assert len(warned) == 1 and warned[0].startswith("warning: loss: with gamma 0 and summed log-probs shorter answers win")

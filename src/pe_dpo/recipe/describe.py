@@ -26,12 +26,17 @@ class LossDescription(NamedTuple):
 
 
 def name_loss(loss: LossSection) -> str:
-    """Return a loss as one line: the first name under which it was published, its numbers, and where the rest stands."""
+    """Return a loss as one line: the first name under which it was published, what it is made of, and where the rest stands."""
     preset = next(iter(_published(loss)), None)
-    name = "none that was published" if preset is None else re.split(" with |, | \\(", preset.title)[0]
+    name = "no published one" if preset is None else re.split(" with |, | \\(", preset.title)[0]
     gamma = f"{loss.gamma} (found from the data)" if loss.is_calibrated else f"{loss.gamma_value:g}"
-    numbers = [f"beta {loss.beta:g}", f"gamma {gamma}", *([f"margin {loss.margin:g}"] if loss.margin else [])]
-    return f"loss: {name}, {', '.join(numbers)}; formula: pe-dpo recipes show RECIPE"
+    always = f"beta {loss.beta:g}, gamma {gamma}, margin {loss.margin:g}, link {loss.link}, reduce {loss.reduce}"
+    turned = [f"{key} {getattr(loss, key):g}" for key in _RARE if getattr(loss, key) != LossSection.model_fields[key].default]
+    return f"loss: {', '.join([name, always, *turned])}; formula: pe-dpo recipes show RECIPE"
+
+
+_RARE = ("margin_scale", "reference_floor", "label_smoothing", "sft_weight", "length_penalty", "rejected_weight")
+"""Numbers of a loss that are named where they are on."""
 
 
 def describe(loss: LossSection, pair_columns: Collection[str] = ()) -> LossDescription:

@@ -47,15 +47,14 @@ def prepare_run(recipe: Recipe, *, shared: Inputs | None = None, recorded: Mappi
     """
     check_trackers(recipe.train.report_to)
     check_optimizer(recipe)
-    suspicious = [*warnings(recipe), *check_ranges(recipe)]
+    for line in (*warnings(recipe), *check_ranges(recipe)):  # which ask for no data, and reading them may take long
+        logger.warning(line)
     for folder in filter(None, (recipe.adapter.start, recipe.adapter.over)):
         check_can_be_trained_on(folder)
     prepared = shared or read_inputs(recipe, recorded=recorded)
     prepared.data.report.tell(logger)
     for line in (name_loss(recipe.loss), *far_places(recipe)):
         logger.info(line)
-    for line in suspicious:
-        logger.warning(line)
     _check_adapters(recipe.adapter, prepared)
     if recipe.loss.margin_scale and not any(column(prepared.data.train, "margin")):
         raise DataError(

@@ -32,7 +32,6 @@ from pe_dpo.model.mixout import attach_mixout
 from pe_dpo.model.provenance import adapter_fingerprints, base_files, base_record
 from pe_dpo.model.quantization import check_weights_unpacked
 from pe_dpo.objective import Loss
-from pe_dpo.progress import progress
 from pe_dpo.recipe import Recipe, with_absolute_paths, with_gamma
 from pe_dpo.runs.checkpoints import checkpoint_step
 from pe_dpo.runs.files import scaled_folder
@@ -204,9 +203,7 @@ def _train(
 
         def measure(step: int) -> None:
             place = writer.folder / "snapshots" / f"step-{step:06d}"
-            scored = trainer.score_monitored()
-            with progress("sampling"):
-                trainer.save_measurements(place, scored, generation)
+            trainer.save_measurements(place, trainer.score_monitored(), generation)
 
         trainer.add_callback(Snapshots(points, measure))
     try:
@@ -440,13 +437,10 @@ def _finish(
     if writer.writes:
         trainer.save_policy(result.folder)
     if last is not None:
-        with progress("sampling"):
-            trainer.save_measurements(result.folder, last, recipe.generation)
+        trainer.save_measurements(result.folder, last, recipe.generation)
     writer.update(seconds=time.perf_counter() - began)
     for scale in recipe.generation.scales if trainer.held_out else ():
         with trainer.policy.scaled(scale):
-            scored = trainer.score_monitored()
-            with progress("sampling"):
-                trainer.save_measurements(scaled_folder(result.folder, scale), scored, recipe.generation)
+            trainer.save_measurements(scaled_folder(result.folder, scale), trainer.score_monitored(), recipe.generation)
     adapter = adapter_fingerprints(result.folder) if writer.writes else {}
     writer.finish(recipe, before=result.before, after=result.after, step=result.steps, remarks=result.remarks, adapter=adapter)

@@ -375,7 +375,7 @@ class PairTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         drift = None
         if settings.prompts:
-            with self.keeping_what_was_saved():
+            with self.keeping_what_was_saved(), progress("sampling"):
                 drift = measure_drift(self.policy, self.scorer, self.held_out, settings, seed=GENERATION_SEED)
         with_texts(scored, self.held_out, self.policy.tokenizer).save(folder / PAIRS_FILE)
         if drift:
