@@ -495,7 +495,9 @@ def test_a_scorer_without_answers_or_that_is_not_there_stops_before_anything_run
     with pytest.raises(UsageError, match=r"say how many prompts to ask: generation\.prompts"):
         sweep(plan, scorer="operator:eq")
     with pytest.raises(UsageError, match=r"there is no file nowhere\.py"):
-        sweep(plan, scorer="nowhere.py:score")
+        sweep(
+            make_plan(source, [["gamma=0"]], folder=plan.folder, overrides=["generation.prompts=3"]), scorer="nowhere.py:score"
+        )
     assert not plan.folder.exists()
 
 
