@@ -587,3 +587,9 @@ def test_a_file_has_no_splits(converted) -> None:
 def test_each_of_several_files_is_a_place(converted, tool: str, text: str) -> None:
     places = converted(tool, text).recipe.data.train
     assert [one if isinstance(one, str) else one.path for one in places] == ["./a.jsonl", "./b.jsonl"]
+
+
+@pytest.mark.parametrize(("tool", "data"), [("trl", None), ("llama-factory", None), ("ms-swift", 7)])
+def test_a_seed_of_the_data_draws_their_order_and_in_swift_what_is_held_out_too(converted, tool: str, data) -> None:
+    train = converted(tool, "seed: 3\ndata_seed: 7\nlogging_steps: 5").recipe.train
+    assert (train.seed, train.seeds.order, train.seeds.data, train.log_every) == (3, 7, data, 5)

@@ -27,6 +27,10 @@ MALFORMED = [
     ("model: {base: b, quantise: nf4}", "1: model.quantise", "unknown key; did you mean model.quantize?"),
     ("beta: 0.1", "1: beta", "unknown key here; did you mean loss.beta?"),
     ("train: {gamma: 1}", "1: train.gamma", "unknown key here; did you mean loss.gamma?"),
+    ("loss: {adapter: x}", "1: loss.adapter", "unknown key here; did you mean adapter?"),
+    ("model: {base: b, adaptr: x}", "1: model.adaptr", "unknown key; did you mean adapter?"),
+    ("train: {adapter: 1}", "1: train.adapter", "unknown key here; did you mean train.seeds.adapter?"),
+    ("masks: 1", "1: masks", "unknown key here; did you mean train.seeds.masks?"),
     ("zzz: 1", "1: zzz", "unknown key; `pe-dpo recipes schema` lists what there is"),
     # keys of other tools
     ("loss: {simpo_gamma: 0.5}", "1: loss.simpo_gamma", "here it is loss.margin (that is the margin; gamma here is"),
@@ -47,6 +51,7 @@ MALFORMED = [
     ("push_to_hub: true", "1: push_to_hub", "not in training: pe-dpo export --push"),
     ("train: {torch_compile: true}", "1: train.torch_compile", "compilation is not used"),
     ("data: {train: d, max_prompt_length: 5}", "1: data.max_prompt_length", "data.max_length (of prompt and answer together"),
+    ("train: {data_seed: 5}", "1: train.data_seed", "here it is train.seeds.order"),
     ("adapter: {lora_rank: 5}", "1: adapter.lora_rank", "here it is adapter.rank"),
     ("sequence_len: 5", "1: sequence_len", "(longer pairs are dropped here, not cut; see data.overlong)"),
     ("cutoff_len: 5", "1: cutoff_len", "here it is data.max_length (longer pairs are dropped here"),

@@ -167,16 +167,14 @@ class Draft:
             if section != "loss" and key != "alpha"  # which other keys set
         }
         lines: list[str] = []
-        section = ""
+        section: list[str] = []
         for name in sorted(self.lines, key=known_keys().index):
             value, origin, is_said = self.lines[name]
             if not is_said and name in defaults and value == defaults[name]:
                 continue
-            head, _, key = name.rpartition(".")
-            if head and head != section:
-                lines.append(f"{head}:")
-            section = head
-            indent = "  " if head else ""
+            *head, key = name.split(".")
+            lines += ["  " * at + f"{part}:" for at, part in enumerate(head) if section[: at + 1] != head[: at + 1]]
+            section, indent = head, "  " * len(head)
             body = f"{indent}{key}: {in_yaml(value)}"
             if isinstance(value, list) and any(isinstance(one, dict) for one in value):  # places, one a line
                 body = "\n".join([f"{indent}{key}:", *(f"{indent}  - {in_yaml(one)}" for one in value)])

@@ -46,6 +46,10 @@ def convert(draft: Draft) -> TheirLoss | None:
         accumulation = Said(accumulation.key, derived, False)
     settings.write_batch(draft, batch, accumulation)
     settings.write_trainer(draft, rate)
+    drawn = draft.said("data_seed")
+    if drawn.is_written and draft.number(drawn, "train.seeds.data", int) is not None:
+        draft.number(drawn, "train.seeds.order", int)
+        draft.differs(drawn, "rows are held out by their prompts here, and other ones than there, whatever the seed")
     draft.read.update(("bf16", "run_name", "save_strategy", "eval_strategy", "logging_dir"))
     draft.differs("adam_beta2: 0.95 by default there", "0.999 here, transformers' default")
     return _write_loss(draft)

@@ -45,14 +45,14 @@ def explain_unknown_key(path: tuple[str | int, ...]) -> str:
         return f"unknown key; a place has {', '.join(DataSource.model_fields)}"
     if key == "scorer":
         return "unknown key: no recipe names a program that is run; give it to train, sweep or eval as `scorer`"
-    names = {dotted.rsplit(".", 1)[-1]: dotted for dotted in known_keys()}
+    section, sections = ".".join(map(str, path[:-1])), list(Recipe.model_fields)
+    inside = [name for name in known_keys() if section and name.startswith(f"{section}.")]
+    names = {dotted.rsplit(".", 1)[-1]: dotted for dotted in [*known_keys(), *sections, *inside]}  # the last one of a name wins
     other = key_elsewhere(key)
     if other and key not in names:
         return f"unknown key; {other.in_words()}"
     if key in names:
         return f"unknown key here; did you mean {names[key]}?"
-    inside = [name for name in known_keys() if name.startswith(".".join(map(str, path[:-1])))]
-    sections = list(Recipe.model_fields)
     candidates = [*(sections if len(path) == 1 else inside), *names.values(), *sections]
     near = [name for name in candidates if _is_typo(key, name.rsplit(".", 1)[-1])]
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key; `pe-dpo recipes schema` lists what there is"
