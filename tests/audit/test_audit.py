@@ -15,7 +15,8 @@ from pe_dpo.audit.forecast import AGREEMENTS, FLIP_QUANTILES, forecast
 from pe_dpo.audit.quantization_error import quantization_error
 from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.inference.reference import check_finite
-from pe_dpo.metrics.reference_accuracy import ReferenceAccuracy, independent_pairs
+from pe_dpo.metrics.estimates import pairs_worth, wilson_interval
+from pe_dpo.metrics.reference_accuracy import ReferenceAccuracy
 from pe_dpo.objective import Loss, PairLogprobs, PairTerms
 from pe_dpo.recipe import recipe_from_yaml
 from pe_dpo.recipe.loss_section import LossSection
@@ -82,16 +83,12 @@ def test_spread_and_correlation_are_those_of_numpy():
 
 
 def test_pairs_that_repeat_each_other_count_once_in_the_interval():
-    """Ten pairs four times over are worth 10 of 40·(1 − 1/10), the degrees of freedom of ten prompts; other prompts are not."""
-    right = np.array([True, False] * 5)
-    once = [str(number) for number in range(10)]
-    assert independent_pairs(right, once) == 9
-    assert independent_pairs(np.repeat(right, 4), np.repeat(once, 4).tolist()) == 9
-    assert independent_pairs(np.repeat(right, 4), [str(number) for number in range(40)]) == 39
-
-
-def test_all_right_is_known_as_well_as_there_are_prompts():
-    assert independent_pairs(np.array([True] * 6), ["a", "a", "b", "b", "c", "c"]) == 3
+    """Ten pairs four times over know a share as the ten do, as on every other page (`pairs_worth`)."""
+    values, once = np.array([1.0, -1.0] * 5), [str(number) for number in range(10)]
+    alone = ReferenceAccuracy(values, np.arange(10.0), once)
+    assert alone.right_interval == wilson_interval(0.5, 10)
+    copies = ReferenceAccuracy(np.repeat(values, 4), np.arange(40.0), np.repeat(once, 4).tolist())
+    assert copies.right_interval == wilson_interval(0.5, pairs_worth(np.repeat(values > 0, 4), np.repeat(once, 4).tolist()))
 
 
 def test_equal_lengths_leave_the_correlation_open():

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from pe_dpo.experiments.contrasts import contrasts_hash
+from pe_dpo.experiments.plan import make_plan, save_plan
+
 
 @pytest.mark.slow
 def test_json_is_all_that_is_printed(pe_dpo, recipe_file, tmp_path):
@@ -51,6 +54,19 @@ def test_a_plan_shows_its_contrasts_and_what_it_will_find(pe_dpo, recipe_file, t
     lines = done.out.splitlines()
     row = next(line for line in lines if line.startswith("│ 300"))
     assert row.replace("│", "").split() == ["300", "7.0", "7.0", "5.0"]
+    earlier = {"folder": tmp_path / "sweep", "overrides": ["generation.prompts=64"], "contrasts": ["beta=0.2 against base"]}
+    save_plan(make_plan(recipe_file, [["beta=0.1,0.2"]], **earlier))
+    saved = pe_dpo(*command, "--contrast", "mixout against beta")
+    both = ["beta=0.2 against base", "mixout against beta"]
+    assert f"SHA-256 of the contrasts: {contrasts_hash(dict.fromkeys(both, 0))}" in saved.out
+    assert "3 runs in " in saved.out
     missing = pe_dpo(*command, "--contrast", "dropout=0.5 against beta")
     assert missing.code != 0
     assert "the plan has no point of adapter.dropout=0.5" in missing.err
+
+
+def test_variances_are_assumed_by_a_plan_alone(pe_dpo, recipe_file, tmp_path):
+    done = pe_dpo("sweep", recipe_file, "-o", tmp_path / "sweep", "--like", tmp_path / "other")
+    assert done.code == 2
+    assert f"--like {tmp_path / 'other'}: is whose variances --plan assumes; give --plan too" in done.err
+    assert not (tmp_path / "sweep").exists()

@@ -1,6 +1,7 @@
 """Contrasts: what their words mean, which points they average, and that they are tested by themselves."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from scipy import stats
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments.compare import compare
 from pe_dpo.experiments.comparison import Comparison
-from pe_dpo.experiments.contrasts import contrasts_hash, largest_block, matching, read_contrast
+from pe_dpo.experiments.contrasts import contrasts_hash, largest_block, matching, named_contrasts, read_contrast
 from pe_dpo.experiments.design import designs
 from pe_dpo.experiments.plan import make_plan, read_plan, save_plan
 from pe_dpo.metrics.bootstrap import Errors, holm, smallest_found
@@ -147,6 +148,97 @@ def test_every_seed_has_the_same_points() -> None:
     assert largest_block([set(), set()]) == ([], [])
 
 
+def test_points_of_different_seeds_are_averaged_over_those_that_they_share() -> None:
+    assert largest_block([{0, 1, 2}, {1, 2, 3}, {1, 2, 4}]) == ([0, 1, 2], [1, 2])
+
+
+def test_several_seeds_of_one_point_come_before_one_seed_of_many() -> None:
+    assert largest_block([{0}, {0}, {0}, {0}, {1, 2}]) == ([4], [1, 2])
+    assert largest_block([{0}, {0, 1}, {0, 2}]) == ([1], [0, 1])
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two tiny data sets: answers were scored in the first, the second has one seed. β = 0.4 of the first has one, too."""
+    folder, points = tmp_path_factory.mktemp("uneven"), [{}, {"loss.beta": 0.4}, {"loss.gamma": "0x"}]
+    small: dict[str, Any] = {"pairs": 24, "prompts": 12, "snapshots": 0, "steps": 1}
+    first = fake_runs.write_sweep(folder / "first", points, seeds=(0, 1), unfinished=["beta=0.4"], **small)
+    small["pairs"] = 26
+    return [first, fake_runs.write_sweep(folder / "second", points, seeds=(0,), scored=False, **small)]
+
+
+def test_the_metric_is_one_that_all_data_sets_have(uneven: list[Path]) -> None:
+    assert compare(uneven[:1], repeats=100).metric == "win_rate"
+    found = compare(uneven, repeats=100, contrasts=["gamma=0 against base"])
+    assert (found.metric, np.isnan(found.reference)) == ("accuracy/shift", True)
+
+
+def test_a_data_set_of_one_seed_is_shown_and_the_verdict_says_how_many_count(uneven: list[Path]) -> None:
+    found = compare(uneven, repeats=100, contrasts=["gamma=0 against base"])
+    (one,) = found.contrasts
+    of_first, of_second = one.by_data_set["first"], one.by_data_set["second"]
+    assert of_first is not None and of_second is not None and one.effect is not None
+    assert one.effect.estimate == of_first.estimate
+    assert (one.data_sets, np.isnan(of_second.low)) == (1, True)
+    assert ", 1 of 2 data sets, 2 seeds): " in found.verdict
+
+
+def test_a_side_that_no_data_set_has_is_named_with_the_data_sets(uneven: list[Path]) -> None:
+    lacking = "no run that is compared is a point of mixout.p"
+    with pytest.raises(UsageError, match=f"`contrasts` mixout: on first {lacking}; on second {lacking}; name others"):
+        compare(uneven, repeats=100, contrasts=["mixout"])
+
+
+def test_one_question_in_other_words_is_asked_once(uneven: list[Path]) -> None:
+    """Two of the words name the same points; two sizes that count as no difference are two questions."""
+    asked = ["beta=0.1,0.4 against base", "beta=0.40,.1  against base within 5", "beta=0.4,0.1 against base within 2"]
+    assert [one.text for one in named_contrasts(uneven, asked)[0]] == ["beta=0.40,.1 against base within 5", asked[2]]
+
+
+def test_points_that_are_left_out_on_the_right_or_stand_on_both_sides_are_told(uneven: list[Path]) -> None:
+    asked = ["gamma=0 against beta=0.1,0.4", "beta=0.1,0.4 against beta=0.4"]
+    first, second = compare(uneven[:1], repeats=100, metric="accuracy/shift", contrasts=asked).contrasts
+    assert (first.points, first.left_out) == (["γ = 0"], ["β = 0.4 on the right"])
+    assert (second.points, second.left_out) == (["the base recipe"], ["β = 0.4 on both sides"])
+
+
+def test_what_rests_on_one_seed_is_said_without_an_interval(uneven: list[Path]) -> None:
+    asked = ["gamma=0 against base", "beta=0.4 against base"]
+    beside = compare(uneven[:1], repeats=100, metric="accuracy/shift", contrasts=asked)
+    assert re.search(
+        r"β = 0.4 minus the base recipe: .* points \(one seed\): rests on one seed and is not tested\.$", beside.verdict
+    )
+    alone = compare(uneven[:1], repeats=100, metric="accuracy/shift", contrasts=asked[1:])
+    assert alone.verdict.endswith("With one seed this holds for these runs, not yet for others of the same settings.")
+
+
+def test_power_is_of_what_was_tested_and_names_its_rows(uneven: list[Path], tmp_path: Path) -> None:
+    """Of scored answers; without sampled ones nothing is at equal KL, and no contrast there has power."""
+    power = compare(uneven[:1], repeats=100).power
+    assert power is not None and (power.unit, power.pairs) == ("answer", 24)
+    world = fake_runs.make_world(20, 20)
+    runs = [
+        fake_runs.write_run(tmp_path / name, setting, world, samples=0, snapshots=0, steps=1)
+        for name, setting in (("a", {}), ("b", {"loss.gamma": "0x"}))
+    ]
+    assert compare(runs, repeats=100).power is not None
+    found = compare(runs, repeats=100, contrasts=["gamma=0"])
+    assert (found.contrasts[0].effect, found.contrasts[0].left_out, found.power) == (None, ["γ = 0"], None)
+
+
+def test_a_design_counts_snapshots_and_scales_with_its_points(tmp_path: Path) -> None:
+    """γ = 0, two snapshots and three scaled ends; where one value of β is run its snapshots are the line, not compared."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {base: a/base}\ndata: {train: pairs}\n")
+    measured = ["generation.snapshots=2", "generation.scales=[0.5]"]
+
+    def comparisons(*grids: str) -> int:
+        return designs(make_plan(recipe, [[one] for one in grids], folder=tmp_path / "new", overrides=measured))[2]
+
+    assert comparisons("beta=0.1,0.2", "gamma=0") == 1 + 2 + 3
+    assert comparisons("beta=0.1", "gamma=0") == 1 + 2
+
+
 @pytest.mark.slow
 def test_contrasts_are_kept_with_their_hash_and_later_ones_and_seeds_are_recorded_as_such(tmp_path: Path) -> None:
     """Named with the plan: after 0 runs. Named again when six of twelve had finished: after six, as the seeds then added."""
@@ -176,7 +268,7 @@ def test_contrasts_are_kept_with_their_hash_and_later_ones_and_seeds_are_recorde
     assert "beta=0.4 against base: named after 6 runs had finished" in found.remarks
     assert any(remark.endswith("seed 2 was added after 6 runs had finished; a look before that decision makes p smaller than "
                                "they are") for remark in found.remarks)  # fmt: skip
-    with pytest.raises(UsageError, match="dropout: no run that is compared is a point of one of its sides"):
+    with pytest.raises(UsageError, match=r"dropout: no run that is compared is a point of adapter.dropout; name others"):
         compare([folder], metric="accuracy/shift", repeats=100, contrasts=["dropout"])
     content = json.loads((folder / "sweep.json").read_text())
     content["contrasts"][0]["contrast"] = "mixout=0.3"
@@ -224,7 +316,7 @@ def test_power_is_that_of_the_verdict(sweeps: list[Path]) -> None:
         few, many = (stats.t.ppf(1 - level / 2, df) ** 2 for df in (runs - 1, clusters - 1))
         fewer = 3 / runs
         both = few * fewer * (seeds + together) + many * alone
-        return max(many * (alone + fewer * (prompts - alone if runs == 3 else together)), both) ** 0.5
+        return max(many * (alone + fewer * (prompts - alone)), both) ** 0.5
 
     assert power.comparisons == comparisons
     assert power.smallest_found == pytest.approx(half(0.05, 3) + half(0.4, 3), rel=1e-6)

@@ -15,7 +15,7 @@ import pytest
 from scipy import special
 
 from pe_dpo.experiments.compare import find_arms
-from pe_dpo.experiments.comparison import Arm, Power
+from pe_dpo.experiments.comparison import Arm, Method, Power
 from pe_dpo.experiments.resampled import Resampled, settings_of
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS
@@ -100,12 +100,9 @@ def names(prompts: int, pairs: int) -> tuple[list[str], list[str], list[str]]:
 
 def findings(observations: list[Observation]) -> tuple[list[Arm], Power | None]:
     """What `compare` finds on accuracy/shift against the β dial."""
-    metric = METRICS["accuracy/shift"]
-    resampled = Resampled(observations, metric, repeats=300, seed=0)
-    settings = settings_of(observations)
-    line = [one for one in settings if set(one.settings) <= {"loss.beta"}]
-    arms, power, _ = find_arms(resampled, settings, line, metric, seed=0, confidence=0.95)
-    return arms, power
+    resampled = Resampled(observations, METRICS["accuracy/shift"], repeats=300, seed=0)
+    found = find_arms(resampled, settings_of(observations), "loss.beta", Method())
+    return found.arms, found.power
 
 
 def matched(observations: list[Observation]) -> dict[str, Effect]:

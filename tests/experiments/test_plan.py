@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pe_dpo.errors import RecipeError, RunFolderError, UsageError
-from pe_dpo.experiments.plan import make_plan, read_plan, save_plan
+from pe_dpo.experiments.plan import joined_plan, make_plan, read_plan, save_plan
 
 
 @pytest.fixture
@@ -132,6 +132,24 @@ def test_a_larger_grid_joins_the_sweep_that_is_there(source, tmp_path):
     plan = save_plan(make_plan(source, [["gamma=2x"]], folder=tmp_path / "sweep", seeds=[0, 1]))
     assert [(point.name, point.seed) for point in plan.points] == [("gamma=0", 0), ("gamma=2x", 0), ("gamma=2x", 1)]
     assert read_plan(tmp_path / "sweep").points == plan.points
+
+
+def test_a_plan_joined_with_what_lies_there_has_the_hash_that_is_stored(source, tmp_path):
+    """The older question stands first, and nothing is written before the plan is saved."""
+    folder = tmp_path / "sweep"
+    save_plan(make_plan(source, [["gamma=0,1x"]], folder=folder, contrasts=["gamma=0 against base"]))
+    later = make_plan(source, [["mixout=0.3"]], folder=folder, contrasts=["mixout=0.3 against base"])
+    before = (folder / "sweep.json").read_text()
+    joined = joined_plan(later)
+    assert list(joined.contrasts) == ["gamma=0 against base", "mixout=0.3 against base"]
+    assert (folder / "sweep.json").read_text() == before
+    assert save_plan(later) == joined
+    assert json.loads((folder / "sweep.json").read_text())["contrasts_sha256"] == joined.contrasts_sha256
+
+
+def test_a_contrast_whose_left_side_lies_in_its_right_one_is_refused(source):
+    with pytest.raises(UsageError, match=r"all points of loss.beta=0.2 are points of loss.beta too, on its right"):
+        make_plan(source, [["beta=0.1,0.2"]], contrasts=["beta=0.2 against beta"])
 
 
 def test_a_sweep_from_another_recipe_is_refused(source, tmp_path):

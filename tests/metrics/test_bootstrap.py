@@ -132,6 +132,34 @@ def test_a_replicate_that_is_not_known_counts_for_nothing() -> None:
     assert found == pytest.approx(expected, rel=1e-12) and expected.together > 0
 
 
+def test_a_replicate_that_one_seed_lacks_is_lacking_for_their_mean_alone() -> None:
+    """The three seeds' effect is that of the replicates which all of them have."""
+    random = np.random.default_rng(11)
+    per_seed, replicates = random.normal(size=3), random.normal(size=(200, 3)) + random.normal(size=(200, 1))
+    holes = replicates.copy()
+    holes[:50, 1] = math.nan
+    found, expected = (bootstrap.effect(per_seed, some, clusters=60).errors for some in (holes, replicates[50:]))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_as_many_seeds_as_there_are_leave_the_errors_as_they_are() -> None:
+    """Of what prompts do with seeds, 3, the spread of the seeds showed 1; with twice the seeds each is halved."""
+    errors = Errors(prompts=5.0, alone=2.0, together=1.0, seeds=0.5, clusters=50, runs=3, seed_freedom=4.0)
+    assert errors.with_runs(3) == errors
+    assert errors.with_runs(6) == Errors(3.5, 2.0, 0.5, 0.25, 50, 6, 7.0)
+
+
+def test_one_seed_in_each_of_two_data_sets_is_no_test_beside_others_of_several() -> None:
+    """Their mean has two numbers and knows no spread between seeds."""
+    random = np.random.default_rng(12)
+    alone = [bootstrap.effect(random.normal(size=1), random.normal(size=(200, 1)), clusters=40) for _ in range(2)]
+    several = bootstrap.effect(random.normal(size=3), random.normal(size=(200, 3)), clusters=40)
+    lone, other = bootstrap.tested_together([bootstrap.mean_effect(alone), several])
+    assert lone is not None and other is not None
+    assert np.isnan([lone.low, lone.high, lone.p, lone.p_adjusted]).all()
+    assert other.p_adjusted == other.p
+
+
 def test_a_difference_that_no_pair_has_is_not_known_to_be_zero() -> None:
     """100 pairs without a difference: one more that differs would have moved the mean by a hundredth."""
     found = bootstrap.effect(np.zeros(1), np.zeros((500, 1)), clusters=100, one_row=0.01)

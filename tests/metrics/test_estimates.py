@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pe_dpo.metrics.estimates import mean_change, pairs_worth, sign_flip_test, wilson_interval
+from pe_dpo.metrics.estimates import changed_sides, mean_change, pairs_worth, sign_flip_test, wilson_interval
 from pe_dpo.metrics.quadrants import clustered_transitions, transitions
 
 
@@ -36,6 +36,15 @@ def test_pairs_are_counted_by_side_and_ties_apart() -> None:
     flips = clustered_transitions(start, now, list("abcdefg"))
     assert [flips[name] for name in ("kept", "lost", "gained", "not_yet", "tied")] == [1, 1, 2, 1, 2]
     assert flips["change"] == pytest.approx((4 - 3) / 7 + (0.5 - 0.5) / 7)  # right: 1,3,4,6 + ½·7 against 1,2,7 + ½·6
+
+
+def test_a_pair_that_is_tied_in_one_ranking_is_not_in_the_test_of_the_others() -> None:
+    """Three gained, none lost, ten of which a tie was undone: McNemar's p is 2/2³, however it is asked for."""
+    before, now = np.r_[-np.ones(3), np.zeros(10), 1.0], np.ones(14)
+    prompts = [str(row) for row in range(14)]
+    found = [transitions(before, now), transitions(before, now, prompts), clustered_transitions(before, now, prompts)]
+    assert [(one["gained"], one["lost"], one["p_value"]) for one in found] == [(3, 0, 0.25)] * 3
+    assert changed_sides(np.array([0.5, 0.0, 1.0, np.nan]), np.array([1.0, 1.0, 0.5, 1.0]), "abcd") == (1, 0, 1.0)
 
 
 def test_a_pair_without_a_number_is_in_no_count_and_hides_no_other() -> None:
@@ -128,7 +137,7 @@ def test_prompts_that_change_sides_by_chance_are_seldom_a_change() -> None:
 def test_the_normal_limit_stands_for_a_sum_that_is_long_to_enumerate() -> None:
     sums = [2] * 60 + [-2] * 35 + [1] * 40 + [-1] * 30
     exact = sign_flip_test(sums)
-    many = sums * 60  # 12,900 pairs; the limit alone, held against the same statistic's normal p
+    many = sums * 60  # 15,600 pairs; the limit alone, held against the same statistic's normal p
     size = (abs(sum(many)) - 1) / math.sqrt(sum(one * one for one in many))
     assert sign_flip_test(many) == pytest.approx(2 * stats.norm.sf(size), rel=1e-9)
     assert exact == pytest.approx(2 * stats.norm.sf((60 - 1) / math.sqrt(sum(one * one for one in sums))), rel=0.05)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from pe_dpo.metrics import bootstrap
-from pe_dpo.metrics.seed_variance import pooled_over, seed_variance, with_pooled_seeds
+from pe_dpo.metrics.seed_variance import pool_seeds, seed_variance
 
 
 def experiments(random: np.random.Generator, arms: int, seeds: int, together: float, spread: float = 0.0) -> np.ndarray:
@@ -63,13 +63,23 @@ def test_an_effect_has_the_moderated_variance_and_its_degrees_of_freedom() -> No
     """Ten arms, three seeds, prompts that bring in nothing: the textbook interval with s̃ and the limited df."""
     values = np.random.default_rng(3).normal(0, 1, (10, 3))
     found = [bootstrap.effect(one, np.tile(one, (200, 1)), clusters=1000) for one in values]
-    pooled = pooled_over(found)
-    assert pooled is not None
+    (moderated, *_), pooled = pool_seeds(found, [(0, 1, 2)] * 10)
+    assert pooled is not None and moderated is not None
     own = values[0].var(ddof=1)
     variance = pooled.variance
     if not math.isinf(pooled.freedom):
         variance = (pooled.freedom * pooled.variance + 2 * own) / (pooled.freedom + 2)
     half = stats.t.ppf(0.975, min(pooled.freedom + 2, pooled.limit)) * math.sqrt(variance / 3)
-    moderated = with_pooled_seeds(found[0], pooled)
     assert moderated.high - moderated.estimate == pytest.approx(half, rel=1e-3)
     assert moderated.estimate == found[0].estimate
+
+
+def test_arms_of_other_seeds_are_not_pooled_with_those_of_the_same() -> None:
+    """Six arms of seeds 0, 1 and 2 are; two of seeds 1, 2 and 3, as many, and one of five seeds stay as they are."""
+    random = np.random.default_rng(4)
+    seeds = [(0, 1, 2)] * 6 + [(1, 2, 3)] * 2 + [(0, 1, 2, 3, 4)]
+    values = [random.normal(0, 1, len(one)) for one in seeds]
+    found = [bootstrap.effect(one, np.tile(one, (50, 1)), clusters=1000) for one in values]
+    moderated, pooled = pool_seeds(found, seeds)
+    assert pooled == seed_variance(np.array(values[:6]))
+    assert [one == before for one, before in zip(moderated, found, strict=True)] == [False] * 6 + [True] * 3

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from pe_dpo.errors import UsageError
-from pe_dpo.runs.observations import read_observations
+from pe_dpo.runs.observations import base_recipe, data_sets, read_observations
 
 WORLD = fake_runs.make_world(30, 20)
 
@@ -94,6 +94,24 @@ def test_gamma_counts_as_a_multiple_of_beta(write_run: Callable[..., Path]) -> N
     assert settings[:3] == [{}, {**of_beta, "loss.gamma": "0.5x"}, of_beta]
     assert settings[3]["loss.beta"] == 0.2
     assert "loss.gamma" not in settings[3]
+
+
+def test_the_base_recipe_is_that_of_the_first_sweep_or_run_whatever_log_stands_before_it(tmp_path: Path) -> None:
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl" / "trainer_state.json").write_text(json.dumps({"log_history": LOG}), encoding="utf-8")
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", [{}], pairs=30, prompts=20, seeds=(0,), snapshots=0, steps=2)
+    base = base_recipe([tmp_path / "trl", sweep])
+    assert base is not None and base == base_recipe([sweep])
+    assert [one.settings for one in read_observations([tmp_path / "trl", sweep])[0]] == [{}, {"run": "TRL trl"}]
+    assert base_recipe([tmp_path / "trl"]) is None
+
+
+def test_a_run_that_did_not_record_its_pairs_is_with_the_first_data_set(write_run: Callable[..., Path]) -> None:
+    unknown, first, other = (write_run(name, seed=seed) for seed, name in enumerate("abc"))
+    change(unknown / "run.json", hashes={})
+    change(other / "run.json", hashes={"base": "b" * 64, "held_out": "e" * 64})
+    assert data_sets([unknown, first, other]) == [[unknown, first], [other]]
+    assert data_sets([unknown]) == [[unknown]]
 
 
 def test_a_calibrated_gamma_keeps_its_name(write_run: Callable[..., Path], tmp_path: Path) -> None:

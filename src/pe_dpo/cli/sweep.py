@@ -59,7 +59,8 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome, or the plan, as JSON.")] = False,
 ) -> None:
     """Train every point of a grid from one base with one reference pass; started again, it goes on where it was."""
-    from pe_dpo.experiments.plan import make_plan
+    from pe_dpo.errors import UsageError
+    from pe_dpo.experiments.plan import joined_plan, make_plan
     from pe_dpo.recipe import load_recipe
 
     given = {
@@ -86,10 +87,13 @@ def sweep(
         contrasts=contrast or (),
     )
 
-    if plan_only and as_json:
-        console.say(json.dumps([point._asdict() for point in plan.points]))
-        return
+    if like is not None and not plan_only:
+        raise UsageError(f"--like {like}: is whose variances --plan assumes; give --plan too, or leave it out")
     if plan_only:
+        plan = joined_plan(plan)
+        if as_json:
+            console.say(json.dumps([point._asdict() for point in plan.points]))
+            return
         rows = [[point.name, str(point.seed)] for point in plan.points]
         console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
         _show_design(plan, like)
@@ -119,16 +123,11 @@ def sweep(
 
 def _show_design(plan: "SweepPlan", like: Path | None) -> None:
     """The questions with their hash, and what the design finds."""
-    from pe_dpo.experiments.contrasts import contrasts_hash
     from pe_dpo.experiments.design import designs
-    from pe_dpo.experiments.plan import read_plan
-    from pe_dpo.runs.files import SWEEP_FILE
 
-    if (plan.folder / SWEEP_FILE).is_file():  # what was asked before is tested, too
-        plan = plan._replace(contrasts={**plan.contrasts, **read_plan(plan.folder).contrasts})
     if plan.contrasts:
         console.show_table("contrasts", ["tested by themselves"], [[text] for text in plan.contrasts])
-        console.say(f"SHA-256 of the contrasts: {contrasts_hash(plan.contrasts)}")
+        console.say(f"SHA-256 of the contrasts: {plan.contrasts_sha256}")
     found, words, comparisons = designs(plan, like=like)
     seeds = len(plan.seeds)
     together = f"; {comparisons} comparisons together (Holm)" if comparisons > 1 else ""

@@ -29,8 +29,7 @@ from pe_dpo.data.report import (
     PROMPT_IN_TRAINING,
     WITHOUT_MARGIN,
 )
-from pe_dpo.metrics.estimates import share_right, wilson_interval
-from pe_dpo.metrics.reference_accuracy import independent_pairs
+from pe_dpo.metrics.estimates import pairs_worth, right, wilson_interval
 from pe_dpo.recipe.data_section import DataSection
 
 LENGTH_TELLS = 2 / 3
@@ -205,8 +204,8 @@ def _remedy(what: str) -> str:
 
 def _length_bias(pairs: Sequence[EncodedPair]) -> dict[str, Any]:
     _, chosen, rejected = lengths(pairs).T
-    share = share_right(chosen - rejected)
-    worth = independent_pairs((chosen > rejected) + 0.5 * (chosen == rejected), column(pairs, "prompt_key"))
+    is_longer = right(chosen - rejected)
+    share, worth = float(is_longer.mean()), pairs_worth(is_longer, column(pairs, "prompt_key"))
     others = np.sort(rejected)
     below = np.searchsorted(others, chosen, "left") + np.searchsorted(others, chosen, "right")
     return {

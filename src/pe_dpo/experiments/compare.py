@@ -15,26 +15,25 @@ after the smallest step every pair has moved, and a line from ½ would flatter w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments import summary
-from pe_dpo.experiments.comparison import FREE_CONTROLS, SCALE, STEP, Arm, Best, Comparison, Power, RunRow, is_end
+from pe_dpo.experiments.comparison import FREE_CONTROLS, SCALE, STEP, Arm, Best, Comparison, Method, Power, RunRow, is_end
 from pe_dpo.experiments.contrasts import Contrast, find_contrasts, named_contrasts, over_data_sets
 from pe_dpo.experiments.resampled import Differences, Resampled, Setting, paired_seeds, settings_of
 from pe_dpo.metrics import bootstrap
-from pe_dpo.metrics.bootstrap import Effect
+from pe_dpo.metrics.bootstrap import Effect, tested_together
 from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
-from pe_dpo.metrics.estimates import cluster_sums, sign_flip_test
-from pe_dpo.metrics.seed_variance import pooled_over, with_pooled_seeds
+from pe_dpo.metrics.estimates import changed_sides
+from pe_dpo.metrics.seed_variance import SeedVariance, pool_seeds
 from pe_dpo.metrics.table import Floats
-from pe_dpo.recipe import known_keys
+from pe_dpo.recipe import Recipe, known_keys
 from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.observations import Observation, base_recipe, data_sets, read_observations
 
@@ -79,139 +78,123 @@ def compare(
         UsageError: a target, the metric, the baseline or a contrast is nothing that can be compared, or runs do not belong
             together.
     """
-    if repeats < 100:
-        raise UsageError(f"`repeats` {repeats}: a bootstrap needs at least 100 replicates, better 10,000")
-    if not 0.5 <= confidence < 1:
-        raise UsageError(f"`confidence` {confidence:g}: must be at least 0.5 and less than 1, as 0.95")
-    if seed < 0:
-        raise UsageError(f"`seed` {seed}: must be 0 or more")
-    if equivalent is not None and not 0 < equivalent < math.inf:
-        raise UsageError(f"`equivalent` {equivalent:g}: must be above 0, as 2 for two points")
+    method = Method(repeats, seed, confidence, equivalent, pool_seeds)
+    method.check()
     if not targets:
         raise UsageError("nothing to compare: name run folders, or the folder of a sweep")
     axis = check_names(metric, baseline)
     named, of_plans = named_contrasts(targets, contrasts)
-    compare_one = partial(
-        _compare_data_set,
-        baseline=axis,
-        contrasts=named,
-        repeats=repeats,
-        seed=seed,
-        confidence=confidence,
-        equivalent=equivalent,
-        pool_seeds=pool_seeds,
-    )
-    sets = data_sets(targets) if named else []
-    if len(sets) < 2:
-        found = compare_one(targets, metric=metric)
-    else:
-        by_name: dict[str, Comparison] = {}
-        for one in sets:
-            name = str(one[0]) if any(one[0].resolve().name == Path(other).name for other in by_name) else one[0].resolve().name
-            by_name[name] = compare_one(one, metric=metric)
-            metric = by_name[name].metric
-        first = next(iter(by_name.values()))
+    groups = data_sets(targets) if named else [[Path(target) for target in targets]]
+    read = [read_observations(group) for group in groups]
+    chosen = METRICS[metric or _default_metric([one for observations, _ in read for one in observations])]
+    by_name: dict[str, Comparison] = {}
+    for group, (observations, remarks) in zip(groups, read, strict=True):
+        name = group[0].resolve().name
+        name = str(group[0]) if any(name == Path(other).name for other in by_name) else name
+        compared = _compare_data_set(observations, chosen, axis, named, base_recipe(group), method)
+        by_name[name] = replace(compared, remarks=[*remarks, *compared.remarks])
+    found = next(iter(by_name.values()))
+    if len(by_name) > 1:
         found = replace(
-            first,
+            found,
             seeds=min(one.seeds for one in by_name.values()),
             pairs=sum(one.pairs for one in by_name.values()),
             runs=[run for one in by_name.values() for run in one.runs],
             arms=[],
+            reference=math.nan,
             prompts=sum(one.prompts for one in by_name.values()),
             kl_prompts=sum(one.kl_prompts for one in by_name.values()),
             power=None,
             best=None,
-            contrasts=over_data_sets(by_name, named, equivalent=equivalent),
+            contrasts=over_data_sets(by_name, named, chosen, method),
             remarks=[f"{name}: {remark}" for name, one in by_name.items() for remark in one.remarks],
         )
         found = replace(found, verdict=summary.verdict(found))
-    nothing = [one.text for one in found.contrasts if not one.points and not one.left_out and one.after is None]
+    nothing = next((one for one in found.contrasts if one.lacking and one.after is None), None)
     if nothing:
-        raise UsageError(f"`contrasts` {nothing[0]}: no run that is compared is a point of one of its sides; name others")
+        raise UsageError(f"`contrasts` {nothing.text}: {nothing.lacking}; name others")
     return replace(found, remarks=[*found.remarks, *of_plans])
 
 
-def _compare_data_set(
-    targets: Sequence[str | Path],
-    *,
-    metric: str | None,
-    baseline: str,
-    contrasts: Sequence[Contrast],
-    repeats: int,
-    seed: int,
-    confidence: float,
-    equivalent: float | None,
-    pool_seeds: bool,
-) -> Comparison:
-    """Compare runs that were measured on the same held-out pairs; arguments as `compare`, the baseline as a dotted key."""
-    axis = baseline
-    observations, left_out = read_observations(targets)
+def _default_metric(observations: Sequence[Observation]) -> str:
+    """The metric of a comparison for which none was named, which all data sets of it have."""
     ours = [one for one in observations if one.source == "pe-dpo"]
-    is_scored = bool(ours) and all(why_missing(METRICS["win_rate"], one) is None for one in ours)
-    way = "_per_token" if ours and all(one.pairs is None or one.pairs.reduce == "mean" for one in ours) else ""
-    name = metric or ("win_rate" if is_scored else f"accuracy/shift{way}" if ours else "rewards/accuracies")
-    chosen = METRICS[name]
-    usable = [one for one in ours if why_missing(chosen, one) is None]
+    if not ours:
+        return "rewards/accuracies"
+    if all(why_missing(METRICS["win_rate"], one) is None for one in ours):
+        return "win_rate"
+    is_per_token = all(one.pairs is None or one.pairs.reduce == "mean" for one in ours)
+    return f"accuracy/shift{'_per_token' if is_per_token else ''}"
+
+
+def _compare_data_set(
+    observations: Sequence[Observation],
+    metric: Metric[Any],
+    axis: str,
+    contrasts: Sequence[Contrast],
+    base: Recipe | None,
+    method: Method,
+) -> Comparison:
+    """Compare runs that were measured on the same held-out pairs.
+
+    Args:
+        observations: of them, and of logs of TRL.
+        metric: to compare on.
+        axis: the baseline as a dotted key, or "step", or "scale".
+        contrasts: questions.
+        base: the recipe that settings are turned away from; None of logs of TRL alone.
+        method: how differences are tested.
+    """
+    ours = [one for one in observations if one.source == "pe-dpo"]
+    usable = [one for one in ours if why_missing(metric, one) is None]
     if ours and not usable:
-        raise UsageError(f"`metric` {name}: {why_missing(chosen, ours[0])}")
+        raise UsageError(f"`metric` {metric.key}: {why_missing(metric, ours[0])}")
     lacking = next((one for one in ours if one not in usable), None)
     found = Comparison(
         verdict="",
-        metric=name,
-        title=chosen.explanation or chosen.title,
-        is_share=chosen.is_share,
-        direction=chosen.direction or 0,
+        metric=metric.key,
+        title=metric.explanation or metric.title,
+        is_share=metric.is_share,
+        direction=metric.direction or 0,
         baseline=summary.hyperparameter_name(axis),
         seeds=len({one.seed for one in usable}),
-        pairs=max((len(table) for one in usable if (table := one.rows(chosen.kind))), default=0),
-        unit=chosen.kind.removesuffix("s"),
-        repeats=repeats,
-        confidence=confidence,
-        equivalent=equivalent,
-        runs=[_run_row(one, name) for one in observations],
-        remarks=[
-            *left_out,
-            *summary.metric_remarks(
-                chosen,
-                measured=len(ours),
-                lacking=len(ours) - len(usable),
-                why=lacking and why_missing(chosen, lacking),
-                logs=len(observations) - len(ours),
-            ),
-        ],
+        pairs=0,
+        unit=metric.kind.removesuffix("s"),
+        repeats=method.repeats,
+        confidence=method.confidence,
+        equivalent=method.equivalent,
+        runs=[_run_row(one, metric.key) for one in observations],
+        remarks=summary.metric_remarks(
+            metric,
+            measured=len(ours),
+            lacking=len(ours) - len(usable),
+            why=lacking and why_missing(metric, lacking),
+            logs=len(observations) - len(ours),
+        ),
     )
     if usable:
-        resampled = Resampled(usable, chosen, repeats=repeats, seed=seed)
-        settings = settings_of(usable)
-        axis, remarks = _line_axis(axis, settings)
-        settings = [one for one in settings if STEP not in one.settings or set(one.settings) == {STEP}]
-        settings = sorted(settings, key=lambda one: SCALE in one.settings)
-        line = [one for one in settings if set(one.settings) <= {axis}]
-        margin = math.nan if equivalent is None else equivalent / 100 if chosen.is_share else equivalent
-        arms, power, best = find_arms(
-            resampled, settings, line, chosen, seed=seed, confidence=confidence, margin=margin, pool_seeds=pool_seeds
-        )
-        base = base_recipe(targets)
         assert base is not None, "there are runs"
-        answers = find_contrasts(
-            resampled, settings, contrasts, base, metric=chosen, confidence=confidence, equivalent=equivalent
-        )
+        resampled = Resampled(usable, metric, repeats=method.repeats, seed=method.seed)
+        settings = [one for one in settings_of(usable) if STEP not in one.settings or set(one.settings) == {STEP}]
+        settings = sorted(settings, key=lambda one: SCALE in one.settings)
+        axis, remarks = line_axis(axis, [one.settings for one in settings])
+        arms = find_arms(resampled, settings, axis, method)
+        answers = find_contrasts(resampled, settings, contrasts, base, method)
         asked = [one.effect for one in answers if one.effect is not None and not math.isnan(one.effect.p)]
-        if asked:
-            power = find_power(asked, chosen, rows=found.pairs, confidence=confidence)
+        if method.pool_seeds:
+            remarks.append(summary.pool_remark(arms.pooled))
         found = replace(
             found,
             baseline=summary.hyperparameter_name(axis),
-            arms=arms,
+            pairs=resampled.rows,
+            arms=arms.arms,
             reference=resampled.reference,
             prompts=resampled.prompts,
             kl_prompts=resampled.kl_prompts,
-            power=power,
-            best=best,
+            power=find_power(asked, resampled, confidence=method.confidence) if answers else arms.power,
+            best=arms.best,
             contrasts=answers,
         )
-        if pool_seeds:
-            remarks.append(summary.pool_remark([arm.matched for arm in arms]))
         found = replace(found, remarks=[*found.remarks, *remarks, *summary.arm_remarks(found)])
     return replace(found, verdict=summary.verdict(found))
 
@@ -247,55 +230,47 @@ def why_missing(metric: Metric[Any], observation: Observation) -> str | None:
     return f"{observation.run} has no {', '.join(gone)} of its {metric.kind}; {remedy}"
 
 
-def find_arms(
-    resampled: Resampled,
-    settings: Sequence[Setting],
-    line: Sequence[Setting],
-    metric: Metric[Any],
-    *,
-    seed: int,
-    confidence: float,
-    margin: float = math.nan,
-    pool_seeds: bool = False,
-) -> tuple[list[Arm], Power | None, Best | None]:
-    """Return what settings come to: arms, what it takes to tell them apart, and the best of them.
+class Arms(NamedTuple):
+    """What settings come to."""
+
+    arms: list[Arm]
+    power: Power | None
+    best: Best | None
+    pooled: SeedVariance | None
+    """What differences at equal KL tell together of their variance between seeds; None where that was not asked, or they are
+    too few."""
+
+
+def find_arms(resampled: Resampled, settings: Sequence[Setting], axis: str, method: Method) -> Arms:
+    """Return what settings come to, what it takes to tell them apart, and the best of them.
 
     Args:
         resampled: all observations.
         settings: to tell about; the base is the one that changes nothing, else the first.
-        line: those that make the line of equal KL.
-        metric: that was measured.
-        seed: of drawn seeds.
-        confidence: of intervals.
-        margin: what counts as no difference at equal KL; NaN where equivalence is not asked.
-        pool_seeds: take the seed variance of differences at equal KL from all of them, where that is plausible.
+        axis: what alone those turn that make the line of equal KL.
+        method: how differences are tested.
     """
     base = next((one for one in settings if not one.settings), settings[0])
-    rows = len(resampled.observations[settings[0].columns[0]].rows(metric.kind) or ())
-    one_row = 1 / rows if metric.is_share else 0.0
+    line = [one for one in settings if set(one.settings) <= {axis}]
+    metric, confidence = resampled.metric, method.confidence
 
-    def effects(
-        differences: Sequence[Differences | None], clusters: int, one_row: float = 0.0, margin: float = math.nan
-    ) -> list[Effect | None]:
-        found = [
-            bootstrap.effect(one.observed, one.replicates, clusters=clusters, one_row=one_row, confidence=confidence)
-            if one is not None and one.seeds and clusters > 1  # one prompt says nothing of others
-            else None
-            for one in differences
-        ]
-        pooled = pooled_over(found) if pool_seeds and differences is at_equal_kl else None  # direct differences share no line
-        if pooled and pooled.is_plausible:
-            found = [one and with_pooled_seeds(one, pooled, confidence=confidence) for one in found]
-        return bootstrap.tested_together(found, confidence=confidence, margins=[margin] * len(found))
+    def effects(differences: Sequence[Differences | None], *, of_kl: bool = False) -> list[Effect | None]:
+        return [resampled.effect(one, confidence=confidence, of_kl=of_kl) for one in differences]
 
-    prompts = resampled.prompts
     at_equal_kl = [None if one in line else resampled.against_line(one, line) for one in settings]
-    matched = effects(at_equal_kl, prompts, one_row, margin)
-    direct = effects([None if one == base else resampled.against(one, base) for one in settings], prompts, one_row)
-    of_kl = [None if one == base else resampled.against(one, base, of_kl=True) for one in settings]
-    direct_kl = effects(of_kl, resampled.kl_prompts)
+    matched, pooled = effects(at_equal_kl), None
+    if method.pool_seeds:  # direct differences share no line
+        matched, pooled = pool_seeds(matched, [one.seeds if one else [] for one in at_equal_kl], confidence=confidence)
+    matched = tested_together(matched, confidence=confidence, margins=[method.margin(metric)] * len(matched))
+    direct, direct_kl = (
+        tested_together(
+            effects([None if one == base else resampled.against(one, base, of_kl=of_kl) for one in settings], of_kl=of_kl),
+            confidence=confidence,
+        )
+        for of_kl in (False, True)
+    )
     most_seeds = max(len(one.by_seed) for one in settings)
-    draws = np.random.default_rng([seed, 1]).random((len(resampled.value_replicates), most_seeds))
+    draws = np.random.default_rng([method.seed, 1]).random((len(resampled.value_replicates), most_seeds))
     values = resampled.over_seeds(settings, draws)
     front = _front(resampled, settings, values, draws, metric.direction)
     arms = []
@@ -318,24 +293,26 @@ def find_arms(
                 seeds_on_chord=on_line.on_chord if on_line else 0,
                 direct=direct[index],
                 direct_kl=direct_kl[index],
-                mcnemar=_mcnemar(resampled, one, base, metric),
+                mcnemar=_mcnemar(resampled, one, base),
                 pareto=float(front[index]),
             )
         )
     tested = [one for one in (matched if any(matched) else direct) if one is not None and not math.isnan(one.p)]
-    power = find_power(tested, metric, rows=rows, confidence=confidence) if tested else None
-    return arms, power, _best(arms, values, metric.direction)
+    power = find_power(tested, resampled, confidence=confidence)
+    return Arms(arms, power, _best(arms, values, metric.direction), pooled)
 
 
-def find_power(tested: Sequence[Effect], metric: Metric[Any], *, rows: int, confidence: float) -> Power:
-    """Return what it takes to tell 2 points apart, by the average error of those with most seeds.
+def find_power(tested: Sequence[Effect], resampled: Resampled, *, confidence: float) -> Power | None:
+    """Return what it takes to tell 2 points apart, by the average error of those with most seeds; None of no effect.
 
     Args:
-        tested: effects that are tested together, at least one. One alone does not know how much its few seeds scatter.
-        metric: that was measured.
-        rows: pairs or answers of one run.
+        tested: effects that are tested together. One of a single seed does not know how much its few seeds scatter.
+        resampled: what they are effects of.
         confidence: of intervals.
     """
+    if not tested:
+        return None
+    metric, rows = resampled.metric, resampled.rows
     seeds, count = max(one.errors.runs for one in tested), len(tested)
     parts = np.mean([one.errors[:4] for one in tested if one.errors.runs == seeds], axis=0).tolist()
     one_of_them = next(one.errors for one in tested if one.errors.runs == seeds)
@@ -381,13 +358,18 @@ def _run_row(one: Observation, name: str) -> RunRow:
     )
 
 
-def _line_axis(axis: str, settings: Sequence[Setting]) -> tuple[str, list[str]]:
-    """What makes the line: what was asked for, or where only one value of it was run what takes no run of its own."""
+def line_axis(axis: str, settings: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """Return what makes the line: what was asked for, or what takes no run of its own where only one value of that was run.
 
-    def values(key: str, among: Sequence[Setting]) -> set[str]:
-        return {repr(one.settings.get(key, "")) for one in among if set(one.settings) <= {key}}
+    Args:
+        axis: what was asked for.
+        settings: of all arms.
+    """
 
-    ends = [one for one in settings if is_end(one.settings)]
+    def values(key: str, among: Sequence[Mapping[str, Any]]) -> set[str]:
+        return {repr(one.get(key, "")) for one in among if set(one) <= {key}}
+
+    ends = [one for one in settings if is_end(one)]
     others = {STEP: "the base point's snapshots (early stopping)", SCALE: "the base point's adapter at other scales"}
     there = [key for key in others if len(values(key, settings)) > 1]
     if axis in FREE_CONTROLS or len(values(axis, ends)) > 1 or not there:
@@ -410,17 +392,15 @@ def _front(resampled: Resampled, settings: Sequence[Setting], values: Floats, dr
     return np.where(is_known, shares, math.nan)
 
 
-def _mcnemar(resampled: Resampled, one: Setting, base: Setting, metric: Metric[Any]) -> dict[str, float] | None:
+def _mcnemar(resampled: Resampled, one: Setting, base: Setting) -> dict[str, float] | None:
     """Pairs gained and lost against the base, of one run each; those of a prompt are one draw."""
-    twins = paired_seeds(one.by_seed, base.by_seed)
+    metric, twins = resampled.metric, paired_seeds(one.by_seed, base.by_seed)
     if not metric.is_share or metric.kind != "pairs" or not twins or len(one.by_seed) > 1 or one == base:
         return None
     tables = [resampled.observations[column].pairs for column in (one.by_seed[twins[0][0]], base.by_seed[twins[0][1]])]
     assert metric.numerator is not None, "what is compared has rows"
     ours, theirs = (metric.numerator(table) for table in tables)
-    moved = np.sign(ours - theirs)
-    p = sign_flip_test(cluster_sums(moved, tables[0].prompt_key if tables[0] else ()).astype(int).tolist())
-    return {"gained": int((moved > 0).sum()), "lost": int((moved < 0).sum()), "p": p}
+    return changed_sides(theirs, ours, tables[0].prompt_key if tables[0] else ())._asdict()
 
 
 def _best(arms: Sequence[Arm], values: Floats, direction: int | None) -> Best | None:

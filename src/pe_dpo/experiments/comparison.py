@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pe_dpo.disk import json_without_nan
+from pe_dpo.errors import UsageError
 from pe_dpo.metrics.bootstrap import Effect, Errors
+from pe_dpo.metrics.catalogue import Metric
 
 STEP, SCALE, RUN = "step", "scale", "run"
 """Settings that are no recipe keys: where a run was stopped early, what its adapter was scaled by, and the folder of a run that
@@ -25,6 +27,41 @@ def with_state(settings: Mapping[str, Any], *, step: int, is_final: bool, scale:
 def is_end(settings: Mapping[str, Any]) -> bool:
     """Return whether settings are what runs came to, not an earlier or a scaled state of them."""
     return not any(key in settings for key in FREE_CONTROLS)
+
+
+class Method(NamedTuple):
+    """How differences are tested; `compare.compare` says what each means."""
+
+    repeats: int = 10_000
+    seed: int = 0
+    confidence: float = 0.95
+    equivalent: float | None = None
+    pool_seeds: bool = False
+
+    def check(self) -> None:
+        """Check that everything can be meant.
+
+        Raises:
+            UsageError: something cannot.
+        """
+        if self.repeats < 100:
+            raise UsageError(f"`repeats` {self.repeats}: a bootstrap needs at least 100 replicates, better 10,000")
+        if not 0.5 <= self.confidence < 1:
+            raise UsageError(f"`confidence` {self.confidence:g}: must be at least 0.5 and less than 1, as 0.95")
+        if self.seed < 0:
+            raise UsageError(f"`seed` {self.seed}: must be 0 or more")
+        if self.equivalent is not None and not 0 < self.equivalent < math.inf:
+            raise UsageError(f"`equivalent` {self.equivalent:g}: must be above 0, as 2 for two points")
+
+    def margin(self, metric: Metric[Any], within: float = math.nan) -> float:
+        """Return what counts as no difference, in units of the metric; NaN where nothing does.
+
+        Args:
+            metric: of the difference.
+            within: points of a share, or units of another metric, that a question says itself; NaN where it does not.
+        """
+        points = (math.nan if self.equivalent is None else self.equivalent) if math.isnan(within) else within
+        return points / 100 if metric.is_share else points
 
 
 @dataclass(frozen=True)
@@ -104,7 +141,7 @@ class Power:
     comparisons: int
     """That are tested together: Holm's first step asks each for that part of the level."""
     needed: float
-    """Pairs for 80 % power in the verdict with as many seeds; infinite where their spread hides 2 points, NaN if the metric
+    """Of them, for 80 % power in the verdict with as many seeds; infinite where their spread hides 2 points, NaN if the metric
     is no share."""
     smallest_found: float
     """Difference that one of these comparisons, tested alone, shows with 80 % power."""
@@ -142,14 +179,18 @@ class NamedContrast:
     points: list[str]
     """Names of those that it is the mean of: those that can be compared in every seed that it counts."""
     left_out: list[str]
-    """Names of its other points."""
+    """Names of its other points, of both sides."""
     is_at_equal_kl: bool
     effect: Effect | None
     """None where nothing could be compared."""
     after: int | None
     """Runs that were finished when it was named; None where that was not recorded, since it was named for this comparison."""
-    by_data_set: dict[str, Effect] = field(default_factory=dict)
+    lacking: str = ""
+    """Why it has no points, in words, where it has none."""
+    by_data_set: dict[str, Effect | None] = field(default_factory=dict)
     """Of a contrast over several data sets: the effect in each, not adjusted."""
+    data_sets: int = 1
+    """How many of them its mean counts: a data set with one seed does not count where others have several."""
 
 
 @dataclass(frozen=True)

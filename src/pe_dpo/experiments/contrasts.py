@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.errors import RecipeError, UsageError
-from pe_dpo.experiments.comparison import FREE_CONTROLS, Comparison, NamedContrast
-from pe_dpo.experiments.resampled import Resampled, Setting
+from pe_dpo.experiments.comparison import FREE_CONTROLS, Comparison, Method, NamedContrast
+from pe_dpo.experiments.resampled import Differences, Resampled, Setting
 from pe_dpo.experiments.summary import counted, hyperparameter_name, listed, setting_name
-from pe_dpo.metrics.bootstrap import effect, mean_effect, tested_together
-from pe_dpo.metrics.catalogue import METRICS, Metric
+from pe_dpo.metrics.bootstrap import Effect, mean_effect, tested_together, without_lone_seeds
+from pe_dpo.metrics.catalogue import Metric
 from pe_dpo.recipe import Recipe, known_keys, recipe_from_yaml, recipe_to_yaml
 from pe_dpo.recipe.names import SHORT_NAMES
 from pe_dpo.runs.files import SWEEP_FILE, read_object
@@ -42,6 +42,23 @@ class Side(NamedTuple):
     """Dotted key, or step, or scale: the values that were named."""
     free: list[str]
     """Keys of which every value counts."""
+
+    @property
+    def words(self) -> str:
+        """As it may be written: "mixout.p=0.3,0.5 loss.beta", or "base"."""
+        return " ".join([*(f"{key}={','.join(values)}" for key, values in self.values.items()), *self.free]) or "base"
+
+    @property
+    def points(self) -> tuple[object, ...]:
+        """What it names, whatever the order and the way in which numbers are written."""
+
+        def plain(value: str) -> str:
+            try:
+                return repr(float(value))
+            except ValueError:
+                return value
+
+        return {key: {*map(plain, values)} for key, values in self.values.items()}, {*self.free}
 
 
 class Contrast(NamedTuple):
@@ -62,10 +79,22 @@ class Contrast(NamedTuple):
         """Whether the right side is a line of equal KL."""
         return bool(self.right.free)
 
-    def margin(self, equivalent: float | None, metric: Metric[Any]) -> float:
-        """Return what counts as no difference, in units of the metric; NaN where nothing does."""
-        points = (math.nan if equivalent is None else equivalent) if math.isnan(self.within) else self.within
-        return points / 100 if metric.is_share else points
+    def joined(self, other: "Contrast") -> "Contrast | None":
+        """Return the one question that both ask; None where they are two, of other points or of another size.
+
+        Where one of two plans says how much counts as no difference, both are taken to mean that; it cannot be added to a plan
+        when runs are compared.
+        """
+        if (self.left.points, self.right.points) != (other.left.points, other.right.points):
+            return None
+        if self.within == other.within or math.isnan(other.within):
+            asked = self
+        elif math.isnan(self.within) and (self.after is None) == (other.after is None):
+            asked = other
+        else:
+            return None
+        known = [one.after for one in (self, other) if one.after is not None]
+        return asked._replace(after=max(known, default=None))
 
 
 def read_contrast(text: str) -> Contrast:
@@ -162,23 +191,24 @@ def check_contrasts(texts: Sequence[str], points: Sequence[Recipe], base: Recipe
         base: recipe of the plan.
 
     Raises:
-        UsageError: one cannot be read, or the plan has no point of one of its sides.
+        UsageError: one cannot be read, or the plan has no point of one of its sides, or its left side lies in the right one.
     """
     found: dict[str, None] = {}
     settings = [settings_between(base, point) for point in points]
     for text in texts:
         contrast = read_contrast(text)
         found[contrast.text] = None
+        sides = []
         for side, is_line in ((contrast.left, False), (contrast.right, contrast.is_at_equal_kl)):
             if any(key in FREE_CONTROLS for key in (*side.values, *side.free)):
                 continue  # made from runs that are there, by snapshots or scaling
             matched = {repr(settings[index]) for index in matching(side, settings, base, is_line=is_line)}
             if len(matched) < 1 + is_line:
-                what = "two points for the line" if is_line else "point"
-                words = " ".join([*(f"{key}={','.join(value)}" for key, value in side.values.items()), *side.free]) or "base"
-                raise UsageError(
-                    f"`contrasts` {contrast.text}: the plan has no {what} of {words}; add them to the grids, or name others"
-                )
+                what = f"{'two points for the line' if is_line else 'point'} of {side.words}"
+                raise UsageError(f"`contrasts` {contrast.text}: the plan has no {what}; add them to the grids, or name others")
+            sides.append(matched)
+        if len(sides) == 2 and sides[0] <= sides[1]:
+            raise UsageError(f"`contrasts` {contrast.text}: {_overlap(contrast)}; name what is to be held against others")
     return list(found)
 
 
@@ -195,6 +225,8 @@ def contrasts_hash(contrasts: Mapping[str, int]) -> str:
 def named_contrasts(targets: Sequence[str | Path], given: Sequence[str] = ()) -> tuple[list[Contrast], list[str]]:
     """Return the contrasts that sweeps carry and those that are given, each once, and what is to be known of their plans.
 
+    Those that name the same points are one, in whatever words, see `Contrast.joined`.
+
     Args:
         targets: of a comparison.
         given: for this comparison.
@@ -202,7 +234,7 @@ def named_contrasts(targets: Sequence[str | Path], given: Sequence[str] = ()) ->
     Raises:
         UsageError: one cannot be read, or sweep.json cannot.
     """
-    found: dict[str, Contrast] = {}
+    found: list[Contrast] = []
     remarks = []
     for path in (Path(target) / SWEEP_FILE for target in targets):
         content = read_object(path) if path.is_file() else {}
@@ -212,9 +244,7 @@ def named_contrasts(targets: Sequence[str | Path], given: Sequence[str] = ()) ->
         if asked and content.get("contrasts_sha256") != contrasts_hash(asked):
             remarks.append(f"{path}: its contrasts are not those of its hash; they were changed after they had been named")
         for text, after in asked.items():
-            contrast = read_contrast(text)._replace(after=after)
-            known = found.setdefault(contrast.text, contrast)
-            found[contrast.text] = max(known, contrast, key=lambda one: one.after or 0)
+            _ask(found, read_contrast(text)._replace(after=after))
         late: dict[int, list[int]] = {}
         for entry in content.get("late_seeds", []):
             late.setdefault(entry["after"], []).append(entry["seed"])
@@ -225,72 +255,99 @@ def named_contrasts(targets: Sequence[str | Path], given: Sequence[str] = ()) ->
                 f"after {counted(after, 'run')} had finished; a look before that decision makes p smaller than they are"
             )
     for contrast in map(read_contrast, given):
-        found.setdefault(contrast.text, contrast)
-    return list(found.values()), remarks
+        _ask(found, contrast)
+    return found, remarks
+
+
+def _ask(asked: list[Contrast], contrast: Contrast) -> None:
+    """Add a question to others; one that is asked already is joined with that."""
+    for at, known in enumerate(asked):
+        if joined := known.joined(contrast):
+            asked[at] = joined
+            return
+    asked.append(contrast)
 
 
 def find_contrasts(
-    resampled: Resampled,
-    settings: Sequence[Setting],
-    contrasts: Sequence[Contrast],
-    base: Recipe,
-    *,
-    metric: Metric[Any],
-    confidence: float,
-    equivalent: float | None = None,
+    resampled: Resampled, settings: Sequence[Setting], contrasts: Sequence[Contrast], base: Recipe, method: Method
 ) -> list[NamedContrast]:
     """Return what contrasts come to, tested together: each the mean over its points, seed by seed.
 
     A point counts if it can be compared in every seed that the contrast counts, so that all seeds have the same points: of all
-    such blocks of points and seeds the largest.
+    such blocks of points and seeds the largest, of several seeds where any is.
 
     Args:
         resampled: all observations.
         settings: of them.
         contrasts: to be told about.
         base: the recipe that settings are turned away from.
-        metric: that was measured.
-        confidence: of intervals.
-        equivalent: what counts as no difference, where a contrast does not say it itself.
+        method: how differences are tested.
 
     Raises:
         UsageError: a contrast names values that the recipe cannot have.
     """
     turned = [one.settings for one in settings]
-    rows = len(resampled.observations[0].rows(metric.kind) or ())
+    names = [setting_name(one) for one in turned]
     found: list[NamedContrast] = []
     for contrast in contrasts:
         right = matching(contrast.right, turned, base, is_line=contrast.is_at_equal_kl)
-        left = [index for index in matching(contrast.left, turned, base) if index not in right]
+        named = matching(contrast.left, turned, base)
+        left = [index for index in named if index not in right]
+        lacking = "" if left and right else _overlap(contrast)
+        for side, there in ((contrast.left, named), (contrast.right, right)):
+            lacking = lacking if there else f"no run that is compared is a point of {side.words}"
         line = [settings[index] for index in right]
+        cells: list[tuple[set[int], Differences]] = []  # each of points, and what they differ by
         if contrast.is_at_equal_kl:
-            pairs = [(index, resampled.against_line(settings[index], line)) for index in left if line]
+            cells = [({index}, resampled.against_line(settings[index], line)) for index in left if line]
         else:
-            pairs = [(index, resampled.against(settings[index], other)) for index in left for other in line]
-        points, seeds = largest_block([set(one.seeds) for _, one in pairs])
-        counted = list(dict.fromkeys(pairs[point][0] for point in points))
-        result = None
-        if points:
-            at = [[one.seeds.index(seed) for seed in seeds] for _, one in (pairs[point] for point in points)]
-            parts = [pairs[point][1] for point in points]
-            observed = np.mean([one.observed[columns] for one, columns in zip(parts, at, strict=True)], axis=0)
-            replicates = np.mean([one.replicates[:, columns] for one, columns in zip(parts, at, strict=True)], axis=0)
-            one_row = 1 / rows if metric.is_share else 0.0
-            result = effect(observed, replicates, clusters=resampled.prompts, one_row=one_row, confidence=confidence)
+            cells = [({index, other}, resampled.against(settings[index], settings[other])) for index in left for other in right]
+        at, seeds = largest_block([set(one.seeds) for _, one in cells])
+        counted = {index for cell in at for index in cells[cell][0]}
+        points = [names[index] for index in left if index in counted]
+        left_out = [names[index] for index in left if index not in counted]
+        left_out += [f"{names[index]} on both sides" for index in named if index in right]
+        if points and not contrast.is_at_equal_kl:
+            left_out += [f"{names[index]} on the right" for index in right if index not in counted]
         found.append(
             NamedContrast(
                 text=contrast.text,
-                name=_words(contrast, [setting_name(turned[index]) for index in counted]),
-                points=[setting_name(turned[index]) for index in counted],
-                left_out=[setting_name(turned[index]) for index in left if index not in counted],
+                name=_words(contrast, points),
+                points=points,
+                left_out=left_out,
                 is_at_equal_kl=contrast.is_at_equal_kl,
-                effect=result,
+                effect=resampled.effect(_mean([cells[cell][1] for cell in at], seeds), confidence=method.confidence),
                 after=contrast.after,
+                lacking=lacking,
             )
         )
-    margins = [one.margin(equivalent, metric) for one in contrasts]
-    effects = tested_together([one.effect for one in found], confidence=confidence, margins=margins)
-    return [replace(one, effect=tested) for one, tested in zip(found, effects, strict=True)]
+    return _tested([one.effect for one in found], found, contrasts, resampled.metric, method)
+
+
+def _mean(parts: Sequence[Differences], seeds: Sequence[int]) -> Differences | None:
+    """The mean of differences, all of which are known in these seeds."""
+    if not parts:
+        return None
+    at = [[one.seeds.index(seed) for seed in seeds] for one in parts]
+    observed = np.mean([one.observed[columns] for one, columns in zip(parts, at, strict=True)], axis=0)
+    replicates = np.mean([one.replicates[:, columns] for one, columns in zip(parts, at, strict=True)], axis=0)
+    return Differences(list(seeds), observed, replicates, len(seeds))
+
+
+def _tested(
+    effects: Sequence[Effect | None],
+    found: Sequence[NamedContrast],
+    contrasts: Sequence[Contrast],
+    metric: Metric[Any],
+    method: Method,
+) -> list[NamedContrast]:
+    margins = [method.margin(metric, one.within) for one in contrasts]
+    tested = tested_together(effects, confidence=method.confidence, margins=margins)
+    return [replace(one, effect=effect) for one, effect in zip(found, tested, strict=True)]
+
+
+def _overlap(contrast: Contrast) -> str:
+    return f"all points of {contrast.left.words} are points of {contrast.right.words} too, on its right"
 
 
 def _words(contrast: Contrast, points: Sequence[str]) -> str:
@@ -310,60 +367,61 @@ def _side_words(side: Side) -> str:
 
 
 def over_data_sets(
-    found: Mapping[str, Comparison], contrasts: Sequence[Contrast], *, equivalent: float | None
+    found: Mapping[str, Comparison], contrasts: Sequence[Contrast], metric: Metric[Any], method: Method
 ) -> list[NamedContrast]:
     """Return contrasts averaged over data sets, each of which counts alike, and tested together.
 
     A data set in which a contrast rests on one seed, or on nothing, does not count where others have several.
 
     Args:
-        found: by the name of the data set; all on one metric.
+        found: by the name of the data set.
         contrasts: that were asked for in each.
-        equivalent: see `find_contrasts`.
+        metric: on which all are.
+        method: how differences are tested.
     """
-    first = next(iter(found.values()))
     pooled = []
-    for contrast in contrasts:
-        in_each = {
-            name: one for name, other in found.items() for one in other.contrasts if one.text == contrast.text and one.effect
-        }
+    for number, contrast in enumerate(contrasts):
+        in_each = {name: other.contrasts[number] for name, other in found.items() if other.contrasts}
         effects = {
-            name: replace(one.effect, p_adjusted=math.nan, p_equivalent_adjusted=math.nan)
+            name: one.effect and replace(one.effect, p_adjusted=math.nan, p_equivalent_adjusted=math.nan)
             for name, one in in_each.items()
-            if one.effect is not None
         }
-        most = max((len(one.per_seed) for one in effects.values()), default=0)
-        several = {name: one for name, one in effects.items() if len(one.per_seed) > 1 or most == 1}
-        points = list(dict.fromkeys(point for name in several for point in in_each[name].points))
+        several = any(one is not None and not one.errors.is_of_one_seed for one in effects.values())
+        counted = {name: one for name, one in effects.items() if one and not (several and one.errors.is_of_one_seed)}
+        points = list(dict.fromkeys(point for name in counted for point in in_each[name].points))
+        lacking = [f"on {name} {one.lacking}" for name, one in in_each.items() if one.lacking]
         pooled.append(
             NamedContrast(
                 text=contrast.text,
                 name=_words(contrast, points),
                 points=points,
-                left_out=[f"all points on {name}" for name in found if name not in several]
-                + [f"{point} on {name}" for name in several for point in in_each[name].left_out],
+                left_out=[f"all points on {name}" for name in found if name not in counted]
+                + [f"{point} on {name}" for name in counted for point in in_each[name].left_out],
                 is_at_equal_kl=contrast.is_at_equal_kl,
-                effect=mean_effect(list(several.values()), confidence=first.confidence) if several else None,
+                effect=mean_effect(list(counted.values()), confidence=method.confidence) if counted else None,
                 after=contrast.after,
-                by_data_set=effects,
+                lacking="; ".join(lacking) if len(lacking) == len(in_each) else "",
+                by_data_set=dict(zip(effects, without_lone_seeds(list(effects.values())), strict=True)),
+                data_sets=len(counted),
             )
         )
-    metric = METRICS[first.metric]
-    margins = [one.margin(equivalent, metric) for one in contrasts]
-    tested = tested_together([one.effect for one in pooled], confidence=first.confidence, margins=margins)
-    return [replace(one, effect=effect) for one, effect in zip(pooled, tested, strict=True)]
+    return _tested([one.effect for one in pooled], pooled, contrasts, metric, method)
 
 
 def largest_block(has: Sequence[set[int]]) -> tuple[list[int], list[int]]:
     """Return which points and which seeds to average over, so that every seed has the same points.
 
-    Of all blocks without a hole the one with the most cells; of equal ones that with more seeds.
+    Of all blocks without a hole the one with the most cells, but of several seeds wherever there is one: a single seed makes no
+    test. Of equal ones that with more seeds.
 
     Args:
         has: of each point, the seeds in which it could be compared.
     """
-    best: tuple[int, int, list[int], list[int]] = (0, 0, [], [])
-    for seeds in {frozenset(one) for one in has if one}:
-        points = [index for index, one in enumerate(has) if seeds <= one]
-        best = max(best, (len(seeds) * len(points), len(seeds), points, sorted(seeds)), key=lambda block: block[:2])
-    return best[2], best[3]
+    shared: set[frozenset[int]] = set()
+    for one in map(frozenset, has):
+        shared |= {one, *(one & other for other in shared)}
+    best: tuple[tuple[bool, int, int], list[int], list[int]] = ((False, 0, 0), [], [])
+    for seeds in sorted(map(sorted, filter(None, shared))):
+        points = [index for index, one in enumerate(has) if one.issuperset(seeds)]
+        best = max(best, ((len(seeds) > 1, len(seeds) * len(points), len(seeds)), points, seeds), key=lambda block: block[0])
+    return best[1], best[2]

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.compare import compare
+from pe_dpo.experiments.compare import compare, line_axis
+from pe_dpo.experiments.comparison import SCALE, STEP
 from pe_dpo.experiments.plan import SweepPlan
 from pe_dpo.metrics.bootstrap import Errors, smallest_found
+from pe_dpo.printable import counted
 
 OF_PAIR, OF_DRAW, SEED_SD = 0.06, 0.07, 0.01
 """What is assumed where no sweep is there: two runs rank 6 % of the pairs differently in every seed and 7 % in one, and differ
@@ -66,10 +68,15 @@ def designs(plan: SweepPlan, *, like: Path | None = None, confidence: float = 0.
 
 
 def _points(plan: SweepPlan) -> int:
-    """How many points will be held against the β line, or against the base recipe where there are no others."""
-    points = {point.name: set(point.settings) for point in plan.points}
-    others = sum(not keys <= {"loss.beta"} for keys in points.values())
-    return max(1, others or len(points) - 1)
+    """How many arms will be held against the line of equal KL, or against the base recipe where there are no others.
+
+    As `compare` has them: the ends of runs, the snapshots of the base recipe, and every end at other scales.
+    """
+    ends = list({point.name: point.settings for point in plan.points}.values())
+    arms = [*ends, *({STEP: number} for number in range(plan.recipe.generation.snapshots) if {} in ends)]
+    arms += [{**one, SCALE: scale} for one in ends for scale in plan.recipe.generation.scales]
+    axis, _ = line_axis("loss.beta", arms)
+    return max(1, sum(not set(one) <= {axis} for one in arms) or len(arms) - 1)
 
 
 def _assumed(folder: Path, *, asked: bool) -> tuple[Errors, Sequence[tuple[int, float]], str]:
@@ -81,7 +88,8 @@ def _assumed(folder: Path, *, asked: bool) -> tuple[Errors, Sequence[tuple[int, 
             raise
         power = None
     if power is not None and power.seeds > 1:
-        words = f"variances of {folder}: {power.seeds} seeds, {power.pairs:,} pairs, {power.comparisons} comparisons"
+        sample = counted(power.pairs, power.unit), counted(power.comparisons, "comparison")
+        words = f"variances of {folder}: {power.seeds} seeds, {', '.join(sample)}"
         return power.errors, [(power.pairs, 1.0)], words
     if asked:
         raise UsageError(f"`like` {folder}: has no comparison over two seeds or more, whose variances could be taken")

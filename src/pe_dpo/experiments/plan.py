@@ -65,6 +65,11 @@ class SweepPlan(NamedTuple):
     late_seeds: dict[int, int] = {}  # noqa: RUF012
     """Seeds that were added after runs had finished: how many had."""
 
+    @property
+    def contrasts_sha256(self) -> str:
+        """The hash of its contrasts, as sweep.json keeps it."""
+        return contrasts_hash(self.contrasts)
+
 
 def make_plan(
     source: str | Path,
@@ -151,14 +156,13 @@ def _check_seeds(recipe: Recipe, seeds: Sequence[int]) -> None:
         )
 
 
-def save_plan(plan: SweepPlan) -> SweepPlan:
-    """Write sweep.json and recipe.yaml, joined with the points that are there already, and return the whole plan.
+def joined_plan(plan: SweepPlan) -> SweepPlan:
+    """Return a plan with the points, seeds and contrasts of the sweep that its folder holds already; nothing is written.
 
     Raises:
         RunFolderError: the folder holds something else, or a sweep from another recipe.
     """
-    path = plan.folder / SWEEP_FILE
-    if path.is_file():
+    if (plan.folder / SWEEP_FILE).is_file():
         old = read_plan(plan.folder)
         difference = recipe_difference(old.recipe, plan.recipe, ignore=["output"])
         if difference:
@@ -170,7 +174,7 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
         finished = sum(Run(plan.folder / point.folder).info.is_finished for point in old.points)
         late = {seed: finished for seed in plan.seeds if finished and seed not in old.seeds}
         kept = [pair for pair in zip(old.points, old.recipes, strict=True) if pair[0].folder not in known]
-        plan = plan._replace(
+        return plan._replace(
             grids=[*old.grids, *(grid for grid in plan.grids if grid not in old.grids)],
             seeds=sorted({*old.seeds, *plan.seeds}),
             points=[*(point for point, _ in kept), *plan.points],
@@ -178,8 +182,14 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
             contrasts={**old.contrasts, **{text: finished for text in plan.contrasts if text not in old.contrasts}},
             late_seeds={**old.late_seeds, **late},
         )
-    elif plan.folder.is_dir() and {path.name for path in plan.folder.iterdir()} - {".lock", "recipe.yaml"}:
+    if plan.folder.is_dir() and {path.name for path in plan.folder.iterdir()} - {".lock", "recipe.yaml"}:
         raise RunFolderError(f"{plan.folder}: is not empty and not a sweep of pe-dpo; choose another `folder`")
+    return plan
+
+
+def save_plan(plan: SweepPlan) -> SweepPlan:
+    """Write sweep.json and recipe.yaml of the whole plan, see `joined_plan`, and return it."""
+    plan = joined_plan(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(plan.folder / "recipe.yaml", recipe_to_yaml(plan.recipe))
     content: dict[str, Any] = {
@@ -189,10 +199,10 @@ def save_plan(plan: SweepPlan) -> SweepPlan:
     }
     if plan.contrasts:
         content["contrasts"] = [{"contrast": text, "after": finished} for text, finished in plan.contrasts.items()]
-        content["contrasts_sha256"] = contrasts_hash(plan.contrasts)
+        content["contrasts_sha256"] = plan.contrasts_sha256
     if plan.late_seeds:
         content["late_seeds"] = [{"seed": seed, "after": finished} for seed, finished in plan.late_seeds.items()]
-    write_json(path, content)
+    write_json(plan.folder / SWEEP_FILE, content)
     return plan
 
 

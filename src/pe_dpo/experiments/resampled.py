@@ -10,7 +10,7 @@ import numpy as np
 
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments.comparison import with_state
-from pe_dpo.metrics.bootstrap import hierarchical_replicates, interpolate, resampled_ratios
+from pe_dpo.metrics.bootstrap import Effect, effect, hierarchical_replicates, interpolate, resampled_ratios
 from pe_dpo.metrics.catalogue import METRICS, Metric
 from pe_dpo.metrics.table import Floats
 from pe_dpo.runs.observations import Observation
@@ -68,7 +68,8 @@ class Resampled:
     """Metric and KL of J observations that all have the metric's rows, as observed and over prompts drawn with replacement.
 
     The draws are the same for all. KL is measured on the prompts to which every observation with answers has some. Replicates
-    that draw none of them are left out, of which there are few if any.
+    that draw none of them are left out, of which there are few if any. The metric is NaN in a replicate that draws no row of
+    an observation; such a replicate is lacking for effects in which that observation stands, and for no others.
 
     Args:
         observations: at least one.
@@ -98,17 +99,21 @@ class Resampled:
         of_reference = nothing
         if isinstance(metric.reference, float):
             of_reference = np.full(len(keys), metric.reference), np.ones(len(keys))
-        elif metric.reference is not None and tables[0]:
-            numerators = metric.reference(tables[0])
-            of_reference = nothing if np.isnan(numerators).any() else metric.sums(tables[0], at, numerators=numerators)
+        elif metric.reference is not None:  # the same in all that were measured with it, and γ = 0 needs no measuring
+            known = ((table, metric.reference(table)) for table in tables if table)
+            measured = next(((table, found) for table, found in known if not np.isnan(found).any()), None)
+            of_reference = metric.sums(measured[0], at, numerators=measured[1]) if measured else nothing
         parts.append(of_reference)
         numerators, denominators = (np.stack(side, axis=1) for side in zip(*parts, strict=True))
         with np.errstate(invalid="ignore"):
             observed = numerators.sum(0) / denominators.sum(0)
         replicates = resampled_ratios(numerators, denominators, repeats=repeats, seed=seed)
-        whole = ~np.isnan(replicates[:, ~np.isnan(observed)]).any(1)
-        replicates, count = replicates[whole], len(observations)
-        self.observations = observations
+        count = len(observations)
+        of_kl = np.flatnonzero(~np.isnan(observed[count:-1])) + count
+        replicates = replicates[~np.isnan(replicates[:, of_kl]).any(1)]
+        self.observations, self.metric = observations, metric
+        self.rows = max(len(table or ()) for table in tables)
+        """Pairs or answers of one observation."""
         self.values, self.value_replicates = observed[:count], replicates[:, :count]
         """The metric, (J,) and (repeats, J)."""
         self.kl, self.kl_replicates = observed[count:-1], replicates[:, count:-1]
@@ -119,6 +124,20 @@ class Resampled:
         """The metric of π0 and (repeats,) of it; NaN where the line of equal KL does not begin there."""
         self.prompts, self.kl_prompts = len(keys), len(answered)
         """Clusters that were resampled, and those with sampled answers."""
+
+    def effect(self, differences: Differences | None, *, confidence: float, of_kl: bool = False) -> Effect | None:
+        """Return the mean of differences over seeds with its error; None where there is none, or none of prompts beyond one.
+
+        Args:
+            differences: of the metric, or of the KL.
+            confidence: of the interval.
+            of_kl: which of the two.
+        """
+        clusters = self.kl_prompts if of_kl else self.prompts
+        if differences is None or not differences.seeds or clusters < 2:
+            return None
+        one_row = 1 / self.rows if self.metric.is_share and not of_kl else 0.0
+        return effect(differences.observed, differences.replicates, clusters=clusters, one_row=one_row, confidence=confidence)
 
     def against(self, one: Setting, other: Setting, *, of_kl: bool = False) -> Differences:
         """Return what the metric, or the KL, is more at one setting than at another, for the seeds in which both have it."""

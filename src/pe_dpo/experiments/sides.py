@@ -16,28 +16,35 @@ from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments import summary
 from pe_dpo.experiments.compare import check_names, why_missing
-from pe_dpo.experiments.comparison import SCALE, STEP
+from pe_dpo.experiments.comparison import SCALE, STEP, Method
 from pe_dpo.experiments.resampled import Resampled, Setting, paired_seeds, settings_of
 from pe_dpo.metrics import bootstrap
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS, Metric
 from pe_dpo.metrics.sides import RANKINGS, SIDES, By, of_side
-from pe_dpo.metrics.table import Floats
 from pe_dpo.runs.observations import Observation, data_sets, read_observations
 
 
 @dataclass(frozen=True)
 class SidePoint:
-    """One setting apart by what a model ranks right and wrong; means over the seeds that have both sides."""
+    """One setting apart by what a model ranks right and wrong.
+
+    Each number is a mean over the seeds in which all that it is made of is known of two prompts or more, and None where there
+    is no such seed. Of one seed, where others have several, it has neither interval nor p.
+    """
 
     name: str
+    """The setting, in words."""
     settings: dict[str, Any]
+    """Dotted recipe key: value, where it differs from the base recipe."""
     seeds: list[int]
+    """Those of the gap."""
     pairs: dict[str, float]
-    """How many are right, and wrong; mean over seeds."""
+    """How many pairs are right, and wrong; mean over all seeds."""
     right: Effect | None
-    """The metric of the pairs that are ranked right, with its interval; None where no run has any."""
+    """The metric of the pairs that are ranked right."""
     wrong: Effect | None
+    """The same of those that are ranked wrong."""
     gap: Effect | None
     """Wrong minus right, paired by seed and prompt."""
     gap_direct: Effect | None
@@ -77,16 +84,18 @@ def compare_sides(
     """Return a metric of runs, apart by what the reference or the policy ranks right and wrong.
 
     Args:
-        targets: As `compare.compare`; sweeps of several data sets are told each by itself.
-        by: Whose ranking parts the held-out pairs, per token where all losses are (`reduce: mean`).
-        metric: One of pairs; by default `accuracy/shift`, per token where all losses are.
-        repeats: Replicates of the bootstrap.
-        seed: Of the bootstrap.
-        confidence: Of intervals.
+        targets: as `compare.compare`; sweeps of several data sets are told each by itself.
+        by: whose ranking parts the held-out pairs, per token where all losses are (`reduce: mean`).
+        metric: one of pairs; by default `accuracy/shift`, per token where all losses are.
+        repeats: replicates of the bootstrap.
+        seed: of the bootstrap.
+        confidence: of intervals.
 
     Raises:
-        UsageError: the ranking or the metric is none, or nothing has it; or as `compare.compare`.
+        UsageError: there is no such ranking or metric, or no run that has both; or as `compare.compare`.
     """
+    method = Method(repeats, seed, confidence)
+    method.check()
     if by not in RANKINGS:
         raise UsageError(f"`by` {by}: must be one of {', '.join(RANKINGS)}")
     check_names(metric, "beta")
@@ -98,15 +107,22 @@ def compare_sides(
     chosen = METRICS[metric or f"accuracy/shift{'_per_token' if per_token else ''}"]
     points: list[SidePoint] = []
     for name, observations in read.items():
-        usable = [one for one in observations if one.pairs and one.pairs.has_reference and why_missing(chosen, one) is None]
+        usable = [
+            one
+            for one in observations
+            if one.pairs and (by == "policy" or one.pairs.has_reference) and why_missing(chosen, one) is None
+        ]
         if not usable:  # logs of TRL, say, which have means alone
             continue
         settings = [one for one in settings_of(usable) if STEP not in one.settings or set(one.settings) == {STEP}]
         settings = sorted(settings, key=lambda one: SCALE in one.settings)
-        found = find_sides(usable, settings, chosen, by, per_token=per_token, repeats=repeats, seed=seed, confidence=confidence)
+        found = find_sides(usable, settings, chosen, by, per_token=per_token, method=method)
         points += [replace(one, name=f"{Path(name).name}: {one.name}") for one in found] if len(read) > 1 else found
     if not points:
-        raise UsageError(f"`by` {by}: no run has held-out pairs one by one with {chosen.key}; measure them with pe-dpo eval")
+        ranked = " and the reference's log-probs" if by == "reference" else ""
+        raise UsageError(
+            f"`by` {by}: no run has held-out pairs one by one with {chosen.key}{ranked}; measure them with pe-dpo eval"
+        )
     return SideComparison(by, per_token, chosen.key, chosen.is_share, confidence, points)
 
 
@@ -117,79 +133,70 @@ def find_sides(
     by: By,
     *,
     per_token: bool,
-    repeats: int,
-    seed: int,
-    confidence: float,
+    method: Method,
 ) -> list[SidePoint]:
     """Return each setting's metric on both sides, the gap, and by how much that differs from the base recipe's.
 
     Args:
-        observations: All that are compared.
-        settings: To tell about; the base is the one that changes nothing, else the first.
-        metric: Of pairs.
-        by: Whose ranking parts the pairs.
-        per_token: Whether by log-probs per token, of all runs alike.
-        repeats: Replicates of the bootstrap.
-        seed: Of the draws.
-        confidence: Of intervals.
+        observations: all that are compared.
+        settings: to tell about; the base is the one that changes nothing, else the first.
+        metric: of pairs.
+        by: whose ranking parts the pairs.
+        per_token: whether by log-probs per token, of all runs alike.
+        method: how differences are tested.
     """
-    parts = [
-        one._replace(answers=None, pairs=one.pairs and of_side(one.pairs, by, side, per_token=per_token))
-        for side in SIDES
-        for one in observations
-    ]
-    both, count = Resampled(parts, metric, repeats=repeats, seed=seed), len(observations)
-    prompts = [0 if one.pairs is None else len({*one.pairs.prompt_key}) for one in parts]
-    pairs = [0 if one.pairs is None else len(one.pairs) for one in parts]
+    count, tables = len(observations), [one.pairs for one in observations]
+    parts = [table and of_side(table, by, side, per_token=per_token) for side in SIDES for table in tables]
+    both = Resampled(
+        [one._replace(answers=None, pairs=part) for one, part in zip([*observations] * 2, parts, strict=True)],
+        metric,
+        repeats=method.repeats,
+        seed=method.seed,
+    )
+    prompts, pairs = [len(set(part.prompt_key)) if part else 0 for part in parts], [len(part or ()) for part in parts]
+    is_known = (np.array(prompts) > 1) & ~np.isnan(both.values)  # one prompt says nothing of others
 
-    def effect(observed: Floats, replicates: Floats, columns: Sequence[int]) -> Effect | None:
-        if not columns:
+    def effect(columns: Sequence[Sequence[int]], signs: Sequence[int]) -> Effect | None:
+        """The mean over seeds of the metric in some columns, added with these signs."""
+        known = [list(of_seed) for of_seed in columns if is_known[list(of_seed)].all()]
+        if not known:
             return None
-        clusters, rows = max(2, min(prompts[column] for column in columns)), min(pairs[column] for column in columns)
-        one_row = 1 / rows if metric.is_share else 0.0
-        return bootstrap.effect(observed, replicates, clusters=clusters, one_row=one_row, confidence=confidence)
-
-    def possible(found: Effect | None) -> Effect | None:
-        """With few seeds an interval of a share would go beyond 0 and 1, where the share cannot be."""
-        if found is None or not metric.is_share:
-            return found
-        return replace(found, low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
-
-    # Of each setting, seed by seed: the columns of both sides, where both have the metric.
-    columns = {
-        id(one): {
-            seed: (column, count + column)
-            for seed, column in one.by_seed.items()
-            if not np.isnan(both.values[[column, count + column]]).any()
-        }
-        for one in settings
-    }
-    base = columns[id(next((one for one in settings if not one.settings), settings[0]))]
-    arms, differences = [], []
-    for one in settings:
-        its = columns[id(one)]
-        right, wrong = ([side[at] for side in its.values()] for at in range(2))
-        value, replicates = both.values, both.value_replicates
-        gap = effect(value[wrong] - value[right], replicates[:, wrong] - replicates[:, right], [*right, *wrong])
-        quads = [(*its[seed], *base[twin]) for seed, twin in paired_seeds(its, base)] if its is not base else []
-        a, b, c, d = ([quad[at] for quad in quads] for at in range(4))
-        more = value[b] - value[a] - value[d] + value[c]
-        of_replicates = replicates[:, b] - replicates[:, a] - replicates[:, d] + replicates[:, c]
-        differences.append(effect(more, of_replicates, [*a, *b, *c, *d]))
-        arms.append(
-            SidePoint(
-                name=summary.setting_name(one.settings),
-                settings=one.settings,
-                seeds=sorted(its),
-                pairs={
-                    side: float(np.mean([pairs[at * count + column] for column in one.columns]))
-                    for at, side in enumerate(SIDES)
-                },
-                right=possible(effect(value[right], replicates[:, right], right)),
-                wrong=possible(effect(value[wrong], replicates[:, wrong], wrong)),
-                gap=gap,
-                gap_direct=None,
-            )
+        used = {column for of_seed in known for column in of_seed}
+        return bootstrap.effect(
+            both.values[known] @ signs,
+            both.value_replicates[:, known] @ signs,
+            clusters=min(prompts[column] for column in used),
+            one_row=1 / min(pairs[column] for column in used) if metric.is_share else 0.0,
+            confidence=method.confidence,
         )
-    tested = bootstrap.tested_together(differences, confidence=confidence)
-    return [replace(arm, gap_direct=found) for arm, found in zip(arms, tested, strict=True)]
+
+    base = next((one for one in settings if not one.settings), settings[0])
+    found: dict[str, list[Effect | None]] = {"right": [], "wrong": [], "gap": [], "gap_direct": []}
+    for one in settings:
+        twins = [] if one is base else paired_seeds(one.by_seed, base.by_seed)
+        against = [(one.by_seed[seed], base.by_seed[twin]) for seed, twin in twins]
+        found["right"].append(effect([(column,) for column in one.columns], (1,)))
+        found["wrong"].append(effect([(count + column,) for column in one.columns], (1,)))
+        found["gap"].append(effect([(count + column, column) for column in one.columns], (1, -1)))
+        quads = [(count + ours, ours, count + theirs, theirs) for ours, theirs in against]
+        found["gap_direct"].append(effect(quads, (1, -1, -1, 1)))
+    found = {name: bootstrap.without_lone_seeds(effects) for name, effects in found.items()}
+    if metric.is_share:  # with few seeds an interval would go beyond 0 and 1, where a share cannot be
+        for side in SIDES:
+            found[side] = [
+                one and replace(one, low=float(np.clip(one.low, 0, 1)), high=float(np.clip(one.high, 0, 1)))
+                for one in found[side]
+            ]
+    found["gap_direct"] = bootstrap.tested_together(found["gap_direct"], confidence=method.confidence)
+    return [
+        SidePoint(
+            name=summary.setting_name(one.settings),
+            settings=one.settings,
+            seeds=sorted(seed for seed, column in one.by_seed.items() if is_known[[column, count + column]].all()),
+            pairs={
+                side: float(np.mean([pairs[at * count + column] for column in one.columns])) for at, side in enumerate(SIDES)
+            },
+            **{name: effects[number] for name, effects in found.items()},
+        )
+        for number, one in enumerate(settings)
+    ]

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, Power, is_end
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import COMPARED, Metric
-from pe_dpo.metrics.seed_variance import FEWEST_ARMS, FEWEST_SEEDS, pooled_over
+from pe_dpo.metrics.seed_variance import FEWEST_ARMS, FEWEST_SEEDS, SeedVariance
 from pe_dpo.printable import counted
 from pe_dpo.recipe.names import SHORT_NAMES
 
@@ -87,7 +87,9 @@ def verdict(found: Comparison) -> str:
         why = "" if all(arm.is_baseline for arm in found.arms) else f" (none lies within {found.baseline}'s)"
         why = why if found.kl_prompts else " (there is none to match)"
         sentences = [_sentence(found, direct, f"Each at its own KL{why}, ", f" {base}")]
-    if found.seeds == 1:
+    told = [one.effect for one in found.contrasts] if found.contrasts else [one for _, one in matched or direct]
+    tested = [one for one in told if _is_tested(one)]
+    if tested and all(one.errors.is_of_one_seed for one in tested):
         sentences.append("With one seed this holds for these runs, not yet for others of the same settings")
     if found.power is not None and found.is_share and not found.contrasts:
         sentences.append(_needed(found.power))
@@ -187,12 +189,17 @@ def _contrast_sentences(found: Comparison) -> list[str]:
         result = one.effect
         name = one.name[:1].upper() + one.name[1:] if one.name[:1].isascii() else one.name
         if result is None:
-            sentences.append(f"{name}: nothing could be compared")
+            sentences.append(f"{name}: nothing could be compared{f' ({one.lacking})' if one.lacking else ''}")
             continue
-        over = f"{counted(len(one.by_data_set), 'data set')}, " if one.by_data_set else ""
-        seeds = result.errors.runs if one.by_data_set else len(result.per_seed)
+        over = counted(len(one.by_data_set), "data set") if one.by_data_set else ""
+        over = f"{one.data_sets} of {over}" if 0 < one.data_sets < len(one.by_data_set) else over
+        seeds = counted(result.errors.runs, "seed")
+        if result.errors.is_of_one_seed:
+            seeds = "one seed in each" if over else "one seed"
+        where = ", ".join(filter(None, [over, seeds]))
         judged = "rests on one seed and is not tested"
         if _is_tested(result):
+            where = f"{_interval(found, result)}, {where}"
             is_apart = result.p_adjusted < 1 - found.confidence
             judged = f"{'a difference' if is_apart else 'not told apart'} (p {fmt_p(result.p_adjusted)})"
         if not isnan(result.p_equivalent):
@@ -201,9 +208,7 @@ def _contrast_sentences(found: Comparison) -> list[str]:
             judged += (
                 f", {'within' if is_within else 'not shown to be within'} {margin} (p {fmt_p(result.p_equivalent_adjusted)})"
             )
-        sentences.append(
-            f"{name}: {amount(found, result.estimate)} ({_interval(found, result)}, {over}{counted(seeds, 'seed')}): {judged}"
-        )
+        sentences.append(f"{name}: {amount(found, result.estimate)} ({where}): {judged}")
     return sentences
 
 
@@ -224,7 +229,8 @@ def _equivalence(found: Comparison, arms: Sequence[tuple[Arm, Effect]]) -> str:
     within = [arm.name for arm, one in arms if one.p_equivalent_adjusted < level]
     if not within:
         return f"None is shown to be within {size} of {found.baseline} (two one-sided tests, Holm)"
-    return f"Within {size} of {found.baseline} (two one-sided tests, Holm): {listed(within)}; the others are not shown to be"
+    others = "" if len(within) == len(arms) else "; the others that were tested are not shown to be"
+    return f"Within {size} of {found.baseline} (two one-sided tests, Holm): {listed(within)}{others}"
 
 
 def metric_remarks(metric: Metric[Any], *, measured: int, lacking: int, why: str | None, logs: int) -> list[str]:
@@ -275,30 +281,29 @@ def arm_remarks(found: Comparison) -> list[str]:
     for contrast in found.contrasts:
         if contrast.left_out:
             remarks.append(
-                f"{contrast.text}: the mean leaves out {listed(contrast.left_out)}, which could not be compared in all of its "
-                "seeds"
+                f"{contrast.text}: the mean leaves out {listed(contrast.left_out)}, which could not be compared in all of the "
+                "seeds that it counts"
             )
         if contrast.after:
             remarks.append(f"{contrast.text}: named after {counted(contrast.after, 'run')} had finished")
     return remarks
 
 
-def pool_remark(matched: Sequence[Effect | None]) -> str:
+def pool_remark(pooled: SeedVariance | None) -> str:
     """Return whether the variance between seeds was pooled over points at equal KL, and why.
 
     Args:
-        matched: their effects.
+        pooled: what they tell of it together.
     """
-    pooled = pooled_over(matched)
     if pooled is None:
         return (
-            f"the variance between seeds is each point's own: it takes {FEWEST_ARMS} points and {FEWEST_SEEDS} seeds at equal "
-            "KL to pool it"
+            f"the variance between seeds is each point's own: it takes {FEWEST_ARMS} points at equal KL in the same "
+            f"{FEWEST_SEEDS} seeds to pool it"
         )
     what = f"of {pooled.arms} points with {pooled.seeds} seeds"
     if not pooled.is_plausible:
         return (
-            f"the variance between seeds is each point's own: the variances {what} are not as a scaled inverse χ² has them "
+            f"the variance between seeds is each point's own: the variances {what} do not look as a scaled inverse χ² has them "
             f"(p {fmt_p(pooled.fit_p)}), so that pooling would mislead"
         )
     prior = (

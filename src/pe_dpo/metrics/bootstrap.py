@@ -51,16 +51,21 @@ class Errors(NamedTuple):
     seed_freedom: float = 0
     """Degrees of freedom of V_seeds; 0 stands for S − 1."""
 
+    @property
+    def is_of_one_seed(self) -> bool:
+        """Whether the spread between seeds is not known, of one data set or of each of several."""
+        return math.isnan(self.seeds)
+
     def variance(self, more: float = 1.0) -> float:
         """Return the variance of the mean, had there been `more` times the prompts."""
-        seen = 0.0 if math.isnan(self.seeds) else self.seeds + (self.together + self.alone) / more
+        seen = 0.0 if self.is_of_one_seed else self.seeds + (self.together + self.alone) / more
         return max(self.prompts / more, seen)
 
     def half_width(self, level: float, more: float = 1.0) -> float:
         """Return half the width of the interval that errs with a chance of `level`, had there been `more` times the prompts."""
         prompt_t = -special.stdtrit(self.clusters * more - 1, level / 2)
         squared = prompt_t**2 * self.prompts / more
-        if not math.isnan(self.seeds):
+        if not self.is_of_one_seed:
             seed_t = -special.stdtrit(self.seed_freedom or self.runs - 1, level / 2)
             both = seed_t**2 * (self.seeds + self.together / more) + prompt_t**2 * self.alone / more
             squared = max(squared, both)
@@ -78,8 +83,9 @@ class Errors(NamedTuple):
     def with_runs(self, runs: int) -> "Errors":
         """Return what the errors would be, had there been so many seeds; more than one were run."""
         fewer = self.runs / runs
-        together, freedom = fewer * self.together, self.seed_freedom and self.seed_freedom + runs - self.runs
-        return Errors(self.alone + together, self.alone, together, fewer * self.seeds, self.clusters, runs, freedom)
+        prompts = self.alone + fewer * (self.prompts - self.alone)
+        freedom = self.seed_freedom and self.seed_freedom + runs - self.runs
+        return Errors(prompts, self.alone, fewer * self.together, fewer * self.seeds, self.clusters, runs, freedom)
 
 
 @dataclass(frozen=True)
@@ -181,17 +187,18 @@ def effect(per_seed: Floats, replicates: Floats, *, clusters: int, one_row: floa
 
     Args:
         per_seed: D_s as observed, (S,).
-        replicates: D_s over resampled prompts, (repeats, S).
+        replicates: D_s over resampled prompts, (repeats, S). One that is not known in every seed counts for nothing.
         clusters: C, prompts that were resampled; at least 2.
         one_row: what one row more that differs would change, 1/pairs for a share; a standard error is never smaller. Where no
             pair differs a bootstrap knows no error (Agresti & Min 2005 add such a pair).
         confidence: of the interval, two-sided.
     """
     estimate, seeds_count = float(per_seed.mean()), len(per_seed)
+    replicates = _known(replicates)
     larger = clusters / (clusters - 1)  # a bootstrap's variances are too small by the inverse
     # Where all prompts have the same difference, one more might have none.
     least = max(one_row, abs(estimate) / clusters)
-    prompts = max(float(_variance(replicates.mean(1))) * larger, least**2)
+    prompts = max(float(replicates.mean(1).var()) * larger, least**2)
     together, seeds = 0.0, math.nan
     alone = prompts
     if seeds_count > 1:
@@ -203,13 +210,27 @@ def effect(per_seed: Floats, replicates: Floats, *, clusters: int, one_row: floa
     return Effect.known_to(errors, estimate, confidence=confidence, seed_sd=seed_sd, per_seed=per_seed.tolist())
 
 
+def without_lone_seeds(found: Sequence[Effect | None]) -> list[Effect | None]:
+    """Return effects, those of a single seed without interval and p where others rest on several.
+
+    Such an interval would hold for that run alone and look surer than theirs; the estimate stays.
+    """
+    several = any(one is not None and not one.errors.is_of_one_seed for one in found)
+    return [
+        replace(one, low=math.nan, high=math.nan, p=math.nan, standard_error=math.nan)
+        if one and several and one.errors.is_of_one_seed
+        else one
+        for one in found
+    ]
+
+
 def tested_together(
     found: Sequence[Effect | None], *, confidence: float = 0.95, margins: Sequence[float] | None = None
 ) -> list[Effect | None]:
     """Return effects with their p adjusted for their number (Holm), of difference and of equivalence.
 
-    One that rests on a single seed is no test where others rest on several: its interval would hold for that run alone and
-    look surer than theirs. It keeps its estimate and has neither interval nor p.
+    One that rests on a single seed is no test where others rest on several, see `without_lone_seeds`. Differences and
+    equivalences are two families: each keeps its level by itself, both together err at twice that level at most.
 
     Args:
         found: what is tested together; None is what could not be measured.
@@ -217,30 +238,25 @@ def tested_together(
         margins: of each, what counts as no difference; NaN for one that is not asked for equivalence.
 
     Source:
-        Schuirmann 1987, "A comparison of the two one-sided tests procedure", for equivalence. No difference and a difference
-        beyond the margin cannot both be true, so that each of the two families keeps its level by itself.
+        Holm 1979, "A simple sequentially rejective multiple test procedure"; Schuirmann 1987, "A comparison of the two
+        one-sided tests procedure", for equivalence.
     """
-    several = any(one is not None and len(one.per_seed) > 1 for one in found)
     tested: list[Effect | None] = []
-    for one, margin in zip(found, margins or [math.nan] * len(found), strict=True):
-        if one is None:
-            tested.append(None)
-        elif several and len(one.per_seed) == 1:
-            tested.append(replace(one, low=math.nan, high=math.nan, p=math.nan, standard_error=math.nan))
-        elif math.isnan(margin):
+    for one, margin in zip(without_lone_seeds(found), margins or [math.nan] * len(found), strict=True):
+        if one is None or math.isnan(margin) or math.isnan(one.p):
             tested.append(one)
-        else:
-            beyond, half = margin - abs(one.estimate), one.errors.half_width(2 * (1 - confidence))
-            one_sided = one.errors.level(abs(beyond)) / 2
-            tested.append(
-                replace(
-                    one,
-                    margin=margin,
-                    inner_low=one.estimate - half,
-                    inner_high=one.estimate + half,
-                    p_equivalent=one_sided if beyond > 0 else 1 - one_sided,
-                )
+            continue
+        beyond, half = margin - abs(one.estimate), one.errors.half_width(2 * (1 - confidence))
+        one_sided = one.errors.level(abs(beyond)) / 2
+        tested.append(
+            replace(
+                one,
+                margin=margin,
+                inner_low=one.estimate - half,
+                inner_high=one.estimate + half,
+                p_equivalent=one_sided if beyond > 0 else 1 - one_sided,
             )
+        )
     adjusted = holm(np.array([math.nan if one is None else one.p for one in tested]))
     equivalent = holm(np.array([math.nan if one is None else one.p_equivalent for one in tested]))
     return [
@@ -304,7 +320,7 @@ def hierarchical_replicates(per_seed: Floats, replicates: Floats, draws: Floats)
     if seeds == 1:
         return middle
     observed = float(per_seed.var(ddof=1)) / seeds
-    surplus = max(0.0, observed - _together(replicates))
+    surplus = max(0.0, observed - _together(_known(replicates)))
     scale = (surplus / observed * seeds / (seeds - 1)) ** 0.5 if observed > 0 else 0.0
     drawn = per_seed[(draws[:, :seeds] * seeds).astype(int)]
     return middle + scale * (drawn.mean(1) - per_seed.mean())
@@ -385,11 +401,12 @@ def optimism_of_best(observed: Floats, replicates: Floats) -> float:
 
     Args:
         observed: more is better, (points,).
-        replicates: of the same, (repeats, points).
+        replicates: of the same, (repeats, points). One that is not known at every point counts for nothing.
     """
     if len(observed) < 2:
         return 0.0
-    noise = replicates - replicates.mean(0)
+    noise = _known(replicates)
+    noise = noise - noise.mean(0)
     within = float((noise - noise.mean(1, keepdims=True)).var(axis=0).sum()) / (len(observed) - 1)
     between = float(observed.var(ddof=1))
     kept = max(0.0, 1 - within / between) if between > 0 else 0.0
@@ -399,13 +416,13 @@ def optimism_of_best(observed: Floats, replicates: Floats) -> float:
     return max(0.0, float((again[np.arange(len(again)), best] - drawn_together[best]).mean()))
 
 
+def _known(replicates: Floats) -> Floats:
+    """Those in which every column is known."""
+    is_unknown = np.isnan(replicates).any(1)
+    return replicates[~is_unknown] if is_unknown.any() else replicates
+
+
 def _together(replicates: Floats) -> float:
     """What seeds and prompts do together, as part of the variance of a mean over seeds."""
-    by_seed = float(_variance(replicates).mean())
-    return max(0.0, by_seed - float(_variance(replicates.mean(1)))) / (replicates.shape[1] - 1)
-
-
-def _variance(replicates: Floats) -> Floats:
-    """Over those that are known; where all are, `nanvar` would take three times as long."""
-    variance: Floats = replicates.var(0)
-    return np.nanvar(replicates, axis=0) if np.isnan(variance).any() else variance
+    by_seed = float(replicates.var(0).mean())
+    return max(0.0, by_seed - float(replicates.mean(1).var())) / (replicates.shape[1] - 1)

@@ -6,6 +6,7 @@ Pairs and answers of one prompt are not independent of each other. Where prompt 
 import math
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -48,7 +49,8 @@ def pairs_worth(values: ArrayLike, prompt_keys: Sequence[Hashable], confidence: 
 
         N / deff · (t_{N−1} / t_{C−1})²      deff = C/(C−1) Σ_c r_c² / (N/(N−1) Σ_i r_i²),  r_i = value − share, r_c: their sum
 
-    N where every prompt has one pair, C prompts where the pairs of each are all alike, and never more than N.
+    N where every prompt has one pair, and never more than N. Where the pairs of each of C prompts are all alike they are worth
+    a little less than C independent pairs, since C prompts, and not N pairs, tell the spread.
 
     Args:
         values: 1, ½ or 0 of each pair, (N,); NaN is no pair.
@@ -118,6 +120,31 @@ def mean_change(values: ArrayLike, prompt_keys: Sequence[str]) -> tuple[float, f
     assert mean is not None, "there is at least one pair"
     half = math.nan if error is None else float(stats.t.ppf(0.975, len(set(prompt_keys)) - 1)) * error
     return mean, mean - half, mean + half
+
+
+class ChangedSides(NamedTuple):
+    """How many pairs one ranking has right and another wrong."""
+
+    gained: int
+    """Wrong before, right now."""
+    lost: int
+    p: float
+    """Exact and two-sided, of as many gained as lost; 1 where none changed."""
+
+
+def changed_sides(before: Floats, now: Floats, clusters: Sequence[Hashable]) -> ChangedSides:
+    """Return how many pairs changed sides: McNemar's test, with the pairs of a prompt as one draw (`sign_flip_test`).
+
+    A pair that is tied in one of the two rankings, or has no number in it, is neither gained nor lost, and not in the test.
+
+    Args:
+        before: 1 where a pair was right, ½ of a tie, 0 where wrong, see `right`; (N,).
+        now: the same of the other ranking.
+        clusters: the prompt of each pair, (N,).
+    """
+    moved = np.trunc(np.nan_to_num(now - before))
+    sums = cluster_sums(moved, clusters).astype(int).tolist()
+    return ChangedSides(int((moved > 0).sum()), int((moved < 0).sum()), sign_flip_test(sums))
 
 
 def mcnemar(gained: int, lost: int) -> float:

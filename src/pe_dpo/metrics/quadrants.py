@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pe_dpo.links import LinkName, link_named, link_weight
-from pe_dpo.metrics.estimates import cluster_sums, length_slope, mcnemar, mean_change, right, sign_flip_test
+from pe_dpo.metrics.estimates import changed_sides, length_slope, mean_change, right
 from pe_dpo.metrics.table import Floats, Model, PairTable
 
 QUADRANT_TITLES = {
@@ -99,37 +99,30 @@ def transitions(before: ArrayLike, now: ArrayLike, prompt_keys: Sequence[str] | 
         prompt_keys: (N,), where pairs share prompts.
 
     Returns:
-        `kept`, `gained`, `lost`, `not_yet`: counts of pairs; one that is tied on either side is in none. `p_value`: McNemar's
-        exact test with the pairs of a prompt as one draw (`sign_flip_test`), 1 when none changed; without prompts each pair
-        counts as an independent one.
+        `kept`, `gained`, `lost`, `not_yet`: counts of pairs; one that is tied or has no number on either side is in none.
+        `p_value`: that of `changed_sides`; without prompts each pair counts as an independent one.
     """
-    cells = _cells(now, before)
-    counts = np.bincount(cells, minlength=len(QUADRANTS) + 1).tolist()
-    names = ("kept", "gained", "lost", "not_yet")
-    p_value = mcnemar(counts[1], counts[2])
-    if prompt_keys is not None and len(set(prompt_keys)) < len(prompt_keys):
-        moved = (cells == names.index("gained")) * 1.0 - (cells == names.index("lost"))
-        p_value = sign_flip_test(cluster_sums(moved, prompt_keys).astype(int).tolist())
-    return {**dict(zip(names, counts, strict=False)), "p_value": p_value}
+    counts = np.bincount(_cells(now, before), minlength=len(QUADRANTS) + 1).tolist()
+    before, now = (right(np.asarray(values, dtype=np.float64)) for values in (before, now))
+    changed = changed_sides(before, now, range(len(before)) if prompt_keys is None else prompt_keys)
+    return {**dict(zip(("kept", "gained", "lost", "not_yet"), counts, strict=False)), "p_value": changed.p}
 
 
 def clustered_transitions(before: Floats, now: Floats, prompt_keys: Sequence[str]) -> dict[str, float]:
-    """Return the same with tests that take the pairs of a prompt as one draw.
+    """Return the same, with the pairs that are tied and by how much the share ranked right changed.
 
     Returns:
-        As `transitions`, with `p_value` that of `sign_flip_test`; `tied`: pairs with a tie in either; `change` of the share
-        ranked right, ties counted ½, with its 95 % interval `low` and `high` (NaN with fewer than two prompts). A pair without
-        a number in either is in none of them; without any pair that has, `change` is NaN.
+        As `transitions`; `tied`: pairs with a tie in either; `change` of the share ranked right, ties counted ½, with its
+        95 % interval `low` and `high` (NaN with fewer than two prompts). A pair without a number in either is in none of them;
+        without any pair that has, `change` is NaN.
     """
     known = np.flatnonzero(~(np.isnan(before) | np.isnan(now))).tolist()
     if not known:
         return transitions(before, now) | {"tied": 0, "change": math.nan, "low": math.nan, "high": math.nan}
     before, now, prompt_keys = before[known], now[known], [prompt_keys[row] for row in known]
     change, low, high = mean_change(right(now) - right(before), prompt_keys)
-    moved = np.rint(cluster_sums(np.sign(now) - np.sign(before), prompt_keys)).astype(int).tolist()
-    tied = int(((np.asarray(before) == 0) | (np.asarray(now) == 0)).sum())
-    found = {"tied": tied, "change": change, "low": low, "high": high, "p_value": sign_flip_test(moved)}
-    return transitions(before, now) | found
+    tied = int(((before == 0) | (now == 0)).sum())
+    return transitions(before, now, prompt_keys) | {"tied": tied, "change": change, "low": low, "high": high}
 
 
 def effective_pairs(weight: ArrayLike) -> float:

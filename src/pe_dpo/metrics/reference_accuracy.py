@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pe_dpo.metrics.estimates import clustered_mean, correlation, share_right, wilson_interval, without_length
+from pe_dpo.metrics.estimates import correlation, pairs_worth, share_right, wilson_interval, without_length
 from pe_dpo.metrics.table import Floats
 
 
@@ -22,7 +22,7 @@ class ReferenceAccuracy:
         right = preference > 0
         self.right = float(right.mean())
         """Share of pairs with Δ0 > 0."""
-        self.right_interval = wilson_interval(self.right, independent_pairs(right, prompt_keys))
+        self.right_interval = wilson_interval(self.right, pairs_worth(right, prompt_keys))
         """95 %, Wilson's, for as many independent pairs as the pairs of the prompts are worth."""
         self.wrong = float((preference < 0).mean())
         """Share with Δ0 < 0."""
@@ -41,19 +41,3 @@ class ReferenceAccuracy:
 def robust_spread(values: Floats) -> float:
     """Return 1.4826 · median |x − median x|: the standard deviation of a normal sample, whatever its tails."""
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))
-
-
-def independent_pairs(right: np.ndarray, prompt_keys: Sequence[str]) -> int:
-    """Return how many independent pairs would know their share right as well: fewer, where pairs of a prompt are alike.
-
-    The pairs divided by the design effect: the squared error of the share that allows for dependence within prompts, over that
-    of independent pairs.
-
-    Args:
-        right: bool, (N,).
-        prompt_keys: (N,).
-    """
-    share, error = clustered_mean(right, prompt_keys).values()
-    if share is None or not error:
-        return len(set(prompt_keys))
-    return max(1, min(len(right), round(share * (1 - share) / error**2)))

@@ -17,6 +17,7 @@ Source:
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,8 @@ class SeedVariance(NamedTuple):
     limit: float
     """Degrees of freedom that the arms together know."""
     fit_p: float
-    """Of variances that differ from the assumption as much as these (Kolmogorov and Smirnov)."""
+    """Kolmogorov's and Smirnov's p of the variances under the assumption. It is a guide and no level: the assumption's two
+    numbers were fitted to the same variances, which makes it too large, and arms that scatter together make it too small."""
 
     @property
     def is_plausible(self) -> bool:
@@ -89,18 +91,35 @@ def seed_variance(per_seed: Floats) -> SeedVariance | None:
     return SeedVariance(arms, seeds, variance, freedom, limit, float(stats.kstest(ratios, law.cdf).pvalue))
 
 
-def with_pooled_seeds(found: Effect, pooled: SeedVariance, *, confidence: float = 0.95) -> Effect:
-    """Return an effect with the variance of its seeds moderated; one of other seeds than were pooled stays as it is.
+def pool_seeds(
+    found: Sequence[Effect | None], seeds: Sequence[Sequence[int]], *, confidence: float = 0.95
+) -> tuple[list[Effect | None], SeedVariance | None]:
+    """Return effects with the variance of their seeds moderated where that is plausible, and what was pooled.
+
+    Those are pooled that rest on one and the same set of seeds: of the sets that enough effects have, the largest. Effects of
+    other seeds stay as they are.
 
     Args:
-        found: not adjusted for others yet.
-        pooled: of its family.
-        confidence: of the interval.
+        found: of each arm, not adjusted for others yet.
+        seeds: of each arm, in the order of its `per_seed`.
+        confidence: of intervals.
     """
-    errors = found.errors
-    if errors.runs != pooled.seeds:
-        return found
-    own = pooled.seeds - 1
+    sets = [tuple(of_arm) if one else () for one, of_arm in zip(found, seeds, strict=True)]
+    count = Counter(sets)
+    pooled_set = max(sets, key=lambda one: (count[one] >= FEWEST_ARMS, len(one), count[one]), default=())
+    rows = [one.per_seed for one, its in zip(found, sets, strict=True) if one and its == pooled_set]
+    pooled = seed_variance(np.array(rows)) if rows else None
+    if pooled is None or not pooled.is_plausible:
+        return list(found), pooled
+    moderated = [
+        _moderated(one, pooled, confidence=confidence) if one and its == pooled_set else one
+        for one, its in zip(found, sets, strict=True)
+    ]
+    return moderated, pooled
+
+
+def _moderated(found: Effect, pooled: SeedVariance, *, confidence: float) -> Effect:
+    errors, own = found.errors, pooled.seeds - 1
     observed = errors.seeds + errors.together
     if math.isinf(pooled.freedom):
         observed = pooled.variance / pooled.seeds
@@ -110,10 +129,3 @@ def with_pooled_seeds(found: Effect, pooled: SeedVariance, *, confidence: float 
     together = min(max(0.0, errors.prompts - errors.alone), observed)
     errors = errors._replace(together=together, seeds=observed - together, seed_freedom=pooled.pooled_freedom)
     return Effect.known_to(errors, found.estimate, confidence=confidence, seed_sd=found.seed_sd, per_seed=found.per_seed)
-
-
-def pooled_over(found: Sequence[Effect | None]) -> SeedVariance | None:
-    """Return the seed variance of those effects that have most seeds; None where they are too few to tell it."""
-    most = max((one.errors.runs for one in found if one), default=0)
-    rows = [one.per_seed for one in found if one and len(one.per_seed) == most]
-    return seed_variance(np.array(rows)) if rows else None

@@ -11,6 +11,7 @@ from pe_dpo.experiments.sides import compare_sides
 from pe_dpo.experiments.summary import best_line, hyperparameter_name, power_lines
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS
+from pe_dpo.printable import counted
 from pe_dpo.recipe import describe, describe_sources, recipe_to_yaml
 from pe_dpo.report.content import Page, PageSection, PageTable
 from pe_dpo.report.style import fmt
@@ -130,13 +131,13 @@ def _contrasts_section(comparison: Comparison) -> PageSection:
     header = ["contrast", f"{comparison.metric}{unit}", "p (Holm)", "margin", f"{100 - 2 * level:g} % interval"]
     table = PageTable(
         "contrasts",
-        f"{len(rows)} contrasts, tested by themselves",
+        f"{counted(len(rows), 'contrast')}, tested by themselves",
         [*header, "p of equivalence (Holm)", "named"],
         rows,
         f"Each is the mean over its points, seed by seed, with {100 - level:g} % interval. Equivalence: two one-sided tests; "
         "the difference is shown to be smaller than the margin where their interval lies within it.",
     )
-    return PageSection("contrasts", "What was asked beforehand", tables=[table])
+    return PageSection("contrasts", "What was asked", tables=[table])
 
 
 def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:

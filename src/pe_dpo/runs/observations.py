@@ -63,8 +63,8 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
     """Return what was measured of the runs in some folders, and remarks on what was left out.
 
     Args:
-        targets: run folders, sweep folders, trainer_state.json files of TRL or folders with one. The first sweep's recipe, or
-            the first run's, is the one that settings are turned away from.
+        targets: run folders, sweep folders, trainer_state.json files of TRL or folders with one. Settings are turned away from
+            `base_recipe`.
 
     Raises:
         UsageError: a target is nothing of that, has no finished run, or runs cannot be compared: other held-out pairs, another
@@ -85,8 +85,7 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
             runs.setdefault(run.folder.resolve(), run)
     observations, ends = [], []
     owner: dict[tuple[str, int], str] = {}
-    first = Path(targets[0])
-    named = Run(first) if (first / SWEEP_FILE).is_file() else next(iter(runs.values()), None)
+    base = base_recipe(targets)
     seeds = _number_seeds(list(runs.values()), remarks)
     for run, seed in zip(runs.values(), seeds, strict=True):
         if not run.info.is_finished:
@@ -94,8 +93,8 @@ def read_observations(targets: Sequence[str | Path]) -> tuple[list[Observation],
                 f"{run.folder}: is not finished (status {run.info.status}); finish it with "
                 f"pe-dpo train {shlex.quote(str(run.folder / RECIPE_FILE))} --resume, or leave it out"
             )
-        assert named is not None
-        settings = settings_between(_asked_recipe(named), _asked_recipe(run), kappa=run.info.loss.get("kappa"))
+        assert base is not None
+        settings = settings_between(base, _asked_recipe(run), kappa=run.info.loss.get("kappa"))
         remarks += [f"{run.folder}: changed on the way: {line}" for line in describe_overrides(run.info.overrides)]
         # Runs of equal settings and seed are told apart by their folders: in a sweep by those of their points.
         if owner.setdefault((repr(settings), seed), str(run.folder)) != str(run.folder):
@@ -141,34 +140,33 @@ def settings_between(base: Recipe, point: Recipe, *, kappa: float | None = None)
 
 
 def base_recipe(targets: Sequence[str | Path]) -> Recipe | None:
-    """Return the recipe that `read_observations` holds settings against, or None where there are logs of TRL alone.
+    """Return the recipe of the first target that is a sweep or a run, or None where there are logs of TRL alone.
 
     Raises:
         UsageError: it cannot be read.
     """
-    first = Path(targets[0])
-    runs = (
-        [first] if (first / SWEEP_FILE).is_file() else [place for place in map(Path, targets) if (place / RUN_FILE).is_file()]
-    )
-    return _asked_recipe(Run(runs[0])) if runs else None
+    ours = (place for place in map(Path, targets) if any((place / name).is_file() for name in (SWEEP_FILE, RUN_FILE)))
+    first = next(ours, None)
+    return None if first is None else _asked_recipe(Run(first))
 
 
 def data_sets(targets: Sequence[str | Path]) -> list[list[Path]]:
     """Return targets by what their runs are measured on: those of one base and one set of held-out pairs together.
 
-    Logs of TRL, which do not say it, are with the first.
+    One that did not record both is with the first that may be the same, as logs of TRL are, which never say it;
+    `read_observations` then holds its pairs against theirs.
     """
-    found: dict[tuple[Any, ...], list[Path]] = {}
-    logs = []
+    known: dict[Path, tuple[str | None, ...]] = {}
     for target in map(Path, targets):
-        sweep = (target / SWEEP_FILE).is_file()
-        if not sweep and not (target / RUN_FILE).is_file():
-            logs.append(target)
-            continue
-        known = (_runs_of_sweep(target, []) if sweep else [Run(target)])[0].info.hashes.inputs
-        found.setdefault(tuple(known.get(key) for key in ("base", "held_out")), []).append(target)
-    first, *others = found.values() or [[]]
-    return [[*first, *logs], *others]
+        runs = [Run(target)] if (target / RUN_FILE).is_file() else []
+        runs = _runs_of_sweep(target, []) if (target / SWEEP_FILE).is_file() else runs
+        recorded = [run.info.hashes.inputs for run in runs]
+        known[target] = tuple(next(filter(None, (one.get(key) for one in recorded)), None) for key in ("base", "held_out"))
+    found: dict[tuple[str | None, ...], list[Path]] = {one: [] for one in known.values() if None not in one}
+    for target, hashes in known.items():
+        may_be = (one for one in found if all(None in pair or pair[0] == pair[1] for pair in zip(one, hashes, strict=True)))
+        found.setdefault(next(may_be, hashes), []).append(target)
+    return list(found.values())
 
 
 def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Run]:
