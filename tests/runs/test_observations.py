@@ -110,8 +110,8 @@ def test_a_run_that_did_not_record_its_pairs_is_with_the_first_data_set(write_ru
     unknown, first, other = (write_run(name, seed=seed) for seed, name in enumerate("abc"))
     change(unknown / "run.json", hashes={})
     change(other / "run.json", hashes={"base": "b" * 64, "held_out": "e" * 64})
-    assert data_sets([unknown, first, other]) == [[unknown, first], [other]]
-    assert data_sets([unknown]) == [[unknown]]
+    assert data_sets([unknown, first, other]) == {"a": [unknown, first], "c": [other]}
+    assert data_sets([unknown]) == {"a": [unknown]}
 
 
 def test_a_calibrated_gamma_keeps_its_name(write_run: Callable[..., Path], tmp_path: Path) -> None:

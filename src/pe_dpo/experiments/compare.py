@@ -26,7 +26,7 @@ from pe_dpo.errors import UsageError
 from pe_dpo.experiments import summary
 from pe_dpo.experiments.comparison import FREE_CONTROLS, SCALE, STEP, Arm, Best, Comparison, Method, Power, RunRow, is_end
 from pe_dpo.experiments.contrasts import Contrast, find_contrasts, named_contrasts, over_data_sets
-from pe_dpo.experiments.resampled import Differences, Resampled, Setting, paired_seeds, settings_of
+from pe_dpo.experiments.resampled import Differences, Resampled, Setting, base_of, paired_seeds, settings_of
 from pe_dpo.metrics import bootstrap
 from pe_dpo.metrics.bootstrap import Effect, tested_together
 from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
@@ -84,14 +84,12 @@ def compare(
         raise UsageError("nothing to compare: name run folders, or the folder of a sweep")
     axis = check_names(metric, baseline)
     named, of_plans = named_contrasts(targets, contrasts)
-    groups = data_sets(targets) if named else [[Path(target) for target in targets]]
-    read = [read_observations(group) for group in groups]
-    chosen = METRICS[metric or _default_metric([one for observations, _ in read for one in observations])]
+    groups = data_sets(targets) if named else {"": targets}
+    read = {name: read_observations(group) for name, group in groups.items()}
+    chosen = METRICS[metric or _default_metric([one for observations, _ in read.values() for one in observations])]
     by_name: dict[str, Comparison] = {}
-    for group, (observations, remarks) in zip(groups, read, strict=True):
-        name = group[0].resolve().name
-        name = str(group[0]) if any(name == Path(other).name for other in by_name) else name
-        compared = _compare_data_set(observations, chosen, axis, named, base_recipe(group), method)
+    for name, (observations, remarks) in read.items():
+        compared = _compare_data_set(observations, chosen, axis, named, base_recipe(groups[name]), method)
         by_name[name] = replace(compared, remarks=[*remarks, *compared.remarks])
     found = next(iter(by_name.values()))
     if len(by_name) > 1:
@@ -123,8 +121,12 @@ def _default_metric(observations: Sequence[Observation]) -> str:
         return "rewards/accuracies"
     if all(why_missing(METRICS["win_rate"], one) is None for one in ours):
         return "win_rate"
-    is_per_token = all(one.pairs is None or one.pairs.reduce == "mean" for one in ours)
-    return f"accuracy/shift{'_per_token' if is_per_token else ''}"
+    return "accuracy/shift_per_token" if is_per_token(ours) else "accuracy/shift"
+
+
+def is_per_token(observations: Sequence[Observation]) -> bool:
+    """Return whether all losses were of log-probs per token, so that runs are told apart by these."""
+    return all(one.pairs is None or one.pairs.reduce == "mean" for one in observations if one.source == "pe-dpo")
 
 
 def _compare_data_set(
@@ -175,8 +177,7 @@ def _compare_data_set(
     if usable:
         assert base is not None, "there are runs"
         resampled = Resampled(usable, metric, repeats=method.repeats, seed=method.seed)
-        settings = [one for one in settings_of(usable) if STEP not in one.settings or set(one.settings) == {STEP}]
-        settings = sorted(settings, key=lambda one: SCALE in one.settings)
+        settings = settings_of(usable)
         axis, remarks = line_axis(axis, [one.settings for one in settings])
         arms = find_arms(resampled, settings, axis, method)
         answers = find_contrasts(resampled, settings, contrasts, base, method)
@@ -246,11 +247,11 @@ def find_arms(resampled: Resampled, settings: Sequence[Setting], axis: str, meth
 
     Args:
         resampled: all observations.
-        settings: to tell about; the base is the one that changes nothing, else the first.
+        settings: to tell about.
         axis: what alone those turn that make the line of equal KL.
         method: how differences are tested.
     """
-    base = next((one for one in settings if not one.settings), settings[0])
+    base = base_of(settings)
     line = [one for one in settings if set(one.settings) <= {axis}]
     metric, confidence = resampled.metric, method.confidence
 

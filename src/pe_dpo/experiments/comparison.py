@@ -29,6 +29,16 @@ def is_end(settings: Mapping[str, Any]) -> bool:
     return not any(key in settings for key in FREE_CONTROLS)
 
 
+def as_json(found: Any) -> dict[str, Any]:
+    """Return a dataclass as JSON has it, without errors, which are what intervals and p are made of."""
+
+    def without_errors(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in fields if name != "errors"}
+
+    whole: dict[str, Any] = json_without_nan(asdict(found, dict_factory=without_errors))
+    return whole
+
+
 class Method(NamedTuple):
     """How differences are tested; `compare.compare` says what each means."""
 
@@ -235,13 +245,4 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it: numbers that are not finite become null."""
-        found: dict[str, Any] = json_without_nan(asdict(self))
-        if found["power"] is not None:
-            del found["power"]["errors"]
-        effects = [arm[key] for arm in found["arms"] for key in ("matched", "direct", "direct_kl")]
-        for contrast in found["contrasts"]:
-            effects += [contrast["effect"], *contrast["by_data_set"].values()]
-        for effect in effects:
-            if effect is not None:
-                del effect["errors"]  # what its interval and p are made of
-        return found
+        return as_json(self)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.comparison import with_state
+from pe_dpo.experiments.comparison import SCALE, STEP, with_state
 from pe_dpo.metrics.bootstrap import Effect, effect, hierarchical_replicates, interpolate, resampled_ratios
 from pe_dpo.metrics.catalogue import METRICS, Metric
 from pe_dpo.metrics.table import Floats
@@ -49,12 +49,21 @@ class Differences(NamedTuple):
 
 
 def settings_of(observations: Sequence[Observation]) -> list[Setting]:
-    """Return the settings in the order of their first observation; see `with_state` for snapshots and scales."""
+    """Return the settings that are compared, see `with_state`, in the order of their first observation, scaled ones last.
+
+    Of earlier states of runs those of the base recipe alone are.
+    """
     found: dict[str, Setting] = {}
     for column, one in enumerate(observations):
         settings = with_state(one.settings, step=one.step, is_final=one.is_final, scale=one.scale)
-        found.setdefault(repr(settings), Setting(settings, {})).by_seed[one.seed] = column
-    return list(found.values())
+        if STEP not in settings or set(settings) == {STEP}:
+            found.setdefault(repr(settings), Setting(settings, {})).by_seed[one.seed] = column
+    return sorted(found.values(), key=lambda one: SCALE in one.settings)
+
+
+def base_of(settings: Sequence[Setting]) -> Setting:
+    """Return the base recipe's, the one that changes nothing, else the first."""
+    return next((one for one in settings if not one.settings), settings[0])
 
 
 def paired_seeds(seeds: Iterable[int], others: Iterable[int]) -> list[tuple[int, int]]:

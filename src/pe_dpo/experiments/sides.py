@@ -6,18 +6,17 @@ Both sides of all runs are resampled over the same prompts, so that gaps, and di
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pe_dpo.disk import json_without_nan
 from pe_dpo.errors import UsageError
 from pe_dpo.experiments import summary
-from pe_dpo.experiments.compare import check_names, why_missing
-from pe_dpo.experiments.comparison import SCALE, STEP, Method
-from pe_dpo.experiments.resampled import Resampled, Setting, paired_seeds, settings_of
+from pe_dpo.experiments.compare import check_names, is_per_token, why_missing
+from pe_dpo.experiments.comparison import Method, as_json
+from pe_dpo.experiments.resampled import Resampled, Setting, base_of, paired_seeds, settings_of
 from pe_dpo.metrics import bootstrap
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS, Metric
@@ -65,11 +64,7 @@ class SideComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it: numbers that are not finite become null."""
-        found: dict[str, Any] = json_without_nan(asdict(self))
-        for effect in (point[key] for point in found["points"] for key in ("right", "wrong", "gap", "gap_direct")):
-            if effect is not None:
-                del effect["errors"]  # what its interval and p are made of
-        return found
+        return as_json(self)
 
 
 def compare_sides(
@@ -101,10 +96,9 @@ def compare_sides(
     check_names(metric, "beta")
     if metric and METRICS[metric].kind != "pairs":
         raise UsageError(f"`by` {by}: parts held-out pairs, and {metric} is of sampled answers; name a metric of pairs")
-    read = {str(one[0]): read_observations(one)[0] for one in data_sets(targets)}
-    pairs = [one.pairs for observations in read.values() for one in observations if one.pairs is not None]
-    per_token = bool(pairs) and all(table.reduce == "mean" for table in pairs)
-    chosen = METRICS[metric or f"accuracy/shift{'_per_token' if per_token else ''}"]
+    read = {name: read_observations(group)[0] for name, group in data_sets(targets).items()}
+    per_token = is_per_token([one for observations in read.values() for one in observations])
+    chosen = METRICS[metric or ("accuracy/shift_per_token" if per_token else "accuracy/shift")]
     points: list[SidePoint] = []
     for name, observations in read.items():
         usable = [
@@ -114,10 +108,8 @@ def compare_sides(
         ]
         if not usable:  # logs of TRL, say, which have means alone
             continue
-        settings = [one for one in settings_of(usable) if STEP not in one.settings or set(one.settings) == {STEP}]
-        settings = sorted(settings, key=lambda one: SCALE in one.settings)
-        found = find_sides(usable, settings, chosen, by, per_token=per_token, method=method)
-        points += [replace(one, name=f"{Path(name).name}: {one.name}") for one in found] if len(read) > 1 else found
+        found = find_sides(usable, settings_of(usable), chosen, by, per_token=per_token, method=method)
+        points += [replace(one, name=f"{name}: {one.name}") for one in found] if len(read) > 1 else found
     if not points:
         ranked = " and the reference's log-probs" if by == "reference" else ""
         raise UsageError(
@@ -139,7 +131,7 @@ def find_sides(
 
     Args:
         observations: all that are compared.
-        settings: to tell about; the base is the one that changes nothing, else the first.
+        settings: to tell about.
         metric: of pairs.
         by: whose ranking parts the pairs.
         per_token: whether by log-probs per token, of all runs alike.
@@ -170,7 +162,7 @@ def find_sides(
             confidence=method.confidence,
         )
 
-    base = next((one for one in settings if not one.settings), settings[0])
+    base = base_of(settings)
     found: dict[str, list[Effect | None]] = {"right": [], "wrong": [], "gap": [], "gap_direct": []}
     for one in settings:
         twins = [] if one is base else paired_seeds(one.by_seed, base.by_seed)

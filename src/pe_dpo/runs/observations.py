@@ -150,8 +150,8 @@ def base_recipe(targets: Sequence[str | Path]) -> Recipe | None:
     return None if first is None else _asked_recipe(Run(first))
 
 
-def data_sets(targets: Sequence[str | Path]) -> list[list[Path]]:
-    """Return targets by what their runs are measured on: those of one base and one set of held-out pairs together.
+def data_sets(targets: Sequence[str | Path]) -> dict[str, list[Path]]:
+    """Return targets by what their runs are measured on: those of one base and one set of held-out pairs under one name.
 
     One that did not record both is with the first that may be the same, as logs of TRL are, which never say it;
     `read_observations` then holds its pairs against theirs.
@@ -166,7 +166,9 @@ def data_sets(targets: Sequence[str | Path]) -> list[list[Path]]:
     for target, hashes in known.items():
         may_be = (one for one in found if all(None in pair or pair[0] == pair[1] for pair in zip(one, hashes, strict=True)))
         found.setdefault(next(may_be, hashes), []).append(target)
-    return list(found.values())
+    groups = list(found.values())
+    names = [group[0].resolve().name for group in groups]
+    return {str(group[0]) if names.count(name) > 1 else name: group for name, group in zip(names, groups, strict=True)}
 
 
 def _runs_of_sweep(folder: Path, remarks: list[str]) -> list[Run]:
