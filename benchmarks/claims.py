@@ -62,9 +62,10 @@ def claims() -> list[Claim]:
     found += _of_table("benchmarks/README.md", "mixout", table.mixout_table(), "mixout.json")
     for name, made in study.tables().items():
         found += _of_table("docs/study-gamma-vs-mixout.md", name, made, study.source_of(name))
-    for data, facts in study.facts().items():
+    for source, facts in study.facts().items():
         for words, value in facts.items():
-            found.append(_claim(f"study/{data}/{words}", "docs/study-gamma-vs-mixout.md", value, f"study/{data}/plan.json"))
+            name = source.removesuffix(".json").removesuffix("/plan")
+            found.append(_claim(f"{name}/{words}", "docs/study-gamma-vs-mixout.md", value, source))
     kinds, crash = _load("architectures.json"), _load("crash.json")
     found.append(_claim("bases/kinds", "README.md", f"{len(kinds['rows'])} kinds of models", "architectures.json"))
     found.append(_claim("reliability/kills", "docs/reliability.md", f"{crash['kills']} kills", "crash.json"))
@@ -105,7 +106,20 @@ def _of_table(
                     first = cells[0] if made.count(f"\n| {cells[0]} |") <= 1 else f"{cells[0]}, {head[1]} {cells[1]}"
                     row = first if number == 1 else f"{number}/{first}"
                     one = _claim(f"{name}/{row}/{column}", page, cell, sources.get(cells[0], source), status=status)
-                    yield one._replace(aim=aim, is_reached=reached)
+                    yield one._replace(aim=aim, is_reached=reached, **_made_apart(one.source, cells[0]))
+
+
+def _made_apart(source: str, row: str) -> dict[str, str]:
+    """Return command and commit of a row of a file whose rows were measured at several commits; nothing for another."""
+    if not source.endswith("/steps.json"):
+        return {}
+    words = row.removeprefix("step, ")
+    for shape, title in table.SHAPES.items():
+        for dtype, spelt in table.DTYPES.items():
+            if words.removesuffix(", reference stored").removesuffix(", reference in step") == f"{title}, {spelt}":
+                commit = _load("steps.json")["rows"][f"{shape} {dtype}"]["commit"]
+                return {"command": f"python -m benchmarks steps --shapes {shape}", "commit": commit}
+    raise ValueError(f"{source}: has no row for '{row}'")
 
 
 def _claim(name: str, page: str, text: str, source: str, *, status: str = "measured") -> Claim:

@@ -114,7 +114,11 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
+    """Return the commit, `-dirty` where something was changed that is no result; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    return f"{git('describe', '--always')}{'-dirty' if changed else ''}".removeprefix("-dirty") or None

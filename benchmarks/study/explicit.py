@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.study.contrasts import contrast_table, contrasts
+from benchmarks.study.designs import BETAS
 from benchmarks.study.measured import Measured, State, kappa
 from pe_dpo.metrics.table import Floats
 
@@ -107,3 +108,36 @@ def dials_table(measured: Measured) -> str:
             cells += [f"{kl:.2f}", f"{win:.1f}", f"{100 * np.mean([(one.delta > 0).mean() for one in states]):.1f}"]
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def facts(measured: Measured) -> dict[str, str]:
+    """Return the numbers that the page's sentences take from the experiment, as they stand there."""
+    stops, _, _ = at_equal_kl(measured, ARMS["stops (γ = β)"])
+    (found,) = contrasts({"stops": stops})
+
+    def mean(value: float, of_reference: float, number: Callable[[State], float]) -> float:
+        return float(
+            np.mean(
+                [
+                    number(one)
+                    for one in measured.states
+                    if one.part.startswith("ends")
+                    and is_dial(one, "loss.beta", of_reference)
+                    and one.settings.get("loss.beta", 0.2) == value
+                ]
+            )
+        )
+
+    def ranked(state: State) -> float:
+        return float((state.delta > 0).mean())
+
+    wins = {value: 100 * mean(value, 1, measured.win) for value in BETAS}
+    best = max(wins, key=lambda value: wins[value])
+    drift = mean(4.0, 0, lambda one: float(one.kl.mean()))
+    return {
+        "stopping early over β": f"{100 * found.mean:.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]",
+        "the best β": f"{wins[best]:.0f} % at β = {best:g}",
+        "overfitted": f"{wins[0.05]:.1f} % at β = 0.05",
+        "and ranked right": f"{100 * mean(0.05, 1, ranked):.1f} %",
+        "β = 4 with γ = 0": f"{drift:.2f} nats at β = 4, and {100 * mean(4.0, 0, measured.win):.1f} %",
+    }

@@ -8,12 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.study import explicit, real
-from benchmarks.study.learning import LOGISTIC, arm, ends
+from benchmarks.study.learning import GROUPS, LOGISTIC, arm, ends
 from benchmarks.study.measured import Measured, State, kappa
 from pe_dpo.report.style import BLUE, BROWN, GREEN, ORANGE, PURPLE, QUIET, SKY, VERMILLION, style
 
 COLOURS = {0.0: VERMILLION, 0.5: ORANGE, 1.0: GREEN, 2.0: SKY, 4.0: BLUE, 8.0: PURPLE}
-BINS = 8
 CELLS = {"both right": BLUE, "only π right": SKY, "only π0 right": ORANGE, "both wrong": VERMILLION}
 
 
@@ -58,7 +57,7 @@ def _who_learns(measured: Measured) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     found = {value: states for (link, value), states in ends(measured, "from-reference").items() if link == LOGISTIC}
     order = np.argsort(measured.reference)
-    groups = np.array_split(order, BINS)
+    groups = np.array_split(order, GROUPS)
     at = [measured.reference[group].mean() for group in groups]
     left.axvspan(min(at) - 0.4, 0, color=VERMILLION, alpha=0.06, lw=0)
     left.axvspan(0, max(at) + 0.4, color=BLUE, alpha=0.06, lw=0)

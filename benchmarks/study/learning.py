@@ -89,3 +89,43 @@ def cells_table(measured: Measured) -> str:
         shares = [100 * np.mean([(state.delta > start)[one].mean() for state in states]) for one in members]
         lines.append(f"| {link} | {of_reference:g} | " + " | ".join(f"{share:.0f}" for share in shares) + " |")
     return "\n".join(lines)
+
+
+GROUPS = 8
+"""Held-out pairs are taken in so many groups of equal size, by Δ0."""
+
+
+def facts(measured: Measured) -> dict[str, str]:
+    """Return the numbers that the page's sentences take from the experiment, as they stand there."""
+    from_reference, from_courteous = (ends(measured, f"from-{start}") for start in ("reference", "courteous"))
+    wrongest, *_, surest = np.array_split(np.argsort(measured.reference), GROUPS)
+
+    def win(arms: dict[tuple[str, float], list[State]], link: str, value: float) -> float:
+        return float(100 * np.mean([measured.win(one) for one in arms[link, value]]))
+
+    def kl(arms: dict[tuple[str, float], list[State]], link: str, value: float) -> float:
+        return float(np.mean([one.kl.mean() for one in arms[link, value]]))
+
+    def move(group: np.ndarray, value: float) -> float:
+        states = from_reference[LOGISTIC, value]
+        return float(np.mean([(one.delta - measured.reference)[group].mean() for one in states]))
+
+    none, content = kl(from_reference, LOGISTIC, 0.0), (from_reference, HINGE, 1.0)
+    values = sorted(value for link, value in from_reference if link == LOGISTIC)
+    far = [win(from_courteous, link, 8.0) for link in (LOGISTIC, HINGE)]
+    start = measured.initial(from_courteous[HINGE, 2.0][0])
+    lost = (start < 0) & (measured.reference < 0)
+    both_wrong = [
+        100 * np.mean([(one.delta > start)[lost].mean() for one in from_courteous[HINGE, value]]) for value in (2.0, 4.0, 8.0)
+    ]
+    return {
+        "moved where π0 is surest": f"{move(surest, 0.0):.1f} nats toward chosen at κ = 0 and {move(surest, 8.0):.1f} at κ = 8",
+        "moved where π0 is most wrong": f"move {move(wrongest, 0.0):.1f} and {move(wrongest, 8.0):.1f}",
+        "fall of the win rate": f"from {win(from_reference, LOGISTIC, 1.0):.1f} to {win(from_reference, LOGISTIC, 8.0):.1f} %",
+        "KL from κ = 0 to 8": f"from {none:.1f} to {kl(from_reference, LOGISTIC, 8.0):.1f} nats",
+        "the hinge that is content": f"KL {kl(*content):.2f}, win rate {win(*content):.1f} %",
+        "SimPO's distance over γ = 0's": f"{kl(from_reference, SIMPO, 0.0) / none:.1f} times",
+        "both wrong, under a hinge": ", ".join(f"{share:.0f}" for share in both_wrong) + " %",
+        "courteous: win rate at κ = 8": f"{min(far):.0f} to {max(far):.0f} %",
+        "courteous: KL by κ": "(" + ", ".join(f"{kl(from_courteous, LOGISTIC, value):.1f}" for value in values) + " nats)",
+    }

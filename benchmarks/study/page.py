@@ -28,6 +28,7 @@ VALE: dict[str, dict[str, Callable[[Measured], str]]] = {
     },
     "luck": {"luck-components": luck.components_table, "luck-best": luck.best_table},
 }
+VALE_FACTS = {"learning": learning.facts, "explicit": explicit.facts}
 
 
 def tables() -> dict[str, str]:
@@ -51,8 +52,12 @@ def source_of(name: str) -> str:
 
 
 def facts() -> dict[str, dict[str, str]]:
-    """Return the numbers that the page's sentences take from each data set, as they stand there."""
-    return {data: real.facts(data) for data in real.DATA}
+    """Return the numbers that the page's sentences take from each file of numbers, as they stand there."""
+    made = {f"study/{data}/plan.json": real.facts(data) for data in real.DATA}
+    for experiment, of_it in VALE_FACTS.items():
+        if (NUMBERS / f"{experiment}.json").is_file():
+            made[f"study/vale/{experiment}.json"] = of_it(Measured(experiment))
+    return made
 
 
 def write_page() -> None:

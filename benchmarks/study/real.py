@@ -1,6 +1,7 @@
 """The sweeps on real pairs: which pairs moved, by what π0 says of them; and every point against the β dial at equal KL."""
 
 import json
+import math
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,8 @@ import pyarrow.parquet
 
 from benchmarks.study.packed import unpack
 from benchmarks.study.run import NUMBERS
-from pe_dpo.experiments.comparison import Arm, Comparison, is_end
+from pe_dpo.experiments.comparison import Arm, Comparison, Power, is_end
+from pe_dpo.metrics.catalogue import METRICS as CATALOGUE
 from pe_dpo.metrics.table import Floats
 
 DATA = ("politeness", "harmless")
@@ -93,11 +95,11 @@ WITHIN = 2
 
 
 @cache
-def compared(data: str, metric: str, *, is_pooled: bool = False) -> Comparison:
-    """Return what the tool says of all points of a data set, or of each dial's points together."""
+def compared(data: str, metric: str) -> Comparison:
+    """Return what the tool says of all points of a data set, and of each dial's points together."""
     from pe_dpo import compare
 
-    questions = [f"{dial} against beta within {WITHIN}" for dial in DIALS] if is_pooled else []
+    questions = [f"{dial} against beta within {WITHIN}" for dial in DIALS]
     return compare([Path(_unpacked(data).name) / data], metric=metric, contrasts=questions)
 
 
@@ -115,7 +117,7 @@ def pooled_table() -> str:
         "| all of a dial, minus β at equal KL | " + " | ".join(f"{data}, {_name(metric)}" for data, metric in CELLS) + " |"
     ]
     lines.append("|---|" + "---|" * len(CELLS))
-    found = [compared(data, metric, is_pooled=True).contrasts for data, metric in CELLS]
+    found = [compared(data, metric).contrasts for data, metric in CELLS]
     for number, dial in enumerate(DIALS):
         cells = []
         for contrasts in found:
@@ -148,11 +150,21 @@ def _at_equal_kl(arm: Any) -> str:
         return "the line"
     if arm.matched is None:
         return "out of range"
-    known = arm.matched
-    star = "**" if known.p_adjusted < 0.05 and len(known.per_seed) > 1 else ""
+    known, is_one = arm.matched, len(arm.matched.per_seed) == 1
+    star = "**" if known.p_adjusted < 0.05 and not is_one else ""
     partly = "" if arm.seeds_in_range == len(arm.seeds) else f" ({arm.seeds_in_range} of {len(arm.seeds)} seeds)"
-    values = f"{100 * known.estimate:+.1f} [{100 * known.low:+.1f}, {100 * known.high:+.1f}]".replace("-", "−")
+    interval = "" if is_one else f" [{100 * known.low:+.1f}, {100 * known.high:+.1f}]"
+    values = f"{100 * known.estimate:+.1f}{interval}".replace("-", "−")
     return f"{star}{values}{star}{partly}"
+
+
+def power_of_points(data: str, metric: str) -> Power:
+    """Return what the verdict over all points can find, which is asked of the dials alone where those are named."""
+    from pe_dpo.experiments.compare import find_power
+
+    found = compared(data, metric)
+    tested = [arm.matched for arm in found.arms if arm.matched is not None and not math.isnan(arm.matched.p)]
+    return find_power(tested, CATALOGUE[metric], rows=found.pairs, confidence=found.confidence)
 
 
 def facts(data: str) -> dict[str, str]:
@@ -180,7 +192,7 @@ def facts(data: str) -> dict[str, str]:
     without = [(grid[beta, 0.0], grid[beta, 1.0]) for beta in (2.0, 8.0)]
     fewer = [100 * (both.right - none.right).mean() for none, both in without]
     more = [100 * (none.wrong - both.wrong).mean() for none, both in without]
-    powers = [power for metric in METRICS if (power := compared(data, metric).power) is not None]
+    powers = [power_of_points(data, metric) for metric in METRICS]
     return {
         "smallest difference that the verdict finds": " and ".join(f"{100 * one.smallest_in_verdict:.0f}" for one in powers),
         "that one test finds": " and ".join(f"{100 * one.smallest_found:.1f}" for one in powers),
