@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet
 
+from benchmarks.results import temporary_folder
 from benchmarks.study.packed import unpack
 from benchmarks.study.run import NUMBERS
 from pe_dpo.experiments.comparison import Arm, Comparison, Power, is_end
@@ -100,14 +100,14 @@ def compared(data: str, metric: str) -> Comparison:
     from pe_dpo import compare
 
     questions = [f"{dial} against beta within {WITHIN}" for dial in DIALS]
-    return compare([Path(_unpacked(data).name) / data], metric=metric, contrasts=questions)
+    return compare([_unpacked(data)], metric=metric, contrasts=questions)
 
 
 @cache
-def _unpacked(data: str) -> tempfile.TemporaryDirectory[str]:
+def _unpacked(data: str) -> Path:
     """The sweep of a data set in a folder that is there until the process ends."""
-    place = tempfile.TemporaryDirectory()
-    unpack(NUMBERS.parent / data, Path(place.name) / data)
+    place = temporary_folder() / data
+    unpack(NUMBERS.parent / data, place)
     return place
 
 
