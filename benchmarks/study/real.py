@@ -158,7 +158,7 @@ def _at_equal_kl(arm: Any) -> str:
     return f"{star}{values}{star}{partly}"
 
 
-def power_of_points(data: str, metric: str) -> Power:
+def power_of_points(data: str, metric: str) -> Power | None:
     """Return what the verdict over all points can find, which is asked of the dials alone where those are named."""
     from pe_dpo.experiments.compare import find_power
 
@@ -192,7 +192,7 @@ def facts(data: str) -> dict[str, str]:
     without = [(grid[beta, 0.0], grid[beta, 1.0]) for beta in (2.0, 8.0)]
     fewer = [100 * (both.right - none.right).mean() for none, both in without]
     more = [100 * (none.wrong - both.wrong).mean() for none, both in without]
-    powers = [power_of_points(data, metric) for metric in METRICS]
+    powers = [power for metric in METRICS if (power := power_of_points(data, metric)) is not None]
     return {
         "smallest difference that the verdict finds": " and ".join(f"{100 * one.smallest_in_verdict:.0f}" for one in powers),
         "that one test finds": " and ".join(f"{100 * one.smallest_found:.1f}" for one in powers),

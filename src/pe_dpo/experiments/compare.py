@@ -192,7 +192,7 @@ def _compare_data_set(
             reference=resampled.reference,
             prompts=resampled.prompts,
             kl_prompts=resampled.kl_prompts,
-            power=find_power(asked, resampled, confidence=method.confidence) if answers else arms.power,
+            power=find_power(asked, metric, rows=resampled.rows, confidence=method.confidence) if answers else arms.power,
             best=arms.best,
             contrasts=answers,
         )
@@ -299,21 +299,21 @@ def find_arms(resampled: Resampled, settings: Sequence[Setting], axis: str, meth
             )
         )
     tested = [one for one in (matched if any(matched) else direct) if one is not None and not math.isnan(one.p)]
-    power = find_power(tested, resampled, confidence=confidence)
+    power = find_power(tested, metric, rows=resampled.rows, confidence=confidence)
     return Arms(arms, power, _best(arms, values, metric.direction), pooled)
 
 
-def find_power(tested: Sequence[Effect], resampled: Resampled, *, confidence: float) -> Power | None:
+def find_power(tested: Sequence[Effect], metric: Metric[Any], *, rows: int, confidence: float) -> Power | None:
     """Return what it takes to tell 2 points apart, by the average error of those with most seeds; None of no effect.
 
     Args:
         tested: effects that are tested together. One of a single seed does not know how much its few seeds scatter.
-        resampled: what they are effects of.
+        metric: of which they are effects.
+        rows: pairs or answers that it is made of.
         confidence: of intervals.
     """
     if not tested:
         return None
-    metric, rows = resampled.metric, resampled.rows
     seeds, count = max(one.errors.runs for one in tested), len(tested)
     parts = np.mean([one.errors[:4] for one in tested if one.errors.runs == seeds], axis=0).tolist()
     one_of_them = next(one.errors for one in tested if one.errors.runs == seeds)
