@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pe_dpo.cli import console, options
+from pe_dpo.printable import counted
 
 if TYPE_CHECKING:
     from pe_dpo.experiments.plan import SweepPlan
@@ -128,16 +129,15 @@ def _show_design(plan: "SweepPlan", like: Path | None) -> None:
     if plan.contrasts:
         console.show_table("contrasts", ["tested by themselves"], [[text] for text in plan.contrasts])
         console.say(f"SHA-256 of the contrasts: {plan.contrasts_sha256}")
-    found, words, comparisons = designs(plan, like=like)
-    seeds = len(plan.seeds)
-    together = f"; {comparisons} comparisons together (Holm)" if comparisons > 1 else ""
-    title = f"smallest difference found with 80 % power, points{together}\nassumed: {words}"
+    found, seeds = designs(plan, like=like), len(plan.seeds)
+    together = f"; {found.comparisons} comparisons together (Holm)" if found.comparisons > 1 else ""
+    title = f"smallest difference found with 80 % power, points{together}\nassumed: {found.assumed}"
     rows = []
-    for one in found:
+    for one in found.sizes:
         sizes = one.alone, one.in_verdict, one.with_two_more
         rows.append([f"{one.pairs:,}", *("" if math.isnan(size) else f"{100 * size:.1f}" for size in sizes)])
-    counted = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    header = ["held-out pairs", f"one test, {counted}", f"verdict, {counted}", f"verdict, {seeds + 2} seeds"]
+    run, what = counted(seeds, "seed"), "held-out pairs" if found.unit == "pair" else "sampled answers"
+    header = [what, f"one test, {run}", f"verdict, {run}", f"verdict, {seeds + 2} seeds"]
     console.show_table(title, header, rows)
     if seeds == 1:
         console.warn("one seed: what runs of other seeds would show is in no interval; a verdict takes --seeds 3, better 5")

@@ -28,9 +28,10 @@ PAIRS = (100, 300, 1000)
 
 
 class Design(NamedTuple):
-    """What one number of held-out pairs finds with 80 % power."""
+    """What one number of held-out pairs, or of sampled answers, finds with 80 % power."""
 
     pairs: int
+    """Or answers, where the metric of the sweep that was run is of these."""
     alone: float
     """The smallest difference of one test by itself, as a share; NaN with one seed, whose spread is not known."""
     in_verdict: float
@@ -39,22 +40,31 @@ class Design(NamedTuple):
     """The same with two more seeds."""
 
 
-def designs(plan: SweepPlan, *, like: Path | None = None, confidence: float = 0.95) -> tuple[list[Design], str, int]:
-    """Return what a plan will find, for some numbers of held-out pairs.
+class Designs(NamedTuple):
+    """What a plan will find, for some numbers of held-out pairs or of sampled answers."""
+
+    sizes: list[Design]
+    unit: str
+    """pair or answer."""
+    assumed: str
+    """In words."""
+    comparisons: int
+    """That are tested together."""
+
+
+def designs(plan: SweepPlan, *, like: Path | None = None, confidence: float = 0.95) -> Designs:
+    """Return what a plan will find.
 
     Args:
         plan: of which seeds, contrasts and points count.
         like: a sweep folder whose variances and pairs are taken; by default the plan's own folder where runs have finished.
         confidence: 1 − it is the level of the verdict.
 
-    Returns:
-        One for each number of pairs; what was assumed, in words; and how many comparisons are tested together.
-
     Raises:
         UsageError: `like` has no runs of two seeds or more that can be compared.
     """
     comparisons = len(plan.contrasts) or _points(plan)
-    errors, sizes, words = _assumed(like or plan.folder, asked=like is not None)
+    errors, unit, sizes, words = _assumed(like or plan.folder, asked=like is not None)
     found = []
     for pairs, more in sizes:
         smallest = [
@@ -64,7 +74,7 @@ def designs(plan: SweepPlan, *, like: Path | None = None, confidence: float = 0.
             for seeds, count in ((len(plan.seeds), 1), (len(plan.seeds), comparisons), (len(plan.seeds) + 2, comparisons))
         ]
         found.append(Design(pairs, *smallest))
-    return found, words, comparisons
+    return Designs(found, unit, words, comparisons)
 
 
 def _points(plan: SweepPlan) -> int:
@@ -79,8 +89,8 @@ def _points(plan: SweepPlan) -> int:
     return max(1, sum(not set(one) <= {axis} for one in arms) or len(arms) - 1)
 
 
-def _assumed(folder: Path, *, asked: bool) -> tuple[Errors, Sequence[tuple[int, float]], str]:
-    """Errors, numbers of pairs each with how many times those of the errors that are, and what was assumed."""
+def _assumed(folder: Path, *, asked: bool) -> tuple[Errors, str, Sequence[tuple[int, float]], str]:
+    """Errors, the unit of rows, numbers of them each with how many times those of the errors that are, and what was assumed."""
     try:
         power = compare([folder]).power
     except UsageError:
@@ -90,7 +100,7 @@ def _assumed(folder: Path, *, asked: bool) -> tuple[Errors, Sequence[tuple[int, 
     if power is not None and power.seeds > 1:
         sample = counted(power.pairs, power.unit), counted(power.comparisons, "comparison")
         words = f"variances of {folder}: {power.seeds} seeds, {', '.join(sample)}"
-        return power.errors, [(power.pairs, 1.0)], words
+        return power.errors, power.unit, [(power.pairs, 1.0)], words
     if asked:
         raise UsageError(f"`like` {folder}: has no comparison over two seeds or more, whose variances could be taken")
     base = PAIRS[0]
@@ -99,4 +109,5 @@ def _assumed(folder: Path, *, asked: bool) -> tuple[Errors, Sequence[tuple[int, 
         f"a share; two runs rank {OF_PAIR:.0%} of the pairs differently in every seed and {OF_DRAW:.0%} in one seed, differ by "
         f"{100 * SEED_SD:g} point between seeds (standard deviation) beyond that, and every pair has a prompt of its own"
     )
-    return Errors(alone + together, alone, together, SEED_SD**2 / 2, base, 2), [(pairs, pairs / base) for pairs in PAIRS], words
+    errors = Errors(alone + together, alone, together, SEED_SD**2 / 2, base, 2)
+    return errors, "pair", [(pairs, pairs / base) for pairs in PAIRS], words
