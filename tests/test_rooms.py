@@ -49,7 +49,7 @@ ONLY_IN = {
     "trl": ("convert/proof.py",),
 }
 NEVER_IN = {
-    "torch": ("recipe/", "metrics/", "errors.py"),
+    "torch": ("recipe/", "metrics/", "runs/", "errors.py"),
     "transformers": ("recipe/", "metrics/", "objective/"),
     "pydantic": ("objective/", "model/"),
 }

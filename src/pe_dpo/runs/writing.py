@@ -251,6 +251,7 @@ class RunWriter:
         base: Mapping[str, Any],
         data_report: Mapping[str, Any],
         pairs: Mapping[str, int],
+        threads: int,
     ) -> None:
         """Write down what a fresh run starts from.
 
@@ -260,12 +261,13 @@ class RunWriter:
             base: What the base is, file by file and tensor by tensor.
             data_report: What became of every row.
             pairs: How many, to train on and held out.
+            threads: With how many it computes.
         """
         write_json(self.folder / BASE_FILE, base)
         write_json(self.folder / REPORT_FILE, data_report)
         self.update(
             versions=versions(),
-            made_with=made_with(),
+            made_with=made_with(threads),
             hashes=dict(hashes),
             base={key: base[key] for key in ("id", "revision", "quantize", "dtype", "parameters", "quantized_layers")},
             reference_card={

@@ -363,7 +363,8 @@ def _record_start(
             save_origins(run.folder, origins.inputs, origins.rows)
             if origins.override:  # it was killed before it had come to its data
                 writer.write_recipe(recipe)
-            writer.record_start(recipe, origins.hashes, base=described, data_report=data.report.to_dict(), pairs=pairs)
+            report, threads = data.report.to_dict(), torch.get_num_threads()
+            writer.record_start(recipe, origins.hashes, base=described, data_report=report, pairs=pairs, threads=threads)
         parameters = sum(weight.numel() for weight in adapter_parameters(trainer.model))
         left = total_steps(recipe, data) - (checkpoint_step(checkpoint) if checkpoint else 0)
         saves = math.ceil(left / trainer.args.save_steps)
