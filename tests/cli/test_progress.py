@@ -1,12 +1,16 @@
 """How far long work is, told without a terminal."""
 
+import io
 import logging
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from pe_dpo.cli import console, live
+
+LONG = "both answers became less likely than before"
 
 
 def test_without_a_terminal_a_line_every_half_minute_says_how_far_how_quick_and_how_long(
@@ -59,13 +63,13 @@ def shown_of_a_run(monkeypatch, steps, *, is_terminal, log_every=1, seconds=10.0
 
 
 def test_the_line_of_a_run_in_a_terminal_has_step_loss_reward_accuracy_and_both_times_within_80_columns(monkeypatch, capsys):
-    """Ten seconds a step: 5 s after step 1 of 20,000, 199,985 s are left, 55:33:05."""
+    """Ten seconds a step: 5 s after step 1 of 20,000, 199,985 s are left, 55.6 h."""
     screens = shown_of_a_run(monkeypatch, 20_000, is_terminal=True)
     assert screens[:2] == [
-        "step 0/20000  0:00:00, -:--:-- left",
-        "step 1/20000  loss 1.0000  reward accuracy 0.50  0:00:15, 55:33:05 left",
+        "step 0/20000  0 s",
+        "step 1/20000  loss 1.0000  reward accuracy 0.50  15 s, 55.6 h left",
     ]
-    assert screens[-2] == "step 19999/20000  loss 0.0001  reward accuracy 0.50  55:33:15, 0:00:05 left"
+    assert screens[-2] == "step 19999/20000  loss 0.0001  reward accuracy 0.50  55.6 h, 5 s left"
     assert max(map(len, screens)) <= 80
     assert capsys.readouterr().out == "step 20000/20000  loss 0.0001  reward accuracy 0.50  55.6 h\n"
 
@@ -84,12 +88,47 @@ def test_the_line_of_a_run_without_a_terminal_comes_every_half_minute_also_betwe
     assert said[-1] == "step 100/100  loss 0.0102  reward accuracy 0.50  17 min"
 
 
+def test_slow_steps_and_a_large_loss_have_numbers_that_can_be_read(monkeypatch, capsys):
+    """Steps of two minutes were 1.2e+02 s; a squared loss of 2,000,000 has no use for four decimals."""
+    line, state = live.TrainingLine(live.LiveLines()), SimpleNamespace(global_step=0, max_steps=10)
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    line.begin(state)
+    now[0], state.global_step = 120.0, 1
+    line.step(state, is_logged=True)
+    line.log(state, 2e6, 0.5)
+    assert capsys.readouterr().out == "step 1/10  loss 2e+06  reward accuracy 0.50  2 min a step, 18 min left\n"
+
+
+@pytest.mark.parametrize("what", ["encoding", "sampling, policy scaled to 0.75"])
+def test_a_bar_gives_way_to_what_is_said_beside_it_within_80_columns(monkeypatch, what):
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = live.LiveLines()
+    lines.is_terminal = True
+    lines.count(what, 0, 20_000)
+    now[0] = 10.0
+    lines.count(what, 10_240, 20_000)
+    (column,), (task,) = lines._screen.columns, lines._screen.tasks
+    paper = Console(width=80, file=io.StringIO())
+    paper.print(column.render(task))
+    lines.stop()
+    (said,) = paper.file.getvalue().splitlines()
+    assert said.startswith(what) and said.rstrip().endswith(" 10,240 of 20,000, 1,024 a second, 10 s left")
+    assert said.count("━") + said.count("╸") + said.count("╺") == (8 if what == "encoding" else 2)  # half of it
+
+
+@pytest.mark.parametrize("say", [
+    lambda: console.Terminal(is_silent=False).emit(logging.LogRecord("pe_dpo", logging.WARNING, "", 0, LONG, (), None)),
+    lambda: console.warn(LONG),
+    lambda: console.show_lines([f"warning: {LONG}"]),
+])  # fmt: skip
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_long_line_is_folded_between_words_in_a_terminal_and_whole_in_a_file(monkeypatch, capsys, is_terminal):
+def test_a_long_line_is_folded_between_words_in_a_terminal_and_whole_in_a_file(monkeypatch, capsys, is_terminal, say):
     monkeypatch.setenv("COLUMNS", "30")
-    handler = console.Terminal(is_silent=False)
-    handler.live.is_terminal = is_terminal
-    handler.emit(logging.LogRecord("pe_dpo", logging.WARNING, "", 0, "both answers became less likely than before", (), None))
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(is_terminal)))
+    say()
     said = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     folded = ["warning: both answers became", "less likely than before"]
     assert said == (folded if is_terminal else [" ".join(folded)])

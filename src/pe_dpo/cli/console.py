@@ -120,10 +120,7 @@ class Terminal(logging.Handler):
             self.warnings.append(in_flags(record.getMessage()))
         if not self.is_silent:
             with suppress(OSError):  # as in `LiveLines.say`
-                if self.live.is_terminal:
-                    show_lines([self.lines[-1]])  # between words; a file has each line whole
-                else:
-                    typer.echo(self.lines[-1])
+                show_lines([self.lines[-1]])
 
 
 @contextmanager
@@ -145,16 +142,16 @@ def say(line: str = "") -> None:
 
 def warn(line: str) -> None:
     """Print one line of what looks off."""
-    typer.echo(printable(f"warning: {line}"))
+    show_lines([f"warning: {line}"])
 
 
 def show_lines(lines: Sequence[str], *, is_error: bool = False) -> None:
-    """Print lines, to stderr if asked, those that are wider than the terminal folded between words."""
+    """Print lines, to stderr if asked: folded between words where a terminal is narrower, each whole in a file or a pipe."""
     from rich.console import Console
 
     screen = Console(stderr=is_error, markup=False, highlight=False, emoji=False)
     for line in lines:
-        screen.print(printable(line))
+        screen.print(printable(line), soft_wrap=not screen.is_terminal)
 
 
 def show_grid(rows: Sequence[Sequence[str]]) -> None:

@@ -1,6 +1,6 @@
 """How far a command is: live lines in a terminal, and without one a line every half minute.
 
-step 12/64  loss 0.6658  reward accuracy 0.59  0:00:05, 0:00:21 left
+step 12/64  loss 0.6658  reward accuracy 0.59  5 s, 21 s left
 scoring, reference ━━━━━━━╸         1,024 of 2,000, 310 a second, 3 s left
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 30.0
 """Where there is no terminal."""
 BAR = 16
-"""Characters of a bar."""
+"""Characters of a bar where there is room for them."""
 
 
 class LiveLines:
@@ -74,18 +74,20 @@ class LiveLines:
                 if not task.fields["has_bar"]:
                     return text
                 line = Table.grid(padding=(0, 1, 0, 0))
-                bar = ProgressBar(total=task.total, completed=task.completed, width=BAR, pulse=task.total is None)
-                line.add_row(Text(task.description), bar, text)
+                room = max(0, min(BAR, screen.console.width - len(task.description) - len(text) - 3))
+                bar = ProgressBar(total=task.total, completed=task.completed, width=room, pulse=task.total is None)
+                line.add_row(Text(task.description), *([bar] if room else []), text)
                 return line
 
+        screen = self._screen or Progress(WholeLine(), transient=True)
         if self._screen is None:
-            self._screen = Progress(WholeLine(), transient=True)
-            self._screen.start()
+            self._screen = screen
+            screen.start()
         how: dict[str, Any] = {"completed": done or 0, "total": total or None, "words": words}
         if what in self._tasks:
-            self._screen.update(self._tasks[what], **how)
+            screen.update(self._tasks[what], **how)
         else:
-            self._tasks[what] = self._screen.add_task(what, **how, has_bar=done is not None)
+            self._tasks[what] = screen.add_task(what, **how, has_bar=done is not None)
 
     def tell(self, what: str, line: str) -> None:
         """Print a line where there is no terminal, unless one was printed for this work within the last half minute."""
@@ -112,12 +114,6 @@ class LiveLines:
         if self._screen is not None:
             self._screen.stop()
         self._screen, self._tasks = None, {}
-
-
-def clock(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds: "55:33:05"."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def rounded_time(seconds: float) -> str:
@@ -153,7 +149,7 @@ class TrainingLine:
 
     def log(self, state: Any, loss: float, accuracy: float) -> None:
         """Take note of what was logged of the steps since the last line."""
-        self.words = f"  loss {loss:.4f}  reward accuracy {accuracy:.2f}"
+        self.words = f"  loss {loss:{'.4f' if abs(loss) < 1000 else '.4g'}}  reward accuracy {accuracy:.2f}"
         if not self.lines.is_terminal and state.global_step < state.max_steps:
             tell = self.lines.say if state.global_step % max(1, state.max_steps // 10) == 0 else self.lines.tell
             tell("training", self.line(state))
@@ -165,16 +161,16 @@ class TrainingLine:
             self.lines.say("training", self.line(state))
 
     def line(self, state: Any) -> str:
-        """Return the line: its times as clocks that tick in a terminal, elsewhere as rate and time left."""
+        """Return the line: with the time since the first step and the time left, and without a terminal the pace."""
         now, done = time.monotonic(), state.global_step - self.first
         pace = (self.last - self.began) / done if done else 0.0
         left = max(0.0, (state.max_steps - state.global_step) * pace - (now - self.last))
         if state.global_step == state.max_steps:
             times = rounded_time(now - self.began)
         elif self.lines.is_terminal:
-            times = f"{clock(now - self.began)}, {clock(left) if done else '-:--:--'} left"
+            times = rounded_time(now - self.began) + (f", {rounded_time(left)} left" if done else "")
         else:
-            times = f"{pace:.2g} s a step, {rounded_time(left)} left"
+            times = f"{f'{pace:.2g} s' if pace < 10 else rounded_time(pace)} a step, {rounded_time(left)} left"
         return f"step {state.global_step}/{state.max_steps}{self.words}  {times}"
 
 

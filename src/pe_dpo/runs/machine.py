@@ -28,12 +28,12 @@ def made_with(threads: int) -> dict[str, Any]:
 def package_commit(package: Path) -> str | None:
     """Return the commit that a package's files are, with "-dirty" where what is run is not what that commit has.
 
-    That is: a file of the package has other bytes than there (ends of lines aside), is gone, or is a module that the commit does
-    not have. Nothing outside the package counts, neither results nor another tool, and neither does what is added or not.
+    That is: a file of the package has other bytes than there (ends of lines aside), is gone, or is a module that the commit
+    does not have. Nothing outside the package counts, such as results, nor whether a change was added.
 
     None without git, for an installed package, whose version says it, and for one that only lies in somebody's checkout (an
-    environment below a project) and is no part of it. Files are read here and not by git, which would run the filters, hooks and
-    monitors that the checkout configures.
+    environment below a project) and is no part of it. Files are read here and not by git, which would run the filters, hooks
+    and monitors that the checkout configures.
 
     Args:
         package: The folder of the package.
