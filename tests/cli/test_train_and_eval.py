@@ -149,9 +149,7 @@ def test_eval_of_a_run_repeats_what_the_run_measured_at_its_end(evaluated, train
 
 
 def test_eval_gives_shares_an_interval_that_holds_them(evaluated):
-    shares = {"accuracy/policy", "accuracy/policy_per_token", "accuracy/reference", "accuracy/reference_per_token",
-              "accuracy/implicit", "accuracy/shift", "accuracy/shift_per_token", "rewards/accuracies"}  # fmt: skip
-    assert set(evaluated["intervals"]) == shares
+    assert {"accuracy/policy", "accuracy/policy_length_matched", "displacement/chosen_fell"} <= set(evaluated["intervals"])
     for key, (low, high) in evaluated["intervals"].items():
         assert 0 <= low <= evaluated["metrics"][key] <= high <= 1
 

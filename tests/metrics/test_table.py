@@ -300,17 +300,14 @@ def test_the_list_has_every_metric_that_is_one_number(four):
     assert all(key.startswith("regimes") or key == "pairs" for key in metrics.keys() - listed)
 
 
-def test_shares_of_independent_pairs_get_an_interval(four):
-    """Not so what is matched on length, whose slope all pairs share, and shares that are not of pairs ranked right."""
+def test_every_share_of_pairs_gets_an_interval(four):
+    """Matched on length, too: the slope that all pairs share is taken as known."""
     found = share_intervals(pair_metrics(four, is_fixed_set=True))
-    policy = {"accuracy/policy", "accuracy/policy_per_token", "accuracy/implicit", "rewards/accuracies"}
-    reference = {"accuracy/reference", "accuracy/reference_per_token", "accuracy/shift", "accuracy/shift_per_token"}
-    assert found.keys() >= policy | reference
-    assert not found.keys() & {
-        "accuracy/policy_length_matched",
-        "accuracy/reference_length_matched",
-        "displacement/chosen_fell",
+    accuracies = {
+        f"accuracy/{model}{way}" for model in ("policy", "reference") for way in ("", "_per_token", "_length_matched")
     }
+    others = {"accuracy/shift", "accuracy/shift_per_token", "accuracy/implicit", "rewards/accuracies"}
+    assert found.keys() == accuracies | others | {"active", "displacement/chosen_fell"}
     assert found["accuracy/policy"] == wilson_interval(0.5, 4)
 
 

@@ -72,14 +72,15 @@ def test_the_caption_has_the_ends_of_the_lines(plots, metrics) -> None:
 
 
 def test_bars_of_an_accuracy_are_wilsons(plots, metrics) -> None:
-    """By hand, of 60 pairs: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), not as far up as down, never beyond 0 and 1."""
+    """By hand, n what the pairs are worth: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), never beyond 0 and 1."""
     _, shares = written(metrics, "eval_rewards/accuracies")
-    z, n = 1.959964, 60
+    _, worth = written(metrics, "eval_pairs_worth/rewards/accuracies")
+    z, n, shares = 1.959964, np.asarray(worth), np.asarray(shares)
     (axes,) = plots["reward-accuracy"].figure.axes
     (segments,) = [part.get_segments() for part in axes.collections]
-    halves = [z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) for p in shares]
+    half = z * np.sqrt(shares * (1 - shares) / n + z * z / (4 * n * n))
     for sign, at in ((-1, 0), (1, 1)):
-        ends = [(p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for p, half in zip(shares, halves, strict=True)]
+        ends = (shares + z * z / (2 * n) + sign * half) / (1 + z * z / n)
         assert [segment[at][1] for segment in segments] == pytest.approx(ends, rel=1e-5)
     assert axes.get_ylim() == plots["policy-accuracy"].figure.axes[0].get_ylim() == (0, 1)
 

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from scipy import stats
 
 from pe_dpo.errors import UsageError
+from pe_dpo.metrics.catalogue import METRICS
 from pe_dpo.recipe import recipe_to_yaml
 from pe_dpo.report.page import to_html
 from pe_dpo.report.run_report import report_run
@@ -125,6 +126,29 @@ def test_the_headline_says_that_most_chosen_answers_fell_before_how_many_pairs_a
     )  # fmt: skip
     assert verdict.startswith(fall if is_fall else "Of 60 held-out pairs")
     assert verdict.endswith(f"the ranking {'more often right' if is_fall else 'better'}, by more than chance would.")
+
+
+def test_a_fall_of_pairs_that_share_prompts_is_one_of_their_prompts(run, set_columns) -> None:
+    """39 of 60 fell: with Wilson's lower end at 0.52 as independent pairs, at 0.43 as 13 of 20 prompts, of three alike each."""
+    chosen, zero = [-1.0] * 39 + [0.0] * 21, [0.0] * 60
+    columns = {"reference_chosen": zero, "reference_rejected": zero, "initial_chosen": zero, "initial_rejected": zero}
+    set_columns(run, policy_chosen=chosen, policy_rejected=zero, **columns, prompt_key=[f"{row // 3}" for row in range(60)])
+    assert "became less likely" not in report_run(run).verdict
+    set_columns(run, prompt_key=[f"{row}" for row in range(60)])
+    assert report_run(run).verdict.startswith("65% of the chosen answers became less likely")
+
+
+@pytest.mark.parametrize("title", ["reward accuracy", "accuracy, length-matched", "share of chosen that π0 likes better"])
+def test_every_share_has_intervals_of_what_its_own_pairs_are_worth_before_and_after(run, title: str) -> None:
+    """Wilson of ½: of 10 pairs (0.237, 0.763), of 20 (0.299, 0.701)."""
+    key = next(metric.key for metric in METRICS.values() if metric.title == title)
+    record = json.loads((run / "run.json").read_text())
+    for when, pairs in (("before", 10), ("after", 20)):
+        record[when] |= {key: 0.5, f"pairs_worth/{key}": pairs}
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "evaluation.json").unlink()
+    rows = {row[0]: row[1:] for section in report_run(run).sections for table in section.tables for row in table.rows}
+    assert rows[title][:2] == ["0.500 [0.237, 0.763]", "0.500 [0.299, 0.701]"]
 
 
 def test_sampled_answers_are_those_of_the_evaluation(whole_run, page) -> None:

@@ -7,6 +7,7 @@ worse than the others it uses that drift. So at equal KL all points are the same
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,7 @@ import tables
 import torch
 
 from pe_dpo.disk import write_atomically
-from pe_dpo.metrics.catalogue import pair_metrics
-from pe_dpo.metrics.estimates import wilson_interval
+from pe_dpo.metrics.catalogue import pair_metrics, share_intervals
 from pe_dpo.metrics.table import PairTable
 from pe_dpo.objective import Loss, PairLogprobs
 from pe_dpo.recipe import Recipe, describe, recipe_from_yaml, recipe_to_yaml
@@ -222,7 +222,8 @@ def scored_state(recipe: Recipe, world: World, state: tuple[np.ndarray, np.ndarr
     policy = PairLogprobs(*(torch.from_numpy(field) for field in state), *lengths)
     reference = PairLogprobs(torch.from_numpy(world.chosen), torch.from_numpy(world.rejected), *lengths)
     margins, loss = torch.zeros(len(world.chosen), dtype=torch.float64), Loss(**recipe.loss.coefficients())
-    return tables.table_of(policy, reference, loss(policy, reference, margins))
+    table = tables.table_of(policy, reference, loss(policy, reference, margins))
+    return replace(table, prompt_key=[prompt_key(prompt) for prompt in world.prompt])
 
 
 def write_state(
@@ -247,9 +248,7 @@ def write_state(
     initial = {"initial_chosen": world.chosen, "initial_rejected": world.rejected}
     pyarrow.parquet.write_table(pyarrow.table(columns | numbers | initial | texts), folder / "eval_pairs.parquet")
     metrics = metrics_of(recipe, world, state)
-    shares = [key for key in metrics if key.startswith("accuracy/")] + ["rewards/accuracies"]
-    intervals = {key: wilson_interval(metrics[key], len(world.chosen)) for key in shares}
-    found: dict[str, Any] = {"pairs": metrics, "intervals": intervals}
+    found: dict[str, Any] = {"pairs": metrics, "intervals": share_intervals(metrics)}
     if samples:
         answers = sampled_answers(world, way, seed, samples, scored)
         pyarrow.parquet.write_table(pyarrow.table(answers), folder / "generations.parquet")

@@ -25,7 +25,6 @@ from pe_dpo.metrics.estimates import (
     length_slope,
     pairs_worth,
     right,
-    share_right,
     wilson_interval,
 )
 from pe_dpo.metrics.quadrants import WAYS, effective_pairs, preference, quadrant_metrics, saturation, transitions
@@ -56,7 +55,7 @@ class Metric(Generic[T]):
     reference: Callable[[T], Floats] | float | None = None
     """Numerator of π0 itself, or its value. None where it has none, or where a run does not come near it as √KL falls to 0."""
     is_share: bool = False
-    """Whether a row is right (1), a tie (½) or wrong (0): there is a Wilson interval, and differences are said in points."""
+    """Whether a row is 1, 0 or a tie (½): there is a Wilson interval, and differences are said in points."""
     direction: Literal[-1, 0, 1] | None = None
     """1 where more is better, −1 where less is, 0 where neither; None where comparing runs on it says nothing."""
     better: Literal[-1, 1] | None = None
@@ -133,7 +132,7 @@ _OF_PAIRS: tuple[Metric[PairTable], ...] = (
         reference=lambda table: right(table.delta("reference", per_token=True)), is_share=True, form=".3f", direction=1,
         is_headline=True),
     Metric(key="accuracy/policy_length_matched", title="accuracy, length-matched", needs=(*_POLICY, *_REFERENCE),
-        function=lambda table: share_right(preference(table, "policy", "regimes_length_matched")), is_share=True, form=".3f",
+        numerator=lambda table: right(preference(table, "policy", "regimes_length_matched")), is_share=True, form=".3f",
         is_headline=True, of_fixed_set=True),
     Metric(key="accuracy/shift", title="moved toward chosen",
         explanation="pairs whose preference training moved towards chosen (Δπ > Δ0)", needs=(*_POLICY, *_REFERENCE),
@@ -147,7 +146,7 @@ _OF_PAIRS: tuple[Metric[PairTable], ...] = (
     Metric(key="accuracy/reference_per_token", title="accuracy of the reference, per token", needs=_REFERENCE,
         numerator=lambda table: right(table.delta("reference", per_token=True)), is_share=True, form=".3f"),
     Metric(key="accuracy/reference_length_matched", title="accuracy of the reference, length-matched", needs=_REFERENCE,
-        function=lambda table: share_right(preference(table, "reference", "regimes_length_matched")), is_share=True,
+        numerator=lambda table: right(preference(table, "reference", "regimes_length_matched")), is_share=True,
         form=".3f", of_fixed_set=True),
     Metric(key="accuracy/implicit", title="accuracy of the score before its margin",
         explanation="pairs with z + m > 0; differs from reward accuracy under a floor or a rejected_weight alone",
@@ -167,7 +166,7 @@ _OF_PAIRS: tuple[Metric[PairTable], ...] = (
     Metric(key="logps/chosen", title="log π of chosen, nats", numerator=lambda table: table.policy_chosen),
     Metric(key="logps/rejected", title="log π of rejected, nats", numerator=lambda table: table.policy_rejected),
     Metric(key="score/mean", title="mean score z", numerator=lambda table: table.score),
-    Metric(key="active", title="share of pairs with z < 0", form=".3f",
+    Metric(key="active", title="share of pairs with z < 0", form=".3f", is_share=True,
         numerator=lambda table: np.where(table.score < 0, 1.0, 0.0)),
     Metric(key="weight/mean", title="mean gradient weight", numerator=lambda table: np.abs(table.weight)),
     Metric(key="weight/effective_share", title="share of pairs that pull, (Σ|w|)²/(N·Σw²)",
@@ -189,7 +188,7 @@ _OF_PAIRS: tuple[Metric[PairTable], ...] = (
     Metric(key="displacement/rejected_per_token", title="rejected, nats vs reference, per token", needs=_REFERENCE,
         numerator=lambda table: table.displacement("rejected"), denominator="rejected_lengths"),
     Metric(key="displacement/chosen_fell", title="share of chosen that π0 likes better", form=".3f", needs=_REFERENCE,
-        numerator=lambda table: np.where(table.displacement("chosen") < 0, 1.0, 0.0)),
+        is_share=True, numerator=lambda table: np.where(table.displacement("chosen") < 0, 1.0, 0.0)),
     Metric(key="regimes/satisfied_early", title="pairs satisfied early (z ≥ 0, Δπ < 0)", needs=_REFERENCE,
         function=lambda table: int(((table.score >= 0) & (table.delta() < 0)).sum()), form=".0f"),
     Metric(key="regimes/effective_pairs", title="effective pairs (Σ|w|)²/Σw²", needs=_REFERENCE,
@@ -259,8 +258,7 @@ def pair_metrics(table: PairTable, *, is_fixed_set: bool = False) -> dict[str, f
             found[metric.key] = metric(table)
     if is_fixed_set and len(set(table.prompt_key)) < len(table):
         for metric in _OF_PAIRS:
-            is_share = metric.is_share or metric.key == "displacement/chosen_fell"
-            if metric.key in found and metric.numerator is not None and is_share:
+            if metric.key in found and metric.numerator is not None and metric.is_share:
                 found[f"{WORTH}{metric.key}"] = pairs_worth(metric.numerator(table), table.prompt_key)
     if table.has_reference and is_fixed_set:
         for way in WAYS:
@@ -285,9 +283,8 @@ def share_interval(metrics: Mapping[str, float], key: str) -> tuple[float, float
 
 
 def share_intervals(metrics: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Return 95 % Wilson intervals of the metrics that are shares of pairs ranked right; see `share_interval`."""
-    shares = [metric.key for metric in _OF_PAIRS if metric.is_share and metric.numerator is not None]
-    return {key: share_interval(metrics, key) for key in shares if key in metrics}
+    """Return 95 % Wilson intervals of the metrics that are shares of pairs; see `share_interval`."""
+    return {one.key: share_interval(metrics, one.key) for one in _OF_PAIRS if one.is_share and one.key in metrics}
 
 
 def headline_rows(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[str]]:

@@ -186,10 +186,10 @@ def learning_section(run: Run, pairs: PairTable | None) -> PageSection:
             "Accuracy of the policy itself: share of pairs with Δπ > 0, by summed log-probs and per token.",
         ),
     ):
-        is_share, bars = level == 0.5, ""
         if not lines or (name == "displacement" and not any(len(line.curve.steps) > 1 for line in lines)):
             missing += [_no_regimes(run, pairs)] if name == "displacement" else []
             continue
+        is_share, bars = METRICS[lines[0].key].is_share, ""
         for at, line in enumerate(lines if is_share else []):
             if not line.is_training:
                 worth = counts | dict(zip(*run.curve(f"watched/{WORTH}{line.key}"), strict=True))
@@ -263,6 +263,6 @@ def _measured_line(label: str, found: Sequence[tuple[int, float, float]], colour
 def _lines(run: Run, key: str, label: str, colour: str, marker: str) -> list[Line]:
     """A metric on training windows and on the pairs that were measured again and again, where measured."""
     training, probe = run.curve(key), run.curve(f"watched/{key}")
-    lines = [Line(f"{label}, training", training, colour, is_training=True)] if training.steps else []
+    lines = [Line(f"{label}, training", training, colour, is_training=True, key=key)] if training.steps else []
     where = "held out" if run.has_held_out else "watched"
     return lines + ([Line(f"{label}, {where}", probe, colour, marker, key=key)] if probe.steps else [])

@@ -9,8 +9,8 @@ import numpy as np
 import yaml
 
 from pe_dpo.errors import UsageError
-from pe_dpo.metrics.catalogue import METRICS
-from pe_dpo.metrics.estimates import mean_change, pairs_worth, wilson_interval
+from pe_dpo.metrics.catalogue import METRICS, pair_metrics, share_interval
+from pe_dpo.metrics.estimates import mean_change
 from pe_dpo.metrics.quadrants import clustered_transitions
 from pe_dpo.metrics.sides import RANKINGS, shares_by_side
 from pe_dpo.metrics.table import PairTable
@@ -105,8 +105,9 @@ def _describe_fall(pairs: PairTable) -> str:
     """That most of the chosen answers became less likely, by how much, beside the rejected ones; empty where they did not."""
     if not pairs.has_reference:
         return ""
-    fell, chosen, rejected = (METRICS[f"displacement/{name}"](pairs) for name in ("chosen_fell", "chosen", "rejected"))
-    if not (chosen < 0 and wilson_interval(fell, len(pairs))[0] > 0.5):
+    found = pair_metrics(pairs, is_fixed_set=True)
+    fell, chosen, rejected = (found[f"displacement/{name}"] for name in ("chosen_fell", "chosen", "rejected"))
+    if not (chosen < 0 and share_interval(found, "displacement/chosen_fell")[0] > 0.5):
         return ""
     other = f"fell by {fmt(-rejected, '.1f')}" if rejected < 0 else f"rose by {fmt(rejected, '.1f')}"
     return (
@@ -200,8 +201,8 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> PageSe
     if info.after:
         tables.append(_before_and_after(run, info, pairs))
         sentences.append(
-            "Held-out pairs, the same ones before and after. Intervals in brackets are 95 %: Wilson's for accuracies (as if "
-            "pairs were independent), Student's t over prompts for changes (pairs of one prompt count as one draw)."
+            "Held-out pairs, the same ones before and after. Intervals in brackets are 95 %: Wilson's for shares, of as many "
+            "independent pairs as those of the prompts are worth, Student's t over prompts for changes."
         )
     elif info.is_finished:
         missing.append("no pairs were held out, so there is no before and after; set data.eval and train again.")
@@ -244,18 +245,13 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> PageSe
 def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> PageTable:
     before, after, intervals = info.before, info.after, run.intervals
     count = len(pairs) if pairs is not None else int(after.get("pairs", 0))
-    changes, worth = {}, {}
+    changes = {}
     if pairs is not None and pairs.initial_chosen is not None and pairs.initial_rejected is not None:
         start = replace(pairs, policy_chosen=pairs.initial_chosen, policy_rejected=pairs.initial_rejected)
         for key in ("accuracy/policy", "accuracy/policy_per_token", "displacement/chosen", "displacement/rejected"):
             numerator = METRICS[key].numerator
             assert numerator is not None, "it has rows"
             changes[key] = mean_change(numerator(pairs) - numerator(start), pairs.prompt_key)
-        worth = {  # before and after, where pairs share prompts
-            key: [pairs_worth(metric.numerator(table), pairs.prompt_key) for table in (start, pairs)]
-            for key, metric in METRICS.items()
-            if metric.is_share and metric.kind == "pairs" and metric.numerator is not None and pairs.knows(*metric.needs)
-        }
     rows = []
     for key, metric in METRICS.items():
         if key not in after or key not in before or not (metric.is_headline or key in BESIDE):
@@ -263,10 +259,8 @@ def _before_and_after(run: Run, info: RunInfo, pairs: PairTable | None) -> PageT
         form, signed = metric.form, f"+{metric.form}"
         cells = [fmt(before[key], form), fmt(after[key], form), fmt(after[key] - before[key], signed)]
         if metric.is_share:
-            were, are = worth.get(key, (count, count))
-            kept = None if key in worth else intervals.get(key)
-            ends = wilson_interval(before[key], were), kept or wilson_interval(after[key], are)
-            for at, (low, high) in enumerate(ends):
+            were, are = (share_interval({"pairs": count, **metrics}, key) for metrics in (before, after))
+            for at, (low, high) in enumerate((were, intervals.get(key) or are)):
                 cells[at] += f" [{fmt(low, form)}, {fmt(high, form)}]"
         _, low, high = changes.get(key, (nan, nan, nan))
         if not isnan(low):
