@@ -3,6 +3,7 @@
 python examples/compare_trl_runs.py FIRST SECOND PAIRS.jsonl BASE      # folders with adapters that TRL saved, and their base
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,9 +13,14 @@ from pe_dpo.metrics.estimates import mean_change
 
 
 def logged(folders: list[str]) -> str:
-    """Return what TRL wrote of the last evaluation of each, from trainer_state.json in the folder or its checkpoints."""
-    found = compare([sorted(Path(folder).rglob("trainer_state.json"))[-1] for folder in folders])
+    """Return what TRL wrote of the last evaluation of each, from trainer_state.json in the folder or its newest checkpoint."""
+    found = compare([max(Path(folder).rglob("trainer_state.json"), key=step) for folder in folders])
     return "\n".join(f"{run.run}: {found.metric} {run.value:.4f}" for run in found.runs)
+
+
+def step(state: Path) -> int:
+    """Return up to which optimizer step a state goes: names would have checkpoint-9 after checkpoint-10."""
+    return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
 
 
 def difference(folders: list[str], pairs: str, base: str, *, metric: str = "accuracy/policy") -> str:

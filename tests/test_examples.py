@@ -101,12 +101,16 @@ def test_two_runs_of_trl_are_held_against_each_other(run, tiny_base, tiny_pairs,
 
     script, folders = example("compare_trl_runs"), [tmp_path / "first", tmp_path / "second"]
     for folder, accuracy in zip(folders, (0.5, 0.75), strict=True):
-        (folder / "checkpoint-2").mkdir(parents=True)
+        for step in (9, 10):
+            (folder / f"checkpoint-{step}").mkdir(parents=True)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy(run / name, folder / name)
-        log = [{"step": 2, "epoch": 1.0, "eval_loss": 0.6, "eval_rewards/accuracies": accuracy, "eval_rewards/margins": 0.1}]
-        state = {"global_step": 2, "log_history": log}
-        (folder / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+        evaluated = {"epoch": 1.0, "eval_loss": 0.6, "eval_rewards/margins": 0.1}
+        log = [{"step": 9, "eval_rewards/accuracies": 0.25, **evaluated}]
+        for step in (9, 10):
+            state = {"global_step": step, "log_history": log}
+            (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+            log = [*log, {"step": 10, "eval_rewards/accuracies": accuracy, **evaluated}]
     weights = load_file(folders[1] / "adapter_model.safetensors")
     save_file(
         {key: 0 * one if "lora_B" in key else one for key, one in weights.items()}, folders[1] / "adapter_model.safetensors"

@@ -113,6 +113,7 @@ def test_parts_that_are_no_text_are_refused_by_their_name(part: dict[str, Any], 
     {"role": "assistant", "tool_calls": {"name": "f", "arguments": {"x": 1}}},
     {"role": "assistant", "tool_calls": '[{"name": "f", "arguments": {"x": 1}}]'},
     {"role": "assistant", "tool_calls": ['{"name": "f", "arguments": {"x": 1}}']},
+    {"role": "assistant", "tool_calls": '[{"name": "f", "arguments": {"x": 1}, "function": null}]'},
     {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
     {"role": "assistant", "content": [], "tool_calls": [{"name": "f", "arguments": {"x": 1, "y": None}}]},
     {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'},
@@ -121,6 +122,11 @@ def test_parts_that_are_no_text_are_refused_by_their_name(part: dict[str, Any], 
 ])  # fmt: skip
 def test_every_spelling_of_a_call_becomes_the_same_call(message: dict[str, Any]) -> None:
     assert read_messages(message, "chosen") == ({"role": "assistant", "content": "", "tool_calls": [call("f", x=1)]},)
+
+
+def test_a_function_that_is_null_is_a_description_without_an_envelope() -> None:
+    told = {"name": "f", "parameters": {"x": {"default": None}}}
+    assert read_tools(json.dumps([{**told, "function": None}]), "tools") == [told]
 
 
 @pytest.mark.parametrize("turns", [

@@ -20,21 +20,31 @@ def test_the_recipe_stands_on_nothing_but_the_package_and_finds_a_free_folder(tm
     assert quickstart_recipe(["output=elsewhere"], runs=runs).output == "elsewhere"
 
 
-@pytest.mark.parametrize("remark", ["both answers became less likely than under the reference (…)", "saturated: …"])
-def test_the_command_explains_the_warning_with_which_it_ends_and_names_what_comes_next(monkeypatch, tmp_path, capsys, remark):
+@pytest.mark.parametrize(("remark", "turned", "is_explained"), [
+    ("both answers became less likely than under the reference (…)", {}, True),
+    ("both answers became less likely than under the reference (…)", {"seed": 3}, True),
+    ("both answers became less likely than under the reference (…)", {"gamma": "0.5x"}, False),
+    ("saturated: …", {}, False),
+])  # fmt: skip
+def test_the_command_explains_the_warning_of_its_own_run_in_its_numbers(
+    monkeypatch, tmp_path, capsys, remark, turned, is_explained
+):
+    """1.2 nats at 0.1 a token are 12 tokens."""
+    from pe_dpo.cli import held_out
     from pe_dpo.cli.quickstart import quickstart
     from pe_dpo.quickstart import demo
     from pe_dpo.training import train as room
 
-    folder = tmp_path / "a run"
-    result = room.TrainResult(folder, {}, {}, room.StartCheck(1, 0.0, 0.0, 0.0), 64, None, [remark])
+    folder, after = tmp_path / "a run", {"displacement/chosen": -1.2, "displacement/chosen_per_token": -0.1}
+    result = room.TrainResult(folder, {}, after, room.StartCheck(1, 0.0, 0.0, 0.0), 64, None, [remark])
     monkeypatch.setattr(room, "train", lambda recipe, callbacks: result)
     monkeypatch.setattr(demo, "quickstart_recipe", lambda overrides: None)
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(demo, "compare_answers", lambda recipe, count: [])
+    monkeypatch.setattr(held_out, "show_change", lambda *given, **options: None)
     with console._until_the_command_ends:
-        quickstart()
-    said = " ".join(capsys.readouterr().out.split())
-    assert ("no failure of this one" in said and "loss.sft_weight=0.1" in said) == remark.startswith("both answers")
+        quickstart(**turned)
+    said = capsys.readouterr().out
+    assert ("here by 1.2 nats in 12 tokens, 0.10 a token." in said and "loss.sft_weight=0.1" in said) == is_explained
     assert said.index(f"warning: {remark}") < said.index("the run lies in")
     assert all(f"pe-dpo {command} '{folder}'" in said for command in ("report", "merge", "serve"))
 

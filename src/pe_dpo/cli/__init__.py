@@ -47,30 +47,25 @@ GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """Devices of the drivers of NVIDIA, of Windows' Linux, and of AMD."""
 
 COMMANDS = (
-    (quickstart, "quickstart", "Train and explain a first run: embedded, offline, about a minute", "--gamma 0.5x"),
-    (convert, "convert", "Make a recipe of another tool's configuration", "trl_config.yaml -o recipe.yaml"),
-    (data, "data", "Show what a data set trains, and all that looks off in it", "--recipe runs/quickstart/recipe.yaml"),
-    (estimate, "estimate", "Say how much memory and time a run takes on a card", "qwen3-4b-dpo --gpu 'RTX 4090'"),
-    (check, "check", "Check recipe, base and data before training; exit 1 with why", "runs/quickstart/recipe.yaml"),
-    (audit, "audit", "Say what to do before training: what the reference knows of it", "runs/quickstart/recipe.yaml"),
-    (train, "train", "Train an adapter by a recipe", "runs/quickstart/recipe.yaml -o runs/other --gamma 0.5x"),
-    (evaluate, "eval", "Measure a run, an adapter or a merged model on held-out pairs", "runs/quickstart --prompts 64"),
-    (
-        sweep,
-        "sweep",
-        "Train a grid of settings from one base, with seeds",
-        "runs/quickstart/recipe.yaml --grid gamma=0,1x -o sweep",
-    ),
-    (compare, "compare", "Say which runs can be told apart, at equal KL", "sweep"),
-    (report, "report", "Show a run or a sweep on one page, with plots", "runs/quickstart"),
-    (merge, "merge", "Merge adapter and base into one model, and prove it", "runs/quickstart -o model"),
-    (export, "export", "Write a model as GGUF, with a Modelfile for Ollama", "model -o model-gguf --gguf q8_0"),
-    (serve, "serve", "Print the commands that serve it in vLLM, llama.cpp and others", "runs/quickstart"),
-    (golden, "golden", "Ask a server the golden prompts of an export", "model-gguf http://127.0.0.1:8080"),
-    (chat, "chat", "Talk to base and tuned model side by side", "runs/quickstart"),
+    (quickstart, "Train and explain a first run: embedded, offline, about a minute", "--gamma 0.5x"),
+    (convert, "Make a recipe of another tool's configuration", "trl_config.yaml -o recipe.yaml"),
+    (data, "Show what a data set trains, and all that looks off in it", "--recipe runs/quickstart/recipe.yaml"),
+    (estimate, "Say how much memory and time a run takes on a card", "qwen3-4b-dpo --gpu 'RTX 4090'"),
+    (check, "Check recipe, base and data before training; exit 1 with why", "runs/quickstart/recipe.yaml"),
+    (audit, "Say what to do before training: what the reference knows of it", "runs/quickstart/recipe.yaml"),
+    (train, "Train an adapter by a recipe", "runs/quickstart/recipe.yaml -o runs/other --gamma 0.5x"),
+    (evaluate, "Measure a run, an adapter or a merged model on held-out pairs", "runs/quickstart --prompts 64"),
+    (sweep, "Train a grid of settings from one base, with seeds", "runs/quickstart/recipe.yaml --grid gamma=0,1x -o sweep"),
+    (compare, "Say which runs can be told apart, at equal KL", "sweep"),
+    (report, "Show a run or a sweep on one page, with plots", "runs/quickstart"),
+    (merge, "Merge adapter and base into one model, and prove it", "runs/quickstart -o model"),
+    (export, "Write a model as GGUF, with a Modelfile for Ollama", "model -o model-gguf --gguf q8_0"),
+    (serve, "Print the commands that serve it in vLLM, llama.cpp and others", "runs/quickstart"),
+    (golden, "Ask a server the golden prompts of an export", "model-gguf http://127.0.0.1:8080"),
+    (chat, "Talk to base and tuned model side by side", "runs/quickstart"),
 )
-"""Every command with its name, what the list of commands says of it, and arguments that show it: most are for what
-`pe-dpo quickstart` has left."""
+"""Every command, what the list of commands says of it, and arguments that show it: most are for what `pe-dpo quickstart` has
+left. Its name is that of its function, but for `eval`."""
 
 app = typer.Typer(
     name="pe-dpo",
@@ -81,9 +76,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _function, _name, _words, _arguments in COMMANDS:
-    _example = f"Example: pe-dpo {_name} {_arguments}"
-    app.command(_name, cls=OnceEach, short_help=_words, epilog=_example)(command(_function))
+for _function, _words, _arguments in COMMANDS:
+    _name = "eval" if _function is evaluate else _function.__name__
+    app.command(_name, cls=OnceEach, short_help=_words, epilog=f"Example: pe-dpo {_name} {_arguments}")(command(_function))
 app.add_typer(recipes, name="recipes", short_help="List, show and copy recipes and named losses; the schema")
 
 

@@ -78,11 +78,11 @@ def evaluate(
     _show(found)
     if found.kind == "run":  # whose loss is known, as its warnings ask
         from pe_dpo.runs.run import Run
-        from pe_dpo.training.diagnostics import GRAVEST_FIRST, diagnose_pairs
+        from pe_dpo.training.diagnostics import diagnose_pairs, gravest_first
 
         before = found.before if found.before_of == "start" else {}
         remarks = diagnose_pairs(found.metrics, before, Run(target).recipe.loss)
-        console.show_lines([f"warning: {remarks[name]}" for name in sorted(remarks, key=GRAVEST_FIRST.index)])
+        console.show_lines([f"warning: {remark}" for remark in gravest_first(remarks)])
     if folder(found) is not None:
         console.say(f"written to {folder(found)}: evaluation.json has all {len(found.metrics)} metrics")
     if found.generation is None and found.metrics.get("accuracy/reference") is not None:

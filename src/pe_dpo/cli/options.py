@@ -38,18 +38,12 @@ Scorer = Annotated[
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any other key: --set section.key=value. Repeatable.")]
 
-_NAMES = ("base", "data", "scorer", "prompts", "pairs", "max_new_tokens", "quantize", "onto", "dtype", "sft", "scale",
-          "allow_base_mismatch", "output", "resume", "overwrite", "override", "best", "seeds", "engine", "metric", "baseline",
-          "by", "repeats", "confidence", "seed", "gpu", "tokens")  # fmt: skip
-_FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMES} | {
-    "folder": "--output",
-    "grids": "--grid",
-    "overrides": "--set",
-    "scales": "--scale",
-    "contrasts": "--contrast",
-    "equivalent": "--equivalent",
-    "like": "--like",
-}
+_SAME = """
+    allow_base_mismatch base baseline best by confidence data dtype engine equivalent gpu like max_new_tokens metric onto output
+    override overwrite pairs prompts quantize repeats resume scale scorer seed seeds sft tokens
+"""
+_OTHER = {"folder": "output", "grids": "grid", "overrides": "set", "scales": "scale", "contrasts": "contrast"}
+_FLAGS = {name: f"--{flag.replace('_', '-')}" for name, flag in {**{name: name for name in _SAME.split()}, **_OTHER}.items()}
 """The arguments of the library that its messages name in backticks, and the flags with which a person gives them."""
 
 

@@ -2,17 +2,28 @@
 
 import shlex
 import time
+from collections.abc import Mapping
 
 from pe_dpo.cli import console, options
 
 BOTH_FELL = "both answers became less likely"
-EXPLANATION = (
-    "The warning above is what most runs with DPO end with, and no failure of this one: the loss asks only that the distance "
-    "between chosen and rejected grows, and pushing the rejected answers down does most of it. What counts is how far the "
-    "chosen ones fell: here about a nat in 13 tokens, and the answers above are still in order. A little of their own "
-    "likelihood in the loss holds them (here they rise by half a nat): pe-dpo quickstart --set loss.sft_weight=0.1"
-)
-"""Of the alarm with which most runs end."""
+NO_SETTINGS = ("output", "train.seed")
+"""What may be given to quickstart and leaves it the run that is explained."""
+
+
+def explain_fall(after: Mapping[str, float]) -> str:
+    """Return in words what the alarm means with which most runs with DPO end, in the numbers of this one.
+
+    Args:
+        after: metrics of the held-out pairs at the end, see `pair_metrics`.
+    """
+    fall, per_token = -after["displacement/chosen"], -after["displacement/chosen_per_token"]
+    return (
+        "The warning above is what most runs with DPO end with, and no failure of this one: the loss asks only that the "
+        "distance between chosen and rejected grows, and pushing the rejected answers down does most of it. What counts is how "
+        f"far the chosen ones fell: here by {fall:.1f} nats in {fall / per_token:.0f} tokens, {per_token:.2f} a token. A little "
+        "of their own likelihood in the loss holds them: pe-dpo quickstart --set loss.sft_weight=0.1"
+    )
 
 
 def quickstart(
@@ -57,8 +68,9 @@ def quickstart(
         console.show_grid([["question", question], ["chosen", expected], ["base", base], ["tuned", tuned]])
     quoted = shlex.quote(str(result.folder))
     console.say()
-    if any(BOTH_FELL in remark for remark in result.remarks):
-        console.show_lines([f"{EXPLANATION}\n"])
+    is_default = all(setting.partition("=")[0] in NO_SETTINGS for setting in turned)
+    if is_default and any(BOTH_FELL in remark for remark in result.remarks):
+        console.show_lines([f"{explain_fall(result.after)}\n"])
     console.say(f"the run lies in {result.folder} ({time.perf_counter() - started:.0f} s); next:")
     for command, words in (
         (f"pe-dpo report {quoted}", "all of this with plots, on a page"),

@@ -177,8 +177,8 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
     """Return a tool call in OpenAI's form, with arguments that are an object, which chat templates expect, not JSON text."""
     call = _read_json(call, place, what="a tool call that is", remedy="write name and arguments")
     flat = {"name", "arguments", "parameters"}
-    if isinstance(call, Mapping) and "function" not in call and "name" in call:
-        kept = {key: value for key, value in call.items() if key not in flat}
+    if isinstance(call, Mapping) and call.get("function") is None and "name" in call:
+        kept = {key: value for key, value in call.items() if key not in (*flat, "function")}
         call = {"type": "function", **kept, "function": {key: value for key, value in call.items() if key in flat}}
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -216,6 +216,8 @@ def read_tools(value: Any, column: str) -> list[Any] | None:
     ]
     for number, tool in enumerate(tools):
         function = tool.get("function", {}) if isinstance(tool, Mapping) else {}
+        if function is None:  # a description without an envelope
+            tools[number], function = {key: part for key, part in tool.items() if key != "function"}, {}
         if not isinstance(function, Mapping):
             raise RowError(
                 f"column '{column}[{number}].function' is {describe_value(function)}; an object with name, description and "

@@ -11,7 +11,7 @@ from pe_dpo.recipe.loss_section import LossSection
 
 Metrics = Mapping[str, float]
 
-GRAVEST_FIRST = (
+_GRAVEST_FIRST = (
     "frozen", "collapsed", "both_fell", "overfitted", "dead", "concentrated", "saturated", "satisfied_early", "length_drift",
 )  # fmt: skip
 """The names of what is looked for, by how much of the result each can cost: first a run that came to nothing or did harm, then
@@ -19,6 +19,11 @@ one that learned less than it could, then what it learned beside the point."""
 
 FEWEST_PAIRS = 30
 """Correlations and shares of pairs say nothing of fewer."""
+
+
+def gravest_first(found: Mapping[str, str]) -> list[str]:
+    """Return what looks off, the gravest first."""
+    return [found[name] for name in sorted(found, key=_GRAVEST_FIRST.index)]
 
 
 def diagnose_scale(recipe: Recipe, first: PairTable, *, of: str) -> list[str]:

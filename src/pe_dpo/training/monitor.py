@@ -17,7 +17,7 @@ from pe_dpo.data.pairs import EncodedPair
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter
-from pe_dpo.training.diagnostics import GRAVEST_FIRST, diagnose_pairs, diagnose_window
+from pe_dpo.training.diagnostics import diagnose_pairs, diagnose_window, gravest_first
 
 logger = logging.getLogger(__name__)
 
@@ -108,4 +108,4 @@ class Monitor(TrainerCallback):
                 "metrics.jsonl"
             )
         earlier = [f"step {step}: {text}" for name, (step, text) in self.said.items() if name not in final]
-        return [*(final[name] for name in sorted(final, key=GRAVEST_FIRST.index)), *earlier]
+        return [*gravest_first(final), *earlier]
