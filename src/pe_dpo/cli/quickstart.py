@@ -21,8 +21,8 @@ def explain_fall(after: Mapping[str, float]) -> str:
     return (
         "The warning above is what most runs with DPO end with, and no failure of this one: the loss asks only that the "
         "distance between chosen and rejected grows, and pushing the rejected answers down does most of it. What counts is how "
-        f"far the chosen ones fell: here by {fall:.1f} nats in {fall / per_token:.0f} tokens, {per_token:.2f} a token. A little "
-        "of their own likelihood in the loss holds them: pe-dpo quickstart --set loss.sft_weight=0.1"
+        f"far the chosen ones fell: here by {fall:.1f} nats in {fall / per_token:.0f} tokens, {per_token:.2f} a token. A "
+        "little of their own likelihood in the loss holds them: pe-dpo quickstart --set loss.sft_weight=0.1"
     )
 
 
