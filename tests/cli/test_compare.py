@@ -7,6 +7,8 @@ from pathlib import Path
 import fake_runs
 import pytest
 
+from pe_dpo.metrics.catalogue import METRICS
+
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,7 +29,7 @@ def test_the_verdict_comes_first_and_all_runs_after(pe_dpo, sweep):
     assert sum(bool(re.search(r"│ +[01] │", line)) for line in table.splitlines()) == 20  # a line for each, with its seed
     assert "smallest difference that the verdict finds among 2 comparisons (Holm) with 80 % power, of 2 seeds: " in done.out
     assert "; one comparison by itself: " in done.out
-    assert re.search(r"\nno point is best on accuracy/shift: .* and .* are tied at 0\.663, of 5 points\n", done.out)
+    assert re.search(r"\nno point is best on 'moved toward chosen': .* and .* are tied at 0\.663, of 5 points\n", done.out)
 
 
 @pytest.mark.slow
@@ -47,9 +49,21 @@ def test_single_runs_are_compared_too(pe_dpo, sweep):
     assert done.code == 0
     assert "minus the base recipe, each at its own KL" in done.out
     apart = pe_dpo("compare", *runs, "--by", "reference", "--repeats", 100).out
-    assert "accuracy/shift where π0 ranks right and where wrong (by summed log-probs),\nin points with 95 % intervals" in apart
+    assert "moved toward chosen where π0 ranks right and where wrong (by summed log-probs),\nin points with 95 %" in apart
     assert "wrong − right" in apart and "minus base's" in apart
     assert "warning: one seed" in done.out
+    tables = "".join(line for line in done.out.splitlines(keepends=True) if line[:1] in "┃│")
+    assert "accuracy," in tables and [key for key in METRICS if "/" in key and key in tables] == []  # people read titles
+
+
+def test_all_of_it_fits_a_terminal_of_80_columns(pe_dpo, sweep, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    runs = [sweep / "runs" / name / "seed-0" for name in ("base", "gamma=0x")]
+    done = pe_dpo("compare", *runs, "--repeats", 100, columns=80)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", done.out).splitlines()
+    assert done.code == 0 and max(map(len, lines)) <= 80
+    assert lines[0].startswith("Each at its own KL") and not lines[0].endswith(".")
 
 
 def test_what_cannot_be_compared_is_said_in_one_message(pe_dpo, sweep, tmp_path):

@@ -220,9 +220,11 @@ def test_a_tie_has_no_best_and_a_share_at_its_end_says_what_to_use_instead(found
     assert "exhausted" not in summary.verdict(with_values(0.996)) + summary.verdict(found)
     names = "β = 0.4, the base recipe" if whole.arms[0].name == "β = 0.4" else whole.arms[0].name
     line = summary.best_line(whole)
-    assert line.startswith(f"no point is best on accuracy/shift: {names}") and line.endswith(" are tied at 1.000, of 7 points")
+    assert line.startswith(f"no point is best on 'moved toward chosen': {names}") and line.endswith(
+        " are tied at 1.000, of 7 points"
+    )
     assert "luck" not in line
-    assert summary.best_line(found).startswith("best of 7 points on accuracy/shift: γ = 2β, 0.")
+    assert summary.best_line(found).startswith("best of 7 points on 'moved toward chosen': γ = 2β, 0.")
 
 
 def test_the_best_is_named_with_its_luck(found: Comparison) -> None:

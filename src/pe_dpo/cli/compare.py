@@ -87,17 +87,14 @@ def compare(
         )
         return
 
-    console.say(found.verdict)
+    console.show_lines([found.verdict])
     _show_contrasts(found)
     if sides:
         _show_sides(sides)
     _show_arms(found)
     _show_direct(found)
     _show_runs(found)
-    for line in power_lines(found):
-        console.say(line)
-    if found.best is not None:
-        console.say(best_line(found))
+    console.show_lines([*power_lines(found), *([best_line(found)] if found.best is not None else [])])
     for remark in found.remarks:
         console.warn(f"{remark}")
 
@@ -118,7 +115,7 @@ def _show_contrasts(found: "Comparison") -> None:
     if not rows:
         return
     level = 1 - found.confidence
-    header = ["contrast", found.metric, f"{100 * found.confidence:g} % CI", "p (Holm)"]
+    header = ["contrast", _title(found.metric), f"{100 * found.confidence:g} % CI", "p (Holm)"]
     header += [f"{100 * (1 - 2 * level):g} % CI", "p of equivalence"] if any(row[4] for row in rows) else []
     console.show_table("contrasts, tested by themselves", header, [row[: len(header)] for row in rows])
 
@@ -146,7 +143,8 @@ def _show_sides(found: "SideComparison") -> None:
         rows.append([point.name, cell(point.right), cell(point.wrong), cell(point.gap, "+"), *more])
     way = "per token" if found.per_token else "by summed log-probs"
     unit = "in points with" if found.is_share else "with"
-    title = f"{found.metric} where {name} ranks right and where wrong ({way}),\n{unit} {100 * found.confidence:g} % intervals"
+    title = f"{_title(found.metric)} where {name} ranks right and where wrong ({way}),"
+    title += f"\n{unit} {100 * found.confidence:g} % intervals"
     console.show_table(title, ["point", *names, "wrong − right", "minus base's", "p (Holm)"], rows)
 
 
@@ -154,7 +152,8 @@ def _show_arms(found: "Comparison") -> None:
     """Each point over its seeds, against the baseline at equal KL."""
     if not found.arms:
         return
-    title = f"{found.metric}: {found.title}\nagainst {found.baseline} at equal KL; sd is that between seeds"
+    title = f"{_title(found.metric)} ({found.metric}): {found.title}"
+    title += f"\nagainst {found.baseline} at equal KL; sd is that between seeds"
     title += "; all in points" if found.is_share else ""
     scale, form, of_sd = (100, ".1f", ".1f") if found.is_share else (1, ".4g", ".3g")
     rows = []
@@ -187,7 +186,7 @@ def _show_direct(found: "Comparison") -> None:
         return
     base = next(arm.name for arm in found.arms if arm.direct is None)
     interval = f"{100 * found.confidence:g} % CI"
-    header = ["point", found.metric, interval, "p (Holm)", "KL", f"KL, {interval}"]
+    header = ["point", _title(found.metric), interval, "p (Holm)", "KL", f"KL, {interval}"]
     header += ["gained, lost (McNemar)"] if any(arm.mcnemar for arm in found.arms) else []
     console.show_table(f"minus {base}, each at its own KL", header, [row[: len(header)] for row in rows])
 
@@ -208,8 +207,15 @@ def _show_runs(found: "Comparison") -> None:
         numbers = [run.value, *(run.metrics.get(key, math.nan) for key in known)]
         seed = "" if run.seed is None else str(run.seed)
         rows.append([run.name, seed, step, _number(run.kl, ".3f"), *(_number(value, ".4f") for value in numbers)])
-    header = ["all runs", "seed", "step", "KL", found.metric, *known]
+    header = ["all runs", "seed", "step", "KL", *map(_title, (found.metric, *known))]
     console.show_table(f"{len(found.runs)} measured policies", header, rows, names=3)
+
+
+def _title(metric: str) -> str:
+    """Return what a metric is called, by its key."""
+    from pe_dpo.metrics.catalogue import METRICS
+
+    return METRICS[metric].title
 
 
 def _number(value: float, form: str, unit: str = "") -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from pe_dpo.experiments.comparison import RUN, SCALE, STEP, Arm, Comparison, Power, is_end
 from pe_dpo.metrics.bootstrap import Effect
-from pe_dpo.metrics.catalogue import COMPARED, Metric
+from pe_dpo.metrics.catalogue import COMPARED, METRICS, Metric
 from pe_dpo.metrics.seed_variance import FEWEST_ARMS, FEWEST_SEEDS, SeedVariance
 from pe_dpo.printable import counted
 from pe_dpo.recipe.names import SHORT_NAMES
@@ -124,17 +124,17 @@ def exhaustion(found: Comparison) -> str:
 
 def best_line(found: Comparison) -> str:
     """Return which point is best and how much of its lead is luck, or that the best are tied; empty where none was sought."""
-    best, form = found.best, ".3f" if found.is_share else ".4g"
+    best, form, title = found.best, ".3f" if found.is_share else ".4g", METRICS[found.metric].title
     if best is None:
         return ""
     tied = [
         arm.name for arm in found.arms if is_end(arm.settings) and abs(arm.value - best.value) <= TIE * max(1, abs(best.value))
     ]
     if len(tied) > 1:
-        return f"no point is best on {found.metric}: {listed(tied)} are tied at {best.value:{form}}, of {best.points} points"
+        return f"no point is best on '{title}': {listed(tied)} are tied at {best.value:{form}}, of {best.points} points"
     luck = f"{best.optimism:{form}}" if float(f"{best.optimism:{form}}") else f"{best.optimism:.1g}"
     return (
-        f"best of {best.points} points on {found.metric}: {best.name}, {best.value:{form}}; {luck} of that is the luck of "
+        f"best of {best.points} points on '{title}': {best.name}, {best.value:{form}}; {luck} of that is the luck of "
         f"being picked, so expect {best.corrected:{form}}"
     )
 
