@@ -149,7 +149,7 @@ def test_a_run_that_cannot_go_on_has_failed_and_is_no_longer_so_when_it_was_resu
 def test_the_last_step_is_always_logged(make_recipe, log_every):
     folder = train(make_recipe("train.max_steps=3", f"train.log_every={log_every}")).folder
     logged = [line["step"] for line in Run(folder).metrics if "loss" in line]
-    assert logged == [2, 3] if log_every == 2 else [3]
+    assert logged == ([2, 3] if log_every == 2 else [3])
 
 
 @pytest.fixture
