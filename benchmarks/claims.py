@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import table
 from benchmarks.study import page as study
+from benchmarks.study.real import verdicts_find
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,6 +67,7 @@ def claims() -> list[Claim]:
         for words, value in facts.items():
             name = source.removesuffix(".json").removesuffix("/plan")
             found.append(_claim(f"{name}/{words}", "docs/study-gamma-vs-mixout.md", value, source))
+    found.append(_claim("contrasts/verdicts", "docs/how-to/compare.md", verdicts_find(), "study/politeness/plan.json"))
     kinds, crash = _load("architectures.json"), _load("crash.json")
     found.append(_claim("bases/kinds", "README.md", f"{len(kinds['rows'])} kinds of models", "architectures.json"))
     found.append(_claim("reliability/kills", "docs/reliability.md", f"{crash['kills']} kills", "crash.json"))
