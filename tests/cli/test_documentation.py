@@ -2,13 +2,16 @@
 
 import ast
 import importlib
+import io
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import fake_runs
 import pytest
 import typer
 import yaml
@@ -244,6 +247,26 @@ LIGHT = ("recipes list", "recipes losses", "estimate", "serve", "sweep", "data p
 
 
 @pytest.mark.slow
+def test_every_comparison_that_a_page_shows_says_something(pe_dpo, tmp_path) -> None:
+    """On sweeps that nobody trained, each folder that a line names being one."""
+    grid = [{}, {"loss.beta": 0.025}, {"loss.beta": 0.4}, {"mixout.p": 0.5}]
+    sweeps = [
+        fake_runs.write_sweep(
+            tmp_path / name, grid, pairs=12, prompts=8, snapshots=0, scales=(0.5,), steps=1, seeds=(0, 1), seed=seed
+        )
+        for seed, name in enumerate(("one", "other"))
+    ]
+    lines = sorted({line for _, line in SHOWN if line.startswith("pe-dpo compare ")})
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        options = words[next((at for at, word in enumerate(words) if word.startswith("--")), len(words)) :]
+        folders = sweeps[: len(words) - len(options) - 1]
+        done = pe_dpo("compare", *folders, *options, "--repeats", 100)
+        assert done.code == 0 and "measured policies" in done.out, (line, done.err)
+
+
+@pytest.mark.slow
 def test_the_tutorial_runs_as_it_stands(pe_dpo, recipe_file, tiny_base, tiny_pairs, tmp_path, monkeypatch) -> None:
     """Its commands in their order, on a tiny base in the place of the embedded and of Qwen's; what it loads answers.
 
@@ -271,6 +294,9 @@ def test_the_tutorial_runs_as_it_stands(pe_dpo, recipe_file, tiny_base, tiny_pai
         if words[0] == "merge":
             assert "serves what was trained" in done.out
     assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()
+    assert ("docs/tutorial.md", "pe-dpo chat runs/mine") in IN_TEXT
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/quit\n"))
+    assert re.search(r"\nyou +Hi\n(.*\n)*base +", pe_dpo("chat", "runs/mine", "--max-new-tokens", 2).out)
     (program,) = ("\n".join(block.lines) for block in shown if block.language == "python")
     found: dict[str, object] = {}
     exec(compile(program, str(TUTORIAL), "exec"), found)
