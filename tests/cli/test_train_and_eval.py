@@ -219,6 +219,7 @@ def test_eval_of_a_model_without_a_base_measures_the_policy_only(pe_dpo, merged,
     assert "no reference given (--base): rewards and loss are those of gamma = 0" in done.out
     found = metrics_of(pe_dpo("eval", merged, "--data", tiny_pairs / "test.jsonl", "--json"))["metrics"]
     assert found["logps/chosen"] == pytest.approx(evaluated["metrics"]["logps/chosen"], rel=1e-4)
+    assert f"--json prints all {len(found)} metrics" in done.out
     assert "accuracy/reference" not in found
     assert "displacement/chosen" not in found
 

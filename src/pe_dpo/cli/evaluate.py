@@ -83,8 +83,9 @@ def evaluate(
         before = found.before if found.before_of == "start" else {}
         remarks = diagnose_pairs(found.metrics, before, Run(target).recipe.loss)
         console.show_lines([f"warning: {remark}" for remark in gravest_first(remarks)])
-    if folder(found) is not None:
-        console.say(f"written to {folder(found)}: evaluation.json has all {len(found.metrics)} metrics")
+    place = folder(found)
+    written = "--json prints" if place is None else f"written to {place}: evaluation.json has"
+    console.say(f"{written} all {len(found.metrics)} metrics")
     if found.generation is None and found.metrics.get("accuracy/reference") is not None:
         console.say("to measure KL(π‖π0) on sampled answers: --prompts 100")
 
