@@ -252,7 +252,7 @@ def test_win_rates_are_compared_where_answers_were_scored(sweep: Path, tmp_path:
 
 
 def test_no_others_are_spoken_of_where_all_are_within_the_margin(tmp_path: Path) -> None:
-    settings: list[dict[str, Any]] = [{}, {"loss.beta": 0.025}, {"loss.beta": 0.4}, {"mixout.p": 0.3}]
+    settings: list[dict[str, Any]] = [{}, {"loss.beta": 0.4}, {"mixout.p": 0.3}]
     small: dict[str, Any] = {"pairs": 30, "prompts": 20, "steps": 1, "snapshots": 0, "seeds": (0, 1), "scored": False}
     found = compare([fake_runs.write_sweep(tmp_path / "s", settings, **small)], repeats=100, equivalent=1000)
     assert "Within 1000 points of β (two one-sided tests, Holm): mixout 0.3. " in f"{found.verdict} "
