@@ -103,7 +103,7 @@ def test_a_scorer_sees_prompts_and_answers_of_both_sides_in_order():
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
-        ([1.0], "1 scores for 2 answers"),
+        ([1.0], "1 score for 2 answers"),
         ([1.0, float("nan")], "the score of answer 2 is nan"),
         (None, "it must return one number for each answer"),
         (["good", 1.0], "it must return one number for each answer"),

@@ -51,7 +51,7 @@ def test_other_answers_of_the_reference_have_scores_of_their_own(two):
 
 @pytest.mark.parametrize(("name", "fault"), [
     ("fails", "RuntimeError: out of credits"),
-    ("short", "1 scores for 4 answers; it must return one for each"),
+    ("short", "1 score for 4 answers; it must return one for each"),
 ])  # fmt: skip
 def test_what_a_scorer_fails_of_is_each_run_s_own_and_named_once(two, name, fault):
     runs, judge = two

@@ -208,7 +208,8 @@ def _show_runs(found: "Comparison") -> None:
         seed = "" if run.seed is None else str(run.seed)
         rows.append([run.name, seed, step, _number(run.kl, ".3f"), *(_number(value, ".4f") for value in numbers)])
     header = ["all runs", "seed", "step", "KL", *map(_title, (found.metric, *known))]
-    console.show_table(f"{len(found.runs)} measured policies", header, rows, names=3)
+    title = "1 measured policy" if len(found.runs) == 1 else f"{len(found.runs)} measured policies"
+    console.show_table(title, header, rows, names=3)
 
 
 def _title(metric: str) -> str:

@@ -96,7 +96,7 @@ def sweep(
             console.say(json.dumps([point._asdict() for point in plan.points]))
             return
         rows = [[point.name, str(point.seed)] for point in plan.points]
-        console.show_table(f"{len(rows)} runs in {plan.folder}", ["run", "seed"], rows)
+        console.show_table(f"{counted(len(rows), 'run')} in {plan.folder}", ["run", "seed"], rows)
         _show_design(plan, like)
         return
 
@@ -214,6 +214,6 @@ def _say_what_is_next(states: Sequence[Any], folder: str) -> None:
         console.say(f"{len(failed)} of {len(states)} runs failed; the same command again tries them once more")
     waiting = [state for state in states if state.status in ("waiting", "interrupted")]
     if waiting:
-        console.say(f"{len(waiting)} runs are still to do; start the same command again to go on")
+        console.say(f"still to do: {counted(len(waiting), 'run')}; start the same command again to go on")
     elif any(state.status == "finished" for state in states):
         console.say(f"next: pe-dpo compare {shlex.quote(folder)}; pe-dpo report {shlex.quote(folder)}")

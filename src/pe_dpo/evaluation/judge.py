@@ -30,6 +30,7 @@ from pe_dpo.errors import ModelError, UsageError
 from pe_dpo.metrics.estimates import clustered_mean, right, wilson_interval
 from pe_dpo.metrics.table import AnswerTable
 from pe_dpo.model.base import NEEDS_CODE, needs_code
+from pe_dpo.printable import counted
 from pe_dpo.recipe.data_section import DataSection
 from pe_dpo.recipe.schema import GenerationSection
 
@@ -242,7 +243,8 @@ def answer_scores(name: str, scorer: AnswerScorer, prompts: list[Text], answers:
     except (TypeError, ValueError) as error:
         raise UsageError(f"`scorer` {name}: {error}; it must return one number for each answer") from error
     if len(scores) != len(answers):
-        raise UsageError(f"`scorer` {name}: {len(scores)} scores for {len(answers)} answers; it must return one for each")
+        found = f"{counted(len(scores), 'score')} for {counted(len(answers), 'answer')}"
+        raise UsageError(f"`scorer` {name}: {found}; it must return one for each")
     bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)
     if bad is not None:
         raise UsageError(f"`scorer` {name}: the score of answer {bad + 1} is {scores[bad]}, not a finite number")

@@ -22,6 +22,7 @@ from pe_dpo.experiments.point import PointState, run_metrics, run_point, share
 from pe_dpo.inference.inputs import Inputs
 from pe_dpo.interruption import Interrupted
 from pe_dpo.model.provenance import adapter_inputs
+from pe_dpo.printable import counted
 from pe_dpo.recipe import Recipe, recipe_difference, with_absolute_paths
 from pe_dpo.recipe.load import far_places
 from pe_dpo.runs.checkpoints import checkpoints
@@ -67,7 +68,7 @@ def sweep(
         plan = save_plan(plan)
         states = {point.folder: _state_on_disk(plan, point, recipe) for point, recipe in _pairs(plan)}
         todo = [(point, recipe) for point, recipe in _pairs(plan) if states[point.folder].status != "finished"]
-        logger.info(f"{len(plan.points)} runs, {len(todo)} of them to do")
+        logger.info(f"{counted(len(plan.points), 'run')}, {len(todo)} to do")
         tell(list(states.values()))
         folders = {Path(recipe.output): states[point.folder].status for point, recipe in _pairs(plan)}
         begun = [folder for folder, status in folders.items() if status == "finished" or checkpoints(folder)]

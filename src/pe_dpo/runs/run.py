@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 
 from pe_dpo.errors import RunFolderError, UsageError
 from pe_dpo.metrics.table import AnswerTable, PairTable
+from pe_dpo.printable import counted
 from pe_dpo.recipe import Recipe, recipe_from_yaml
 from pe_dpo.runs import checkpoints, records
 from pe_dpo.runs.best import BestRecord
@@ -122,7 +123,7 @@ class RunInfo(BaseModel):
     def describe_machine(self) -> str:
         """Return CPU, threads and the package's commit in words; empty for a run that does not say them."""
         found = self.made_with
-        threads = "" if "threads" not in found else f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+        threads = counted(found["threads"], "thread") if "threads" in found else ""
         commit, changed, _ = str(found.get("commit", "")).partition("-dirty")
         said = commit and f"commit {commit[:12]} of pe-dpo{' with changes' if changed else ''}"
         return ", ".join(filter(None, (str(found.get("cpu", "")), threads, said)))
@@ -132,7 +133,7 @@ class RunInfo(BaseModel):
         if not self.skipped_steps:
             return ""
         steps, pairs = self.skipped_steps, [f"{where} ({what})" for where, what in self.bad_pairs.items()]
-        what = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
+        what = f"{counted(len(steps), 'step')} {'was' if len(steps) == 1 else 'were'}"
         named = ", ".join(map(str, steps[:5])) + (", …" if len(steps) > 5 else "")
         blamed = f": {', '.join(pairs[:5])}{', …' if len(pairs) > 5 else ''}" if pairs else ""
         return f"{what} skipped ({named}), since loss or gradient were not finite{blamed}"
