@@ -18,6 +18,8 @@ KINDS = {
     "models that also see": "gemma3-4b",
 }
 """Kinds of bases, each with the first architecture of its part of the results."""
+SHOWN = 5
+"""Names of a kind, in a cell that a phone has room for."""
 
 
 def bases_table() -> str:
@@ -33,7 +35,7 @@ def bases_table() -> str:
     for kind, found in kinds.items():
         equal = {way: [name for name, one in found.items() if _is_equal(one[way])] for way in ("none", "nf4")}
         others = [f"`{name}`" for name in found if any(name not in names for names in equal.values())]
-        names = ", ".join(f"`{name}`" for name in found)
+        names = ", ".join(f"`{name}`" for name in list(found)[:SHOWN]) + f" and [{len(found) - SHOWN} more](bases.md)"
         cells = [kind, str(len(found)), str(len(equal["none"])), str(len(equal["nf4"])), ", ".join(others) or "–", names]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
