@@ -154,8 +154,8 @@ def test_the_last_step_is_always_logged(make_recipe, log_every):
 
 @pytest.fixture
 def _attended():
-    """Whoever starts the tests in the background may have Ctrl-C and SIGHUP ignored, which programs inherit."""
-    attended = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    """Whoever starts the tests in the background may have Ctrl-C and SIGHUP ignored, and Ray leaves a handler of SIGTERM."""
+    attended = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in attended.items()}
     yield
     for number, handler in before.items():
