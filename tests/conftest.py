@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 from recorded import recording
 
+gc.disable()  # until all tests are collected: it would go through a million objects that stay, for a third of the time that takes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that run the tests share the cores, and so do those they start
@@ -35,8 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What the tests imported stays to the end: no garbage collection, of which each training has one, looks through it."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
