@@ -1,10 +1,11 @@
 """What is left of a trained adapter in a merged model: ours, with the arithmetic of others as the control that fails.
 
-Every adapter is trained here, on the quickstart's base in 4 bit. The others' arithmetic is written down from what their sources
-do, without `pe_dpo.merging`: ΔW is read from the adapter's file, 4-bit values come from bitsandbytes.
+One adapter is trained here, on the quickstart's base in 4 bit, and made smaller and larger. The others' arithmetic is written
+down from what their sources do, without `pe_dpo.merging`: ΔW is read from the adapter's file, 4-bit values come from
+bitsandbytes.
 
 Rounding a model of 1.4 M weights to bfloat16 moves its preferences by itself: the mean over these 96 pairs by about 2.5e-4
-nats, with or without an adapter. A shift of 0.004, of an update of 3e-4, is served within 6 %, one of 0.015 within 2 %.
+nats, with or without an adapter. A shift of 0.003, of an update of 4e-4, is served within 6 %, one of 0.015 within 2 %.
 """
 
 import json
@@ -27,10 +28,13 @@ from pe_dpo.merging.merge import merge
 from pe_dpo.merging.merged_tensor import MergedTensor, mean_kept, stochastically_rounded, tensor_failures
 from pe_dpo.merging.plan import Dtype, Plan
 from pe_dpo.merging.source import Source, open_source
+from pe_dpo.merging.training_base import TrainingBase
 from pe_dpo.merging.write import write
 from pe_dpo.model.adapter import add_finished_adapter
 from pe_dpo.model.attention import switch_on
 from pe_dpo.model.base import compute_in, inspect_base, load_base
+from pe_dpo.model.fingerprint import parameter_fingerprints
+from pe_dpo.model.provenance import quantized_names
 from pe_dpo.model.quantization import dequantized, four_bit_layers
 from pe_dpo.quickstart.demo import BASE
 from pe_dpo.recipe import recipe_from_yaml
@@ -38,8 +42,8 @@ from pe_dpo.training.train import train
 
 pytestmark = pytest.mark.slow
 
-SIZES = {"small": (1.8e-5, 6, 24), "slight": (7.2e-5, 6, 24), "middle": (2.8e-4, 12, 4), "large": (2e-3, 24, 4)}
-"""Learning rate, steps, pairs per step: |ΔW|/|W| of 3e-4, 1.5e-3, 7e-3 and 0.15."""
+SIZES = {"small": 4e-4, "slight": 1.5e-3, "middle": 7e-3, "large": 0.15}
+"""|ΔW|/|W| of all adapted layers together."""
 NOISE = 2.5e-4
 """Of the mean shift, nats, one standard deviation: eight roundings by chance of one model to bfloat16."""
 CASES = [("tied", "nf4"), ("untied", "nf4-single")]
@@ -50,6 +54,9 @@ class Trained(NamedTuple):
     """An adapter, and what it does unmerged."""
 
     source: Source
+    how: dict[str, str]
+    """It was trained, for `merge`."""
+    base: TrainingBase
     reference: Behaviour
     trained: Behaviour
     floor: Agreement
@@ -66,30 +73,42 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(made_once: Callable[..., Path]) -> Callable[[str, str, str], Trained]:
-    """Trains on first use: kind of base, quantization, size."""
-    pairs = made_once("table-pairs", lambda folder: write_pairs(folder, train=150, test=96))
+    """Made on first use: kind of base, quantization, size."""
+    pairs = made_once("table-pairs", lambda folder: write_pairs(folder, train=60, test=96))
+
+    def fill(folder: Path) -> None:
+        train(
+            recipe_from_yaml(
+                f"model: {{base: '{BASE}', quantize: nf4, dtype: float32}}\n"
+                f"data: {{train: '{pairs / 'train.jsonl'}'}}\n"
+                "train: {learning_rate: 2.8e-4, max_steps: 12, pairs_per_step: 4, warmup: 0, schedule: constant}\n"
+                f"output: '{folder / 'run'}'\n",
+                "test",
+            )
+        )
 
     @cache
     def make(kind: str, quantize: str, size: str) -> Trained:
-        rate, steps, pairs_per_step = SIZES[size]
+        run = made_once("table-run", fill) / "run"
         base = BASE if kind == "tied" else made_once("table-untied", _untie)
-
-        def fill(folder: Path) -> None:
-            train(
-                recipe_from_yaml(
-                    f"model: {{base: '{base}', quantize: {quantize}, dtype: float32}}\n"
-                    f"data: {{train: '{pairs}'}}\n"
-                    f"train: {{learning_rate: {rate}, max_steps: {steps}, pairs_per_step: {pairs_per_step}, warmup: 0, "
-                    f"schedule: constant, eval_every: {steps}, save_every: {steps}}}\n"
-                    f"output: '{folder / 'run'}'\n",
-                    "test",
-                )
-            )
-
-        with open_source(made_once(f"table-{kind}-{quantize}-{size}", fill) / "run", pairs=96) as source:
-            return _measured(source)
+        adapter = made_once(f"table-{size}", lambda folder: _resize(run, folder, SIZES[size]))
+        how = {"base": str(base), "quantize": quantize, "data": str(pairs / "test.jsonl")}
+        with open_source(adapter, **how, pairs=96) as source:
+            source.facts = source.facts._replace(dtype=torch.float32)
+            return _measured(source, how)
 
     return make
+
+
+def _resize(run: Path, folder: Path, size: float) -> None:
+    """Save the run's adapter with its B so much larger or smaller that |ΔW|/|W| is the size."""
+    shutil.copy(run / "adapter_config.json", folder)
+    weights, updates = load_file(BASE / "model.safetensors"), _updates(run).items()
+    now = sum(float(delta.norm()) ** 2 for _, delta in updates) / sum(float(weights[name].norm()) ** 2 for name, _ in updates)
+    tensors = load_file(run / "adapter_model.safetensors")
+    for name in [name for name in tensors if name.endswith(".lora_B.weight")]:
+        tensors[name] *= size / now**0.5
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _untie(folder: Path) -> None:
@@ -101,20 +120,21 @@ def _untie(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _measured(source: Source) -> Trained:
+def _measured(source: Source, how: dict[str, str]) -> Trained:
     model: Any = load_base(source.facts).eval()
+    loaded = TrainingBase(source, quantized_names(model), parameter_fingerprints(model), model.device)
     quantized = {f"{name}.weight": dequantized(layer.weight) for name, layer in four_bit_layers(model)}
     reference = look(model, source)
     model = add_finished_adapter(model, source.adapter.folder)
     trained = look(model, source)
     compute_in(model, torch.bfloat16)
     floor = agreement(look(model, source), trained, reference)
-    return Trained(source, reference, trained, floor, quantized, _updates(source.adapter.folder))
+    return Trained(source, how, loaded, reference, trained, floor, quantized, _updates(source.adapter.folder))
 
 
 def look(model: Any, source: Source) -> Behaviour:
-    """Log-probs of all 96 pairs, distributions of six."""
-    few = measure(model, source.pairs[::16])
+    """Log-probs of all 96 pairs, distributions of three."""
+    few = measure(model, source.pairs[::32])
     switch_on(model.get_base_model() if hasattr(model, "get_base_model") else model)
     scorer = Scorer("segments", model.device, token_budget=2048)  # right for a Llama: no need to see it for every model
     return Behaviour(scorer.score_pairs(model, source.pairs), few.distributions)
@@ -151,7 +171,7 @@ class Merged(NamedTuple):
 
 def ours(of: Trained, folder: Path, dtype: Dtype = "bf16") -> Merged:
     """The default merge, from files to files, loaded from there."""
-    tensors, _ = write(Plan(of.source, dtype=dtype), folder)
+    tensors, _ = write(Plan(of.source, dtype=dtype), folder, of.base)
     return Merged(load_base(inspect_base(str(folder), quantize="none", dtype="float32")).eval(), tensors)
 
 
@@ -221,7 +241,7 @@ def relative_size(of: Trained) -> float:
 
 
 @pytest.mark.parametrize(("kind", "quantize"), CASES)
-def test_the_default_merge_keeps_a_small_shift_that_others_lose(
+def test_the_default_merge_keeps_a_small_shift(
     kind: str, quantize: str, trained: Callable[[str, str, str], Trained], tmp_path: Path
 ) -> None:
     of = trained(kind, quantize, "small")
@@ -232,6 +252,11 @@ def test_the_default_merge_keeps_a_small_shift_that_others_lose(
     assert found.shift == pytest.approx(found.shift_trained, abs=3 * NOISE)
     assert 0.93 < merged.kept < 1.05
     assert tensor_failures(merged.tensors) == verification_failures(found, of.floor) == []
+
+
+def test_others_lose_a_small_shift(trained: Callable[[str, str, str], Trained], tmp_path: Path) -> None:
+    of = trained("tied", "nf4", "small")
+    found = of.judge(ours(of, tmp_path).model)
     for other in (sixteen_bit(of), requantized(of)):
         lost = of.judge(other.model)
         assert other.kept < 0.5
@@ -337,13 +362,13 @@ def test_the_merged_model_is_one_that_plain_transformers_serves(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     of = trained("tied", "nf4", "small")
-    result = merge(of.source.folder, tmp_path / "out", pairs=8)
+    result = merge(of.source.folder, tmp_path / "out", pairs=8, **of.how)
     assert result.faults == [] and result.report["dtype"] == "bfloat16"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16 and model.config.dtype == torch.bfloat16
     assert getattr(model.config, "quantization_config", None) is None
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    now, then = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", of.source.folder))
+    now, then = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", BASE))
     talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who keeps the mill?"}]
     assert now.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) == then.apply_chat_template(
         talk, tokenize=False, add_generation_prompt=True
@@ -358,9 +383,9 @@ def test_rounding_to_nearest_onto_the_original_is_refused_and_auto_rounds_by_cha
 ) -> None:
     of = trained("tied", "nf4", "small")
     with pytest.raises(MergeRefused, match="of its update kept"):
-        merge(of.source.folder, tmp_path / "near", onto="original", rounding="nearest", pairs=0)
+        merge(of.source.folder, tmp_path / "near", onto="original", rounding="nearest", pairs=0, **of.how)
     assert list(tmp_path.iterdir()) == []
-    verdict = merge(of.source.folder, tmp_path / "out", onto="original", pairs=16)
+    verdict = merge(of.source.folder, tmp_path / "out", onto="original", pairs=16, **of.how)
     assert {tensor.rounding for tensor in verdict.tensors} == {"stochastic on the grid"}
     assert mean_kept(verdict.tensors) == pytest.approx(1, abs=0.03) and verdict.faults == []
     # What is served is the adapter on the base's own weights, and that is not what was trained: both are said.
