@@ -20,8 +20,6 @@ import pe_dpo
 
 ROOT = Path(pe_dpo.__file__).parent
 SOURCES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
-FILES = {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOURCES.items()}
-NODES = {file: list(ast.walk(tree)) for file, tree in FILES.items()}
 
 LEVELS = (
     {"hub", "links", "printable", "progress", "quantizations", "startup"},
@@ -72,19 +70,36 @@ def room(name: str) -> str:
     return name.removesuffix(".py").replace("/", ".").split(".")[0]
 
 
-IMPORTED = {file: set(imports(nodes)) for file, nodes in NODES.items()}
-"""By each file, inside functions too."""
-LIBRARIES = {file: {name.split(".")[0] for name in names} for file, names in IMPORTED.items()}
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.Module]:
+    """Of each file; read when a test asks, so that processes that run none of these do not."""
+    return {file: ast.parse(path.read_text(encoding="utf-8")) for file, path in SOURCES.items()}
+
+
+@pytest.fixture(scope="module")
+def all_nodes(trees: dict[str, ast.Module]) -> dict[str, list[ast.AST]]:
+    return {file: list(ast.walk(tree)) for file, tree in trees.items()}
+
+
+@pytest.fixture(scope="module")
+def imported(all_nodes: dict[str, list[ast.AST]]) -> dict[str, set[str]]:
+    """By each file, inside functions too."""
+    return {file: set(imports(nodes)) for file, nodes in all_nodes.items()}
+
+
+@pytest.fixture(scope="module")
+def libraries(imported: dict[str, set[str]]) -> dict[str, set[str]]:
+    return {file: {name.split(".")[0] for name in names} for file, names in imported.items()}
 
 
 def test_every_room_is_listed() -> None:
-    assert {room(file) for file in FILES} - {"__init__", "__main__"} == ROOMS
+    assert {room(file) for file in SOURCES} - {"__init__", "__main__"} == ROOMS
 
 
-def test_imports_go_downwards_only() -> None:
+def test_imports_go_downwards_only(imported: dict[str, set[str]]) -> None:
     upwards = {}
-    for file in [file for file in FILES if room(file) in ROOMS]:
-        ours = {room(name.removeprefix("pe_dpo.")) for name in IMPORTED[file] if name.startswith("pe_dpo.")}
+    for file in [file for file in SOURCES if room(file) in ROOMS]:
+        ours = {room(name.removeprefix("pe_dpo.")) for name in imported[file] if name.startswith("pe_dpo.")}
         upwards[file] = {other for other in ours - {room(file)} if LEVEL[other] >= LEVEL[room(file)]}
     assert {file: others for file, others in upwards.items() if others} == {}
 
@@ -102,12 +117,12 @@ def imported_when_run(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 @pytest.mark.parametrize("package", [ROOT, Path(__file__).parents[1] / "benchmarks"], ids=["pe_dpo", "benchmarks"])
 @pytest.mark.slow
-def test_no_two_modules_need_each_other(package: Path) -> None:
+def test_no_two_modules_need_each_other(package: Path, trees: dict[str, ast.Module]) -> None:
     """An import inside a function counts: it only puts off the question which of the two is below the other."""
     paths = {".".join(path.relative_to(package.parent).with_suffix("").parts): path for path in package.rglob("*.py")}
-    known = {SOURCES[file]: tree for file, tree in FILES.items()}
-    trees = {name: known.get(path) or ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
-    modules = {name.removesuffix(".__init__"): tree for name, tree in trees.items()}
+    known = {SOURCES[file]: tree for file, tree in trees.items()}
+    parsed = {name: known.get(path) or ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    modules = {name.removesuffix(".__init__"): tree for name, tree in parsed.items()}
     needed: dict[str, set[str]] = {name: set() for name in modules}
     for name, tree in modules.items():
         for one in imported_when_run(tree):
@@ -119,20 +134,20 @@ def test_no_two_modules_need_each_other(package: Path) -> None:
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_a_library_is_known_to_one_room(library: str) -> None:
-    users = [file for file, names in LIBRARIES.items() if library in names]
+def test_a_library_is_known_to_one_room(library: str, libraries: dict[str, set[str]]) -> None:
+    users = [file for file, names in libraries.items() if library in names]
     assert [file for file in users if not file.startswith(ONLY_IN[library])] == []
 
 
 @pytest.mark.parametrize("library", NEVER_IN)
-def test_a_room_stays_free_of_a_library(library: str) -> None:
-    assert [file for file, names in LIBRARIES.items() if file.startswith(NEVER_IN[library]) and library in names] == []
+def test_a_room_stays_free_of_a_library(library: str, libraries: dict[str, set[str]]) -> None:
+    assert [file for file, names in libraries.items() if file.startswith(NEVER_IN[library]) and library in names] == []
 
 
-@pytest.mark.parametrize("file", ["__init__.py", "__main__.py", "links.py", *(file for file in FILES if room(file) == "cli")])
-def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) -> None:
+@pytest.mark.parametrize("file", ["__init__.py", "__main__.py", "links.py", *(file for file in SOURCES if room(file) == "cli")])
+def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str, trees: dict[str, ast.Module]) -> None:
     """Functions import what they need; what only a type checker sees does not count."""
-    now = [node for node in FILES[file].body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
+    now = [node for node in trees[file].body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
     names = set(imports(ast.walk(ast.Module(now, []))))
     assert {name.split(".")[0] for name in names} & HEAVY == set()
     assert {room(name.removeprefix("pe_dpo.")) for name in names if name.startswith("pe_dpo.")} <= {
@@ -152,20 +167,20 @@ def test_the_front_door_imports_nothing_heavy_until_a_command_runs(file: str) ->
 @pytest.mark.slow
 def test_a_comparison_and_a_report_need_neither_torch_nor_training() -> None:
     """Transitively, in a process of its own: what a room imports may import more."""
-    modules = [f"pe_dpo.{file.removesuffix('.py').replace('/', '.')}" for file in FILES if room(file) == "report"]
+    modules = [f"pe_dpo.{file.removesuffix('.py').replace('/', '.')}" for file in SOURCES if room(file) == "report"]
     code = f"import sys, pe_dpo.experiments.compare, pe_dpo.metrics.catalogue, {', '.join(modules)}; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split())
     assert loaded & {"torch", "transformers", "pe_dpo.training", "pe_dpo.data", "pe_dpo.objective"} == set()
 
 
-def test_only_the_command_line_prints() -> None:
+def test_only_the_command_line_prints(all_nodes: dict[str, list[ast.AST]]) -> None:
     def prints(node: ast.AST) -> bool:
         if not isinstance(node, ast.Call) or getattr(node.func, "id", getattr(node.func, "attr", "")) not in words:
             return False
         return ast.unparse(node.func) in ("print", "typer.echo", "sys.stdout.write")
 
     words = ("print", "echo", "write")
-    found = {file for file, nodes in NODES.items() if any(map(prints, nodes))}
+    found = {file for file, nodes in all_nodes.items() if any(map(prints, nodes))}
     assert {file for file in found if room(file) != "cli"} == set()
 
 
@@ -195,12 +210,12 @@ def flags_outside_commands(tree: ast.AST) -> list[str]:
     return [text for text in texts(tree) if FLAG.search(COMMAND.sub("", text))]
 
 
-def test_only_the_command_line_names_flags() -> None:
+def test_only_the_command_line_names_flags(trees: dict[str, ast.Module]) -> None:
     """Who calls a function has no flags: a message names an argument in backticks, and `cli.options` says it as a flag.
 
     Commands that are shown to be copied have theirs.
     """
-    found = {file: flags_outside_commands(tree) for file, tree in FILES.items() if room(file) != "cli"}
+    found = {file: flags_outside_commands(tree) for file, tree in trees.items() if room(file) != "cli"}
     assert {file: texts for file, texts in found.items() if texts} == {}
 
 
@@ -216,9 +231,9 @@ def test_a_flag_is_told_from_a_command(code: str, found: list[str]) -> None:
     assert flags_outside_commands(ast.parse(code)) == found
 
 
-def test_a_class_name_means_one_thing() -> None:
+def test_a_class_name_means_one_thing(all_nodes: dict[str, list[ast.AST]]) -> None:
     places: dict[str, list[str]] = {}
-    for file, nodes in NODES.items():
+    for file, nodes in all_nodes.items():
         for node in nodes:
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(file)
@@ -229,7 +244,7 @@ BORDERS = {"experiments/point.py", "experiments/on_ray.py", "training/trackers.p
 """Behind which anybody's code runs, once in each file: what it raises is the failure of one run of a sweep, or of a tracker."""
 
 
-def test_no_error_is_swallowed_blindly_but_at_a_border() -> None:
+def test_no_error_is_swallowed_blindly_but_at_a_border(all_nodes: dict[str, list[ast.AST]]) -> None:
     def is_blind(node: ast.AST) -> bool:
         if not isinstance(node, ast.ExceptHandler):
             return False
@@ -237,15 +252,15 @@ def test_no_error_is_swallowed_blindly_but_at_a_border() -> None:
         is_broad = not caught or bool(caught & {"Exception", "BaseException"})
         return is_broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
 
-    assert sorted(file for file, nodes in NODES.items() for node in nodes if is_blind(node)) == sorted(BORDERS)
+    assert sorted(file for file, nodes in all_nodes.items() for node in nodes if is_blind(node)) == sorted(BORDERS)
 
 
 LOADERS = {"from_pretrained", "from_config"}
 
 
-def test_no_code_of_a_model_repository_is_ever_run() -> None:
+def test_no_code_of_a_model_repository_is_ever_run(all_nodes: dict[str, list[ast.AST]]) -> None:
     """Left to itself transformers asks on the terminal, and a y that comes from anywhere runs it."""
-    for file, nodes in NODES.items():
+    for file, nodes in all_nodes.items():
         for node in nodes:
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADERS):
                 continue
