@@ -15,6 +15,7 @@ from pe_dpo.training.start import check_start
 from pe_dpo.training.train import train
 
 ON = "mixout.p=0.5"
+SETTINGS = (ON, "train.save_every=1", "train.eval_every=2", "train.tokens_per_microbatch=400")
 
 
 def mixout_of(trainer):
@@ -117,18 +118,22 @@ def test_the_draws_of_a_run_are_its_steps(make_recipe, monkeypatch):
     seen = []
     check = Mixout.check_reached
     monkeypatch.setattr(Mixout, "check_reached", lambda self: (seen.append(self.draw), check(self)))
-    train(make_recipe(ON))
-    assert seen == [0, 1, 2, 3, 4, 5]
+    train(make_recipe(ON, "train.max_steps=3"))
+    assert seen == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_recipe, tmp_path_factory):
+    """The uninterrupted run of SETTINGS."""
+    return train(tiny_recipe(tmp_path_factory.mktemp("straight") / "run", *SETTINGS)).folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_resumed_run_is_the_straight_one_to_the_bit(make_recipe, step):
-    settings = (ON, "train.save_every=1", "train.eval_every=2", "train.tokens_per_microbatch=400")
-    straight = train(make_recipe(*settings, output="straight")).folder
+def test_a_resumed_run_is_the_straight_one_to_the_bit(make_recipe, straight, step):
     with pytest.raises(Killed):
-        train(make_recipe(*settings), callbacks=[KillAt(step)])
-    resumed = train(make_recipe(*settings), resume=True).folder
+        train(make_recipe(*SETTINGS), callbacks=[KillAt(step)])
+    resumed = train(make_recipe(*SETTINGS), resume=True).folder
     left, right = weights(resumed), weights(straight)
     assert all(torch.equal(left[name], right[name]) for name in right)
     one, other = ([line | {"tokens_per_second": 0} for line in Run(folder).metrics] for folder in (resumed, straight))
@@ -137,7 +142,7 @@ def test_a_resumed_run_is_the_straight_one_to_the_bit(make_recipe, step):
 
 @pytest.mark.slow
 def test_p_0_is_the_run_without_mixout_and_p_above_0_is_another(make_recipe):
-    runs = {p: weights(train(make_recipe(*settings, output=p)).folder) for p, settings in
+    runs = {p: weights(train(make_recipe("train.max_steps=2", *settings, output=p)).folder) for p, settings in
             {"none": (), "zero": ("mixout.p=0",), "half": (ON,)}.items()}  # fmt: skip
     assert all(torch.equal(runs["zero"][name], tensor) for name, tensor in runs["none"].items())
     assert any(not torch.equal(runs["half"][name], tensor) for name, tensor in runs["none"].items())

@@ -141,7 +141,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_where_the_reci
 
 @pytest.mark.slow
 def test_adapters_are_float32_on_a_bfloat16_base_and_nearly_all_of_them_move_at_a_tiny_rate(make_trainer):
-    trainer = make_trainer("model.dtype=bfloat16", "train.learning_rate=5e-6", "train.max_steps=10")
+    trainer = make_trainer("model.dtype=bfloat16", "train.learning_rate=5e-6", "train.max_steps=3")
     assert {p.dtype for p in adapter_parameters(trainer.model)} == {torch.float32}
     assert trainer.model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
     before = torch.cat([p.detach().clone().flatten() for p in adapter_parameters(trainer.model)])
