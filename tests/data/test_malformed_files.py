@@ -29,6 +29,8 @@ MALFORMED = {
     "blank line before a bad row": ("x.jsonl", GOOD + b"\n\r\n" + row(chosen=b"5"), "x.jsonl:4", "number 5", "text"),
     "cut last line": ("x.jsonl", GOOD + b'{"prompt": "p", "cho', "x.jsonl:2", "not valid JSON", "fetch it again"),
     "not JSON": ("x.jsonl", GOOD + b"prompt,chosen\n" + GOOD, "x.jsonl:2", "not valid JSON", "correct the row"),
+    "line break in a text": ("x.jsonl", GOOD + b'{"prompt": "p\n' + GOOD, "x.jsonl:2", "character at column 14",
+                             "correct the row"),
     "row that is a list": ("x.jsonl", GOOD + b'["p", "a", "b"]\n', "x.jsonl:2", "is a list", "an object"),
     "key twice": ("x.jsonl", GOOD + row(rest=b', "chosen": "c"'), "x.jsonl:2", "'chosen' twice", "keep one"),
     "key twice in an array": ("x.json", b"[" + GOOD + b"," + row(rest=b', "chosen": "c"') + b"]", "x.json row 2",

@@ -58,7 +58,8 @@ def read_json_lines(path: Path, name: str) -> Iterator[Row]:
         except json.JSONDecodeError as fault:
             cut = "; the file ends inside this row, so it may have been cut: fetch it again"
             is_whole = line.endswith(("\n", "\r"))
-            row = RowError(f"is not valid JSON: {fault.msg} at column {fault.colno}{'' if is_whole else cut}")
+            found = f"{fault.msg.removesuffix(' at')} at column {fault.colno}"
+            row = RowError(f"is not valid JSON: {found}{'' if is_whole else cut}")
         except ValueError:
             row = RowError("is not valid JSON: it has an integer of more digits than Python reads (4,300); write it as text")
         except RecursionError:
@@ -146,7 +147,7 @@ def _read_document(path: Path, name: str) -> Any:
         if error.msg == "Extra data":
             return None
         raise DataError(
-            f"{name}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}; "
+            f"{name}:{error.lineno}: is not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}; "
             "if the file ends there it may have been cut: fetch it again"
         ) from error
     except (ValueError, RecursionError) as error:
