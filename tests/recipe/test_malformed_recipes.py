@@ -60,6 +60,10 @@ MALFORMED = [
     ("pref_beta: 0.1", "1: pref_beta", "here it is loss.beta"),
     ("micro_batch_size: 2", "1: micro_batch_size", "here it is train.pairs_per_step"),
     ("chat_template: llama3", "1: chat_template", "here it is data.template"),
+    # one word of a key, or of several
+    ("train: {rate: 5}", "1: train.rate", "unknown key; did you mean train.learning_rate?"),
+    ("train: {steps: 5}", "1: train.steps", "unknown key; did you mean train.max_steps or train.bad_steps?"),
+    ("steps: 5", "1: steps", "unknown key; did you mean train.max_steps or train.bad_steps?"),
     # only one or two letters are a typo
     ("loss: {coldness: 1}", "1: loss.coldness", "unknown key; `pe-dpo recipes schema` lists what there is"),
     ("train: {learning_rte: 1}", "1: train.learning_rte", "did you mean train.learning_rate?"),

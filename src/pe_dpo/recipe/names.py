@@ -39,7 +39,7 @@ def known_keys(section: type[BaseModel] = Recipe) -> list[str]:
 
 
 def explain_unknown_key(path: tuple[str | int, ...]) -> str:
-    """Return what to write instead of a key that is none: what another tool's key is here, or the most similar key."""
+    """Return what to write instead of a key that is none: another tool's key, the most similar, or those with that word."""
     key = str(path[-1])
     if path[:2] in (("data", "train"), ("data", "eval")):
         return f"unknown key; a place has {', '.join(DataSource.model_fields)}"
@@ -55,7 +55,9 @@ def explain_unknown_key(path: tuple[str | int, ...]) -> str:
         return f"unknown key here; did you mean {names[key]}?"
     candidates = [*(sections if len(path) == 1 else inside), *names.values(), *sections]
     near = [name for name in candidates if _is_typo(key, name.rsplit(".", 1)[-1])]
-    return f"unknown key; did you mean {near[0]}?" if near else "unknown key; `pe-dpo recipes schema` lists what there is"
+    having = [name for name in inside or known_keys() if key in name.rsplit(".", 1)[-1].split("_")]
+    meant = " or ".join(near[:1] or having)
+    return f"unknown key; did you mean {meant}?" if meant else "unknown key; `pe-dpo recipes schema` lists what there is"
 
 
 def _is_typo(written: str, meant: str) -> bool:
