@@ -25,7 +25,7 @@ def test_check_tells_loss_base_reference_shape_and_steps(pe_dpo, recipe_file):
     lines = done.out.splitlines()
     assert lines[0] == "read 33 rows: train.jsonl (24), test.jsonl (9)"
     assert "loss: DPO, beta 0.1, gamma 0.1, margin 0, link logistic, reduce sum; formula: pe-dpo recipes show RECIPE" in lines
-    assert "base: 0.1 M parameters, in 32 bits: 0.00 GB; context 256" in lines
+    assert "base: 0.1 M parameters, in 32 bits: 0.5 MB; context 256" in lines
     assert "reference: the base, adapters off" in lines
     assert "understood as prompt (text), chosen and rejected (text)" in lines
     assert "24 pairs to train on, 9 held out (test.jsonl)" in lines

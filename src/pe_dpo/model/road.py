@@ -37,7 +37,8 @@ class LoadedSize(NamedTuple):
         """Return it as a line for a person."""
         kind = "16 bits" if info.dtype.itemsize == 2 else "32 bits"
         share = f"{self.coded / self.parameters:.0%} of them {info.quantize}, the others in" if self.coded else "in"
-        said = f"base: {self.parameters / 1e6:,.1f} M parameters, {share} {kind}: {self.bytes / 1e9:,.2f} GB"
+        size = f"{self.bytes / 1e9:,.2f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.1f} MB"
+        said = f"base: {self.parameters / 1e6:,.1f} M parameters, {share} {kind}: {size}"
         return f"{said}; context {info.context_length}" if info.context_length else said
 
 
