@@ -202,6 +202,14 @@ def test_the_table_files_have_the_same_numbers(written, page) -> None:
             assert "| " + " | ".join(row) + " |" in markdown
 
 
+def test_one_answer_is_not_answers(run) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["generation"]["samples"] = 1
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    (table,) = (table for table in report_run(run).tables if table.name == "sampled")
+    assert "held-out prompts, 1 answer each, at most" in table.caption
+
+
 def test_without_sampled_answers_the_page_says_how_to_get_them(run) -> None:
     (run / "generations.parquet").unlink()
     evaluation = json.loads((run / "evaluation.json").read_text())

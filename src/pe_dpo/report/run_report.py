@@ -215,7 +215,8 @@ def _outcome_section(run: Run, info: RunInfo, pairs: PairTable | None) -> PageSe
     if generation:
         known = [(title, form, estimate) for key, title, form in OF_ANSWERS if (estimate := run.estimate(key))]
         rows = [[title, _with_error(*estimate, form)] for title, form, estimate in known]
-        asked = f"{generation.get('prompts', '?')} held-out prompts, {generation.get('samples', '?')} answers each"
+        samples = generation.get("samples", "?")
+        asked = f"{generation.get('prompts', '?')} held-out prompts, {samples} answer{'' if samples == 1 else 's'} each"
         caption = f"Answers of the trained policy to {asked}, at most {generation.get('max_new_tokens', '?')} tokens"
         note = (
             "± is one standard error, clustered by prompt. KL is Rao–Blackwellised: of every position the whole distribution. "
