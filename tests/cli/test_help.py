@@ -44,9 +44,11 @@ def test_every_command_is_listed_whole_and_its_help_ends_with_one_line_that_work
 
     from pe_dpo.cli import app
 
-    page, group = pe_dpo("--help", columns=80).out, get_command(app)
-    assert "…" not in page and "..." not in page.partition("Commands:")[2]
-    assert all(re.search(rf"^  {name}  +\S.*\w$", page, re.MULTILINE) for name in group.commands)
+    group = get_command(app)
+    for path, parent in [((), group), (("recipes",), group.commands["recipes"])]:
+        page = pe_dpo(*path, "--help", columns=80).out
+        assert "…" not in page and "..." not in page.partition("Commands:")[2]
+        assert all(re.search(rf"^  {name}  +\S.*\w$", page, re.MULTILINE) for name in parent.commands)
     for name, command in group.commands.items():
         for path, one in [
             ((name,), command),

@@ -14,7 +14,7 @@ recipes = typer.Typer(
 )
 
 
-@recipes.command("list", epilog="Example: pe-dpo recipes list")
+@recipes.command("list", short_help="List the recipes, with their hardware", epilog="Example: pe-dpo recipes list")
 def list_recipes() -> None:
     """List the recipes, with their hardware."""
     from pe_dpo.recipe import recipe_header, recipe_names
@@ -59,7 +59,7 @@ def losses() -> None:
         _say(f"    {formula(loss).partition(',  Δ = ')[0].removesuffix(', summed over tokens')}{per_token}", indent=6)
 
 
-@recipes.command(epilog="Example: pe-dpo recipes copy qwen3-0.6b-dpo mine.yaml")
+@recipes.command(short_help="Copy a recipe, to change it", epilog="Example: pe-dpo recipes copy qwen3-0.6b-dpo mine.yaml")
 def copy(
     name: Annotated[str, typer.Argument(help="A shipped recipe.")],
     to: Annotated[Path, typer.Argument(help="A file, or a folder.")] = Path(),
@@ -71,7 +71,9 @@ def copy(
     typer.echo(f"copied to {copied}\nput your own data and base in, then: pe-dpo check {shlex.quote(str(copied))}")
 
 
-@recipes.command(epilog="Example: pe-dpo recipes schema > recipe.schema.json")
+@recipes.command(
+    short_help="Print the JSON schema of a recipe, for editors", epilog="Example: pe-dpo recipes schema > recipe.schema.json"
+)
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     from pe_dpo.recipe import Recipe
