@@ -117,6 +117,16 @@ def test_every_command_line_that_a_page_shows_is_taken() -> None:
     assert found == []
 
 
+def test_a_how_to_shows_its_commands_whole() -> None:
+    """Above 100 characters a page is scrolled sideways; what a comment says may lie there."""
+    assert [
+        (block.where, line)
+        for block in EVERY_BLOCK
+        for line in block.lines
+        if "how-to/" in block.where and line.startswith("pe-dpo ") and len(line.partition("  #")[0]) > 100
+    ] == []
+
+
 def test_every_command_that_a_sentence_names_is_taken() -> None:
     """There, what a command needs may be left out."""
     found = []
