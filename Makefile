@@ -20,6 +20,7 @@ STUDIES = study-learning study-explicit study-luck
 
 quickstart: $(VENV)/installed
 	$(BIN)/pe-dpo quickstart
+	@echo "so that pe-dpo is found: . $(BIN)/activate"
 
 test: $(VENV)/installed-test
 	$(PYTEST) -m "not engine" $(PYTEST_ARGS)
