@@ -37,10 +37,22 @@ class End(NamedTuple):
     reference: Floats
 
 
+def kept(data: str) -> list[Path]:
+    """Return the folders with the numbers of a data set: three seeds, and two that were added once those were known."""
+    return [folder for name in (data, f"{data}-more") if (folder := NUMBERS.parent / name).is_dir()]
+
+
 @cache
 def grid_ends(data: str) -> dict[tuple[float, float], list[End]]:
     """Return the ends of runs by (β, κ) of the grid, one a seed."""
-    folder = NUMBERS.parent / data
+    found: dict[tuple[float, float], list[End]] = {}
+    for folder in kept(data):
+        for key, ends in _ends_in(folder).items():
+            found.setdefault(key, []).extend(ends)
+    return found
+
+
+def _ends_in(folder: Path) -> dict[tuple[float, float], list[End]]:
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     pairs = pyarrow.parquet.read_table(folder / "pairs.parquet")
     rows: dict[str, list[int]] = {}
@@ -100,15 +112,16 @@ def compared(data: str, metric: str) -> Comparison:
     from pe_dpo import compare
 
     questions = [f"{dial} against beta within {WITHIN}" for dial in DIALS]
-    return compare([_unpacked(data)], metric=metric, contrasts=questions)
+    return compare(_unpacked(data), metric=metric, contrasts=questions)
 
 
 @cache
-def _unpacked(data: str) -> Path:
-    """The sweep of a data set in a folder that is there until the process ends."""
-    place = temporary_folder() / data
-    unpack(NUMBERS.parent / data, place)
-    return place
+def _unpacked(data: str) -> list[Path]:
+    """The sweeps of a data set in a folder that is there until the process ends."""
+    place = temporary_folder()
+    for folder in kept(data):
+        unpack(folder, place / folder.name)
+    return [place / folder.name for folder in kept(data)]
 
 
 def pooled_table() -> str:
