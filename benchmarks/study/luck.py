@@ -121,11 +121,9 @@ def components_table(measured: Measured) -> str:
     }
     for name, number in numbers.items():
         for arm, words in ARMS.items():
-            states = [one for one in of_arm(measured, arm) if one.is_end]
-            draws, seeds = len({one.draw for one in states}), len({one.seed for one in states})
-            values = np.array([number(one) for one in states]).reshape(draws, seeds, -1)
-            parts = [f"{100 * variance**0.5:.1f}" for variance in components(values)]
-            lines.append(f"| {name}, {words} | {100 * values.mean():.1f} | " + " | ".join(parts) + " |")
+            mean, found = spread(measured, arm, number)
+            parts = [f"{100 * variance**0.5:.1f}" for variance in found]
+            lines.append(f"| {name}, {words} | {100 * mean:.1f} | " + " | ".join(parts) + " |")
     return "\n".join(lines)
 
 
@@ -133,16 +131,45 @@ def best_table(measured: Measured) -> str:
     """Return the best of k by one half of the questions, on both halves; mean over draws and halves, in points."""
     head = ["k", *(f"{words}: picked by, read, win" for words in ARMS.values())]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    draws = sorted({one.draw for one in measured.states})
-    seen = {arm: [half for draw in draws for half in halves(measured, of_arm(measured, arm, draw))] for arm in ARMS}
+    found = {arm: best_by_size(measured, arm) for arm in ARMS}
     for size in SIZES:
-        cells = []
-        for found in seen.values():
-            three = [
-                100
-                * np.mean([best_of(one.picks, worth, size) for one, worth in ((half, getattr(half, name)) for half in found)])
-                for name in ("picks", "reads", "wins")
-            ]
-            cells.append(", ".join(f"{value:.1f}" for value in three))
+        cells = [", ".join(f"{value:.1f}" for value in of_arm[size]) for of_arm in found.values()]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def best_by_size(measured: Measured, arm: str) -> dict[int, Halves]:
+    """Return what the best of k is by the half that picks, on the other half and truly there: mean over draws, in %, by k."""
+    draws = sorted({one.draw for one in measured.states})
+    found = [half for draw in draws for half in halves(measured, of_arm(measured, arm, draw))]
+    return {
+        size: Halves(*(100 * np.mean([[best_of(half.picks, worth, size) for worth in half] for half in found], axis=0)))
+        for size in SIZES
+    }
+
+
+def spread(measured: Measured, arm: str, number: Callable[[State], float]) -> tuple[float, Components]:
+    """Return mean and components of variance of a number at the ends of an arm's runs."""
+    states = [one for one in of_arm(measured, arm) if one.is_end]
+    draws, seeds = len({one.draw for one in states}), len({one.seed for one in states})
+    values = np.array([number(one) for one in states]).reshape(draws, seeds, -1)
+    return float(values.mean()), components(values)
+
+
+def facts(measured: Measured) -> dict[str, str]:
+    """Return the numbers that the page's sentences take from the experiment, as they stand there."""
+    most = max(SIZES)
+    best = {arm: best_by_size(measured, arm) for arm in ARMS}
+    coin, dpo, first = best["shuffled"][most], best["dpo"][most], best["dpo"][1]
+    _, variances = spread(measured, "dpo", measured.win)
+    deviations = Components(*(100 * variance**0.5 for variance in variances))
+    picked, read, truly = (last - one for last, one in zip(dpo, first, strict=True))
+    return {
+        "a coin's best": f"{coin.picks - coin.reads:.1f} points better on the half that picked it",
+        "a coin's best, truly": f"its true win rate is {coin.wins:.1f} %",
+        "DPO's best, truly": f"DPO's is {dpo.wins:.1f} %",
+        "gain of the best": f"{picked:.1f} points on the half that picks, {read:.1f} on the other",
+        "what the gain is worth": f"{truly:.1f} points of true win rate",
+        "sd by configuration and seed": f"{deviations.configurations:.1f} points against {deviations.seeds:.1f} for the seed",
+        "sd by draw": f"{deviations.draws:.1f} for which pairs were drawn",
+    }

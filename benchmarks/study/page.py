@@ -28,7 +28,7 @@ VALE: dict[str, dict[str, Callable[[Measured], str]]] = {
     },
     "luck": {"luck-components": luck.components_table, "luck-best": luck.best_table},
 }
-VALE_FACTS = {"learning": learning.facts, "explicit": explicit.facts}
+VALE_FACTS = {"learning": learning.facts, "explicit": explicit.facts, "luck": luck.facts}
 
 
 def tables() -> dict[str, str]:
