@@ -300,3 +300,17 @@ def test_a_run_whose_record_is_torn_is_on_the_page_with_the_reason(sweep, tmp_pa
     row = _sections(content)["runs-table"].tables[0].rows[3]
     assert (row[2], row[4]) == ("failed", "–")
     assert any(line.startswith(f"{run.relative_to(copy)}: failed (") and "run.json" in line for line in content.missing)
+
+
+def test_without_the_base_recipe_differences_are_to_the_first_arm_and_say_so(tmp_path) -> None:
+    sweep = fake_runs.write_sweep(
+        tmp_path / "sweep", [{"loss.beta": 0.025}, {"loss.beta": 0.4}], seeds=(0, 1), steps=2, snapshots=0, pairs=40, prompts=20
+    )
+    content = report_sweep(sweep, metric="accuracy/shift")
+    tables = {table.name: table for table in content.tables}
+    arms, sides = tables["arms"], tables["sides"]
+    tokens = [dict(zip(arms.header, row, strict=True)) for row in arms.rows]
+    first, second = (_float(row["tokens"]) for row in tokens)
+    assert [_float(row["Δ tokens"]) for row in tokens] == [0, pytest.approx(second - first, abs=0.011)]
+    assert "Δ KL, Δ tokens: against β = 0.025" in arms.note and "minus β = 0.025" in sides.header
+    assert "accuracy/shift minus that of β = 0.025, each at its own KL" in _sections(content)["equal-kl"].plots[0].caption

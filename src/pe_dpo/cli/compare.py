@@ -145,7 +145,9 @@ def _show_sides(found: "SideComparison") -> None:
     unit = "in points with" if found.is_share else "with"
     title = f"{_title(found.metric)} where {name} ranks right and where wrong ({way}),"
     title += f"\n{unit} {100 * found.confidence:g} % intervals"
-    console.show_table(title, ["point", *names, "wrong − right", "minus base's", "p (Holm)"], rows)
+    bases = [point.name for point in found.points if point.gap_direct is None]
+    minus = f"minus {bases[0]}" if len(bases) == 1 else "minus base's"  # several data sets have one each
+    console.show_table(title, ["point", *names, "wrong − right", minus, "p (Holm)"], rows)
 
 
 def _show_arms(found: "Comparison") -> None:

@@ -257,7 +257,7 @@ def rows_plots(
 
 
 def equal_kl_section(comparison: Comparison) -> PageSection:
-    """Return differences at equal KL; where there are none, differences to the base recipe."""
+    """Return differences at equal KL; where there are none, differences to the base recipe or, without it, the first arm."""
     title = "Differences at equal KL"
     unit = f"difference in {comparison.metric}" + (", points" if comparison.is_share else "")
     interval = f"{100 * comparison.confidence:g} % interval"
@@ -284,8 +284,9 @@ def equal_kl_section(comparison: Comparison) -> PageSection:
             "`pe-dpo compare … --baseline scale`)."
         )
     rows = [(arm.name, _difference(comparison, arm, arm.direct)) for arm in comparison.arms if arm.direct]
+    base = next(arm.name for arm in comparison.arms if arm.direct is None)
     caption = (
-        f"{comparison.metric} minus that of the base recipe, each at its own KL, with {interval}: an arm that went further "
+        f"{comparison.metric} minus that of {base}, each at its own KL, with {interval}: an arm that went further "
         "from the reference may be ahead for that alone."
     )
     plots = rows_plots("direct", rows, unit, caption, level=0.0) if rows else []

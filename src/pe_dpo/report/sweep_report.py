@@ -142,8 +142,8 @@ def _contrasts_section(comparison: Comparison) -> PageSection:
 
 def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     """The table of arms: effect at equal KL, KL, accuracy, length, entropy, cost."""
-    base = next((arm for arm in comparison.arms if not arm.settings), None)
-    base_tokens = _mean(sweep.rows_of(base), "tokens") if base else math.nan
+    base = next(arm for arm in comparison.arms if arm.direct is None)
+    base_tokens = _mean(sweep.rows_of(base), "tokens")
     has_wins = any(run.row is not None and "win_rate" in run.row.metrics for run in sweep.runs)
     form = ".3f" if comparison.is_share else ".4f"
     rows = []
@@ -197,7 +197,7 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         f"{comparison.metric}: {comparison.title}; ± is the standard deviation between seeds. Δ at equal KL: minus "
         f"{comparison.baseline} at the same √KL, with {100 * comparison.confidence:g} % interval, never extrapolated; in "
         "range: for how many seeds. Pareto: share of replicates in which no other arm has as small a KL and as good a value. "
-        "Accuracy: share of held-out pairs with Δπ > 0. Δ KL, Δ tokens: against the base recipe. Seconds: of training, mean. "
+        f"Accuracy: share of held-out pairs with Δπ > 0. Δ KL, Δ tokens: against {base.name}. Seconds: of training, mean. "
         "– stands for what was not measured.",
     )
     return PageSection("arms-table", "Arms", tables=[table])
@@ -236,7 +236,7 @@ def _sides_section(folder: Path, comparison: Comparison) -> PageSection:
     for one in found.points:
         p = "–" if one.gap_direct is None else fmt(one.gap_direct.p_adjusted, ".2g")
         rows.append([one.name, cell(one.right), cell(one.wrong), cell(one.gap, "+"), cell(one.gap_direct, "+"), p])
-    counts = found.points[0].pairs
+    counts, base = found.points[0].pairs, next(one.name for one in found.points if one.gap_direct is None)
     way = "log-probs per token" if found.per_token else "summed log-probs"
     table = PageTable(
         "sides",
@@ -246,13 +246,13 @@ def _sides_section(folder: Path, comparison: Comparison) -> PageSection:
             f"π0 right ({counts['right']:g})",
             f"π0 wrong ({counts['wrong']:g})",
             "wrong − right",
-            "minus base's",
+            f"minus {base}",
             "p (Holm)",
         ],
         rows,
         "One share of all pairs averages both sides, which may move apart. Means over seeds, with "
-        f"{100 * found.confidence:g} % intervals over prompts and seeds; the gap and its difference from the base recipe's are "
-        "paired by seed and prompt.",
+        f"{100 * found.confidence:g} % intervals over prompts and seeds; the gap and its difference from that of {base} "
+        "are paired by seed and prompt.",
     )
     return PageSection("sides", title, tables=[table])
 
