@@ -376,11 +376,12 @@ def even_queries(queries: int) -> int:
 def even_keys(keys: int) -> int:
     """Return the keys to compute with, so that a token's result does not depend on how many keys are hidden behind it.
 
-    torch 2.13 on the CPU takes keys in blocks of 512, and a product over 192 to 384 of them is split in halves that depend on
-    their number. The tests of exactness show it when a later version sums in another order.
+    torch 2.13 on the CPU takes keys in blocks of 512, and MKL splits a product over some of them in parts that depend on their
+    number: 193 to 383 on an AMD EPYC, 384 to 511 on an Intel Xeon. The tests of exactness show it when a later version, or
+    another processor, sums in another order.
     """
     blocks, rest = divmod(keys + -keys % 16, 512)
-    return 512 * blocks + (384 if 192 < rest < 384 else rest)
+    return 512 * blocks + (512 if rest > 192 else rest)
 
 
 def switch_on(model: Any) -> str:
