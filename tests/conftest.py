@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 from recorded import recording
 
-gc.disable()  # until all tests are collected: it would go through a million objects that stay, a third of the time
+gc.disable()  # until all tests are collected: it would go through a million objects that stay, for a third of the time that takes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that run the tests share the cores, and so do those they start
@@ -161,45 +161,7 @@ def _write_tiny_pairs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def _packing_proved_once(tiny_base: Path) -> Iterator[None]:
-    """That rows of the tiny base may be packed is proved by the first run in each process: it is a sixth of a run's time.
-
-    What the proof finds and refuses is the subject of tests/model/test_packed_models.py and tests/inference/test_rounding.py.
-    """
-    import torch
-
-    from pe_dpo.evaluation import evaluate
-    from pe_dpo.inference import reference, scorer
-    from pe_dpo.model.attention import switch_on
-    from pe_dpo.training import train
-
-    prove, proved = scorer._pack, set()
-
-    def pack(one: Any, model: Any, probe: Any, least: float) -> str:
-        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        case = causal_lm.name_or_path, causal_lm.dtype, getattr(causal_lm, "is_quantized", False)
-        if case in proved:
-            switch_on(causal_lm)
-            one.path, one.noise = "segments", least
-            return ""
-        reason = prove(one, model, probe, least)
-        if not reason and case[:2] == (str(tiny_base), torch.float32):
-            proved.add(case)
-        return reason
-
-    def choose(*arguments: Any, **options: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scorer, "_pack", pack)
-            return scorer.choose_scorer(*arguments, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (train, evaluate, reference):
-            patch.setattr(module, "choose_scorer", choose)
-        yield
-
-
-@pytest.fixture(scope="session")
-def tiny_recipe(tiny_base: Path, tiny_pairs: Path, _packing_proved_once: None) -> Callable:
+def tiny_recipe(tiny_base: Path, tiny_pairs: Path) -> Callable:
     """A recipe over the tiny world, given its output folder; "section.key=value" strings change it."""
     from pe_dpo.recipe import Recipe, recipe_from_yaml
 
