@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 from recorded import recording
 
-gc.disable()  # until all tests are collected: it would go through a million objects that stay, for a third of the time that takes
+gc.disable()  # until all tests are collected: it would go through a million objects that stay, a third of the time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that run the tests share the cores, and so do those they start
