@@ -27,12 +27,12 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def pe_dpo() -> Callable[..., Finished]:
-    """Run `pe-dpo` with the given arguments, as the installed script does on 120 columns, and return what it left."""
+    """Run `pe-dpo` with the given arguments, as the installed script does, and return what it left; into a pipe or on a screen."""
 
-    def run(*arguments: object, columns: int = 120) -> Finished:
+    def run(*arguments: object, columns: int = 120, is_screen: bool = False) -> Finished:
         out, err = io.StringIO(), io.StringIO()
         argv = ["pe-dpo", *map(str, arguments)]
-        environment = {"COLUMNS": str(columns), "HF_TOKEN": SECRET}
+        environment = {"COLUMNS": str(columns), "HF_TOKEN": SECRET, "TTY_COMPATIBLE": str(int(is_screen)), "TERM": "dumb"}
         with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, environment):  # noqa: SIM117
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
                 main()

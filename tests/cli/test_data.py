@@ -20,9 +20,9 @@ def write(tmp_path):
 
 
 def test_the_screen_without_a_model(pe_dpo, write):
-    done = pe_dpo("data", write(*CLEAN, CLEAN[0]), columns=80)
+    done = pe_dpo("data", write(*CLEAN, CLEAN[0]), columns=80, is_screen=True)
     assert (done.code, done.err) == (0, "")
-    lines = [line.rstrip() for line in done.out.splitlines()]
+    lines = [line.rstrip() for line in done.out.strip().splitlines()]
     assert lines[:2] == ["read 21 rows: pairs.jsonl (21)", "understood as prompt (text), chosen and rejected (text)"]
     assert "lengths are characters" in lines
     assert "no prompt that is held out is read in training" in lines
@@ -36,7 +36,7 @@ def test_the_screen_without_a_model(pe_dpo, write):
 
 
 def test_with_a_tokenizer_the_pairs_are_what_the_model_reads(pe_dpo, write, tiny_base):
-    out = pe_dpo("data", write(*CLEAN), "--base", tiny_base, columns=80).out
+    out = pe_dpo("data", write(*CLEAN), "--base", tiny_base, columns=80, is_screen=True).out
     assert "written with the tokenizer's chat template" in out
     assert "  chosen    5   «Yes.<|im_end|>»" in out
     assert out.endswith("\nnothing was found that needs a decision\n")
@@ -106,7 +106,7 @@ def test_many_kinds_of_findings_stay_within_a_screen(pe_dpo, write):
         return [{**CLEAN[0], column: value} for column in words for value in (1, None, [], {}, True, ["x"], {"x": 1})]
 
     long_words = [{**CLEAN[0], "margin": letter * 500} for letter in "abcdefgh"]
-    done = pe_dpo("data", write(*CLEAN, *long_words, *bad("prompt", "chosen", "rejected")), columns=80)
+    done = pe_dpo("data", write(*CLEAN, *long_words, *bad("prompt", "chosen", "rejected")), columns=80, is_screen=True)
     assert (done.code, done.err) == (0, "")
     assert "\n  8  malformed: column 'margin' is" in done.out  # one kind, whatever the value
     assert "kinds more; all of them with --json" in done.out
@@ -116,7 +116,7 @@ def test_many_kinds_of_findings_stay_within_a_screen(pe_dpo, write):
 
 def test_no_control_character_of_the_data_reaches_the_terminal_and_nothing_is_wider_than_it(pe_dpo, write):
     rows = [{"prompt": "p\x1b[2J\a" + "长" * 300, "chosen": "[red]\x9b" + "w" * 500, "rejected": "\r\t" + "汉字 " * 200}]
-    done = pe_dpo("data", write(*rows), "--set", "data.eval=0", columns=80)
+    done = pe_dpo("data", write(*rows), "--set", "data.eval=0", columns=80, is_screen=True)
     assert set(done.out) & {"\x1b", "\a", "\x9b", "\r", "\t"} == set()
     assert max(map(cell_len, done.out.splitlines())) <= 80
     assert "[red]\\x9bwww" in done.out
