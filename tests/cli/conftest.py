@@ -27,7 +27,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def pe_dpo() -> Callable[..., Finished]:
-    """Run `pe-dpo` with the given arguments, as the installed script does, and return what it left; into a pipe or on a screen."""
+    """Run `pe-dpo` with the given arguments, into a pipe or on a screen, as the installed script does; return what it left."""
 
     def run(*arguments: object, columns: int = 120, is_screen: bool = False) -> Finished:
         out, err = io.StringIO(), io.StringIO()
