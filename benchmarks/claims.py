@@ -127,7 +127,7 @@ def _made_apart(source: str, row: str) -> dict[str, str]:
 def _claim(name: str, page: str, text: str, source: str, *, status: str = "measured") -> Claim:
     known = _load(source)
     machine = known.get("machine") or {}
-    command = known.get("command") or f"python -m benchmarks {Path(source).stem}"
+    command = known.get("command") or f"python -m benchmarks{'.study page' if 'study/' in source else f' {Path(source).stem}'}"
     return Claim(name, page, text, status, f"benchmarks/results/{source}", command, machine.get("commit"), machine.get("cpu"))
 
 

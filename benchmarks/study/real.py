@@ -185,7 +185,7 @@ def verdicts_find() -> str:
     powers = [(power_of_points(*cell), compared(*cell).power) for cell in CELLS]
     found = [[100 * one.smallest_in_verdict for one in of_all if one is not None] for of_all in zip(*powers, strict=True)]
     points, dials = (f"{min(sizes):.0f} to {max(sizes):.0f}" for sizes in found)
-    return f"finds {points} points of difference with three seeds, one over four contrasts {dials}"
+    return f"finds {points} points of difference with three or five seeds, one over four contrasts {dials}"
 
 
 def facts(data: str) -> dict[str, str]:

@@ -56,12 +56,10 @@ def test_single_runs_are_compared_too(pe_dpo, sweep):
     assert "accuracy," in tables and [key for key in METRICS if "/" in key and key in tables] == []  # people read titles
 
 
-def test_all_of_it_fits_a_terminal_of_80_columns(pe_dpo, sweep, monkeypatch):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("NO_COLOR", "1")
+def test_all_of_it_fits_a_terminal_of_80_columns(pe_dpo, sweep):
     runs = [sweep / "runs" / name / "seed-0" for name in ("base", "gamma=0x")]
-    done = pe_dpo("compare", *runs, "--repeats", 100, columns=80)
-    lines = re.sub(r"\x1b\[[\d;]*m", "", done.out).splitlines()
+    done = pe_dpo("compare", *runs, "--repeats", 100, columns=80, is_screen=True)
+    lines = done.out.strip().splitlines()
     assert done.code == 0 and max(map(len, lines)) <= 80
     assert lines[0].startswith("Each at its own KL") and not lines[0].endswith(".")
 

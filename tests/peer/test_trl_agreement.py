@@ -15,7 +15,8 @@ from pe_dpo.model.adapter import save_adapter, start_from_adapter
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the peer extra")
 pytestmark = pytest.mark.peer
 
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5
+"""Of float32 in two orders: 1.1e-5 on a Xeon, below 1e-5 on an EPYC."""
 LOG_2 = math.log(2)
 
 NAMES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
