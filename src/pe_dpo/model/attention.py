@@ -17,7 +17,9 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -377,11 +379,19 @@ def even_keys(keys: int) -> int:
     """Return the keys to compute with, so that a token's result does not depend on how many keys are hidden behind it.
 
     torch 2.13 on the CPU takes keys in blocks of 512, and MKL splits a product over some of them in parts that depend on their
-    number: 193 to 383 on an AMD EPYC, 384 to 511 on an Intel Xeon. The tests of exactness show it when a later version, or
+    number: 384 to 511 on an Intel Xeon, 193 to 383 on an AMD EPYC. The tests of exactness show it when a later version, or
     another processor, sums in another order.
     """
     blocks, rest = divmod(keys + -keys % 16, 512)
-    return 512 * blocks + (512 if rest > 192 else rest)
+    if _is_intel():
+        return 512 * blocks + (512 if rest >= 384 else rest)
+    return 512 * blocks + (384 if 192 < rest < 384 else rest)
+
+
+@cache
+def _is_intel() -> bool:
+    known = Path("/proc/cpuinfo")
+    return known.is_file() and "GenuineIntel" in known.read_text(encoding="utf-8")
 
 
 def switch_on(model: Any) -> str:
