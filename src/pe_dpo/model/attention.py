@@ -379,12 +379,12 @@ def even_keys(keys: int) -> int:
     """Return the keys to compute with, so that a token's result does not depend on how many keys are hidden behind it.
 
     torch 2.13 on the CPU takes keys in blocks of 512, and MKL splits a product over some of them in parts that depend on their
-    number: 384 to 511 on an Intel Xeon, 193 to 383 on an AMD EPYC. The tests of exactness show it when a later version, or
+    number: 257 to 511 on an Intel Xeon, 193 to 383 on an AMD EPYC. The tests of exactness show it when a later version, or
     another processor, sums in another order.
     """
     blocks, rest = divmod(keys + -keys % 16, 512)
     if _is_intel():
-        return 512 * blocks + (512 if rest >= 384 else rest)
+        return 512 * blocks + (512 if rest > 256 else rest)
     return 512 * blocks + (384 if 192 < rest < 384 else rest)
 
 
