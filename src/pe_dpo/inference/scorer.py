@@ -257,10 +257,13 @@ def choose_scorer(
                 elif reason:
                     logger.info(f"prompts once, states handed on: packed rows are not right for this model ({reason})")
             scorer.noise = max(scorer.noise, least)
-            # Rotary scaling by the longest row, 8-bit outliers: then the shortest pair scores otherwise beside the longest.
-            alone, beside = (_token_logprobs(scorer, model, some) for some in (probe[:1], [probe[0], probe[-1]]))
-            is_moved = Rounding(scorer.noise).refutation(_differences(alone, beside[:2]))
-            if getattr(model, "is_loaded_in_8bit", False) or is_moved:
+            is_moved = getattr(model, "is_loaded_in_8bit", False)  # its outliers are found in all tokens together
+            if scorer.path == "padded" and not is_moved:
+                # Rotary scaling by the longest row: then the shortest pair scores otherwise beside the longest. Other paths
+                # were tried so: all pairs together, against each alone.
+                alone, beside = (_token_logprobs(scorer, model, some) for some in (probe[:1], [probe[0], probe[-1]]))
+                is_moved = Rounding(scorer.noise).refutation(_differences(alone, beside[:2])) is not None
+            if is_moved:
                 logger.warning(
                     "this model's log-probs depend on what else is in the batch; the reference is computed in every step"
                 )
@@ -419,7 +422,8 @@ def _refutation(
     rounding: Rounding,
 ) -> str | None:
     """Return why this path is not right for the model, or None."""
-    differ = rounding.refutation(_differences(_token_logprobs(packed, model, probe), padded))
+    together = _token_logprobs(packed, model, probe)
+    differ = rounding.refutation(_differences(together, padded))
     if differ:
         return f"log-probs differ from the padded ones {differ}"
     gradient = _gradient(packed, model, probe[:2])
@@ -430,29 +434,30 @@ def _refutation(
                 noise = _gradient(scorer, model, probe[:2])
             if noise is None or not off <= TYPICAL * _relative(noise, padded_gradient):
                 return f"gradients differ from the padded ones by {off:.2g}"
-    return None if packed.path == "handed" else _leak(packed, model, probe, rounding)
+    return None if packed.path == "handed" else _leak(packed, model, probe, together, rounding)
 
 
-def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair], rounding: Rounding) -> str | None:
+def _leak(
+    packed: Scorer, model: Any, probe: Sequence[EncodedPair], before: Sequence[Tensor], rounding: Rounding
+) -> str | None:
     """Return which stranger moves a pair's log-probs, or None: other tokens of the same number must not move them at all.
 
     Parallel hybrids attend like everybody else and carry a state along besides; in bfloat16 what it carries can be less than
     the rounding that `_refutation` must allow.
     """
-    stranger, *others = reversed(probe)
+    *others, stranger = probe
     turned = replace(stranger, prompt_ids=stranger.prompt_ids[::-1].copy())
     # The first token of its own stays, or starts would meet.
     own = common_start([stranger.chosen_ids, stranger.rejected_ids]) + 1
     half = replace(stranger, chosen_ids=np.concatenate([stranger.chosen_ids[:own], stranger.chosen_ids[own:][::-1]]))
-    before = _token_logprobs(packed, model, [stranger, *others])
     # Who changes, which answers' log-probs must stay, and what it means if they do not.
     for changed, answers, meaning in (
-        (turned, slice(2, None), "another pair in the row moves a log-prob"),
-        (half, slice(1, 2), "the chosen answer moves the rejected one's log-prob"),
+        (turned, slice(0, -2), "another pair in the row moves a log-prob"),
+        (half, slice(-1, None), "the chosen answer moves the rejected one's log-prob"),
     ):
-        if shared_tokens([changed, *others]) != shared_tokens([stranger, *others]) or not before[answers]:
+        if shared_tokens([*others, changed]) != shared_tokens(probe) or not before[answers]:
             continue  # another shape of the row, or nobody else in it
-        after = _token_logprobs(packed, model, [changed, *others])
+        after = _token_logprobs(packed, model, [*others, changed])
         off = torch.cat(_differences(after[answers], before[answers])).abs()
         if getattr(model, "is_loaded_in_8bit", False):  # outliers are found in all tokens together
             is_moved = rounding.refutation([off]) is not None
