@@ -437,9 +437,7 @@ def _refutation(
     return None if packed.path == "handed" else _leak(packed, model, probe, together, rounding)
 
 
-def _leak(
-    packed: Scorer, model: Any, probe: Sequence[EncodedPair], before: Sequence[Tensor], rounding: Rounding
-) -> str | None:
+def _leak(packed: Scorer, model: Any, probe: Sequence[EncodedPair], before: Sequence[Tensor], rounding: Rounding) -> str | None:
     """Return which stranger moves a pair's log-probs, or None: other tokens of the same number must not move them at all.
 
     Parallel hybrids attend like everybody else and carry a state along besides; in bfloat16 what it carries can be less than
