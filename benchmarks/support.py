@@ -20,6 +20,8 @@ KINDS = {
 """Kinds of bases, each with the first architecture of its part of the results."""
 SHOWN = 5
 """Names of a kind, in a cell that a phone has room for."""
+FEW = 2
+"""An engine that was asked about no more artefacts than this has no column of its own, for which a page of 46 em has no room."""
 
 
 def bases_table() -> str:
@@ -48,10 +50,13 @@ def engines_table() -> str:
     for engine in CASES:
         for row in engines.get(engine, {}).get("rows", []):
             cells.setdefault(artefact_name(row), {})[engine] = _answer(row)
-    shown = [engine for engine in CASES if any(engine in found for found in cells.values())]
-    lines = [f"| | {' | '.join(NAMES[engine] for engine in shown)} |", f"|{' --- |' * (len(shown) + 1)}"]
+    answers = {engine: sum(engine in found for found in cells.values()) for engine in CASES}
+    columns = [engine for engine, number in answers.items() if number > FEW]
+    others = [engine for engine, number in answers.items() if 0 < number <= FEW]
+    lines = [f"| | {' | '.join(NAMES[engine] for engine in columns)} | others |", f"|{' --- |' * (len(columns) + 2)}"]
     for name, found in cells.items():
-        lines.append(f"| {name} | {' | '.join(found.get(engine, '–') for engine in shown)} |")
+        other = "; ".join(f"{NAMES[engine]}: {found[engine]}" for engine in others if engine in found) or "–"
+        lines.append(f"| {name} | {' | '.join(found.get(engine, '–') for engine in columns)} | {other} |")
     return "\n".join(lines)
 
 
@@ -77,7 +82,7 @@ def _answer(row: Mapping[str, Any]) -> str:
     if "failed" in row:
         return "no"
     if row["known"]:
-        return f"no: {row['known']}"
+        return f"no ({row['known']})"
     if "difference" in row:
         return f"{row['difference']:.0e}"
     same = [f"{row[part][0]} of {row[part][1]} {part}" for part in ("chats", "prompts") if part in row]

@@ -54,7 +54,7 @@ def _rows(page, name: str) -> list[dict[str, str]]:
 def test_the_decision_comes_first_and_what_was_run_last(written) -> None:
     content, _ = written
     names = [section.name for section in content.sections]
-    assert names[:3] == ["arms-table", "equal-kl", "frontier"] and names[-2:] == ["runs-table", "plan"]
+    assert names[:3] == ["points-table", "equal-kl", "frontier"] and names[-2:] == ["runs-table", "plan"]
     assert [section.name for section in content.sections if section.is_folded] == ["runs-table", "plan"]
     assert dict(content.sections[-1].facts)["Seeds"] == "3 (0, 1, 2)"
     assert all(alarm.startswith("Warning: ") for alarm in content.alarms) and len(content.alarms) > 0
@@ -117,23 +117,35 @@ def _kl_by_prompt(run) -> float:
     return statistics.fmean(statistics.fmean(values) for values in by_prompt.values())
 
 
-def test_an_arm_is_the_mean_of_its_runs(page) -> None:
+def test_a_page_says_point_as_compare_does(written) -> None:
+    assert re.findall(r"(?i)\barms?\b", (written[1] / "page.html").read_text(encoding="utf-8")) == []
+
+
+def test_the_tables_of_points_fit_a_page_of_1200_pixels(page) -> None:
+    """Of 1,088 pixels the name of a point takes 128 at least, each further column 13 and 8 a character."""
+    for name in ("points", "points-more"):
+        header, *rows = page.tables[name]
+        widths = [max(max(map(len, head.split())), *map(len, cells)) for head, *cells in zip(header, *rows, strict=True)]
+        assert 128 + sum(13 + 8 * width for width in widths[1:]) <= 1088
+
+
+def test_a_point_is_the_mean_of_its_runs(page) -> None:
     runs = [row for row in _rows(page, "runs") if row["run"] == "β = 0.4"]
-    arm = next(row for row in _rows(page, "arms") if row["arm"] == "β = 0.4")
-    mean, spread = map(_float, arm["accuracy/shift"].split(" ± "))
+    point, more = (next(row for row in _rows(page, name) if row["point"] == "β = 0.4") for name in ("points", "points-more"))
+    mean, spread = map(_float, point["accuracy/shift"].split(" ± "))
     values = [_float(row["accuracy/shift"]) for row in runs]
     assert mean == pytest.approx(statistics.fmean(values), abs=6e-4)
     assert spread == pytest.approx(statistics.stdev(values), abs=6e-4)
-    assert _float(arm["KL, nats"]) == pytest.approx(statistics.fmean(_float(row["KL, nats"]) for row in runs), abs=1e-4)
-    assert _float(arm["tokens"]) == pytest.approx(statistics.fmean(_float(row["tokens"]) for row in runs), abs=1e-2)
-    assert arm["Δ at equal KL, points"] == "baseline"
+    assert _float(point["KL, nats"]) == pytest.approx(statistics.fmean(_float(row["KL, nats"]) for row in runs), abs=1e-4)
+    assert _float(more["tokens"]) == pytest.approx(statistics.fmean(_float(row["tokens"]) for row in runs), abs=1e-2)
+    assert point["Δ at equal KL, points"] == "baseline"
 
 
 def test_effects_at_equal_kl_are_those_of_compare(sweep, page) -> None:
     from pe_dpo.experiments.compare import compare
 
     arms = compare([sweep], metric="accuracy/shift").arms
-    for row, arm in zip(_rows(page, "arms"), arms, strict=True):
+    for row, arm in zip(_rows(page, "points"), arms, strict=True):
         found = re.fullmatch(r"([−+]?[\d.]+) \[([−+]?[\d.]+), ([−+]?[\d.]+)\]", row["Δ at equal KL, points"])
         lone = arm.matched is not None and math.isnan(arm.matched.low)
         assert (found is None) == (arm.matched is None or lone)
@@ -145,15 +157,15 @@ def test_effects_at_equal_kl_are_those_of_compare(sweep, page) -> None:
 
 
 def test_earlier_states_have_their_own_numbers(sweep, page) -> None:
-    arms = {row["arm"]: row for row in _rows(page, "arms")}
-    stopped = [name for name in arms if "stop" in name]
+    points = {row["point"]: row for row in _rows(page, "points-more")}
+    stopped = [name for name in points if "stop" in name]
     assert len(stopped) == 2
     values = []
     for seed in range(3):
         folder = next(path for path in sorted(sweep.glob(f"runs/*/seed-{seed}")) if path.parent.name in ("base", ""))
         answers = parquet.read_table(next(iter(sorted(folder.glob("snapshots/*")))) / "generations.parquet")
         values.append(statistics.fmean(answers["tokens"].to_pylist()))
-    assert _float(arms[stopped[0]]["tokens"]) == pytest.approx(statistics.fmean(values), abs=1e-2)
+    assert _float(points[stopped[0]]["tokens"]) == pytest.approx(statistics.fmean(values), abs=1e-2)
     assert len(_rows(page, "snapshots")) == 42
 
 
@@ -239,7 +251,7 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path) -> None:
     sections = _sections(report_sweep(sweep))
     assert "--seeds 3" in sections["seeds"].missing[0]
     assert "every point has one seed" in sections["limits"].missing[0]
-    assert not re.search(r"\bnan\b", " ".join(cell for row in sections["arms-table"].tables[0].rows for cell in row))
+    assert not re.search(r"\bnan\b", " ".join(cell for row in sections["points-table"].tables[0].rows for cell in row))
 
 
 def test_a_sweep_that_does_not_turn_gamma_has_no_kappa_plot(tmp_path) -> None:
@@ -308,9 +320,10 @@ def test_without_the_base_recipe_differences_are_to_the_first_arm_and_say_so(tmp
     )
     content = report_sweep(sweep, metric="accuracy/shift")
     tables = {table.name: table for table in content.tables}
-    arms, sides = tables["arms"], tables["sides"]
-    tokens = [dict(zip(arms.header, row, strict=True)) for row in arms.rows]
+    points, more, sides = tables["points"], tables["points-more"], tables["sides"]
+    tokens = [dict(zip(more.header, row, strict=True)) for row in more.rows]
     first, second = (_float(row["tokens"]) for row in tokens)
     assert [_float(row["Δ tokens"]) for row in tokens] == [0, pytest.approx(second - first, abs=0.011)]
-    assert "Δ KL, Δ tokens: against β = 0.025" in arms.note and "minus β = 0.025" in sides.header
+    assert "Δ KL: against β = 0.025" in points.note and "Δ tokens: against β = 0.025" in more.note
+    assert "minus β = 0.025" in sides.header
     assert "accuracy/shift minus that of β = 0.025, each at its own KL" in _sections(content)["equal-kl"].plots[0].caption

@@ -34,7 +34,7 @@ def sweep(
         typer.Option("--prompts", min=0, help="Held-out prompts to sample answers to, for KL; default: the recipe's, else 64."),
     ] = None,
     snapshots: Annotated[
-        int | None, typer.Option("--snapshots", min=0, help="Measure so often along each run: the early-stopping arm.")
+        int | None, typer.Option("--snapshots", min=0, help="Measure so often along each run: early stopping, as points of its own.")
     ] = None,
     dropout_control: Annotated[
         bool, typer.Option("--dropout-control", help="For each mixout p a run with dropout p on the adapter's input instead.")

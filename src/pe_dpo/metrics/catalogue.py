@@ -107,7 +107,7 @@ _REFERENCE = ("reference_chosen", "reference_rejected")
 _REWARDS = ("chosen_reward", "rejected_reward")
 _LENGTHS = ("chosen_lengths", "rejected_lengths")
 _POLICY = ("policy_chosen", "policy_rejected")
-_OWN_COEFFICIENTS = "contains the β and γ that each arm was trained with"
+_OWN_COEFFICIENTS = "contains the β and γ that each run was trained with"
 
 
 def _saturation(table: PairTable) -> tuple[float, float]:

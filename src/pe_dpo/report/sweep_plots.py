@@ -34,7 +34,7 @@ from pe_dpo.report.style import (
 from pe_dpo.report.sweep_record import SweepRecord
 
 ANSWERS = "`pe-dpo eval RUN --prompts 64` for each run, or generation.prompts in the recipe of the sweep."
-NO_KL = f"KL(π‖π0) was not measured, so arms cannot be held against each other at equal KL; sample answers: {ANSWERS}"
+NO_KL = f"KL(π‖π0) was not measured, so points cannot be held against each other at equal KL; sample answers: {ANSWERS}"
 SCALED = "scaled adapter"
 """Arms that are others, scaled toward the reference."""
 MOST_ROWS = 30
@@ -63,17 +63,17 @@ def frontier_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         return PageSection("frontier", title, missing=[NO_KL])
     trained = [number for number, arm in arms.items() if _kind(comparison, arm) != SCALED]
     numbered = next((numbers for numbers in (list(arms), trained) if len(numbers) <= MOST_NUMBERS), [])
-    numbers = "; numbers as in the table of arms" if numbered else ""
+    numbers = "; numbers as in the table of points" if numbered else ""
     scaled = " ×: adapters scaled toward the reference, which takes no training." if SCALED in _looks(comparison) else ""
     ends = f"√KL from {min(arm.root_kl for arm in arms.values()):.2g} to {max(arm.root_kl for arm in arms.values()):.2g}"
     lowest, highest = min(arm.value for arm in arms.values()), max(arm.value for arm in arms.values())
     plot = Plot(
         "frontier",
         frontier(sweep, comparison, arms, numbered),
-        f"{comparison.title[:1].upper()}{comparison.title[1:]}. Large: arms, mean over seeds, with 95 % intervals both "
+        f"{comparison.title[:1].upper()}{comparison.title[1:]}. Large: points, mean over seeds, with 95 % intervals both "
         f"ways{numbers}. Small: every run.{scaled} Dark line: {comparison.baseline}, against which others are held. "
-        "An arm above it gets more for its KL, if the intervals allow to say so; a bar with an arrow goes on beyond the panel.",
-        f"Scatter of {len(arms)} arms, {ends}, {comparison.metric} from {lowest:.3g} to {highest:.3g}.",
+        "A point above it gets more for its KL, if the intervals allow to say so; a bar with an arrow goes on beyond the panel.",
+        f"Scatter of {len(arms)} points, {ends}, {comparison.metric} from {lowest:.3g} to {highest:.3g}.",
         is_wide=True,
     )
     return PageSection("frontier", title, plots=[plot])
@@ -221,7 +221,7 @@ def rows_plots(
         f"{label}: {found if isinstance(found, str) else ', '.join(fmt(mark.centre, '.3g') for mark in found)}"
         for label, found in rows
     ]
-    alt = f"Dot plot, one row per arm. {'; '.join(words)}."
+    alt = f"Dot plot, one row per point. {'; '.join(words)}."
     parts = [rows[start : start + MOST_ROWS] for start in range(0, len(rows), MOST_ROWS)]
     plots = []
     for number, part in enumerate(parts, start=1):
@@ -269,7 +269,7 @@ def equal_kl_section(comparison: Comparison) -> PageSection:
         caption = (
             f"{comparison.metric} minus {comparison.baseline} at the same √KL, mean over seeds with {interval} over "
             f"prompts and seeds; ticks are seeds. Filled: told apart after Holm's correction ({apart} of {tested}). "
-            f"Never extrapolated: arms whose √KL {comparison.baseline} did not reach have no difference."
+            f"Never extrapolated: points whose √KL {comparison.baseline} did not reach have no difference."
         )
         return PageSection("equal-kl", title, plots=rows_plots("matched", rows, unit, caption, level=0.0))
     if all(math.isnan(arm.root_kl) for arm in comparison.arms):
@@ -278,15 +278,15 @@ def equal_kl_section(comparison: Comparison) -> PageSection:
         missing = f"only {comparison.baseline} was varied, and it is the line that others are held against."
     else:
         missing = (
-            f"no arm's √KL lies within what {comparison.baseline} reached; run more of its values, on both sides, or "
-            "hold arms against what takes no runs: early stopping (`pe-dpo sweep … --snapshots 4`, then "
+            f"no point's √KL lies within what {comparison.baseline} reached; run more of its values, on both sides, or "
+            "hold points against what takes no runs: early stopping (`pe-dpo sweep … --snapshots 4`, then "
             "`pe-dpo compare … --baseline step`) or scaled adapters (`pe-dpo sweep … --scale-control 0.5,0.75`, then "
             "`pe-dpo compare … --baseline scale`)."
         )
     rows = [(arm.name, _difference(comparison, arm, arm.direct)) for arm in comparison.arms if arm.direct]
     base = next(arm.name for arm in comparison.arms if arm.direct is None)
     caption = (
-        f"{comparison.metric} minus that of {base}, each at its own KL, with {interval}: an arm that went further "
+        f"{comparison.metric} minus that of {base}, each at its own KL, with {interval}: a point that went further "
         "from the reference may be ahead for that alone."
     )
     plots = rows_plots("direct", rows, unit, caption, level=0.0) if rows else []
@@ -313,10 +313,10 @@ def seeds_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     ]
     missing = []
     if max((len(arm.seeds) for arm in comparison.arms), default=0) < 2:
-        missing.append("the spread between seeds: every arm has one; add some with `pe-dpo sweep … --seeds 3`.")
+        missing.append("the spread between seeds: every point has one; add some with `pe-dpo sweep … --seeds 3`.")
     spreads = sorted(arm.value_sd for arm in comparison.arms if not math.isnan(arm.value_sd))
     words = f" Standard deviation between seeds: median {spreads[len(spreads) // 2]:.3g}." if spreads else ""
-    caption = f"{comparison.metric} of every run (ticks) and the mean of each arm.{words}"
+    caption = f"{comparison.metric} of every run (ticks) and the mean of each point.{words}"
     level, plots = None if math.isnan(comparison.reference) else comparison.reference, []
     if rows:
         plots = rows_plots("seeds", rows, comparison.metric, caption, level=level, is_share=comparison.is_share)
@@ -338,14 +338,14 @@ def measures_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     plots, missing = [], []
     if any(lengths.values()):
         rows = [(name, marks or "not measured") for name, marks in lengths.items()]
-        caption = "Length of sampled answers: runs (ticks) and mean of each arm."
+        caption = "Length of sampled answers: runs (ticks) and mean of each point."
         plots += rows_plots("length", rows, "tokens of an answer", caption)
     else:
         missing.append(f"how long answers are: none were sampled; {ANSWERS}")
     if any(moved.values()):
         rows = [(name, marks or "not measured") for name, marks in moved.items()]
         caption = (
-            "log π − log π0 of held-out chosen and rejected answers: runs (ticks) and mean of each arm. Left of 0 they became "
+            "log π − log π0 of held-out chosen and rejected answers: runs (ticks) and mean of each point. Left of 0 they became "
             "less likely."
         )
         plots += rows_plots("displacement", rows, "nats per answer", caption, level=0.0, legend=sides)

@@ -26,7 +26,7 @@ from pe_dpo.report.sweep_record import REPEATS, SweepRecord
 from pe_dpo.runs.run import RunInfo
 
 ACCURACIES = ("accuracy/policy", "accuracy/policy_per_token")
-"""Metrics in the tables of arms and of runs, whichever is compared."""
+"""Metrics in the tables of points and of runs, whichever is compared."""
 
 
 def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "beta") -> Page:
@@ -52,7 +52,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
     sections = []
     if comparison is not None:
         sections += [
-            _arms_section(sweep, comparison),
+            _points_section(sweep, comparison),
             equal_kl_section(comparison),
             frontier_section(sweep, comparison),
             _sides_section(folder, comparison),
@@ -140,13 +140,13 @@ def _contrasts_section(comparison: Comparison) -> PageSection:
     return PageSection("contrasts", "What was asked", tables=[table])
 
 
-def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
-    """The table of arms: effect at equal KL, KL, accuracy, length, entropy, cost."""
+def _points_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
+    """Two tables of the points: effect at equal KL and KL; then accuracy, length, entropy, cost."""
     base = next(arm for arm in comparison.arms if arm.direct is None)
     base_tokens = _mean(sweep.rows_of(base), "tokens")
     has_wins = any(run.row is not None and "win_rate" in run.row.metrics for run in sweep.runs)
     form = ".3f" if comparison.is_share else ".4f"
-    rows = []
+    rows, measures = [], []
     for number, arm in enumerate(comparison.arms, start=1):
         measured = sweep.rows_of(arm)
         seconds = [run.info.seconds or math.nan for run in sweep.runs_of(arm)]
@@ -168,6 +168,9 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
             f"{arm.seeds_in_range} of {arm.seeds_compared}" if arm.seeds_compared else "–",
             fmt(arm.matched.p_adjusted, ".2g") if arm.matched else "–",
             fmt(arm.pareto, ".2f"),
+        ])  # fmt: skip
+        measures.append([
+            arm.name,
             *(fmt(_mean(measured, key), ".3f") for key in ACCURACIES),
             *([fmt(_mean(measured, "win_rate"), ".3f")] if has_wins else []),
             fmt(tokens, ".2f"),
@@ -176,35 +179,40 @@ def _arms_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
             fmt(sum(seconds) / len(seconds) if seconds else math.nan, ".0f"),
         ])  # fmt: skip
     unit = ", points" if comparison.is_share else ""
-    header = [
-        "arm",
-        "no.",
-        "seeds",
-        comparison.metric,
-        "KL, nats",
-        "Δ KL",
-        f"Δ at equal KL{unit}",
-        "in range",
-        "p (Holm)",
-        "Pareto",
-    ]
-    header += [*(METRICS[key].title for key in ACCURACIES), *(["win rate"] if has_wins else [])]
-    table = PageTable(
-        "arms",
-        f"{len(rows)} arms, means over seeds",
-        [*header, "tokens", "Δ tokens", "entropy", "seconds"],
+    compared = PageTable(
+        "points",
+        f"{counted(len(rows), 'point')}, means over seeds",
+        [
+            "point",
+            "no.",
+            "seeds",
+            comparison.metric,
+            "KL, nats",
+            "Δ KL",
+            f"Δ at equal KL{unit}",
+            "in range",
+            "p (Holm)",
+            "Pareto",
+        ],
         rows,
-        f"{comparison.metric}: {comparison.title}; ± is the standard deviation between seeds. Δ at equal KL: minus "
-        f"{comparison.baseline} at the same √KL, with {100 * comparison.confidence:g} % interval, never extrapolated; in "
-        "range: for how many seeds. Pareto: share of replicates in which no other arm has as small a KL and as good a value. "
-        f"Accuracy: share of held-out pairs with Δπ > 0. Δ KL, Δ tokens: against {base.name}. Seconds: of training, mean. "
-        "– stands for what was not measured.",
+        f"{comparison.metric}: {comparison.title}; ± is the standard deviation between seeds. Δ KL: against {base.name}. Δ at "
+        f"equal KL: minus {comparison.baseline} at the same √KL, with {100 * comparison.confidence:g} % interval, never "
+        "extrapolated; in range: for how many seeds. Pareto: share of replicates in which no other point has as small a KL and "
+        "as good a value. – stands for what was not measured.",
     )
-    return PageSection("arms-table", "Arms", tables=[table])
+    accuracies = [*(METRICS[key].title for key in ACCURACIES), *(["win rate"] if has_wins else [])]
+    measured_too = PageTable(
+        "points-more",
+        "The same points: what else was measured, means over seeds",
+        ["point", *accuracies, "tokens", "Δ tokens", "entropy", "seconds"],
+        measures,
+        f"Accuracy: share of held-out pairs with Δπ > 0. Δ tokens: against {base.name}. Seconds: of training.",
+    )
+    return PageSection("points-table", "Points", tables=[compared, measured_too])
 
 
 def _kl_difference(found: Effect | None) -> str:
-    """How much further than the base recipe an arm went, with its interval."""
+    """How much further than the base recipe a point went, with its interval."""
     if found is None:
         return "–"
     interval = "(one seed)" if math.isnan(found.low) else f"[{fmt(found.low, '+.2f')}, {fmt(found.high, '+.2f')}]"
@@ -217,7 +225,7 @@ def _mean(rows: Sequence[RunRow], key: str) -> float:
 
 
 def _sides_section(folder: Path, comparison: Comparison) -> PageSection:
-    """The metric of each arm where the reference ranks a pair right and where it ranks it wrong."""
+    """The metric of each point where the reference ranks a pair right and where it ranks it wrong."""
     title = "Where the reference is right, and where it is wrong"
     metric = comparison.metric if METRICS[comparison.metric].kind == "pairs" else None
     try:
@@ -242,7 +250,7 @@ def _sides_section(folder: Path, comparison: Comparison) -> PageSection:
         "sides",
         f"{found.metric}{', points,' if found.is_share else ''} by what π0 ranks right and wrong ({way})",
         [
-            "arm",
+            "point",
             f"π0 right ({counts['right']:g})",
             f"π0 wrong ({counts['wrong']:g})",
             "wrong − right",
