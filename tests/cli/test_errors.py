@@ -322,3 +322,15 @@ def test_memory_that_runs_out_where_nothing_can_be_split_is_a_line(pe_dpo, train
     done = pe_dpo("merge", trained[0], "-o", tmp_path / "out", "--pairs", 0)
     assert_refused(done, 1, "out of memory (", "can't allocate memory", "pe-dpo estimate")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["sweep", "my.yaml", "--seeds", "1,2"],
+     "--seeds 1,2: how many seeds is wanted, not which; they count up from train.seed: --seeds 2"),
+    (["train", "my.yaml", "--beta=0.1,0.2"],
+     "--beta 0.1,0.2: one number is wanted; a run for each of several: pe-dpo sweep RECIPE --grid beta=0.1,0.2"),
+    (["compare", "runs/one", "--repeats", "1,000"], "--repeats 1,000: one number is wanted, without commas; for example 1"),
+    (["eval", "runs/one", "--seed", "1,2"], "--seed 1,2: one number is wanted, without commas; for example 1"),
+])  # fmt: skip
+def test_several_numbers_where_one_is_wanted_are_refused_with_what_to_type(pe_dpo, arguments, words):
+    assert_refused(pe_dpo(*arguments), 2, f"error: {words}\n")

@@ -12,7 +12,7 @@ from pe_dpo.experiments.plan import make_plan, save_plan
 def test_json_is_all_that_is_printed(pe_dpo, recipe_file, tmp_path):
     """Also when nothing is left to do, and for a plan."""
     command = ("sweep", recipe_file, "--grid", "beta=0.1,0.2", "-o", tmp_path / "sweep", "--prompts", 0, "--json")
-    planned = json.loads(pe_dpo(*command, "--plan").out)
+    planned = json.loads(pe_dpo(*command, "--plan").out)["points"]
     assert [point["folder"] for point in planned] == ["runs/base/seed-0", "runs/beta=0.2/seed-0"]
     assert not (tmp_path / "sweep").exists()
     for _ in range(2):
@@ -63,6 +63,30 @@ def test_a_plan_shows_its_contrasts_and_what_it_will_find(pe_dpo, recipe_file, t
     missing = pe_dpo(*command, "--contrast", "dropout=0.5 against beta")
     assert missing.code != 0
     assert "the plan has no point of adapter.dropout=0.5" in missing.err
+
+
+def test_a_plan_as_json_holds_what_it_says_in_words(pe_dpo, recipe_file, tmp_path):
+    command = (
+        "sweep",
+        recipe_file,
+        "--grid",
+        "beta=0.1,0.2",
+        "--also",
+        "mixout=0.3",
+        "-o",
+        tmp_path / "sweep",
+        "--plan",
+        "--json",
+    )
+    plan = json.loads(pe_dpo(*command, "--seeds", 3, "--contrast", "mixout against beta").out)
+    assert plan.keys() == {"points", "contrasts", "contrasts_sha256", "design"}
+    assert plan["contrasts"] == {"mixout against beta": 0} and len(plan["contrasts_sha256"]) == 64
+    design = plan["design"]
+    assert (design["seeds"], design["comparisons"], design["unit"]) == (3, 1, "pair") and "of the pairs" in design["assumed"]
+    (one,) = (size for size in design["sizes"] if size["pairs"] == 300)
+    assert [round(one[key], 3) for key in ("alone", "in_verdict", "with_two_more")] == [0.07, 0.07, 0.05]
+    alone = json.loads(pe_dpo(*command).out)
+    assert [size["alone"] for size in alone["design"]["sizes"]] == [None] * 3  # one seed tells nothing of seeds
 
 
 def test_variances_are_assumed_by_a_plan_alone(pe_dpo, recipe_file, tmp_path):

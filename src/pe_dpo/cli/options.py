@@ -117,21 +117,43 @@ def check_once(settings: list[str] | None, options: Mapping[str, str]) -> None:
 
 
 class OnceEach(TyperCommand):
-    """A command that refuses an option with a value that is given twice, unless it is a repeatable one."""
+    """A command that refuses an option with a value that is given twice, unless it is repeatable, and a list for a number."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Return what is left of the arguments.
 
         Raises:
-            UsageError: an option is given twice.
+            UsageError: an option is given twice, or several numbers where one is wanted.
         """
         from pe_dpo.errors import UsageError
 
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for option in order:
             if order.count(option) > 1 and not (getattr(option, "multiple", True) or getattr(option, "is_flag", True)):
-                words = zip(args, [*args[1:], ""], strict=True)
-                given = [f"{word} {value}" if word in option.opts else word.replace("=", " ", 1) for word, value in words
-                         if word in option.opts or word.partition("=")[0] in option.opts]  # fmt: skip
-                raise UsageError(f"{' and '.join(given)}: {option.opts[0]} is given twice; give it once")
-        return super().parse_args(ctx, args)
+                given = " and ".join(f"{flag} {value}" for flag, value in _given(option, args))
+                raise UsageError(f"{given}: {option.opts[0]} is given twice; give it once")
+        try:
+            return super().parse_args(ctx, list(args))
+        except typer.BadParameter as error:
+            for flag, value in _given(error.param, args):
+                if re.fullmatch(r"[-+.\de]+(, ?[-+.\de]+)+", value):
+                    raise UsageError(f"{flag} {value}: {_one_number(str(error.param.name), value)}") from error
+            raise
+
+
+def _given(option: Any, args: list[str]) -> list[tuple[str, str]]:
+    """The flags by which an option was given, each with its value."""
+    pairs = zip(args, [*args[1:], ""], strict=True)
+    return [(word, value) if word in option.opts else (word.partition("=")[0], word.partition("=")[2])
+            for word, value in pairs if word.partition("=")[0] in option.opts]  # fmt: skip
+
+
+def _one_number(name: str, value: str) -> str:
+    """What to write instead of several numbers."""
+    from pe_dpo.recipe.names import SHORT_NAMES
+
+    if name == "seeds":
+        return f"how many seeds is wanted, not which; they count up from train.seed: --seeds {value.count(',') + 1}"
+    if name in SHORT_NAMES and name != "seed":  # which other commands have, for draws of theirs
+        return f"one number is wanted; a run for each of several: pe-dpo sweep RECIPE --grid {name}={value.replace(' ', '')}"
+    return f"one number is wanted, without commas; for example {value.replace(' ', '').partition(',')[0]}"

@@ -14,6 +14,7 @@ from pe_dpo.cli import console, options
 from pe_dpo.printable import counted
 
 if TYPE_CHECKING:
+    from pe_dpo.experiments.design import Designs
     from pe_dpo.experiments.plan import SweepPlan
 
 
@@ -34,7 +35,8 @@ def sweep(
         typer.Option("--prompts", min=0, help="Held-out prompts to sample answers to, for KL; default: the recipe's, else 64."),
     ] = None,
     snapshots: Annotated[
-        int | None, typer.Option("--snapshots", min=0, help="Measure so often along each run: early stopping, as points of its own.")
+        int | None,
+        typer.Option("--snapshots", min=0, help="Measure so often along each run: early stopping, as points of its own."),
     ] = None,
     dropout_control: Annotated[
         bool, typer.Option("--dropout-control", help="For each mixout p a run with dropout p on the adapter's input instead.")
@@ -91,13 +93,19 @@ def sweep(
     if like is not None and not plan_only:
         raise UsageError(f"--like {like}: is whose variances --plan assumes; give --plan too, or leave it out")
     if plan_only:
+        from pe_dpo.experiments.design import designs
+
         plan = joined_plan(plan)
+        found = designs(plan, like=like)
         if as_json:
-            console.say(json.dumps([point._asdict() for point in plan.points]))
+            sizes = [{key: None if math.isnan(value) else value for key, value in one._asdict().items()} for one in found.sizes]
+            told = {"contrasts": plan.contrasts, "contrasts_sha256": plan.contrasts_sha256}
+            told |= {"design": {**found._asdict(), "seeds": len(plan.seeds), "sizes": sizes}}
+            console.say(json.dumps({"points": [point._asdict() for point in plan.points], **told}))
             return
         rows = [[point.name, str(point.seed)] for point in plan.points]
         console.show_table(f"{counted(len(rows), 'run')} in {plan.folder}", ["run", "seed"], rows)
-        _show_design(plan, like)
+        _show_design(plan, found)
         return
 
     console.start(is_silent=as_json)
@@ -122,14 +130,12 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _show_design(plan: "SweepPlan", like: Path | None) -> None:
+def _show_design(plan: "SweepPlan", found: "Designs") -> None:
     """The questions with their hash, and what the design finds."""
-    from pe_dpo.experiments.design import designs
-
     if plan.contrasts:
         console.show_table("contrasts", ["tested by themselves"], [[text] for text in plan.contrasts])
         console.say(f"SHA-256 of the contrasts: {plan.contrasts_sha256}")
-    found, seeds = designs(plan, like=like), len(plan.seeds)
+    seeds = len(plan.seeds)
     together = f"; {found.comparisons} comparisons together (Holm)" if found.comparisons > 1 else ""
     title = f"smallest difference found with 80 % power, points{together}\nassumed: {found.assumed}"
     rows = []

@@ -72,7 +72,7 @@ def frontier_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
         frontier(sweep, comparison, arms, numbered),
         f"{comparison.title[:1].upper()}{comparison.title[1:]}. Large: points, mean over seeds, with 95 % intervals both "
         f"ways{numbers}. Small: every run.{scaled} Dark line: {comparison.baseline}, against which others are held. "
-        "A point above it gets more for its KL, if the intervals allow to say so; a bar with an arrow goes on beyond the panel.",
+        "A point above it gets more for its KL, if the intervals let one say so; a bar with an arrow goes on beyond it.",
         f"Scatter of {len(arms)} points, {ends}, {comparison.metric} from {lowest:.3g} to {highest:.3g}.",
         is_wide=True,
     )
@@ -345,8 +345,8 @@ def measures_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     if any(moved.values()):
         rows = [(name, marks or "not measured") for name, marks in moved.items()]
         caption = (
-            "log π − log π0 of held-out chosen and rejected answers: runs (ticks) and mean of each point. Left of 0 they became "
-            "less likely."
+            "log π − log π0 of held-out chosen and rejected answers: runs (ticks) and mean of each point. Left of 0 they "
+            "became less likely."
         )
         plots += rows_plots("displacement", rows, "nats per answer", caption, level=0.0, legend=sides)
     else:
