@@ -21,7 +21,7 @@ KINDS = {
 SHOWN = 5
 """Names of a kind, in a cell that a phone has room for."""
 FEW = 2
-"""An engine that was asked about no more artefacts than this has no column of its own, for which a page of 46 em has no room."""
+"""An engine asked about no more artefacts than this has no column of its own: a page of 46 em has no room for it."""
 
 
 def bases_table() -> str:

@@ -66,18 +66,8 @@ def test_a_plan_shows_its_contrasts_and_what_it_will_find(pe_dpo, recipe_file, t
 
 
 def test_a_plan_as_json_holds_what_it_says_in_words(pe_dpo, recipe_file, tmp_path):
-    command = (
-        "sweep",
-        recipe_file,
-        "--grid",
-        "beta=0.1,0.2",
-        "--also",
-        "mixout=0.3",
-        "-o",
-        tmp_path / "sweep",
-        "--plan",
-        "--json",
-    )
+    grids = ("--grid", "beta=0.1,0.2", "--also", "mixout=0.3")
+    command = ("sweep", recipe_file, *grids, "-o", tmp_path / "sweep", "--plan", "--json")
     plan = json.loads(pe_dpo(*command, "--seeds", 3, "--contrast", "mixout against beta").out)
     assert plan.keys() == {"points", "contrasts", "contrasts_sha256", "design"}
     assert plan["contrasts"] == {"mixout against beta": 0} and len(plan["contrasts_sha256"]) == 64
