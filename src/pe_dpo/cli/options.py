@@ -135,9 +135,9 @@ class OnceEach(TyperCommand):
         try:
             return super().parse_args(ctx, list(args))
         except typer.BadParameter as error:
-            for flag, value in _given(error.param, args):
+            for flag, value in _given(error.param, args) if error.param else []:
                 if re.fullmatch(r"[-+.\de]+(, ?[-+.\de]+)+", value):
-                    raise UsageError(f"{flag} {value}: {_one_number(str(error.param.name), value)}") from error
+                    raise UsageError(f"{flag} {value}: {_one_number(flag, value)}") from error
             raise
 
 
@@ -148,10 +148,11 @@ def _given(option: Any, args: list[str]) -> list[tuple[str, str]]:
             for word, value in pairs if word.partition("=")[0] in option.opts]  # fmt: skip
 
 
-def _one_number(name: str, value: str) -> str:
+def _one_number(flag: str, value: str) -> str:
     """What to write instead of several numbers."""
     from pe_dpo.recipe.names import SHORT_NAMES
 
+    name = flag.lstrip("-")
     if name == "seeds":
         return f"how many seeds is wanted, not which; they count up from train.seed: --seeds {value.count(',') + 1}"
     if name in SHORT_NAMES and name != "seed":  # which other commands have, for draws of theirs

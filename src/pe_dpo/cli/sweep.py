@@ -96,16 +96,18 @@ def sweep(
         from pe_dpo.experiments.design import designs
 
         plan = joined_plan(plan)
-        found = designs(plan, like=like)
+        design = designs(plan, like=like)
         if as_json:
-            sizes = [{key: None if math.isnan(value) else value for key, value in one._asdict().items()} for one in found.sizes]
-            told = {"contrasts": plan.contrasts, "contrasts_sha256": plan.contrasts_sha256}
-            told |= {"design": {**found._asdict(), "seeds": len(plan.seeds), "sizes": sizes}}
+            sizes = [
+                {key: None if math.isnan(value) else value for key, value in one._asdict().items()} for one in design.sizes
+            ]
+            told: dict[str, Any] = {"contrasts": plan.contrasts, "contrasts_sha256": plan.contrasts_sha256}
+            told |= {"design": {**design._asdict(), "seeds": len(plan.seeds), "sizes": sizes}}
             console.say(json.dumps({"points": [point._asdict() for point in plan.points], **told}))
             return
         rows = [[point.name, str(point.seed)] for point in plan.points]
         console.show_table(f"{counted(len(rows), 'run')} in {plan.folder}", ["run", "seed"], rows)
-        _show_design(plan, found)
+        _show_design(plan, design)
         return
 
     console.start(is_silent=as_json)
@@ -116,8 +118,8 @@ def sweep(
         states, found = run(plan, engine=engine, workers=workers, scorer=scorer), []
         for state in states:  # JSON has no number that is not finite
             metrics = {key: value if math.isfinite(value) else None for key, value in state.metrics.items()}
-            told = {"point": state.point._asdict(), "status": state.status, "seconds": state.seconds, "metrics": metrics}
-            found.append({**told, "why": options.in_flags(state.why)})
+            outcome = {"point": state.point._asdict(), "status": state.status, "seconds": state.seconds, "metrics": metrics}
+            found.append({**outcome, "why": options.in_flags(state.why)})
         console.say(json.dumps(found))
     else:
         with _Progress() as progress:
