@@ -143,7 +143,7 @@ class OnceEach(TyperCommand):
 
 def _given(option: Any, args: list[str]) -> list[tuple[str, str]]:
     """The flags by which an option was given, each with its value."""
-    pairs = zip(args, [*args[1:], ""], strict=True)
+    pairs = itertools.pairwise([*args, ""])
     return [(word, value) if word in option.opts else (word.partition("=")[0], word.partition("=")[2])
             for word, value in pairs if word.partition("=")[0] in option.opts]  # fmt: skip
 
