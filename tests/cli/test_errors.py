@@ -334,3 +334,8 @@ def test_memory_that_runs_out_where_nothing_can_be_split_is_a_line(pe_dpo, train
 ])  # fmt: skip
 def test_several_numbers_where_one_is_wanted_are_refused_with_what_to_type(pe_dpo, arguments, words):
     assert_refused(pe_dpo(*arguments), 2, f"error: {words}\n")
+
+
+def test_a_command_without_its_arguments_says_what_is_missing(pe_dpo):
+    done = pe_dpo("train")
+    assert done.code == 2 and "Missing" in done.err and "Traceback" not in done.err

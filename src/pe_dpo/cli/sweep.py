@@ -14,7 +14,6 @@ from pe_dpo.cli import console, options
 from pe_dpo.printable import counted
 
 if TYPE_CHECKING:
-    from pe_dpo.experiments.design import Designs
     from pe_dpo.experiments.plan import SweepPlan
 
 
@@ -93,21 +92,7 @@ def sweep(
     if like is not None and not plan_only:
         raise UsageError(f"--like {like}: is whose variances --plan assumes; give --plan too, or leave it out")
     if plan_only:
-        from pe_dpo.experiments.design import designs
-
-        plan = joined_plan(plan)
-        design = designs(plan, like=like)
-        if as_json:
-            sizes = [
-                {key: None if math.isnan(value) else value for key, value in one._asdict().items()} for one in design.sizes
-            ]
-            told: dict[str, Any] = {"contrasts": plan.contrasts, "contrasts_sha256": plan.contrasts_sha256}
-            told |= {"design": {**design._asdict(), "seeds": len(plan.seeds), "sizes": sizes}}
-            console.say(json.dumps({"points": [point._asdict() for point in plan.points], **told}))
-            return
-        rows = [[point.name, str(point.seed)] for point in plan.points]
-        console.show_table(f"{counted(len(rows), 'run')} in {plan.folder}", ["run", "seed"], rows)
-        _show_design(plan, design)
+        _show_plan(joined_plan(plan), like, as_json=as_json)
         return
 
     console.start(is_silent=as_json)
@@ -132,8 +117,19 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _show_design(plan: "SweepPlan", found: "Designs") -> None:
-    """The questions with their hash, and what the design finds."""
+def _show_plan(plan: "SweepPlan", like: Path | None, *, as_json: bool) -> None:
+    """The runs, the questions with their hash, and what the design finds."""
+    from pe_dpo.experiments.design import designs
+
+    found = designs(plan, like=like)
+    if as_json:
+        sizes = [{key: None if math.isnan(value) else value for key, value in one._asdict().items()} for one in found.sizes]
+        told: dict[str, Any] = {"contrasts": plan.contrasts, "contrasts_sha256": plan.contrasts_sha256}
+        told |= {"design": {**found._asdict(), "seeds": len(plan.seeds), "sizes": sizes}}
+        console.say(json.dumps({"points": [point._asdict() for point in plan.points], **told}))
+        return
+    runs = [[point.name, str(point.seed)] for point in plan.points]
+    console.show_table(f"{counted(len(runs), 'run')} in {plan.folder}", ["run", "seed"], runs)
     if plan.contrasts:
         console.show_table("contrasts", ["tested by themselves"], [[text] for text in plan.contrasts])
         console.say(f"SHA-256 of the contrasts: {plan.contrasts_sha256}")
