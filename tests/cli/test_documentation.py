@@ -1,27 +1,32 @@
-"""What the documentation shows works: the tutorial runs, every other command line is parsed, recipes and imports are there."""
+"""What the documentation shows works: every command runs, recipes and imports are there."""
 
 import ast
-import importlib
+import importlib.util
 import io
+import json
 import re
 import shlex
+import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fake_runs
 import pytest
 import typer
 import yaml
 
+import pe_dpo as package
 from pe_dpo.cli import app
 from pe_dpo.cli.options import OnceEach
 from pe_dpo.errors import PeDpoError
 from pe_dpo.recipe import PRESETS, Recipe, recipe_from_yaml
 from pe_dpo.recipe.loss_section import LossSection
 
+EMBEDDED, PAIRS = (Path(package.__file__).parent / "quickstart" / name for name in ("base", "pairs"))
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", "benchmarks/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
@@ -252,62 +257,156 @@ def test_pages_quote_of_quickstart_what_its_picture_shows() -> None:
     assert [number for number in numbers if number not in picture] == []
 
 
-LIGHT = ("recipes list", "recipes losses", "estimate", "serve", "sweep", "data pairs.jsonl", "data --recipe")
-"""Beginnings of commands that load no weights; a sweep is listed, not run."""
+PLACES = {
+    "RUN": "runs/mine", "ADAPTER": "runs/mine", "runs/qwen3-4b-dpo": "runs/mine", "RECIPE": "my.yaml", "hh.yaml": "my.yaml",
+    "politeness.yaml": "my.yaml", "docs/study/harmless.yaml": "my.yaml", "FOLDER": "tuned-gguf", "URL": "http://127.0.0.1:8080",
+    "NAME": "qwen3-4b-dpo", "Qwen/Qwen3-4B-Instruct-2507": str(EMBEDDED), "BASE": str(EMBEDDED),
+}  # fmt: skip
+"""What stands for the names on the pages; a folder behind -o is made as it is named."""
+FILES = {"FILE": "config_qlora.yaml"} | PLACES, {"FILE": "pairs.jsonl"} | PLACES
+"""For `convert`, and for all others."""
+NOT_RUN = {
+    "pe-dpo COMMAND --help": "stands for all commands; tests/cli/test_help.py",
+    "pe-dpo export BASE --plain -o FOLDER": "takes a base of codes; tests/export/test_plain_folder.py",
+    "pe-dpo train recipe.yaml": "a heading, the recipe of which is any",
+    "torchrun --nproc-per-node 2 -m pe_dpo train my.yaml": "starts processes; tests/training/test_processes.py",
+}
+"""Lines that no test of this file runs, and why."""
+ORDER = ("data", "audit", "train", "merge", "export")
+"""What others go on with is made before them."""
+
+
+def lines_to_run() -> list[str]:
+    """Every line of a block, and of a sentence those that are whole and name what they are about."""
+    shown = [line for _, line in SHOWN if line.startswith(("pe-dpo ", "torchrun "))]
+    told = [line for _, line in IN_TEXT if len(line.split()) > 2 and "…" not in line and not refusal(shlex.split(line)[1:])]
+    return [line for line in dict.fromkeys(shown + told) if line not in NOT_RUN]
 
 
 @pytest.mark.slow
-def test_every_comparison_that_a_page_shows_says_something(pe_dpo, tmp_path) -> None:
+def test_every_comparison_and_page_of_a_sweep_is_made(pe_dpo, tmp_path, monkeypatch) -> None:
     """On sweeps that nobody trained, each folder that a line names being one."""
+    monkeypatch.chdir(tmp_path)
     grid = [{}, {"loss.beta": 0.025}, {"loss.beta": 0.4}, {"mixout.p": 0.5}]
-    sweeps = [
+    lines = [line for line in lines_to_run() if is_of_sweeps(line)]
+    assert len(lines) >= 8
+    for name in {word for line in lines for word in line.split()[2:] if word.startswith(("runs/", "politeness"))}:
         fake_runs.write_sweep(
-            tmp_path / name, grid, pairs=12, prompts=8, snapshots=0, scales=(0.5,), steps=1, seeds=(0, 1), seed=seed
+            tmp_path / name, grid, pairs=12, prompts=8, snapshots=0, scales=(0.5,), steps=1, seeds=(0, 1), seed=len(name)
         )
-        for seed, name in enumerate(("one", "other"))
-    ]
-    lines = sorted({line for _, line in SHOWN if line.startswith("pe-dpo compare ")})
-    assert len(lines) >= 6
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
-        options = words[next((at for at, word in enumerate(words) if word.startswith("--")), len(words)) :]
-        folders = sweeps[: len(words) - len(options) - 1]
-        done = pe_dpo("compare", *folders, *options, "--repeats", 100)
-        assert done.code == 0 and "measured policies" in done.out, (line, done.err)
+        done = pe_dpo(*words, *(["--repeats", 100] if words[0] == "compare" else []))
+        assert done.code == 0 and (words[0] == "report" or "measured policies" in done.out), (line, done.err)
+
+
+def is_of_sweeps(line: str) -> bool:
+    """Whether a command is for what a sweep left."""
+    return line.startswith("pe-dpo compare ") or re.match(r"pe-dpo report (runs/my-sweep|politeness)", line) is not None
+
+
+@pytest.fixture(scope="module")
+def walk(pe_dpo, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The folder that the tutorial leaves, its commands run in their order on the embedded base, and what each of them said."""
+    folder = tmp_path_factory.mktemp("walk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        rows = [json.loads(line) for line in (PAIRS / "train.jsonl").read_text(encoding="utf-8").splitlines()[:24]]
+        write_rows(folder / "pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
+        (recipe,) = ("\n".join(block.lines) for block in blocks(TUTORIAL) if block.language == "yaml")
+        for here, there in (("Qwen/Qwen3-0.6B", str(EMBEDDED)), ("eval: 0.05", "eval: 0.2"),
+                            ("pairs_per_step: 64", "pairs_per_step: 4, max_steps: 1, keep_best: accuracy/policy")):  # fmt: skip
+            assert here in recipe
+            recipe = recipe.replace(here, there)
+        (folder / "my.yaml").write_text(recipe, encoding="utf-8")
+        said = {"pe-dpo quickstart": pe_dpo("train", "my.yaml", "-o", "runs/quickstart", "--lr", "1e-2")}
+        for block in blocks(TUTORIAL):
+            for line in command_lines(block):
+                if line.startswith("pe-dpo "):
+                    said[line] = pe_dpo(*shlex.split(line, comments=True)[1:])
+    return folder, said
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_as_it_stands(pe_dpo, recipe_file, tiny_base, tiny_pairs, tmp_path, monkeypatch) -> None:
-    """Its commands in their order, on a tiny base in the place of the embedded and of Qwen's; what it loads answers.
-
-    On what it leaves, commands of the other pages are run that need neither weights nor files of their own. The export is
-    parsed alone: it writes tokenizers of families that the tiny one is not of.
-    """
-    monkeypatch.chdir(tmp_path)
-    assert pe_dpo("train", recipe_file, "-o", "runs/quickstart").code == 0
-    shown = list(blocks(TUTORIAL))
-    (recipe,) = ("\n".join(block.lines) for block in shown if block.language == "yaml")
-    recipe = recipe.replace("Qwen/Qwen3-0.6B", str(tiny_base)).replace("pairs_per_step: 64", "pairs_per_step: 4, max_steps: 1")
-    (tmp_path / "my.yaml").write_text(recipe, encoding="utf-8")
-    (tmp_path / "pairs.jsonl").write_text((tiny_pairs / "train.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
-    lines = [line for block in shown for line in command_lines(block) if line.startswith("pe-dpo ") and "export" not in line]
-    assert len(lines) == 10
-    others = {line for _, line in SHOWN if line.removeprefix("pe-dpo ").startswith(LIGHT)}
-    for line in [*lines, *sorted(others - set(lines))]:
-        words = shlex.split(line, comments=True)[1:]
-        if line in others - set(lines) and ("--base" in words or "data.columns" in line or "tuned-gguf" in line):
-            continue
-        if words[0] == "sweep":
-            words = ["sweep", "my.yaml", *words[2:], "--plan"]
-        done = pe_dpo(*words)
-        assert done.code == 0, (line, done.err)
-        if words[0] == "merge":
-            assert "serves what was trained" in done.out
-    assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()
-    assert ("docs/tutorial.md", "pe-dpo chat runs/mine") in IN_TEXT
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/quit\n"))
-    assert re.search(r"\nyou +Hi\n(.*\n)*base +", pe_dpo("chat", "runs/mine", "--max-new-tokens", 2).out)
-    (program,) = ("\n".join(block.lines) for block in shown if block.language == "python")
+def test_the_tutorial_runs_as_it_stands(walk, monkeypatch) -> None:
+    """Its commands, and its program: what it loads answers."""
+    folder, said = walk
+    monkeypatch.chdir(folder)
+    assert len(said) == 12
+    assert {line: done.err for line, done in said.items() if done.code} == {}
+    assert "serves what was trained" in said["pe-dpo merge runs/quickstart -o tuned"].out
+    assert (folder / "runs" / "quickstart" / "report.html").is_file()
+    (program,) = ("\n".join(block.lines) for block in blocks(TUTORIAL) if block.language == "python")
     found: dict[str, object] = {}
     exec(compile(program, str(TUTORIAL), "exec"), found)
     assert found["answer"].shape[1] > found["prompt"]["input_ids"].shape[1]
+
+
+@pytest.fixture
+def pushed(walk, monkeypatch) -> list[str]:
+    """What was sent to a stand-in for a hub; a stand-in for a server answers the golden prompts as the model does."""
+    golden = [
+        json.loads(line) for line in (walk[0] / "tuned-gguf" / "golden_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    texts = {one["prompt"]: one["text"] for one in golden}
+
+    def answered(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        if not request.data:
+            return io.BytesIO(b'{"data": [{"id": "tuned"}]}')
+        asked = json.loads(request.data)["messages"][-1]["content"]
+        return io.BytesIO(json.dumps({"choices": [{"message": {"content": texts[asked]}}]}).encode())
+
+    monkeypatch.setattr("urllib.request.urlopen", answered)
+    pushed = []
+    monkeypatch.setattr("pe_dpo.export.push.check_access", lambda name: "a token")
+    monkeypatch.setattr("pe_dpo.export.push.push_folder", lambda place, name, **how: pushed.append(place.name) or "sent")
+    return pushed
+
+
+@pytest.mark.slow
+def test_every_other_command_that_a_page_shows_runs(pe_dpo, walk, pushed, monkeypatch) -> None:
+    """On what the tutorial left, with files of the names on the pages; a sweep is planned and not trained."""
+    folder, said = walk
+    monkeypatch.chdir(folder)
+    configs = ROOT / "tests" / "convert" / "configs"
+    for name, source in (("config_qlora.yaml", "zephyr-7b-dpo-qlora.yaml"), ("train.sh", "trl-dpo-lora.sh"),
+                         ("dpo.yaml", "unsloth-zephyr-dpo.yaml")):  # fmt: skip
+        shutil.copy(configs / source, name)
+    write_rows(folder / "questions.jsonl", [{"prompt": "Name a bird."}])
+    Path("judge.py").write_text("def score(prompts, answers):\n    return [float(len(answer)) for answer in answers]\n")
+    lines = [line for line in lines_to_run() if line not in said and not is_of_sweeps(line)]
+    assert len(lines) > 40 and set(NOT_RUN) <= {line for _, line in [*SHOWN, *IN_TEXT]}
+    names = {line: line.split()[1] for line in lines}
+    found, ran = {}, set()
+    for line in sorted(lines, key=lambda line: ORDER.index(names[line]) if names[line] in ORDER else len(ORDER)):
+        words = shlex.split(line, comments=True)[1:]
+        words = [word if before == "-o" else FILES[words[0] != "convert"].get(word, word)
+                 for before, word in zip(["", *words], words, strict=False)]  # fmt: skip
+        if columns := re.search(r"data\.columns=(.*)", words[-1]):
+            theirs = yaml.safe_load(columns[1])
+            rows = [json.loads(row) for row in Path("pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+            write_rows(folder / "renamed.jsonl", [{theirs[key]: value for key, value in row.items()} for row in rows])
+            words[1] = "renamed.jsonl"
+        if words[0] == "sweep":
+            words.append("--plan")
+        if words[:2] == ["recipes", "copy"]:
+            words[-1] = f"copy-{len(ran)}.yaml"
+        if tuple(words) in ran or ("--prove" in words and importlib.util.find_spec("trl") is None):
+            continue
+        ran.add(tuple(words))
+        if "-o" in words:  # where several lines make the same, each makes it anew
+            place = Path(words[words.index("-o") + 1])
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n/quit\n"))
+        done = pe_dpo(*words)
+        if done.code:
+            found[line] = done.err
+        if line == "pe-dpo chat runs/mine":
+            assert re.search(r"\nyou +Hi\n(.*\n)*base +", done.out)
+    assert found == {}
+    assert pushed == ["tuned", "mine"]

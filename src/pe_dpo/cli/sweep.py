@@ -123,9 +123,9 @@ def _show_plan(plan: "SweepPlan", like: Path | None, *, as_json: bool) -> None:
 
     found = designs(plan, like=like)
     if as_json:
-        sizes = [{key: None if math.isnan(value) else value for key, value in one._asdict().items()} for one in found.sizes]
+        known = [{key: None if math.isnan(value) else value for key, value in one._asdict().items()} for one in found.sizes]
         told: dict[str, Any] = {"contrasts": plan.contrasts, "contrasts_sha256": plan.contrasts_sha256}
-        told |= {"design": {**found._asdict(), "seeds": len(plan.seeds), "sizes": sizes}}
+        told |= {"design": {**found._asdict(), "seeds": len(plan.seeds), "sizes": known}}
         console.say(json.dumps({"points": [point._asdict() for point in plan.points], **told}))
         return
     runs = [[point.name, str(point.seed)] for point in plan.points]
