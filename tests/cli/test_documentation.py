@@ -350,14 +350,12 @@ def test_the_tutorial_runs_as_it_stands(walk, monkeypatch) -> None:
 @pytest.fixture
 def pushed(walk, monkeypatch) -> list[str]:
     """What was sent to a stand-in for a hub; a stand-in for a server answers the golden prompts as the model does."""
-    golden = [
-        json.loads(line) for line in (walk[0] / "tuned-gguf" / "golden_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    texts = {one["prompt"]: one["text"] for one in golden}
 
     def answered(request: urllib.request.Request, timeout: float) -> io.BytesIO:
         if not request.data:
             return io.BytesIO(b'{"data": [{"id": "tuned"}]}')
+        golden = (walk[0] / "tuned-gguf" / "golden_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = {one["prompt"]: one["text"] for one in map(json.loads, golden)}
         asked = json.loads(request.data)["messages"][-1]["content"]
         return io.BytesIO(json.dumps({"choices": [{"message": {"content": texts[asked]}}]}).encode())
 
@@ -379,7 +377,7 @@ def test_every_other_command_that_a_page_shows_runs(pe_dpo, walk, pushed, monkey
         shutil.copy(configs / source, name)
     write_rows(folder / "questions.jsonl", [{"prompt": "Name a bird."}])
     Path("judge.py").write_text("def score(prompts, answers):\n    return [float(len(answer)) for answer in answers]\n")
-    lines = [line for line in lines_to_run() if line not in said and not is_of_sweeps(line)]
+    lines = [line for line in lines_to_run() if (line not in said or " export " in line) and not is_of_sweeps(line)]
     assert len(lines) > 40 and set(NOT_RUN) <= {line for _, line in [*SHOWN, *IN_TEXT]}
     names = {line: line.split()[1] for line in lines}
     found, ran = {}, set()
