@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.study import explicit, real
 from benchmarks.study.learning import GROUPS, LOGISTIC, arm, ends
 from benchmarks.study.measured import Measured, State, kappa
+from pe_dpo.experiments.comparison import SCALE, STEP, RunRow, with_state
 from pe_dpo.report.style import BLUE, BROWN, GREEN, ORANGE, PURPLE, QUIET, SKY, VERMILLION, style
 
 COLOURS = {0.0: VERMILLION, 0.5: ORANGE, 1.0: GREEN, 2.0: SKY, 4.0: BLUE, 8.0: PURPLE}
@@ -30,25 +31,85 @@ def draw(measured: Measured, folder: Path) -> list[Path]:
         return paths
 
 
-def draw_who_moves(path: Path) -> None:
-    """Draw, for the real pairs at β = 2, which share moved toward chosen by what π0 says of them; one line for each κ."""
+def draw_real(folder: Path) -> list[Path]:
+    """Draw the figures of both sets of real pairs as PNG into a folder, and return their paths."""
     with style():
-        figure = Figure(figsize=(11, 4.4), layout="constrained")
-        for axis, data in zip(figure.subplots(1, 2, sharey=True), real.DATA, strict=True):
-            for (beta, of_reference), found in sorted(real.grid_ends(data).items()):
-                if beta != 2:
-                    continue
-                groups = np.array_split(np.argsort(found[0].reference), 6)
-                at = [found[0].reference[group].mean() for group in groups]
-                shares = 100 * np.array([[(one.policy > one.reference)[group].mean() for group in groups] for one in found])
-                colour = COLOURS[of_reference]
-                axis.plot(at, shares.mean(axis=0), "o-", color=colour, label=f"κ = {of_reference:g}")
-                axis.fill_between(at, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.15, lw=0)
-            axis.axvline(0, color=QUIET, lw=0.8)
-            axis.set(title=data, ylim=(0, 100), xlabel="← π0 ranks it wrong      Δ0 per token, nats      π0 ranks it right →")
-        figure.axes[0].set_ylabel("held-out pairs moved toward chosen, %")
-        figure.axes[0].legend(title="γ = κ·β", loc="lower left")
-        figure.savefig(path, dpi=130)
+        paths = []
+        for name, draw_one in {"who-moves": _who_moves, "frontier": _frontier, "kl-kappa": _kl_of_kappa}.items():
+            figure = Figure(figsize=(11, 4.4), layout="constrained")
+            for axis, data in zip(figure.subplots(1, 2, sharey=name == "who-moves"), real.DATA, strict=True):
+                draw_one(axis, data)
+                axis.set_title(data)
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=130)
+        return paths
+
+
+def _who_moves(axis: Axes, data: str) -> None:
+    """At β = 2, which share moved toward chosen by what π0 says of the pairs; one line for each κ."""
+    for (beta, of_reference), found in sorted(real.grid_ends(data).items()):
+        if beta != 2:
+            continue
+        groups = np.array_split(np.argsort(found[0].reference), 6)
+        at = [found[0].reference[group].mean() for group in groups]
+        shares = 100 * np.array([[(one.policy > one.reference)[group].mean() for group in groups] for one in found])
+        colour = COLOURS[of_reference]
+        axis.plot(at, shares.mean(axis=0), "o-", color=colour, label=f"κ = {of_reference:g}")
+        axis.fill_between(at, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.15, lw=0)
+    axis.axvline(0, color=QUIET, lw=0.8)
+    axis.set(ylim=(0, 100), xlabel="← π0 ranks it wrong      Δ0 per token, nats      π0 ranks it right →")
+    if data == real.DATA[0]:
+        axis.set_ylabel("held-out pairs moved toward chosen, %")
+
+
+FRONTIER = {
+    "β (γ = β)": (BLUE, "o-", {"loss.beta"}, 1.0), "γ = 0, by β": (VERMILLION, "o-", {"loss.beta", "loss.gamma"}, 0.0),
+    "mixout": (PURPLE, "D", {"mixout.p"}, 1.0), "mixout with γ = 0": (ORANGE, "D", {"mixout.p", "loss.gamma"}, 0.0),
+    "dropout": (GREEN, "s", {"adapter.dropout"}, 1.0), "learning rate": (SKY, "P", {"train.learning_rate"}, 1.0),
+    "earlier stop": (GREEN, "^", {STEP}, 1.0), "scaled": (BROWN, "X", {SCALE}, 1.0),
+    "γ = 0, scaled": (BROWN, "v", {"loss.gamma", SCALE}, 0.0),
+}  # fmt: skip
+"""Hyperparameters that the frontier shows, with the settings that a point has and its κ; the base recipe has none."""
+
+
+def _frontier(axis: Axes, data: str) -> None:
+    """The share moved toward chosen over √KL, mean and range of the seeds."""
+    found = real.compared(data, real.METRICS[0])
+    for name, (colour, mark, keys, of_reference) in FRONTIER.items():
+        points = []
+        for point in found.arms:
+            has_keys = set(point.settings) <= keys if mark == "o-" else set(point.settings) == keys
+            if has_keys and real.kappa_of(point.settings) == of_reference:
+                values = 100 * np.array([one.value for one in found.runs if _state_of(one) == point.settings])
+                points.append((point.root_kl, values.mean(), values.mean() - values.min(), values.max() - values.mean()))
+        at, value, below, above = np.transpose(sorted(points))
+        axis.errorbar(at, value, yerr=(below, above), fmt=mark, color=colour, label=name, ms=6, elinewidth=0.8, alpha=0.9)
+    axis.set(xlabel="√KL(π‖π0), √nats", ylabel="held-out pairs moved toward chosen, %")
+
+
+def _state_of(run: RunRow) -> dict[str, Any]:
+    return with_state(run.settings, step=run.step, is_final=run.is_final, scale=run.scale)
+
+
+def _kl_of_kappa(axis: Axes, data: str) -> None:
+    """KL over κ, one line for each β, a small mark for each seed."""
+    found = real.compared(data, real.METRICS[0])
+    for beta, colour in zip(real.BETAS, (VERMILLION, BLUE, GREEN), strict=True):
+        of_beta = [
+            one
+            for one in found.runs
+            if one.is_final and one.scale is None and set(one.settings) <= {"loss.beta", "loss.gamma"}
+            and one.settings.get("loss.beta", 2.0) == beta
+        ]  # fmt: skip
+        known = {
+            of_reference: [one.kl for one in of_beta if real.kappa_of(one.settings) == of_reference]
+            for of_reference in real.KAPPAS
+        }
+        axis.plot(list(known), [np.mean(kls) for kls in known.values()], "o-", color=colour, label=f"β = {beta:g}")
+        for of_reference, kls in known.items():
+            axis.plot([of_reference] * len(kls), kls, ".", color=colour, alpha=0.5)
+    axis.set(xlabel="κ = γ/β", ylabel="KL(π‖π0), nats an answer", xticks=real.KAPPAS, ylim=(0, None))
 
 
 def _who_learns(measured: Measured) -> Figure:

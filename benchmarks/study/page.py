@@ -74,7 +74,7 @@ def write_page() -> None:
         before, _, rest = text.partition(start)
         text = before + start + made + end + rest[rest.index("<!-- end -->") + len("<!-- end -->") :]
     PAGE.write_text(text, encoding="utf-8")
-    figures.draw_who_moves(PAGE.parent / "study" / "who-moves.png")
+    figures.draw_real(PAGE.parent / "study")
     for experiment in VALE:
         if (NUMBERS / f"{experiment}.json").is_file():
             figures.draw(Measured(experiment), PAGE.parent / "study")

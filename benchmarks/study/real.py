@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +39,8 @@ class End(NamedTuple):
 
 
 def kept(data: str) -> list[Path]:
-    """Return the folders with the numbers of a data set: three seeds, and two that were added once those were known."""
-    return [folder for name in (data, f"{data}-more") if (folder := NUMBERS.parent / name).is_dir()]
+    """Return the folders with the numbers of a data set, each of a sweep over some of its seeds."""
+    return sorted(folder for folder in NUMBERS.parent.iterdir() if folder.name.startswith(data))
 
 
 @cache
@@ -67,10 +68,15 @@ def _ends_in(folder: Path) -> dict[tuple[float, float], list[End]]:
     for point in plan["sweep"]["points"]:
         settings = point["settings"]
         if set(settings) <= {"loss.beta", "loss.gamma"} and point["folder"] in rows:
-            gamma, beta = settings.get("loss.gamma", "1x"), settings.get("loss.beta", 2.0)
-            of_reference = float(gamma.removesuffix("x")) if isinstance(gamma, str) else gamma / beta
-            found.setdefault((beta, of_reference), []).append(End(*(delta[rows[point["folder"]]] for delta in deltas)))
+            at = settings.get("loss.beta", 2.0), kappa_of(settings)
+            found.setdefault(at, []).append(End(*(delta[rows[point["folder"]]] for delta in deltas)))
     return found
+
+
+def kappa_of(settings: Mapping[str, Any]) -> float:
+    """Return γ/β of what a point changes in the base recipe, whose β is 2 and whose γ is β."""
+    gamma = settings.get("loss.gamma", "1x")
+    return float(gamma.removesuffix("x")) if isinstance(gamma, str) else float(gamma / settings.get("loss.beta", 2.0))
 
 
 @cache
@@ -185,7 +191,7 @@ def verdicts_find() -> str:
     powers = [(power_of_points(*cell), compared(*cell).power) for cell in CELLS]
     found = [[100 * one.smallest_in_verdict for one in of_all if one is not None] for of_all in zip(*powers, strict=True)]
     points, dials = (f"{min(sizes):.0f} to {max(sizes):.0f}" for sizes in found)
-    return f"finds {points} points of difference with three or five seeds, one over four contrasts {dials}"
+    return f"finds {points} points of difference with five seeds, one over four contrasts {dials}"
 
 
 def facts(data: str) -> dict[str, str]:
@@ -193,7 +199,7 @@ def facts(data: str) -> dict[str, str]:
     found = compared(data, METRICS[0])
     runs = [one for one in found.runs if one.is_final and one.scale is None]
     values = np.array([one.value for one in runs])
-    of_reference = np.array([float(str(one.settings.get("loss.gamma", "1x")).removesuffix("x")) for one in runs])
+    of_reference = np.array([kappa_of(one.settings) for one in runs])
     roots = np.sqrt([one.kl for one in runs])
     by_kappa = np.array([values[of_reference == one].mean() for one in of_reference])
     explained = np.corrcoef(roots, values)[0, 1] ** 2, by_kappa.var() / values.var()
