@@ -314,7 +314,7 @@ def test_points_of_the_line_alone_are_compared_directly(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_reward_accuracy_is_compared_with_a_warning(sweep: Path) -> None:
     found = compare([sweep], metric="rewards/accuracies", repeats=200)
-    assert any("contains the β and γ that each arm was trained with" in remark for remark in found.remarks)
+    assert any("contains the β and γ that each run was trained with" in remark for remark in found.remarks)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
@@ -156,5 +157,6 @@ def _one_number(flag: str, value: str) -> str:
     if name == "seeds":
         return f"how many seeds is wanted, not which; they count up from train.seed: --seeds {value.count(',') + 1}"
     if name in SHORT_NAMES and name != "seed":  # which other commands have, for draws of theirs
-        return f"one number is wanted; a run for each of several: pe-dpo sweep RECIPE --grid {name}={value.replace(' ', '')}"
+        grid = shlex.quote(f"{name}={value.replace(' ', '')}")
+        return "one number is wanted; a run for each of several: pe-dpo sweep RECIPE --grid " + grid
     return f"one number is wanted, without commas; for example {value.replace(' ', '').partition(',')[0]}"
