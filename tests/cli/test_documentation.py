@@ -269,7 +269,7 @@ NOT_RUN = {
     "pe-dpo COMMAND --help": "stands for all commands; tests/cli/test_help.py",
     "pe-dpo export BASE --plain -o FOLDER": "takes a base of codes; tests/export/test_plain_folder.py",
     "pe-dpo train recipe.yaml": "a heading, the recipe of which is any",
-    "torchrun --nproc-per-node 2 -m pe_dpo train my.yaml": "starts processes; tests/training/test_processes.py",
+    "torchrun --nproc-per-node 2 -m pe_dpo train my.yaml": "starts processes; tests/training/test_distributed.py",
 }
 """Lines that no test of this file runs, and why."""
 ORDER = ("data", "audit", "train", "merge", "export")
