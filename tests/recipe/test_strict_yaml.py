@@ -2,12 +2,16 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pe_dpo.errors import RecipeError
+from pe_dpo.recipe import strict_yaml
 from pe_dpo.recipe.strict_yaml import parse_document, parse_scalar
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def value_of(text: str) -> Any:
@@ -123,3 +127,11 @@ def test_a_recipe_that_is_made_to_break_its_reader_is_one_line_at_once(text: str
         parse_document(text, "r.yaml")
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
     assert time.process_time() - began < 1
+
+
+def test_recipes_read_the_same_where_pyyaml_was_built_without_libyaml(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in RECIPES]
+    fast = [parse_document(text, "x.yaml") for text in texts]
+    monkeypatch.setattr(strict_yaml, "_FastRecipeLoader", strict_yaml._RecipeLoader)
+    assert len(fast) > 10
+    assert fast == [parse_document(text, "x.yaml") for text in texts]
