@@ -54,19 +54,30 @@ def jobs(finished: Path, merged: Path) -> list[Job]:
     ]
 
 
-def prepare(folder: Path, *, steps: int) -> None:
-    """Make the folder of a job: a recipe in 4 bits that evaluates half-way, saves every step and accumulates micro-batches."""
+def prepare(
+    folder: Path, *, steps: int = 6, base: Path = BASE, pairs: Path = PAIRS, rows: int = 64, pairs_per_step: int = 8
+) -> None:
+    """Make the folder of a job: a recipe in 4 bits that evaluates half-way, saves every step and accumulates micro-batches.
+
+    Args:
+        folder: is made.
+        steps: Of a training run.
+        base: The model.
+        pairs: A folder of JSONL files, of which so many rows are taken.
+        rows: A quarter of them is held out.
+        pairs_per_step: Of a training run.
+    """
     folder.mkdir()
-    rows = [line for path in sorted(PAIRS.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()][:64]
-    (folder / "pairs.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    lines = [line for path in sorted(pairs.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
+    (folder / "pairs.jsonl").write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
     recipe = {
-        "model": {"base": str(BASE), "quantize": "nf4"},
+        "model": {"base": str(base), "quantize": "nf4"},
         "adapter": {"rank": 4, "alpha": 8},
         "data": {"train": "pairs.jsonl", "eval": 0.25},
         "reference": {"policy": "store"},
         "generation": {"prompts": 2, "max_new_tokens": 4, "snapshots": 1},
-        "train": {"learning_rate": 1e-3, "pairs_per_step": 8, "tokens_per_microbatch": 256, "max_steps": steps, "warmup": 0}
-        | {"eval_every": -(-steps // 2), "save_every": 1, "log_every": 1},
+        "train": {"learning_rate": 1e-3, "pairs_per_step": pairs_per_step, "tokens_per_microbatch": 256, "max_steps": steps}
+        | {"warmup": 0, "eval_every": -(-steps // 2), "save_every": 1, "log_every": 1},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
 

@@ -24,6 +24,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = [
     *("pe_dpo.cli.sweep", "pe_dpo.cli.merge", "pe_dpo.cli.export", "pe_dpo.training.train", "pe_dpo.merging.merge"),
     *("pe_dpo.experiments.sweep", "pe_dpo.export.gguf_file", "transformers.models.llama.modeling_llama", "bitsandbytes"),
+    *("pe_dpo.audit.audit", "peft.tuners.lora.bnb", "transformers.integrations.bitsandbytes", "rich.console", "rich.table"),
+    "benchmarks.crash.preloaded",
 ]
 CONTEXT.set_forkserver_preload(PRELOADED)
 

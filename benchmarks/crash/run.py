@@ -4,7 +4,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ MOMENTS = 0.25
 """Share of the kills that come at a moment of the clock; the others at a change of the disk."""
 
 
-def kill_and_compare(kills: int, *, work: Path, seed: int = 0, names: Sequence[str] = (), steps: int = 6) -> dict[str, Any]:
+def kill_and_compare(
+    kills: int, *, work: Path, seed: int = 0, names: Sequence[str] = (), make: Callable[[Path], None] = prepare
+) -> dict[str, Any]:
     """Kill commands so many times in all, and return what each job came to against the one that nobody killed.
 
     Args:
@@ -26,7 +28,7 @@ def kill_and_compare(kills: int, *, work: Path, seed: int = 0, names: Sequence[s
         work: An empty folder; every chain works in the same place below it, so that paths are no difference.
         seed: Of what is killed where.
         names: Of the jobs; default: all.
-        steps: Of a training run.
+        make: Makes the folder that a command works in, a base and pairs of some size.
 
     Returns:
         jobs: of each its kills, its chains, the faults that were found, and of every kind of change of the disk that the
@@ -34,11 +36,11 @@ def kill_and_compare(kills: int, *, work: Path, seed: int = 0, names: Sequence[s
     """
     random_, place = random.Random(seed), work / "work"
     finished, merged = work / "finished", work / "merged"
-    _make_inputs(place, finished, merged, steps)
+    _make_inputs(place, finished, merged, make)
     chosen = [job for job in jobs(finished, merged) if not names or job.name in names]
     lived: dict[str, tuple[Outcome, Ending, float]] = {}
     for job in chosen:
-        _fresh(place, steps)
+        _fresh(place, make)
         began = time.monotonic()
         ending = _give(job, place, is_first=True)
         if ending.code:
@@ -55,7 +57,7 @@ def kill_and_compare(kills: int, *, work: Path, seed: int = 0, names: Sequence[s
                 left = kills - sum(one["kills"] for one in found.values())
                 if left > 0:
                     share = min(left, random_.randint(1, MOST_KILLS))
-                    _chain(job, place, found[job.name], lived[job.name], random_, share, steps)
+                    _chain(job, place, found[job.name], lived[job.name], random_, share, make)
     except KeyboardInterrupt:
         print("interrupted: the commands that ended are kept")
     return {"kills": sum(one["kills"] for one in found.values()), "seed": seed, "jobs": found}
@@ -68,11 +70,11 @@ def _chain(
     lived: tuple[Outcome, Ending, float],
     random_: random.Random,
     kills: int,
-    steps: int,
+    make: Callable[[Path], None],
 ) -> None:
     """Kill one command until it was killed so often or has ended, let it end, and note what is wrong then."""
     expected, straight, seconds = lived
-    _fresh(place, steps)
+    _fresh(place, make)
     deaths: list[str] = []
     is_first, ending = True, None
     for _ in range(kills):
@@ -112,14 +114,14 @@ def _give(job: Job, place: Path, *, is_first: bool, death: Death | None = None) 
     return run_command(attempts, folder=place, death=death, processes=job.processes, environment=environment)
 
 
-def _fresh(place: Path, steps: int) -> None:
+def _fresh(place: Path, make: Callable[[Path], None]) -> None:
     shutil.rmtree(place, ignore_errors=True)
-    prepare(place, steps=steps)
+    make(place)
 
 
-def _make_inputs(place: Path, finished: Path, merged: Path, steps: int) -> None:
+def _make_inputs(place: Path, finished: Path, merged: Path, make: Callable[[Path], None]) -> None:
     """Train a run and merge it, for the jobs that begin with one."""
-    _fresh(place, steps)
+    _fresh(place, make)
     for words in (["train", "recipe.yaml", "-o", str(finished)], ["merge", str(finished), "-o", str(merged)]):
         ending = run_command([words], folder=place, environment={"PE_DPO_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"})
         if ending.code:
