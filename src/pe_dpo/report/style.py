@@ -13,6 +13,8 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
@@ -73,8 +75,8 @@ _RC: Any = {
     "text.usetex": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "pe-dpo",  # the same figure gives the same picture
-    "savefig.dpi": 200,
-    "savefig.facecolor": "white",
+    "figure.dpi": 200,
+    "figure.facecolor": "white",
 }
 
 
@@ -121,10 +123,13 @@ def scatter_points(axes: Axes, x: Any, y: Any, colour: str, label: str, *, total
         axes.scatter(x, y, s=size, color=colour, alpha=0.6, linewidths=0, label=label, rasterized=total >= DENSE)
 
 
+# Figures are drawn by their canvases: `Figure.savefig` goes through one once more before it draws it.
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG (200 dpi, on white); it keeps its layout and must not be changed afterwards."""
     with style():
-        figure.savefig(path, format="png", metadata={"Software": None})
+        FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": None})
     figure.set_layout_engine("none")  # it has been laid out just now, which takes half of the time of the next picture
 
 
@@ -133,7 +138,7 @@ def to_svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with style():
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     return buffer.getvalue()
 
 
