@@ -73,6 +73,9 @@ class Metric(Generic[T]):
         """Return the metric of a table that has what it needs; the answers to each prompt count together as much as others'."""
         if self.function is not None:
             return self.function(table)
+        if self.kind == "pairs" and self.numerator is not None:  # each counts alike, whatever its prompt
+            numerators = self.numerator(table)
+            return float(numerators.sum() / (getattr(table, self.denominator).sum() if self.denominator else len(numerators)))
         above, below = self.sums(table, {key: at for at, key in enumerate(dict.fromkeys(table.prompt_key))})
         return float(above.sum() / below.sum())
 
