@@ -135,9 +135,9 @@ def write_run(
     write_atomically(folder / "recipe.yaml", recipe_to_yaml(recipe))
     drifts = {step: drift(recipe, step / steps) for step in range(steps + 1)}
     states = {step: policy_pairs(world, way, seed, quality) for step, way in drifts.items()}
+    measured = {step: metrics_of(recipe, world, state) for step, state in states.items()}
     lines: list[dict[str, Any]] = []
-    for step, state in states.items():
-        metrics = metrics_of(recipe, world, state)
+    for step, metrics in measured.items():
         if step:
             lines.append({"step": step, **metrics, "grad_norm": 1.0 / step, "learning_rate": 1e-5, "tokens_per_second": 900.0})
         if step in (0, steps) or step % max(1, steps // 4) == 0:
@@ -151,10 +151,10 @@ def write_run(
         "loss": describe(recipe.loss)._asdict(),
         "pairs": {"train": 500, "held_out": len(world.chosen)},
         "start": {"pairs": 16, "largest_difference": 0.0, "loss": 0.6931471805599453, "score": 0.0},
-        "before": metrics_of(recipe, world, states[0]),
+        "before": measured[0],
     }
     if finished:
-        record |= {"step": steps, "after": metrics_of(recipe, world, states[steps]), "remarks": [], "seconds": 12.5 + seed}
+        record |= {"step": steps, "after": measured[steps], "remarks": [], "seconds": 12.5 + seed}
         earlier = [round(steps * number / (snapshots + 1)) for number in range(1, snapshots + 1)]
         for step, where in {**{step: f"snapshots/step-{step:06d}" for step in earlier}, steps: "."}.items():
             write_state(folder / where, recipe, world, states[step], drifts[step], seed, samples=samples, scored=scored)
