@@ -179,8 +179,7 @@ def test_results_are_one_object_per_run(sweep, written) -> None:
 
 def test_kl_is_drawn_over_kappa(sweep, written) -> None:
     """γ = 0, β, 2β of the base recipe, and γ = β, 2β with mixout; means over three seeds, by hand from the answers."""
-    content = report_sweep(sweep)
-    axes = _sections(content)["kappa"].plots[0].figure.axes[0]
+    axes = _sections(written[0])["kappa"].plots[0].figure.axes[0]
     curves = {line.get_label(): line for line in axes.lines}
     assert list(curves["the base recipe"].get_xdata()) == [0, 1, 2]
     names = [path.parent for path in sorted(sweep.glob("runs/*/seed-0")) if path.parent.name in ("gamma=0x",)]
@@ -190,7 +189,7 @@ def test_kl_is_drawn_over_kappa(sweep, written) -> None:
 
 
 def test_how_strong_mixout_was_stands_beside_its_runs(tmp_path, parse, set_record) -> None:
-    sweep = fake_runs.write_sweep(tmp_path / "sweep", [{}, {"mixout.p": 0.5}], seeds=(0,))
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", [{}, {"mixout.p": 0.5}], seeds=(0,), steps=1, snapshots=0)
     folder = json.loads((sweep / "sweep.json").read_text())["points"][1]["folder"]
     set_record(sweep / folder, mixout={"p": 0.5, "margin_noise": 0.3149})
     content = report_sweep(sweep)
@@ -220,7 +219,7 @@ def test_unfinished_runs_are_named_and_not_hidden(sweep, tmp_path, parse, set_re
 
 def test_a_sweep_of_which_nothing_is_finished_has_a_page(tmp_path) -> None:
     names = [fake_runs.point_name(setting) for setting in GRID[:2]]
-    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:2], seeds=(0,), unfinished=names)
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:2], seeds=(0,), steps=1, unfinished=names)
     written = write_report(sweep, tmp_path / "page.html", tmp_path / "figures")
     assert written.verdict.startswith("Nothing can be compared yet: no run of this sweep is finished")
     assert written.plots == []
@@ -228,7 +227,7 @@ def test_a_sweep_of_which_nothing_is_finished_has_a_page(tmp_path) -> None:
 
 
 def test_without_sampled_answers_differences_are_at_each_runs_own_kl(tmp_path) -> None:
-    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:5], samples=0, steps=4)
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:5], samples=0, steps=1, snapshots=0, seeds=(0, 1))
     sections = _sections(report_sweep(sweep))
     for name in ("frontier", "equal-kl", "kappa", "measures"):
         assert any("pe-dpo eval" in line for line in sections[name].missing), name
@@ -238,7 +237,7 @@ def test_without_sampled_answers_differences_are_at_each_runs_own_kl(tmp_path) -
 
 
 def test_answers_to_one_prompt_have_no_interval_of_their_kl(tmp_path) -> None:
-    folder = fake_runs.write_sweep(tmp_path / "sweep", GRID[:2], seeds=(0, 1), snapshots=0, steps=4)
+    folder = fake_runs.write_sweep(tmp_path / "sweep", GRID[:2], seeds=(0, 1), snapshots=0, steps=1)
     for path in folder.glob("runs/*/*/generations.parquet"):
         answers = parquet.read_table(path)
         parquet.write_table(answers.slice(0, 2), path)  # both of the first prompt
@@ -247,7 +246,7 @@ def test_answers_to_one_prompt_have_no_interval_of_their_kl(tmp_path) -> None:
 
 
 def test_one_seed_is_said_to_be_one_seed(tmp_path) -> None:
-    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:4], seeds=(0,), steps=4)
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:4], seeds=(0,), steps=1, snapshots=0)
     sections = _sections(report_sweep(sweep))
     assert "--seeds 3" in sections["seeds"].missing[0]
     assert "every point has one seed" in sections["limits"].missing[0]
@@ -255,7 +254,7 @@ def test_one_seed_is_said_to_be_one_seed(tmp_path) -> None:
 
 
 def test_a_sweep_that_does_not_turn_gamma_has_no_kappa_plot(tmp_path) -> None:
-    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:3], seeds=(0,), steps=4)
+    sweep = fake_runs.write_sweep(tmp_path / "sweep", GRID[:3], seeds=(0,), steps=1, snapshots=0)
     section = _sections(report_sweep(sweep))["kappa"]
     assert section.plots == []
     assert "--grid gamma" in section.missing[0]
@@ -273,12 +272,14 @@ def test_runs_that_cannot_be_compared_are_still_shown(sweep, tmp_path, set_recor
 
 
 def test_more_arms_than_fit_are_drawn_in_parts(tmp_path) -> None:
-    settings = [{}, *({"loss.beta": 0.1 + 0.01 * number} for number in range(1, 36))]
-    sweep = fake_runs.write_sweep(tmp_path / "sweep", settings, seeds=(0,), steps=2, snapshots=0)
+    settings = [{}, *({"loss.beta": 0.1 + 0.01 * number} for number in range(1, 32))]
+    sweep = fake_runs.write_sweep(
+        tmp_path / "sweep", settings, seeds=(0,), steps=1, snapshots=0, samples=0, pairs=12, prompts=8
+    )
     plots = {plot.name: plot for plot in _sections(report_sweep(sweep))["seeds"].plots}
     assert set(plots) == {"seeds", "seeds-2"}
     parts = [plot.figure.axes[0] for plot in plots.values()]
-    assert [len(axes.get_yticks()) for axes in parts] == [30, 6]
+    assert [len(axes.get_yticks()) for axes in parts] == [30, 2]
     assert parts[0].get_xlim() == parts[1].get_xlim()
 
 
