@@ -14,6 +14,7 @@ stays, and so does the rest once both are divided by α.
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -176,12 +177,16 @@ class Audit:
         self.recipe = self.forecast(self.loss.gamma)
         self.kappas = [self.forecast(kappa * loss.beta) for kappa in KAPPAS]
         """For KAPPAS, everything else as in the recipe."""
-        self.curve = [self.forecast(kappa * loss.beta) for kappa in CURVE]
         self.quantization_error: QuantizationError | None = None
         self.recommendation = recommendation(self)
         """The one thing to do before training, with its reason."""
         self.warnings = warnings(self)
         """What looks off, in words, each with what to turn; what endangers the result most comes first."""
+
+    @cached_property
+    def curve(self) -> list[Forecast]:
+        """For CURVE: most of what an audit computes, and only files and plots have it."""
+        return [self.forecast(kappa * self.loss.beta) for kappa in CURVE]
 
     @property
     def ranking(self) -> ReferenceAccuracy:
