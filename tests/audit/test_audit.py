@@ -385,6 +385,19 @@ def test_the_noise_of_nf4_is_measured_on_a_model(make_recipe, tmp_path):
 # ---------------------------------------------------------------- from the store
 
 
+@pytest.fixture(scope="module")
+def first(tiny_recipe, tmp_path_factory):
+    """An audit of the tiny world, and the store that it left."""
+    folder = tmp_path_factory.mktemp("first")
+    return audit(tiny_recipe(folder / "run", f"reference.store={folder / 'store.sqlite'}")), folder / "store.sqlite"
+
+
+@pytest.fixture
+def stored(first, tmp_path):
+    """The setting that names a copy of its store."""
+    return f"reference.store={shutil.copy(first[1], tmp_path / 'store.sqlite')}"
+
+
 @pytest.fixture
 def no_weights(monkeypatch):
     """Loading a base fails from here on."""
@@ -397,14 +410,12 @@ def no_weights(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_second_audit_reads_no_weights_and_finds_the_same(make_recipe, no_weights, tmp_path):
-    store = f"reference.store={tmp_path / 'store.sqlite'}"
-    first = audit(make_recipe(store))
+def test_a_second_audit_reads_no_weights_and_finds_the_same(make_recipe, no_weights, first, stored):
     no_weights()
-    second = audit(make_recipe(store))
-    assert (first.reference["was_run"], second.reference["was_run"]) == (True, False)
-    assert second.to_dict() | {"reference": None} == first.to_dict() | {"reference": None}
-    assert audit(make_recipe(store, "loss.preset=simpo")).pairs == 24
+    second = audit(make_recipe(stored))
+    assert (first[0].reference["was_run"], second.reference["was_run"]) == (True, False)
+    assert second.to_dict() | {"reference": None} == first[0].to_dict() | {"reference": None}
+    assert audit(make_recipe(stored, "loss.preset=simpo")).pairs == 24
 
 
 @pytest.mark.slow
@@ -416,11 +427,9 @@ def test_after_training_an_audit_reads_no_weights(make_recipe, no_weights, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["model.quantize=nf4", "model.dtype=bfloat16", "train.packing=false", "data.max_length=60"])
-def test_another_reference_or_other_pairs_are_not_taken_from_the_store(make_recipe, change, tmp_path):
-    store = f"reference.store={tmp_path / 'store.sqlite'}"
-    audit(make_recipe(store, "data.limit=10"))
-    assert audit(make_recipe(store, change)).reference["was_run"]
+@pytest.mark.parametrize("change", ["model.quantize=nf4", "model.dtype=bfloat16", "train.packing=false"])
+def test_another_reference_is_not_taken_from_the_store(make_recipe, change, stored):
+    assert audit(make_recipe(stored, change)).reference["was_run"]
 
 
 @pytest.mark.slow
@@ -433,14 +442,13 @@ def test_where_nothing_is_to_be_stored_the_model_is_run(make_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path, logged: list[str]):
+def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, first, tmp_path, logged: list[str]):
     """Half of the pairs are stored, and wrong; the other half has to be run, and a look at the stored ones finds them out."""
     import sqlite3
 
-    from pe_dpo.inference import reference_store as stored
+    from pe_dpo.inference import reference_store
 
     path = tmp_path / "store.sqlite"
-    clean = audit(make_recipe(f"reference.store={tmp_path / 'clean.sqlite'}"))
     audit(make_recipe(f"reference.store={path}", "data.limit=12"))
     with sqlite3.connect(path) as connection:
         connection.text_factory = bytes
@@ -448,12 +456,13 @@ def test_a_stale_store_is_found_where_the_model_is_run(make_recipe, tmp_path, lo
         for number, key, value in connection.execute("SELECT reference, key, value FROM answer").fetchall():
             name = names[number] if isinstance(names[number], str) else names[number].decode()
             logprob, tokens = struct.unpack("<dq", value[:16])
-            moved = stored._with_checksum(struct.pack("<dq", logprob + 3, tokens), name.encode(), key)
+            moved = reference_store._with_checksum(struct.pack("<dq", logprob + 3, tokens), name.encode(), key)
             connection.execute("UPDATE answer SET value = ? WHERE reference = ? AND key = ?", (moved, number, key))
     lines = logged
     found = audit(make_recipe(f"reference.store={path}"))
+    assert found.reference["was_run"]
     assert any("the stored reference was not this one" in line for line in lines)
-    assert vars(found.by_sum) == vars(clean.by_sum)
+    assert vars(found.by_sum) == vars(first[0].by_sum)
 
 
 @pytest.mark.slow
@@ -473,11 +482,10 @@ def test_the_audited_log_probs_are_those_that_training_uses(make_recipe, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_adapter_as_the_reference_is_run_as_such(make_recipe, tmp_path):
-    store = f"reference.store={tmp_path / 'store.sqlite'}"
-    trained = train(make_recipe(store, "train.max_steps=4", output="sft")).folder
+def test_an_adapter_as_the_reference_is_run_as_such(make_recipe, first, stored):
+    plain, store = first[0], stored
+    trained = train(make_recipe(store, "train.max_steps=1", output="sft")).folder
     start = f"adapter={{start: '{trained}', reference: adapter}}"
-    plain = audit(make_recipe(store))
     frozen = audit(make_recipe(store, start))
     assert frozen.reference["is"].startswith("a frozen copy of ")
     assert not np.array_equal(plain.preference, frozen.preference)
@@ -498,10 +506,8 @@ def test_log_probs_that_are_no_numbers_are_named(make_recipe):
 
 
 @pytest.mark.slow
-def test_an_audit_is_json(make_recipe, tmp_path):
-    found = audit(
-        make_recipe(f"reference.store={tmp_path / 's.sqlite'}", "loss.preset=rso"), with_quantization_error=True
-    ).to_dict()
+def test_an_audit_is_json(make_recipe, stored):
+    found = audit(make_recipe(stored, "loss.preset=rso", "data.limit=8"), with_quantization_error=True).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert set(found["curve"]) >= {"kappa", "weight_right", "flip_times"}
     assert len(found["curve"]["kappa"]) == len(found["curve"]["flip_times"]) == 81
@@ -512,7 +518,7 @@ def test_on_real_pairs_summed_log_probs_mostly_measure_length(shared, tmp_path):
     """A real model of 260 K parameters and real short answers; and what κ does to their gradient."""
     recipe = recipe_from_yaml(
         f"model: {{base: '{shared / 'models' / 'stories260k'}'}}\n"
-        f"data: {{train: '{shared / 'data' / 'rasbt-politeness'}', limit: 200}}\n"
+        f"data: {{train: '{shared / 'data' / 'rasbt-politeness'}', limit: 100}}\n"
         f"reference: {{store: '{tmp_path / 's.sqlite'}'}}\n"
         "output: out\n",
         "real",
