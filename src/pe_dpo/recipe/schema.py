@@ -133,13 +133,12 @@ class AdapterSection(Section):
             raise ValueError("reference: over says it already: the base with that frozen adapter; leave reference out")
         if self.reference == "adapter" and not self.start:
             raise ValueError("reference: adapter as the reference needs start: the folder of that adapter")
-        defaults = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
-        defaults["alpha"] = 2.0 * self.rank
-        fixed = [
-            key for key in ("rank", "alpha", "rslora", "targets", "exclude", "init") if getattr(self, key) != defaults[key]
-        ]
-        if self.start and fixed:
-            raise ValueError(f"{', '.join(fixed)}: set by the adapter that the run starts from; leave out")
+        if self.start:
+            defaults = {key: field.get_default(call_default_factory=True) for key, field in type(self).model_fields.items()}
+            defaults["alpha"] = 2.0 * self.rank
+            own = ("rank", "alpha", "rslora", "targets", "exclude", "init")
+            if fixed := [key for key in own if getattr(self, key) != defaults[key]]:
+                raise ValueError(f"{', '.join(fixed)}: set by the adapter that the run starts from; leave out")
         return self
 
     @property
