@@ -98,7 +98,10 @@ def test_contrasts_of_two_data_sets_are_averaged(sweeps: list[Path], found: Comp
     seeds = [one.errors.seeds + one.errors.together for one in alone]
     assert pooled.errors.seeds + pooled.errors.together == pytest.approx(sum(seeds) / 4)
     assert pooled.errors.seed_freedom == pytest.approx(sum(seeds) ** 2 / (seeds[0] ** 2 / 2 + seeds[1] ** 2 / 2))
-    assert both.arms == []
+    assert (both.arms, both.remarks[0]) == (
+        [],
+        "contrasts alone are averaged over 2 data sets; for points, compare each by itself",
+    )
     assert "2 data sets, 6 seeds" in both.verdict
     with pytest.raises(UsageError, match="other held-out pairs"):
         compare(sweeps, metric="accuracy/shift", repeats=300)

@@ -105,7 +105,10 @@ def compare(
             power=None,
             best=None,
             contrasts=over_data_sets(by_name, named, chosen, method),
-            remarks=[f"{name}: {remark}" for name, one in by_name.items() for remark in one.remarks],
+            remarks=[
+                f"contrasts alone are averaged over {len(by_name)} data sets; for points, compare each by itself",
+                *(f"{name}: {remark}" for name, one in by_name.items() for remark in one.remarks),
+            ],
         )
         found = replace(found, verdict=summary.verdict(found))
     nothing = next((one for one in found.contrasts if one.lacking and one.after is None), None)
