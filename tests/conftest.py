@@ -38,10 +38,6 @@ def pytest_collection_finish() -> None:
     """What the tests imported stays to the end: no garbage collection, of which each training has one, looks through it."""
     gc.freeze()
     gc.enable()
-    if "benchmarks.crash.process" in sys.modules:  # some test starts processes
-        import warm_process
-
-        warm_process.begin()
 
 
 def pytest_unconfigure() -> None:

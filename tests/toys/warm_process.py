@@ -1,55 +1,17 @@
 """Programs in processes of their own, which can be killed: forked from one that has the libraries loaded, to start at once."""
 
-import atexit
 import gc
 import multiprocessing
 import os
-import select
 import sys
-import warnings
-from collections.abc import Sequence
-from multiprocessing import forkserver, util
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-import pytest
 
 from benchmarks.crash.process import PRELOADED
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)  # one process serves both, whoever begins
-
-
-def begin() -> None:
-    """Fork that process from the one of the tests, as long as none has run, so that it need not load the libraries anew.
-
-    They take six seconds of a core. Later it would be too late: who was forked from a process that has computed a gradient
-    can compute none.
-    """
-
-    pipes: list[tuple[int, int]] = []
-    pipe = os.pipe
-
-    def noted() -> tuple[int, int]:
-        pipes.append(pipe())
-        return pipes[-1]
-
-    def fork(executable: str, arguments: Sequence[str], handles: Sequence[int]) -> int:
-        if child := os.fork():
-            return child
-        try:
-            patch.undo()
-            os.close(pipes[-1][1])  # the end that is the tests': they are over when it closes
-            atexit._clear()
-            select.select(handles, [], [])  # what nobody imported yet is loaded when the first program is started
-            exec(arguments[-1], {})
-        finally:
-            os._exit(0)
-
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
-        patch.setattr(os, "pipe", noted)
-        patch.setattr(util, "spawnv_passfds", fork)
-        forkserver.ensure_running()
 
 
 def start(program: str, *words: object, folder: Path, environment: dict[str, str] | None = None) -> BaseProcess:
@@ -76,7 +38,7 @@ def log(process: BaseProcess, folder: Path) -> Path:
 
 
 def end() -> None:
-    """End that process and wait for it, so that its time counts as that of the tests."""
+    """End the process that others are forked from and wait for it, so that its time counts as that of the tests."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
