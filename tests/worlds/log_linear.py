@@ -19,7 +19,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from pe_dpo.metrics.quadrants import quadrants
-from pe_dpo.objective import preference_loss
+from pe_dpo.objective import PreferenceLoss, preference_loss
 
 PROMPTS, ANSWERS, FEATURES, PAIRS_PER_PROMPT = 200, 16, 32, 4
 SEEDS = range(6)
@@ -89,17 +89,48 @@ def independent_pairs(seeds: Sequence[int] = SEEDS, *, reference_sd: float = 2.0
     return Worlds(features, reward, reference_sd * reference, torch.arange(PROMPTS), answer, answer + 1)
 
 
+def minimum(worlds: Worlds, *, beta: float | Tensor, gamma: float | Tensor, **options: Any) -> Tensor:
+    """Return θ where the logistic loss is lowest, by Newton's method: what `train` comes to without mixout, given the time.
+
+    The gradient is that of `preference_loss`; only the curvature, on which the minimum does not depend, is written out here.
+    Newton's steps begin at κθ0, where the pairs are neither right nor wrong, and end when none moves a weight by 1e-9.
+
+    Args:
+        worlds: whose loss it is.
+        beta: of the policy; a tensor (K,) has K runs side by side, as in `train`.
+        gamma: of the reference.
+        options: of `preference_loss`.
+
+    Raises:
+        ArithmeticError: 30 steps do not get there.
+    """
+    chosen, rejected = _features_of_pairs(worlds)
+    difference, kappa = chosen - rejected, torch.as_tensor(gamma) / torch.as_tensor(beta)
+    weights = kappa[..., None, None] * worlds.reference
+    for _ in range(30):
+        weights = weights.detach().requires_grad_()
+        out = _loss(worlds, weights, chosen, rejected, beta=beta, gamma=gamma, **options)
+        (slope,) = torch.autograd.grad(out.loss.sum(), weights)
+        pull = torch.sigmoid(-out.score).view(*weights.shape[:-1], -1)
+        curvature = torch.einsum("...sp,spd,spe->...sde", pull * (1 - pull), difference, difference)
+        step = torch.linalg.solve(torch.as_tensor(beta)[..., None, None, None] ** 2 * curvature, slope)
+        weights = weights - step
+        if step.abs().max() < 1e-9:
+            return weights.detach()
+    raise ArithmeticError(f"the last step is {float(step.abs().max()):.1e} long")
+
+
 def train(worlds: Worlds, **settings: Any) -> Tensor:
-    """Return θ after training, (S, features); see `trajectory`."""
+    """Return θ after training, (S, features), or (K, S, features) of K runs; see `trajectory`."""
     return trajectory(worlds, keep=(), **settings)[-1]
 
 
 def trajectory(
     worlds: Worlds,
     *,
-    beta: float,
-    gamma: float,
-    mixout: float = 0.0,
+    beta: float | Tensor,
+    gamma: float | Tensor,
+    mixout: float | Tensor = 0.0,
     steps: int = 150,
     learning_rate: float = 0.05,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
@@ -110,7 +141,8 @@ def trajectory(
 
     Args:
         worlds: to train.
-        beta: of the policy.
+        beta: of the policy. It, `gamma`, `mixout` and `pair_margin` may be tensors (K,), one of each of K runs, which are
+            trained side by side; θ then has the shape (K, S, features), and each run is what it is by itself.
         gamma: of the reference.
         mixout: p.
         steps: of the optimizer.
@@ -120,8 +152,9 @@ def trajectory(
         options: of `preference_loss`.
     """
     chosen, rejected = _features_of_pairs(worlds)
-    reference = _scores(chosen, worlds.reference), _scores(rejected, worlds.reference)
-    weights = worlds.reference.clone().requires_grad_()
+    rate = torch.as_tensor(mixout, dtype=torch.float64)[..., None, None]
+    runs = torch.broadcast_shapes(*(torch.as_tensor(value).shape for value in (beta, gamma, mixout)))
+    weights = worlds.reference.expand(*runs, *worlds.reference.shape).clone().requires_grad_()
     stepper = optimizer([weights], lr=learning_rate)
     masks = torch.Generator().manual_seed(0)
     kept = []
@@ -129,11 +162,10 @@ def trajectory(
         stepper.param_groups[0]["lr"] = learning_rate * (1 - (step - 1) / steps)
         stepper.zero_grad()
         used = weights
-        if mixout:
-            mask = torch.rand(weights.shape, generator=masks) >= mixout
-            used = worlds.reference + mask * (weights - worlds.reference) / (1 - mixout)
-        policy = _scores(chosen, used), _scores(rejected, used)
-        out = preference_loss(*policy, *reference, beta=beta, gamma=gamma, **options)
+        if rate.any():
+            mask = torch.rand(worlds.reference.shape, generator=masks) >= rate  # the same draws for each run
+            used = worlds.reference + mask * (weights - worlds.reference) / (1 - rate)
+        out = _loss(worlds, used, chosen, rejected, beta=beta, gamma=gamma, **options)
         (out.loss.sum() / len(worlds.prompt)).backward()  # a mean over pairs, a sum over worlds: none sees another
         stepper.step()
         if step in keep:
@@ -143,12 +175,11 @@ def trajectory(
 
 def pair_regimes(worlds: Worlds, weights: Tensor, **options: Any) -> list[dict[str, float]]:
     """Return the 2×2 table of each world's training pairs under θ; `options` are those of `preference_loss`."""
-    features = _features_of_pairs(worlds)
-    policy, reference = ([_scores(side, theta) for side in features] for theta in (weights, worlds.reference))
-    out = preference_loss(*policy, *reference, **options)
-    columns = policy[0] - policy[1], reference[0] - reference[1], out.score, out.weight
-    worlds_apart = (column.view(len(weights), -1) for column in columns)
-    return [quadrants(*fields) for fields in zip(*worlds_apart, strict=True)]
+    chosen, rejected = _features_of_pairs(worlds)
+    out = _loss(worlds, weights, chosen, rejected, **options)
+    preferences = [_scores(chosen - rejected, theta) for theta in (weights, worlds.reference)]
+    columns = *preferences, *(column.view_as(preferences[0]) for column in (out.score, out.weight))
+    return [quadrants(*fields) for fields in zip(*columns, strict=True)]
 
 
 def all_logprobs(features: Tensor, weights: Tensor) -> Tensor:
@@ -207,9 +238,19 @@ def _features_of_pairs(worlds: Worlds) -> tuple[Tensor, Tensor]:
     return worlds.features[world, worlds.prompt, worlds.chosen], worlds.features[world, worlds.prompt, worlds.rejected]
 
 
+def _loss(worlds: Worlds, weights: Tensor, chosen: Tensor, rejected: Tensor, **options: Any) -> PreferenceLoss:
+    """The loss of each pair of each world, and of each run where θ has K of them, in one row; its features are handed in."""
+    policy = [_scores(side, weights) for side in (chosen, rejected)]
+    reference = [_scores(side, worlds.reference).expand_as(policy[0]) for side in (chosen, rejected)]
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            options[name] = value[:, None, None].expand_as(policy[0]).flatten()
+    return preference_loss(*(side.flatten() for side in (*policy, *reference)), **options)
+
+
 def _scores(features: Tensor, weights: Tensor) -> Tensor:
-    """θ·φ, (S·pairs,): log π up to the prompt's normaliser, which is the same for both answers of a pair and cancels."""
-    return (features @ weights[:, :, None]).flatten()
+    """θ·φ, (…, S, pairs): log π up to the prompt's normaliser, which is the same for both answers of a pair and cancels."""
+    return torch.einsum("spd,...sd->...sp", features, weights)
 
 
 def _world(generator: torch.Generator, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
