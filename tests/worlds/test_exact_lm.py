@@ -44,10 +44,10 @@ from pe_dpo.training.train import train
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "beta", "gamma"), [(1, 0.5, 0.25), (2, 2.0, 3.0)])
 def test_the_optimum_is_reached_in_other_worlds_and_at_other_coefficients(seed, beta, gamma):
-    """Within 1e-3 nats by 64 evaluations, 1e-6 by 90; measured 5e-5 and 9e-8, then 7e-11 and 7e-12."""
+    """Within 1e-3 nats by 64 evaluations, 1e-6 by 80; measured 5e-5 and 9e-8, then 1e-9 and 9e-10."""
     world = make_world(seed)
     target = optimum(world, beta=beta, gamma=gamma)
-    trace = minimize(world, beta=beta, gamma=gamma, evaluations=90)
+    trace = minimize(world, beta=beta, gamma=gamma)
     assert kl(target, lowest(trace[:64])) < 1e-3
     assert kl(target, lowest(trace)) < 1e-6
 
@@ -55,9 +55,9 @@ def test_the_optimum_is_reached_in_other_worlds_and_at_other_coefficients(seed, 
 @pytest.mark.slow
 def test_gamma_apart_from_beta_is_dpo_against_the_tempered_reference():
     """The same losses at every evaluation: γ = β/2 against π0, and DPO against π0^½, whose normaliser cancels (H-DPO)."""
-    apart = minimize(make_world(), gamma=0.5, evaluations=25)
+    apart = minimize(make_world(), gamma=0.5, evaluations=10)
     world = make_world()
-    tempered = minimize(world._replace(base_logprobs=0.5 * world.base_logprobs), gamma=1.0, evaluations=25)
+    tempered = minimize(world._replace(base_logprobs=0.5 * world.base_logprobs), gamma=1.0, evaluations=10)
     assert [loss for loss, _ in apart] == pytest.approx([loss for loss, _ in tempered], rel=1e-9)
     assert apart[-1][0] < apart[0][0] - 1e-3
 
@@ -89,15 +89,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_the_optimum_on_a_4_bit_base_is_that_of_the_4_bit_reference(base, gamma):
+def test_the_optimum_on_a_4_bit_base_is_that_of_the_4_bit_reference(base):
     """Float32 arithmetic ends within 1e-6 nats of it, and far from the optimum of the base before quantization."""
     torch.manual_seed(1)
     world = with_adapters(load_base(inspect_base(str(base), quantize="nf4", dtype="float32")).eval())
-    found = lowest(minimize(world, gamma=gamma, evaluations=80))
-    assert abs(kl(optimum(world, gamma=gamma), found)) < 1e-5
-    if gamma:
-        assert kl(optimum(world._replace(base_logprobs=plain_logprobs()), gamma=gamma), found) > 0.02
+    found = lowest(minimize(world, gamma=2.0, evaluations=70))
+    assert abs(kl(optimum(world, gamma=2.0), found)) < 1e-5
+    assert kl(optimum(world._replace(base_logprobs=plain_logprobs()), gamma=2.0), found) > 0.02
 
 
 def plain_logprobs() -> Tensor:
