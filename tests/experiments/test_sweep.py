@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -42,8 +43,11 @@ from pe_dpo.training.trainer import PairTrainer
 
 @pytest.fixture
 def source(tiny_base, tiny_pairs, tmp_path):
-    """A recipe of three steps, in a file."""
+    """A recipe of one step, in a file."""
     return write_source(tmp_path / "tiny.yaml", tiny_base, tiny_pairs)
+
+
+THREE = ["train.max_steps=3"]
 
 
 def write_source(path, tiny_base, tiny_pairs):
@@ -51,10 +55,28 @@ def write_source(path, tiny_base, tiny_pairs):
         f"model: {{base: '{tiny_base}', quantize: none}}\n"
         "adapter: {rank: 4, alpha: 8}\n"
         f"data: {{train: '{tiny_pairs}'}}\n"
-        "train: {max_steps: 3, pairs_per_step: 8, learning_rate: 1.0e-2, warmup: 0, eval_every: 3, save_every: 3}\n"
+        "train: {max_steps: 1, pairs_per_step: 8, learning_rate: 1.0e-2, warmup: 0, eval_every: 3, save_every: 3}\n"
         f"reference: {{store: '{path.with_name('store.sqlite')}'}}\n"
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, tiny_pairs, tmp_path_factory):
+    """The plan of a sweep of one point, which is finished; `swept` sees to its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    plan = make_plan(write_source(folder / "tiny.yaml", tiny_base, tiny_pairs), [["gamma=0"]], folder=folder / "sweep")
+    sweep(plan)
+    shutil.copytree(plan.folder, folder / "kept")
+    return plan
+
+
+@pytest.fixture
+def swept(finished):
+    """The same, its folder as the sweep left it."""
+    shutil.rmtree(finished.folder)
+    shutil.copytree(finished.folder.with_name("kept"), finished.folder)
+    return finished
 
 
 def adapter(folder):
@@ -70,10 +92,10 @@ def assert_same_adapter(one, other):
 @pytest.mark.slow
 def test_every_point_is_the_run_that_train_makes(source, tmp_path):
     """To the bit, whatever ran on the same base before: another loss, mixout, recomputed activations, padded rows, dropout."""
-    turns = [["train.gradient_checkpointing=true", "dropout=0.3"], ["mixout=0.5", "train.packing=false"], ["gamma=0,1x"]]
-    plan = make_plan(source, turns, folder=tmp_path / "sweep")
+    turns = [["train.gradient_checkpointing=true", "dropout=0.3"], ["mixout=0.5", "train.packing=false"], ["gamma=0.5x"]]
+    plan = make_plan(source, turns, folder=tmp_path / "sweep", overrides=["train.max_steps=2"])
     states = sweep(plan)
-    assert [state.status for state in states] == ["finished"] * 4
+    assert [state.status for state in states] == ["finished"] * 3
     for recipe in plan.recipes:
         alone = recipe.model_copy(update={"output": str(tmp_path / "alone" / Path(recipe.output).parent.name)})
         assert_same_adapter(recipe.output, train(alone).folder)
@@ -119,12 +141,10 @@ def test_the_base_is_loaded_once_and_each_answer_goes_through_the_reference_once
 
 
 @pytest.mark.slow
-def test_what_is_finished_is_not_run_again(source, tmp_path, monkeypatch):
-    plan = make_plan(source, [["gamma=0,1x"]], folder=tmp_path / "sweep")
-    sweep(plan)
+def test_what_is_finished_is_not_run_again(swept, monkeypatch):
     told = []
     monkeypatch.setattr(point_module, "train", lambda *a, **k: pytest.fail("ran again"))
-    assert [state.status for state in sweep(plan, tell=told.append)] == ["finished", "finished"]
+    assert [state.status for state in sweep(swept, tell=told.append)] == ["finished"]
     assert len(told) == 1
 
 
@@ -142,7 +162,8 @@ def test_a_failed_point_is_named_and_the_others_go_on(source, tmp_path, monkeypa
 
     monkeypatch.setattr(PairTrainer, "training_step", fails)
     monkeypatch.setattr(point_module, "load_base", lambda *a, **k: loads.append(1) or load(*a, **k))
-    plan = make_plan(source, [["train.weight_decay=0,0.05,0.1"]], folder=tmp_path / "sweep")
+    turned = [["train.weight_decay=0,0.05,0.1"]]
+    plan = make_plan(source, turned, folder=tmp_path / "sweep", overrides=["train.max_steps=2"])
     states = sweep(plan)
     assert [state.status for state in states] == ["failed", "failed", "finished"]
     assert states[0].why == "IndexError: index 7 is out of bounds"
@@ -206,35 +227,42 @@ def test_a_point_stopped_before_its_run_began_is_begun_again(source, tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_run_of_other_settings_in_a_points_folder_stops_the_sweep(source, tmp_path):
-    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
-    sweep(plan)
-    recipe = Path(plan.recipes[0].output) / "recipe.yaml"
+def test_a_run_of_other_settings_in_a_points_folder_stops_the_sweep(swept):
+    recipe = Path(swept.recipes[0].output) / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("rank: 4", "rank: 8"))
     with pytest.raises(RunFolderError, match=r"adapter.rank: 8 → 4"):
-        sweep(plan)
+        sweep(swept)
 
 
 @pytest.mark.slow
-def test_a_finished_run_without_its_recipe_is_named(source, tmp_path):
-    plan = make_plan(source, [], folder=tmp_path / "sweep")
-    sweep(plan)
-    (tmp_path / "sweep" / "runs" / "base" / "seed-0" / "recipe.yaml").unlink()
+def test_a_finished_run_without_its_recipe_is_named(swept):
+    (Path(swept.recipes[0].output) / "recipe.yaml").unlink()
     with pytest.raises(RunFolderError, match=r"seed-0.recipe.yaml: cannot be read.*move the run away"):
-        sweep(plan)
+        sweep(swept)
 
 
 @pytest.mark.slow
-def test_finished_runs_keep_their_adapter_and_not_their_checkpoints(source, tmp_path):
-    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
-    sweep(plan)
-    left = {path.name for path in Path(plan.recipes[0].output).iterdir()}
+def test_finished_runs_keep_their_adapter_and_not_their_checkpoints(swept):
+    left = {path.name for path in Path(swept.recipes[0].output).iterdir()}
     assert {"adapter_model.safetensors", "eval_pairs.parquet", "log.txt"} <= left
     assert not [name for name in left if name.startswith("checkpoint")]
 
 
 def start(source, folder):
-    words = ["sweep", source, "--grid", "gamma=0,0.5x,1x", "-o", folder, "--set", "train.save_every=1", "--prompts", "0"]
+    words = [
+        "sweep",
+        source,
+        "--grid",
+        "gamma=0,0.5x,1x",
+        "-o",
+        folder,
+        "--set",
+        "train.save_every=1",
+        "--prompts",
+        "0",
+        "--set",
+        *THREE,
+    ]
     return warm_process.start("from pe_dpo.cli import main; main()", *words, folder=source.parent)
 
 
@@ -253,7 +281,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(source, tmp_path):
     process.join(timeout=200)
     assert process.exitcode == 0, warm_process.log(process, tmp_path).read_text()
     assert kills == 3
-    plan = make_plan(source, [["gamma=0,0.5x,1x"]], folder=tmp_path / "straight", overrides=["train.save_every=1"])
+    plan = make_plan(source, [["gamma=0,0.5x,1x"]], folder=tmp_path / "straight", overrides=["train.save_every=1", *THREE])
     sweep(plan)
     for point, recipe in zip(plan.points, plan.recipes, strict=True):
         assert_same_adapter(folder / point.folder, recipe.output)
@@ -261,10 +289,10 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(source, tmp_path):
 
 @pytest.mark.slow
 def test_snapshots_and_samples_change_nothing_of_the_run(source, tmp_path):
-    plan = make_plan(source, [["gamma=1x"]], folder=tmp_path / "plain")
+    plan = make_plan(source, [["gamma=1x"]], folder=tmp_path / "plain", overrides=THREE)
     sweep(plan)
     measured = ["generation.prompts=4", "generation.max_new_tokens=5", "generation.snapshots=2"]
-    watched = make_plan(source, [["gamma=1x"]], folder=tmp_path / "watched", overrides=measured)
+    watched = make_plan(source, [["gamma=1x"]], folder=tmp_path / "watched", overrides=[*THREE, *measured])
     sweep(watched)
     assert_same_adapter(plan.recipes[0].output, watched.recipes[0].output)
     run = Path(watched.recipes[0].output)
@@ -367,20 +395,16 @@ def test_a_cluster_that_lets_nobody_in_is_named(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_interrupted_point_is_told_from_a_finished_one(source, tmp_path):
-    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
-    sweep(plan)
-    RunWriter(Path(plan.recipes[0].output)).update(status="interrupted")
+def test_an_interrupted_point_is_told_from_a_finished_one(swept):
+    RunWriter(Path(swept.recipes[0].output)).update(status="interrupted")
     told = []
-    assert [state.status for state in sweep(plan, tell=told.append)] == ["finished"]
+    assert [state.status for state in sweep(swept, tell=told.append)] == ["finished"]
     assert [states[0].status for states in told] == ["waiting", "running", "finished"]
 
 
 @pytest.mark.slow
-def test_the_written_plan_says_what_runs(source, tmp_path):
-    plan = make_plan(source, [["gamma=0"]], folder=tmp_path / "sweep")
-    sweep(plan)
-    written = yaml.safe_load((Path(plan.recipes[0].output) / "recipe.yaml").read_text())
+def test_the_written_plan_says_what_runs(swept):
+    written = yaml.safe_load((Path(swept.recipes[0].output) / "recipe.yaml").read_text())
     assert written["loss"]["gamma"] == 0
 
 
