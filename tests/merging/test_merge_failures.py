@@ -469,11 +469,16 @@ def change_updates(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tens
 
 
 @pytest.mark.slow
-@BOTH_WAYS
 @pytest.mark.parametrize(
-    "change",
-    [lambda old, new: old, lambda old, new: 2 * new - old, lambda old, new: 2 * old - new, lambda old, new: new.roll(1, 0)],
-    ids=["left out", "added twice", "subtracted", "in other rows"],
+    ("pairs", "change"),
+    [
+        (9, lambda old, new: old),
+        (0, lambda old, new: old),
+        (0, lambda old, new: 2 * new - old),
+        (0, lambda old, new: 2 * old - new),
+        (0, lambda old, new: new.roll(1, 0)),
+    ],
+    ids=["left out, with pairs", "left out", "added twice", "subtracted", "in other rows"],
 )
 def test_one_tensor_whose_update_is_not_the_adapters_is_refused_by_name(
     nf4_run: Path, out: Path, pairs: int, change: Callable, monkeypatch: pytest.MonkeyPatch
@@ -906,8 +911,8 @@ def test_stochastic_rounding_to_float32_is_none() -> None:
 # Memory
 
 
-def make_large(folder: Path, tiny_base: Path, *, width: int, layers: int, holes_but_for: str = "") -> Path:
-    """A base in several bfloat16 shards of random values, and an adapter for all its layers, whose folder is returned.
+def make_large(folder: Path, tiny_base: Path, *, width: int, layers: int, adapted: int = 0, holes_but_for: str = "") -> Path:
+    """A base in several bfloat16 shards of random values, and an adapter for so many of its layers, whose folder is returned.
 
     Or, but for the one layer named, all zeros that take no room on disk, and an adapter for that layer.
     """
@@ -922,11 +927,14 @@ def make_large(folder: Path, tiny_base: Path, *, width: int, layers: int, holes_
     for layer in range(layers):
         name = f"model.layers.{layer}"
         heads = {"q_proj": width, "k_proj": width // 2, "v_proj": width // 2, "o_proj": width}
-        linear |= {f"{name}.self_attn.{part}": (rows, width) for part, rows in heads.items()}
-        linear |= {f"{name}.mlp.{part}_proj": (4 * width, width) for part in ("gate", "up")}
-        linear[f"{name}.mlp.down_proj"] = (width, 4 * width)
+        own = {f"{name}.self_attn.{part}": (rows, width) for part, rows in heads.items()}
+        own |= {f"{name}.mlp.{part}_proj": (4 * width, width) for part in ("gate", "up")}
+        own[f"{name}.mlp.down_proj"] = (width, 4 * width)
         shapes |= {f"{name}.{part}_layernorm.weight": (width,) for part in ("input", "post_attention")}
-    shapes |= {"model.norm.weight": (width,)} | {f"{name}.weight": shape for name, shape in linear.items()}
+        shapes |= {f"{name}.weight": shape for name, shape in own.items()}
+        if layer < adapted or holes_but_for in own:
+            linear |= own
+    shapes["model.norm.weight"] = (width,)
     facts = [TensorInfo(name, shape, torch.bfloat16) for name, shape in shapes.items()]
     if holes_but_for:
         linear = {holes_but_for: linear[holes_but_for]}
@@ -982,13 +990,13 @@ def leave_record(adapter: Path, base: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of a process from /proc")
 def test_the_memory_of_a_merge_is_that_of_its_largest_tensor(nf4_run: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """A model of 90 times its largest tensor: 190 MB of bfloat16, and 2.1 MB; 80 MB measured with half the layers.
+    """A model of 90 times its largest tensor: 190 MB of bfloat16, and 2.1 MB. Of 24 layers six are quantized and adapted.
 
     Stochastic rounding holds about 12 float32 copies of one tensor, so 25 times its bfloat16; bitsandbytes' quantization on the
     CPU compares each number with all 16 codes at once, which is 32 times.
     """
     width = 512
-    adapter = make_large(tmp_path, tiny_base, width=width, layers=24)
+    adapter = make_large(tmp_path, tiny_base, width=width, layers=24, adapted=6)
     leave_record(adapter, tmp_path / "base")
     size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     largest = 2 * width * 4 * width
@@ -1016,28 +1024,29 @@ def resident_bytes() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the memory of this process from /proc")
 def test_a_model_of_tens_of_gigabytes_is_planned_whole_and_streams(tiny_base: Path, tmp_path: Path) -> None:
-    """24 GB of zeros in seven shards that take no room on disk. All of it is planned; its last 0.6 GB stream through.
+    """24 GB of zeros in seven shards that take no room on disk. All of it is planned; its last 0.25 GB stream through.
 
     The rest is left out for its time alone: reading zeros and looking whether they are finite takes seconds per GB on one core.
+    Tensors are so large that malloc gives back at once what is made of them.
     """
     layer = "model.layers.9.self_attn.k_proj"
-    adapter = make_large(tmp_path, tiny_base, width=4096, layers=48, holes_but_for=layer)
+    adapter = make_large(tmp_path, tiny_base, width=3072, layers=86, holes_but_for=layer)
     assert len(list((tmp_path / "base").glob("*.safetensors"))) == 7
     assert sum(file.stat().st_blocks * 512 for file in (tmp_path / "base").iterdir()) < 10**6
     with open_source(adapter, base=str(tmp_path / "base"), quantize="none", pairs=0) as source:
         plan = Plan(source, dtype="bf16", rounding="nearest")
-    # A layer has q, o: 4096², k, v: half of it, three of 4 · 4096² and two norms; outside embedding, head, norm.
-    assert sum(tensor.facts.bytes for tensor in plan.tensors) == 2 * (48 * (15 * 4096**2 + 2 * 4096) + 2 * 320 * 4096 + 4096)
+    # A layer has q, o: 3072², k, v: half of it, three of 4 · 3072² and two norms; outside embedding, head, norm.
+    assert sum(tensor.facts.bytes for tensor in plan.tensors) == 2 * (86 * (15 * 3072**2 + 2 * 3072) + 2 * 320 * 3072 + 3072)
     [changed] = [tensor for tensor in plan.tensors if tensor.change]
     assert changed.facts.name == f"{layer}.weight"
     streamed, writer = [changed], Discard()
     for tensor in reversed(plan.tensors):
-        if sum(one.facts.bytes for one in streamed) < 0.6e9:
+        if sum(one.facts.bytes for one in streamed) < 0.25e9:
             streamed.append(tensor)
     plan.tensors = streamed
     before = resident_bytes()
     [report] = write_tensors(plan, writer, TrainingBase(source, (), {}, torch.device("cpu")))
-    largest = 2 * 4 * 4096**2
-    assert writer.bytes > 0.6e9
-    assert writer.most_resident - before < 4 * largest
+    largest = 2 * 4 * 3072**2
+    assert writer.bytes > 0.25e9
+    assert writer.most_resident - before < 3 * largest
     assert report.name == changed.facts.name and report.kept == pytest.approx(1, abs=0.01)
