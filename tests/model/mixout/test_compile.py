@@ -62,9 +62,8 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("whole", [[], ["embed", "norm", "head"]])
-def test_draws_and_p_are_inputs_of_one_compiled_graph_that_counts_its_layers_as_reached(form, whole):
-    model, mixout = make(form, whole)
+def test_draws_and_p_are_inputs_of_one_compiled_graph_that_counts_its_layers_as_reached(form):
+    model, mixout = make(form, ["embed", "norm", "head"])
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)  # a break of the graph is an error
     assert not any(layer.is_reached for layer in mixout.layers.values())
@@ -99,12 +98,11 @@ def test_a_draw_set_before_a_compiled_backward_is_an_error(form):
         logits.sum().backward()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_evaluation_is_compiled_plain_and_training_stays_mixed_after_it(form):
-    model, mixout = make(form, ["head"], targets=["first"])
+def test_evaluation_is_compiled_plain_and_training_stays_mixed_after_it():
+    model, mixout = make("element", ["head"], targets=["first"])
     compiled = torch.compile(model, backend="eager")  # without gradients plain LoRA breaks the graph, at mark_dirty
     mixed = outcome(compiled, model)
-    plain, _ = make(form, ["head"], p=0.0, targets=["first"])
+    plain, _ = make("element", ["head"], p=0.0, targets=["first"])
     with torch.no_grad():
         assert torch.allclose(compiled.eval()(IDS), plain.eval()(IDS), atol=1e-6)
         with mixout.sampled(0):
@@ -113,19 +111,23 @@ def test_evaluation_is_compiled_plain_and_training_stays_mixed_after_it(form):
     assert_same(outcome(compiled, model), mixed)
 
 
-def test_a_compiled_language_model_has_the_logits_of_the_eager_one(make_policy):
+def test_a_language_model_with_a_compiled_layer_has_the_logits_of_the_eager_one(make_policy):
+    """What is around its layers is transformers' alone, and takes four times as long to compile."""
     model = make_policy(targets=["q_proj", "v_proj", "down_proj"])
-    decoder = model.get_base_model().model
-    decoder.layers = decoder.layers[:1]
     mixout = attach_mixout(model, 0.5, seed=0, form="element")
     ids = torch.arange(3, 43).view(2, 20)
-    compiled = torch.compile(model, backend="eager")
-    found = []
+
+    def logits():
+        found = []
+        for mixout.draw in (0, 5):
+            found.append(model(input_ids=ids, use_cache=False).logits)
+        return found
+
     with torch.no_grad():
-        for draw in (0, 5):
-            mixout.draw = draw
-            found.append(compiled(input_ids=ids).logits)
-            assert torch.allclose(found[-1], model(input_ids=ids).logits, atol=1e-5)
+        expected = logits()
+        model.get_base_model().model.layers[0].compile(backend="eager")
+        found = logits()
+    assert torch.allclose(torch.stack(found), torch.stack(expected), atol=1e-5)
     assert not torch.allclose(*found, atol=1e-2)
 
 
