@@ -46,11 +46,10 @@ def runs(tiny_recipe: Callable, made_once: Callable[..., Path]) -> dict[str, Pat
 
     def fill(root: Path) -> None:
         for quantize in ("none", "nf4"):
-            settings = (f"model.quantize={quantize}", "train.learning_rate=3.0e-3")
-            train(tiny_recipe(root / quantize, *settings))
+            short = (f"model.quantize={quantize}", "train.max_steps=2")
+            train(tiny_recipe(root / quantize, *short, "train.learning_rate=3.0e-3"))
             start = f"adapter={{start: '{root / quantize}', reference: adapter}}"
-            settings = (f"model.quantize={quantize}", "train.learning_rate=1.0e-2", start)
-            train(tiny_recipe(root / f"{quantize}, frozen", *settings))
+            train(tiny_recipe(root / f"{quantize}, frozen", *short, "train.learning_rate=1.0e-2", start))
 
     root = made_once("runs-to-scale", fill)
     return {name: root / name for name in ("none", "nf4", "none, frozen", "nf4, frozen")}
@@ -150,7 +149,7 @@ def test_with_a_frozen_reference_the_way_is_from_there_and_not_from_the_base(
     quantize: str, runs: dict[str, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     run = runs[f"{quantize}, frozen"]
-    done = merge(run, tmp_path / "out", scale=0.25, dtype="fp32", pairs=6)
+    done = merge(run, tmp_path / "out", scale=0.25, dtype="fp32", pairs=4)
     start, delta, weights = updates(runs[quantize]), updates(run), as_trained(tiny_base, quantize)
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, update in delta.items():
@@ -236,8 +235,8 @@ def test_a_scale_of_one_leaves_every_file_as_it_is_without_it(runs: dict[str, Pa
     for run in (runs["nf4"], runs["nf4, frozen"]):
         found = []
         for settings in ({}, {"scale": 1}):
-            merge(run, tmp_path / "merged", dtype="bf16", pairs=4, **settings)
-            package(run, tmp_path / "package", **settings)
+            merge(run, tmp_path / "merged", dtype="bf16", pairs=2, **settings)
+            package(run, tmp_path / "package", pairs=2, **settings)
             found.append([contents(tmp_path / name) for name in ("merged", "package")])
             for name in ("merged", "package"):
                 shutil.rmtree(tmp_path / name)
@@ -265,7 +264,7 @@ def test_the_nearer_to_the_reference_the_smaller_the_kl(runs: dict[str, Path], t
 def test_report_card_and_verdict_say_the_scale_and_do_not_say_that_it_was_trained(
     runs: dict[str, Path], tmp_path: Path, logged: list[str]
 ) -> None:
-    done = merge(runs["nf4"], tmp_path / "out", scale=0.5, pairs=9)
+    done = merge(runs["nf4"], tmp_path / "out", scale=0.5, pairs=4)
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text(encoding="utf-8"))
     assert report == done.report
     assert (report["scale"], report["verdict"]) == (0.5, f"serves the update, {TOWARD}: on purpose not what was trained")
@@ -277,7 +276,7 @@ def test_report_card_and_verdict_say_the_scale_and_do_not_say_that_it_was_traine
 
 
 def test_more_than_what_was_trained_is_allowed_and_called_so(runs: dict[str, Path], tmp_path: Path, logged: list[str]) -> None:
-    done = merge(runs["none"], tmp_path / "out", scale=1.5, pairs=9)
+    done = merge(runs["none"], tmp_path / "out", scale=1.5, pairs=4)
     assert done.report["verdict"].startswith("serves the update, scaled away from the reference by a = 1.5")
     assert "warning: a = 1.5 goes beyond what was trained (extrapolation)" in logged
 
@@ -290,7 +289,7 @@ def test_more_than_what_was_trained_is_allowed_and_called_so(runs: dict[str, Pat
     ],
 )
 def test_every_verdict_says_the_scale(settings: dict[str, Any], verdict: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    assert merge(runs["nf4"], tmp_path / "out", scale=0.5, **{"pairs": 6, **settings}).report["verdict"] == verdict
+    assert merge(runs["nf4"], tmp_path / "out", scale=0.5, **{"pairs": 4, **settings}).report["verdict"] == verdict
 
 
 def test_the_report_names_the_adapter_that_onto_adapter_writes_and_the_one_it_was_made_of(
@@ -301,7 +300,7 @@ def test_the_report_names_the_adapter_that_onto_adapter_writes_and_the_one_it_wa
 
     for name in ("nf4", "nf4, frozen"):
         report = merge(runs[name], tmp_path / f"merged {name}", scale=0.5, pairs=0).report
-        held_out = package(runs[name], tmp_path / name, scale=0.5, pairs=9)
+        held_out = package(runs[name], tmp_path / name, scale=0.5, pairs=4)
         assert report["adapter_sha256"] == sha256(tmp_path / name) != sha256(runs[name])
         assert report["from_adapter_sha256"] == sha256(runs[name])
         assert held_out is not None and held_out.shift_kept == pytest.approx(1, abs=1e-4)
@@ -313,7 +312,7 @@ def test_a_packaged_scaled_adapter_is_still_called_scaled_and_not_scaled_again(
 ) -> None:
     package(runs["nf4"], tmp_path / "package", scale=0.5, pairs=0)
     base = str(tiny_base)
-    report = merge(tmp_path / "package", tmp_path / "out", base=base, data=str(tiny_pairs / "test.jsonl"), pairs=6).report
+    report = merge(tmp_path / "package", tmp_path / "out", base=base, data=str(tiny_pairs / "test.jsonl"), pairs=4).report
     assert (report["scale"], report["faults"]) == (0.5, [])
     assert report["verdict"] == f"serves the update, {TOWARD}: on purpose not what was trained"
     with pytest.raises(UsageError, match=f"is {TOWARD} already"):
@@ -321,9 +320,9 @@ def test_a_packaged_scaled_adapter_is_still_called_scaled_and_not_scaled_again(
 
 
 def test_compare_holds_each_way_to_serve_against_the_scaled_model(runs: dict[str, Path]) -> None:
-    with open_source(runs["nf4, frozen"], pairs=9) as source:
+    with open_source(runs["nf4, frozen"], pairs=4) as source:
         full = compare_merges(source)
-    with open_source(runs["nf4, frozen"], pairs=9, scale=0.5) as source:
+    with open_source(runs["nf4, frozen"], pairs=4, scale=0.5) as source:
         half = compare_merges(source)
     found = {name: candidate for name, candidate, _ in half}
     assert source.scale == 0.5 and list(found) == [name for name, _, _ in full]
@@ -343,10 +342,10 @@ def test_a_scale_that_is_not_the_one_asked_for_is_refused_by_the_pairs(
     monkeypatch.setattr(source_module, "save_scaled_adapter", lambda it, scale, folder: scaled(it, scale**2, folder))
     monkeypatch.setattr(source_module, "save_fused_adapter", lambda two, by, folder: fused(two, (0.0, by[1]), folder))
     with pytest.raises(MergeRefused, match=f"the merge is not what was trained, {TOWARD}") as caught:
-        merge(runs[f"nf4{frozen}"], tmp_path / "out", scale=0.5, pairs=9)
+        merge(runs[f"nf4{frozen}"], tmp_path / "out", scale=0.5, pairs=4)
     assert "of the preference shift kept" in str(caught.value)
     with pytest.raises(MergeRefused, match=r"the (one )?adapter does not do what"):
-        package(runs[f"nf4{frozen}"], tmp_path / "out", scale=0.5, pairs=9)
+        package(runs[f"nf4{frozen}"], tmp_path / "out", scale=0.5, pairs=4)
     assert list(tmp_path.iterdir()) == []
 
 
