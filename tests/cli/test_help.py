@@ -137,10 +137,10 @@ def test_a_command_imports_what_it_needs_and_no_more(tiny_base, tiny_pairs, tmp_
 
 @pytest.mark.slow
 def test_help_takes_little_longer_than_the_library_it_is_written_with():
-    """Side by side, best of five, so that a busy machine slows both; on two quiet cores 68 ms, typer 57 and bare Python 10."""
+    """Side by side, best of three, so that a busy machine slows both; on two quiet cores 68 ms, typer 57 and bare Python 10."""
     measured = {"help": ["-m", "pe_dpo", "--help"], "typer": ["-c", "import typer"]}
     seconds = dict.fromkeys(measured, float("inf"))
-    for _ in range(5):
+    for _ in range(3):
         for name, arguments in measured.items():
             start = time.perf_counter()
             subprocess.run([sys.executable, *arguments], capture_output=True, check=True)

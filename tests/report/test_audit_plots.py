@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from pe_dpo.audit.audit import Audit
+from pe_dpo.audit import audit as audit_module
+from pe_dpo.audit.audit import CURVE, Audit
 from pe_dpo.objective import PairLogprobs, PairTerms
 from pe_dpo.recipe.loss_section import LossSection
 from pe_dpo.report.audit_plots import audit_figures, save_audit_plots
+from pe_dpo.report.style import style
+
+
+@pytest.fixture(autouse=True)
+def few_kappas(monkeypatch):
+    """Nine of the 81 that a curve has."""
+    monkeypatch.setattr(audit_module, "CURVE", CURVE[::10])
 
 
 def audited(pairs=300, loss=None, spread=4.0, same_length=False):
@@ -62,9 +70,18 @@ def test_the_scatter_has_the_line_whose_slope_is_taken_off():
     {"pairs": 2}, {"same_length": True}, {"spread": 0.0, "same_length": True}, {"spread": 2000.0},
     {"loss": LossSection(link="hinge", margin=0.0, gamma=0.3)}, {"loss": LossSection(reduce="mean", gamma="5x")},
 ], ids=str)  # fmt: skip
-def test_any_audit_can_be_drawn(options, tmp_path):
+def test_any_audit_can_be_drawn(options):
     """Two pairs; equal lengths; nothing but ties; flips beyond numbers; a hinge that flips none; κ off the panel."""
-    files = save_audit_plots(audited(**options), tmp_path / "plots")
+    figures = audit_figures(audited(**options))
+    assert list(figures) == ["preference", "length", "weights", "flips"]
+    for figure in figures.values():
+        with style():
+            figure.draw_without_rendering()
+
+
+@pytest.mark.slow
+def test_each_figure_is_a_file(tmp_path):
+    files = save_audit_plots(audited(), tmp_path / "plots")
     assert [path.name for path in files] == ["audit-preference.png", "audit-length.png", "audit-weights.png", "audit-flips.png"]
     assert all(path.stat().st_size > 2000 for path in files)
     assert sorted((tmp_path / "plots").iterdir()) == sorted(files)
