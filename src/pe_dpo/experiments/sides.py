@@ -5,7 +5,7 @@
 Both sides of all runs are resampled over the same prompts, so that gaps, and differences between gaps, are paired.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,17 @@ def compare_sides(
     if metric and METRICS[metric].kind != "pairs":
         raise UsageError(f"`by` {by}: parts held-out pairs, and {metric} is of sampled answers; name a metric of pairs")
     read = {name: read_observations(group)[0] for name, group in data_sets(targets).items()}
+    return compare_observed_sides(read, by=by, metric=metric, method=method)
+
+
+def compare_observed_sides(
+    read: Mapping[str, Sequence[Observation]], *, by: By, metric: str | None, method: Method
+) -> SideComparison:
+    """Return the same of what was read already, by the name of its data set.
+
+    Raises:
+        UsageError: no run has that ranking and metric.
+    """
     per_token = is_per_token([one for observations in read.values() for one in observations])
     chosen = METRICS[metric or ("accuracy/shift_per_token" if per_token else "accuracy/shift")]
     points: list[SidePoint] = []
@@ -115,7 +126,7 @@ def compare_sides(
         raise UsageError(
             f"`by` {by}: no run has held-out pairs one by one with {chosen.key}{ranked}; measure them with pe-dpo eval"
         )
-    return SideComparison(by, per_token, chosen.key, chosen.is_share, confidence, points)
+    return SideComparison(by, per_token, chosen.key, chosen.is_share, method.confidence, points)
 
 
 def find_sides(

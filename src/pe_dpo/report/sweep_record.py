@@ -54,6 +54,7 @@ class SweepRecord:
         recipe: from which every point turns something away.
         runs: every planned run.
         comparison: what comparing them came to, or None.
+        observations: what was compared.
         why_not: why there is no comparison; empty where there is one.
         crosses: of each arm of the comparison, 95 % intervals of √KL and of the metric over prompts and seeds; None where
             unknown.
@@ -83,15 +84,15 @@ class SweepRecord:
         self.comparison: Comparison | None = None
         self.why_not = "no run of this sweep is finished; start the same `pe-dpo sweep` again to go on with it"
         self.crosses: list[tuple[Effect | None, Effect | None]] = []
-        observations: list[Observation] = []
+        self.observations: list[Observation] = []
         if any(info.is_finished for info in infos):
             try:
                 self.comparison, self.why_not = compare([folder], metric=metric, baseline=baseline), ""
-                observations, _ = read_observations([folder])
-                self.crosses = _crosses(self.comparison, observations)
+                self.observations, _ = read_observations([folder])
+                self.crosses = _crosses(self.comparison, self.observations)
             except UsageError as error:
                 self.why_not = str(error)
-        kappas = {one.run: one.kappa for one in observations if one.is_final and one.kappa is not None}
+        kappas = {one.run: one.kappa for one in self.observations if one.is_final and one.kappa is not None}
         rows = {row.run: row for row in (self.comparison.runs if self.comparison else []) if row.is_final}
         self.runs = []
         for point, info in zip(plan.points, infos, strict=True):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pe_dpo.errors import UsageError
-from pe_dpo.experiments.comparison import Comparison, RunRow
-from pe_dpo.experiments.sides import compare_sides
+from pe_dpo.experiments.comparison import Comparison, Method, RunRow
+from pe_dpo.experiments.sides import compare_observed_sides
 from pe_dpo.experiments.summary import best_line, hyperparameter_name, power_lines
 from pe_dpo.metrics.bootstrap import Effect
 from pe_dpo.metrics.catalogue import METRICS
@@ -55,7 +55,7 @@ def report_sweep(folder: Path, *, metric: str | None = None, baseline: str = "be
             _points_section(sweep, comparison),
             equal_kl_section(comparison),
             frontier_section(sweep, comparison),
-            _sides_section(folder, comparison),
+            _sides_section(sweep, comparison),
             seeds_section(sweep, comparison),
             kappa_section(sweep),
             measures_section(sweep, comparison),
@@ -224,12 +224,13 @@ def _mean(rows: Sequence[RunRow], key: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _sides_section(folder: Path, comparison: Comparison) -> PageSection:
+def _sides_section(sweep: SweepRecord, comparison: Comparison) -> PageSection:
     """The metric of each point where the reference ranks a pair right and where it ranks it wrong."""
     title = "Where the reference is right, and where it is wrong"
     metric = comparison.metric if METRICS[comparison.metric].kind == "pairs" else None
     try:
-        found = compare_sides([folder], by="reference", metric=metric, repeats=REPEATS, confidence=comparison.confidence)
+        method = Method(REPEATS, confidence=comparison.confidence)
+        found = compare_observed_sides({"": sweep.observations}, by="reference", metric=metric, method=method)
     except UsageError as error:
         return PageSection("sides", title, missing=[str(error)])
     scale, form = (100, ".1f") if found.is_share else (1, ".3g")
