@@ -18,6 +18,7 @@ from typing import Any
 from pe_dpo.disk import disk_error, json_without_nan, matching_paths, write_atomically, write_json
 from pe_dpo.errors import RunFolderError, TrainingError
 from pe_dpo.metrics.sides import describe_sides
+from pe_dpo.metrics.table import PairTable
 from pe_dpo.recipe import Recipe, changed_settings, describe, list_sources, recipe_to_yaml
 from pe_dpo.runs.best import NEW
 from pe_dpo.runs.checkpoints import MANIFEST, checkpoint_step, checkpoints, staging_folder
@@ -288,6 +289,7 @@ class RunWriter:
         step: int,
         remarks: Sequence[str],
         adapter: Mapping[str, str],
+        pairs: PairTable | None,
     ) -> None:
         """Write what a complete run came to: the model card, and run.json.
 
@@ -298,12 +300,12 @@ class RunWriter:
             step: The last one.
             remarks: What looks off.
             adapter: The hashes of the adapter's files.
+            pairs: The held-out pairs as they are scored at the end; None without held-out pairs.
         """
         if self.writes:
             base = read_base(self.folder)
             info = Run(self.folder).info
             said = info.describe_memory(), info.describe_skipped(), info.describe_history()
-            pairs = Run(self.folder).pairs(with_texts=False) if after else None
             card = model_card(recipe, base, before, after, *said, sides=describe_sides(pairs) if pairs else "")
             write_atomically(self.folder / "README.md", card)
             if best := Run(self.folder).best:

@@ -181,7 +181,7 @@ class PairTrainer(Trainer):
         with self.keeping_what_was_saved(), fixed_weights():
             total, scored = self._within_memory(model, mine, share)
             gradients = []
-            for parameter in adapter_parameters(model):
+            for parameter in self._trained:
                 if parameter.grad is None:  # what no pair reaches is zero, not missing: Adam's averages move on all the same
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
@@ -197,7 +197,7 @@ class PairTrainer(Trainer):
                 torch.distributed.all_reduce(both)
                 total, is_bad = both[0], bool(both[1])
             if is_bad:
-                self._skip(model, self._blame(model, mine, share, unfit) if is_mine else {})
+                self._skip(self._blame(model, mine, share, unfit) if is_mine else {})
                 return torch.zeros((), device=self.args.device)
         self._window.add(scored, sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in inputs))
         return total.float()
@@ -218,7 +218,7 @@ class PairTrainer(Trainer):
 
         Without a gradient from where on a loss is not finite: the step will be skipped, and its pairs are only looked at.
         """
-        model.zero_grad()  # of a first try that ran out of memory
+        self._drop_gradients()  # of a first try that ran out of memory
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         parts: list[PairTable] = []
         is_fit = True
@@ -242,7 +242,7 @@ class PairTrainer(Trainer):
 
         def is_good(some: Sequence[EncodedPair]) -> bool:
             self._within_memory(model, list(some), share)
-            gradients = [parameter.grad for parameter in adapter_parameters(model) if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
             return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
         fit = [pair for pair in pairs if pair.where not in unfit]
@@ -253,9 +253,18 @@ class PairTrainer(Trainer):
             spoiling = [] if unfit and is_good(fit) else bisect(fit, is_good, most=NAMED - len(unfit))
         return unfit | {pair.where: "gradient" for pair in spoiling}
 
-    def _skip(self, model: Any, mine: dict[str, str]) -> None:
+    @cached_property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """What is trained; looking for it in each step would walk over all modules of the model."""
+        return adapter_parameters(self.policy.model)
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def _skip(self, mine: dict[str, str]) -> None:
         """Leave no gradient, and write down in all processes whose pairs are to blame."""
-        model.zero_grad()
+        self._drop_gradients()
         self.check_adapter_is_finite()
         pairs = {where: what for part in gather_object([mine]) for where, what in part.items()}
         self.bad_steps.add(self.state.global_step + 1, pairs)
