@@ -5,22 +5,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import one_base
 import pytest
 import warm_process
 
 
 @pytest.fixture
 def make_trainer(make_recipe: Callable) -> Callable[..., Any]:
-    """A PairTrainer with its adapter's B set to noise (so that policy ≠ reference), unless `fresh`."""
+    """A PairTrainer with its adapter's B set to noise (so that policy ≠ reference), unless `fresh`.
 
-    def make(*overrides: str, fresh: bool = False) -> Any:
+    What an earlier one found out of base and pairs is known, unless these are others or it is to be found out `anew`.
+    """
+
+    def make(*overrides: str, fresh: bool = False, anew: bool = False) -> Any:
         import torch
 
         from pe_dpo.training.preparation import prepare_run
         from pe_dpo.training.train import build_trainer
 
         recipe = make_recipe(*overrides)
-        trainer = build_trainer(recipe, prepare_run(recipe))
+        is_known = not anew and not any(override.startswith(("model.", "data.")) for override in overrides)
+        known = one_base.inputs(recipe)._replace(loaded_base=None) if is_known else None
+        trainer = build_trainer(recipe, prepare_run(recipe, shared=known))
         if not fresh:
             generator = torch.Generator().manual_seed(1)
             for name, parameter in trainer.model.named_parameters():

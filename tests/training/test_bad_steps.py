@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from killed import KillAt, Killed
+from one_base import train
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -15,7 +16,6 @@ from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.training.bad_steps import BadSteps, bisect
-from pe_dpo.training.train import train
 
 SETTINGS = (
     *("loss.link=squared", "loss.margin=1", "loss.margin_scale=1", "adapter.dropout=0.1"),

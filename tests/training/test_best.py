@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from killed import KillAt, Killed
+from one_base import train
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -26,7 +27,6 @@ from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import best_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.serving import steps_to_serve
-from pe_dpo.training.train import train
 
 SETTINGS = (
     *("train.keep_best=loss", "train.patience=2", "train.eval_every=1", "train.save_every=1", "train.epochs=3"),

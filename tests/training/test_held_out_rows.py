@@ -30,7 +30,13 @@ def colliding(tiny_base: Path, tiny_recipe: Callable, tmp_path_factory: pytest.T
     template.write_text(template.read_text().replace("message['content']", "(message['content'] | trim)"))
     rows = [{"prompt": f"Number {n}?{end}", "chosen": "Yes!", "rejected": "No."} for n in range(PROMPTS) for end in ("", "\n")]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = f"model.base={base}", f"data.train={folder / 'pairs.jsonl'}", "data.eval=0.29", "train.save_every=1"
+    settings = (
+        f"model.base={base}",
+        f"data.train={folder / 'pairs.jsonl'}",
+        "data.eval=0.29",
+        "train.max_steps=2",
+        "train.save_every=1",
+    )
     return lambda name: tiny_recipe(folder / name, *settings)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_base import train
 from safetensors.torch import load_file
 
 from pe_dpo.audit.audit import audit
@@ -18,7 +19,7 @@ from pe_dpo.evaluation.evaluate import evaluate
 from pe_dpo.model.adapter import adapter_parameters
 from pe_dpo.report.run_report import report_run
 from pe_dpo.runs.run import Run
-from pe_dpo.training.train import train
+from pe_dpo.training.train import train as train_anew
 
 pytestmark = pytest.mark.slow
 SHIFT = ("loss.preset=dpo-shift", "loss.beta=0.5", "loss.rejected_weight=0.5", "train.save_every=2", "train.eval_every=3")
@@ -167,12 +168,12 @@ def test_it_resumes_to_the_bit_and_not_with_other_weights(own: Any, make_recipe:
     pairs = write_pairs(tiny_pairs, tmp_path / "pairs", own_terms)
     recipe = make_recipe(f"data.train={pairs}", *OWN)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, callbacks=[stop_at_the_first_save()])
+        train_anew(recipe, callbacks=[stop_at_the_first_save()])
     write_pairs(tiny_pairs, pairs, lambda number: [{**own_terms(number)[0], "w": 1}])
     with pytest.raises(RunFolderError, match="other inputs"):
-        train(recipe, resume=True)
+        train_anew(recipe, resume=True)
     write_pairs(tiny_pairs, pairs, own_terms)
-    again = train(recipe, resume=True)
+    again = train_anew(recipe, resume=True)
     assert again.after == own.after
     assert_same_adapter(again.folder, own.folder)
 
@@ -206,6 +207,6 @@ def test_a_first_step_of_pairs_without_weight_is_no_fault_and_a_run_of_them_is(
     pairs = write_pairs(tiny_pairs, tmp_path / "pairs", lambda number: [{"w": 0}])
     settings = (f"data.train={pairs}", "data.columns={weight: w}", "train.max_steps=1")
     with pytest.raises(DataError, match="all pairs have weight 0, so that nothing would be learned"):
-        train(make_recipe(*settings))
+        train_anew(make_recipe(*settings))
     write_pairs(tiny_pairs, pairs, lambda number: [{"w": float(number == 23)}])
-    assert train(make_recipe(*settings, "train.pairs_per_step=1", "train.seed=3")).steps == 1
+    assert train_anew(make_recipe(*settings, "train.pairs_per_step=1", "train.seed=3")).steps == 1

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from one_base import train
 from transformers import TrainerCallback
 
 from pe_dpo.errors import ModelError
@@ -14,14 +15,14 @@ from pe_dpo.model.mixout import Mixout, attach
 from pe_dpo.training.mixing import Mixing
 from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.start import check_start
-from pe_dpo.training.train import train
 
 ON = "mixout.p=0.5"
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Draw and p of every forward under mixout, once where several layers ask."""
+    """Draw and p of every forward under mixout, once where several layers ask; what p came to is not measured."""
+    monkeypatch.setattr(Mixing, "on_train_end", lambda *_, **__: None)
     seen = []
     factors = Mixout.factors
 
@@ -40,9 +41,9 @@ def mixing_of(trainer):
 
 @pytest.mark.slow
 def test_p_rises_over_the_first_steps_and_stays(make_recipe, drawn):
-    train(make_recipe(ON, "mixout.warmup=0.5", "train.max_steps=6"))
-    assert [draw for draw, _ in drawn] == [0, 1, 2, 3, 4, 5]
-    assert [p for _, p in drawn] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+    train(make_recipe(ON, "mixout.warmup=0.5", "train.max_steps=4"))
+    assert [draw for draw, _ in drawn] == [0, 1, 2, 3]
+    assert [p for _, p in drawn] == pytest.approx([0.5 / 3, 1 / 3, 0.5, 0.5])
 
 
 @pytest.mark.parametrize(("warmup", "steps", "first"), [(0.96, 5, 0.1), (0.9, 1, 0.5)])
@@ -59,36 +60,30 @@ def test_the_last_step_has_all_of_p_however_long_the_rise(make_trainer, warmup, 
 
 @pytest.mark.slow
 def test_every_microbatch_may_have_a_draw_of_its_own(make_recipe, drawn):
-    train(make_recipe(ON, "mixout.draws=microbatch", "train.max_steps=2", "train.tokens_per_microbatch=1"))
+    train(
+        make_recipe(
+            ON, "mixout.draws=microbatch", "train.max_steps=2", "train.pairs_per_step=3", "train.tokens_per_microbatch=1"
+        )
+    )
     steps = [[micro for step, _, micro in (draw for draw, _ in drawn) if step == number] for number in (0, 1)]
     assert all(len(step) > 2 and step == list(range(len(step))) for step in steps)
 
 
 @pytest.mark.slow
 def test_a_draw_per_step_is_one_however_many_microbatches(make_recipe, drawn):
-    train(make_recipe(ON, "train.max_steps=2", "train.tokens_per_microbatch=1"))
+    train(make_recipe(ON, "train.max_steps=2", "train.pairs_per_step=3", "train.tokens_per_microbatch=1"))
     assert [draw for draw, _ in drawn] == [0, 1]
 
 
 @pytest.mark.slow
 def test_a_run_says_and_writes_down_how_strong_p_was(make_recipe, logged: list[str]):
     lines = logged
-    run = train(make_recipe(ON, "train.max_steps=3")).folder
+    run = train(make_recipe(ON, "train.max_steps=1")).folder
     (line,) = [line for line in lines if line.startswith("mixout 0.5 (column): a mask moves a score by ")]
     found = json.loads((run / "run.json").read_text())["mixout"]
     assert (found["p"], found["form"], found["draws"], found["warmup"], found["masks"]) == (0.5, "column", "step", 0.0, 16)
     assert f"by {found['margin_noise']:.2f} of what" in line
     assert found["margin_noise"] == pytest.approx(found["noise"] / found["shift"])
-
-
-@pytest.mark.slow
-def test_more_mixout_is_more_noise(make_recipe):
-    def noise(*settings, output):
-        run = train(make_recipe(*settings, "train.max_steps=3", output=output)).folder
-        return json.loads((run / "run.json").read_text())["mixout"]["margin_noise"]
-
-    weak, strong = noise("mixout.p=0.1", output="weak"), noise("mixout.p=0.9", output="strong")
-    assert strong > 2 * weak > 0
 
 
 @pytest.mark.slow
@@ -103,7 +98,7 @@ def test_an_interrupted_run_is_not_measured(make_recipe):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = True
 
-    recipe = make_recipe(ON, "train.max_steps=3")
+    recipe = make_recipe(ON, "train.max_steps=2")
     run = train(recipe, callbacks=[Stop()]).folder
     assert "mixout" not in json.loads((run / "run.json").read_text())
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tables
 import torch
+from one_base import train
 from recorded import recording
 from transformers import TrainerCallback
 
@@ -20,7 +21,6 @@ from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training.diagnostics import diagnose_pairs
 from pe_dpo.training.monitor import PATIENCE, Monitor, train_probe
-from pe_dpo.training.train import train
 
 COUNT = 40
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from one_base import train
 
 from pe_dpo.data.batches import split_by_tokens
 from pe_dpo.data.pairs import row_length
@@ -112,7 +113,6 @@ def test_the_policy_step_runs_the_reference_in_every_step(make_trainer):
 @pytest.mark.slow
 def test_a_whole_run_at_gamma_zero_asks_for_the_reference_of_the_held_out_pairs_alone(make_recipe, monkeypatch):
     from pe_dpo.inference.reference import Reference
-    from pe_dpo.training.train import train
 
     asked = []
     logprobs = Reference.logprobs

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from one_base import train
 from transformers import TrainerCallback
 
 from pe_dpo.errors import ModelError, TrainingError
@@ -14,7 +15,6 @@ from pe_dpo.progress import showing
 from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
-from pe_dpo.training.train import train
 from pe_dpo.training.trainer import PairTrainer
 
 

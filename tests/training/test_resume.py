@@ -12,6 +12,7 @@ import pytest
 import torch
 import warm_process
 from killed import KillAt, Killed
+from one_base import train
 from safetensors.torch import load_file
 
 from pe_dpo.errors import RunFolderError, TrainingError
@@ -20,7 +21,7 @@ from pe_dpo.runs.checkpoints import MANIFEST, checkpoints, faults
 from pe_dpo.runs.files import RUN_FILE, read_object
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import free_to_change
-from pe_dpo.training.train import train
+from pe_dpo.training.train import train as train_anew
 
 TIMES = ("tokens_per_second",)
 SETTINGS = ("adapter.dropout=0.1", "train.save_every=1", "train.eval_every=2", "train.tokens_per_microbatch=400")
@@ -49,6 +50,20 @@ def straight(tiny_recipe, tmp_path_factory):
     return train(tiny_recipe(tmp_path_factory.mktemp("straight") / "run", *SETTINGS)).folder
 
 
+@pytest.fixture(scope="module")
+def _killed(tiny_recipe, tmp_path_factory):
+    recipe = tiny_recipe(tmp_path_factory.mktemp("killed") / "run", *SETTINGS)
+    with pytest.raises(Killed):
+        train(recipe, callbacks=[KillAt(3)])
+    return recipe.output
+
+
+@pytest.fixture
+def killed(_killed, tmp_path):
+    """A copy of the run as it was killed after its third step."""
+    return Path(shutil.copytree(_killed, tmp_path / "run"))
+
+
 @pytest.fixture
 def finished(straight, tmp_path):
     """A copy of the straight run to do harm to."""
@@ -56,45 +71,46 @@ def finished(straight, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [3, 4])
-def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_straight_one(make_recipe, straight, step):
-    """3 is the border of the two epochs, 4 within one; dropout makes every step depend on the random state."""
-    recipe = make_recipe(*SETTINGS)
-    with pytest.raises(Killed):
-        train(recipe, callbacks=[KillAt(step)])
-    if step == 4:  # as versions wrote it that kept the whole log in each checkpoint
-        newest = checkpoints(Path(recipe.output))[-1]
-        state, manifest = (json.loads((newest / name).read_text()) for name in ("trainer_state.json", MANIFEST))
-        text = json.dumps(state | {"log_history": Run(recipe.output).metrics})
-        (newest / "trainer_state.json").write_text(text)
-        seal = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        (newest / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {"trainer_state.json": seal}}))
-        assert faults(newest) == []
-    result = train(recipe, resume=True)
+@pytest.mark.usefixtures("killed")
+def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_straight_one(make_recipe, straight):
+    """On a base that is loaded anew, at the border of the two epochs; dropout makes every step depend on the random state."""
+    result = train_anew(make_recipe(*SETTINGS), resume=True)
     assert result.steps == 6
     assert_same_run(result.folder, straight)
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_keeps_the_whole_log_is_gone_on_with(make_recipe, killed, straight):
+    """As versions wrote it; within an epoch, which is where the second kill falls."""
+    with pytest.raises(Killed):
+        train(make_recipe(*SETTINGS), resume=True, callbacks=[KillAt(4)])
+    newest = checkpoints(killed)[-1]
+    state, manifest = (json.loads((newest / name).read_text()) for name in ("trainer_state.json", MANIFEST))
+    text = json.dumps(state | {"log_history": Run(killed).metrics})
+    (newest / "trainer_state.json").write_text(text)
+    seal = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (newest / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {"trainer_state.json": seal}}))
+    assert (newest.name, faults(newest)) == ("checkpoint-4", [])
+    assert_same_run(train(make_recipe(*SETTINGS), resume=True).folder, straight)
+
+
+@pytest.mark.slow
 def test_a_run_cut_off_after_its_last_step_is_not_trained_further(make_recipe, tmp_path):
     """With max_steps within an epoch Trainer would take one more step before it looks."""
-    recipe = make_recipe(*SETTINGS, "train.max_steps=2")
+    recipe = make_recipe(*SETTINGS, "train.max_steps=1")
     straight = train(recipe.model_copy(update={"output": str(tmp_path / "straight")})).folder
     with pytest.raises(Killed):
-        train(recipe, callbacks=[KillAt(2)])
+        train(recipe, callbacks=[KillAt(1)])
     result = train(recipe, resume=True)
-    assert result.steps == 2
+    assert result.steps == 1
     assert_same_run(result.folder, straight)
 
 
 @pytest.mark.slow
-def test_the_metrics_of_lost_steps_are_written_once(make_recipe, straight, tmp_path):
-    recipe = make_recipe(*SETTINGS, "train.save_every=2")
-    with pytest.raises(Killed):
-        train(recipe, callbacks=[KillAt(2)])
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 3, "loss": 9.0}) + '\n{"step": 4, "lo')
-    result = train(recipe, resume=True)
+def test_the_metrics_of_lost_steps_are_written_once(make_recipe, killed, straight):
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 9.0}) + '\n{"step": 5, "lo')
+    result = train(make_recipe(*SETTINGS), resume=True)
     assert trace(result.folder) == trace(straight)
 
 
@@ -214,10 +230,14 @@ def test_every_run_has_an_id_of_its_own_which_resuming_keeps(make_recipe, finish
     assert read_object(train(recipe, resume=True).folder / RUN_FILE)["id"] == second
 
 
+@pytest.fixture(scope="module")
+def other(tiny_recipe, tmp_path_factory):
+    """A run of the same recipe but for its seed: its checkpoints hold another model."""
+    return train(tiny_recipe(tmp_path_factory.mktemp("other") / "run", *SETTINGS, "train.seed=1")).folder
+
+
 @pytest.mark.slow
-def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe, straight, finished, logged: list[str]):
-    """Of the same recipe, but another seed would do as well: what it holds is another model."""
-    other = train(make_recipe(*SETTINGS, "train.seed=1", output="other")).folder
+def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe, straight, finished, other, logged: list[str]):
     foreign = finished / "checkpoint-6"
     shutil.rmtree(foreign)
     shutil.copytree(other / "checkpoint-6", foreign)
@@ -227,9 +247,7 @@ def test_a_checkpoint_of_another_run_is_passed_over_with_the_reason(make_recipe,
     assert_same_run(result.folder, straight)
 
 
-@pytest.mark.slow
-def test_a_run_with_checkpoints_of_another_alone_says_so(make_recipe, finished):
-    other = train(make_recipe(*SETTINGS, "train.seed=1", output="other")).folder
+def test_a_run_with_checkpoints_of_another_alone_says_so(make_recipe, finished, other):
     for checkpoint in checkpoints(finished):
         shutil.rmtree(checkpoint)
     shutil.copytree(other / "checkpoint-5", finished / "checkpoint-5")
@@ -249,14 +267,11 @@ def without_id(folder):
 
 
 @pytest.mark.slow
-def test_a_run_from_before_runs_had_an_id_is_resumed_and_its_new_checkpoints_too(make_recipe, straight):
-    recipe = make_recipe(*SETTINGS)
-    for step in (2, 4):
-        with pytest.raises(Killed):
-            train(recipe, resume=step > 2, callbacks=[KillAt(step)])
-        if step == 2:
-            without_id(Path(recipe.output))
-    assert_same_run(train(recipe, resume=True).folder, straight)
+def test_a_run_from_before_runs_had_an_id_is_resumed_and_its_new_checkpoints_too(make_recipe, killed, straight):
+    without_id(killed)
+    with pytest.raises(Killed):
+        train(make_recipe(*SETTINGS), resume=True, callbacks=[KillAt(4)])
+    assert_same_run(train(make_recipe(*SETTINGS), resume=True).folder, straight)
 
 
 @pytest.mark.slow

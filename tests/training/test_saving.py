@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from killed import KillAt, Killed
+from one_base import train
 from safetensors.torch import load_file
 from transformers import TrainerControl
 
@@ -14,7 +15,6 @@ from pe_dpo.runs.checkpoints import checkpoints
 from pe_dpo.runs.run import Run
 from pe_dpo.training import train as training
 from pe_dpo.training.clock import SaveClock
-from pe_dpo.training.train import train
 
 SETTINGS = ("adapter.dropout=0.1", "train.log_every=4", "train.save_every=100", "train.tokens_per_microbatch=400")
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from one_base import train
 from pyarrow import parquet
 from pydantic import ValidationError
 
@@ -19,11 +20,16 @@ from pe_dpo.runs.files import RUN_FILE, read_object, scaled_folder
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.writing import RunWriter
 from pe_dpo.training.callbacks import StopOnSignal
-from pe_dpo.training.train import train
 
 SCALES = (0.5, 0.75)
 FILES = ("eval_pairs.parquet", "generations.parquet", "evaluation.json")
-SETTINGS = ("train.learning_rate=1.0e-2", "generation.prompts=5", "generation.samples=2", "generation.max_new_tokens=6")
+SETTINGS = (
+    "train.learning_rate=1.0e-2",
+    "generation.prompts=5",
+    "generation.samples=2",
+    "generation.max_new_tokens=6",
+    "train.max_steps=2",
+)
 MEASURED = (*SETTINGS, "generation.scales=[0.5, 0.75]")
 
 
@@ -98,7 +104,7 @@ def test_without_a_word_a_run_is_evaluated_at_its_own_scales(run, tmp_path):
 def test_a_run_that_started_from_an_adapter_is_evaluated_as_it_was_measured(run, make_recipe, reference):
     """Half way to the frozen copy, or to the base."""
     start = (f"adapter.start={run}", f"adapter.reference={reference}", "adapter.rank=16", "adapter.alpha=32")
-    again = train(make_recipe(*MEASURED, *start, "train.max_steps=2")).folder
+    again = train(make_recipe(*MEASURED, *start)).folder
     measured = contents(again)
     shutil.rmtree(again / "scaled")
     evaluate(again).save(again)
@@ -194,7 +200,7 @@ def test_a_signal_that_another_process_got_after_the_last_step_counts_here_too(m
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(make_recipe, tmp_path, train_on_two):
-    settings = (*MEASURED, "train.pairs_per_step=7", "train.max_steps=2")
+    settings = (*MEASURED, "train.pairs_per_step=7")
     alone = train(make_recipe(*settings, output="alone")).folder
     together = train_on_two(make_recipe(*settings, output="together"))
     for scale in SCALES:

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from one_base import train
 from safetensors.torch import load_file
 
 from pe_dpo.runs.run import Run
-from pe_dpo.training.train import train
 
 pytestmark = pytest.mark.slow
-
-
-def rates(folder):
-    return [line["learning_rate"] for line in Run(folder).metrics if "learning_rate" in line]
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
@@ -22,9 +18,22 @@ def rates(folder):
     (["train.warmup=2", "train.schedule=constant_with_warmup"], [0.5, 1, 1, 1, 1, 1]),
     (["train.warmup=2", "train.schedule=cosine_with_min_lr", "train.schedule_args={min_lr_rate: 1.0}"], [0.5, 1, 1, 1, 1, 1]),
 ])  # fmt: skip
-def test_the_rates_of_six_steps(make_recipe, settings, expected):
-    result = train(make_recipe("train.learning_rate=1.0e-3", "train.max_steps=6", *settings))
-    assert rates(result.folder) == pytest.approx([1e-3 * one for one in expected], rel=1e-9)
+def test_the_rates_of_six_steps(make_trainer, settings, expected):
+    trainer = make_trainer("train.learning_rate=1.0e-3", *settings, fresh=True)
+    trainer.create_optimizer_and_scheduler(6)
+    rates = []
+    for _ in range(6):
+        rates += trainer.lr_scheduler.get_last_lr()[:1]
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([1e-3 * one for one in expected], rel=1e-9)
+
+
+def test_a_run_logs_its_rates(make_recipe):
+    """A rise over two steps, and of the fall after it the one step that is left."""
+    result = train(make_recipe("train.max_steps=3", "train.warmup=2"))
+    rates = [line["learning_rate"] for line in Run(result.folder).metrics if "learning_rate" in line]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3], rel=1e-9)
 
 
 def test_the_first_step_moves_weights(make_recipe):

@@ -128,7 +128,7 @@ def test_a_forward_that_fails_is_a_line(make_trainer, fails_in, monkeypatch):
         ModelError,
         match=r"base: the forward of LlamaForCausalLM \(transformers 5.*\) fails on pairs of the data \(Attrib.* 'tuple'",
     ):
-        start(make_trainer(fresh=True))
+        start(make_trainer(fresh=True, anew=True))
 
 
 def watched(chosen_shift):
