@@ -444,5 +444,12 @@ def _finish(
         with trainer.policy.scaled(scale):
             trainer.save_measurements(scaled_folder(result.folder, scale), trainer.score_monitored(), recipe.generation)
     adapter = adapter_fingerprints(result.folder) if writer.writes else {}
-    measured = {"before": result.before, "after": result.after, "pairs": last}
-    writer.finish(recipe, step=result.steps, remarks=result.remarks, adapter=adapter, **measured)
+    writer.finish(
+        recipe,
+        before=result.before,
+        after=result.after,
+        step=result.steps,
+        remarks=result.remarks,
+        adapter=adapter,
+        pairs=last,
+    )
