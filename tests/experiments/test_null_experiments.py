@@ -120,18 +120,21 @@ WORLDS = {"as usual": World(), "prompts decide": World(prompt=0.5, seed=0.0, run
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
 def test_dials_that_do_the_same_are_told_apart_in_at_most_five_percent(world: World) -> None:
-    """Each arm by itself, and any of the three after Holm, in 200 experiments."""
+    """Each arm by itself, and any of the three after Holm, in 100 experiments, which are held to the bound of 200.
+
+    They err in 1 to 2 %; with a normal quantile in the place of Student's, one in nine arms of lucky runs does.
+    """
     random = np.random.default_rng(0)
-    found = [matched(experiment(random, world)) for _ in range(200)]
+    found = [matched(experiment(random, world)) for _ in range(100)]
     assert np.mean([len(one) for one in found]) > 2.95  # they are in range
     assert np.mean([one.p < 0.05 for arms in found for one in arms.values()]) <= most(0.05, 200)
     assert np.mean([any(one.p_adjusted < 0.05 for one in arms.values()) for arms in found]) <= most(0.05, 200)
 
 
 def test_shuffled_labels_are_not_distinguishable() -> None:
-    """No run learned anything: nothing is told apart in 95 % of 200 experiments."""
+    """No run learned anything: nothing is told apart in 95 % of 100 experiments, held to the bound of 200."""
     random = np.random.default_rng(1)
-    found = [matched(experiment(random, World(), learns=False)) for _ in range(200)]
+    found = [matched(experiment(random, World(), learns=False)) for _ in range(100)]
     silent = np.mean([all(one.p_adjusted >= 0.05 for one in arms.values()) for arms in found])
     assert silent >= 1 - most(0.05, 200)
 
@@ -183,13 +186,15 @@ def test_a_planted_effect_is_found_in_its_arm_and_in_no_other() -> None:
 def test_two_points_are_found_with_the_pairs_that_are_said_to_be_needed() -> None:
     """The number is taken from experiments of 120 pairs with one seed, then tried with that many pairs."""
     random = np.random.default_rng(5)
-    small = World(prompt=0.3, seed=0.3, run=0.1)
-    powers = [findings(experiment(random, small, seeds=[0]))[1] for _ in range(60)]
+    small = World(prompt=0.3, seed=0.4, run=0.03)
+    points = [name for name in POINTS if name not in ("mixout 0.3", "γ = 0")]
+    powers = [findings(experiment(random, small, seeds=[0], points=points))[1] for _ in range(60)]
     needed = np.median([power.needed for power in powers if power])
     assert needed > 500
     large = small._replace(pairs=round(needed), prompts=round(needed * 2 / 3))
-    found = [matched(experiment(random, large, seeds=[0], **{"γ = 0.5β": 0.02}))["γ = 0.5β"].p < 0.05 for _ in range(100)]
-    assert 0.65 < np.mean(found) < 0.93
+    runs = [experiment(random, large, seeds=[0], points=points, **{"γ = 0.5β": 0.02}) for _ in range(100)]
+    found = [matched(one)["γ = 0.5β"].p < 0.05 for one in runs]
+    assert 0.65 < np.mean(found) < 0.93, np.mean(found)
 
 
 def test_mcnemars_test_takes_the_pairs_of_a_prompt_as_one_draw() -> None:

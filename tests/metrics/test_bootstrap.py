@@ -115,6 +115,16 @@ def test_seeds_alone_have_the_textbook_interval_of_their_mean() -> None:
     assert found.seed_sd == pytest.approx(per_seed.std(ddof=1))
 
 
+def test_the_parts_of_an_error_by_hand() -> None:
+    """Three seeds of D_s = ±1 of their own ±1 in common, in all 16 ways: each has a variance of 2, their mean 1 + 1/3.
+
+    What is in common is 1, what seeds and prompts do together (2 − 4/3)/2 = 1/3; seeds at −10, 0 and 10 have 100/3 less that.
+    """
+    signs = np.array(list(itertools.product((-1.0, 1.0), repeat=4)))
+    found = bootstrap.effect(np.array([-10.0, 0.0, 10.0]), signs[:, :3] + signs[:, 3:], clusters=10**9).errors
+    assert found[:4] == pytest.approx((4 / 3, 1, 1 / 3, 33), rel=1e-6)
+
+
 def test_the_interval_and_p_agree() -> None:
     random = np.random.default_rng(7)
     for shift in np.linspace(0, 0.1, 30):
@@ -180,7 +190,7 @@ def per_seed_and_replicates(
     values = random.normal(0, of_both, (repeats, seeds, prompts))
     values += random.normal(0, of_prompts, (repeats, 1, prompts)) + random.normal(0, of_seeds, (repeats, seeds, 1))
     columns = values.reshape(repeats * seeds, prompts).T
-    replicates = bootstrap.resampled_ratios(columns, np.ones_like(columns), repeats=1000, seed=0)
+    replicates = bootstrap.resampled_ratios(columns, np.ones_like(columns), repeats=400, seed=0)
     return values.mean(2), replicates.reshape(-1, repeats, seeds)
 
 
@@ -214,7 +224,7 @@ def test_resampling_seeds_and_reading_off_quantiles_would_err_four_times_as_ofte
     """Why it is not done: the same experiments, the plain hierarchical bootstrap."""
     random = np.random.default_rng(3)
     per_seed, replicates = per_seed_and_replicates(random, 500, 3, 60, (1.0, 1.0, 1.0))
-    drawn = random.integers(0, 3, (1000, 1, 3))
+    drawn = random.integers(0, 3, (len(replicates), 1, 3))
     plain = np.take_along_axis(replicates, np.broadcast_to(drawn, replicates.shape), 2).mean(2)
     low, high = np.quantile(plain, [0.025, 0.975], axis=0)
     assert np.mean((low > 0) | (high < 0)) > 0.15
@@ -294,7 +304,7 @@ def test_standard_errors_are_those_of_repeated_experiments(parts: tuple[float, f
 def test_hierarchical_replicates_have_the_variance_of_the_interval() -> None:
     random = np.random.default_rng(9)
     per_seed, replicates = per_seed_and_replicates(random, 1, 3, 60, (1.0, 1.0, 1.0))
-    found = bootstrap.hierarchical_replicates(per_seed[0], replicates[:, 0], random.random((1000, 3)))
+    found = bootstrap.hierarchical_replicates(per_seed[0], replicates[:, 0], random.random((len(replicates), 3)))
     expected = bootstrap.effect(per_seed[0], replicates[:, 0], clusters=60).errors.variance()
     assert found.var() == pytest.approx(expected, rel=0.15)
     assert found.mean() == pytest.approx(per_seed.mean(), abs=4 * math.sqrt(expected / 1000))

@@ -349,24 +349,26 @@ def _flows(testbed: dict[str, Any], link: str) -> list[tuple[dict[str, Any], flo
     """Return each published point of a link with its score at t = 0 and the one that we arrive at."""
     rows = [row for row in testbed["pair_flow"] if row["link"] == link]
     assert len(rows) == 18
-    arrived: dict[tuple[float, ...], dict[float, float]] = {}
-    for pair in {(row["beta"], row["gamma"], row["margin"], row["D0"]) for row in rows}:
-        arrived[pair] = _flow(link, *pair)
-    scores = [arrived[row["beta"], row["gamma"], row["margin"], row["D0"]] for row in rows]
-    return [(row, score[0.0], score[row["t"]]) for row, score in zip(rows, scores, strict=True)]
+    pairs = list(dict.fromkeys((row["beta"], row["gamma"], row["margin"], row["D0"]) for row in rows))
+    scores = _flow(link, *(torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True)))
+    found = []
+    for row in rows:
+        pair = pairs.index((row["beta"], row["gamma"], row["margin"], row["D0"]))
+        found.append((row, float(scores[0.0][pair]), float(scores[row["t"]][pair])))
+    return found
 
 
-def _flow(link: str, beta: float, gamma: float, margin: float, reference: float, steps: int = 50) -> dict[float, float]:
-    """Return the score at t = 0, 1, 10 and 100 of a pair that starts at the reference."""
+def _flow(link: str, beta: Tensor, gamma: Tensor, margin: Tensor, reference: Tensor, steps: int = 50) -> dict[float, Tensor]:
+    """Return the scores at t = 0, 1, 10 and 100 of pairs that start at the reference, each with its coefficients."""
 
     def out(preference: Tensor) -> PreferenceLoss:
-        return loss_of_preferences(preference, nats(reference), beta=beta, gamma=gamma, margin=margin, link=LINKS[link])
+        return loss_of_preferences(preference, reference, beta=beta, gamma=gamma, pair_margin=margin, link=LINKS[link])
 
     def velocity(preference: Tensor) -> Tensor:
         return 2 * beta * out(preference).weight
 
-    preference = nats(reference)
-    scores = {0.0: out(preference).score.item()}
+    preference = reference
+    scores = {0.0: out(preference).score}
     for start, stop in ((0.0, 1.0), (1.0, 10.0), (10.0, 100.0)):
         h = (stop - start) / steps
         for _ in range(steps):
@@ -375,7 +377,7 @@ def _flow(link: str, beta: float, gamma: float, margin: float, reference: float,
             k3 = velocity(preference + h / 2 * k2)
             k4 = velocity(preference + h * k3)
             preference = preference + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        scores[stop] = out(preference).score.item()
+        scores[stop] = out(preference).score
     return scores
 
 

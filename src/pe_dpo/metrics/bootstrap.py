@@ -77,7 +77,9 @@ class Errors(NamedTuple):
         if size > 0 and self.half_width(smallest) <= size:
             return smallest
         if size > 0 and self.half_width(1 - smallest) < size:
-            return math.exp(optimize.brentq(lambda level: self.half_width(math.exp(level)) - size, math.log(smallest), 0.0))
+            return math.exp(
+                optimize.brentq(lambda level: self.half_width(math.exp(level)) - size, math.log(smallest), 0.0, xtol=1e-9)
+            )
         return 1.0
 
     def with_runs(self, runs: int) -> "Errors":
@@ -148,14 +150,17 @@ def resampled_ratios(numerators: Floats, denominators: Floats, *, repeats: int, 
     """
     random = np.random.default_rng(seed)
     clusters, columns = numerators.shape
-    distinct, which = np.unique(denominators, axis=1, return_inverse=True)
+    of_each = [column.tobytes() for column in denominators.T]  # most are the same
+    numbers = {column: number for number, column in enumerate(dict.fromkeys(of_each))}
+    distinct = np.stack([np.frombuffer(column, denominators.dtype) for column in numbers], axis=1)
+    which = [numbers[column] for column in of_each]
     result = np.empty((repeats, columns))
     size = max(1, _CELLS // max(1, clusters))
     for start in range(0, repeats, size):
         weights = cluster_weights(random, min(size, repeats - start), clusters)
         below = weights @ distinct
         below[below == 0] = np.nan
-        result[start : start + size] = (weights @ numerators) / below[:, which.ravel()]
+        result[start : start + size] = (weights @ numerators) / below[:, which]
     return result
 
 
@@ -194,15 +199,15 @@ def effect(per_seed: Floats, replicates: Floats, *, clusters: int, one_row: floa
         confidence: of the interval, two-sided.
     """
     estimate, seeds_count = float(per_seed.mean()), len(per_seed)
-    replicates = _known(replicates)
+    of_mean, of_both = _variances(replicates)
     larger = clusters / (clusters - 1)  # a bootstrap's variances are too small by the inverse
     # Where all prompts have the same difference, one more might have none.
     least = max(one_row, abs(estimate) / clusters)
-    prompts = max(float(replicates.mean(1).var()) * larger, least**2)
+    prompts = max(of_mean * larger, least**2)
     together, seeds = 0.0, math.nan
     alone = prompts
     if seeds_count > 1:
-        together = min(_together(replicates) * larger, prompts)
+        together = min(of_both * larger, prompts)
         alone, observed = prompts - together, float(per_seed.var(ddof=1)) / seeds_count
         together, seeds = min(together, observed), max(0.0, observed - together)
     errors = Errors(prompts, alone, together, seeds, clusters, seeds_count)
@@ -320,7 +325,7 @@ def hierarchical_replicates(per_seed: Floats, replicates: Floats, draws: Floats)
     if seeds == 1:
         return middle
     observed = float(per_seed.var(ddof=1)) / seeds
-    surplus = max(0.0, observed - _together(_known(replicates)))
+    surplus = max(0.0, observed - _variances(replicates)[1])
     scale = (surplus / observed * seeds / (seeds - 1)) ** 0.5 if observed > 0 else 0.0
     drawn = per_seed[(draws[:, :seeds] * seeds).astype(int)]
     return middle + scale * (drawn.mean(1) - per_seed.mean())
@@ -418,11 +423,14 @@ def optimism_of_best(observed: Floats, replicates: Floats) -> float:
 
 def _known(replicates: Floats) -> Floats:
     """Those in which every column is known."""
-    is_unknown = np.isnan(replicates).any(1)
-    return replicates[~is_unknown] if is_unknown.any() else replicates
+    is_unknown = np.isnan(replicates)
+    return replicates[~is_unknown.any(1)] if is_unknown.any() else replicates
 
 
-def _together(replicates: Floats) -> float:
-    """What seeds and prompts do together, as part of the variance of a mean over seeds."""
-    by_seed = float(replicates.var(0).mean())
-    return max(0.0, by_seed - float(replicates.mean(1).var())) / (replicates.shape[1] - 1)
+def _variances(replicates: Floats) -> tuple[float, float]:
+    """The variance of the mean over seeds, and what seeds and prompts do together, as part of it; 0 with one seed."""
+    known = _known(replicates)
+    centred, seeds = known - known.mean(0), known.shape[1]
+    covariance = centred.T @ centred / len(known)
+    of_mean = float(covariance.mean())
+    return of_mean, max(0.0, float(covariance.trace()) / seeds - of_mean) / max(1, seeds - 1)

@@ -12,6 +12,7 @@ what γ = 0 trains towards, and by summed log-probs the lengths of the answers d
 the loss at all, where a scorer was at hand.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Metric(Generic[T]):
             numerators = self.numerator(table)
         denominators = getattr(table, self.denominator) if self.denominator else np.ones(len(numerators))
         size = size or len(prompts)
-        at = np.array([prompts.get(key, -1) for key in table.prompt_key], dtype=np.int64)
+        at = np.array(list(map(prompts.get, table.prompt_key, itertools.repeat(-1))), dtype=np.int64)
         there = at >= 0
         at, numerators, denominators = at[there], numerators[there], denominators[there]
         if self.kind == "answers":

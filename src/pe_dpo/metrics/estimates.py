@@ -4,6 +4,7 @@ Pairs and answers of one prompt are not independent of each other. Where prompt 
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
@@ -180,6 +181,8 @@ def sign_flip_test(sums: Sequence[int]) -> float:
     Example:
         [1, 1, 1, 1, 1] → 2/32, as McNemar's exact test with 5 gained and 0 lost.
     """
+    from scipy.special import gammaln  # dear to import
+
     sizes = [abs(int(number)) for number in sums if number]
     total = sum(sizes)
     if total == len(sizes):
@@ -187,12 +190,12 @@ def sign_flip_test(sums: Sequence[int]) -> float:
     if total * len(sizes) > 100_000_000:
         size = (abs(int(sum(sums))) - math.gcd(*sizes)) / math.sqrt(sum(size * size for size in sizes))
         return min(1.0, math.erfc(size / math.sqrt(2)))
-    chances = np.zeros(2 * total + 1)
-    chances[total] = 1.0
-    for size in sizes:
-        up, down = np.zeros_like(chances), np.zeros_like(chances)
-        up[size:], down[:-size] = chances[:-size], chances[size:]
-        chances = (up + down) / 2
+    chances = np.ones(1)
+    for size, count in Counter(sizes).items():
+        logs = gammaln(np.arange(count + 1) + 1)
+        of_size = np.zeros(2 * size * count + 1)  # of their part of the sum, shifted to begin at 0
+        of_size[:: 2 * size] = np.exp(logs[-1] - logs - logs[::-1] - count * math.log(2))
+        chances = np.convolve(chances, of_size)
     extreme = abs(int(sum(sums)))
     return min(1.0, float(chances[np.abs(np.arange(-total, total + 1)) >= extreme].sum()))
 
