@@ -1,6 +1,7 @@
 """What would make a run smaller that does not fit: each setting by itself, with what it saves of the least that the run
 needs."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from pe_dpo.data.pairs import row_length
@@ -41,7 +42,7 @@ def knobs(estimate: Estimate) -> list[Knob]:
     shorter = [pair for pair in lengths.sample if row_length(pair) <= half]
     if shorter:
         dropped = 1 - len(shorter) / len(lengths.sample)
-        saved = before - needed(setup, lengths._replace(sample=shorter))
+        saved = before - needed(setup, replace(lengths, sample=shorter))
         found.append(Knob(f"data.max_length: {half}", saved, f"drops {dropped:.0%} of the pairs"))
     return sorted((knob for knob in found if knob.saved > WORTH), key=lambda knob: -knob.saved)
 

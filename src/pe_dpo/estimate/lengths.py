@@ -5,7 +5,8 @@ A made-up pair has lengths and no meaning: the rest of the estimate splits, pack
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,7 +34,8 @@ KNOWN: dict[str, tuple[int, int, float, float, float]] = {
 in benchmarks/pairs.py)."""
 
 
-class Lengths(NamedTuple):
+@dataclass(frozen=True)
+class Lengths:
     """The pairs of a run, as far as their cost goes."""
 
     sample: list[EncodedPair]
@@ -49,12 +51,12 @@ class Lengths(NamedTuple):
         prompt, chosen, rejected = np.mean(parts, axis=0)
         return float(prompt), float(chosen), float(rejected)
 
-    @property
+    @cached_property
     def longest(self) -> EncodedPair:
         """The pair whose prompt and longer answer have the most tokens."""
         return max(self.sample, key=row_length)
 
-    @property
+    @cached_property
     def short(self) -> list[EncodedPair]:
         """The two shortest pairs, of which the check before training has gradients."""
         return sorted(self.sample, key=row_length)[:2]
