@@ -24,7 +24,7 @@ def example(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def run(tiny_recipe, tmp_path_factory):
     """The folder of a run of two steps, far enough that adapter and base differ."""
-    from pe_dpo.training.train import train
+    from one_base import train
 
     folder = tmp_path_factory.mktemp("examples") / "run"
     return train(tiny_recipe(folder, "train.max_steps=2", "train.learning_rate=0.05")).folder
@@ -38,16 +38,15 @@ def test_each_fits_on_a_page_and_stands_in_the_list() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gamma", [0.1, 0.05])
-def test_the_plain_loop_has_the_losses_of_the_trainer(make_recipe, gamma):
-    from pe_dpo.inference.policy import load_policy
-    from pe_dpo.training.preparation import prepare_run
-    from pe_dpo.training.train import train
+def test_the_plain_loop_has_the_losses_of_the_trainer(make_recipe):
+    import one_base
 
-    recipe = make_recipe(f"loss.gamma={gamma}")
-    trained = [line["loss"] for line in Run(train(recipe).folder).metrics if "loss" in line]
-    data = prepare_run(recipe).data
-    plain = list(example("plain_loop").train(load_policy(recipe, device="cpu").model, data.train, gamma=gamma))
+    from pe_dpo.inference.policy import load_policy
+
+    recipe = make_recipe("loss.gamma=0.05")
+    trained = [line["loss"] for line in Run(one_base.train(recipe).folder).metrics if "loss" in line]
+    pairs = one_base.inputs(recipe).data.train
+    plain = list(example("plain_loop").train(load_policy(recipe, device="cpu").model, pairs, gamma=0.05))
     assert len(plain) == 6
     assert plain[0] != plain[-1]
     assert plain == pytest.approx(trained, abs=1e-6)

@@ -32,9 +32,9 @@ def printed(done):
 
 @pytest.fixture(scope="module")
 def long_trained(pe_dpo, recipe_file, tmp_path_factory):
-    """A run that has gone somewhere: 12 steps at a high rate."""
+    """A run that has gone somewhere: 4 steps at a high rate."""
     folder = tmp_path_factory.mktemp("runs") / "far"
-    done = pe_dpo("train", recipe_file, "-o", folder, "--set", "train.max_steps=12", "--lr", "3e-2")
+    done = pe_dpo("train", recipe_file, "-o", folder, "--set", "train.max_steps=4", "--lr", "5e-2")
     assert (done.code, done.err) == (0, "")
     return folder
 
@@ -46,16 +46,23 @@ def run(long_trained, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.fixture
-def by_length(tmp_path):
+@pytest.fixture(scope="module")
+def by_length(tmp_path_factory):
     """A scorer that likes short answers, and checks what it is shown."""
-    path = tmp_path / "by_length.py"
+    path = tmp_path_factory.mktemp("scorer") / "by_length.py"
     path.write_text(
         "def score(prompts, answers):\n"
         "    assert len(prompts) == len(answers) and all(prompt.startswith('Number ') for prompt in prompts)\n"
         "    return [-len(answer) for answer in answers]\n"
     )
     return f"{path}:score"
+
+
+@pytest.fixture(scope="module")
+def sampled(pe_dpo, long_trained, by_length, tmp_path_factory):
+    """A copy of the run that was evaluated on answers that were judged, and what was printed."""
+    folder = shutil.copytree(long_trained, tmp_path_factory.mktemp("sampled") / "run")
+    return folder, pe_dpo("eval", folder, *SAMPLING, "--scorer", by_length)
 
 
 @pytest.mark.slow
@@ -85,8 +92,8 @@ def test_a_trained_run_outlives_its_scorer_and_what_will_run_is_said_before(pe_d
 
 
 @pytest.mark.slow
-def test_eval_of_a_run_writes_what_it_measured_into_the_run(pe_dpo, run, by_length):
-    done = pe_dpo("eval", run, *SAMPLING, "--scorer", by_length)
+def test_eval_of_a_run_writes_what_it_measured_into_the_run(sampled):
+    run, done = sampled
     assert (done.code, done.err) == (0, "")
     pairs, answers = table_of(run / "eval_pairs.parquet"), table_of(run / "generations.parquet")
     assert set(pairs.column_names) == PAIRS_COLUMNS
@@ -122,7 +129,6 @@ def test_the_text_of_pairs_is_written_beside_their_numbers(pe_dpo, run):
 def test_the_policy_of_step_0_is_kept_or_known_to_be_the_reference(pe_dpo, run):
     """As training wrote it down; without that, a run that starts at the reference was the reference."""
     path = run / "eval_pairs.parquet"
-    assert pe_dpo("eval", run).code == 0
     table = table_of(path)
     torch.testing.assert_close(
         torch.tensor(table["initial_chosen"].to_pylist()),
@@ -142,20 +148,22 @@ def test_the_policy_of_step_0_is_kept_or_known_to_be_the_reference(pe_dpo, run):
 
 
 @pytest.mark.slow
-def test_an_evaluation_without_sampling_leaves_the_sampled_answers_that_are_there(pe_dpo, run):
-    sampled = printed(pe_dpo("eval", run, *SAMPLING, "--json"))["generation"]
+def test_an_evaluation_without_sampling_leaves_the_sampled_answers_that_are_there(pe_dpo, run, sampled):
+    for name in ("evaluation.json", "generations.parquet"):
+        shutil.copy(sampled[0] / name, run)
     again = printed(pe_dpo("eval", run, "--json"))
     assert "generation" not in again
-    assert json.loads((run / "evaluation.json").read_text())["generation"] == sampled
+    before, after = (json.loads((folder / "evaluation.json").read_text()) for folder in (sampled[0], run))
+    assert after["generation"] == before["generation"]
     (run / "generations.parquet").unlink()
     assert pe_dpo("eval", run).code == 0
     assert "generation" not in json.loads((run / "evaluation.json").read_text())
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_answers_and_another_one_others(pe_dpo, run, tmp_path):
-    answers = []
-    for seed in (0, 0, 1):
+def test_the_same_seed_gives_the_same_answers_and_another_one_others(pe_dpo, run, sampled, tmp_path):
+    answers = [table_of(sampled[0] / "generations.parquet")["answer"].to_pylist()]
+    for seed in (0, 1):
         assert pe_dpo("eval", run, *SAMPLING, "--seed", seed, "-o", tmp_path / "out").code == 0
         answers.append(table_of(tmp_path / "out" / "generations.parquet")["answer"].to_pylist())
     assert answers[0] == answers[1] != answers[2]
@@ -164,7 +172,6 @@ def test_the_same_seed_gives_the_same_answers_and_another_one_others(pe_dpo, run
 @pytest.mark.slow
 def test_the_recipe_says_how_many_prompts_when_nobody_else_does(pe_dpo, run):
     recipe = run / "recipe.yaml"
-    pe_dpo("eval", run)
     text = recipe.read_text()
     assert "generation:" in text
     recipe.write_text(text.replace("prompts: 0", "prompts: 3").replace("max_new_tokens: 128", "max_new_tokens: 4"))
@@ -177,27 +184,34 @@ def test_the_recipe_says_how_many_prompts_when_nobody_else_does(pe_dpo, run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [("--data", "{test}"), ("--quantize", "nf4"), ("--base", "{base}")])
-def test_what_is_not_the_run_s_own_measurement_is_not_written_into_it(pe_dpo, run, tiny_pairs, tiny_base, tmp_path, asked):
+def test_what_is_not_the_run_s_own_measurement_is_not_written_into_it(pe_dpo, run, tiny_pairs, tiny_base, asked):
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     arguments = [str(word).format(test=tiny_pairs / "test.jsonl", base=tiny_base) for word in asked]
     assert pe_dpo("eval", run, *arguments).code == 0
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
-    assert pe_dpo("eval", run, *arguments, "-o", tmp_path / "elsewhere").code == 0
+
+
+@pytest.mark.slow
+def test_it_is_written_into_the_folder_that_was_named(pe_dpo, run, tiny_pairs, tmp_path):
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert pe_dpo("eval", run, "--data", tiny_pairs / "test.jsonl", "-o", tmp_path / "elsewhere").code == 0
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"eval_pairs.parquet", "evaluation.json"}
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
 
 @pytest.mark.slow
-def test_a_merged_model_is_measured_against_its_base_as_the_run_was(pe_dpo, run, tiny_base, tiny_pairs, tmp_path, by_length):
+def test_a_merged_model_is_measured_against_its_base_as_the_run_was(
+    pe_dpo, sampled, tiny_base, tiny_pairs, tmp_path, by_length
+):
     """One after the other instead of both at once: the same answers, the same KL but for float32's rounding."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    merged = tmp_path / "merged"
+    (run, _), merged = sampled, tmp_path / "merged"
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     PeftModel.from_pretrained(base, str(run)).merge_and_unload().save_pretrained(merged)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(merged)
-    wanted = printed(pe_dpo("eval", run, *SAMPLING, "--scorer", by_length, "-o", tmp_path / "one", "--json"))["generation"]
+    wanted = json.loads((run / "evaluation.json").read_text())["generation"]
     options = (
         "--data",
         tiny_pairs / "test.jsonl",
@@ -210,7 +224,7 @@ def test_a_merged_model_is_measured_against_its_base_as_the_run_was(pe_dpo, run,
         "--json",
     )
     found = printed(pe_dpo("eval", merged, *SAMPLING, *options))["generation"]
-    one, two = (table_of(tmp_path / name / "generations.parquet") for name in ("one", "two"))
+    one, two = (table_of(folder / "generations.parquet") for folder in (run, tmp_path / "two"))
     for column in ("prompt_key", "answer", "tokens", "reference_answer"):
         assert one[column].to_pylist() == two[column].to_pylist()
     for column in ("kl", "log_policy", "log_reference", "entropy"):

@@ -95,19 +95,19 @@ def test_json_is_all_that_is_printed_when_it_is_asked_for(pe_dpo, quantized, tmp
 
 @pytest.mark.slow
 def test_compare_shows_all_ways_to_serve_and_leaves_nothing(pe_dpo, quantized, tmp_path):
-    done = pe_dpo("merge", quantized, "--compare", "--pairs", 6, "--json")
+    done = pe_dpo("merge", quantized, "--compare", "--pairs", 3, "--json")
     assert (done.code, done.err) == (0, "")
     rows = {row["name"]: row for row in json.loads(done.out)["compared"]}
     assert list(rows) == ["reference", "adapter", "onto dequantized", "onto original"]
     assert rows["reference"]["relative_kl"] == 1 and rows["adapter"]["relative_kl"] == 0
     assert rows["onto dequantized"]["relative_kl"] < 1e-3 < rows["onto original"]["relative_kl"]
-    table = pe_dpo("merge", quantized, "--compare", "--pairs", 6).out
-    assert "6 held-out pairs (95 % Wilson intervals; nats)" in table and "onto dequantized" in table
+    table = pe_dpo("merge", quantized, "--compare", "--pairs", 3).out
+    assert "3 held-out pairs (95 % Wilson intervals; nats)" in table and "onto dequantized" in table
 
 
 @pytest.mark.slow
 def test_onto_the_original_says_what_that_changes(pe_dpo, quantized, tmp_path):
-    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--onto", "original", "--pairs", 6)
+    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--onto", "original", "--pairs", 3)
     assert done.code == 0
     assert "warning: onto the original weights: their quantization error was part of training" in done.out
     assert "warning: against the trained adapter on the quantized base: relative KL" in done.out
@@ -115,7 +115,7 @@ def test_onto_the_original_says_what_that_changes(pe_dpo, quantized, tmp_path):
 
 @pytest.mark.slow
 def test_a_scaled_merge_says_so_from_the_first_line_to_the_verdict(pe_dpo, quantized, tmp_path):
-    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--scale", 0.5, "--pairs", 6)
+    done = pe_dpo("merge", quantized, "-o", tmp_path / "out", "--scale", 0.5, "--pairs", 3)
     assert (done.code, done.err) == (0, "")
     lines, words = done.out.splitlines(), "scaled toward the reference by a = 0.5"
     assert lines[1] == f"{words}: what is served is not what was trained, but a = 0.5 times as far from the reference"
@@ -126,12 +126,12 @@ def test_a_scaled_merge_says_so_from_the_first_line_to_the_verdict(pe_dpo, quant
 
 @pytest.mark.slow
 def test_a_scaled_adapter_is_compared_and_packaged_with_proof(pe_dpo, quantized, tmp_path):
-    arguments = ("merge", quantized, "-o", tmp_path / "out", "--onto", "adapter", "--scale", 0.5, "--compare", "--pairs", 6)
+    arguments = ("merge", quantized, "-o", tmp_path / "out", "--onto", "adapter", "--scale", 0.5, "--compare", "--pairs", 3)
     found = json.loads(pe_dpo(*arguments, "--json").out)
     assert found["scale"] == 0.5 and [row["relative_kl"] for row in found["compared"][:2]] == [1, 0]
     assert found["held_out"]["shift_kept"] == pytest.approx(1, abs=1e-3)
-    table = pe_dpo("merge", quantized, "--scale", 1.5, "--compare", "--pairs", 6).out
-    assert "6 held-out pairs, scaled away from the reference by a = 1.5 (95 % Wilson" in table
+    table = pe_dpo("merge", quantized, "--scale", 1.5, "--compare", "--pairs", 3).out
+    assert "3 held-out pairs, scaled away from the reference by a = 1.5 (95 % Wilson" in table
     assert "warning: a = 1.5 goes beyond what was trained (extrapolation)" in table
 
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 FILES = {"eval_pairs.parquet", "generations.parquet", "evaluation.json"}
-SAMPLING = ("--prompts", 9, "--max-new-tokens", 6)
-SAMPLED = ("--prompts", 9, "--set", "generation.max_new_tokens=6")
+SAMPLING = ("--prompts", 9, "--max-new-tokens", 4)
+SAMPLED = ("--prompts", 9, "--set", "generation.max_new_tokens=4", "--set", "train.max_steps=1")
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_sweep_measures_every_point_at_each_scale_and_compare_reads_it(pe_dpo,
 
 @pytest.mark.slow
 def test_a_sweep_that_ran_without_is_another_sweep_as_with_snapshots(pe_dpo, recipe_file, tmp_path):
-    command = ("sweep", recipe_file, "--prompts", 0, "-o", tmp_path / "sweep")
+    command = ("sweep", recipe_file, "--prompts", 0, "--set", "train.max_steps=1", "-o", tmp_path / "sweep")
     assert pe_dpo(*command).code == 0
     for options, key in ((("--scale-control", "0.5"), "generation.scales: [] → [0.5]"),
                          (("--snapshots", 1), "generation.snapshots: 0 → 1")):  # fmt: skip

@@ -85,7 +85,7 @@ def test_training_the_run_s_own_recipe_again_gives_the_same_adapter(pe_dpo, trai
 def test_the_dials_reach_the_run(pe_dpo, recipe_file, tmp_path, arguments, loss):
     from pe_dpo.recipe import load_recipe
 
-    done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", *arguments)
+    done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--set", "train.max_steps=1", *arguments)
     assert (done.code, done.err) == (0, "")
     found = load_recipe(tmp_path / "run" / "recipe.yaml").loss.model_dump()
     assert {key: found[key] for key in loss} == loss
@@ -93,10 +93,12 @@ def test_the_dials_reach_the_run(pe_dpo, recipe_file, tmp_path, arguments, loss)
 
 
 @pytest.mark.slow
-def test_mixout_is_a_dial_of_train_and_check(pe_dpo, recipe_file, tmp_path):
+def test_mixout_is_a_dial_of_train_and_check(pe_dpo, recipe_file, tmp_path, monkeypatch):
     from pe_dpo.recipe import load_recipe
+    from pe_dpo.training.mixing import Mixing
 
-    done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--mixout", 0.5)
+    monkeypatch.setattr(Mixing, "on_train_end", lambda *_, **__: None)  # it measures the noise of p
+    done = pe_dpo("train", recipe_file, "-o", tmp_path / "run", "--mixout", 0.5, "--set", "train.max_steps=1")
     assert (done.code, done.err) == (0, "")
     assert load_recipe(tmp_path / "run" / "recipe.yaml").mixout.p == 0.5
     assert pe_dpo("check", recipe_file, "--mixout", 0.5).code == 0
@@ -121,7 +123,7 @@ def test_overwrite_replaces_a_run(pe_dpo, recipe_file, trained, tmp_path):
     shutil.copytree(trained[0], folder)
     (folder / "notes.txt").write_text("mine")
     (folder / "checkpoint-99").mkdir()
-    assert pe_dpo("train", recipe_file, "-o", folder, "--overwrite", "--beta", 0.3).code == 0
+    assert pe_dpo("train", recipe_file, "-o", folder, "--overwrite", "--beta", 0.3, "--set", "train.max_steps=1").code == 0
     assert "  beta: 0.3\n" in (folder / "recipe.yaml").read_text()
     assert not (folder / "checkpoint-99").exists()
     assert (folder / "notes.txt").read_text() == "mine"

@@ -15,6 +15,7 @@ from pe_dpo import compare, evaluate
 from pe_dpo.export.public_adapter import write_public_adapter
 from pe_dpo.merging.merge import merge
 from pe_dpo.quickstart.demo import BASE, PAIRS
+from pe_dpo.recipe.schema import GenerationSection
 from pe_dpo.runs.run import Run
 from pe_dpo.runs.serving import steps_to_serve
 from pe_dpo.training.train import train
@@ -61,7 +62,7 @@ def test_a_finished_run_is_read_whole(old_run: Callable[[str], Run]) -> None:
 @pytest.mark.slow
 def test_a_finished_run_is_evaluated_as_it_evaluated_itself(old_run: Callable[[str], Run]) -> None:
     run = old_run("finished")
-    metrics = evaluate(run.folder).metrics
+    metrics = evaluate(run.folder, generation=GenerationSection(prompts=0)).metrics  # its answers are another matter
     after = run.info.after
     assert {key: metrics[key] for key in after} == pytest.approx(after, rel=1e-4, abs=1e-4)
 
@@ -73,7 +74,7 @@ def test_finished_runs_are_compared(old_run: Callable[[str], Run]) -> None:
 
 @pytest.mark.slow
 def test_a_finished_run_is_merged_with_proof(old_run: Callable[[str], Run], tmp_path: Path) -> None:
-    verdict = merge(old_run("finished").folder, tmp_path / "merged", pairs=8)
+    verdict = merge(old_run("finished").folder, tmp_path / "merged", pairs=4)
     assert verdict.describe().startswith("serves what was trained")
 
 

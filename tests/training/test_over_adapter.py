@@ -43,7 +43,7 @@ from pe_dpo.training.preparation import prepare_run
 from pe_dpo.training.train import train
 
 IDS = torch.arange(3, 63).view(3, 20)
-SETTINGS = ("adapter.targets=[q_proj, up_proj]", "adapter.rslora=true", "train.learning_rate=1.0e-2")
+SETTINGS = ("adapter.targets=[q_proj, up_proj]", "adapter.rslora=true", "train.learning_rate=1.0e-2", "train.max_steps=3")
 
 
 def make_adapter(base: Path, folder: Path, **settings: Any) -> Path:
@@ -359,7 +359,7 @@ def test_killed_and_resumed_it_is_the_straight_run_and_another_adapter_is_refuse
     under = Path(shutil.copytree(sft, tmp_path / "under"))
     recipe = make_recipe(f"adapter.over={under}", *SETTINGS, "train.save_every=2")
     with pytest.raises(Killed):
-        train(recipe, callbacks=[KillAt(4)])
+        train(recipe, callbacks=[KillAt(2)])
 
     weights = load_file(under / "adapter_model.safetensors")
     save_file(

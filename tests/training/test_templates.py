@@ -50,7 +50,10 @@ def recipe(make_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Day, "now", date(2026, 3, 1))
     (tmp_path / "own.jinja").write_text(CLOCK, encoding="utf-8")
     return make_recipe(
-        f"data.template={tmp_path / 'own.jinja'}", "data.template_args={mood: 'Be kind. '}", "train.save_every=4"
+        f"data.template={tmp_path / 'own.jinja'}",
+        "data.template_args={mood: 'Be kind. '}",
+        "train.max_steps=2",
+        "train.save_every=1",
     )
 
 
