@@ -312,7 +312,11 @@ def test_ray_gives_the_same_runs(source, tmp_path):
 
 
 class StandInForRay(ModuleType):
-    """What `run_on_ray` asks of Ray, in this process: a call runs when its result is asked for."""
+    """What `run_on_ray` asks of Ray, in this process: a call runs when its result is asked for, if its actor has room."""
+
+    def __init__(self, room: int = 9):
+        super().__init__("ray")
+        self.room, self.actors = room, []
 
     class exceptions:
         class RayError(Exception):
@@ -333,13 +337,21 @@ class StandInForRay(ModuleType):
     def remote(self, **needs):
         def actor(like):
             worker = on_ray._Worker(like)
-            return SimpleNamespace(run=SimpleNamespace(remote=lambda *words: partial(worker.run, *words)))
+            handle = SimpleNamespace(run=SimpleNamespace(remote=lambda *words: partial(worker.run, *words)))
+            self.actors.append((worker, handle))
+            return handle
 
         assert needs == {"num_cpus": 1, "num_gpus": 1}
         return lambda _: SimpleNamespace(remote=actor)
 
     def wait(self, running, num_returns):
-        return running[:num_returns], running[num_returns:]
+        placed = [worker for worker, _ in self.actors[: self.room]]
+        ready = [call for call in running if call.func.__self__ in placed]
+        assert ready, "it would wait for ever"
+        return ready[:num_returns], [call for call in running if call not in ready[:num_returns]]
+
+    def kill(self, handle):
+        self.actors = [actor for actor in self.actors if actor[1] is not handle]
 
     def get(self, call):
         return call()
@@ -347,7 +359,7 @@ class StandInForRay(ModuleType):
 
 def test_a_worker_of_ray_that_is_free_gets_the_next_point_and_one_that_died_is_replaced(source, tmp_path, monkeypatch):
     """Two at once; the second point's worker dies. Two workers and the one in its place load a base each, for four points."""
-    ray, shared = StandInForRay("ray"), []
+    ray, shared = StandInForRay(), []
 
     def run(point, recipe, base):
         if point is plan.points[1]:
@@ -375,6 +387,15 @@ def test_a_worker_of_ray_that_is_free_gets_the_next_point_and_one_that_died_is_r
     assert shared == [None] * 3
 
 
+def test_points_of_workers_that_the_cluster_has_no_room_for_run_in_the_end(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", StandInForRay(room=1))
+    monkeypatch.setattr(on_ray, "share", lambda recipe, like: "a base")
+    monkeypatch.setattr(on_ray, "run_point", lambda point, recipe, base: PointState(point, "finished"))
+    plan = make_plan(source, [["beta=0.1,0.2,0.3"]], folder=tmp_path / "sweep")
+    states = list(on_ray.run_on_ray(list(zip(plan.points, plan.recipes, strict=True)), workers=2))
+    assert [plan.points.index(state.point) for state in states if state.status == "finished"] == [1, 2, 0]
+
+
 def test_without_ray_its_engine_is_refused_in_words(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="pe-dpo\\[ray\\]"):
@@ -385,7 +406,7 @@ def test_a_cluster_that_lets_nobody_in_is_named(source, tmp_path, monkeypatch):
     def init(**options):
         raise ConnectionError("Failed to connect to Ray cluster\nat 192.0.2.2:6399")
 
-    ray = StandInForRay("ray")
+    ray = StandInForRay()
     ray.init = init
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.2:6399")

@@ -46,7 +46,8 @@ def run_on_ray(
     Args:
         todo: points with their recipes; their folders must be the same files for every worker.
         like: folder of a finished run of the sweep, which must have had the same pairs.
-        workers: runs at once; default: one per GPU of the cluster, else one.
+        workers: runs at once; default: one per GPU of the cluster, else one. Those that the cluster has no room for begin once
+            others have ended.
 
     Raises:
         UsageError: ray is not installed, or its cluster cannot be reached.
@@ -67,7 +68,7 @@ def run_on_ray(
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         count = min(workers or gpus or 1, len(todo))
-        logger.info(f"ray: {count} runs at once on {gpus} GPUs")
+        logger.info(f"ray: up to {count} runs at once on {gpus} GPUs")
         make = partial(ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker).remote, like and like.absolute())
         waiting, running = list(reversed(todo)), dict[Any, tuple[Any, Point]]()
         free: list[Any] = [make() for _ in range(count)]
@@ -83,12 +84,14 @@ def run_on_ray(
             worker, point = running.pop(ended)
             try:
                 yield ray.get(ended)
-                free.append(worker)
             except ray.exceptions.RayActorError as error:
                 yield PointState(point, "failed", why=f"its worker died: {error}".splitlines()[0])
-                free.append(make())
+                worker = make() if waiting else worker
             except Exception as error:  # noqa: BLE001  # whatever the worker raised, wrapped by Ray: it is this point's own
                 yield PointState(point, "failed", why=describe_error(getattr(error, "cause", None) or error))
+            if waiting:
                 free.append(worker)
+            else:
+                ray.kill(worker)  # a worker for which the cluster has no room yet takes its place
     finally:
         ray.shutdown()
