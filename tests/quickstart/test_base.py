@@ -99,7 +99,7 @@ def test_training_is_seeded_and_lowers_the_loss():
         texts = world.corpus(320, 0)
         tokenizer = make_base.make_tokenizer(texts)
         model, dialogues = make_base.make_model(tokenizer), make_base.encode(tokenizer, texts)
-        make_base.train(model, dialogues, steps=steps, dialogues_per_step=16)
+        make_base.train(model, dialogues, steps=steps, dialogues_per_step=8)
         return model, dialogues
 
     (first, dialogues), (second, _) = trained(15), trained(15)

@@ -202,13 +202,13 @@ def _forwards(
     """Yield rows of like prompts, the longest first, within the budgets of tokens and of positions with logits."""
     most_scored = LOGITS // policy.causal_lm.config.get_text_config().vocab_size
     batch: list[int] = []
+    longest = 0
     for index in sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), -len(answers[index]), index)):
-        wider = [*batch, index]
-        ends = max(len(prompts[one]) + len(answers[one]) for one in wider)
-        scored = ends - min(len(prompts[one]) for one in wider)
-        if batch and (len(wider) * ends > token_budget or len(wider) * scored > most_scored):
+        begin, end = len(prompts[index]), len(prompts[index]) + len(answers[index])
+        longest, size = max(longest, end), len(batch) + 1
+        if batch and (size * longest > token_budget or size * (longest - begin) > most_scored):
             yield _Rows(batch, prompts, answers, policy.device)
-            wider = [index]
-        batch = wider
+            batch, longest = [], end
+        batch.append(index)
     if batch:
         yield _Rows(batch, prompts, answers, policy.device)

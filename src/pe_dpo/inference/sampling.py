@@ -297,6 +297,7 @@ class _Regroup:
 def _extend(model: Any, rows: Sequence[_Row], end_tokens: Collection[int], temperature: float) -> None:
     """Let rows grow together, until all are done or it is better to regroup them."""
     width, ends = max(row.width for row in rows), sorted(end_tokens)
+    longest, fewest = max(row.room - len(row.ids) for row in rows), min(row.context - len(row.ids) for row in rows)
     read = [np.array([*row.prompt.tolist(), *row.ids]) for row in rows]
     input_ids, attention_mask = pad_rows(read, on_the_left=True)
     draws = _Draw(rows, width, temperature, model.device)
@@ -306,7 +307,7 @@ def _extend(model: Any, rows: Sequence[_Row], end_tokens: Collection[int], tempe
         logits_processor=[draws],
         stopping_criteria=[_Regroup(ends, width)] if ends else None,
         do_sample=False,
-        max_new_tokens=_tokens(rows),
+        max_new_tokens=min(longest, fewest),  # for the longest answer, but no row beyond the model's context
         use_cache=True,
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
@@ -322,20 +323,17 @@ def _extend(model: Any, rows: Sequence[_Row], end_tokens: Collection[int], tempe
         row.has_ended = last is not None
 
 
-def _tokens(rows: Sequence[_Row]) -> int:
-    """Tokens that a batch may draw at most: for the longest answer, but no row beyond the model's context."""
-    return min(max(row.room - len(row.ids) for row in rows), min(row.context - len(row.ids) for row in rows))
-
-
 def _batches(rows: Sequence[_Row], token_budget: int) -> list[list[_Row]]:
     """Return batches of rows of like length, the longest first; a row that exceeds the budget goes alone."""
     batches: list[list[_Row]] = []
+    longest, fewest = 0, 0
     for row in sorted(rows, key=lambda row: -row.width):
-        wider = [*batches[-1], row] if batches else []
-        if wider and len(wider) * (wider[0].width + _tokens(wider)) <= token_budget:
-            batches[-1] = wider
+        longest, fewest = max(longest, row.room - len(row.ids)), min(fewest, row.context - len(row.ids))
+        if batches and (len(batches[-1]) + 1) * (batches[-1][0].width + min(longest, fewest)) <= token_budget:
+            batches[-1].append(row)
         else:
             batches.append([row])
+            longest, fewest = row.room - len(row.ids), row.context - len(row.ids)
     return batches
 
 
