@@ -101,13 +101,13 @@ def test_greedy_answers_are_those_of_transformers_generate(pair, side):
         for prompt in prompts:
             ids = torch.tensor([prompt])
             output = policy.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False,
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, do_sample=False,
                 eos_token_id=sorted(ends), pad_token_id=min(ends),
             )  # fmt: skip
             wanted.append(answer_text(policy.tokenizer, output[0, len(prompt) :]))
-        found = [answer_alone(pair, prompt, max_new_tokens=30, ends=ends) for prompt in prompts]
+        found = [answer_alone(pair, prompt, max_new_tokens=15, ends=ends) for prompt in prompts]
         for budget in (0, 10_000):
-            said = sample(policy, prompts, max_new_tokens=30, temperature=0, token_budget=budget)
+            said = sample(policy, prompts, max_new_tokens=15, temperature=0, token_budget=budget)
             assert [answer_text(policy.tokenizer, answer.ids) for answer in said] == wanted
     assert [answer.text for answer in found] == wanted
 
